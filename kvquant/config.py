@@ -273,12 +273,16 @@ def parse_study(raw: Any, where: str = "config") -> Study:
         lines = []
         for item in error.errors():
             tags = {"fp16", "nuq", "kivi", "perplexity", "passkey", "ruler"}
-            path = ".".join(str(p) for p in item["loc"] if str(p) not in tags or len(item["loc"]) < 3)
+            path = ".".join(
+                str(p) for p in item["loc"] if str(p) not in tags or len(item["loc"]) < 3
+            )
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
-                message = f"unknown key; known keys: {', '.join(sorted(Study.model_fields))}" if (
-                    len(item["loc"]) == 1
-                ) else "unknown key"
+                message = (
+                    f"unknown key; known keys: {', '.join(sorted(Study.model_fields))}"
+                    if (len(item["loc"]) == 1)
+                    else "unknown key"
+                )
             given = item.get("input")
             shown = f" (got {given!r})" if isinstance(given, str | int | float) else ""
             lines.append(f"{where}: {path + ': ' if path else ''}{message}{shown}")

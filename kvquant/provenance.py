@@ -74,7 +74,9 @@ def environment() -> dict[str, Any]:
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
         "python": sys.version.split()[0],
         "system": f"{platform.system()} {platform.machine()}",
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "packages": versions,
         "gpus": _gpus(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),

@@ -1,0 +1,216 @@
+"""The quantizer of one layer's keys and values: blocks of tokens in, packed blocks out.
+
+Order of work (KVQuant, arXiv 2401.18079): normalize, detect outliers, code the inliers, store the
+outliers exactly; back: look up, scale, put the outliers in their places. Everything that is decided
+for a token depends on that token and on calibration alone, so a sequence gets the same codes
+whatever batch it stands in and in whatever chunks it arrives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvquant.blocked_sparse import SparseSlab
+from kvquant.kernels import pytorch_fused as fused
+from kvquant.packing import pack, unpack
+
+
+@dataclass(frozen=True)
+class LayerQuantizer:
+    """What calibration gives one layer; a row of the quantizer file.
+
+    Attributes:
+        key_zero: fp32 `[num_heads, head_dim]`, middle of each channel's range.
+        key_scale: fp32 `[num_heads, head_dim]`, half of it.
+        key_levels: fp32 `[2**bits]`, sorted, on [-1, 1].
+        value_levels: fp32 `[2**bits]`.
+    """
+
+    key_zero: torch.Tensor
+    key_scale: torch.Tensor
+    key_levels: torch.Tensor
+    value_levels: torch.Tensor
+
+    def to(self, device: torch.device | str) -> LayerQuantizer:
+        """A copy on `device`."""
+        return LayerQuantizer(
+            self.key_zero.to(device),
+            self.key_scale.to(device),
+            self.key_levels.to(device),
+            self.value_levels.to(device),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the shared tables."""
+        tables = (self.key_zero, self.key_scale, self.key_levels, self.value_levels)
+        return sum(t.nbytes for t in tables)
+
+
+@dataclass(frozen=True)
+class PackedKeys:
+    """Key blocks: uint8 codes `[blocks, num_heads, bytes]` and exact outliers."""
+
+    codes: torch.Tensor
+    outliers: SparseSlab | None
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes."""
+        return self.codes.nbytes + (self.outliers.nbytes if self.outliers else 0)
+
+    def select(self, blocks: torch.Tensor) -> PackedKeys:
+        """The given blocks as a new object."""
+        return PackedKeys(
+            self.codes.index_select(0, blocks),
+            self.outliers.select(blocks) if self.outliers else None,
+        )
+
+
+@dataclass(frozen=True)
+class PackedValues:
+    """Value blocks: codes, 16-bit zero and scale a token `[blocks, block_size]`, outliers."""
+
+    codes: torch.Tensor
+    zero: torch.Tensor
+    scale: torch.Tensor
+    outliers: SparseSlab | None
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes."""
+        sparse = self.outliers.nbytes if self.outliers else 0
+        return self.codes.nbytes + self.zero.nbytes + self.scale.nbytes + sparse
+
+    def select(self, blocks: torch.Tensor) -> PackedValues:
+        """The given blocks as a new object."""
+        return PackedValues(
+            self.codes.index_select(0, blocks),
+            self.zero.index_select(0, blocks),
+            self.scale.index_select(0, blocks),
+            self.outliers.select(blocks) if self.outliers else None,
+        )
+
+
+def outliers_per_side(fraction: float, channels: int) -> int:
+    """Value outliers at each end of a token: half the fraction, at least one unless it is 0.
+
+    Example: 1 % of 4096 channels is 20 at each end (0.98 %); of 192 channels, 1 (1.04 %).
+    """
+    if fraction <= 0:
+        return 0
+    return min(max(1, round(fraction * channels / 2)), (channels + 1) // 2)
+
+
+class BatchedKVQuantizer:
+    """Quantizes blocks of a layer's keys (before RoPE) and values.
+
+    Args:
+        tables: The layer's calibration.
+        bits: 2, 3 or 4.
+        outliers: Fraction of exact outliers; 0 for none, 1 for all (a 16-bit passthrough).
+    """
+
+    def __init__(self, tables: LayerQuantizer, bits: int, outliers: float) -> None:
+        if not 0.0 <= outliers <= 1.0:
+            raise ValueError(f"outliers: must be between 0 and 1, got {outliers}")
+        if tables.key_levels.numel() != 2**bits:
+            raise ValueError(f"key_levels: {tables.key_levels.numel()} levels for {bits} bits")
+        self.tables = tables
+        self.bits = bits
+        self.outliers = outliers
+        self._zero = tables.key_zero.unsqueeze(1)  # [num_heads, 1, head_dim]
+        self._scale = tables.key_scale.unsqueeze(1)
+        self._inverse = fused.inverse_range(self._scale)
+
+    def _check(self, x: torch.Tensor, name: str) -> None:
+        if x.dtype not in (torch.float16, torch.bfloat16):
+            raise TypeError(f"{name}: expected fp16 or bf16 blocks, got {x.dtype}")
+        finite = torch.isfinite(x).all()
+        if x.is_cuda:
+            torch._assert_async(finite, f"{name}: NaN or Inf in the input")  # no host sync
+        elif not bool(finite):
+            raise ValueError(f"{name}: NaN or Inf in the input (fp16 overflows beyond 65504)")
+
+    def _encode_keys(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        normalized = (x.float() - self._zero) * self._inverse
+        codes = fused.encode(normalized, self.tables.key_levels)
+        if self.outliers <= 0:
+            return codes, None
+        if self.outliers >= 1:
+            return codes, torch.ones(x.shape, dtype=torch.bool, device=x.device)
+        return codes, normalized.abs_() > 1.0
+
+    def _decode_keys(self, codes: torch.Tensor) -> torch.Tensor:
+        return fused.decode(codes, self.tables.key_levels).mul_(self._scale).add_(self._zero)
+
+    def _encode_values(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        blocks, heads, size, dim = x.shape
+        rows = x.transpose(1, 2).reshape(blocks * size, heads * dim)
+        per_side = outliers_per_side(self.outliers, heads * dim)
+        mask, low, high = fused.split_outliers(rows, per_side)
+        zero = ((high + low) * 0.5).to(x.dtype)
+        scale = ((high - low) * 0.5).to(x.dtype)
+        shape = (blocks, 1, size, 1)
+        inverse = fused.inverse_range(scale.float()).view(shape)
+        normalized = (x.float() - zero.float().view(shape)) * inverse
+        codes = fused.encode(normalized, self.tables.value_levels)
+        sparse = mask.view(blocks, size, heads, dim).transpose(1, 2) if per_side else None
+        return codes, zero.view(blocks, size), scale.view(blocks, size), sparse
+
+    def _decode_values(
+        self, codes: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
+        shape = (zero.shape[0], 1, zero.shape[1], 1)
+        levels = fused.decode(codes, self.tables.value_levels)
+        return levels.mul_(scale.float().view(shape)).add_(zero.float().view(shape))
+
+    def pack_keys(self, x: torch.Tensor) -> PackedKeys:
+        """Packs key blocks `[blocks, num_heads, block_size, head_dim]` (fp16/bf16, before RoPE)."""
+        self._check(x, "keys")
+        codes, mask = self._encode_keys(x)
+        packed = pack(codes.view(*codes.shape[:2], -1), self.bits)
+        return PackedKeys(packed, None if mask is None else SparseSlab.from_mask(x, mask))
+
+    def unpack_keys(self, packed: PackedKeys, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
+        """fp32 keys of the given block shape, bit for bit what :meth:`fake_keys` returns."""
+        out = self._decode_keys(unpack(packed.codes, self.bits).view(shape))
+        if packed.outliers is not None:
+            packed.outliers.put_into(out)
+        return out
+
+    def pack_values(self, x: torch.Tensor) -> PackedValues:
+        """Packs value blocks `[blocks, num_heads, block_size, head_dim]` (fp16/bf16)."""
+        self._check(x, "values")
+        codes, zero, scale, mask = self._encode_values(x)
+        packed = pack(codes.view(*codes.shape[:2], -1), self.bits)
+        sparse = None if mask is None else SparseSlab.from_mask(x, mask)
+        return PackedValues(packed, zero, scale, sparse)
+
+    def unpack_values(
+        self, packed: PackedValues, shape: torch.Size | tuple[int, ...]
+    ) -> torch.Tensor:
+        """fp32 values of the given block shape."""
+        codes = unpack(packed.codes, self.bits).view(shape)
+        out = self._decode_values(codes, packed.zero, packed.scale)
+        if packed.outliers is not None:
+            packed.outliers.put_into(out)
+        return out
+
+    def fake_keys(self, x: torch.Tensor) -> torch.Tensor:
+        """Quantized and dequantized keys without packing; any number of tokens a block."""
+        self._check(x, "keys")
+        codes, mask = self._encode_keys(x)
+        out = self._decode_keys(codes)
+        return out if mask is None else torch.where(mask, x.float(), out)
+
+    def fake_values(self, x: torch.Tensor) -> torch.Tensor:
+        """Quantized and dequantized values without packing; any number of tokens a block."""
+        self._check(x, "values")
+        codes, zero, scale, mask = self._encode_values(x)
+        out = self._decode_values(codes, zero, scale)
+        return out if mask is None else torch.where(mask, x.float(), out)

@@ -1,0 +1,292 @@
+"""Calibration: one pass over text with activations and Fisher gradients, in bounded memory.
+
+Each window is one forward and one backward pass. A hook on every layer's keys (before RoPE) and
+values adds the activations and their squared loss gradients to histograms the moment the gradient
+arrives, and the layer's tensors are freed: memory is one window's graph plus the histograms,
+whatever the number of windows.
+
+Keys are static per channel, but a channel's range is known only at the end. Their histograms are
+therefore kept in raw units, one a channel, on a grid laid out by the first window; percentiles come
+from the counts, and the normalized histogram of any range is an affine map of the bins. Values are
+normalized per token online, so their histogram is already that of the normalized data, one for each
+outlier fraction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kvquant.batched_quant import outliers_per_side
+from kvquant.config import CalibrationSpec, load_study
+from kvquant.errors import UserError
+from kvquant.kernels.pytorch_fused import inverse_range, split_outliers
+from kvquant.models import attention_layers, load_base_model, read_manifest, resolve_device
+from kvquant.specs import VERSIONS, calibration_digest
+
+VALUE_BINS = 1024
+
+
+@dataclass
+class LayerStatistics:
+    """Histograms of one layer.
+
+    Attributes:
+        low: fp32 `[channels]`, left end of each key channel's grid.
+        width: fp32 `[channels]`, width of its bins.
+        counts: fp32 `[channels, bins]`, elements.
+        fisher: fp32 `[channels, bins]`, summed squared gradients.
+        value_counts: fp32 `[fractions, VALUE_BINS]` on [-1, 1].
+        value_fisher: fp32, the same shape.
+        value_fisher_range2: fp32, squared gradients times the token's squared range.
+    """
+
+    low: torch.Tensor
+    width: torch.Tensor
+    counts: torch.Tensor
+    fisher: torch.Tensor
+    value_counts: torch.Tensor
+    value_fisher: torch.Tensor
+    value_fisher_range2: torch.Tensor
+
+    @classmethod
+    def from_first(cls, keys: torch.Tensor, bins: int, fractions: int) -> LayerStatistics:
+        """Lays out the grids: the first window's range and half of it more on each side."""
+        channels, device = keys.shape[1], keys.device
+        low, high = keys.amin(0), keys.amax(0)
+        margin = (high - low).clamp_(min=1e-6) * 0.5
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        return cls(
+            low - margin,
+            (high - low + 2 * margin) / bins,
+            zeros(channels, bins),
+            zeros(channels, bins),
+            zeros(fractions, VALUE_BINS),
+            zeros(fractions, VALUE_BINS),
+            zeros(fractions, VALUE_BINS),
+        )
+
+    def add_keys(self, keys: torch.Tensor, fisher: torch.Tensor) -> None:
+        """Adds keys fp32 `[tokens, channels]` and their squared gradients."""
+        channels, bins = self.counts.shape
+        index = ((keys - self.low) / self.width).long().clamp_(0, bins - 1)
+        index += torch.arange(channels, device=keys.device) * bins
+        flat = index.view(-1)
+        self.counts.view(-1).index_add_(0, flat, torch.ones_like(fisher).view(-1))
+        self.fisher.view(-1).index_add_(0, flat, fisher.reshape(-1))
+
+    def add_values(
+        self, values: torch.Tensor, fisher: torch.Tensor, fractions: list[float]
+    ) -> None:
+        """Adds values fp32 `[tokens, channels]` and their squared gradients."""
+        half = values.to(torch.float16)
+        for i, fraction in enumerate(fractions):
+            mask, low, high = split_outliers(half, outliers_per_side(fraction, values.shape[1]))
+            scale = (high - low) * 0.5
+            normalized = (half.float() - (high + low) * 0.5) * inverse_range(scale)
+            index = ((normalized + 1.0) * (VALUE_BINS / 2)).long().clamp_(0, VALUE_BINS - 1)
+            keep = (~mask).float()
+            flat = index.view(-1)
+            self.value_counts[i].index_add_(0, flat, keep.view(-1))
+            weighted = fisher * keep
+            self.value_fisher[i].index_add_(0, flat, weighted.reshape(-1))
+            self.value_fisher_range2[i].index_add_(0, flat, (weighted * scale**2).reshape(-1))
+
+    def check(self, fraction: float, layer: int) -> None:
+        """Percentiles must not lie in the clamped end bins.
+
+        Raises:
+            UserError: Later windows fell outside the first window's grid.
+        """
+        total = self.counts.sum(1)
+        edge = torch.maximum(self.counts[:, 0], self.counts[:, -1])
+        if bool((edge > total * max(fraction, 0.002) / 2).any()):
+            raise UserError(
+                f"calibration: layer {layer}: keys of later windows lie far outside the first "
+                "window's range; use longer windows (calibration.window)"
+            )
+
+
+class _Collector:
+    """Hooks on the key and value projections of every layer."""
+
+    def __init__(self, model: nn.Module, spec: CalibrationSpec) -> None:
+        self.spec = spec
+        self.layers = attention_layers(model)
+        self.statistics: list[LayerStatistics | None] = [None] * len(self.layers)
+        self._late: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.handles = []
+        for i, module in enumerate(self.layers):
+            keys: Any = getattr(module, "k_norm", None) or module.k_proj
+            values: Any = module.v_proj
+            self.handles.append(keys.register_forward_hook(self._hook(i, is_key=True)))
+            self.handles.append(values.register_forward_hook(self._hook(i, is_key=False)))
+
+    def _hook(self, layer: int, *, is_key: bool) -> Any:
+        def forward_hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            if not output.requires_grad:
+                output = output.requires_grad_()  # weights are frozen: the graph starts here
+            data = output.detach()
+            output.register_hook(lambda grad: self._receive(layer, is_key, data, grad))
+            return output
+
+        return forward_hook
+
+    @torch.no_grad()
+    def _receive(self, layer: int, is_key: bool, data: torch.Tensor, grad: torch.Tensor) -> None:
+        skip = self.spec.sinks
+        # the loss is a mean over the window's tokens; undo it so that windows weigh alike
+        tokens = data.shape[1]
+        x = data[0, skip:].reshape(tokens - skip, -1).float()
+        fisher = (grad[0, skip:].reshape(tokens - skip, -1).float() * tokens) ** 2
+        fractions = self.spec.outlier_fractions
+        if self.statistics[layer] is None and is_key:
+            self.statistics[layer] = LayerStatistics.from_first(x, self.spec.bins, len(fractions))
+        statistics = self.statistics[layer]
+        if is_key:
+            assert statistics is not None
+            statistics.add_keys(x, fisher)
+        elif statistics is None:
+            self._late[layer] = (x, fisher)  # of the first window; the keys come after
+        else:
+            statistics.add_values(x, fisher, fractions)
+
+    def run(self, model: nn.Module, windows: list[list[int]], device: torch.device) -> None:
+        """One forward and backward pass a window."""
+        for number, window in enumerate(windows):
+            self._late = {}
+            ids = torch.tensor([window], device=device)
+            with torch.enable_grad():
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+                loss.backward()
+            for layer, (x, fisher) in self._late.items():
+                statistics = self.statistics[layer]
+                assert statistics is not None
+                statistics.add_values(x, fisher, self.spec.outlier_fractions)
+            print(
+                f"calibrate: window {number + 1}/{len(windows)}, loss {loss.item():.3f}",
+                file=sys.stderr,
+                flush=True,
+            )
+        for handle in self.handles:
+            handle.remove()
+
+
+def draw_windows(ids: list[int], spec: CalibrationSpec) -> list[list[int]]:
+    """Random windows of a tokenized text, without overlap while the text is long enough.
+
+    Raises:
+        UserError: The text is shorter than one window.
+    """
+    if len(ids) < spec.window:
+        raise UserError(
+            f"calibration.window: {spec.window} tokens, but the text has only {len(ids)}"
+        )
+    generator = torch.Generator().manual_seed(spec.seed)
+    slots = len(ids) // spec.window
+    if slots >= spec.windows:
+        chosen = torch.randperm(slots, generator=generator)[: spec.windows] * spec.window
+    else:
+        chosen = torch.randint(len(ids) - spec.window + 1, (spec.windows,), generator=generator)
+    return [ids[s : s + spec.window] for s in chosen.tolist()]
+
+
+def calibrate(
+    model: nn.Module, windows: list[list[int]], spec: CalibrationSpec
+) -> list[LayerStatistics]:
+    """Statistics of every layer.
+
+    Args:
+        model: A causal LM with frozen weights, in evaluation mode.
+        windows: Token ids, one list a window.
+        spec: Sinks, bins and outlier fractions.
+    """
+    collector = _Collector(model, spec)
+    collector.run(model, windows, next(model.parameters()).device)
+    found = []
+    for i, statistics in enumerate(collector.statistics):
+        assert statistics is not None
+        statistics.check(min((f for f in spec.outlier_fractions if f > 0), default=0.0), i)
+        found.append(statistics)
+    return found
+
+
+def save_statistics(path: Path, layers: list[LayerStatistics], info: dict[str, Any]) -> None:
+    """Writes stats.safetensors and stats.json (the JSON last)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"layers.{i}.{name}": tensor.cpu().contiguous()
+        for i, layer in enumerate(layers)
+        for name, tensor in vars(layer).items()
+    }
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary)
+    temporary.replace(path)
+    path.with_suffix(".json").write_text(
+        json.dumps(info, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
+
+
+def load_statistics(path: Path) -> tuple[list[LayerStatistics], dict[str, Any]]:
+    """Reads what :func:`save_statistics` wrote."""
+    if not path.is_file():
+        raise UserError(f"--stats: no such file: {path}")
+    info = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    tensors = load_file(path)
+    names = list(LayerStatistics.__dataclass_fields__)
+    layers = [
+        LayerStatistics(**{name: tensors[f"layers.{i}.{name}"] for name in names})
+        for i in range(info["num_layers"])
+    ]
+    return layers, info
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `kvquant calibrate`."""
+    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
+    parser.add_argument("--model", required=True, help="name of the model in the study")
+    parser.add_argument("--model-manifest", required=True, type=Path)
+    parser.add_argument("--data-manifest", required=True, type=Path)
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--out", required=True, type=Path, help="stats.safetensors")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Calibrates one model and writes its statistics."""
+    from kvquant.data import load_text
+
+    study = load_study(args.study)
+    study.model(args.model)
+    spec = study.calibration
+    manifest = read_manifest(args.model_manifest)
+    device = resolve_device(args.device)
+    model, tokenizer = load_base_model(manifest.directory, device=str(device))
+    limit = int(model.config.max_position_embeddings)
+    if spec.window > limit:
+        raise UserError(f"calibration.window: {spec.window} exceeds the model's {limit} positions")
+    ids = tokenizer(load_text(args.data_manifest), add_special_tokens=False).input_ids
+    layers = calibrate(model, draw_windows(ids, spec), spec)
+    heads = int(model.config.num_key_value_heads)
+    info = {
+        "model": args.model,
+        "weights_sha256": manifest.weights_sha256,
+        "calibration": spec.model_dump(mode="json"),
+        "spec_digest": calibration_digest(study, args.model),
+        "version": VERSIONS["calibrate"],
+        "num_layers": len(layers),
+        "num_kv_heads": heads,
+        "head_dim": layers[0].low.numel() // heads,
+    }
+    save_statistics(args.out, layers, info)
+    print(f"calibrate: {len(layers)} layers, {spec.windows} windows of {spec.window} tokens")

@@ -1,0 +1,1 @@
+"""Kernels: a slow specification (`reference`) and the fused PyTorch path (`pytorch_fused`)."""

@@ -1,0 +1,1 @@
+"""Cache schemes. A scheme is one file with a codec and one entry in `registry.CODECS`."""

@@ -1,0 +1,51 @@
+"""What a scheme must provide: a codec that packs and unpacks blocks of one layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+
+class Codec(ABC):
+    """Packs blocks of one layer's keys and values.
+
+    Attributes:
+        rotated_keys: Whether keys are stored after RoPE (else before it).
+        sinks: First tokens of each sequence that stay 16-bit.
+        block_size: Tokens a block.
+        residual: Most recent tokens that stay 16-bit besides an unfinished block.
+        shared_bytes: Bytes of tables that all sequences of the layer share.
+    """
+
+    rotated_keys: bool = False
+    sinks: int = 0
+    block_size: int = 64
+    residual: int = 0
+    shared_bytes: int = 0
+
+    @abstractmethod
+    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Any:
+        """Packs blocks.
+
+        Args:
+            keys: fp16/bf16 `[blocks, num_kv_heads, block_size, head_dim]`.
+            values: The same shape.
+
+        Returns:
+            An object with `nbytes` and `select(blocks)`.
+        """
+
+    @abstractmethod
+    def unpack(
+        self, packed: Any, shape: tuple[int, int, int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 keys and values of `shape`."""
+
+    @abstractmethod
+    def fake(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantize and dequantize `[1, num_kv_heads, tokens, head_dim]`, any number of tokens.
+
+        Protocol B reads the tokens of an unfinished block through this.
+        """
