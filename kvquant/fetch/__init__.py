@@ -1,0 +1,1 @@
+"""Fetching: models and texts, by pinned version and hash, whole or not at all."""
