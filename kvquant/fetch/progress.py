@@ -1,0 +1,74 @@
+"""Progress on stderr: one moving line on a terminal, few whole lines in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+
+class Progress:
+    """A counter with a label, shown as amount, total and percent.
+
+    Args:
+        label: What is counted.
+        total: The final amount, or None while it is unknown.
+        unit: Printed behind the amounts.
+        scale: Amounts are divided by this before they are printed (1e6 for bytes in MB).
+        every: Seconds between lines in a log; a terminal is refreshed four times a second.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: float | None = None,
+        *,
+        unit: str = "",
+        scale: float = 1.0,
+        every: float = 10.0,
+    ) -> None:
+        self.label = label
+        self.total = total
+        self.unit = f" {unit}" if unit else ""
+        self.scale = scale
+        self._terminal = sys.stderr.isatty()
+        self._every = 0.25 if self._terminal else every
+        self._start = self._last = time.monotonic()
+        self._shown = False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._terminal and self._shown:
+            print(file=sys.stderr)
+
+    def _text(self, amount: float) -> str:
+        digits = 1 if self.scale != 1.0 else 0
+        done = f"{amount / self.scale:.{digits}f}"
+        if not self.total:
+            return f"{self.label}: {done}{self.unit}"
+        share = min(100.0, 100.0 * amount / self.total)
+        return f"{self.label}: {done} of {self.total / self.scale:.{digits}f}{self.unit} ({share:.0f} %)"
+
+    def update(self, amount: float, *, last: bool = False) -> None:
+        """Shows `amount` if enough time has passed, and always if it is the last one."""
+        now = time.monotonic()
+        if not last and now - self._last < self._every:
+            return
+        self._last, self._shown = now, True
+        text = self._text(amount) + (f", {now - self._start:.1f} s" if last else "")
+        if self._terminal:
+            print(f"\r{text:<79}", end="", file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr, flush=True)
