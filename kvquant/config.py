@@ -135,6 +135,9 @@ class Workload(_Strict):
     batch_size: int = Field(1, ge=1)
     answer: int = Field(16, ge=0, description="decoded tokens")
     ragged: bool = Field(False, description="prompt lengths fall evenly to half of `prompt`")
+    schemes: list[str] = Field(
+        default_factory=list, description="empty: all that the stage measures"
+    )
 
 
 class TimingSpec(_Strict):
@@ -211,9 +214,12 @@ class Study(_Strict):
         if self.baseline not in self.schemes:
             raise ValueError(f"baseline: '{self.baseline}' is not among the schemes")
         for field, chosen in (("throughput", self.throughput), ("energy", self.energy)):
-            for name in chosen.schemes:
+            named = [(f"{field}.schemes", name) for name in chosen.schemes]
+            for label, workload in chosen.workloads.items():
+                named += [(f"{field}.workloads.{label}.schemes", n) for n in workload.schemes]
+            for where, name in named:
                 if name not in self.schemes:
-                    raise ValueError(f"{field}.schemes: '{name}' is not among the schemes")
+                    raise ValueError(f"{where}: '{name}' is not among the schemes")
         fractions = self.calibration.outlier_fractions
         for name, scheme in self.schemes.items():
             if isinstance(scheme, NuqScheme) and scheme.outliers not in fractions:
@@ -244,6 +250,24 @@ class Study(_Strict):
     def timed_schemes(self, spec: TimingSpec | EnergySpec) -> list[str]:
         """The schemes measured by `spec`, without the baseline, which every job measures too."""
         return [s for s in (spec.schemes or self.schemes) if s != self.baseline]
+
+    def _cells(self, spec: TimingSpec | EnergySpec) -> list[tuple[str, str, int]]:
+        timed = self.timed_schemes(spec)
+        return [
+            (scheme, name, rep)
+            for name, workload in spec.workloads.items()
+            for scheme in timed
+            if not workload.schemes or scheme in workload.schemes
+            for rep in range(spec.reps)
+        ]
+
+    def throughput_cells(self) -> list[tuple[str, str, int]]:
+        """(scheme, workload, rep) of every throughput job of a model."""
+        return self._cells(self.throughput)
+
+    def energy_cells(self) -> list[tuple[str, str, int]]:
+        """(scheme, workload, rep) of every energy job of a model."""
+        return self._cells(self.energy)
 
     def datasets(self) -> list[str]:
         """Every text that calibration, perplexity or a RULER haystack needs."""

@@ -54,7 +54,10 @@ def eval_digest(study: Study, model: str, scheme: str, task: str, seed: int) -> 
 
 def _timing(spec: TimingSpec | EnergySpec, workload: str) -> dict[str, object]:
     rest = spec.model_dump(mode="json", exclude={"workloads", "schemes", "reps"})
-    return {"workload": spec.workloads[workload].model_dump(mode="json"), **rest}
+    return {
+        "workload": spec.workloads[workload].model_dump(mode="json", exclude={"schemes"}),
+        **rest,
+    }
 
 
 def perf_digest(study: Study, model: str, scheme: str, workload: str) -> str:

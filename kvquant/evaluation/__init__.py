@@ -1,1 +1,1 @@
-"""Evaluation suites: one file a suite, a registry, and the `evaluate` verb."""
+"""Accuracy of a scheme: one file a suite, all behind :mod:`kvquant.evaluation.registry`."""

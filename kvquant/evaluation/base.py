@@ -1,31 +1,73 @@
-"""What a suite returns for one seed."""
+"""What a suite gets and what it returns."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kvquant.errors import UserError
 
-@dataclass
+
+@dataclass(frozen=True)
 class SuiteResult:
-    """Samples and metrics of one (model, scheme, task, seed).
+    """A suite's measurement for one seed.
 
     Attributes:
-        protocol: "A" or "B" (see :class:`kvquant.cache.KVQuantCache`).
-        metric: Name of the metric that statistics use; a key of `metrics`.
+        metric: Name of the metric that statistics use.
         higher_is_better: Its direction.
-        metrics: All metrics.
-        samples: One row a sample, with `sample_id` and `score`.
-        tokens: Tokens that went through the cache.
-        cache_bytes: Bytes allocated by the caches.
-        cache_elements: Key and value elements in them.
+        value: The metric over all samples.
+        metrics: Every metric, the named one included.
+        protocol: How the cache was read.
+        rows: One record a sample, JSON types only.
+        tokens: Prompt or text tokens that went through the cache.
+        cache_bytes: Bytes allocated by the caches, summed over samples.
+        cache_elements: Key and value elements held by those bytes.
     """
 
-    protocol: Literal["A", "B"]
     metric: str
     higher_is_better: bool
+    value: float
     metrics: dict[str, float]
-    samples: list[dict[str, Any]]
+    protocol: Literal["A", "B"]
+    rows: list[dict[str, Any]]
     tokens: int
     cache_bytes: int
     cache_elements: int
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a suite runs on.
+
+    Attributes:
+        qm: A `kvquant.models.QuantizedModel`.
+        task: The task's name in the study, for messages.
+        text: part -> text of the task's data set; raises a UserError if none was given.
+        progress: Called with (samples done, samples in all).
+    """
+
+    qm: Any
+    task: str
+    text: Callable[[Literal["all", "calibration", "test"]], str]
+    progress: Callable[[int, int], None] = field(default=lambda done, total: None)
+
+
+def check_length(context: Context, length: int, answer: int, field_name: str = "length") -> None:
+    """Refuses a task that is longer than the model's position embedding.
+
+    Raises:
+        UserError: Names the task's field.
+    """
+    limit = context.qm.max_positions
+    if length + answer > limit:
+        extra = f" and {answer} of answer" if answer else ""
+        raise UserError(
+            f"tasks.{context.task}.{field_name}: {length} tokens{extra}, but the model has "
+            f"{limit} positions"
+        )
+
+
+def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    """Token ids of a text; `special` adds what the tokenizer puts around a text (BOS)."""
+    return list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)

@@ -1,90 +1,139 @@
-"""Passkey retrieval (Mohtashami and Jaggi, arXiv 2305.16300): one number hidden in filler text."""
+"""Passkey retrieval: a number hidden in repeated filler, asked for at the end.
+
+Format of Mohtashami and Jaggi (arXiv 2305.16300): the filler before and after the key is cut by
+characters, the prompt is a plain text to be continued, and the first number generated counts.
+"""
 
 from __future__ import annotations
 
 import random
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from kvquant.config import PasskeyTask
 from kvquant.errors import UserError
-from kvquant.evaluation.base import SuiteResult
+from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
 from kvquant.generation import greedy
-from kvquant.models import QuantizedModel
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
     "I will quiz you about the important information there."
 )
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+FACT = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
-ANSWER_TOKENS = 10
+MAX_KEY = 50_000
+MAX_NEW_TOKENS = 10
+_NUMBER = re.compile(r"\d+")
+_ENDED = re.compile(r"\d\D")
 
 
-def make_prompt(tokenizer: Any, length: int, depth: float, key: int) -> str:
-    """A prompt of at most `length` tokens with the key at `depth` (0: start, 1: end).
+@dataclass(frozen=True)
+class PasskeySample:
+    """A prompt, the key in it, and the share of the filler that stands before the key."""
+
+    prompt: str
+    key: int
+    depth: float
+
+
+def passkey_prompt(key: int, depth: float, filler: int) -> str:
+    """A prompt with `filler` characters of filler, a share of `depth` before the key."""
+    before = round(depth * filler)
+    text = (FILLER + " ") * (filler // (len(FILLER) + 1) + 1)
+    parts = [TASK, text[:before], FACT.format(key=key), text[: filler - before], QUESTION]
+    return "\n".join(parts)
+
+
+def make_sample(tokenizer: Any, length: int, samples: int, index: int, seed: int) -> PasskeySample:
+    """Sample `index` of a seed: the longest prompt of at most `length` tokens.
+
+    The depth is drawn from the index-th of `samples` equal parts of the filler.
 
     Raises:
-        UserError: `length` has no room for the fixed lines.
+        UserError: Not even the prompt without filler fits.
     """
-    line = f"The pass key is {key}. Remember it. {key} is the pass key."
+    rng = random.Random(f"passkey {seed} {index}")
+    depth = (index + rng.random()) / samples
+    key = rng.randint(1, MAX_KEY)
 
-    def build(units: int) -> str:
-        before = round(units * depth)
-        parts = (TASK, " ".join([FILLER] * before), line, " ".join([FILLER] * (units - before)))
-        return "\n".join([*(p for p in parts if p), QUESTION])
+    def tokens(filler: int) -> int:
+        return len(encode(tokenizer, passkey_prompt(key, depth, filler), special=True))
 
-    def tokens(units: int) -> int:
-        return len(tokenizer(build(units)).input_ids)
-
-    if tokens(0) > length:
-        raise UserError(f"length: {length} tokens have no room for a passkey prompt")
-    low, high = 0, max(1, length // 10)
-    while low < high:  # the largest number of filler units that fits
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if tokens(middle) <= length else (low, middle - 1)
-    return build(low)
-
-
-def correct(output: str, key: int) -> bool:
-    """Whether the first run of digits in the output is the key."""
-    found = re.search(r"\d+", output)
-    return found is not None and int(found.group()) == key
+    if (least := tokens(0)) > length:
+        raise UserError(f"length: {length} tokens, but the prompt without filler has {least}")
+    # Start near the answer: at long lengths every look costs a tokenization of the whole prompt.
+    rate = max(tokens(4096) - least, 1) / 4096
+    guess = int((length - least) / rate)
+    low, high = max(0, guess - 64), guess + 64
+    while tokens(low) > length:
+        low, high = max(0, 2 * low - high), low
+    while tokens(high) <= length:
+        low, high = high, 2 * high - low + 64
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if tokens(middle) <= length else (low, middle)
+    return PasskeySample(passkey_prompt(key, depth, low), key, depth)
 
 
-def run(qm: QuantizedModel, task: PasskeyTask, seed: int, data: str | None) -> SuiteResult:
-    """Evaluates one seed: `samples` prompts at jittered, evenly spread depths."""
-    generator = random.Random(f"passkey-{seed}")
-    cases = []
-    for number in range(task.samples):
-        depth = (number + generator.random()) / task.samples
-        cases.append((depth, generator.randint(1, 50_000)))
-    prompts = [
-        qm.tokenizer(make_prompt(qm.tokenizer, task.length, depth, key)).input_ids
-        for depth, key in cases
-    ]
-    result = greedy(qm, prompts, ANSWER_TOKENS, batch_size=task.batch_size)
-    samples = []
-    for number, ((depth, key), answer) in enumerate(zip(cases, result.tokens, strict=True)):
-        output = qm.tokenizer.decode(answer, skip_special_tokens=True)
-        samples.append(
+def first_number(answer: str) -> str | None:
+    """The first run of digits in an answer."""
+    found = _NUMBER.search(answer)
+    return found.group() if found else None
+
+
+def is_right(answer: str, key: int) -> bool:
+    """Whether the first number of an answer is the key."""
+    return first_number(answer) == str(key)
+
+
+def run_passkey(context: Context, spec: PasskeyTask, seed: int) -> SuiteResult:
+    """Accuracy in percent over a seed's prompts."""
+    check_length(context, spec.length, MAX_NEW_TOKENS)
+    qm = context.qm
+    try:
+        samples = [
+            make_sample(qm.tokenizer, spec.length, spec.samples, index, seed)
+            for index in range(spec.samples)
+        ]
+    except UserError as error:
+        raise UserError(f"tasks.{context.task}.{error}") from None
+    prompts = [encode(qm.tokenizer, sample.prompt, special=True) for sample in samples]
+
+    def decode(tokens: list[int]) -> str:
+        return str(qm.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    found = greedy(
+        qm,
+        prompts,
+        MAX_NEW_TOKENS,
+        batch_size=spec.batch_size,
+        stop=lambda tokens: _ENDED.search(decode(tokens)) is not None,
+        on_batch=lambda done: context.progress(done, len(prompts)),
+    )
+    rows = []
+    for index, (sample, tokens) in enumerate(zip(samples, found.tokens, strict=True)):
+        answer = decode(tokens)
+        rows.append(
             {
-                "sample_id": f"{seed}-{number}",
-                "score": 100.0 * correct(output, key),
-                "depth": round(depth, 4),
-                "target": str(key),
-                "output": output,
-                "tokens": len(prompts[number]),
+                "index": index,
+                "key": sample.key,
+                "depth": sample.depth,
+                "prompt_tokens": len(prompts[index]),
+                "answer": answer,
+                "score": float(is_right(answer, sample.key)),
             }
         )
-    score = sum(float(s["score"]) for s in samples) / len(samples)
+    value = 100.0 * sum(row["score"] for row in rows) / len(rows)
     return SuiteResult(
-        protocol="A",
-        metric="score",
+        metric="accuracy",
         higher_is_better=True,
-        metrics={"score": score},
-        samples=samples,
-        tokens=sum(len(p) for p in prompts),
-        cache_bytes=result.cache_bytes,
-        cache_elements=result.cache_elements,
+        value=value,
+        metrics={"accuracy": value},
+        protocol="A",
+        rows=rows,
+        tokens=found.prompt_tokens,
+        cache_bytes=found.cache_bytes,
+        cache_elements=found.cache_elements,
     )

@@ -1,98 +1,111 @@
-"""Perplexity over non-overlapping windows, with the cache in the loop.
+"""Perplexity over non-overlapping windows of one long text.
 
-Protocol B: each window is one forward pass in which every token attends to quantized keys and
-values. Protocol A: the window comes in chunks; a chunk attends to itself in full precision and to
-the earlier ones from the quantized cache.
+Protocol B is one forward pass a window in which every token attends to quantized keys and values.
+Protocol A feeds the window in chunks: a chunk attends to itself in full precision and to what came
+before from the packed cache.
 """
 
 from __future__ import annotations
 
 import math
+import random
+from typing import Any
 
 import torch
 
 from kvquant.cache import cache_elements, cache_nbytes
 from kvquant.config import PerplexityTask
-from kvquant.data import load_text
 from kvquant.errors import UserError
-from kvquant.evaluation.base import SuiteResult
-from kvquant.models import QuantizedModel
+from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
+
+LOGIT_POSITIONS = 256  # logits of so many positions are in memory at a time
 
 
-def windows(ids: list[int], task: PerplexityTask, seed: int) -> list[list[int]]:
-    """The windows of one seed.
+def window_starts(tokens: int, window: int, windows: int, seed: int) -> list[int]:
+    """First tokens of a seed's windows, ascending and without overlap.
 
-    With `task.windows` = n > 0, seed s takes the windows s*n to s*n + n - 1, so seeds never share
-    text. With 0, all windows are taken and the seed moves the first one's offset.
+    Seed 0 cuts from the first token on, as is usual; the others from a random offset below one
+    window. Where fewer windows are asked for than fit, the seed draws them.
 
     Raises:
-        UserError: The text is too short for this seed.
+        UserError: The text is too short.
     """
-    size = task.window
-    if task.windows:
-        first = seed * task.windows
-        if (first + task.windows) * size > len(ids):
-            raise UserError(
-                f"windows: seed {seed} needs tokens up to {(first + task.windows) * size:,}, the "
-                f"text has {len(ids):,}; use fewer windows or a shorter window"
-            )
-        starts = [(first + i) * size for i in range(task.windows)]
-    else:
-        offset = (seed * size) // 8 % size
-        starts = list(range(offset, len(ids) - size + 1, size))
-        if not starts:
-            raise UserError(f"window: {size} tokens, but the text has only {len(ids):,}")
-    return [ids[s : s + size] for s in starts]
-
-
-@torch.inference_mode()
-def window_loss(
-    qm: QuantizedModel, window: list[int], task: PerplexityTask
-) -> tuple[float, int, int]:
-    """Summed negative log likelihood (nats) of a window's tokens but the first; cache bytes and
-    elements at its end."""
-    ids = torch.tensor([window], device=qm.device)
-    cache = qm.new_cache(task.protocol)
-    step = len(window) if task.protocol == "B" else task.chunk
-    total = 0.0
-    previous: torch.Tensor | None = None
-    for start in range(0, len(window), step):
-        chunk = ids[:, start : start + step]
-        logits = qm.model(input_ids=chunk, past_key_values=cache, use_cache=True).logits[0].float()
-        scores = logits if previous is None else torch.cat([previous, logits])
-        targets = ids[0, start + (previous is None) : start + chunk.shape[1]]
-        scores = scores[:-1]
-        loss = torch.nn.functional.cross_entropy(scores, targets, reduction="none")
-        total += float(loss.double().sum())
-        previous = logits[-1:]
-    return total, cache_nbytes(cache), cache_elements(cache)
-
-
-def run(qm: QuantizedModel, task: PerplexityTask, seed: int, data: str | None) -> SuiteResult:
-    """Evaluates one seed."""
-    if task.window > qm.max_positions:
-        raise UserError(f"window: {task.window} exceeds the model's {qm.max_positions} positions")
-    if data is None:
-        raise UserError("--data-manifest: needed for perplexity")
-    ids = qm.tokenizer(load_text(data), add_special_tokens=False, verbose=False).input_ids
-    samples = []
-    nll, count, nbytes, elements = 0.0, 0, 0, 0
-    for number, window in enumerate(windows(ids, task, seed)):
-        loss, held, stored = window_loss(qm, window, task)
-        predicted = len(window) - 1
-        samples.append(
-            {"sample_id": f"{seed}-{number}", "score": loss / predicted, "tokens": predicted}
+    rng = random.Random(f"perplexity {seed}")
+    room = tokens - window * max(windows, 1)
+    if room < 0:
+        raise UserError(
+            f"window: {max(windows, 1)} windows of {window} tokens, but the text has {tokens}"
         )
-        nll, count = nll + loss, count + predicted
-        nbytes, elements = nbytes + held, elements + stored
-    mean = nll / count
+    offset = 0 if seed == 0 else rng.randrange(min(window - 1, room) + 1)
+    slots = (tokens - offset) // window
+    chosen = range(slots) if windows == 0 else sorted(rng.sample(range(slots), windows))
+    return [offset + slot * window for slot in chosen]
+
+
+def window_nll(qm: Any, ids: torch.Tensor, protocol: str, chunk: int) -> tuple[list[float], Any]:
+    """Negative log likelihood of each token but the first, and the cache.
+
+    Args:
+        qm: A `QuantizedModel`.
+        ids: int64 `[1, window]`, on the model's device.
+        protocol: "A" or "B".
+        chunk: Tokens a forward pass in protocol A.
+
+    Returns:
+        `window - 1` values in nats, and the filled cache.
+    """
+    cache = qm.new_cache(protocol)
+    window = ids.shape[1]
+    step = window if protocol == "B" else chunk
+    head = qm.model.get_output_embeddings()
+    losses: list[torch.Tensor] = []
+    with torch.inference_mode():
+        for first in range(0, window, step):
+            piece = ids[:, first : first + step]
+            hidden = qm.model.model(
+                input_ids=piece, past_key_values=cache, use_cache=True
+            ).last_hidden_state[0]
+            targets = ids[0, first + 1 : first + step + 1]
+            for low in range(0, targets.shape[0], LOGIT_POSITIONS):
+                goal = targets[low : low + LOGIT_POSITIONS]
+                logits = head(hidden[low : low + goal.shape[0]]).float()
+                losses.append(torch.nn.functional.cross_entropy(logits, goal, reduction="none"))
+    return torch.cat(losses).double().tolist(), cache
+
+
+def run_perplexity(context: Context, spec: PerplexityTask, seed: int) -> SuiteResult:
+    """exp of the mean negative log likelihood over all scored tokens of a seed's windows."""
+    check_length(context, spec.window, 0, "window")
+    qm = context.qm
+    ids = encode(qm.tokenizer, context.text("test"), special=False)
+    try:
+        starts = window_starts(len(ids), spec.window, spec.windows, seed)
+    except UserError as error:
+        raise UserError(f"tasks.{context.task}.{error}") from None
+    rows: list[dict[str, Any]] = []
+    nbytes = elements = scored = 0
+    sums: list[float] = []
+    for index, start in enumerate(starts):
+        window = torch.tensor([ids[start : start + spec.window]], device=qm.device)
+        losses, cache = window_nll(qm, window, spec.protocol, spec.chunk)
+        total = math.fsum(losses)
+        nbytes += cache_nbytes(cache)
+        elements += cache_elements(cache)
+        del cache
+        scored += len(losses)
+        sums.append(total)
+        rows.append({"index": index, "start": start, "tokens": len(losses), "nll": total})
+        context.progress(index + 1, len(starts))
+    mean = math.fsum(sums) / scored
+    value = math.exp(mean)
     return SuiteResult(
-        protocol=task.protocol,
         metric="perplexity",
         higher_is_better=False,
-        metrics={"perplexity": math.exp(mean), "nll": mean},
-        samples=samples,
-        tokens=count + len(samples),
+        value=value,
+        metrics={"perplexity": value, "nll": mean},
+        protocol=spec.protocol,
+        rows=rows,
+        tokens=spec.window * len(starts),
         cache_bytes=nbytes,
         cache_elements=elements,
     )

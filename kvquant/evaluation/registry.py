@@ -1,15 +1,32 @@
-"""From a suite's name to the function that runs one seed of it."""
+"""Suite name -> the function that measures one seed of a task."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from kvquant.evaluation import passkey, perplexity, ruler
-from kvquant.evaluation.base import SuiteResult
+from kvquant.config import TaskSpec
+from kvquant.errors import unknown
+from kvquant.evaluation.base import Context, SuiteResult
+from kvquant.evaluation.passkey import run_passkey
+from kvquant.evaluation.perplexity import run_perplexity
+from kvquant.evaluation.ruler import run_ruler
 
-SUITES: dict[str, Callable[[Any, Any, int, str | None], SuiteResult]] = {
-    "perplexity": perplexity.run,
-    "passkey": passkey.run,
-    "ruler": ruler.run,
+Runner = Callable[[Context, Any, int], SuiteResult]
+
+SUITES: dict[str, Runner] = {
+    "passkey": run_passkey,
+    "perplexity": run_perplexity,
+    "ruler": run_ruler,
 }
+
+
+def run_suite(context: Context, spec: TaskSpec, seed: int) -> SuiteResult:
+    """Measures one seed of a task.
+
+    Raises:
+        UserError: The suite is unknown, or the task does not fit the model.
+    """
+    if spec.suite not in SUITES:
+        raise unknown("suite", spec.suite, SUITES)
+    return SUITES[spec.suite](context, spec, seed)

@@ -1,129 +1,252 @@
-"""`kvquant evaluate`: one scheme on one task, for any number of seeds with the model loaded once.
+"""Verb evaluate: one scheme on one task of the study, for several seeds.
 
-Every finished seed is also kept in the resume folder under its digest. A job that was killed, or
-that gets further seeds later, takes the finished ones from there instead of measuring them again.
+A finished seed is kept in the resume folder under the digest of everything it depends on, samples
+first and the record last. A job that was killed, or that now has more seeds, takes from there what
+is whole and measures the rest; a seed's result does not depend on the seeds beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from kvquant.config import MAX_SEED, load_study
+from kvquant.config import Study, load_study
+from kvquant.data import Part, load_text
 from kvquant.errors import UserError
+from kvquant.evaluation.base import Context, SuiteResult
+from kvquant.fetch.progress import Progress, note
 from kvquant.provenance import environment
-from kvquant.records import EvalRecord, read_record, sha256_text, write_new, write_record
-from kvquant.records import write_samples as write_rows
+from kvquant.records import (
+    EvalRecord,
+    read_record,
+    sha256_text,
+    write_new,
+    write_record,
+    write_samples,
+)
 from kvquant.specs import dataset_of, eval_digest, needs_calibration
+
+RECORD, SAMPLES = "run.json", "samples.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `kvquant evaluate`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--scheme", required=True)
-    parser.add_argument("--task", required=True)
-    parser.add_argument("--seeds", required=True, nargs="+", type=int)
-    parser.add_argument("--model-manifest", required=True, type=Path)
-    parser.add_argument("--data-manifest", type=Path, help="for perplexity and RULER")
-    parser.add_argument("--quantizer", type=Path, help="quantizer.json, for calibrated schemes")
+    parser.add_argument("--model", required=True, help="name of the model in the study")
+    parser.add_argument("--scheme", required=True, help="name of the scheme in the study")
+    parser.add_argument("--task", required=True, help="name of the task in the study")
+    parser.add_argument("--seeds", required=True, nargs="+", type=int, help="seeds to measure")
+    parser.add_argument("--model-manifest", required=True, help="manifest.json of fetch-model")
+    parser.add_argument("--data-manifest", help="manifest.json of fetch-data, for tasks with text")
+    parser.add_argument("--quantizer", help="quantizer.json, for schemes that need calibration")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--out-dir", required=True, type=Path, help="gets seed{n}/run.json")
-    parser.add_argument("--resume-dir", type=Path, help="keeps finished seeds of killed jobs")
+    parser.add_argument("--out-dir", required=True, help="gets seedN/run.json and samples.jsonl")
+    parser.add_argument("--resume-dir", help="keeps finished seeds of unfinished jobs")
 
 
-def _resumed(folder: Path | None, digest: str, out: Path) -> bool:
-    """Takes a finished seed from the resume folder; a damaged one is removed."""
-    if folder is None:
-        return False
-    kept, rows = folder / f"{digest}.json", folder / f"{digest}.jsonl"
-    if not (kept.is_file() and rows.is_file()):
-        return False
-    text = rows.read_text(encoding="utf-8")
+def read_pair(folder: Path, digest: str) -> tuple[EvalRecord, str] | None:
+    """A finished seed: its record and the text of its samples; None where there is no record.
+
+    Raises:
+        UserError: The record or its samples are damaged, or belong to another specification.
+    """
+    if not (folder / RECORD).is_file():
+        return None
+    record = read_record(folder / RECORD, EvalRecord)
+    if record.spec_digest != digest:
+        raise UserError(
+            f"{folder / RECORD}: is the result of another specification "
+            f"(digest {record.spec_digest}, expected {digest}): delete it by name"
+        )
+    samples = folder / SAMPLES
+    text = samples.read_text(encoding="utf-8") if samples.is_file() else ""
+    if sha256_text(text) != record.samples_sha256:
+        raise UserError(
+            f"{samples}: missing, truncated or changed (sha256 differs from the record's): "
+            "delete it and run.json beside it and run again to measure it anew"
+        )
+    return record, text
+
+
+def _kept(folder: Path, digest: str) -> tuple[EvalRecord, str] | None:
+    """As :func:`read_pair` for the resume folder, where what is damaged is told and dropped."""
     try:
-        record = read_record(kept, EvalRecord)
-    except UserError:
-        record = None
-    if record is None or record.spec_digest != digest or record.samples_sha256 != sha256_text(text):
-        kept.unlink(missing_ok=True)
-        rows.unlink(missing_ok=True)
-        return False
-    write_new(out / "samples.jsonl", text)
-    write_record(out / "run.json", record)
-    return True
+        return read_pair(folder, digest)
+    except UserError as error:
+        note(f"resume: not used: {str(error).splitlines()[0]}")
+        for name in (RECORD, SAMPLES):
+            (folder / name).unlink(missing_ok=True)
+        return None
+
+
+def _copy(record: EvalRecord, samples: str, folder: Path) -> None:
+    write_new(folder / SAMPLES, samples)
+    write_record(folder / RECORD, record)
+
+
+def _store(folder: Path, record: EvalRecord, result: SuiteResult) -> tuple[EvalRecord, str]:
+    """Writes a measured seed; samples without a record are what a killed job left."""
+    if not (folder / RECORD).is_file():
+        (folder / SAMPLES).unlink(missing_ok=True)
+    digest = write_samples(folder / SAMPLES, result.rows)
+    record = record.model_copy(update={"samples_sha256": digest})
+    write_record(folder / RECORD, record)
+    return record, (folder / SAMPLES).read_text(encoding="utf-8")
+
+
+def _line(record: EvalRecord, where: str) -> str:
+    return (
+        f"{record.model} {record.scheme} {record.task} seed {record.seed}: "
+        f"{record.metric} {record.value:.4f}, {record.samples} samples, "
+        f"{record.bits_per_element:.3f} bits/element, {record.seconds:.1f} s{where}"
+    )
+
+
+def evaluate(
+    study: Study,
+    model: str,
+    scheme: str,
+    task: str,
+    seeds: list[int],
+    *,
+    model_manifest: str | Path,
+    out_dir: str | Path,
+    data_manifest: str | Path | None = None,
+    quantizer: str | Path | None = None,
+    device: str = "auto",
+    resume_dir: str | Path | None = None,
+) -> list[EvalRecord]:
+    """Measures every seed that is not finished yet and writes all of them below `out_dir`.
+
+    Raises:
+        UserError: An unknown name, a missing file, a task that does not fit the model, or an
+            existing result that is damaged or of another specification.
+    """
+    scheme_spec, task_spec = study.scheme(scheme), study.task(task)
+    study.model(model)
+    if min(seeds) < 0 or len(set(seeds)) != len(seeds):
+        raise UserError("--seeds: must be distinct and not negative")
+    if needs_calibration(scheme_spec) and quantizer is None:
+        raise UserError(f"--quantizer: scheme '{scheme}' needs a quantizer.json (run quantize)")
+    finished: dict[int, tuple[EvalRecord, str]] = {}
+    digests = {seed: eval_digest(study, model, scheme, task, seed) for seed in seeds}
+    keep = Path(resume_dir) if resume_dir is not None else None
+    for seed in seeds:
+        folder = Path(out_dir) / f"seed{seed}"
+        found, where = read_pair(folder, digests[seed]), ", already there"
+        if found is None and keep is not None:
+            found, where = _kept(keep / digests[seed], digests[seed]), ", kept from before"
+        if found is not None:
+            finished[seed] = found
+            _copy(*found, folder)
+            note(_line(found[0], where))
+    missing = [seed for seed in seeds if seed not in finished]
+    if missing:
+        runner = _loader(
+            study, model, scheme, task, model_manifest, data_manifest, quantizer, device
+        )
+        for seed in missing:
+            record, result = runner(seed, digests[seed])
+            folder = Path(out_dir) / f"seed{seed}"
+            if keep is not None:
+                finished[seed] = _store(keep / digests[seed], record, result)
+                _copy(*finished[seed], folder)
+            else:
+                finished[seed] = _store(folder, record, result)
+            note(_line(finished[seed][0], ""))
+    return [finished[seed][0] for seed in seeds]
+
+
+def _loader(
+    study: Study,
+    model: str,
+    scheme: str,
+    task: str,
+    model_manifest: str | Path,
+    data_manifest: str | Path | None,
+    quantizer: str | Path | None,
+    device: str,
+) -> Callable[[int, str], tuple[EvalRecord, SuiteResult]]:
+    """Loads the model once; returns the function that measures one seed."""
+    # Late, so that a job whose seeds are all finished, or whose names are wrong, needs no torch.
+    from kvquant.evaluation.registry import run_suite
+    from kvquant.models import load_quantized_model, read_manifest
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    task_spec = study.task(task)
+    if dataset_of(task_spec) and data_manifest is None:
+        raise UserError(f"--data-manifest: task '{task}' reads '{dataset_of(task_spec)}'")
+    qm = load_quantized_model(
+        read_manifest(model_manifest), study.scheme(scheme), quantizer=quantizer, device=device
+    )
+
+    def text(part: Part) -> str:
+        assert data_manifest is not None
+        return load_text(data_manifest, part)
+
+    def measure(seed: int, digest: str) -> tuple[EvalRecord, SuiteResult]:
+        start = time.monotonic()
+        with Progress(f"{model} {scheme} {task} seed {seed}", unit="samples") as progress:
+
+            def report(done: int, total: int) -> None:
+                progress.total = total
+                progress.update(done)
+
+            result = run_suite(Context(qm, task, text, report), task_spec, seed)
+        return _record(study, model, scheme, task, seed, digest, result, start), result
+
+    return measure
+
+
+def _record(
+    study: Study,
+    model: str,
+    scheme: str,
+    task: str,
+    seed: int,
+    digest: str,
+    result: SuiteResult,
+    start: float,
+) -> EvalRecord:
+    return EvalRecord(
+        study=study.study,
+        spec_digest=digest,
+        environment=environment(),
+        model=model,
+        scheme=scheme,
+        task=task,
+        seed=seed,
+        suite=study.task(task).suite,
+        protocol=result.protocol,
+        metric=result.metric,
+        higher_is_better=result.higher_is_better,
+        value=result.value,
+        metrics=result.metrics,
+        samples=len(result.rows),
+        tokens=result.tokens,
+        cache_bytes=result.cache_bytes,
+        cache_elements=result.cache_elements,
+        bits_per_element=8.0 * result.cache_bytes / result.cache_elements,
+        samples_sha256="",
+        seconds=time.monotonic() - start,
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluates the given seeds and writes their records."""
-    study = load_study(args.study)
-    study.model(args.model)
-    scheme, task = study.scheme(args.scheme), study.task(args.task)
-    for seed in args.seeds:
-        if not 0 <= seed <= MAX_SEED:
-            raise UserError(f"--seeds: {seed} is not between 0 and {MAX_SEED}")
-    if needs_calibration(scheme) and args.quantizer is None:
-        raise UserError(f"--quantizer: needed for scheme '{args.scheme}' (run `quantize`)")
-    if dataset_of(task) and args.data_manifest is None:
-        raise UserError(f"--data-manifest: needed for task '{args.task}'")
-    digests = {
-        seed: eval_digest(study, args.model, args.scheme, args.task, seed) for seed in args.seeds
-    }
-    left = []
-    for seed in args.seeds:
-        if _resumed(args.resume_dir, digests[seed], args.out_dir / f"seed{seed}"):
-            print(f"evaluate: seed {seed} was finished before", file=sys.stderr, flush=True)
-        else:
-            left.append(seed)
-    if not left:
-        return
-
-    from kvquant.evaluation.registry import SUITES
-    from kvquant.models import load_quantized_model, read_manifest
-
-    qm = load_quantized_model(
-        read_manifest(args.model_manifest),
-        scheme,
-        quantizer=args.quantizer if needs_calibration(scheme) else None,
+    """Runs `kvquant evaluate`."""
+    evaluate(
+        load_study(args.study),
+        args.model,
+        args.scheme,
+        args.task,
+        args.seeds,
+        model_manifest=args.model_manifest,
+        out_dir=args.out_dir,
+        data_manifest=args.data_manifest,
+        quantizer=args.quantizer,
         device=args.device,
+        resume_dir=args.resume_dir,
     )
-    for seed in left:
-        start = time.perf_counter()
-        result = SUITES[task.suite](qm, task, seed, args.data_manifest)
-        out = args.out_dir / f"seed{seed}"
-        digest = write_rows(out / "samples.jsonl", result.samples)
-        record = EvalRecord(
-            study=study.study,
-            spec_digest=digests[seed],
-            environment=environment(),
-            model=args.model,
-            scheme=args.scheme,
-            task=args.task,
-            seed=seed,
-            suite=task.suite,
-            protocol=result.protocol,
-            metric=result.metric,
-            higher_is_better=result.higher_is_better,
-            value=result.metrics[result.metric],
-            metrics=result.metrics,
-            samples=len(result.samples),
-            tokens=result.tokens,
-            cache_bytes=result.cache_bytes,
-            cache_elements=result.cache_elements,
-            bits_per_element=8 * result.cache_bytes / result.cache_elements,
-            samples_sha256=digest,
-            seconds=time.perf_counter() - start,
-        )
-        if args.resume_dir is not None:
-            rows = (out / "samples.jsonl").read_text(encoding="utf-8")
-            write_new(args.resume_dir / f"{digests[seed]}.jsonl", rows)
-            write_record(args.resume_dir / f"{digests[seed]}.json", record)
-        write_record(out / "run.json", record)
-        print(
-            f"evaluate: {args.scheme} {args.task} seed {seed}: {result.metric} "
-            f"{record.value:.3f}, {record.bits_per_element:.2f} bits/element, "
-            f"{record.seconds:.1f} s",
-            file=sys.stderr,
-            flush=True,
-        )

@@ -116,9 +116,7 @@ def _wikitext2_hub() -> str:
     from huggingface_hub import hf_hub_download
 
     try:
-        path = hf_hub_download(
-            WIKITEXT_REPO, WIKITEXT_FILE, repo_type="dataset", etag_timeout=30
-        )
+        path = hf_hub_download(WIKITEXT_REPO, WIKITEXT_FILE, repo_type="dataset", etag_timeout=30)
     except Exception as error:
         # Offline, blocked, gated, moved: the hub's client raises a different type for each.
         text = (str(error).splitlines() or [type(error).__name__])[0]

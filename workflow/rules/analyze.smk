@@ -1,0 +1,85 @@
+# From records to tables.
+
+
+localrules:
+    aggregate,
+    statistics,
+    pareto,
+
+
+rule aggregate:
+    """Every record, verified against the study, in tidy tables."""
+    input:
+        rules.accuracy.input,
+        rules.performance.input,
+        rules.joules.input,
+    output:
+        expand(
+            "<results>/tables/{table}.{kind}",
+            table=["eval", "samples", "perf", "energy"],
+            kind=["parquet", "csv"],
+        ),
+    log:
+        "<logs>/analyze/aggregate.log",
+    params:
+        study=STUDY_FILE,
+        digest=specs.digest(STUDY),
+        results=STUDY_FILE.parent,
+        out=lambda wildcards, output: Path(output[0]).parent,
+    message:
+        "Collecting all records"
+    shell:
+        "python -m kvquant aggregate --study {params.study} --results {params.results}"
+        " --device-name {DEVICE} --out-dir {params.out} > {log} 2>&1 || {{ cat {log} >&2; exit 1; }}"
+
+
+rule statistics:
+    """Paired tests of every scheme and task against the baseline."""
+    input:
+        "<results>/tables/eval.parquet",
+        "<results>/tables/samples.parquet",
+    output:
+        "<results>/tables/tests.parquet",
+        report(
+            "<results>/tables/tests.csv",
+            caption="../report/tests.rst",
+            category="5 Statistics",
+            labels={"table": "paired tests"},
+        ),
+    log:
+        "<logs>/analyze/statistics.log",
+    params:
+        study=STUDY_FILE,
+        spec=specs.digest(STUDY.statistics),
+        tables=lambda wildcards, output: Path(output[0]).parent,
+    message:
+        "Paired tests"
+    shell:
+        "python -m kvquant statistics --study {params.study} --tables {params.tables}"
+        " --out-dir {params.tables} > {log} 2>&1"
+
+
+rule pareto:
+    """Accuracy, bits, speed and energy of every scheme side by side."""
+    input:
+        "<results>/tables/eval.parquet",
+        "<results>/tables/perf.parquet",
+        "<results>/tables/energy.parquet",
+    output:
+        "<results>/tables/pareto.parquet",
+        report(
+            "<results>/tables/pareto.csv",
+            caption="../report/pareto_table.rst",
+            category="1 Accuracy against cost",
+            labels={"table": "all axes"},
+        ),
+    log:
+        "<logs>/analyze/pareto.log",
+    params:
+        study=STUDY_FILE,
+        tables=lambda wildcards, output: Path(output[0]).parent,
+    message:
+        "Pareto front"
+    shell:
+        "python -m kvquant pareto --study {params.study} --tables {params.tables}"
+        " --out-dir {params.tables} > {log} 2>&1"

@@ -1,0 +1,31 @@
+# One pass of activations and Fisher gradients a model.
+
+
+rule calibrate:
+    """Histograms of a model's keys and values, shared by all calibrated schemes."""
+    input:
+        model="<cache>/models/{model}/manifest.json",
+        data=f"<cache>/data/{STUDY.calibration.dataset}/manifest.json",
+    output:
+        "<results>/calib/{model}/stats.safetensors",
+        "<results>/calib/{model}/stats.json",
+    log:
+        "<logs>/calibrate/{model}.log",
+    benchmark:
+        "<logs>/benchmarks/calibrate/{model}.jsonl"
+    threads: 2 if CPU_STUDY else 8
+    resources:
+        gpu=model_gpus,
+        nodes=1,
+        mem_mb=model_mem_mb,
+        runtime=lambda wildcards, attempt: 120 * attempt,
+    params:
+        study=STUDY_FILE,
+        digest=lambda wildcards: specs.calibration_digest(STUDY, wildcards.model),
+        device=DEVICE_KIND,
+    message:
+        "Calibrating {wildcards.model}"
+    shell:
+        "OMP_NUM_THREADS={threads} python -m kvquant calibrate --study {params.study}"
+        " --model {wildcards.model} --model-manifest {input.model} --data-manifest {input.data}"
+        " --device {params.device} --out {output[0]} > {log} 2>&1"

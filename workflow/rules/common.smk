@@ -1,0 +1,78 @@
+# The validated study, and the few functions that say what a rule's wildcards need.
+import json
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from kvquant import specs
+from kvquant.config import parse_study
+from kvquant.errors import UserError
+from kvquant.grid import grid_lines
+from kvquant.provenance import device_name
+
+try:
+    STUDY = parse_study(config)
+    if STUDY.data_dir is not None and not Path(STUDY.data_dir).is_dir():
+        raise UserError(f"data_dir: no such folder: {STUDY.data_dir}")
+except UserError as error:
+    raise WorkflowError(str(error))
+
+DEVICE = device_name() if STUDY.device == "auto" else STUDY.device
+DEVICE_KIND = "cuda" if STUDY.gpus else "cpu"
+CPU_STUDY = not STUDY.gpus
+STUDY_FILE = Path(STUDY.pathvars.get("results", "results/paper")) / "study.json"
+ALONE = (workflow.cores or 2) if CPU_STUDY else 16  # timed jobs share their machine with nobody
+MEASURED = protected if STUDY.protect else (lambda files: files)
+
+
+wildcard_constraints:
+    model="|".join(map(re.escape, STUDY.models)),
+    scheme="|".join(map(re.escape, STUDY.schemes)),
+    task="|".join(map(re.escape, STUDY.tasks)),
+    workload="|".join({*STUDY.throughput.workloads, *STUDY.energy.workloads} or {"none"}),
+    dataset="essays|wikitext2",
+    device=re.escape(DEVICE),
+    seed=r"\d+",
+    rep=r"\d+",
+
+
+def quantizer(wildcards):
+    """The quantizer file, for schemes that are calibrated."""
+    if not specs.needs_calibration(STUDY.schemes[wildcards.scheme]):
+        return []
+    return f"<results>/models/{wildcards.model}/{wildcards.scheme}/quantizer.json"
+
+
+def text(wildcards):
+    """The manifest of the text a task reads, if it reads one."""
+    dataset = specs.dataset_of(STUDY.tasks[wildcards.task])
+    return f"<cache>/data/{dataset}/manifest.json" if dataset else []
+
+
+def eval_digests(wildcards):
+    """What the results of all seeds depend on: a change reruns this job and no other."""
+    return [
+        specs.eval_digest(STUDY, wildcards.model, wildcards.scheme, wildcards.task, seed)
+        for seed in STUDY.seeds
+    ]
+
+
+def model_gpus(wildcards):
+    """GPUs of an evaluation job; 0 in a study without GPUs."""
+    return 0 if CPU_STUDY else STUDY.models[wildcards.model].gpus
+
+
+def model_mem_mb(wildcards, attempt):
+    return STUDY.models[wildcards.model].mem_gb * 1000 * attempt
+
+
+def eval_runtime(wildcards, attempt):
+    return STUDY.tasks[wildcards.task].minutes * len(STUDY.seeds) * attempt
+
+
+onstart:
+    # Jobs read the study from this file, so that a printed command can be pasted.
+    STUDY_FILE.parent.mkdir(parents=True, exist_ok=True)
+    STUDY_FILE.write_text(STUDY.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    for line in grid_lines(STUDY):
+        print(line, file=sys.stderr)

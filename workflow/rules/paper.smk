@@ -1,0 +1,107 @@
+# Figures, LaTeX tables, numbers and claims; all read tables only.
+FIGURES = {
+    "pareto": ("1 Accuracy against cost", "accuracy, bits and speed"),
+    "perplexity": ("2 Accuracy by task", "perplexity"),
+    "throughput": ("3 Throughput", "prefill and decode against the baseline"),
+}
+
+
+localrules:
+    plot,
+    tables,
+    claims,
+
+
+rule plot:
+    """One figure of the paper, as a vector PDF and as SVG for the report."""
+    input:
+        "<results>/tables/pareto.parquet",
+        "<results>/tables/tests.parquet",
+    output:
+        "<paper>/figures/{figure}.pdf",
+        report(
+            "<paper>/figures/{figure}.svg",
+            caption="../report/figure.rst",
+            category=lambda wildcards: FIGURES[wildcards.figure][0],
+            labels=lambda wildcards: {"figure": FIGURES[wildcards.figure][1]},
+        ),
+    log:
+        "<logs>/paper/{figure}.log",
+    wildcard_constraints:
+        figure="|".join(FIGURES),
+    params:
+        study=STUDY_FILE,
+        tables=lambda wildcards, input: Path(input[0]).parent,
+    message:
+        "Drawing {wildcards.figure}"
+    shell:
+        "python -m kvquant plot --study {params.study} --tables {params.tables}"
+        " --figure {wildcards.figure} --out {output} > {log} 2>&1"
+
+
+rule figures:
+    """All figures."""
+    input:
+        expand("<paper>/figures/{figure}.pdf", figure=FIGURES),
+
+
+TABLES = ["accuracy", "statistics", "throughput", "energy", "memory"]
+
+
+rule tables:
+    """The LaTeX tables, and every number of the text as a macro."""
+    input:
+        "<results>/tables/pareto.parquet",
+        "<results>/tables/tests.parquet",
+        "<results>/tables/claims.csv",
+    output:
+        expand("<paper>/tables/{table}.tex", table=TABLES),
+        "<paper>/numbers.tex",
+    log:
+        "<logs>/paper/tables.log",
+    params:
+        study=STUDY_FILE,
+        tables=lambda wildcards, input: Path(input[0]).parent,
+        out=lambda wildcards, output: Path(output[0]).parent,
+    message:
+        "Writing LaTeX tables"
+    shell:
+        "python -m kvquant tables --study {params.study} --tables {params.tables}"
+        " --out-dir {params.out} --numbers {output[5]} > {log} 2>&1"
+
+
+rule claims:
+    """The claims of the paper: definition, measured value, verdict."""
+    input:
+        "<results>/tables/pareto.parquet",
+        "<results>/tables/tests.parquet",
+    output:
+        report(
+            "<results>/tables/claims.csv",
+            caption="../report/claims.rst",
+            category="0 Claims",
+            labels={"table": "claims"},
+        ),
+        "<paper>/tables/claims.tex",
+    log:
+        "<logs>/paper/claims.log",
+    params:
+        study=STUDY_FILE,
+        tables=lambda wildcards, input: Path(input[0]).parent,
+    message:
+        "Judging the claims"
+    shell:
+        "python -m kvquant claims --study {params.study} --tables {params.tables}"
+        " --out {output[0]} --tex {output[1]} > {log} 2>&1"
+
+
+onsuccess:
+    # The HTML report, once everything it shows is there (a run of a single target skips it).
+    shown = [*rules.figures.input, *rules.claims.output]
+    if all(Path(str(f)).exists() for f in shown):
+        subprocess.run(
+            [sys.executable, "-m", "snakemake", "--snakefile", "Snakefile", "--nolock", "--quiet"]
+            + ["--configfile", STUDY_FILE, "--replace-workflow-config", "--cores", "1"]
+            + ["--report", STUDY_FILE.with_name("report.html")],
+            check=True,
+        )

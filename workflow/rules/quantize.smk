@@ -1,0 +1,30 @@
+# From statistics to codebooks.
+
+
+rule quantize:
+    """The quantizer of one calibrated scheme."""
+    input:
+        stats="<results>/calib/{model}/stats.safetensors",
+        info="<results>/calib/{model}/stats.json",
+    output:
+        "<results>/models/{model}/{scheme}/quantizer.json",
+        "<results>/models/{model}/{scheme}/quantizer.safetensors",
+    log:
+        "<logs>/quantize/{model}/{scheme}.log",
+    threads: 1
+    resources:
+        gpu=0,
+        nodes=1,
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
+        runtime=lambda wildcards, attempt: 60 * attempt,
+    params:
+        study=STUDY_FILE,
+        digest=lambda wildcards: specs.quantizer_digest(
+            STUDY, wildcards.model, wildcards.scheme
+        ),
+    message:
+        "Building quantizer {wildcards.scheme} of {wildcards.model}"
+    shell:
+        "OMP_NUM_THREADS={threads} python -m kvquant quantize --study {params.study}"
+        " --model {wildcards.model} --scheme {wildcards.scheme} --stats {input.stats}"
+        " --out {output[0]} > {log} 2>&1"

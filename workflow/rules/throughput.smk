@@ -1,0 +1,44 @@
+# Latency and memory: each job interleaves its scheme with the baseline, alone on its device.
+
+
+rule throughput:
+    """One workload under one scheme and under the unquantized cache."""
+    input:
+        model="<cache>/models/{model}/manifest.json",
+        quantizer=quantizer,
+    output:
+        MEASURED("<results>/perf/{device}/{model}/{scheme}/{workload}/rep{rep}.json"),
+    log:
+        "<logs>/throughput/{device}/{model}/{scheme}/{workload}/rep{rep}.log",
+    threads: ALONE
+    resources:
+        gpu=STUDY.gpus,
+        nodes=1,
+        mem_mb=model_mem_mb,
+        runtime=lambda wildcards, attempt: 60 * attempt,
+    params:
+        study=STUDY_FILE,
+        digest=lambda wildcards: specs.perf_digest(
+            STUDY, wildcards.model, wildcards.scheme, wildcards.workload
+        ),
+        device=DEVICE_KIND,
+        quantizer=lambda wildcards, input: (
+            f" --quantizer {input.quantizer}" if input.quantizer else ""
+        ),
+    message:
+        "Timing {wildcards.scheme} against the baseline: {wildcards.workload} on {wildcards.device}"
+    shell:
+        "python -m kvquant throughput --study {params.study} --model {wildcards.model}"
+        " --scheme {wildcards.scheme} --workload {wildcards.workload} --rep {wildcards.rep}"
+        " --device-name {wildcards.device} --device {params.device}"
+        " --model-manifest {input.model}{params.quantizer} --out {output} > {log} 2>&1"
+
+
+rule performance:
+    """All throughput measurements of the study."""
+    input:
+        [
+            f"<results>/perf/{DEVICE}/{model}/{scheme}/{workload}/rep{rep}.json"
+            for model in STUDY.models
+            for scheme, workload, rep in STUDY.throughput_cells()
+        ],
