@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import logging
 import tempfile
 import threading
 import time
@@ -70,8 +69,7 @@ class DetailedEnergyProfiler:
                     country_iso_code=self._country,
                     save_to_file=False,
                     output_dir=self._folder.name,
-                    log_level=logging.CRITICAL,
-                    allow_multiple_runs=True,
+                    log_level="critical",
                 )
                 self._tracker.start()
             except Exception as error:  # bookkeeping only: never the reason to lose a measurement
