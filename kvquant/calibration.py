@@ -275,7 +275,9 @@ def run(args: argparse.Namespace) -> None:
     limit = int(model.config.max_position_embeddings)
     if spec.window > limit:
         raise UserError(f"calibration.window: {spec.window} exceeds the model's {limit} positions")
-    ids = tokenizer(load_text(args.data_manifest, "calibration"), add_special_tokens=False).input_ids
+    ids = tokenizer(
+        load_text(args.data_manifest, "calibration"), add_special_tokens=False
+    ).input_ids
     layers = calibrate(model, draw_windows(ids, spec), spec)
     heads = int(model.config.num_key_value_heads)
     info = {

@@ -1,0 +1,202 @@
+"""`kvquant aggregate`: every configured record, verified, in tidy tables.
+
+Nothing is dropped silently: a record that is missing, damaged, of another configuration or without
+a finite value stops the collection, and all such files are named at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kvquant.config import Study, load_study
+from kvquant.errors import UserError
+from kvquant.records import EnergyRecord, EvalRecord, ThroughputRecord, read_record, sha256_text
+from kvquant.specs import energy_digest, eval_digest, perf_digest
+
+FLOAT_FORMAT = "%.10g"
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Writes `path` (.parquet) and its CSV twin, both atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    twin = path.with_suffix(".csv")
+    temporary = path.with_suffix(".tmp")
+    table.to_parquet(temporary, index=False)
+    temporary.replace(path)
+    table.to_csv(temporary, index=False, float_format=FLOAT_FORMAT)
+    temporary.replace(twin)
+
+
+def read_table(folder: Path, name: str) -> pd.DataFrame:
+    """A collected table.
+
+    Raises:
+        UserError: It does not exist.
+    """
+    file = folder / f"{name}.parquet"
+    if not file.is_file():
+        raise UserError(f"--tables: no {name}.parquet in {folder}: run `aggregate` first")
+    return pd.read_parquet(file)
+
+
+def _stale(file: Path, found: str, expected: str) -> str:
+    return (
+        f"{file}: measured with another configuration (digest {found}, the study has {expected}): "
+        "delete it by name and run again, or rename the changed entry"
+    )
+
+
+def _sample_score(row: dict[str, Any], suite: str) -> float:
+    """A sample's score: mean negative log likelihood for perplexity, else the suite's score."""
+    return row["nll"] / row["tokens"] if suite == "perplexity" else float(row["score"])
+
+
+def _eval_rows(
+    study: Study, results: Path, problems: list[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    rows, samples = [], []
+    for model in study.models:
+        for scheme in study.schemes:
+            for task in study.tasks:
+                for seed in study.seeds:
+                    folder = results / "eval" / model / scheme / task / f"seed{seed}"
+                    file = folder / "run.json"
+                    try:
+                        record = read_record(file, EvalRecord)
+                    except UserError as error:
+                        problems.append(str(error))
+                        continue
+                    expected = eval_digest(study, model, scheme, task, seed)
+                    if record.spec_digest != expected:
+                        problems.append(_stale(file, record.spec_digest, expected))
+                        continue
+                    if not math.isfinite(record.value):
+                        problems.append(f"{file}: field 'value' is {record.value}")
+                        continue
+                    keep = ["model", "scheme", "task", "suite", "seed", "protocol", "metric"]
+                    keep += ["higher_is_better", "value", "samples", "tokens"]
+                    keep += ["cache_bytes", "cache_elements", "bits_per_element"]
+                    rows.append({name: getattr(record, name) for name in keep})
+                    lines = folder / "samples.jsonl"
+                    text = lines.read_text(encoding="utf-8") if lines.is_file() else ""
+                    if sha256_text(text) != record.samples_sha256:
+                        problems.append(
+                            f"{lines}: not the samples of run.json: delete both and run again"
+                        )
+                        continue
+                    for line in text.splitlines():
+                        row = json.loads(line)
+                        samples.append(
+                            {
+                                "model": model,
+                                "scheme": scheme,
+                                "task": task,
+                                "suite": record.suite,
+                                "seed": seed,
+                                "sample": int(row["index"]),
+                                "score": _sample_score(row, record.suite),
+                            }
+                        )
+    return rows, samples
+
+
+def _side(prefix: str, side: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {f"{prefix}_status": side.status}
+    for name in ("prefill_ms", "decode_ms", "quantize_ms"):
+        times = getattr(side, name)
+        for part in ("median", "p10", "p90", "p99"):
+            row[f"{prefix}_{name}_{part}"] = getattr(times, part) if times else None
+    for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes", "bits_per_element"):
+        row[f"{prefix}_{name}"] = getattr(side, name)
+    row[f"{prefix}_rounds"] = side.prefill_ms.n if side.prefill_ms else 0
+    return row
+
+
+def _timed_rows(
+    study: Study, results: Path, device: str, problems: list[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    perf: list[dict[str, Any]] = []
+    energy: list[dict[str, Any]] = []
+    keys = ["device", "model", "scheme", "workload", "rep"]
+    for model in study.models:
+        for scheme, workload, rep in study.throughput_cells():
+            file = results / "perf" / device / model / scheme / workload / f"rep{rep}.json"
+            try:
+                record = read_record(file, ThroughputRecord)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            expected = perf_digest(study, model, scheme, workload)
+            if record.spec_digest != expected:
+                problems.append(_stale(file, record.spec_digest, expected))
+                continue
+            row = {name: getattr(record, name) for name in keys}
+            row |= {"prompt_tokens": record.prompt_tokens, "batch_size": record.batch_size}
+            row |= {"prefill_ratio": record.prefill_ratio, "quantize_share": record.quantize_share}
+            ours, base = record.scheme_side.decode_ms, record.baseline_side.decode_ms
+            row["decode_ratio"] = base.median / ours.median if ours and base else None
+            perf.append(
+                row | _side("scheme", record.scheme_side) | _side("base", record.baseline_side)
+            )
+        for scheme, workload, rep in study.energy_cells():
+            file = results / "energy" / device / model / scheme / workload / f"rep{rep}.json"
+            try:
+                joules = read_record(file, EnergyRecord)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            expected = energy_digest(study, model, scheme, workload)
+            if joules.spec_digest != expected:
+                problems.append(_stale(file, joules.spec_digest, expected))
+                continue
+            row = {name: getattr(joules, name) for name in keys}
+            row |= {"source": joules.source, "method": joules.method}
+            row |= {"idle_watts": joules.idle_watts, "energy_ratio": joules.energy_ratio}
+            for prefix, side in (("scheme", joules.scheme_side), ("base", joules.baseline_side)):
+                row[f"{prefix}_joules_per_token"] = side.joules_per_token
+                row[f"{prefix}_joules_per_token_above_idle"] = side.joules_per_token_above_idle
+                row[f"{prefix}_trials"] = len(side.joules)
+            energy.append(row)
+    return perf, energy
+
+
+def collect(study: Study, results: Path, device: str) -> dict[str, pd.DataFrame]:
+    """Tables `eval`, `samples`, `perf`, `energy`.
+
+    Raises:
+        UserError: One line for every record that cannot be used.
+    """
+    problems: list[str] = []
+    evaluations, samples = _eval_rows(study, results, problems)
+    perf, energy = _timed_rows(study, results, device, problems)
+    if problems:
+        raise UserError("\n".join(problems))
+    order = ["device", "model", "scheme", "workload", "rep"]
+    return {
+        "eval": pd.DataFrame(evaluations),
+        "samples": pd.DataFrame(samples),
+        "perf": pd.DataFrame(perf, columns=None if perf else order),
+        "energy": pd.DataFrame(energy, columns=None if energy else order),
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `kvquant aggregate`."""
+    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
+    parser.add_argument("--results", required=True, type=Path, help="the study's results folder")
+    parser.add_argument("--device-name", required=True, help="device in perf and energy paths")
+    parser.add_argument("--out-dir", required=True, type=Path)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Collects and writes the tables."""
+    tables = collect(load_study(args.study), args.results, args.device_name)
+    for name, table in tables.items():
+        write_table(table, args.out_dir / f"{name}.parquet")
+        print(f"aggregate: {name}: {len(table)} rows")

@@ -1,0 +1,211 @@
+"""`kvquant plot`: the paper's figures, drawn from tables only."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+
+from kvquant.analysis.collect import read_table
+from kvquant.config import Study, load_study
+from kvquant.errors import unknown
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+# Okabe and Ito's palette: told apart with every common colour vision.
+COLORS = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+WIDTH = 3.4  # inches, one column of the paper
+STYLE = {
+    "font.size": 7.5,
+    "axes.labelsize": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 6.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.5,
+    "lines.markersize": 5,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "kvquant",
+    "figure.constrained_layout.use": True,
+}
+
+
+def _look(study: Study, scheme: str) -> tuple[str, str]:
+    index = list(study.schemes).index(scheme)
+    return COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+
+
+def _loss_panel(axis: Any, study: Study, pareto: pd.DataFrame, tests: pd.DataFrame, x: str) -> None:
+    """Perplexity increase against one cost axis, with confidence intervals over seeds."""
+    language = tests[tests.suite == "perplexity"]
+    for row in pareto.itertuples():
+        color, marker = _look(study, row.scheme)
+        cost = getattr(row, x)
+        if np.isnan(cost) or np.isnan(row.perplexity_change):
+            continue
+        mine = language[(language.scheme == row.scheme) & (language.model == row.model)]
+        error = None
+        if len(mine):
+            low = (mine.difference - mine.ci_low).mean()
+            high = (mine.ci_high - mine.difference).mean()
+            error = [[low], [high]]
+        axis.errorbar(
+            cost,
+            row.perplexity_change,
+            yerr=error,
+            fmt=marker,
+            color=color,
+            mfc="white" if row.dominated else color,
+            elinewidth=0.8,
+            capsize=2,
+            label=row.scheme,
+            zorder=3,
+        )
+    axis.set_yscale("symlog", linthresh=1.0, linscale=0.7)
+    axis.axhline(0, color="#888888", linewidth=0.6, zorder=1)
+    ticks = [0, 0.5, 1, 2, 5, 10, 20, 50, 100]
+    top = axis.get_ylim()[1]
+    axis.set_yticks([t for t in ticks if t <= top], [f"{t:g}" for t in ticks if t <= top])
+    axis.minorticks_off()
+
+
+def pareto(study: Study, tables: Path) -> Any:
+    """Perplexity loss against bits, prefill speed and energy."""
+    frame, tests = read_table(tables, "pareto"), read_table(tables, "tests")
+    figure, axes = plt.subplots(3, 1, figsize=(WIDTH, 5.2), sharey=True)
+    source = frame["energy_source"].iloc[0]
+    note = ", estimated" if "estimated" in str(source) else ""
+    panels = (
+        ("bits_per_element", "bits per element, everything included (smaller is better)"),
+        ("prefill_ratio", "prefill speed over fp16 (larger is better)"),
+        ("energy_ratio", f"energy per token over fp16{note} (smaller is better)"),
+    )
+    for axis, (column, label) in zip(axes, panels, strict=True):
+        _loss_panel(axis, study, frame, tests, column)
+        axis.set_xlabel(label)
+        axis.margins(x=0.08)
+    axes[1].set_ylabel("perplexity increase over fp16 (smaller is better)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=3, frameon=False, handletextpad=0.2
+    )
+    return figure
+
+
+def perplexity(study: Study, tables: Path) -> Any:
+    """Perplexity increase of every scheme: means with intervals, and each seed."""
+    tests, values = read_table(tables, "tests"), read_table(tables, "eval")
+    language = tests[tests.suite == "perplexity"]
+    figure, axis = plt.subplots(figsize=(WIDTH, 2.2))
+    schemes = [s for s in study.schemes if s != study.baseline]
+    groups = list(language.groupby(["model", "task"], sort=False))
+    for g, ((model, task), group) in enumerate(groups):
+        shift = (g - (len(groups) - 1) / 2) * 0.2
+        seeds = values[(values.model == model) & (values.task == task)]
+        base = seeds[seeds.scheme == study.baseline].set_index("seed")["value"]
+        for i, scheme in enumerate(schemes):
+            row = group[group.scheme == scheme].iloc[0]
+            color, marker = _look(study, scheme)
+            single = seeds[seeds.scheme == scheme].set_index("seed")["value"] - base
+            jitter = np.linspace(-0.06, 0.06, len(single))
+            axis.plot(i + shift + 0.13 + jitter, single, ".", color=color, ms=2.5, alpha=0.6)
+            axis.errorbar(
+                i + shift,
+                row.difference,
+                yerr=[[row.difference - row.ci_low], [row.ci_high - row.difference]],
+                fmt=marker,
+                color=color,
+                capsize=2.5,
+                elinewidth=0.9,
+            )
+    axis.set_yscale("log")
+    axis.set_xticks(range(len(schemes)), schemes)
+    axis.grid(axis="x", visible=False)
+    axis.set_ylabel("perplexity increase over fp16")
+    axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+    return figure
+
+
+def throughput(study: Study, tables: Path) -> Any:
+    """Prefill and decode speed over the baseline, by workload."""
+    perf = read_table(tables, "perf")
+    workloads = list(dict.fromkeys(perf["workload"])) if len(perf) else []
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.3), sharey=True)
+    schemes = [s for s in study.schemes if s in set(perf["scheme"])] if len(perf) else []
+    for axis, part in zip(axes, ("prefill", "decode"), strict=True):
+        for i, scheme in enumerate(schemes):
+            color, _ = _look(study, scheme)
+            for w, workload in enumerate(workloads):
+                rows = perf[(perf.scheme == scheme) & (perf.workload == workload)]
+                if not len(rows):
+                    continue
+                row = rows.iloc[0]
+                ratio = row[f"{part}_ratio"]
+                if ratio is None or np.isnan(ratio):
+                    continue
+                base = row[f"base_{part}_ms_median"]
+                ends = [base / row[f"scheme_{part}_ms_{p}"] for p in ("p90", "p10")]
+                place = i + (w - (len(workloads) - 1) / 2) * 0.25
+                axis.errorbar(
+                    ratio,
+                    place,
+                    xerr=[[max(0.0, ratio - ends[0])], [max(0.0, ends[1] - ratio)]],
+                    fmt=MARKERS[w],
+                    color=color,
+                    capsize=2,
+                    elinewidth=0.8,
+                    ms=4,
+                )
+        axis.axvline(1, color="#888888", linewidth=0.8)
+        axis.set_xlabel(f"{part} speed over fp16")
+        axis.grid(axis="y", visible=False)
+        axis.set_xlim(left=0)
+    axes[0].set_yticks(range(len(schemes)), schemes)
+    axes[0].invert_yaxis()
+    handles = [
+        plt.Line2D([], [], color="#444444", marker=MARKERS[w], linestyle="", label=name)
+        for w, name in enumerate(workloads)
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Study, Path], Any]] = {
+    "pareto": pareto,
+    "perplexity": perplexity,
+    "throughput": throughput,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `kvquant plot`."""
+    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
+    parser.add_argument("--tables", required=True, type=Path, help="folder of collected tables")
+    parser.add_argument("--figure", required=True, help=", ".join(FIGURES))
+    parser.add_argument("--out", required=True, nargs="+", type=Path, help=".pdf, .svg or .png")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draws one figure into every file given."""
+    if args.figure not in FIGURES:
+        raise unknown("figure", args.figure, FIGURES)
+    study = load_study(args.study)
+    with plt.rc_context(STYLE):
+        figure = FIGURES[args.figure](study, args.tables)
+        for file in args.out:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # no dates: the same tables give the same file
+            empty = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+            figure.savefig(file, dpi=300, metadata=empty.get(file.suffix))
+            print(f"plot: {file}")

@@ -1,0 +1,113 @@
+"""`kvquant pareto`: accuracy, bits, speed and energy of every scheme side by side."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kvquant.analysis.collect import read_table, write_table
+from kvquant.config import Study, load_study
+
+
+def dominated(costs: np.ndarray) -> np.ndarray:
+    """Which rows another row beats.
+
+    A row is dominated if another is at least as good on every axis and better on one. Axes on which
+    either row has no value are left out of that comparison; without a common axis nothing is said.
+
+    Args:
+        costs: `[rows, axes]`, smaller is better, NaN for not measured.
+
+    Returns:
+        bool `[rows]`.
+    """
+    n = len(costs)
+    out = np.zeros(n, dtype=bool)
+    for i in range(n):
+        for j in range(n):
+            both = ~np.isnan(costs[i]) & ~np.isnan(costs[j])
+            if i == j or not both.any():
+                continue
+            mine, other = costs[i][both], costs[j][both]
+            if (other <= mine).all() and (other < mine).any():
+                out[i] = True
+    return out
+
+
+def pareto_table(
+    study: Study, evaluations: pd.DataFrame, perf: pd.DataFrame, energy: pd.DataFrame
+) -> pd.DataFrame:
+    """One row a (model, scheme).
+
+    `bits_per_element` is that of the first perplexity task, or of all tasks without one: contexts
+    of one length, so that schemes are compared under the same share of 16-bit tokens.
+    """
+    rows = []
+    for model in study.models:
+        for scheme in study.schemes:
+            mine = evaluations[(evaluations.model == model) & (evaluations.scheme == scheme)]
+            base = evaluations[
+                (evaluations.model == model) & (evaluations.scheme == study.baseline)
+            ]
+            row: dict[str, object] = {"model": model, "scheme": scheme}
+            for suite in ("perplexity", "passkey", "ruler"):
+                values = mine[mine.suite == suite].groupby("task")["value"].mean()
+                reference = base[base.suite == suite].groupby("task")["value"].mean()
+                row[suite] = values.mean() if len(values) else np.nan
+                row[f"{suite}_change"] = (values - reference).mean() if len(values) else np.nan
+            language = mine[mine.suite == "perplexity"]
+            sized = language if len(language) else mine
+            bits = 8 * sized.cache_bytes.sum() / sized.cache_elements.sum()
+            row["bits_per_element"] = bits
+            row["bits_all_tasks"] = 8 * mine.cache_bytes.sum() / mine.cache_elements.sum()
+            for name, table, column in (
+                ("prefill_ratio", perf, "prefill_ratio"),
+                ("decode_ratio", perf, "decode_ratio"),
+                ("quantize_share", perf, "quantize_share"),
+                ("energy_ratio", energy, "energy_ratio"),
+            ):
+                value = np.nan
+                if scheme == study.baseline:
+                    value = 0.0 if column == "quantize_share" else 1.0
+                elif column in table:
+                    chosen = table[(table.model == model) & (table.scheme == scheme)][column]
+                    value = chosen.dropna().median() if len(chosen.dropna()) else np.nan
+                row[name] = value
+            sources = energy["source"].unique() if "source" in energy else []
+            row["energy_source"] = ",".join(sorted(sources)) or "not measured"
+            rows.append(row)
+    table = pd.DataFrame(rows)
+    table["dominated"] = False
+    for model in study.models:
+        mine = table["model"] == model
+        costs = np.column_stack(
+            [
+                table.loc[mine, "perplexity_change"],
+                -table.loc[mine, "passkey_change"],
+                -table.loc[mine, "ruler_change"],
+                table.loc[mine, "bits_per_element"],
+                -table.loc[mine, "prefill_ratio"],
+                table.loc[mine, "energy_ratio"],
+            ]
+        ).astype(float)
+        table.loc[mine, "dominated"] = dominated(costs)
+    return table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `kvquant pareto`."""
+    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
+    parser.add_argument("--tables", required=True, type=Path, help="folder of collected tables")
+    parser.add_argument("--out-dir", required=True, type=Path)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes pareto.parquet and pareto.csv."""
+    tables = [read_table(args.tables, name) for name in ("eval", "perf", "energy")]
+    table = pareto_table(load_study(args.study), *tables)
+    write_table(table, args.out_dir / "pareto.parquet")
+    for row in table.itertuples():
+        print(f"{row.model} {row.scheme}: {row.bits_per_element:.2f} bits per element")
