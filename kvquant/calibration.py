@@ -6,116 +6,27 @@ arrives, and the layer's tensors are freed: memory is one window's graph plus th
 whatever the number of windows.
 
 Keys are static per channel, but a channel's range is known only at the end. Their histograms are
-therefore kept in raw units, one a channel, on a grid laid out by the first window; percentiles come
-from the counts, and the normalized histogram of any range is an affine map of the bins. Values are
-normalized per token online, so their histogram is already that of the normalized data, one for each
-outlier fraction.
+therefore kept in raw units, one a channel, on a grid laid out by the first window that doubles when
+later data leaves it; percentiles come from the counts, and the normalized histogram of any range is
+an affine map of the bins. Values are normalized per token online, so their histogram is already
+that of the normalized data, one for each outlier fraction.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kvquant.batched_quant import outliers_per_side
+from kvquant.calibration_statistics import LayerStatistics, save_statistics
 from kvquant.config import CalibrationSpec, load_study
 from kvquant.errors import UserError
-from kvquant.kernels.pytorch_fused import inverse_range, split_outliers
 from kvquant.models import attention_layers, load_base_model, read_manifest, resolve_device
 from kvquant.specs import VERSIONS, calibration_digest
-
-VALUE_BINS = 1024
-
-
-@dataclass
-class LayerStatistics:
-    """Histograms of one layer.
-
-    Attributes:
-        low: fp32 `[channels]`, left end of each key channel's grid.
-        width: fp32 `[channels]`, width of its bins.
-        counts: fp32 `[channels, bins]`, elements.
-        fisher: fp32 `[channels, bins]`, summed squared gradients.
-        value_counts: fp32 `[fractions, VALUE_BINS]` on [-1, 1].
-        value_fisher: fp32, the same shape.
-        value_fisher_range2: fp32, squared gradients times the token's squared range.
-    """
-
-    low: torch.Tensor
-    width: torch.Tensor
-    counts: torch.Tensor
-    fisher: torch.Tensor
-    value_counts: torch.Tensor
-    value_fisher: torch.Tensor
-    value_fisher_range2: torch.Tensor
-
-    @classmethod
-    def from_first(cls, keys: torch.Tensor, bins: int, fractions: int) -> LayerStatistics:
-        """Lays out the grids: the first window's range and half of it more on each side."""
-        channels, device = keys.shape[1], keys.device
-        low, high = keys.amin(0), keys.amax(0)
-        margin = (high - low).clamp_(min=1e-6) * 0.5
-
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.float32, device=device)
-
-        return cls(
-            low - margin,
-            (high - low + 2 * margin) / bins,
-            zeros(channels, bins),
-            zeros(channels, bins),
-            zeros(fractions, VALUE_BINS),
-            zeros(fractions, VALUE_BINS),
-            zeros(fractions, VALUE_BINS),
-        )
-
-    def add_keys(self, keys: torch.Tensor, fisher: torch.Tensor) -> None:
-        """Adds keys fp32 `[tokens, channels]` and their squared gradients."""
-        channels, bins = self.counts.shape
-        index = ((keys - self.low) / self.width).long().clamp_(0, bins - 1)
-        index += torch.arange(channels, device=keys.device) * bins
-        flat = index.view(-1)
-        self.counts.view(-1).index_add_(0, flat, torch.ones_like(fisher).view(-1))
-        self.fisher.view(-1).index_add_(0, flat, fisher.reshape(-1))
-
-    def add_values(
-        self, values: torch.Tensor, fisher: torch.Tensor, fractions: list[float]
-    ) -> None:
-        """Adds values fp32 `[tokens, channels]` and their squared gradients."""
-        half = values.to(torch.float16)
-        for i, fraction in enumerate(fractions):
-            mask, low, high = split_outliers(half, outliers_per_side(fraction, values.shape[1]))
-            scale = (high - low) * 0.5
-            normalized = (half.float() - (high + low) * 0.5) * inverse_range(scale)
-            index = ((normalized + 1.0) * (VALUE_BINS / 2)).long().clamp_(0, VALUE_BINS - 1)
-            keep = (~mask).float()
-            flat = index.view(-1)
-            self.value_counts[i].index_add_(0, flat, keep.view(-1))
-            weighted = fisher * keep
-            self.value_fisher[i].index_add_(0, flat, weighted.reshape(-1))
-            self.value_fisher_range2[i].index_add_(0, flat, (weighted * scale**2).reshape(-1))
-
-    def check(self, fraction: float, layer: int) -> None:
-        """Percentiles must not lie in the clamped end bins.
-
-        Raises:
-            UserError: Later windows fell outside the first window's grid.
-        """
-        total = self.counts.sum(1)
-        edge = torch.maximum(self.counts[:, 0], self.counts[:, -1])
-        if bool((edge > total * max(fraction, 0.002) / 2).any()):
-            raise UserError(
-                f"calibration: layer {layer}: keys of later windows lie far outside the first "
-                "window's range; use longer windows (calibration.window)"
-            )
 
 
 class _Collector:
@@ -215,41 +126,10 @@ def calibrate(
     collector = _Collector(model, spec)
     collector.run(model, windows, next(model.parameters()).device)
     found = []
-    for i, statistics in enumerate(collector.statistics):
+    for statistics in collector.statistics:
         assert statistics is not None
-        statistics.check(min((f for f in spec.outlier_fractions if f > 0), default=0.0), i)
         found.append(statistics)
     return found
-
-
-def save_statistics(path: Path, layers: list[LayerStatistics], info: dict[str, Any]) -> None:
-    """Writes stats.safetensors and stats.json (the JSON last)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"layers.{i}.{name}": tensor.cpu().contiguous()
-        for i, layer in enumerate(layers)
-        for name, tensor in vars(layer).items()
-    }
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
-    temporary.replace(path)
-    path.with_suffix(".json").write_text(
-        json.dumps(info, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
-
-
-def load_statistics(path: Path) -> tuple[list[LayerStatistics], dict[str, Any]]:
-    """Reads what :func:`save_statistics` wrote."""
-    if not path.is_file():
-        raise UserError(f"--stats: no such file: {path}")
-    info = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    tensors = load_file(path)
-    names = list(LayerStatistics.__dataclass_fields__)
-    layers = [
-        LayerStatistics(**{name: tensors[f"layers.{i}.{name}"] for name in names})
-        for i in range(info["num_layers"])
-    ]
-    return layers, info
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -54,7 +54,7 @@ class CalibrationSpec(_Strict):
     window: int = Field(2048, ge=32, description="tokens in a window")
     seed: int = Field(0, ge=0, le=MAX_SEED)
     sinks: int = Field(1, ge=0, description="first tokens of a window that are left out")
-    bins: int = Field(1024, ge=64, description="histogram bins per key channel")
+    bins: int = Field(1024, ge=64, multiple_of=4, description="histogram bins per key channel")
     outlier_fractions: list[float] = Field(
         [0.0, 0.01, 0.02], description="value outlier fractions that schemes may use"
     )

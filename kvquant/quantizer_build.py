@@ -10,7 +10,7 @@ import torch
 
 import kvquant
 from kvquant.batched_quant import LayerQuantizer
-from kvquant.calibration import LayerStatistics, load_statistics
+from kvquant.calibration_statistics import LayerStatistics, load_statistics
 from kvquant.config import NuqScheme, load_study
 from kvquant.errors import UserError
 from kvquant.nuq import Histogram, fit, q_norm

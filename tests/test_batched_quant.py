@@ -25,7 +25,9 @@ def data(shape: tuple[int, ...], seed: int, kind: torch.dtype = torch.float16) -
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator)
     # coarse steps, so that ties are common
-    return ((x * 8).round() / 8 * (1 + 3 * (torch.rand(shape, generator=generator) < 0.02))).to(kind)
+    return ((x * 8).round() / 8 * (1 + 3 * (torch.rand(shape, generator=generator) < 0.02))).to(
+        kind
+    )
 
 
 def token_major(x: torch.Tensor) -> torch.Tensor:
@@ -82,7 +84,9 @@ def test_pack_unpack_equals_fake_quantization_bit_for_bit(
 ) -> None:
     quantizer = make(heads, dim, bits, outliers, seed)
     x = data((3, heads, size, dim), seed, kind)
-    assert torch.equal(quantizer.unpack_keys(quantizer.pack_keys(x), x.shape), quantizer.fake_keys(x))
+    assert torch.equal(
+        quantizer.unpack_keys(quantizer.pack_keys(x), x.shape), quantizer.fake_keys(x)
+    )
     packed = quantizer.pack_values(x)
     assert torch.equal(quantizer.unpack_values(packed, x.shape), quantizer.fake_values(x))
     assert packed.codes.nbytes == x.numel() * bits // 8

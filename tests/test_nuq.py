@@ -20,10 +20,7 @@ def _brute(x: np.ndarray, w: np.ndarray, k: int) -> float:
     for cuts in itertools.combinations(range(1, len(x)), k - 1):
         edges = [0, *cuts, len(x)]
         means = np.array(
-            [
-                np.average(x[a:b], weights=w[a:b])
-                for a, b in zip(edges, edges[1:], strict=False)
-            ]
+            [np.average(x[a:b], weights=w[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
         )
         best = min(best, _cost(x, w, means))
     return best

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -75,7 +76,7 @@ def _ordering(t: Tables) -> Outcome:
     for (_, task), group in language.groupby(["model", "task"], sort=False):
         losses = {b: group[group.scheme == by_bits[b]].difference.iloc[0] for b in by_bits}
         ordered = [losses[b] for b in sorted(losses, reverse=True)]
-        met &= ordered[0] > 0 and all(a < b for a, b in zip(ordered, ordered[1:], strict=False))
+        met &= ordered[0] > 0 and all(a < b for a, b in pairwise(ordered))
         shown = ", ".join(f"{b} bit +{losses[b]:.2f}" for b in sorted(losses, reverse=True))
         parts.append(f"{task}: {shown}")
     return Outcome("; ".join(parts), met)

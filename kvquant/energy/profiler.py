@@ -1,4 +1,4 @@
-"""`DetailedEnergyProfiler`: a CSV of power, clocks and temperature, and CodeCarbon's bookkeeping."""
+"""`DetailedEnergyProfiler`: a CSV of power and clocks, and the bookkeeping of CodeCarbon."""
 
 from __future__ import annotations
 

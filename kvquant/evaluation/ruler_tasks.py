@@ -79,7 +79,7 @@ def _folder() -> Path:
     """The folder of lm-eval's RULER tasks."""
     if version("lm-eval") != PINNED:
         raise UserError(f"lm-eval: version {version('lm-eval')} is installed, {PINNED} is needed")
-    return Path(list(importlib.import_module(PACKAGE).__path__)[0])
+    return Path(next(iter(importlib.import_module(PACKAGE).__path__)))
 
 
 def _read_yaml(name: str) -> dict[str, Any]:

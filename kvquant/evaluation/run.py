@@ -125,7 +125,8 @@ def evaluate(
         UserError: An unknown name, a missing file, a task that does not fit the model, or an
             existing result that is damaged or of another specification.
     """
-    scheme_spec, task_spec = study.scheme(scheme), study.task(task)
+    scheme_spec = study.scheme(scheme)
+    study.task(task)
     study.model(model)
     if min(seeds) < 0 or len(set(seeds)) != len(seeds):
         raise UserError("--seeds: must be distinct and not negative")

@@ -112,7 +112,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
 
 
 def _header_text(gguf: Path, key: str) -> str | None:
-    """One text field of a GGUF header: key, type 8, length, text (seconds faster than its reader)."""
+    """One text field of a GGUF header: key, type 8, length, text (faster than its reader)."""
     with open(gguf, "rb") as stream:
         head = stream.read(1 << 25)
     marker = struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", 8)

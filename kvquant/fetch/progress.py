@@ -54,7 +54,8 @@ class Progress:
         if not self.total:
             return f"{self.label}: {done}{self.unit}"
         share = min(100.0, 100.0 * amount / self.total)
-        return f"{self.label}: {done} of {self.total / self.scale:.{digits}f}{self.unit} ({share:.0f} %)"
+        whole = f"{self.total / self.scale:.{digits}f}{self.unit}"
+        return f"{self.label}: {done} of {whole} ({share:.0f} %)"
 
     def update(self, amount: float, *, last: bool = False) -> None:
         """Shows `amount` if enough time has passed, and always if it is the last one."""
