@@ -32,7 +32,7 @@ from kvquant.specs import VERSIONS, calibration_digest
 class _Collector:
     """Hooks on the key and value projections of every layer."""
 
-    def __init__(self, model: nn.Module, spec: CalibrationSpec) -> None:
+    def __init__(self, model: Any, spec: CalibrationSpec) -> None:
         self.spec = spec
         self.layers = attention_layers(model)
         self.statistics: list[LayerStatistics | None] = [None] * len(self.layers)
@@ -73,7 +73,7 @@ class _Collector:
         else:
             statistics.add_values(x, fisher, fractions)
 
-    def run(self, model: nn.Module, windows: list[list[int]], device: torch.device) -> None:
+    def run(self, model: Any, windows: list[list[int]], device: torch.device) -> None:
         """One forward and backward pass a window."""
         for number, window in enumerate(windows):
             self._late = {}
@@ -113,9 +113,7 @@ def draw_windows(ids: list[int], spec: CalibrationSpec) -> list[list[int]]:
     return [ids[s : s + spec.window] for s in chosen.tolist()]
 
 
-def calibrate(
-    model: nn.Module, windows: list[list[int]], spec: CalibrationSpec
-) -> list[LayerStatistics]:
+def calibrate(model: Any, windows: list[list[int]], spec: CalibrationSpec) -> list[LayerStatistics]:
     """Statistics of every layer.
 
     Args:

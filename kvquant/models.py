@@ -60,7 +60,7 @@ def resolve_device(device: str) -> torch.device:
 
 def load_base_model(
     directory: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None
-) -> tuple[nn.Module, Any]:
+) -> tuple[Any, Any]:
     """Model and tokenizer from a local directory or hub id; never remote code.
 
     Args:
@@ -86,14 +86,14 @@ def load_base_model(
     return model.to(where).eval(), tokenizer
 
 
-def attention_layers(model: nn.Module) -> list[nn.Module]:
+def attention_layers(model: Any) -> list[Any]:
     """The self-attention modules in order, unwrapped; refuses what is not supported.
 
     Raises:
         UserError: The architecture or an attention kind is not supported.
     """
-    found = []
-    for layer in model.model.layers:  # type: ignore[union-attr]
+    found: list[Any] = []
+    for layer in model.model.layers:
         module = layer.self_attn
         module = module.original if isinstance(module, PrefillQuantizedAttention) else module
         name = type(module).__name__
@@ -126,16 +126,16 @@ def _announce_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     cache.begin_forward(inputs.shape[0], inputs.shape[1], mask)
 
 
-def install_attention(model: nn.Module) -> None:
+def install_attention(model: Any) -> None:
     """Wraps every attention module once; harmless for other caches."""
     attention_layers(model)
     decoder = model.model
-    for layer in decoder.layers:  # type: ignore[union-attr]
+    for layer in decoder.layers:
         if not isinstance(layer.self_attn, PrefillQuantizedAttention):
             layer.self_attn = PrefillQuantizedAttention(layer.self_attn)
     if not getattr(decoder, "_kvquant_hook", False):
-        decoder.register_forward_pre_hook(_announce_mask, with_kwargs=True)  # type: ignore[operator]
-        decoder._kvquant_hook = True  # type: ignore[assignment]
+        decoder.register_forward_pre_hook(_announce_mask, with_kwargs=True)
+        decoder._kvquant_hook = True
 
 
 @dataclass
@@ -226,7 +226,7 @@ def load_quantized_model(
     return QuantizedModel(base, tokenizer, spec, build_codecs(spec, len(layers), tables))
 
 
-def _kv_shape(model: nn.Module) -> tuple[int, int]:
+def _kv_shape(model: Any) -> tuple[int, int]:
     """(num_kv_heads, head_dim) of a model."""
     config: Any = model.config
     heads = config.num_attention_heads

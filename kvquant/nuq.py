@@ -51,7 +51,7 @@ def kmeans_1d(centers: np.ndarray, weights: np.ndarray, clusters: int) -> np.nda
     if n == 0:
         raise ValueError("weights: all zero, there is nothing to fit")
     if n <= clusters:
-        grid = np.linspace(x[0], x[-1], clusters - n + 2)[1:-1] if clusters > n else []
+        grid = np.linspace(x[0], x[-1], clusters - n + 2)[1:-1]
         return np.sort(np.concatenate([x, grid]))
     w = w / w.sum()
     mass = np.concatenate([[0.0], np.cumsum(w)])

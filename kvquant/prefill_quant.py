@@ -36,7 +36,7 @@ class PrefillQuantizedAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of `[batch_size, new_len, hidden_size]` over the cache and the new tokens."""
-        module = self.original
+        module: Any = self.original
         if not isinstance(past_key_values, KVQuantCache):
             return module(
                 hidden_states=hidden_states,

@@ -19,9 +19,7 @@ def _brute(x: np.ndarray, w: np.ndarray, k: int) -> float:
     best = np.inf
     for cuts in itertools.combinations(range(1, len(x)), k - 1):
         edges = [0, *cuts, len(x)]
-        means = np.array(
-            [np.average(x[a:b], weights=w[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
-        )
+        means = np.array([np.average(x[a:b], weights=w[a:b]) for a, b in itertools.pairwise(edges)])
         best = min(best, _cost(x, w, means))
     return best
 

@@ -15,8 +15,8 @@ from kvquant.config import Study, load_study
 def dominated(costs: np.ndarray) -> np.ndarray:
     """Which rows another row beats.
 
-    A row is dominated if another is at least as good on every axis and better on one. Axes on which
-    either row has no value are left out of that comparison; without a common axis nothing is said.
+    A row is dominated if another is at least as good on every axis that the first was measured on,
+    and better on one. A row that misses one of those axes cannot dominate.
 
     Args:
         costs: `[rows, axes]`, smaller is better, NaN for not measured.
@@ -28,10 +28,10 @@ def dominated(costs: np.ndarray) -> np.ndarray:
     out = np.zeros(n, dtype=bool)
     for i in range(n):
         for j in range(n):
-            both = ~np.isnan(costs[i]) & ~np.isnan(costs[j])
-            if i == j or not both.any():
+            axes = ~np.isnan(costs[i])
+            if i == j or not axes.any() or np.isnan(costs[j][axes]).any():
                 continue
-            mine, other = costs[i][both], costs[j][both]
+            mine, other = costs[i][axes], costs[j][axes]
             if (other <= mine).all() and (other < mine).any():
                 out[i] = True
     return out
@@ -76,7 +76,7 @@ def pareto_table(
                     chosen = table[(table.model == model) & (table.scheme == scheme)][column]
                     value = chosen.dropna().median() if len(chosen.dropna()) else np.nan
                 row[name] = value
-            sources = energy["source"].unique() if "source" in energy else []
+            sources: list[str] = list(energy["source"].unique()) if "source" in energy else []
             row["energy_source"] = ",".join(sorted(sources)) or "not measured"
             rows.append(row)
     table = pd.DataFrame(rows)

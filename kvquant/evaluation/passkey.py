@@ -112,7 +112,7 @@ def run_passkey(context: Context, spec: PasskeyTask, seed: int) -> SuiteResult:
         stop=lambda tokens: _ENDED.search(decode(tokens)) is not None,
         on_batch=lambda done: context.progress(done, len(prompts)),
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index, (sample, tokens) in enumerate(zip(samples, found.tokens, strict=True)):
         answer = decode(tokens)
         rows.append(

@@ -71,7 +71,7 @@ class _Lenient(yaml.SafeLoader):
     """Reads `!function module.name` as that text."""
 
 
-_Lenient.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+_Lenient.add_constructor("!function", lambda loader, node: str(node.value))
 
 
 @functools.cache

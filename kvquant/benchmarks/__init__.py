@@ -1,0 +1,1 @@
+"""Benchmarks: throughput and energy of a scheme, interleaved with the unquantized baseline."""

@@ -1,0 +1,20 @@
+"""The command line: help of every verb, one-line errors."""
+
+import pytest
+
+from kvquant.cli import VERBS, main
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    assert "--" in capsys.readouterr().out
+
+
+def test_unknown_verb_and_missing_study(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluat"]) == 2
+    assert "did you mean evaluate" in capsys.readouterr().err
+    assert main(["grid", "--study", "nowhere.yaml"]) == 2
+    assert capsys.readouterr().err == "kvquant: error: --study: no such file: nowhere.yaml\n"

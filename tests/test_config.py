@@ -1,0 +1,74 @@
+"""Study files: all shipped ones are valid, every kind of mistake is one clear line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kvquant import specs
+from kvquant.config import Study, load_study, parse_study
+from kvquant.errors import UserError
+from kvquant.schema import schema_text
+
+
+@pytest.fixture()
+def raw(root: Path) -> dict[str, Any]:
+    return yaml.safe_load((root / "config/demo.yaml").read_text())
+
+
+def test_shipped_studies_are_valid(root: Path) -> None:
+    files = sorted((root / "config").glob("*.yaml"))
+    assert {f.stem for f in files} >= {"config", "demo", "smoke", "h100", "athena"}
+    for file in files:
+        assert isinstance(load_study(file), Study)
+
+
+def test_schema_has_not_drifted(root: Path) -> None:
+    assert (root / "config/schema.json").read_text() == schema_text(), "run `kvquant schema`"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": 3}, r"seeds: Input should be a valid list \(got 3\)"),
+        ({"seeds": [1, 1]}, "seeds: must be distinct"),
+        ({"sedes": [1]}, "sedes: unknown key"),
+        ({"baseline": "fp17"}, "baseline: 'fp17'"),
+        ({"calibration": {"window": -5}}, "calibration.window"),
+        ({"calibration": {"windw": 5}}, "calibration.windw: unknown key"),
+        ({"tasks": {"p": {"suite": "perplexity", "window": -1}}}, r"tasks\.p\.window"),
+        ({"tasks": {"p": {"suite": "perplexty"}}}, r"tasks\.p"),
+        ({"schemes": {"fp16": {"kind": "fp16"}, "x": {"kind": "nuk"}}}, r"schemes\.x"),
+        ({"models": {"m": {"source": "hub"}}}, "needs the field 'repo'"),
+    ],
+)
+def test_mistakes_name_their_field(
+    raw: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_study({**raw, **change})
+
+
+def test_unknown_names_offer_the_nearest(raw: dict[str, Any]) -> None:
+    study = parse_study(raw)
+    for call, name in ((study.scheme, "nuq3-1pc"), (study.task, "ppl"), (study.model, "smollm")):
+        with pytest.raises(UserError, match="did you mean"):
+            call(name)
+
+
+def test_digests_change_only_with_what_they_depend_on(raw: dict[str, Any]) -> None:
+    study = parse_study(raw)
+    changed = {**raw, "schemes": {**raw["schemes"]}}
+    changed["schemes"]["nuq3-1pct"] = {**raw["schemes"]["nuq3-1pct"], "sinks": 4}
+    other = parse_study(changed)
+    for scheme in study.schemes:
+        same = specs.eval_digest(study, "smollm2-135m", scheme, "ppl-b", 0) == specs.eval_digest(
+            other, "smollm2-135m", scheme, "ppl-b", 0
+        )
+        assert same == (scheme != "nuq3-1pct")
+    assert specs.calibration_digest(study, "smollm2-135m") == specs.calibration_digest(
+        other, "smollm2-135m"
+    )

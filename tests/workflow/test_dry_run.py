@@ -1,0 +1,121 @@
+"""The workflow by real Snakemake runs that start no measuring job."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COUNTS = {
+    "demo": {"evaluate": 15, "calibrate": 1, "quantize": 3, "plot": 3},
+    "smoke": {"evaluate": 12, "throughput": 1, "energy": 1},
+}
+
+
+def snakemake(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    bin_dir = str(Path(sys.executable).parent)
+    env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}"}
+    return subprocess.run(
+        [sys.executable, "-m", "snakemake", "--nolock", "-n", *args],
+        cwd=root,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def jobs(output: str) -> dict[str, int]:
+    return {m[1]: int(m[2]) for m in re.finditer(r"^(\w+) +(\d+)$", output, re.M)}
+
+
+def fresh(tmp_path: Path) -> list[str]:
+    """Options that put all outputs of a study into an empty folder."""
+    return [
+        "--config",
+        f"pathvars={{'results': '{tmp_path}/r', 'paper': '{tmp_path}/p', 'logs': '{tmp_path}/l'}}",
+    ]
+
+
+def study(root: Path, tmp_path: Path, name: str, *args: str) -> subprocess.CompletedProcess[str]:
+    config = ["--configfile", f"config/{name}.yaml", "--replace-workflow-config"]
+    return snakemake(root, *config, *fresh(tmp_path), *args)
+
+
+@pytest.mark.parametrize("name", list(COUNTS))
+def test_job_counts(root: Path, tmp_path: Path, name: str) -> None:
+    done = study(root, tmp_path, name)
+    assert done.returncode == 0, done.stderr
+    found = jobs(done.stdout + done.stderr)
+    for rule, count in COUNTS[name].items():
+        assert found[rule] == count, found
+
+
+@pytest.mark.parametrize("name", ["config", "h100", "athena"])
+def test_other_studies_plan(root: Path, tmp_path: Path, name: str) -> None:
+    done = study(root, tmp_path, name)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert jobs(done.stdout + done.stderr)["evaluate"] >= 12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--config", "seeds=3"], "seeds: Input should be a valid list"),
+        (["--config", "data_dir=/no/such/folder"], "data_dir: no such folder"),
+        (["--config", "sedes=[1]"], "sedes: unknown key"),
+    ],
+)
+def test_mistakes_are_one_clear_line(root: Path, options: list[str], message: str) -> None:
+    config = ["--configfile", "config/smoke.yaml", "--replace-workflow-config"]
+    done = snakemake(root, *config, *options)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_unknown_wildcard_fails_while_planning(root: Path, tmp_path: Path) -> None:
+    target = f"{tmp_path}/r/eval/smollm2-135m/nuq9-1pct/ppl-b/seed0/run.json"
+    done = study(root, tmp_path, "smoke", target)
+    assert done.returncode != 0
+    assert "MissingRuleException" in done.stderr
+
+
+def test_released_results_rebuild_figures_without_measuring(root: Path, tmp_path: Path) -> None:
+    from kvquant.config import load_study
+
+    spec = load_study(root / "config/smoke.yaml")
+    results = tmp_path / "r"
+    files = [
+        results / f"eval/{m}/{s}/{t}/seed{n}/{f}"
+        for m in spec.models
+        for s in spec.schemes
+        for t in spec.tasks
+        for n in spec.seeds
+        for f in ("run.json", "samples.jsonl")
+    ]
+    for kind, cells in (("perf", spec.throughput_cells()), ("energy", spec.energy_cells())):
+        for m in spec.models:
+            files += [results / f"{kind}/cpu/{m}/{s}/{w}/rep{r}.json" for s, w, r in cells]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    done = study(root, tmp_path, "smoke", f"{tmp_path}/p/figures/pareto.pdf")
+    assert done.returncode == 0, done.stderr
+    found = jobs(done.stdout + done.stderr)
+    assert {"aggregate", "statistics", "pareto", "plot"} <= set(found)
+    assert not {"evaluate", "calibrate", "quantize", "throughput", "energy", "fetch_model"} & set(
+        found
+    )
+
+
+def test_the_workflow_imports_no_torch(root: Path) -> None:
+    code = (
+        "import sys, kvquant.config, kvquant.specs, kvquant.grid, kvquant.provenance, kvquant.cli\n"
+        "assert not {'torch', 'transformers', 'pandas'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
