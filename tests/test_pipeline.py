@@ -1,0 +1,259 @@
+"""Every verb, in the workflow's order, on a tiny model saved by the test."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from kvquant.cli import main
+from kvquant.records import EvalRecord, ThroughputRecord, read_record
+from tests.conftest import tiny_model
+
+TEXT = "The cat sat on the mat and the dog ran to the red house near a river. " * 400
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of 257 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary["<end>"] = 256
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a saved model, a text and a study; the shared stages have run."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    model = tiny_model(vocab_size=257, max_position_embeddings=1024, eos_token_id=256)
+    model.save_pretrained(folder / "hf")
+    save_tokenizer(folder / "hf")
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "data.json").write_text(
+        json.dumps(
+            {
+                "dataset": "essays",
+                "source": "test",
+                "sha256": hashlib.sha256(TEXT.encode()).hexdigest(),
+                "characters": len(TEXT),
+                "test_from": len(TEXT) // 2,
+                "file": "text.txt",
+            }
+        )
+    )
+    study: dict[str, Any] = {
+        "study": "tiny",
+        "device": "cpu",
+        "seeds": [0, 1, 2],
+        "models": {"tiny": {"source": "local", "path": str(folder / "hf")}},
+        "calibration": {"windows": 2, "window": 128},
+        "schemes": {
+            "fp16": {"kind": "fp16"},
+            "nuq4-1pct": {"kind": "nuq", "bits": 4, "block_size": 32},
+            "nuq3-1pct": {"kind": "nuq", "bits": 3, "block_size": 32},
+            "kivi-2": {"kind": "kivi", "bits": 2, "group": 16, "residual": 16},
+        },
+        "tasks": {
+            "ppl": {"suite": "perplexity", "dataset": "essays", "window": 96, "windows": 2},
+            "ppl-a": {
+                "suite": "perplexity",
+                "dataset": "essays",
+                "window": 96,
+                "windows": 1,
+                "protocol": "A",
+                "chunk": 40,
+            },
+            "passkey": {"suite": "passkey", "length": 600, "samples": 2, "batch_size": 2},
+        },
+        "throughput": {
+            "workloads": {"p64": {"prompt": 64, "batch_size": 2, "answer": 2, "ragged": True}},
+            "schemes": ["nuq3-1pct"],
+            "warmup": 1,
+            "iterations": 5,
+        },
+        "energy": {
+            "workloads": {"p32": {"prompt": 32, "answer": 1}},
+            "schemes": ["nuq3-1pct"],
+            "trials": 2,
+            "seconds": 0.1,
+            "idle_seconds": 0.1,
+        },
+        "pathvars": {"results": str(folder / "r")},
+    }
+    (folder / "study.json").write_text(json.dumps(study))
+    base = ["--study", str(folder / "study.json"), "--model", "tiny"]
+    ours = ["--model-manifest", str(folder / "model.json")]
+    data = ["--data-manifest", str(folder / "data.json")]
+    stats = str(folder / "r/calib/stats.safetensors")
+    assert main(["fetch-model", *base, "--out", str(folder / "model.json")]) == 0
+    assert main(["calibrate", *base, *ours, *data, "--device", "cpu", "--out", stats]) == 0
+    for scheme in ("nuq4-1pct", "nuq3-1pct"):
+        out = str(folder / f"r/models/{scheme}/quantizer.json")
+        assert main(["quantize", *base, "--scheme", scheme, "--stats", stats, "--out", out]) == 0
+    return folder
+
+
+def options(work: Path, scheme: str) -> list[str]:
+    words = ["--study", str(work / "study.json"), "--model", "tiny", "--scheme", scheme]
+    words += ["--model-manifest", str(work / "model.json"), "--device", "cpu"]
+    if scheme.startswith("nuq"):
+        words += ["--quantizer", str(work / f"r/models/{scheme}/quantizer.json")]
+    return words
+
+
+def evaluate(work: Path, scheme: str, task: str, out: Path, *seeds: int) -> int:
+    words = ["evaluate", *options(work, scheme), "--task", task, "--out-dir", str(out)]
+    words += ["--data-manifest", str(work / "data.json"), "--resume-dir", str(work / "resume")]
+    return main([*words, "--seeds", *map(str, seeds)])
+
+
+def test_from_records_to_claims(work: Path) -> None:
+    results, device = work / "r", ["--device-name", "cpu"]
+    for scheme in ("fp16", "nuq4-1pct", "nuq3-1pct", "kivi-2"):
+        for task in ("ppl", "ppl-a", "passkey"):
+            assert evaluate(work, scheme, task, results / f"eval/tiny/{scheme}/{task}", 0, 1, 2) == 0
+    timed = [*options(work, "nuq3-1pct"), *device, "--rep", "0"]
+    perf = results / "perf/cpu/tiny/nuq3-1pct/p64/rep0.json"
+    energy = results / "energy/cpu/tiny/nuq3-1pct/p32/rep0.json"
+    assert main(["throughput", *timed, "--workload", "p64", "--out", str(perf)]) == 0
+    assert main(["energy", *timed, "--workload", "p32", "--out", str(energy)]) == 0
+    record = read_record(perf, ThroughputRecord)
+    assert record.prompt_tokens == 64 + 32
+    assert record.scheme_side.prefill_ms is not None
+    assert record.scheme_side.prefill_ms.n >= 5
+    assert record.quantize_share is not None
+
+    study, tables = ["--study", str(work / "study.json")], str(results / "tables")
+    collect = ["aggregate", *study, "--results", str(results), *device, "--out-dir", tables]
+    assert main(collect) == 0
+    first = (results / "tables/eval.csv").read_bytes()
+    assert main(collect) == 0
+    assert (results / "tables/eval.csv").read_bytes() == first
+    for verb in ("statistics", "pareto"):
+        assert main([verb, *study, "--tables", tables, "--out-dir", tables]) == 0
+    for figure in ("pareto", "perplexity", "throughput"):
+        out = work / f"paper/{figure}"
+        words = ["plot", *study, "--tables", tables, "--figure", figure, "--out"]
+        assert main([*words, f"{out}.pdf", f"{out}.svg"]) == 0
+        assert Path(f"{out}.pdf").stat().st_size > 1000
+    claims = ["--out", tables + "/claims.csv", "--tex", str(work / "paper/claims.tex")]
+    assert main(["claims", *study, "--tables", tables, *claims]) == 0
+    latex = ["--out-dir", str(work / "paper"), "--numbers", str(work / "paper/numbers.tex")]
+    assert main(["tables", *study, "--tables", tables, *latex]) == 0
+    assert r"\toprule" in (work / "paper/accuracy.tex").read_text()
+    tests = pd.read_parquet(results / "tables/tests.parquet")
+    assert len(tests) == 9
+    assert set(pd.read_csv(results / "tables/claims.csv")["verdict"]) <= {
+        "supported",
+        "not supported",
+        "not measured here",
+    }
+
+    # a truncated record is named, and nothing is collected from the rest
+    broken = results / "eval/tiny/fp16/ppl/seed0/run.json"
+    whole = broken.read_text()
+    broken.write_text(whole[:100])
+    assert main(collect) == 2
+    broken.write_text(whole)
+    changed = json.loads((work / "study.json").read_text())
+    changed["tasks"]["ppl"]["window"] = 64
+    (work / "other.json").write_text(json.dumps(changed))
+    other = [str(work / "other.json") if w == str(work / "study.json") else w for w in collect]
+    assert main(other) == 2
+
+
+def test_bits_come_from_bytes(work: Path) -> None:
+    bits = {}
+    for scheme in ("fp16", "nuq4-1pct", "nuq3-1pct"):
+        out = work / "r" / f"eval/tiny/{scheme}/passkey"
+        if not (out / "seed0/run.json").is_file():
+            assert evaluate(work, scheme, "passkey", out, 0) == 0
+        record = read_record(out / "seed0/run.json", EvalRecord)
+        assert record.bits_per_element == 8 * record.cache_bytes / record.cache_elements
+        bits[scheme] = record.bits_per_element
+    assert bits["nuq3-1pct"] < bits["nuq4-1pct"] < bits["fp16"]
+
+
+def test_a_killed_job_resumes_with_equal_results(work: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert evaluate(work, "nuq3-1pct", "ppl", first, 0, 1) == 0
+    kept = sorted((work / "resume").rglob("*"))
+    assert kept
+    assert evaluate(work, "nuq3-1pct", "ppl", again, 1, 0, 2) == 0
+    for seed in (0, 1):
+        for name in ("run.json", "samples.jsonl"):
+            file = f"seed{seed}/{name}"
+            assert (again / file).read_bytes() == (first / file).read_bytes()
+    # without the resume folder the measurement itself gives the same samples
+    shutil.rmtree(work / "resume")
+    fresh = tmp_path / "fresh"
+    assert evaluate(work, "nuq3-1pct", "ppl", fresh, 0) == 0
+    rows = (fresh / "seed0/samples.jsonl").read_bytes()
+    assert rows == (first / "seed0/samples.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--scheme", "nuq5-1pct"], "unknown scheme 'nuq5-1pct': did you mean"),
+        (["--task", "passky"], "unknown task 'passky': did you mean passkey"),
+        (["--model", "tinny"], "unknown model 'tinny': did you mean tiny"),
+        (["--seeds", "-1"], "--seeds"),
+        (["--quantizer", "/no/such/quantizer.json"], "quantizer: no such file"),
+        (["--model-manifest", "/no/such/model.json"], "--model-manifest: no such file"),
+    ],
+)
+def test_bad_input_is_one_line(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    base = ["evaluate", *options(work, "nuq3-1pct"), "--task", "ppl", "--seeds", "0"]
+    base += ["--data-manifest", str(work / "data.json"), "--out-dir", str(tmp_path)]
+    assert main([*base, *words]) == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("kvquant: error")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_quantizer_of_another_model_is_refused(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = json.loads((work / "model.json").read_text())
+    other["weights_sha256"] = "0" * 64
+    (work / "foreign.json").write_text(json.dumps(other))
+    words = ["evaluate", *options(work, "nuq3-1pct"), "--task", "ppl", "--seeds", "0"]
+    words += ["--data-manifest", str(work / "data.json"), "--out-dir", str(tmp_path)]
+    assert main([*words, "--model-manifest", str(work / "foreign.json")]) == 2
+    assert "was built for model 'tiny'" in capsys.readouterr().err
+
+
+def test_wrong_device_name_is_refused(work: Path, tmp_path: Path) -> None:
+    words = ["throughput", *options(work, "nuq3-1pct"), "--workload", "p64", "--rep", "0"]
+    out = tmp_path / "rep0.json"
+    assert main([*words, "--device-name", "h100-80gb-hbm3", "--out", str(out)]) == 2
+    assert not out.exists()
+
+
+def test_empty_prompt_is_refused(work: Path) -> None:
+    from kvquant.errors import UserError
+    from kvquant.generation import greedy
+    from kvquant.models import load_quantized_model
+
+    qm = load_quantized_model(work / "hf", device="cpu")
+    with pytest.raises(UserError, match="prompt 1: is empty"):
+        greedy(qm, [[1], []], 2, batch_size=2)
+    alone = greedy(qm, [[5, 6, 7]], 6, batch_size=1, eos_ids=[]).tokens[0]
+    batch = greedy(qm, [[9] * 30, [5, 6, 7]], 6, batch_size=2, eos_ids=[]).tokens[1]
+    assert alone == batch
+    assert torch.get_num_threads() >= 1
