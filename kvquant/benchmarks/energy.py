@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from kvquant.benchmarks.timing import fits_in_memory, synchronize
 from kvquant.benchmarks.workload import Prepared, add_common_arguments, prepare
-from kvquant.energy.monitor import Meter, idle_watts, open_meter
+from kvquant.energy.monitor import EnergyMonitor, open_meter
 from kvquant.energy.profiler import DetailedEnergyProfiler
+from kvquant.errors import UserError
 from kvquant.provenance import environment
 from kvquant.records import EnergyRecord, EnergySide, write_record
 from kvquant.specs import energy_digest
@@ -20,76 +23,141 @@ from kvquant.specs import energy_digest
 add_arguments = add_common_arguments
 
 
-def trial(
-    prepared: Prepared, new_cache: Callable[[], Any], meter: Meter, seconds: float
-) -> tuple[float, float, int]:
-    """Repeats the job for at least `seconds`.
+@dataclass(frozen=True)
+class Trial:
+    """Energy, time and tokens (prompt and answer) of repeated jobs."""
 
-    Returns:
-        Joules, seconds, and tokens (prompt and answer) of all repetitions.
+    joules: float
+    seconds: float
+    tokens: int
+
+
+def run_trial(
+    job: Callable[[], object], tokens: int, monitor: EnergyMonitor, seconds: float
+) -> Trial:
+    """Repeats `job` for at least `seconds`, at least once.
+
+    The counters refresh about every 100 ms, so a trial must be long against that.
+
+    Args:
+        job: One job; ends when its device has finished.
+        tokens: Prompt and answer tokens of one job.
+        monitor: Measures the trial.
+        seconds: Shortest duration.
     """
-    workload = prepared.workload
-    per_job = prepared.prompt_tokens + workload.batch_size * workload.answer
-    start, first, tokens = time.monotonic(), meter.read(), 0
+    monitor.start()
+    total = 0
     while True:
-        prepared.job(new_cache)
-        tokens += per_job
-        elapsed = time.monotonic() - start
-        if elapsed >= seconds:
-            return meter.read() - first, elapsed, tokens
+        job()
+        total += tokens
+        if monitor.elapsed >= seconds:
+            reading = monitor.stop()
+            return Trial(reading.joules, reading.seconds, total)
 
 
-def _side(name: str, trials: list[tuple[float, float, int]], idle: float) -> EnergySide:
-    joules = [t[0] for t in trials]
-    above = [t[0] - idle * t[1] for t in trials]
-    tokens = [t[2] for t in trials]
+def side(name: str, trials: list[Trial], idle_watts: float) -> EnergySide:
+    """The record's side: raw joules and joules above the idle machine.
+
+    Raises:
+        UserError: The meter counted nothing.
+    """
+    joules = [t.joules for t in trials]
+    above = [t.joules - idle_watts * t.seconds for t in trials]
+    tokens = [t.tokens for t in trials]
+    if sum(joules) <= 0:
+        raise UserError("energy.seconds: the meter counted nothing in this time; make it longer")
     return EnergySide(
         scheme=name,
         joules=joules,
         joules_above_idle=above,
-        seconds=[t[1] for t in trials],
+        seconds=[t.seconds for t in trials],
         tokens=tokens,
         joules_per_token=sum(joules) / sum(tokens),
         joules_per_token_above_idle=sum(above) / sum(tokens),
     )
 
 
-def _print(record: EnergyRecord) -> None:
+def measure(prepared: Prepared, scheme_name: str, monitor: EnergyMonitor) -> dict[str, Any]:
+    """Measures idle power, then both caches in turns.
+
+    Returns:
+        The measured fields of an :class:`EnergyRecord`, and the profiler under `profiler`.
+
+    Raises:
+        UserError: The workload does not fit in memory with one of the caches.
+    """
+    spec, workload = prepared.study.energy, prepared.workload
+    idle = monitor.idle_watts(spec.idle_seconds)
+    sides = [(prepared.study.baseline, prepared.baseline), (scheme_name, prepared.scheme)]
+    per_job = prepared.prompt_tokens + workload.batch_size * workload.answer
+    trials: list[list[Trial]] = [[], []]
+
+    def attempt(name: str, work: Callable[[], object]) -> None:
+        if not fits_in_memory(work):
+            raise UserError(
+                f"energy.workloads: out of memory with the cache of '{name}'; energy per token "
+                "needs a workload that fits under both caches: lower prompt or batch_size"
+            )
+
+    def one_trial(job: Callable[[], object], into: list[Trial]) -> None:
+        into.append(run_trial(job, per_job, monitor, spec.seconds))
+
+    for name, new_cache in sides:  # warm-up
+        attempt(name, partial(prepared.job, new_cache))
+    with DetailedEnergyProfiler(monitor.meter, country=spec.country) as profiler:
+        for _ in range(spec.trials):
+            for taken, (name, new_cache) in zip(trials, sides, strict=True):
+                profiler.label = name
+                attempt(name, partial(one_trial, partial(prepared.job, new_cache), taken))
+    baseline, scheme = (
+        side(name, taken, idle) for (name, _), taken in zip(sides, trials, strict=True)
+    )
+    return {
+        "source": monitor.meter.source,
+        "method": monitor.meter.method,
+        "idle_watts": idle,
+        "scheme_side": scheme,
+        "baseline_side": baseline,
+        "energy_ratio": scheme.joules_per_token / baseline.joules_per_token,
+        "carbon": profiler.carbon | {"covers": "all trials of both caches"},
+        "telemetry": profiler.summary(),
+        "profiler": profiler,
+    }
+
+
+def show(record: EnergyRecord, console: Console) -> None:
+    """Prints the record as a table."""
     table = Table(title=f"{record.workload} on {record.device} ({record.source})")
-    for name in ("cache", "J/token", "J/token above idle", "trials", "seconds"):
-        table.add_column(name, justify="left" if name == "cache" else "right")
-    for side in (record.baseline_side, record.scheme_side):
+    table.add_column("cache")
+    for name in ("J/token", "J/token above idle", "mean W", "trials", "seconds"):
+        table.add_column(name, justify="right")
+    for one in (record.baseline_side, record.scheme_side):
         table.add_row(
-            side.scheme,
-            f"{side.joules_per_token:.4f}",
-            f"{side.joules_per_token_above_idle:.4f}",
-            str(len(side.joules)),
-            f"{sum(side.seconds):.1f}",
+            one.scheme,
+            f"{one.joules_per_token:.4g}",
+            f"{one.joules_per_token_above_idle:.4g}",
+            f"{sum(one.joules) / sum(one.seconds):.1f}",
+            str(len(one.joules)),
+            f"{sum(one.seconds):.1f}",
         )
-    console = Console(width=100)
     console.print(table)
-    console.print(f"{record.method}; idle {record.idle_watts:.1f} W")
+    console.print(f"{record.method}; idle {record.idle_watts:.1f} W with the model loaded")
     console.print(f"energy per token over the baseline: {record.energy_ratio:.3f}")
+    if "error" in record.carbon:
+        console.print(f"carbon: {record.carbon['error']}")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures one workload and writes its record."""
+    """Measures one workload and writes its record, with all samples in a CSV file beside it."""
     prepared = prepare(args, lambda study: study.energy.workloads)
-    spec = prepared.study.energy
-    meter = open_meter(prepared.qm.device.type)
-    idle = idle_watts(meter, spec.idle_seconds)
-    sides: list[Callable[[], Any]] = [prepared.baseline, prepared.scheme]
-    for side in sides:
-        prepared.job(side)  # warm-up
-    trials: list[list[tuple[float, float, int]]] = [[], []]
-    with DetailedEnergyProfiler(
-        meter, csv_path=args.out.with_suffix(".csv"), country=spec.country
-    ) as profiler:
-        for _ in range(spec.trials):
-            for taken, side in zip(trials, sides, strict=True):
-                taken.append(trial(prepared, side, meter, spec.seconds))
-    baseline = _side(prepared.study.baseline, trials[0], idle)
-    scheme = _side(args.scheme, trials[1], idle)
+    device = prepared.qm.device
+    meter = open_meter(device.type)
+    try:
+        monitor = EnergyMonitor(meter, wait=lambda: synchronize(device))
+        measured = measure(prepared, args.scheme, monitor)
+    finally:
+        meter.close()
+    profiler: DetailedEnergyProfiler = measured.pop("profiler")
     record = EnergyRecord(
         study=prepared.study.study,
         spec_digest=energy_digest(prepared.study, args.model, args.scheme, args.workload),
@@ -99,14 +167,8 @@ def run(args: argparse.Namespace) -> None:
         scheme=args.scheme,
         workload=args.workload,
         rep=args.rep,
-        source=meter.source,
-        method=meter.method,
-        idle_watts=idle,
-        scheme_side=scheme,
-        baseline_side=baseline,
-        energy_ratio=scheme.joules_per_token / baseline.joules_per_token,
-        carbon=profiler.carbon,
-        telemetry=profiler.samples[-1] if profiler.samples else {},
+        **measured,
     )
-    write_record(args.out, record)
-    _print(record)
+    write_record(args.out, record)  # first: the samples belong to a record that was accepted
+    profiler.write_csv(args.out.with_suffix(".csv"))
+    show(record, Console(width=100))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kvquant.benchmarks.timing import interleave, summarize, synchronize
+from kvquant.benchmarks.timing import (
+    MIN_ROUNDS,
+    Clock,
+    fits_in_memory,
+    interleave,
+    summarize,
+)
 from kvquant.benchmarks.workload import Prepared, add_common_arguments, prepare
 from kvquant.cache import cache_elements, cache_nbytes
 from kvquant.provenance import environment
@@ -22,12 +27,13 @@ add_arguments = add_common_arguments
 
 
 @dataclass
-class _Side:
+class Side:
     """Measurements of one cache; a call runs and times one round."""
 
     prepared: Prepared
     name: str
     quantized: bool
+    clock: Clock
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     quantize: list[float] = field(default_factory=list)
@@ -36,32 +42,39 @@ class _Side:
     elements: int = 0
 
     def __call__(self) -> None:
+        """One round: prefill, then the answer on the same cache."""
         p, device = self.prepared, self.prepared.qm.device
         cuda = device.type == "cuda"
         cache = p.scheme() if self.quantized else p.baseline()
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
-        synchronize(device)
-        start = time.perf_counter()
-        token = p.prefill(cache)
-        synchronize(device)
-        self.prefill.append((time.perf_counter() - start) * 1e3)
+        token, elapsed = self.clock.time(lambda: p.prefill(cache))
+        self.prefill.append(elapsed)
         if cuda:
             self.peak = max(self.peak, torch.cuda.max_memory_allocated(device))
         self.cache_bytes = cache_nbytes(cache)
-        self.elements = cache_elements(cache, p.mask)
+        self.elements = cache_elements(cache, p.batch.mask)
         if self.quantized and not cuda:
             self.quantize.append(cache.quantize_seconds * 1e3)
-        if p.workload.answer:
-            start = time.perf_counter()
-            p.decode(cache, token, p.workload.answer)
-            synchronize(device)
-            self.decode.append((time.perf_counter() - start) * 1e3 / p.workload.answer)
+        if answer := p.workload.answer:
+            _, elapsed = self.clock.time(lambda: p.decode(cache, token, answer))
+            self.decode.append(elapsed / answer)
 
     def drop(self, rounds: int) -> None:
         """Keeps the last `rounds` measurements (the others were warm-up)."""
         for values in (self.prefill, self.decode, self.quantize):
             del values[: max(0, len(values) - rounds)]
+
+    def time_quantization(self, rounds: int) -> None:
+        """Quantize-and-pack milliseconds on a GPU, in rounds of their own.
+
+        The synchronization that this needs would disturb the prefill's timing.
+        """
+        for _ in range(rounds):
+            cache: Any = self.prepared.scheme()
+            cache.timed = True
+            self.prepared.prefill(cache)
+            self.quantize.append(cache.quantize_seconds * 1e3)
 
     def result(self, fits: bool) -> PerfSide:
         """The record's side."""
@@ -85,24 +98,51 @@ class _Side:
         )
 
 
-def _timed_quantization(prepared: Prepared, rounds: int) -> list[float]:
-    """Quantize-and-pack milliseconds on a GPU, in rounds of their own.
+def paired_ratio(baseline: list[float], scheme: list[float]) -> float:
+    """Scheme over baseline speed: the median of the ratios of paired rounds."""
+    return summarize([b / s for b, s in zip(baseline, scheme, strict=True)]).median
 
-    The synchronization that this needs would disturb the prefill's timing.
+
+def measure(prepared: Prepared, scheme_name: str, clock: Clock) -> dict[str, Any]:
+    """Times both caches in turns.
+
+    Returns:
+        The fields `scheme_side`, `baseline_side`, `prefill_ratio` and `quantize_share` of a
+        :class:`ThroughputRecord`.
     """
-    times = []
-    for _ in range(rounds):
-        cache: Any = prepared.scheme()
-        cache.timed = True
-        prepared.prefill(cache)
-        times.append(cache.quantize_seconds * 1e3)
-    return times
+    spec = prepared.study.throughput
+    baseline = Side(prepared, prepared.study.baseline, False, clock)
+    scheme = Side(prepared, scheme_name, prepared.quantizes, clock)
+    rounds, fits = interleave(
+        [baseline, scheme],
+        warmup=spec.warmup,
+        iterations=spec.iterations,
+        max_seconds=spec.max_seconds,
+    )
+    baseline.drop(rounds)
+    scheme.drop(rounds)
+    if fits[1] and scheme.quantized and prepared.qm.device.type == "cuda":
+        fits_in_memory(lambda: scheme.time_quantization(MIN_ROUNDS))
+    ratio = share = None
+    if all(fits):
+        ratio = paired_ratio(baseline.prefill, scheme.prefill)
+        if scheme.quantize:
+            share = summarize(scheme.quantize).median / summarize(baseline.prefill).median
+    return {
+        "scheme_side": scheme.result(fits[1]),
+        "baseline_side": baseline.result(fits[0]),
+        "prefill_ratio": ratio,
+        "quantize_share": share,
+    }
 
 
-def _print(record: ThroughputRecord) -> None:
+def show(record: ThroughputRecord, console: Console) -> None:
+    """Prints the record as a table."""
     table = Table(title=f"{record.workload} on {record.device}: {record.prompt_tokens:,} tokens")
-    for name in ("cache", "prefill ms", "tok/s", "decode ms", "quantize ms", "bits/element"):
-        table.add_column(name, justify="left" if name == "cache" else "right")
+    heads = ("prefill ms", "tok/s", "decode ms", "quantize ms", "cache MB", "peak GB", "bits")
+    table.add_column("cache")
+    for name in heads:
+        table.add_column(name, justify="right")
     for side in (record.baseline_side, record.scheme_side):
         if side.status == "oom" or side.prefill_ms is None:
             table.add_row(side.scheme, "out of memory")
@@ -113,9 +153,10 @@ def _print(record: ThroughputRecord) -> None:
             f"{side.prefill_tokens_per_s:,.0f}",
             f"{side.decode_ms.median:,.1f}" if side.decode_ms else "-",
             f"{side.quantize_ms.median:,.1f}" if side.quantize_ms else "-",
+            f"{(side.cache_bytes or 0) / 1e6:,.2f}",
+            f"{side.peak_bytes / 1e9:,.2f}" if side.peak_bytes else "-",
             f"{side.bits_per_element:.2f}",
         )
-    console = Console(width=100)
     console.print(table)
     if record.prefill_ratio is not None:
         console.print(f"prefill speed over the baseline: {record.prefill_ratio:.3f}")
@@ -126,26 +167,7 @@ def _print(record: ThroughputRecord) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measures one workload and writes its record."""
     prepared = prepare(args, lambda study: study.throughput.workloads)
-    spec = prepared.study.throughput
-    baseline = _Side(prepared, prepared.study.baseline, quantized=False)
-    scheme = _Side(prepared, args.scheme, quantized=True)
-    rounds, fits = interleave(
-        [baseline, scheme],
-        warmup=spec.warmup,
-        iterations=spec.iterations,
-        max_seconds=spec.max_seconds,
-    )
-    baseline.drop(rounds)
-    scheme.drop(rounds)
-    both = all(fits) and bool(baseline.prefill) and bool(scheme.prefill)
-    if fits[1] and prepared.qm.device.type == "cuda" and prepared.qm.codecs is not None:
-        scheme.quantize = _timed_quantization(prepared, 5)
-    ratio = share = None
-    if both:
-        pairs = zip(baseline.prefill, scheme.prefill, strict=True)
-        ratio = summarize([b / s for b, s in pairs]).median
-        if scheme.quantize:
-            share = summarize(scheme.quantize).median / summarize(baseline.prefill).median
+    measured = measure(prepared, args.scheme, Clock.of(prepared.qm.device))
     record = ThroughputRecord(
         study=prepared.study.study,
         spec_digest=perf_digest(prepared.study, args.model, args.scheme, args.workload),
@@ -157,10 +179,7 @@ def run(args: argparse.Namespace) -> None:
         rep=args.rep,
         prompt_tokens=prepared.prompt_tokens,
         batch_size=prepared.workload.batch_size,
-        scheme_side=scheme.result(fits[1]),
-        baseline_side=baseline.result(fits[0]),
-        prefill_ratio=ratio,
-        quantize_share=share,
+        **measured,
     )
     write_record(args.out, record)
-    _print(record)
+    show(record, Console(width=100))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,12 +13,46 @@ import torch
 from kvquant.records import Percentiles
 
 MIN_ROUNDS = 5
+T = TypeVar("T")
 
 
 def synchronize(device: torch.device) -> None:
     """Waits for the device; nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class Clock:
+    """Times a region of work in milliseconds.
+
+    The device is drained before and after the region, and the host's clock is read in between.
+    Events on one stream would not see work that a region leaves on another stream.
+
+    Args:
+        wait: Waits until the device has nothing left to do.
+        now: Seconds.
+    """
+
+    def __init__(
+        self,
+        wait: Callable[[], None] = lambda: None,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._wait = wait
+        self._now = now
+
+    @classmethod
+    def of(cls, device: torch.device) -> Clock:
+        """The clock for work on `device`."""
+        return cls(wait=lambda: synchronize(device))
+
+    def time(self, region: Callable[[], T]) -> tuple[T, float]:
+        """Runs the region; returns its result and its milliseconds."""
+        self._wait()
+        start = self._now()
+        result = region()
+        self._wait()
+        return result, (self._now() - start) * 1e3
 
 
 def summarize(milliseconds: list[float]) -> Percentiles:
@@ -34,49 +70,62 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
+def fits_in_memory(work: Callable[[], object]) -> bool:
+    """Runs `work`; False if memory ran out, after giving back what the attempt held.
+
+    Any other exception passes through.
+    """
+    try:
+        work()
+        return True
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    # Only here is the traceback gone, whose frames kept the attempt's tensors alive.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return False
+
+
 def interleave(
-    sides: list[Callable[[], None]],
+    sides: list[Callable[[], object]],
     *,
     warmup: int,
     iterations: int,
     max_seconds: float,
-    clock: Callable[[], float] = time.perf_counter,
+    now: Callable[[], float] = time.perf_counter,
 ) -> tuple[int, list[bool]]:
     """Calls the sides in turns (A B A B ...) after a warm-up.
 
-    Ends after `iterations` rounds or `max_seconds`, whichever comes first, but not before 5 rounds.
-    A side that runs out of memory is not called again; the others go on.
+    Ends after `iterations` rounds or `max_seconds`, whichever comes first, but never before 5
+    rounds. A side that runs out of memory is not called again; the others go on.
 
     Args:
         sides: Each call measures itself.
         warmup: Rounds whose measurements the caller drops.
         iterations: Most rounds that count.
-        max_seconds: Time after which no further round starts.
-        clock: Seconds; for tests.
+        max_seconds: Time after which no further round starts; the warm-up does not count.
+        now: Seconds; for tests.
 
     Returns:
         The number of counted rounds, and for each side whether it fitted in memory.
     """
     fits = [True] * len(sides)
-    rounds, start = 0, clock()
-    for number in range(warmup + iterations):
-        if number == warmup:
-            start = clock()
-        done = number - warmup
-        if done >= MIN_ROUNDS and clock() - start >= max_seconds:
-            break
+
+    def one_round() -> bool:
         for i, side in enumerate(sides):
-            if not fits[i]:
-                continue
-            try:
-                side()
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                fits[i] = False
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-        if not any(fits):
+            fits[i] = fits[i] and fits_in_memory(side)
+        return any(fits)
+
+    for _ in range(warmup):
+        if not one_round():
+            return 0, fits
+    rounds, start = 0, now()
+    while rounds < max(iterations, MIN_ROUNDS):
+        if rounds >= MIN_ROUNDS and now() - start >= max_seconds:
             break
-        rounds += number >= warmup
+        if not one_round():
+            break
+        rounds += 1
     return rounds, fits

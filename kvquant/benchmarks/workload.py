@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from kvquant.benchmarks.prompts import PromptBatch, prompt_batch
 from kvquant.benchmarks.timing import synchronize
 from kvquant.config import Study, Workload, load_study
 from kvquant.errors import UserError, unknown
-from kvquant.generation import left_pad
-from kvquant.models import QuantizedModel, load_quantized_model, read_manifest
+from kvquant.models import QuantizedModel, load_quantized_model, read_manifest, resolve_device
 from kvquant.provenance import device_name
 from kvquant.specs import needs_calibration
 
@@ -25,7 +25,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--scheme", required=True)
     parser.add_argument("--workload", required=True)
-    parser.add_argument("--rep", required=True, type=int)
+    parser.add_argument("--rep", required=True, type=int, help="repetition; seeds the prompts")
     parser.add_argument("--device-name", required=True, help="checked against the real device")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--model-manifest", required=True, type=Path)
@@ -33,32 +33,24 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="record to write")
 
 
-def prompt_lengths(workload: Workload) -> list[int]:
-    """Tokens of each prompt: all equal, or falling evenly from `prompt` to half of it.
-
-    Example: prompt 512, batch 3, ragged: 512, 384, 256.
-    """
-    n, longest = workload.batch_size, workload.prompt
-    if not workload.ragged or n == 1:
-        return [longest] * n
-    return [longest - round(i * (longest / 2) / (n - 1)) for i in range(n)]
-
-
 @dataclass
 class Prepared:
-    """A loaded model and the padded prompts of a workload."""
+    """A loaded model and the prompts of a workload."""
 
     study: Study
     qm: QuantizedModel
     workload: Workload
-    ids: torch.Tensor
-    mask: torch.Tensor
-    positions: torch.Tensor
+    batch: PromptBatch
 
     @property
     def prompt_tokens(self) -> int:
         """Tokens of all prompts, padding not counted."""
-        return sum(prompt_lengths(self.workload))
+        return self.batch.tokens
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the scheme's cache quantizes at all."""
+        return self.qm.codecs is not None
 
     def baseline(self) -> Any:
         """An empty unquantized cache."""
@@ -68,13 +60,14 @@ class Prepared:
         """An empty cache of the scheme."""
         return self.qm.new_cache("A")
 
-    @torch.inference_mode()
-    def prefill(self, cache: Any) -> torch.Tensor:
-        """Runs the prompts; returns the first answer token `[batch_size, 1]`."""
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
+        """The most likely next token of each prompt, `[batch_size, 1]`."""
         logits = self.qm.model(
-            input_ids=self.ids,
-            attention_mask=self.mask if self.workload.ragged else None,
-            position_ids=self.positions,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -82,21 +75,23 @@ class Prepared:
         return logits[:, -1].argmax(-1, keepdim=True)
 
     @torch.inference_mode()
+    def prefill(self, cache: Any) -> torch.Tensor:
+        """Runs the prompts; returns the first answer token `[batch_size, 1]`."""
+        batch = self.batch
+        # Without padding no mask is given: attention then takes its fastest kernel on both sides.
+        mask = batch.mask if batch.padded else None
+        return self._forward(batch.ids, mask, batch.positions, cache)
+
+    @torch.inference_mode()
     def decode(self, cache: Any, token: torch.Tensor, steps: int) -> None:
         """Greedy decoding of `steps` further tokens, whatever they are."""
-        mask, last = self.mask, self.positions[:, -1:]
-        for _ in range(steps):
-            mask = torch.cat([mask, mask.new_ones((mask.shape[0], 1))], 1)
-            last = last + 1
-            logits = self.qm.model(
-                input_ids=token,
-                attention_mask=mask if self.workload.ragged else None,
-                position_ids=last,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits
-            token = logits[:, -1].argmax(-1, keepdim=True)
+        batch = self.batch
+        width, last = batch.ids.shape[1], batch.positions[:, -1:]
+        ones = batch.mask.new_ones((batch.mask.shape[0], steps))
+        mask = torch.cat([batch.mask, ones], 1) if batch.padded else None
+        for step in range(1, steps + 1):
+            seen = None if mask is None else mask[:, : width + step]
+            token = self._forward(token, seen, last + step, cache)
 
     def job(self, new_cache: Callable[[], Any]) -> None:
         """The whole job: prompts and answers."""
@@ -106,14 +101,28 @@ class Prepared:
         synchronize(self.qm.device)
 
 
+def _check_device(args: argparse.Namespace) -> None:
+    """The named device must be the one that the work will run on."""
+    real = "cpu" if resolve_device(args.device).type == "cpu" else device_name()
+    if args.device_name != real:
+        raise UserError(
+            f"--device-name: this is '{real}', not '{args.device_name}'; set `device: {real}` in "
+            "the study, so that results of different hardware are never mixed"
+        )
+
+
 def prepare(
     args: argparse.Namespace, workloads: Callable[[Study], dict[str, Workload]]
 ) -> Prepared:
     """Checks the options and loads the model.
 
+    Args:
+        args: Options of :func:`add_common_arguments`.
+        workloads: Picks the stage's workloads from the study.
+
     Raises:
-        UserError: An unknown name, a device that is not the one named, or a workload beyond the
-            model's positions.
+        UserError: An unknown name, a result that exists, a device that is not the one named, or a
+            workload beyond the model's positions.
     """
     study = load_study(args.study)
     study.model(args.model)
@@ -121,15 +130,19 @@ def prepare(
     known = workloads(study)
     if args.workload not in known:
         raise unknown("workload", args.workload, known)
+    if study.scheme(study.baseline).kind != "fp16":
+        raise UserError(
+            f"baseline: '{study.baseline}' is not of kind fp16, and timing and energy compare with "
+            "the unquantized cache: name a scheme of kind fp16"
+        )
     if needs_calibration(scheme) and args.quantizer is None:
         raise UserError(f"--quantizer: needed for scheme '{args.scheme}' (run `quantize`)")
+    if args.rep < 0:
+        raise UserError(f"--rep: must not be negative (got {args.rep})")
+    if args.out.exists():  # told before minutes of measuring, not after
+        raise UserError(f"--out: {args.out} exists; delete it by name to measure again")
+    _check_device(args)
     workload = known[args.workload]
-    real = "cpu" if args.device == "cpu" else device_name()
-    if args.device_name != real:
-        raise UserError(
-            f"--device-name: this is '{real}', not '{args.device_name}'; set `device: {real}` in "
-            "the study, so that results of different hardware are never mixed"
-        )
     qm = load_quantized_model(
         read_manifest(args.model_manifest),
         scheme,
@@ -142,12 +155,5 @@ def prepare(
             f"workloads.{args.workload}: prompt and answer take {longest} positions, the model has "
             f"{qm.max_positions}"
         )
-    generator = torch.Generator().manual_seed(args.rep)
-    vocabulary = int(qm.model.config.vocab_size)
-    prompts = [
-        torch.randint(0, vocabulary, (n,), generator=generator).tolist()
-        for n in prompt_lengths(workload)
-    ]
-    ids, mask = left_pad(prompts, 0, qm.device)
-    positions = (mask.cumsum(1) - 1).clamp_(min=0)
-    return Prepared(study, qm, workload, ids, mask, positions)
+    batch = prompt_batch(workload, int(qm.model.config.vocab_size), args.rep, qm.device)
+    return Prepared(study, qm, workload, batch)

@@ -1,18 +1,15 @@
-"""Energy meters.
-
-`NvmlMeter` reads the total-energy counter of all visible GPUs (board energy; it refreshes about
-every 100 ms, so a trial must last seconds). `EstimatedMeter` is for machines without counters: the
-processor's share of its nominal power times its busy time; its numbers are marked and carry no
-claim.
-"""
+"""`EnergyMonitor`: joules and seconds of a stretch of work, from the best meter there is."""
 
 from __future__ import annotations
 
-import os
+import importlib
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import psutil
+from kvquant.energy.estimate import EstimatedMeter, open_cpu_meter
+from kvquant.energy.nvml import NvmlMeter, NvmlPowerMeter, gpu_handles, visible_uuids
 
 
 class Meter(Protocol):
@@ -25,91 +22,100 @@ class Meter(Protocol):
         """Joules since some fixed moment."""
         ...
 
-    def telemetry(self) -> dict[str, Any]:
-        """Clocks, temperature, power: whatever the source knows now."""
+    def telemetry(self) -> list[dict[str, Any]]:
+        """One mapping a device: clocks, temperature, power, whatever the source knows now."""
+        ...
+
+    def close(self) -> None:
+        """Releases what the meter holds."""
         ...
 
 
-class NvmlMeter:
-    """GPU board energy from NVML."""
-
-    source: Literal["nvml", "estimated"] = "nvml"
-    method = "GPU board energy, NVML total energy counter"
-
-    def __init__(self, nvml: Any) -> None:
-        self._nvml = nvml
-        nvml.nvmlInit()
-        count = nvml.nvmlDeviceGetCount()
-        self._handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(count)]
-        if not self._handles:
-            raise RuntimeError("no GPU")
-        self.read()
-
-    def read(self) -> float:
-        """Joules since the driver was loaded, all GPUs."""
-        total = sum(self._nvml.nvmlDeviceGetTotalEnergyConsumption(h) for h in self._handles)
-        return total / 1e3
-
-    def telemetry(self) -> dict[str, Any]:
-        """Of the first GPU: SM clock (MHz), temperature (C), power and its limit (W)."""
-        n, handle = self._nvml, self._handles[0]
-        return {
-            "sm_clock_mhz": n.nvmlDeviceGetClockInfo(handle, n.NVML_CLOCK_SM),
-            "temperature_c": n.nvmlDeviceGetTemperature(handle, n.NVML_TEMPERATURE_GPU),
-            "power_w": n.nvmlDeviceGetPowerUsage(handle) / 1e3,
-            "power_limit_w": n.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,
-        }
-
-
-class EstimatedMeter:
-    """An estimate from this process's processor time.
+def open_meter(
+    device_type: str,
+    *,
+    nvml: Any = None,
+    find_uuids: Callable[[], list[str] | None] = visible_uuids,
+) -> Meter:
+    """The best meter for a device.
 
     Args:
-        watts_per_core: Nominal power of a busy core. 4 W is about a server processor's thermal
-            design power over its cores (280 W / 64).
-        idle_watts: Nominal power of the machine's share when idle.
+        device_type: "cuda" or "cpu".
+        nvml: The pynvml module; None imports it.
+        find_uuids: UUIDs of the GPUs to count.
+
+    Returns:
+        For a GPU the energy counter, else integrated power, else an estimate whose method says
+        why; for a CPU RAPL, else an estimate.
+    """
+    if device_type != "cuda":
+        return open_cpu_meter()
+    try:
+        library = nvml if nvml is not None else importlib.import_module("pynvml")
+        handles = gpu_handles(library, find_uuids())
+        try:
+            return NvmlMeter(library, handles)
+        except Exception:  # counters are missing on older GPUs and hidden on shared ones
+            return NvmlPowerMeter(library, handles)
+    except Exception as error:
+        meter = EstimatedMeter()
+        meter.method += f" (processor only; NVML: {error})"
+        return meter
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Energy of a stretch of work."""
+
+    joules: float
+    seconds: float
+
+
+class EnergyMonitor:
+    """Measures stretches of work between `start()` and `stop()`.
+
+    Args:
+        meter: Where readings come from.
+        wait: Waits until the device has nothing left to do; called at both ends.
+        now: Seconds; for tests.
+        sleep: For tests.
     """
 
-    source: Literal["nvml", "estimated"] = "estimated"
+    def __init__(
+        self,
+        meter: Meter,
+        *,
+        wait: Callable[[], None] = lambda: None,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.meter = meter
+        self._wait = wait
+        self._now = now
+        self._sleep = sleep
+        self._started = (0.0, 0.0)
 
-    def __init__(self, watts_per_core: float = 4.0, idle_watts: float = 4.0) -> None:
-        self._per_core = watts_per_core
-        self._idle = idle_watts
-        self._process = psutil.Process()
-        self.method = (
-            f"estimate: {watts_per_core} W a busy core times processor time, plus {idle_watts} W "
-            "idle; no counter was read"
-        )
+    def start(self) -> None:
+        """Begins a stretch."""
+        self._wait()
+        self._started = (self._now(), self.meter.read())
 
-    def read(self) -> float:
-        """Estimated joules."""
-        times = self._process.cpu_times()
-        return (times.user + times.system) * self._per_core + time.monotonic() * self._idle
+    @property
+    def elapsed(self) -> float:
+        """Seconds since `start()`."""
+        return self._now() - self._started[0]
 
-    def telemetry(self) -> dict[str, Any]:
-        """Number of processors and their clock."""
-        clock = psutil.cpu_freq()
-        return {"cpus": os.cpu_count(), "clock_mhz": clock.current if clock else None}
+    def stop(self) -> Reading:
+        """Ends the stretch."""
+        self._wait()
+        joules = self.meter.read() - self._started[1]
+        return Reading(joules, self.elapsed)
 
-
-def open_meter(device_type: str) -> Meter:
-    """The best meter for "cuda" or "cpu"."""
-    if device_type == "cuda":
-        import pynvml
-
-        try:
-            return NvmlMeter(pynvml)
-        except Exception as error:  # counters may be hidden in a virtual machine
-            meter = EstimatedMeter()
-            meter.method += f" (NVML: {error})"
-            return meter
-    return EstimatedMeter()
-
-
-def idle_watts(meter: Meter, seconds: float) -> float:
-    """Mean power while nothing runs, over `seconds`."""
-    if seconds <= 0:
-        return 0.0
-    start, first = time.monotonic(), meter.read()
-    time.sleep(seconds)
-    return (meter.read() - first) / (time.monotonic() - start)
+    def idle_watts(self, seconds: float) -> float:
+        """Mean power while nothing runs, over `seconds`; 0 if `seconds` is 0."""
+        if seconds <= 0:
+            return 0.0
+        self.start()
+        self._sleep(seconds)
+        reading = self.stop()
+        return reading.joules / reading.seconds

@@ -1,15 +1,17 @@
-"""`DetailedEnergyProfiler`: a CSV of power and clocks, and the bookkeeping of CodeCarbon."""
+"""`DetailedEnergyProfiler`: power, clocks, temperature and utilisation during a region, as CSV."""
 
 from __future__ import annotations
 
 import csv
-import tempfile
+import os
+import statistics
 import threading
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from kvquant.energy.carbon import CarbonTracker
 from kvquant.energy.monitor import Meter
 
 
@@ -19,62 +21,39 @@ class DetailedEnergyProfiler:
     Args:
         meter: Where readings come from.
         interval: Seconds between samples.
-        csv_path: If given, all samples are written there at the end.
         country: ISO code for CodeCarbon in offline mode; None leaves CodeCarbon out.
 
     Attributes:
-        samples: One mapping a sample, with `seconds` and `joules` since the start.
+        label: Written into every sample; set it to say what runs now.
+        samples: One mapping a sample and device, with `seconds` and `joules` since the start.
         carbon: What CodeCarbon reported, or why it did not.
     """
 
-    def __init__(
-        self,
-        meter: Meter,
-        *,
-        interval: float = 0.5,
-        csv_path: Path | None = None,
-        country: str | None = None,
-    ) -> None:
+    def __init__(self, meter: Meter, *, interval: float = 0.5, country: str | None = None) -> None:
         self._meter = meter
         self._interval = interval
-        self._csv = csv_path
-        self._country = country
+        self._tracker = CarbonTracker(country) if country else None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
-        self._tracker: Any = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.label = ""
         self.samples: list[dict[str, Any]] = []
         self.carbon: dict[str, Any] = {}
 
     def _loop(self) -> None:
         start, first = time.monotonic(), self._meter.read()
         while True:
-            self.samples.append(
-                {
-                    "seconds": round(time.monotonic() - start, 3),
-                    "joules": round(self._meter.read() - first, 3),
-                    **self._meter.telemetry(),
-                }
-            )
+            now = {
+                "seconds": round(time.monotonic() - start, 3),
+                "label": self.label,
+                "joules": round(self._meter.read() - first, 3),
+            }
+            self.samples += [now | row for row in self._meter.telemetry()]
             if self._stop.wait(self._interval):
                 return
 
     def __enter__(self) -> DetailedEnergyProfiler:
-        if self._country:
-            try:
-                from codecarbon import OfflineEmissionsTracker
-
-                self._folder = tempfile.TemporaryDirectory(prefix="kvquant-carbon-")
-                self._tracker = OfflineEmissionsTracker(
-                    country_iso_code=self._country,
-                    save_to_file=False,
-                    output_dir=self._folder.name,
-                    log_level="critical",
-                )
-                self._tracker.start()
-            except Exception as error:  # bookkeeping only: never the reason to lose a measurement
-                self.carbon = {"error": str(error).splitlines()[0]}
-                self._tracker = None
+        if self._tracker is not None:
+            self._tracker.start()
         self._thread.start()
         return self
 
@@ -87,19 +66,35 @@ class DetailedEnergyProfiler:
         self._stop.set()
         self._thread.join()
         if self._tracker is not None:
-            kg = self._tracker.stop()
-            data = self._tracker.final_emissions_data
-            self.carbon = {
-                "tool": "codecarbon, offline",
-                "country": self._country,
-                "kg_co2eq": kg,
-                "kwh": data.energy_consumed,
-            }
-        if self._folder is not None:
-            self._folder.cleanup()
-        if self._csv is not None and self.samples:
-            self._csv.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._csv, "w", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, fieldnames=list(self.samples[0]))
-                writer.writeheader()
-                writer.writerows(self.samples)
+            self.carbon = self._tracker.stop()
+
+    def summary(self) -> dict[str, Any]:
+        """Of each numeric field its smallest, median and largest sample, all devices together."""
+        found: dict[str, Any] = {"samples": len(self.samples)}
+        for field in self.samples[0] if self.samples else []:
+            values = [s[field] for s in self.samples if isinstance(s[field], int | float)]
+            if values and field not in ("seconds", "joules", "throttle_reasons"):
+                found[field] = {
+                    "min": min(values),
+                    "median": statistics.median(values),
+                    "max": max(values),
+                }
+        reasons = [s.get("throttle_reasons") for s in self.samples]
+        known = [r for r in reasons if r is not None]
+        if known:  # a bit mask: every reason that was ever seen
+            found["throttle_reasons"] = 0
+            for mask in known:
+                found["throttle_reasons"] |= int(mask)
+        return found
+
+    def write_csv(self, path: Path) -> None:
+        """Writes the samples, whole or not at all."""
+        if not self.samples:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with open(temporary, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, fieldnames=list(self.samples[0]))
+            writer.writeheader()
+            writer.writerows(self.samples)
+        temporary.replace(path)

@@ -12,10 +12,11 @@ from typing import Any
 from kvquant.config import RulerTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
-from kvquant.evaluation.ruler_tasks import RulerSample, definition, make_samples
+from kvquant.evaluation.ruler_tasks import RulerDefinition, RulerSample, definition, make_samples
 from kvquant.generation import greedy
 
 PREFIX_ROOM = 48  # tokens kept free for the answer's prefix, which is known only with the sample
+ATTEMPTS = 5
 
 
 def prompt_text(tokenizer: Any, sample: RulerSample) -> tuple[str, bool]:
@@ -28,6 +29,38 @@ def prompt_text(tokenizer: Any, sample: RulerSample) -> tuple[str, bool]:
     return turn + sample.prefix, False
 
 
+def _fitting(
+    context: Context, spec: RulerTask, task: RulerDefinition, seed: int
+) -> tuple[list[RulerSample], list[list[int]]]:
+    """A seed's samples and prompts, none longer with its answer than the task's length.
+
+    lm-eval counts neither the chat template nor the answer's prefix nor cwe's worked example, so
+    room is left for them; where it was not enough, the samples are made anew with what was missing.
+    """
+    tokenizer = context.qm.tokenizer
+    empty, special = prompt_text(tokenizer, RulerSample("", "", []))
+    overhead = len(encode(tokenizer, empty, special=special)) + PREFIX_ROOM
+    for _ in range(ATTEMPTS):
+        samples = make_samples(
+            task,
+            lambda text: len(encode(tokenizer, text, special=False)),
+            length=spec.length,
+            overhead=overhead,
+            samples=spec.samples,
+            seed=seed,
+            essays=lambda: context.text("all"),
+        )
+        prompts = []
+        for sample in samples:
+            text, special = prompt_text(tokenizer, sample)
+            prompts.append(encode(tokenizer, text, special=special))
+        excess = max(map(len, prompts)) + task.max_new_tokens - spec.length
+        if excess <= 0:
+            return samples, prompts
+        overhead += excess
+    raise UserError(f"length: {spec.length} tokens are too few for {task.name}")
+
+
 def run_ruler(context: Context, spec: RulerTask, seed: int) -> SuiteResult:
     """The task's score in percent: the mean share of the references found in an answer."""
     qm = context.qm
@@ -38,24 +71,10 @@ def run_ruler(context: Context, spec: RulerTask, seed: int) -> SuiteResult:
         raise UserError(f"tasks.{context.task}.task: {error}") from None
     # The length already holds the answer's room, so it alone must fit the positions.
     check_length(context, spec.length, max(0, spec.max_new_tokens - task.max_new_tokens))
-    empty, special = prompt_text(tokenizer, RulerSample("", "", []))
-    overhead = len(encode(tokenizer, empty, special=special)) + PREFIX_ROOM
     try:
-        samples = make_samples(
-            task,
-            lambda text: len(encode(tokenizer, text, special=False)),
-            length=spec.length,
-            overhead=overhead,
-            samples=spec.samples,
-            seed=seed,
-            essays=lambda: context.text("all"),
-        )
+        samples, prompts = _fitting(context, spec, task, seed)
     except UserError as error:
         raise UserError(f"tasks.{context.task}.{error}") from None
-    prompts = []
-    for sample in samples:
-        text, special = prompt_text(tokenizer, sample)
-        prompts.append(encode(tokenizer, text, special=special))
     found = greedy(
         qm,
         prompts,

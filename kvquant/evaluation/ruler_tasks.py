@@ -1,24 +1,27 @@
 """RULER's samples, made by the pinned lm-eval package without its downloads.
 
 Prompts, sizes, generation lengths and the metric are lm-eval's, read at run time. Left out is what
-needs a network or cannot be repeated:
+needs a network, cannot be repeated, or is slow:
 
 - its essay haystack (a hub data set) is replaced by the essays of the study, which are a prefix of
   RULER's own and are split into words in the same way;
 - NLTK's sentence splitter is used with no trained list of abbreviations, which would be a download:
   only the places where a needle may stand (a sentence's end) depend on it;
-- its random generators (`random`, numpy's, one of its own) are seeded for the call and put back.
+- its random generators (`random`, numpy's, one of its own) are seeded for the call and put back;
+- its list of six million needle keys is made of two lists of words when asked (`WordPairs`).
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import importlib
 import io
 import random
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -42,9 +45,6 @@ GENERATORS = {
     "cwe_utils": "sys_word_pair_random",
     "fwe_utils": "sys_kwext",
 }
-# The shortest lengths at which lm-eval's generators end: vt and cwe shrink their text in a loop
-# that never gives up, vt puts an example of up to 500 tokens before it.
-LEAST_LENGTH = {"vt_utils": 1024, "cwe_utils": 512, "fwe_utils": 512}
 
 
 @dataclass(frozen=True)
@@ -124,21 +124,103 @@ def definition(name: str) -> RulerDefinition:
     )
 
 
-def _import(module: str) -> ModuleType:
-    """One of lm-eval's RULER modules; importing it would ask NLTK for a download."""
-    if module == "niah_utils":
-        import nltk
+class WordPairs(Sequence[str]):
+    """`sorted({f"{first}-{second}" ...})` over two word lists, without building it.
 
-        with mock.patch.object(nltk.data, "find", return_value=None):
-            return importlib.import_module(f"{PACKAGE}.{module}")
-    return importlib.import_module(f"{PACKAGE}.{module}")
+    Pairs sort by their first word, except where one first word and a hyphen begin another
+    ("blue", "blue-eyed"); such a group is built and sorted as it is.
+    """
+
+    def __init__(self, firsts: Iterable[str], seconds: Iterable[str]) -> None:
+        self._seconds = sorted(set(seconds))
+        self._groups: list[str | list[str]] = []
+        self._ends: list[int] = []
+        waiting = sorted({first + "-" for first in firsts})
+        end = at = 0
+        while at < len(waiting):
+            root, start = waiting[at], at
+            while at < len(waiting) and waiting[at].startswith(root):
+                at += 1
+            alike = waiting[start:at]
+            if len(alike) > 1:
+                group = sorted({first + second for first in alike for second in self._seconds})
+                self._groups.append(group)
+                end += len(group)
+            else:
+                self._groups.append(root)
+                end += len(self._seconds)
+            self._ends.append(end)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        which = bisect.bisect_right(self._ends, index)
+        group, place = self._groups[which], index - (self._ends[which - 1] if which else 0)
+        return group + self._seconds[place] if isinstance(group, str) else group[place]
 
 
 @functools.cache
-def _sentences(text: str) -> list[str]:
+def _niah_modules() -> tuple[ModuleType, ModuleType]:
+    """Private copies of lm-eval's `niah_utils` and `prepare_niah`.
+
+    As it stands, importing them asks NLTK for a download, loads all of NLTK, and sorts six million
+    words: about 15 seconds and a gigabyte for every job.
+    """
+    wonderwords = importlib.import_module("wonderwords")
+    for needed in ("datasets", f"{PACKAGE}.common_utils"):
+        importlib.import_module(needed)
+    words = wonderwords.RandomWord()._categories
+    none = SimpleNamespace(_categories={name: [] for name in words})
+    nltk = ModuleType("nltk")
+    nltk.data = SimpleNamespace(find=lambda name: None)  # type: ignore[attr-defined]
+    nltk.sent_tokenize = split_sentences  # type: ignore[attr-defined]
+    with (
+        mock.patch.dict(sys.modules, {"nltk": nltk}),
+        mock.patch.object(wonderwords, "RandomWord", lambda: none),
+    ):
+        niah = importlib.import_module(f"{PACKAGE}.niah_utils")
+        source = importlib.import_module(f"{PACKAGE}.prepare_niah")
+    source.WORDS = WordPairs(words["adjectives"], words["nouns"])  # type: ignore[attr-defined]
+    return niah, source
+
+
+def _import(module: str) -> ModuleType:
+    """One of lm-eval's RULER modules."""
+    if module == "niah_utils":
+        return _niah_modules()[0]
+    return importlib.import_module(f"{PACKAGE}.{module}")
+
+
+@functools.lru_cache(maxsize=32)
+def split_sentences(text: str) -> list[str]:
+    """Sentences by NLTK's rules alone, without a trained model."""
     from nltk.tokenize.punkt import PunktSentenceTokenizer
 
     return list(PunktSentenceTokenizer().tokenize(text))
+
+
+class _Counter:
+    """Stands in for the tokenizer: lm-eval only asks how many tokens a text has.
+
+    Some of its generators shrink a text until it fits, for ever if even the smallest does not.
+    After far more questions than a sample can need, every text is said to be empty, which ends the
+    loop, and `gave_up` tells that the samples are void.
+    """
+
+    def __init__(self, count_tokens: Callable[[str], int], overhead: int, limit: int) -> None:
+        self._count_tokens = count_tokens
+        self._overhead = overhead
+        self._left = limit
+        self.gave_up = False
+
+    def __call__(self, text: str) -> Any:
+        self._left -= 1
+        self.gave_up = self.gave_up or self._left < 0
+        length = 0 if self.gave_up else self._count_tokens(text) + self._overhead
+        return SimpleNamespace(input_ids=range(length))
 
 
 @contextlib.contextmanager
@@ -156,9 +238,13 @@ def seeded(seed: int) -> Iterator[None]:
         numpy.random.set_state(before_numpy)
 
 
+class _TooShort(ValueError):
+    """The task does not fit the length."""
+
+
 @contextlib.contextmanager
 def _offline(
-    module: ModuleType, counter: Callable[[str], Any], samples: int, seed: int, essays: Callable
+    module: ModuleType, counter: _Counter, samples: int, seed: int, essays: Callable[[], str]
 ) -> Iterator[None]:
     """lm-eval's module with our tokenizer, sample count, essays and silence, for one call."""
     name = module.__name__.rsplit(".", 1)[-1]
@@ -166,27 +252,32 @@ def _offline(
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         # vt makes its single worked example through the same function.
-        wanted = kwargs.get("num_samples", 500)
-        return generator(*args, **{**kwargs, "num_samples": 1 if wanted == 1 else samples})
+        wanted = 1 if kwargs.get("num_samples") == 1 else samples
+        found = generator(*args, **{**kwargs, "num_samples": wanted})
+        if counter.gave_up:
+            raise _TooShort("the smallest prompt does not fit")
+        return found
 
     def quiet(items: Any, **kwargs: Any) -> Any:
         return items
 
     with contextlib.ExitStack() as stack:
-        patch = lambda owner, what, new: stack.enter_context(mock.patch.object(owner, what, new))  # noqa: E731
+
+        def patch(owner: ModuleType, what: str, new: Any) -> None:
+            stack.enter_context(mock.patch.object(owner, what, new))
+
         patch(module, "get_tokenizer", lambda *args, **kwargs: counter)
         patch(module, GENERATORS[name], generate)
         if name == "niah_utils":
-            source = importlib.import_module(f"{PACKAGE}.prepare_niah")
-            plain = source.get_haystack
+            source = _niah_modules()[1]
 
             def haystack(type_haystack: str) -> Any:
                 if type_haystack != "essay":
-                    return plain(type_haystack)
+                    return source.get_haystack(type_haystack)
                 return re.sub(r"\s+", " ", essays()).split(" ")
 
             patch(module, "get_haystack", haystack)
-            patch(source, "cached_sent_tokenize", _sentences)
+            patch(source, "cached_sent_tokenize", split_sentences)
             patch(source, "tqdm", quiet)
         else:
             patch(module, "tqdm", quiet)
@@ -222,21 +313,17 @@ def make_samples(
     Raises:
         UserError: The length is too short for the task.
     """
-    least = LEAST_LENGTH.get(task.module, 0) + overhead
-    if length < least:
-        raise UserError(f"length: {length} tokens, but {task.name} needs at least {least}")
     if task.module == "fwe_utils":
         overhead += task.max_new_tokens  # the one generator that leaves no room for the answer
-
-    def counter(text: str) -> Any:
-        return SimpleNamespace(input_ids=range(count_tokens(text) + overhead))
-
+    # Sizing steps are of 100 tokens and more; a sample shrinks a few times.
+    counter = _Counter(count_tokens, overhead, limit=200 + length // 50 + 50 * samples)
     module = _import(task.module)
     try:
         with _offline(module, counter, samples, seed, essays):
             found = getattr(module, task.function)(max_seq_lengths=[length])["test"]
     except ValueError as error:
-        raise UserError(f"length: {length} tokens: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"length: {length} tokens are too few for {task.name}: {reason}") from None
     rows = []
     for row in found:
         # cwe's worked example stands before the question, as in RULER.

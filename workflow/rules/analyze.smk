@@ -25,12 +25,13 @@ rule aggregate:
         study=STUDY_FILE,
         digest=specs.digest(STUDY),
         results=STUDY_FILE.parent,
+        device=DEVICE,
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Collecting all records"
     shell:
         "python -m kvquant aggregate --study {params.study} --results {params.results}"
-        " --device-name {DEVICE} --out-dir {params.out} > {log} 2>&1 || {{ cat {log} >&2; exit 1; }}"
+        " --device-name {params.device} --out-dir {params.out} > {log} 2>&1 || {{ cat {log} >&2; exit 1; }}"
 
 
 rule statistics:

@@ -7,8 +7,8 @@ rule calibrate:
         model="<cache>/models/{model}/manifest.json",
         data=f"<cache>/data/{STUDY.calibration.dataset}/manifest.json",
     output:
-        "<results>/calib/{model}/stats.safetensors",
-        "<results>/calib/{model}/stats.json",
+        stats="<results>/calib/{model}/stats.safetensors",
+        info="<results>/calib/{model}/stats.json",
     log:
         "<logs>/calibrate/{model}.log",
     benchmark:
@@ -28,4 +28,4 @@ rule calibrate:
     shell:
         "OMP_NUM_THREADS={threads} python -m kvquant calibrate --study {params.study}"
         " --model {wildcards.model} --model-manifest {input.model} --data-manifest {input.data}"
-        " --device {params.device} --out {output[0]} > {log} 2>&1"
+        " --device {params.device} --out {output.stats} > {log} 2>&1"

@@ -55,8 +55,8 @@ rule tables:
         "<results>/tables/tests.parquet",
         "<results>/tables/claims.csv",
     output:
-        expand("<paper>/tables/{table}.tex", table=TABLES),
-        "<paper>/numbers.tex",
+        tables=expand("<paper>/tables/{table}.tex", table=TABLES),
+        numbers="<paper>/numbers.tex",
     log:
         "<logs>/paper/tables.log",
     params:
@@ -67,7 +67,7 @@ rule tables:
         "Writing LaTeX tables"
     shell:
         "python -m kvquant tables --study {params.study} --tables {params.tables}"
-        " --out-dir {params.out} --numbers {output[5]} > {log} 2>&1"
+        " --out-dir {params.out} --numbers {output.numbers} > {log} 2>&1"
 
 
 rule claims:
@@ -76,13 +76,13 @@ rule claims:
         "<results>/tables/pareto.parquet",
         "<results>/tables/tests.parquet",
     output:
-        report(
+        csv=report(
             "<results>/tables/claims.csv",
             caption="../report/claims.rst",
             category="0 Claims",
             labels={"table": "claims"},
         ),
-        "<paper>/tables/claims.tex",
+        tex="<paper>/tables/claims.tex",
     log:
         "<logs>/paper/claims.log",
     params:
@@ -92,7 +92,7 @@ rule claims:
         "Judging the claims"
     shell:
         "python -m kvquant claims --study {params.study} --tables {params.tables}"
-        " --out {output[0]} --tex {output[1]} > {log} 2>&1"
+        " --out {output.csv} --tex {output.tex} > {log} 2>&1"
 
 
 onsuccess:

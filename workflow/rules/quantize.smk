@@ -7,8 +7,8 @@ rule quantize:
         stats="<results>/calib/{model}/stats.safetensors",
         info="<results>/calib/{model}/stats.json",
     output:
-        "<results>/models/{model}/{scheme}/quantizer.json",
-        "<results>/models/{model}/{scheme}/quantizer.safetensors",
+        manifest="<results>/models/{model}/{scheme}/quantizer.json",
+        tensors="<results>/models/{model}/{scheme}/quantizer.safetensors",
     log:
         "<logs>/quantize/{model}/{scheme}.log",
     threads: 1
@@ -27,4 +27,4 @@ rule quantize:
     shell:
         "OMP_NUM_THREADS={threads} python -m kvquant quantize --study {params.study}"
         " --model {wildcards.model} --scheme {wildcards.scheme} --stats {input.stats}"
-        " --out {output[0]} > {log} 2>&1"
+        " --out {output.manifest} > {log} 2>&1"

@@ -1,0 +1,67 @@
+"""Deterministic batches of prompts: equal lengths, or ragged and padded on the left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvquant.config import Workload
+from kvquant.generation import left_pad
+
+
+def prompt_lengths(workload: Workload) -> list[int]:
+    """Tokens of each prompt: all equal, or falling evenly from `prompt` to half of it.
+
+    Example: prompt 512, batch 3, ragged: 512, 384, 256.
+    """
+    n, longest = workload.batch_size, workload.prompt
+    if not workload.ragged or n == 1:
+        return [longest] * n
+    shortest = max(1, longest // 2)
+    return [longest - round(i * (longest - shortest) / (n - 1)) for i in range(n)]
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """A batch on its device; all tensors are int64 of `[batch_size, longest]`.
+
+    Attributes:
+        ids: Token ids.
+        mask: 1 = token, 0 = padding.
+        positions: Position of each token in its own prompt; 0 under padding.
+        lengths: Tokens of each prompt.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+    lengths: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all prompts, padding not counted."""
+        return sum(self.lengths)
+
+    @property
+    def padded(self) -> bool:
+        """Whether any prompt is shorter than the longest."""
+        return min(self.lengths) < max(self.lengths)
+
+
+def prompt_batch(
+    workload: Workload, vocabulary: int, seed: int, device: torch.device
+) -> PromptBatch:
+    """Random token ids from a generator of their own, the same for every scheme and device.
+
+    Args:
+        workload: Prompt length, batch size, ragged or not.
+        vocabulary: Ids are drawn from `[0, vocabulary)`.
+        seed: Of the generator; the repetition's number.
+        device: Where the tensors go.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lengths = prompt_lengths(workload)
+    prompts = [torch.randint(0, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    ids, mask = left_pad(prompts, 0, device)
+    return PromptBatch(ids, mask, (mask.cumsum(1) - 1).clamp_(min=0), lengths)

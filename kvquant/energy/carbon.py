@@ -1,0 +1,71 @@
+"""Carbon bookkeeping with CodeCarbon, offline: never the measurement, never a reason to fail."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from typing import Any
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class CarbonTracker:
+    """Tracks emissions between `start()` and `stop()`.
+
+    CodeCarbon swallows its own failures, and takes the world's average for a country that it does
+    not know; both are reported here as an error instead.
+
+    Args:
+        country: ISO code of three letters.
+    """
+
+    def __init__(self, country: str) -> None:
+        self._country = country
+        self._tracker: Any = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._error: str | None = None
+
+    def start(self) -> None:
+        """Starts tracking; a failure is kept for `stop()`."""
+        try:
+            self._tracker = self._open()
+            self._tracker.start()
+        except Exception as error:
+            self._error, self._tracker = _first_line(error), None
+
+    def _open(self) -> Any:
+        from codecarbon import OfflineEmissionsTracker
+        from codecarbon.input import DataSource
+
+        logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
+        if self._country not in DataSource().get_global_energy_mix_data():
+            raise ValueError(f"CodeCarbon knows no country '{self._country}'")
+        self._folder = tempfile.TemporaryDirectory(prefix="kvquant-carbon-")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # save_to_*: 3.0 knows no other way
+            return OfflineEmissionsTracker(
+                country_iso_code=self._country,
+                output_dir=self._folder.name,
+                save_to_file=False,
+                save_to_api=False,
+                allow_multiple_runs=True,
+                log_level="critical",
+            )
+
+    def stop(self) -> dict[str, Any]:
+        """What CodeCarbon counted, or `error`."""
+        found: dict[str, Any] = {"tool": "codecarbon, offline", "country": self._country}
+        try:
+            if self._tracker is not None:
+                kg = self._tracker.stop()
+                data = self._tracker.final_emissions_data
+                found |= {"kg_co2eq": kg, "kwh": data.energy_consumed, "seconds": data.duration}
+        except Exception as error:
+            self._error = _first_line(error)
+        finally:
+            if self._folder is not None:
+                self._folder.cleanup()
+        return found | {"error": self._error} if self._error else found

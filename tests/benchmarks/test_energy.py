@@ -1,0 +1,114 @@
+"""`kvquant energy` on a tiny model."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvquant.benchmarks.energy import Trial, run_trial, side
+from kvquant.benchmarks.workload import Prepared
+from kvquant.cli import main
+from kvquant.energy.monitor import EnergyMonitor
+from kvquant.energy.nvml import NvmlMeter
+from kvquant.errors import UserError
+from kvquant.records import EnergyRecord, read_record
+from tests.energy.fakes import FakeNvml, FakeTime
+
+
+@pytest.fixture
+def no_carbon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves CodeCarbon's slow start out."""
+
+    def fails(self: Any) -> Any:
+        raise ImportError("not installed")
+
+    monkeypatch.setattr("kvquant.energy.carbon.CarbonTracker._open", fails)
+
+
+def test_a_trial_lasts_long_enough() -> None:
+    time = FakeTime()
+    meter = NvmlMeter(FakeNvml(time), [0, 1], now=time, sleep=time.sleep)
+    monitor = EnergyMonitor(meter, now=time, sleep=time.sleep)
+    trial = run_trial(lambda: time.sleep(0.7), 10, monitor, 5.0)
+    assert trial.seconds == pytest.approx(8 * 0.7)  # seven jobs are 4.9 s
+    assert trial.tokens == 80
+    assert trial.joules == pytest.approx(400 * 5.6, abs=40)
+    assert run_trial(lambda: time.sleep(9.0), 10, monitor, 5.0).tokens == 10
+
+
+def test_joules_per_token_weigh_trials_by_tokens() -> None:
+    found = side("x", [Trial(100.0, 1.0, 10), Trial(500.0, 3.0, 30)], idle_watts=50.0)
+    assert found.joules_above_idle == [50.0, 350.0]
+    assert found.joules_per_token == 600 / 40
+    assert found.joules_per_token_above_idle == 400 / 40
+
+
+def test_a_meter_that_stands_still_is_no_result() -> None:
+    with pytest.raises(UserError, match=r"energy\.seconds: the meter counted nothing"):
+        side("x", [Trial(0.0, 0.1, 10)], idle_watts=0.0)
+
+
+def test_record(
+    command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_carbon: None
+) -> None:
+    assert main(command("energy")) == 0
+    record = read_record(tmp_path / "rep0.json", EnergyRecord)
+    assert record.source == "estimated"
+    assert record.idle_watts > 0
+    for one in (record.scheme_side, record.baseline_side):
+        assert len(one.joules) == len(one.seconds) == len(one.tokens) == 2
+        assert min(one.seconds) >= 0.05
+        assert all(n % (144 + 3 * 2) == 0 for n in one.tokens)  # prompt and answer tokens
+        assert all(
+            above == pytest.approx(raw - record.idle_watts * seconds)
+            for above, raw, seconds in zip(
+                one.joules_above_idle, one.joules, one.seconds, strict=True
+            )
+        )
+    ratio = record.scheme_side.joules_per_token / record.baseline_side.joules_per_token
+    assert record.energy_ratio == pytest.approx(ratio)
+    assert record.carbon["error"] == "not installed"
+    assert record.carbon["country"] == "POL"
+    assert record.telemetry["samples"] >= 1
+    rows = list(csv.DictReader((tmp_path / "rep0.csv").open()))
+    assert len(rows) == record.telemetry["samples"]
+    assert {r["label"] for r in rows} <= {"", "fp16", "kivi-4"}
+    printed = capsys.readouterr().out
+    assert "energy per token over the baseline" in printed
+    assert "no counter was read" in printed
+
+
+def test_trials_alternate(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_carbon: None
+) -> None:
+    order: list[str] = []
+    plain = Prepared.job
+
+    def job(self: Prepared, new_cache: Any) -> None:
+        order.append("B" if new_cache == self.baseline else "S")
+        plain(self, new_cache)
+
+    monkeypatch.setattr(Prepared, "job", job)
+    assert main(command("energy", workload="p32")) == 0
+    blocks = [x for i, x in enumerate(order) if i == 0 or order[i - 1] != x]
+    assert "".join(blocks) == "BS" * 3  # warm-up and two trials
+
+
+def test_out_of_memory_is_one_line(
+    command: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_carbon: None,
+) -> None:
+    def job(self: Prepared, new_cache: Any) -> None:
+        if new_cache == self.scheme:
+            raise MemoryError
+
+    monkeypatch.setattr(Prepared, "job", job)
+    assert main(command("energy")) == 2
+    assert "out of memory with the cache of 'kivi-4'" in capsys.readouterr().err
+    assert not (tmp_path / "rep0.json").exists()

@@ -1,0 +1,31 @@
+"""Fixtures of the evaluation tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvquant.config import Fp16Scheme, KiviScheme
+from kvquant.models import load_quantized_model
+from tests.evaluation.tiny import save_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny model."""
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_dir: Path) -> Any:
+    """It, loaded with the unquantized cache."""
+    return load_quantized_model(tiny_dir, Fp16Scheme(kind="fp16"), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_kivi(tiny_dir: Path) -> Any:
+    """It, loaded with a quantized cache that needs no calibration."""
+    scheme = KiviScheme(kind="kivi", bits=4, group=16, residual=16)
+    return load_quantized_model(tiny_dir, scheme, device="cpu")

@@ -1,0 +1,91 @@
+"""Perplexity: windows, both protocols, and agreement with a plain forward pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvquant.config import PerplexityTask
+from kvquant.errors import UserError
+from kvquant.evaluation.base import Context
+from kvquant.evaluation.perplexity import run_perplexity, window_nll, window_starts
+from tests.evaluation.tiny import TEXT
+
+LONG = TEXT * 30
+
+
+def context(qm: Any, text: str = LONG) -> Context:
+    return Context(qm, "ppl", lambda part: text)
+
+
+def spec(**changes: Any) -> PerplexityTask:
+    settings = {"suite": "perplexity", "dataset": "essays", "window": 64, "windows": 3}
+    return PerplexityTask(**{**settings, **changes})
+
+
+@given(
+    st.integers(1, 5000), st.integers(2, 300), st.integers(0, 6), st.integers(0, 2**31 - 1)
+)
+def test_windows_are_inside_and_apart(tokens: int, window: int, windows: int, seed: int) -> None:
+    if tokens < window * max(windows, 1):
+        with pytest.raises(UserError, match="window"):
+            window_starts(tokens, window, windows, seed)
+        return
+    starts = window_starts(tokens, window, windows, seed)
+    assert starts == window_starts(tokens, window, windows, seed)
+    assert len(starts) == windows or windows == 0
+    assert 0 <= starts[0] and starts[-1] + window <= tokens
+    assert all(b - a >= window for a, b in zip(starts, starts[1:], strict=False))
+    if windows == 0:
+        # All of the text, but for less than a window at each end.
+        assert starts[0] < window and tokens - (starts[-1] + window) < window
+        assert seed != 0 or starts[0] == 0
+
+
+@pytest.mark.parametrize(("protocol", "chunk"), [("B", 64), ("A", 64), ("A", 17), ("A", 1)])
+def test_unquantized_equals_a_plain_forward(tiny: Any, protocol: str, chunk: int) -> None:
+    ids = torch.randint(3, 512, (1, 64), generator=torch.Generator().manual_seed(2))
+    losses, _ = window_nll(tiny, ids, protocol, chunk)
+    with torch.inference_mode():
+        logits = tiny.model(input_ids=ids, use_cache=False).logits[0, :-1].double()
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    assert len(losses) == 63
+    # The unquantized cache rounds to 16 bits.
+    torch.testing.assert_close(torch.tensor(losses).double(), expected, rtol=0.02, atol=0.05)
+
+
+def test_value_is_exp_of_the_mean_over_tokens(tiny: Any) -> None:
+    found = run_perplexity(context(tiny), spec(), 1)
+    total = math.fsum(row["nll"] for row in found.rows)
+    tokens = sum(row["tokens"] for row in found.rows)
+    assert found.value == pytest.approx(math.exp(total / tokens), rel=1e-12)
+    assert (found.tokens, tokens, len(found.rows)) == (192, 189, 3)
+    assert not found.higher_is_better
+    assert 8 * found.cache_bytes / found.cache_elements == 16
+
+
+def test_a_quantized_cache_changes_the_value_and_the_bits(tiny: Any, tiny_kivi: Any) -> None:
+    plain = run_perplexity(context(tiny), spec(), 0)
+    packed = run_perplexity(context(tiny_kivi), spec(), 0)
+    assert packed.value != plain.value
+    assert [row["start"] for row in packed.rows] == [row["start"] for row in plain.rows]
+    assert packed.cache_elements == plain.cache_elements
+    assert packed.cache_bytes < plain.cache_bytes
+
+
+def test_repeatable(tiny_kivi: Any) -> None:
+    first = run_perplexity(context(tiny_kivi), spec(protocol="A", chunk=16), 5)
+    run_perplexity(context(tiny_kivi), spec(), 6)
+    assert run_perplexity(context(tiny_kivi), spec(protocol="A", chunk=16), 5) == first
+
+
+def test_errors_name_the_field(tiny: Any) -> None:
+    with pytest.raises(UserError, match=r"tasks\.ppl\.window: 4096 tokens.* 2048 positions"):
+        run_perplexity(context(tiny), spec(window=4096), 0)
+    with pytest.raises(UserError, match=r"tasks\.ppl\.window: 3 windows of 64"):
+        run_perplexity(context(tiny, "too short"), spec(), 0)

@@ -1,0 +1,190 @@
+"""The verb evaluate: seeds are independent, finished ones are reused, damaged ones are told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvquant.cli import main
+from kvquant.config import Study, parse_study
+from kvquant.errors import UserError
+from kvquant.evaluation import registry, run
+from kvquant.evaluation.run import evaluate
+from kvquant.fetch.model import fetch_model
+from kvquant.records import EvalRecord, read_record
+from kvquant.specs import eval_digest
+
+
+def study_of(tiny_dir: Path, **task: Any) -> dict[str, Any]:
+    passkey = {"suite": "passkey", "length": 200, "samples": 2, "batch_size": 2, **task}
+    return {
+        "study": "check",
+        "seeds": [0, 1, 2],
+        "headline": "kivi-4",
+        "models": {"tiny": {"source": "local", "path": str(tiny_dir)}},
+        "schemes": {
+            "fp16": {"kind": "fp16"},
+            "kivi-4": {"kind": "kivi", "bits": 4, "group": 16, "residual": 16},
+            "nuq3": {"kind": "nuq", "bits": 3},
+        },
+        "tasks": {
+            "passkey": passkey,
+            "long": {"suite": "passkey", "length": 100_000},
+            "ppl": {"suite": "perplexity", "dataset": "essays", "window": 64, "windows": 2},
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def manifest(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("manifest") / "manifest.json"
+    study = parse_study(study_of(tiny_dir))
+    fetch_model("tiny", study.model("tiny"), out)
+    return out
+
+
+@pytest.fixture
+def study(tiny_dir: Path) -> Study:
+    return parse_study(study_of(tiny_dir))
+
+
+def measure(study: Study, manifest: Path, out: Path, seeds: list[int], **more: Any) -> Any:
+    settings = {"model_manifest": manifest, "out_dir": out, "device": "cpu", **more}
+    return evaluate(study, "tiny", settings.pop("scheme", "kivi-4"), "passkey", seeds, **settings)
+
+
+def content(out: Path, seed: int) -> tuple[str, dict[str, Any]]:
+    """Samples, and the record without what differs between two measurements."""
+    folder = out / f"seed{seed}"
+    record = json.loads((folder / "run.json").read_text())
+    record.pop("seconds")
+    return (folder / "samples.jsonl").read_text(), record
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Seeds that were really measured."""
+    seen: list[int] = []
+    plain = registry.run_suite
+
+    def counting(context: Any, spec: Any, seed: int) -> Any:
+        seen.append(seed)
+        return plain(context, spec, seed)
+
+    monkeypatch.setattr(registry, "run_suite", counting)
+    return seen
+
+
+def test_writes_a_checked_record_a_seed(study: Study, manifest: Path, tmp_path: Path) -> None:
+    measure(study, manifest, tmp_path, [0, 2])
+    for seed in (0, 2):
+        record = read_record(tmp_path / f"seed{seed}" / "run.json", EvalRecord)
+        assert record.seed == seed and record.suite == "passkey" and record.samples == 2
+        assert record.spec_digest == eval_digest(study, "tiny", "kivi-4", "passkey", seed)
+        assert record.bits_per_element == 8 * record.cache_bytes / record.cache_elements
+        assert 4 < record.bits_per_element < 16
+        assert record.environment["packages"]["torch"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["seed0", "seed2"]
+
+
+def test_a_killed_job_goes_on_and_ends_the_same(
+    study: Study, manifest: Path, tmp_path: Path, counted: list[int]
+) -> None:
+    whole, killed, resume = tmp_path / "whole", tmp_path / "killed", tmp_path / "resume"
+    measure(study, manifest, whole, [2, 0, 1])
+    counted.clear()
+    measure(study, manifest, killed, [0], resume_dir=resume)
+    # Killed here: the workflow takes the job's outputs away, the resume folder stays; a seed under
+    # way had written its samples but no record.
+    for file in (killed / "seed0").iterdir():
+        file.unlink()
+    half = resume / eval_digest(study, "tiny", "kivi-4", "passkey", 1)
+    half.mkdir()
+    (half / "samples.jsonl").write_text('{"half": ')
+    measure(study, manifest, killed, [0, 1, 2], resume_dir=resume)
+    assert counted == [0, 1, 2]
+    for seed in range(3):
+        assert content(killed, seed) == content(whole, seed)
+    measure(study, manifest, killed, [0, 1, 2], resume_dir=resume)
+    assert counted == [0, 1, 2]
+
+
+def test_damaged_resume_is_told_and_measured_anew(
+    study: Study,
+    manifest: Path,
+    tmp_path: Path,
+    counted: list[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    resume = tmp_path / "resume"
+    measure(study, manifest, tmp_path / "a", [0, 1], resume_dir=resume)
+    record = resume / eval_digest(study, "tiny", "kivi-4", "passkey", 0) / "run.json"
+    record.write_text(record.read_text()[:100])
+    samples = resume / eval_digest(study, "tiny", "kivi-4", "passkey", 1) / "samples.jsonl"
+    samples.write_text(samples.read_text() + "\n")
+    counted.clear()
+    measure(study, manifest, tmp_path / "b", [0, 1], resume_dir=resume)
+    assert counted == [0, 1]
+    told = capsys.readouterr().err
+    assert "truncated or damaged JSON" in told and "sha256 differs" in told
+    for seed in (0, 1):
+        assert content(tmp_path / "b", seed) == content(tmp_path / "a", seed)
+
+
+def test_damaged_results_are_not_overwritten(study: Study, manifest: Path, tmp_path: Path) -> None:
+    measure(study, manifest, tmp_path, [0])
+    file = tmp_path / "seed0" / "run.json"
+    good = file.read_text()
+    file.write_text(good[: len(good) // 2])
+    with pytest.raises(UserError, match="truncated or damaged JSON.*delete it by name"):
+        measure(study, manifest, tmp_path, [0])
+    file.write_text(good)
+    with pytest.raises(UserError, match="another specification"):
+        measure(study, manifest, tmp_path, [0], scheme="fp16")
+    (tmp_path / "seed0" / "samples.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"samples\.jsonl: missing, truncated or changed"):
+        measure(study, manifest, tmp_path, [0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scheme", "kivi-5"], "unknown scheme 'kivi-5': did you mean kivi-4"),
+        (["--task", "passky"], "unknown task 'passky': did you mean passkey"),
+        (["--model", "tinny"], "unknown model 'tinny'"),
+        (["--scheme", "nuq3"], "--quantizer: scheme 'nuq3' needs"),
+        (["--task", "long"], "tasks.long.length: 100000 tokens and 10 of answer"),
+        (["--task", "ppl"], "--data-manifest: task 'ppl' reads 'essays'"),
+        (["--model-manifest", "none.json"], "--model-manifest: no such file"),
+        (["--seeds", "1", "1"], "--seeds: must be distinct"),
+        (["--seeds", "-1"], "--seeds"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tiny_dir: Path,
+    manifest: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    file = tmp_path / "study.json"
+    file.write_text(json.dumps(study_of(tiny_dir)))
+    words = ["evaluate", "--study", str(file), "--model", "tiny", "--scheme", "fp16"]
+    words += ["--task", "passkey", "--seeds", "0", "--model-manifest", str(manifest)]
+    words += ["--device", "cpu", "--out-dir", str(tmp_path / "out"), *options]
+    assert main(words) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert message in told[-1] and told[-1].startswith("kvquant: error: ")
+    assert not list(tmp_path.glob("out/seed*/run.json"))
+
+
+def test_finished_seeds_need_no_model(
+    study: Study, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure(study, manifest, tmp_path, [0])
+    monkeypatch.setattr(run, "_loader", lambda *args: pytest.fail("the model was loaded"))
+    assert measure(study, manifest, tmp_path, [0])[0].seed == 0

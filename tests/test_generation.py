@@ -1,0 +1,130 @@
+"""Greedy generation: equal to transformers', whatever the batch, with honest bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvquant.config import Fp16Scheme, KiviScheme
+from kvquant.errors import UserError
+from kvquant.generation import cut, end_ids, greedy, left_pad
+from kvquant.models import load_quantized_model
+from tests.evaluation.tiny import save_tiny
+
+LENGTHS = [7, 41, 1, 23, 64]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder: Path = save_tiny(tmp_path_factory.mktemp("model"), positions=256)
+    kivi = KiviScheme(kind="kivi", bits=4, group=16, residual=16)
+    return {
+        "fp16": load_quantized_model(folder, Fp16Scheme(kind="fp16"), device="cpu"),
+        "kivi": load_quantized_model(folder, kivi, device="cpu"),
+    }
+
+
+def prompts(lengths: list[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 512, (n,), generator=generator).tolist() for n in lengths]
+
+
+def test_equals_transformers_generate(models: dict[str, Any]) -> None:
+    qm = models["fp16"]
+    for prompt in prompts(LENGTHS):
+        with torch.inference_mode():
+            theirs = qm.model.generate(
+                input_ids=torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                past_key_values=qm.baseline_cache(),
+                max_new_tokens=12,
+                do_sample=False,
+                pad_token_id=0,
+            )[0, len(prompt) :].tolist()
+        ours = greedy(qm, [prompt], 12, batch_size=1).tokens[0]
+        assert ours == cut(theirs, end_ids(qm), None)[0]
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "kivi"])
+@pytest.mark.parametrize("batch_size", [2, 3, 5, 8])
+def test_answers_do_not_depend_on_the_batch(
+    models: dict[str, Any], scheme: str, batch_size: int
+) -> None:
+    qm, given_prompts = models[scheme], prompts(LENGTHS)
+    alone = greedy(qm, given_prompts, 10, batch_size=1)
+    together = greedy(qm, given_prompts, 10, batch_size=batch_size)
+    assert together.tokens == alone.tokens
+    assert together.cache_elements == alone.cache_elements
+    assert together.prompt_tokens == alone.prompt_tokens == sum(LENGTHS)
+
+
+def test_counts_bytes_and_elements_of_the_prompt(models: dict[str, Any]) -> None:
+    found = greedy(models["fp16"], prompts([30, 30]), 4, batch_size=2)
+    assert found.cache_elements == 2 * 2 * 2 * 16 * 60  # K and V, layers, heads, dim, tokens
+    assert found.cache_bytes == 2 * found.cache_elements
+    ragged = greedy(models["fp16"], prompts([10, 30]), 4, batch_size=2)
+    assert ragged.cache_elements == 2 * 2 * 2 * 16 * 40
+    assert ragged.cache_bytes == found.cache_bytes  # padding is memory, but holds no element
+
+
+def test_stop_ends_a_row_but_not_the_batch(models: dict[str, Any]) -> None:
+    qm, given_prompts = models["fp16"], prompts(LENGTHS)
+    free = greedy(qm, given_prompts, 12, batch_size=5, eos_ids=[]).tokens
+    assert all(len(row) == 12 for row in free)
+    stopped = greedy(
+        qm, given_prompts, 12, batch_size=5, eos_ids=[], stop=lambda t: t[-1] % 2 == 0
+    ).tokens
+    for row, whole in zip(stopped, free, strict=True):
+        assert row == whole[: len(row)]
+        assert len(row) == 12 or row[-1] % 2 == 0
+        assert all(token % 2 for token in row[:-1])
+
+
+def test_no_new_tokens_is_a_plain_prefill(models: dict[str, Any]) -> None:
+    assert greedy(models["fp16"], prompts([5, 9]), 0, batch_size=2).tokens == [[], []]
+    assert greedy(models["fp16"], [], 4, batch_size=2).tokens == []
+
+
+@pytest.mark.parametrize(
+    ("given_prompts", "new", "message"),
+    [
+        ([[3, 4], []], 4, "prompt 1: is empty"),
+        ([[3] * 250], 10, "256 positions"),
+        ([[3]], -1, "max_new_tokens"),
+    ],
+)
+def test_bad_prompts_are_named(
+    models: dict[str, Any], given_prompts: list[list[int]], new: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        greedy(models["fp16"], given_prompts, new, batch_size=2)
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=5))
+@settings(max_examples=50, deadline=None)
+def test_left_pad_keeps_every_prompt(rows: list[list[int]]) -> None:
+    ids, mask = left_pad(rows, 0, torch.device("cpu"))
+    assert ids.shape == mask.shape == (len(rows), max(map(len, rows)))
+    for row, line, keep in zip(rows, ids, mask, strict=True):
+        assert line[keep.bool()].tolist() == row
+        assert not line[~keep.bool()].any()
+        assert keep.diff().min() >= 0 if len(keep) > 1 else True  # padding only on the left
+
+
+@given(st.lists(st.integers(0, 9)), st.sets(st.integers(0, 9)), st.integers(0, 5))
+def test_cut_does_not_depend_on_what_follows(
+    tokens: list[int], ends: set[int], extra: int
+) -> None:
+    kept, ended = cut(tokens, ends, lambda t: len(t) >= 7)
+    assert kept == tokens[: len(kept)]
+    assert not set(kept) & ends
+    assert len(kept) <= 7
+    if ended:
+        assert cut(tokens + [1] * extra, ends, lambda t: len(t) >= 7) == (kept, True)
+    else:
+        assert kept == tokens
