@@ -117,9 +117,7 @@ def test_left_pad_keeps_every_prompt(rows: list[list[int]]) -> None:
 
 
 @given(st.lists(st.integers(0, 9)), st.sets(st.integers(0, 9)), st.integers(0, 5))
-def test_cut_does_not_depend_on_what_follows(
-    tokens: list[int], ends: set[int], extra: int
-) -> None:
+def test_cut_does_not_depend_on_what_follows(tokens: list[int], ends: set[int], extra: int) -> None:
     kept, ended = cut(tokens, ends, lambda t: len(t) >= 7)
     assert kept == tokens[: len(kept)]
     assert not set(kept) & ends

@@ -122,7 +122,9 @@ def test_from_records_to_claims(work: Path) -> None:
     results, device = work / "r", ["--device-name", "cpu"]
     for scheme in ("fp16", "nuq4-1pct", "nuq3-1pct", "kivi-2"):
         for task in ("ppl", "ppl-a", "passkey"):
-            assert evaluate(work, scheme, task, results / f"eval/tiny/{scheme}/{task}", 0, 1, 2) == 0
+            assert (
+                evaluate(work, scheme, task, results / f"eval/tiny/{scheme}/{task}", 0, 1, 2) == 0
+            )
     timed = [*options(work, "nuq3-1pct"), *device, "--rep", "0"]
     perf = results / "perf/cpu/tiny/nuq3-1pct/p64/rep0.json"
     energy = results / "energy/cpu/tiny/nuq3-1pct/p32/rep0.json"

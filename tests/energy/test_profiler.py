@@ -69,6 +69,7 @@ def test_nothing_sampled_nothing_written(tmp_path: Path) -> None:
 def test_carbon_is_counted_offline_without_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("codecarbon")
     monkeypatch.chdir(tmp_path)
     tracker = CarbonTracker("POL")
     tracker.start()
@@ -82,6 +83,7 @@ def test_carbon_is_counted_offline_without_files(
 
 
 def test_an_unknown_country_is_told() -> None:
+    pytest.importorskip("codecarbon")
     tracker = CarbonTracker("XYZ")
     tracker.start()
     found = tracker.stop()

@@ -69,9 +69,7 @@ def test_the_first_number_counts(answer: str, right: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_kivi"])
-def test_result_does_not_depend_on_the_batch(
-    name: str, request: pytest.FixtureRequest
-) -> None:
+def test_result_does_not_depend_on_the_batch(name: str, request: pytest.FixtureRequest) -> None:
     qm = request.getfixturevalue(name)
     alone = run_passkey(context(qm), spec(batch_size=1), 3)
     together = run_passkey(context(qm), spec(batch_size=3), 3)

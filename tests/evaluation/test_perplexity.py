@@ -28,9 +28,7 @@ def spec(**changes: Any) -> PerplexityTask:
     return PerplexityTask(**{**settings, **changes})
 
 
-@given(
-    st.integers(1, 5000), st.integers(2, 300), st.integers(0, 6), st.integers(0, 2**31 - 1)
-)
+@given(st.integers(1, 5000), st.integers(2, 300), st.integers(0, 6), st.integers(0, 2**31 - 1))
 def test_windows_are_inside_and_apart(tokens: int, window: int, windows: int, seed: int) -> None:
     if tokens < window * max(windows, 1):
         with pytest.raises(UserError, match="window"):

@@ -121,9 +121,7 @@ def test_too_short_a_length_ends_with_its_name(name: str) -> None:
     assert len(str(error.value).splitlines()) == 1
 
 
-WORDS = st.lists(
-    st.text(alphabet="ab-", min_size=1, max_size=3), min_size=1, max_size=6
-)
+WORDS = st.lists(st.text(alphabet="ab-", min_size=1, max_size=3), min_size=1, max_size=6)
 
 
 @given(WORDS, WORDS)
@@ -157,9 +155,7 @@ def test_answer_starts_behind_the_assistants_turn() -> None:
 
 @pytest.mark.slow
 def test_runs_on_a_model(tiny: Any, tiny_kivi: Any) -> None:
-    spec = RulerTask(
-        suite="ruler", task="niah_single_1", length=1600, samples=2, max_new_tokens=3
-    )
+    spec = RulerTask(suite="ruler", task="niah_single_1", length=1600, samples=2, max_new_tokens=3)
     plain = run_ruler(context(tiny), spec, 1)
     assert len(plain.rows) == 2
     assert all(row["prompt_tokens"] + 128 <= 1600 for row in plain.rows)

@@ -43,7 +43,7 @@ def fresh(tmp_path: Path) -> list[str]:
 
 def study(root: Path, tmp_path: Path, name: str, *args: str) -> subprocess.CompletedProcess[str]:
     config = ["--configfile", f"config/{name}.yaml", "--replace-workflow-config"]
-    return snakemake(root, *config, *fresh(tmp_path), *args)
+    return snakemake(root, *args, *config, *fresh(tmp_path))
 
 
 @pytest.mark.parametrize("name", list(COUNTS))
@@ -79,9 +79,10 @@ def test_mistakes_are_one_clear_line(root: Path, options: list[str], message: st
     assert "Traceback" not in output
 
 
-def test_unknown_wildcard_fails_while_planning(root: Path, tmp_path: Path) -> None:
-    target = f"{tmp_path}/r/eval/smollm2-135m/nuq9-1pct/ppl-b/seed0/run.json"
-    done = study(root, tmp_path, "smoke", target)
+def test_unknown_wildcard_fails_while_planning(root: Path) -> None:
+    target = "results/smoke/eval/smollm2-135m/nuq9-1pct/ppl-b/seed0/run.json"
+    config = ["--configfile", "config/smoke.yaml", "--replace-workflow-config"]
+    done = snakemake(root, *config, target)
     assert done.returncode != 0
     assert "MissingRuleException" in done.stdout + done.stderr
 
