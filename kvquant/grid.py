@@ -7,18 +7,22 @@ import argparse
 from kvquant.config import PerplexityTask, Study, load_study
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number or 'all'} {noun}{'' if number == 1 else 's'}"
+
+
 def grid_rows(study: Study) -> list[tuple[str, int, int, str]]:
     """(stage, jobs, results, what) of every measured stage."""
     models, schemes, seeds = len(study.models), len(study.schemes), len(study.seeds)
     rows = []
     for name, task in study.tasks.items():
         if isinstance(task, PerplexityTask):
-            count = f"{task.windows or 'all'} windows of {task.window} tokens, protocol "
-            what = f"{count}{task.protocol}"
+            what = f"{_count(task.windows, 'window')} of {task.window} tokens, protocol "
+            what += task.protocol
         else:
-            what = f"{task.samples} samples of {task.length} tokens"
+            what = f"{_count(task.samples, 'sample')} of {task.length} tokens"
         jobs = models * schemes
-        rows.append((f"evaluate {name}", jobs, jobs * seeds, f"{what}, {seeds} seeds"))
+        rows.append((f"evaluate {name}", jobs, jobs * seeds, f"{what}, {_count(seeds, 'seed')}"))
     for stage, cells, spec in (
         ("throughput", study.throughput_cells(), study.throughput),
         ("energy", study.energy_cells(), study.energy),
@@ -56,5 +60,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the grid."""
-    print("\n".join(grid_lines(load_study(args.study))))
+    """Prints the grid as a table."""
+    # Here and not above: the Snakefile imports this module for `grid_lines`.
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    study = load_study(args.study)
+    table = Table(box=box.SIMPLE, title=f"Study '{study.study}'", title_justify="left")
+    for heading in ("stage", "jobs", "results", "what"):
+        table.add_column(heading, justify="right" if heading in ("jobs", "results") else "left")
+    rows = grid_rows(study)
+    for stage, jobs, results, what in rows:
+        table.add_row(stage, f"{jobs:,}", f"{results:,}", what)
+    table.add_section()
+    table.add_row("all", f"{sum(r[1] for r in rows):,}", f"{sum(r[2] for r in rows):,}", "")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"models:  {', '.join(study.models)}")
+    console.print(f"schemes: {', '.join(study.schemes)}")
+    console.print(f"seeds:   {', '.join(map(str, study.seeds))}")
+    if hours := expected_gpu_hours(study):
+        console.print(f"evaluation is expected to take {hours:,.0f} GPU-hours at most")

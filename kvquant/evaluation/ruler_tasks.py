@@ -216,9 +216,13 @@ class _Counter:
         self._left = limit
         self.gave_up = False
 
-    def __call__(self, text: str) -> Any:
+    def tick(self) -> None:
+        """Counts one question or failure."""
         self._left -= 1
         self.gave_up = self.gave_up or self._left < 0
+
+    def __call__(self, text: str) -> Any:
+        self.tick()
         length = 0 if self.gave_up else self._count_tokens(text) + self._overhead
         return SimpleNamespace(input_ids=range(length))
 
@@ -238,10 +242,6 @@ def seeded(seed: int) -> Iterator[None]:
         numpy.random.set_state(before_numpy)
 
 
-class _TooShort(ValueError):
-    """The task does not fit the length."""
-
-
 @contextlib.contextmanager
 def _offline(
     module: ModuleType, counter: _Counter, samples: int, seed: int, essays: Callable[[], str]
@@ -255,7 +255,7 @@ def _offline(
         wanted = 1 if kwargs.get("num_samples") == 1 else samples
         found = generator(*args, **{**kwargs, "num_samples": wanted})
         if counter.gave_up:
-            raise _TooShort("the smallest prompt does not fit")
+            raise ValueError("gave up")
         return found
 
     def quiet(items: Any, **kwargs: Any) -> Any:
@@ -281,6 +281,20 @@ def _offline(
             patch(source, "tqdm", quiet)
         else:
             patch(module, "tqdm", quiet)
+        if name == "vt_utils":
+            build = module.generate_input_output
+
+            def build_or_give_up(*args: Any, **kwargs: Any) -> tuple[str, list[str]]:
+                # Without room for its noise this fails, and lm-eval tries the same for ever.
+                try:
+                    return build(*args, **kwargs)
+                except ValueError:
+                    counter.tick()
+                    if counter.gave_up:
+                        return "", []
+                    raise
+
+            patch(module, "generate_input_output", build_or_give_up)
         if name == "cwe_utils":
             # A generator of its own that goes on from call to call.
             patch(module, "RNG", random.Random(seed))
@@ -323,6 +337,8 @@ def make_samples(
             found = getattr(module, task.function)(max_seq_lengths=[length])["test"]
     except ValueError as error:
         reason = str(error).splitlines()[0]
+        if counter.gave_up:
+            reason = "the smallest prompt does not fit"
         raise UserError(f"length: {length} tokens are too few for {task.name}: {reason}") from None
     rows = []
     for row in found:

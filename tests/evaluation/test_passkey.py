@@ -81,8 +81,8 @@ def test_result_does_not_depend_on_the_batch(name: str, request: pytest.FixtureR
 
 def test_wording_is_the_published_one(data_dir: Path) -> None:
     facts = json.loads((data_dir / "passkey" / "format.json").read_text())["standard"]
-    assert passkey.TASK == facts["task_description"]
-    assert passkey.FILLER == facts["garbage_unit"]
+    assert facts["task_description"] == passkey.TASK
+    assert facts["garbage_unit"] == passkey.FILLER
     assert passkey.FACT.replace("{key}", "{pass_key}") == facts["information_line"]
-    assert passkey.QUESTION == facts["final_question"]
+    assert facts["final_question"] == passkey.QUESTION
     assert facts["max_new_tokens"] == passkey.MAX_NEW_TOKENS

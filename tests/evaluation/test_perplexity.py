@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -37,8 +38,8 @@ def test_windows_are_inside_and_apart(tokens: int, window: int, windows: int, se
     starts = window_starts(tokens, window, windows, seed)
     assert starts == window_starts(tokens, window, windows, seed)
     assert len(starts) == windows or windows == 0
-    assert 0 <= starts[0] and starts[-1] + window <= tokens
-    assert all(b - a >= window for a, b in zip(starts, starts[1:], strict=False))
+    assert starts[0] >= 0 and starts[-1] + window <= tokens
+    assert all(b - a >= window for a, b in itertools.pairwise(starts))
     if windows == 0:
         # All of the text, but for less than a window at each end.
         assert starts[0] < window and tokens - (starts[-1] + window) < window

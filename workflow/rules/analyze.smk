@@ -1,4 +1,9 @@
 # From records to tables.
+COLLECTED = {
+    "eval": ("2 Accuracy by task", "every seed"),
+    "perf": ("3 Throughput", "every job"),
+    "energy": ("4 Energy", "every job"),
+}
 
 
 localrules:
@@ -14,11 +19,17 @@ rule aggregate:
         rules.performance.input,
         rules.joules.input,
     output:
-        expand(
-            "<results>/tables/{table}.{kind}",
-            table=["eval", "samples", "perf", "energy"],
-            kind=["parquet", "csv"],
-        ),
+        expand("<results>/tables/{table}.parquet", table=[*COLLECTED, "samples"]),
+        "<results>/tables/samples.csv",
+        [
+            report(
+                f"<results>/tables/{table}.csv",
+                caption="../report/collected.rst",
+                category=category,
+                labels={"table": label},
+            )
+            for table, (category, label) in COLLECTED.items()
+        ],
     log:
         "<logs>/analyze/aggregate.log",
     params:
@@ -31,7 +42,7 @@ rule aggregate:
         "Collecting all records"
     shell:
         "python -m kvquant aggregate --study {params.study} --results {params.results}"
-        " --device-name {params.device} --out-dir {params.out} > {log} 2>&1 || {{ cat {log} >&2; exit 1; }}"
+        " --device-name {params.device} --out-dir {params.out} > {log} 2>&1"
 
 
 rule statistics:

@@ -1,0 +1,86 @@
+"""Digests: a result depends on what it was made of, and on nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kvquant import specs
+from kvquant.config import Study, parse_study
+
+MODEL = "smollm2-135m"
+
+
+@pytest.fixture()
+def raw(root: Path) -> dict[str, Any]:
+    return yaml.safe_load((root / "config/demo.yaml").read_text())
+
+
+def digests(study: Study) -> dict[str, str]:
+    """Every digest of a study."""
+    found = {"calibrate": specs.calibration_digest(study, MODEL)}
+    for scheme in study.schemes:
+        found[f"quantize/{scheme}"] = specs.quantizer_digest(study, MODEL, scheme)
+        for task in study.tasks:
+            for seed in study.seeds:
+                key = f"eval/{scheme}/{task}/{seed}"
+                found[key] = specs.eval_digest(study, MODEL, scheme, task, seed)
+    for scheme, workload, _ in study.throughput_cells():
+        found[f"perf/{scheme}/{workload}"] = specs.perf_digest(study, MODEL, scheme, workload)
+    for scheme, workload, _ in study.energy_cells():
+        found[f"energy/{scheme}/{workload}"] = specs.energy_digest(study, MODEL, scheme, workload)
+    return found
+
+
+def changed(raw: dict[str, Any], *keys: str, value: Any) -> set[str]:
+    """The digests that another value of one key changes."""
+    before = digests(parse_study(raw))
+    other = yaml.safe_load(yaml.safe_dump(raw))
+    at = other
+    for key in keys[:-1]:
+        at = at[key]
+    at[keys[-1]] = value
+    after = digests(parse_study(other))
+    return {name for name in before if name in after and before[name] != after[name]}
+
+
+def test_all_results_of_a_study_differ(raw: dict[str, Any]) -> None:
+    found = digests(parse_study(raw))
+    assert len(set(found.values())) == len(found)
+
+
+def test_a_task_changes_its_own_results(raw: dict[str, Any]) -> None:
+    found = changed(raw, "tasks", "passkey-1k", "length", value=512)
+    assert found
+    assert all(name.startswith("eval/") and "/passkey-1k/" in name for name in found)
+
+
+def test_calibration_changes_calibrated_schemes_only(raw: dict[str, Any]) -> None:
+    found = changed(raw, "calibration", "window", value=256)
+    assert "calibrate" in found
+    schemes = {name.split("/")[1] for name in found if "/" in name}
+    assert schemes == {s for s in raw["schemes"] if s.startswith("nuq")}
+
+
+def test_timing_changes_its_own_stage(raw: dict[str, Any]) -> None:
+    for stage, key, value in (("throughput", "warmup", 3), ("energy", "trials", 4)):
+        found = changed(raw, stage, key, value=value)
+        assert {name.split("/")[0] for name in found} == {{"throughput": "perf"}.get(stage, stage)}
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("title",), "another"),
+        (("seeds",), [0, 1]),
+        (("statistics", "alpha"), 0.01),
+        (("pathvars", "results"), "elsewhere"),
+        (("tasks", "ppl-b", "minutes"), 7),
+        (("throughput", "reps"), 2),
+    ],
+)
+def test_what_no_result_depends_on(raw: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+    assert changed(raw, *keys, value=value) == set()

@@ -1,0 +1,49 @@
+"""Stands in for `python -m kvquant VERB` in tests of the DAG: outputs without measurements."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def options(words: list[str]) -> dict[str, list[str]]:
+    """{option: its values} of a command line."""
+    found: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            current = found.setdefault(word[2:], [])
+        else:
+            current.append(word)
+    return found
+
+
+def outputs(verb: str, given: dict[str, list[str]]) -> list[Path]:
+    """The files that the verb would write."""
+    folder = Path(given["out-dir"][0]) if "out-dir" in given else Path()
+    files = [Path(f) for key in ("out", "tex", "numbers") for f in given.get(key, [])]
+    if verb in ("calibrate", "quantize"):
+        files += [files[0].with_suffix(s) for s in (".json", ".safetensors")]
+    elif verb == "evaluate":
+        files += [
+            folder / f"seed{seed}" / name
+            for seed in given["seeds"]
+            for name in ("run.json", "samples.jsonl")
+        ]
+    elif verb == "tables":
+        names = ("accuracy", "statistics", "throughput", "energy", "memory")
+        files += [folder / f"{name}.tex" for name in names]
+    tables = {
+        "aggregate": ("eval", "samples", "perf", "energy"),
+        "statistics": ("tests",),
+        "pareto": ("pareto",),
+    }
+    return files + [
+        folder / f"{name}.{kind}" for name in tables.get(verb, ()) for kind in ("parquet", "csv")
+    ]
+
+
+if __name__ == "__main__":
+    verb, *rest = sys.argv[1:]
+    for file in outputs(verb, options(rest)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(verb)

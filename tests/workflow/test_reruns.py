@@ -1,0 +1,135 @@
+"""What a change of the study measures again, on a DAG that ran to its end with stub verbs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+MEASURED = {"evaluate", "throughput", "energy", "calibrate", "quantize", "fetch-model"}
+STUB = '#!/bin/sh\nif [ "$1 $2" = "-m kvquant" ]; then shift 2; exec {python} {stub} "$@"; fi\n'
+STUB += 'exec {python} "$@"\n'
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the study runs."""
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.fixture(scope="module")
+def run(root: Path, work: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Snakemake on the finished smoke study; keyword `changes` edits the study's text."""
+    stub = work / "bin/python"
+    stub.parent.mkdir()
+    stub.write_text(STUB.format(python=sys.executable, stub=root / "tests/workflow/stub_verbs.py"))
+    stub.chmod(0o755)
+    env = {**os.environ, "PATH": f"{stub.parent}:{os.environ['PATH']}", "PYTHONPATH": str(root)}
+
+    def call(
+        *args: str, changes: Sequence[tuple[str, str]] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        text = (root / "config/smoke.yaml").read_text()
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new, 1)
+        (work / "study.yaml").write_text(text)
+        command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile")]
+        command += ["--directory", str(work), "--configfile", str(work / "study.yaml")]
+        command += ["--replace-workflow-config", "--cores", "2"]
+        return subprocess.run(
+            [*command, *args],
+            cwd=work,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = call("--no-hooks", "--quiet")  # no report of stub files
+    assert done.returncode == 0, done.stderr[-3000:]
+    return call
+
+
+def planned(done: subprocess.CompletedProcess[str]) -> list[tuple[str, dict[str, str]]]:
+    """(verb, options) of every job of a dry run, from the commands that it prints."""
+    assert done.returncode == 0, done.stderr[-3000:]
+    commands = re.findall(r"python -m kvquant (\S+) (.*)", done.stdout + done.stderr)
+    return [(verb, dict(re.findall(r"--(\S+) (\S+)", rest))) for verb, rest in commands]
+
+
+def test_second_run_has_nothing_to_do(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = run("-n", "-p")
+    assert "Nothing to be done" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # another codebook: this quantizer and what was measured with it
+        (
+            [("outliers: 0.01, block_size: 32", "outliers: 0.01, block_size: 64")],
+            {"quantize": 1, "evaluate": 3, "throughput": 1, "energy": 1},
+        ),
+        # a peer's setting, and how speed is timed
+        (
+            [("residual: 32", "residual: 64"), ("max_seconds: 5", "max_seconds: 6")],
+            {"evaluate": 3, "throughput": 1},
+        ),
+        # how tests judge, and a job's time limit: nothing is measured again
+        (
+            [
+                ("perplexity: 0.5", "perplexity: 0.4"),
+                ("batch_size: 1}", "batch_size: 1, minutes: 3}"),
+            ],
+            {},
+        ),
+    ],
+)
+def test_a_change_measures_its_dependents_only(
+    run: Callable[..., subprocess.CompletedProcess[str]],
+    changes: list[tuple[str, str]],
+    expected: dict[str, int],
+) -> None:
+    jobs = planned(run("-n", "-p", changes=changes))
+    assert Counter(verb for verb, _ in jobs if verb in MEASURED) == expected
+    if "quantize" in expected:
+        assert {o["scheme"] for verb, o in jobs if verb in MEASURED} == {"nuq3-1pct"}
+
+
+def test_another_calibration_leaves_uncalibrated_schemes_alone(
+    run: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    jobs = planned(run("-n", "-p", changes=[("windows: 4", "windows: 5")]))
+    evaluated = {w["scheme"] for rule, w in jobs if rule == "evaluate"}
+    assert evaluated == {"nuq3-1pct", "nuq2-1pct"}
+    assert "fetch-model" not in {rule for rule, _ in jobs}
+
+
+def test_one_artifact_asks_for_no_other(
+    run: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    target = "results/smoke/paper/figures/pareto.pdf"
+    jobs = planned(run("-n", "-p", "--forcerun", "plot", "--", target))
+    assert [verb for verb, _ in jobs] == ["plot"]
+
+
+def test_a_lost_result_is_measured_again_when_its_stage_is_asked_for(
+    run: Callable[..., subprocess.CompletedProcess[str]], work: Path
+) -> None:
+    record = work / "results/smoke/eval/smollm2-135m/fp16/ppl-b/seed0/run.json"
+    lost = record.rename(record.with_suffix(".lost"))
+    try:
+        jobs = planned(run("-n", "-p", "accuracy"))
+        assert [(verb, o["scheme"], o["task"]) for verb, o in jobs] == [
+            ("evaluate", "fp16", "ppl-b")
+        ]
+    finally:
+        lost.rename(record)
