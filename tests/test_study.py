@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvquant.cli import main
-from kvquant.config import digest, load_study
+from kvquant.config import Study, digest, load_study
 
 
 def test_written_study_is_the_same_study(root: Path, tmp_path: Path) -> None:
@@ -28,3 +28,9 @@ def test_mistake_writes_nothing(
     assert main(["study", "--study", str(wrong), "--out", str(tmp_path / "s.json")]) == 2
     assert "sedes: unknown key" in capsys.readouterr().err
     assert not (tmp_path / "s.json").exists()
+
+
+def test_every_key_of_a_study_is_explained(root: Path) -> None:
+    text = (root / "config/README.md").read_text()
+    for key in Study.model_fields:
+        assert f"`{key}`" in text, f"config/README.md does not explain {key}"

@@ -220,8 +220,8 @@ def _from_hub(spec: ModelSpec, folder: Path) -> dict[str, Any]:
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{where}: cannot be fetched ({text[:200]}): check the network") from None
     except Exception as error:
-        # The hub's HTTP client has its own tree of errors, which changed between versions.
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests"):
+        # The hub's HTTP client has its own tree of errors, and which client it is has changed.
+        if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
             raise
         raise UserError(f"{where}: the hub cannot be reached: check network and proxy") from None
     return {"revision": info.sha, "origin": spec.repo}

@@ -126,7 +126,6 @@ WORDS = st.lists(st.text(alphabet="ab-", min_size=1, max_size=3), min_size=1, ma
 
 @given(WORDS, WORDS)
 def test_word_pairs_equal_the_sorted_list(firsts: list[str], seconds: list[str]) -> None:
-    # lm-eval's first words hold no pair that a hyphen makes alike but through a common beginning.
     pairs = WordPairs(firsts, seconds)
     built = sorted({f"{a}-{b}" for a in firsts for b in seconds})
     assert len(pairs) == len(built)

@@ -139,7 +139,7 @@ def test_damaged_results_are_not_overwritten(study: Study, manifest: Path, tmp_p
     file = tmp_path / "seed0" / "run.json"
     good = file.read_text()
     file.write_text(good[: len(good) // 2])
-    with pytest.raises(UserError, match="truncated or damaged JSON.*delete it by name"):
+    with pytest.raises(UserError, match=r"truncated or damaged JSON.*delete it by name"):
         measure(study, manifest, tmp_path, [0])
     file.write_text(good)
     with pytest.raises(UserError, match="another specification"):

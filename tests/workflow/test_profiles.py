@@ -1,0 +1,56 @@
+"""The profiles: which study they run, and what a person reads in a dry run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+
+def profiles(root: Path) -> dict[str, dict[str, Any]]:
+    """{name: content} of every profile."""
+    files = sorted((root / "workflow/profiles").glob("*/profile.yaml"))
+    return {f.parent.name: yaml.safe_load(f.read_text()) for f in files}
+
+
+def test_profiles_name_existing_studies_and_replace_the_default(root: Path) -> None:
+    found = profiles(root)
+    assert set(found) >= {"demo", "smoke", "gpu1", "athena", "slurm"}
+    for name, content in found.items():
+        assert content["replace-workflow-config"] is True, name
+        assert "keep-incomplete" not in content, "a truncated output would be taken for whole"
+        assert content["rerun-incomplete"] is True, name
+        if name != "slurm":
+            assert (root / content["configfile"]).is_file()
+
+
+def test_slurm_profiles_avoid_known_faults(root: Path) -> None:
+    for content in (profiles(root)[name] for name in ("athena", "slurm")):
+        assert content["slurm-status-command"] == "squeue"
+        assert content["slurm-no-requeue"] is True
+        assert Path(content["slurm-logdir"]) != Path("logs")
+        assert content["retries"] > 0
+        assert not any("array" in key or key == "groups" for key in content)
+
+
+@pytest.mark.slow
+def test_dry_run_of_the_demo_is_readable(root: Path) -> None:
+    profile = "workflow/profiles/demo"
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "-n", "--nolock", "--forceall", "--profile", profile],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    lines = output.splitlines()
+    assert len(lines) < 150
+    assert max(map(len, lines)) < 160
+    assert "Evaluating nuq3-1pct on ppl-b (smollm2-135m)" in output
+    assert not any(line.lstrip().startswith(("input:", "output:", "Host:")) for line in lines)
