@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +178,10 @@ def _loader(
     from kvquant.models import load_quantized_model, read_manifest
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.disable_progress_bar()
     task_spec = study.task(task)
     if dataset_of(task_spec) and data_manifest is None:
         raise UserError(f"--data-manifest: task '{task}' reads '{dataset_of(task_spec)}'")
