@@ -132,7 +132,7 @@ def _quantize_share(t: Tables) -> Outcome:
     share = rows["quantize_share"].dropna() if len(rows) else pd.Series(dtype=float)
     if not len(share):
         return _missing("no throughput measured")
-    return Outcome(f"{share.max():.1%} (worst workload)", bool(share.max() <= 0.15))
+    return Outcome(f"{100 * share.max():.1f} % (worst workload)", bool(share.max() <= 0.15))
 
 
 def _energy(t: Tables) -> Outcome:
@@ -235,7 +235,7 @@ def run(args: argparse.Namespace) -> None:
     table.to_csv(args.out, index=False)
     args.tex.parent.mkdir(parents=True, exist_ok=True)
     args.tex.write_text(
-        booktabs(table, "p{2.6cm}p{4.6cm}p{4.0cm}l", size="footnotesize"), encoding="utf-8"
+        booktabs(table, "L{3.0cm}L{5.2cm}L{4.4cm}l", size="footnotesize"), encoding="utf-8"
     )
     counts = table["verdict"].value_counts()
     print(

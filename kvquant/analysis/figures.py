@@ -87,15 +87,15 @@ def pareto(study: Study, tables: Path) -> Any:
     source = frame["energy_source"].iloc[0]
     note = ", estimated" if "estimated" in str(source) else ""
     panels = (
-        ("bits_per_element", "bits per element, everything included (smaller is better)"),
-        ("prefill_ratio", "prefill speed over fp16 (larger is better)"),
-        ("energy_ratio", f"energy per token over fp16{note} (smaller is better)"),
+        ("bits_per_element", "bits per element, all included (less is better)"),
+        ("prefill_ratio", "prefill speed over fp16 (more is better)"),
+        ("energy_ratio", f"energy per token over fp16{note} (less is better)"),
     )
     for axis, (column, label) in zip(axes, panels, strict=True):
         _loss_panel(axis, study, frame, tests, column)
         axis.set_xlabel(label)
         axis.margins(x=0.08)
-    axes[1].set_ylabel("perplexity increase over fp16 (smaller is better)")
+    axes[1].set_ylabel("perplexity increase over fp16 (less is better)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside upper center", ncols=3, frameon=False, handletextpad=0.2

@@ -85,7 +85,7 @@ def throughput(t: Tables) -> str:
             "fp16 tok/s": number(r.base_prefill_tokens_per_s, 0),
             "prefill": number(r.prefill_ratio, 3),
             "decode": number(r.decode_ratio, 3),
-            "quantize": "-" if np.isnan(r.quantize_share) else f"{r.quantize_share:.1%}",
+            "quantize": "-" if np.isnan(r.quantize_share) else f"{100 * r.quantize_share:.1f} %",
             "rounds": r.scheme_rounds,
         }
         for r in t.perf.itertuples()

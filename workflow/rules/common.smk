@@ -9,6 +9,7 @@ from kvquant.config import parse_study
 from kvquant.errors import UserError
 from kvquant.grid import grid_lines
 from kvquant.provenance import device_name
+from kvquant.run_lock import hold
 
 try:
     STUDY = parse_study(config)
@@ -72,7 +73,10 @@ def eval_runtime(wildcards, attempt):
 
 onstart:
     # Jobs read the study from this file, so that a printed command can be pasted.
-    STUDY_FILE.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        hold(STUDY_FILE.parent)
+    except UserError as error:
+        raise WorkflowError(str(error))
     STUDY_FILE.write_text(STUDY.model_dump_json(indent=2) + "\n", encoding="utf-8")
     for line in grid_lines(STUDY):
         print(line, file=sys.stderr)
