@@ -8,6 +8,7 @@ whatever batch it stands in and in whatever chunks it arrives.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -61,13 +62,6 @@ class PackedKeys:
         """Allocated bytes."""
         return self.codes.nbytes + (self.outliers.nbytes if self.outliers else 0)
 
-    def select(self, blocks: torch.Tensor) -> PackedKeys:
-        """The given blocks as a new object."""
-        return PackedKeys(
-            self.codes.index_select(0, blocks),
-            self.outliers.select(blocks) if self.outliers else None,
-        )
-
 
 @dataclass(frozen=True)
 class PackedValues:
@@ -83,15 +77,6 @@ class PackedValues:
         """Allocated bytes."""
         sparse = self.outliers.nbytes if self.outliers else 0
         return self.codes.nbytes + self.zero.nbytes + self.scale.nbytes + sparse
-
-    def select(self, blocks: torch.Tensor) -> PackedValues:
-        """The given blocks as a new object."""
-        return PackedValues(
-            self.codes.index_select(0, blocks),
-            self.zero.index_select(0, blocks),
-            self.scale.index_select(0, blocks),
-            self.outliers.select(blocks) if self.outliers else None,
-        )
 
 
 def outliers_per_side(fraction: float, channels: int) -> int:
@@ -169,12 +154,19 @@ class BatchedKVQuantizer:
         levels = fused.decode(codes, self.tables.value_levels)
         return levels.mul_(scale.float().view(shape)).add_(zero.float().view(shape))
 
+    def _sparse(self, x: torch.Tensor, mask: torch.Tensor | None, known: int) -> SparseSlab | None:
+        """Exact outliers; on a GPU with room for `known`, or twice the calibrated share if 0."""
+        if mask is None:
+            return None
+        slots = known or math.ceil(2 * self.outliers * x.numel()) + x.shape[0] * 64
+        return SparseSlab.from_mask(x, mask, min(slots, x.numel()))
+
     def pack_keys(self, x: torch.Tensor) -> PackedKeys:
         """Packs key blocks `[blocks, num_heads, block_size, head_dim]` (fp16/bf16, before RoPE)."""
         self._check(x, "keys")
         codes, mask = self._encode_keys(x)
         packed = pack(codes.view(*codes.shape[:2], -1), self.bits)
-        return PackedKeys(packed, None if mask is None else SparseSlab.from_mask(x, mask))
+        return PackedKeys(packed, self._sparse(x, mask, 0))
 
     def unpack_keys(self, packed: PackedKeys, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
         """fp32 keys of the given block shape, bit for bit what :meth:`fake_keys` returns."""
@@ -188,7 +180,8 @@ class BatchedKVQuantizer:
         self._check(x, "values")
         codes, zero, scale, mask = self._encode_values(x)
         packed = pack(codes.view(*codes.shape[:2], -1), self.bits)
-        sparse = None if mask is None else SparseSlab.from_mask(x, mask)
+        per_token = 2 * outliers_per_side(self.outliers, x.shape[1] * x.shape[3])
+        sparse = self._sparse(x, mask, x.shape[0] * x.shape[2] * per_token)
         return PackedValues(packed, zero, scale, sparse)
 
     def unpack_values(

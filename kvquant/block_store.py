@@ -1,39 +1,71 @@
-"""One layer's storage: 16-bit sinks, packed blocks, a 16-bit tail; for a ragged batch.
+"""One layer's tensors: 16-bit sinks, arenas of packed blocks, a 16-bit tail; for a ragged batch.
 
-A sequence of `n` tokens is held as: its first `sinks` tokens, then as many full blocks as are older
-than the last `residual` tokens, then a tail of `residual` to `residual + block_size - 1` tokens (or
-fewer while the sequence is short). That state depends on the sequence alone, not on the batch or on
-the chunks in which it came. An append packs the blocks that became full into a new slab; nothing
-stored is copied or moved, and padding never gets here.
+What goes where is decided by :mod:`kvquant.layout` for all layers at once; this module moves data.
+An append writes into memory that is already there or into a new arena: nothing stored is copied or
+moved, and the host never waits for the device.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 
-from kvquant.schemes.base import Codec
+from kvquant.blocked_sparse import Index, SparseArena, SparseSlab
+from kvquant.layout import AppendPlan, View
+from kvquant.schemes.base import Codec, Packed
 
 
-@dataclass
-class Run:
-    """Consecutive blocks of one sequence inside a slab."""
+class Arena:
+    """Room for packed blocks.
 
-    sequence: int
-    first_token: int
-    first_block: int
-    blocks: int
+    Args:
+        capacity: Blocks.
+        first: The first blocks that will be stored; they give shapes and types.
+    """
+
+    def __init__(self, capacity: int, first: Packed) -> None:
+        self.dense = {
+            name: t.new_empty((capacity, *t.shape[1:])) for name, t in first.dense.items()
+        }
+        self.sparse = {name: SparseArena(capacity, slab) for name, slab in first.sparse.items()}
+
+    def put(self, at: int, packed: Packed) -> None:
+        """Stores blocks from place `at` on."""
+        for name, t in packed.dense.items():
+            self.dense[name][at : at + t.shape[0]] = t
+        for name, slab in packed.sparse.items():
+            self.sparse[name].put(at, slab)
+
+    def view(self, blocks: Index) -> Packed:
+        """Some blocks; a slice copies nothing."""
+        return Packed(
+            {name: t[blocks] for name, t in self.dense.items()},
+            {name: s.view(blocks) for name, s in self.sparse.items()},
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        dense = sum(t.nbytes for t in self.dense.values())
+        return dense + sum(s.nbytes for s in self.sparse.values())
 
 
-@dataclass
-class Slab:
-    """Blocks packed by one append, of all sequences."""
+def _fill(blocks: torch.Tensor, at: int, tokens: torch.Tensor) -> None:
+    """Writes `[num_heads, n, head_dim]` from token `at` on into `[blocks, num_heads, size, dim]`.
 
-    packed: Any
-    blocks: int
-    runs: list[Run]
+    At most three copies: the rest of a begun block, whole blocks, the beginning of another.
+    """
+    size, n, done = blocks.shape[2], tokens.shape[1], 0
+    if at % size:
+        done = min(size - at % size, n)
+        blocks[at // size, :, at % size : at % size + done] = tokens[:, :done]
+    whole = (n - done) // size
+    if whole:
+        first = (at + done) // size
+        part = tokens[:, done : done + whole * size].unflatten(1, (whole, size))
+        blocks[first : first + whole] = part.transpose(0, 1)
+        done += whole * size
+    if done < n:
+        blocks[(at + done) // size, :, : n - done] = tokens[:, done:]
 
 
 class BlockStore:
@@ -45,140 +77,188 @@ class BlockStore:
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
-        self.lengths: list[int] = []
-        self.slabs: list[Slab] = []
-        self._tail_lengths: list[int] = []
-        self._sinks: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._tail: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.arenas: list[Arena] = []
+        self.sinks: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.tail: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.excess: torch.Tensor | None = None
 
     def _allocate(self, keys: torch.Tensor) -> None:
         batch, heads, _, dim = keys.shape
         kind = keys.dtype if keys.dtype is torch.bfloat16 else torch.float16
 
-        def buffer(tokens: int) -> torch.Tensor:
-            return torch.zeros((batch, heads, tokens, dim), dtype=kind, device=keys.device)
+        def pair(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+            shape = (batch, heads, tokens, dim)
+            return (
+                torch.zeros(shape, dtype=kind, device=keys.device),
+                torch.zeros(shape, dtype=kind, device=keys.device),
+            )
 
-        tail = self.codec.residual + self.codec.block_size
-        self._sinks = (buffer(self.codec.sinks), buffer(self.codec.sinks))
-        self._tail = (buffer(tail), buffer(tail))
-        self.lengths = [0] * batch
-        self._tail_lengths = [0] * batch
+        self.sinks = pair(self.codec.sinks)
+        self.tail = pair(self.codec.residual + self.codec.block_size)
 
-    def append(
-        self, keys: torch.Tensor, values: torch.Tensor, spans: list[slice | torch.Tensor]
-    ) -> None:
-        """Appends tokens.
+    @torch.inference_mode()  # buffers are of one kind, whatever mode a call comes in
+    def append(self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Stores the tokens of a call.
 
         Args:
+            plan: From :meth:`kvquant.layout.Layout.append`.
             keys: `[batch_size, num_kv_heads, new_len, head_dim]`, padding included; before or after
                 RoPE as the codec says.
             values: The same shape.
-            spans: For each sequence, which of the `new_len` columns are tokens.
         """
-        if self._tail is None:
+        if self.tail is None:
             self._allocate(keys)
-        assert self._tail is not None and self._sinks is not None
-        kind = self._tail[0].dtype
+        assert self.tail is not None and self.sinks is not None
+        kind = self.tail[0].dtype
         keys, values = keys.to(kind), values.to(kind)
-        size, sinks = self.codec.block_size, self.codec.sinks
-        full: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        runs: list[Run] = []
-        packed_blocks = 0
-        for b, span in enumerate(spans):
-            new = (keys[b][:, span], values[b][:, span])
-            count = new[0].shape[1]
-            if count == 0:
-                continue
-            length, tail = self.lengths[b], self._tail_lengths[b]
-            to_sinks = min(max(sinks - length, 0), count)
-            if to_sinks:
-                for buffer, x in zip(self._sinks, new, strict=True):
-                    buffer[b, :, length : length + to_sinks] = x[:, :to_sinks]
-                new = (new[0][:, to_sinks:], new[1][:, to_sinks:])
-            total = tail + count - to_sinks
-            blocks = max(0, (total - self.codec.residual) // size)
-            self.lengths[b] = length + count
-            self._tail_lengths[b] = total - blocks * size
-            if blocks == 0:
-                for buffer, x in zip(self._tail, new, strict=True):
-                    buffer[b, :, tail:total] = x
-                continue
-            for buffer, x, out in zip(self._tail, new, full, strict=True):
-                # bounded by one tail and the appended tokens: nothing stored is copied
-                joined = torch.cat([buffer[b, :, :tail], x], 1) if tail else x
-                out.append(joined[:, : blocks * size].unflatten(1, (blocks, size)).transpose(0, 1))
-                buffer[b, :, : total - blocks * size] = joined[:, blocks * size :]
-            runs.append(Run(b, length + to_sinks - tail, packed_blocks, blocks))
-            packed_blocks += blocks
-        if runs:
-            packed = self.codec.pack(torch.cat(full[0]), torch.cat(full[1]))
-            self.slabs.append(Slab(packed, packed_blocks, runs))
+        if plan.decode and keys.shape[2] == 1:
+            self._append_step(plan, keys, values)
+        else:
+            self._append_many(plan, keys, values)
 
-    def read(self, keys: torch.Tensor, values: torch.Tensor, *, fake_tail: bool) -> None:
-        """Writes all tokens, compacted (token `i` of a sequence at index `i`), into buffers.
+    def _append_step(self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """One token a sequence: one write, and a block is packed where it became full."""
+        assert self.tail is not None
+        device, batch = keys.device, keys.shape[0]
+        if len(set(plan.before.tails)) == 1:
+            place = plan.before.tails[0]
+            for buffer, x in zip(self.tail, (keys, values), strict=True):
+                buffer[:, :, place : place + 1] = x
+        else:
+            row = torch.arange(batch, device=device)
+            at = torch.tensor(plan.before.tails).to(device, non_blocking=True)
+            for buffer, x in zip(self.tail, (keys, values), strict=True):
+                buffer[row, :, at] = x[:, :, 0]
+        full = [b for b in range(batch) if plan.new_blocks(b)]
+        if not full:
+            return
+        size, residual = self.codec.block_size, self.codec.residual
+        chosen: Index = slice(None)
+        if len(full) < batch:
+            chosen = torch.tensor(full).to(device, non_blocking=True)
+        rows = [buffer[chosen] for buffer in self.tail]
+        staged = [x[:, :, :size].contiguous() for x in rows]
+        self._put(plan, self.codec.pack(staged[0], staged[1]))
+        if residual:
+            for buffer, x in zip(self.tail, rows, strict=True):
+                # the source may overlap its destination
+                buffer[chosen, :, :residual] = x[:, :, size : size + residual].clone()
+
+    def _append_many(self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Chunks of any length, with or without padding."""
+        assert self.tail is not None and self.sinks is not None
+        size, heads, dim = self.codec.block_size, keys.shape[1], keys.shape[3]
+        total = sum(plan.new_blocks(b) for b in range(len(plan.spans)))
+        staged = (
+            keys.new_empty((total, heads, size, dim)),
+            values.new_empty((total, heads, size, dim)),
+        )
+        at = 0
+        for b, span in enumerate(plan.spans):
+            length, tail = plan.before.lengths[b], plan.before.tails[b]
+            blocks = plan.new_blocks(b)
+            for x, sinks, buffer, out in zip(
+                (keys, values), self.sinks, self.tail, staged, strict=True
+            ):
+                new = x[b][:, span]
+                if length < self.codec.sinks:
+                    count = min(self.codec.sinks - length, new.shape[1])
+                    sinks[b, :, length : length + count] = new[:, :count]
+                    new = new[:, count:]
+                if not blocks:
+                    buffer[b, :, tail : tail + new.shape[1]] = new
+                    continue
+                region = out[at : at + blocks]
+                old = min(tail, blocks * size)  # of the tail, into blocks
+                _fill(region, 0, buffer[b, :, :old])
+                taken = blocks * size - old
+                _fill(region, old, new[:, :taken])
+                if old < tail:
+                    buffer[b, :, : tail - old] = buffer[b, :, old:tail].clone()
+                buffer[b, :, tail - old : plan.after.tails[b]] = new[:, taken:]
+            at += blocks
+        if total:
+            self._put(plan, self.codec.pack(staged[0], staged[1]))
+
+    def _put(self, plan: AppendPlan, packed: Packed) -> None:
+        if plan.capacity:
+            self.arenas.append(Arena(plan.capacity, packed))
+        self.arenas[plan.arena].put(plan.at, packed)
+        for slab in packed.sparse.values():
+            if slab.excess is not None:
+                self.excess = slab.excess if self.excess is None else self.excess + slab.excess
+
+    def unpack(self, arena: int, blocks: Index) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 keys and values `[n, num_kv_heads, block_size, head_dim]` of packed blocks."""
+        assert self.tail is not None
+        packed = self.arenas[arena].view(blocks)
+        count = next(iter(packed.dense.values())).shape[0]
+        heads, dim = self.tail[0].shape[1], self.tail[0].shape[3]
+        return self.codec.unpack(packed, (count, heads, self.codec.block_size, dim))
+
+    def read_tail(self, view: View, *, fake: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the tails `[batch_size, num_kv_heads, longest tail, head_dim]`.
 
         Args:
-            keys: `[batch_size, num_kv_heads, >= max(lengths), head_dim]`, written in place.
-            values: The same shape.
-            fake_tail: Quantize and dequantize the tail too (protocol B).
+            view: The state whose tails are read.
+            fake: Quantize and dequantize them (protocol B).
         """
-        if self._tail is None or self._sinks is None:
-            return
-        heads, dim = keys.shape[1], keys.shape[3]
-        size = self.codec.block_size
-        for slab in self.slabs:
-            both = self.codec.unpack(slab.packed, (slab.blocks, heads, size, dim))
-            for run in slab.runs:
-                stop = run.first_token + run.blocks * size
-                for out, x in zip((keys, values), both, strict=True):
-                    part = x[run.first_block : run.first_block + run.blocks]
-                    view = out[run.sequence, :, run.first_token : stop]
-                    view.unflatten(1, (run.blocks, size)).copy_(part.transpose(0, 1))
-        for b, (length, tail) in enumerate(zip(self.lengths, self._tail_lengths, strict=True)):
-            sinks = min(self.codec.sinks, length)
-            recent = (self._tail[0][b : b + 1, :, :tail], self._tail[1][b : b + 1, :, :tail])
-            if fake_tail and tail:
-                recent = self.codec.fake(*recent)
-            for out, sink, x in zip((keys, values), self._sinks, recent, strict=True):
-                out[b, :, :sinks] = sink[b, :, :sinks]
-                out[b, :, length - tail : length] = x[0]
+        assert self.tail is not None
+        longest = max(view.tails)
+        keys, values = (buffer[:, :, :longest] for buffer in self.tail)
+        if not fake:
+            return keys, values
+        out = (keys.float(), values.float())
+        for b, tail in enumerate(view.tails):
+            if tail:
+                parts = self.codec.fake(keys[b : b + 1, :, :tail], values[b : b + 1, :, :tail])
+                for x, part in zip(out, parts, strict=True):
+                    x[b, :, :tail] = part[0]
+        return out
 
+    def outliers(self, name: str, table: list[tuple[int, int]]) -> list[SparseSlab]:
+        """The outliers ("keys" or "values") of a sequence's blocks, one slab a block."""
+        return [
+            self.arenas[arena].sparse[name].view(slice(place, place + 1))
+            for arena, place in table
+            if name in self.arenas[arena].sparse
+        ]
+
+    @torch.inference_mode()
     def select(self, indices: torch.Tensor) -> None:
-        """Keeps (or repeats) the given sequences, int64 `[new_batch]`: beams, batch selection."""
-        if self._tail is None or self._sinks is None:
+        """Keeps (or repeats) the 16-bit tokens of the given sequences."""
+        if self.tail is not None and self.sinks is not None:
+            where = indices.to(self.tail[0].device)
+            self.sinks = (self.sinks[0][where], self.sinks[1][where])
+            self.tail = (self.tail[0][where], self.tail[1][where])
+
+    @torch.inference_mode()
+    def uncut(self, cuts: list[tuple[int, int, int] | None]) -> None:
+        """Moves the first tokens of blocks that a crop cut into the tail, dequantized."""
+        if self.tail is None:
             return
-        order = [int(i) for i in indices.tolist()]
-        where = indices.to(self._tail[0].device)
-        self._sinks = (self._sinks[0][where], self._sinks[1][where])
-        self._tail = (self._tail[0][where], self._tail[1][where])
-        self.lengths = [self.lengths[i] for i in order]
-        self._tail_lengths = [self._tail_lengths[i] for i in order]
-        slabs = []
-        for slab in self.slabs:
-            runs: list[Run] = []
-            blocks: list[int] = []
-            for b, old in enumerate(order):
-                for run in slab.runs:
-                    if run.sequence == old:
-                        runs.append(Run(b, run.first_token, len(blocks), run.blocks))
-                        blocks += range(run.first_block, run.first_block + run.blocks)
-            if runs:
-                wanted = torch.tensor(blocks, dtype=torch.int64, device=where.device)
-                slabs.append(Slab(slab.packed.select(wanted), len(blocks), runs))
-        self.slabs = slabs
+        for b, cut in enumerate(cuts):
+            if cut is not None:
+                arena, place, tokens = cut
+                both = self.unpack(arena, slice(place, place + 1))
+                for buffer, x in zip(self.tail, both, strict=True):
+                    buffer[b, :, :tokens] = x[0, :, :tokens].to(buffer.dtype)
+
+    @torch.inference_mode()
+    def fork(self) -> BlockStore:
+        """A copy that shares packed blocks."""
+        other = BlockStore(self.codec)
+        other.arenas = list(self.arenas)
+        other.excess = self.excess
+        if self.tail is not None and self.sinks is not None:
+            other.sinks = (self.sinks[0].clone(), self.sinks[1].clone())
+            other.tail = (self.tail[0].clone(), self.tail[1].clone())
+        return other
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated: sinks, tails with their slack, packed blocks, shared tables."""
-        if self._tail is None or self._sinks is None:
+        """Bytes allocated: sinks, tails with their slack, arenas, shared tables."""
+        if self.tail is None or self.sinks is None:
             return 0
-        buffers = sum(t.nbytes for t in (*self._sinks, *self._tail))
-        return buffers + sum(s.packed.nbytes for s in self.slabs) + self.codec.shared_bytes
-
-    @property
-    def elements(self) -> int:
-        """Key and value elements of all tokens (padding does not count)."""
-        if self._tail is None:
-            return 0
-        _, heads, _, dim = self._tail[0].shape
-        return 2 * heads * dim * sum(self.lengths)
+        buffers = sum(t.nbytes for t in (*self.sinks, *self.tail))
+        return buffers + sum(a.nbytes for a in self.arenas) + self.codec.shared_bytes

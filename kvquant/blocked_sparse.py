@@ -4,19 +4,23 @@ Both matrices are token-major and stored in blocks of `block_size` tokens and on
 the channel x token matrix in CSC form (a token is a column), values as the token x channel matrix
 in CSR form (a token is a row). In memory the two are the same thing: a block's entries sorted by
 token, then channel. An entry is a 16-bit value and its position inside the block
-(`token * head_dim + channel`, 16 bits while a block has at most 65536 elements); one 32-bit pointer
-a block says where its entries begin. Row pointers inside a block are not stored: the sorted
-positions hold them, and a program that reads a block reads all of its entries anyway.
+(`token * head_dim + channel`, 16 bits while a block has at most 65536 elements). Where a block's
+entries begin, and how many there are, stands beside them. Row pointers inside a block are not
+stored: the sorted positions hold them, and a program that reads a block reads all of its entries.
 
-Blocks are written once and never moved: an append makes a new slab of blocks, costs O(appended)
-and touches nothing that is stored.
+Entries live in arenas that are allocated ahead and never moved; an append writes behind what is
+there and costs O(appended).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+Shape = tuple[int, int, int, int]
+Index = slice | torch.Tensor
 
 
 def position_dtype(block_elements: int) -> torch.dtype:
@@ -24,144 +28,208 @@ def position_dtype(block_elements: int) -> torch.dtype:
     return torch.int16 if block_elements <= 65536 else torch.int32
 
 
+def count_dtype(block_elements: int) -> torch.dtype:
+    """int16 while the count of a full block fits, else int32."""
+    return torch.int16 if block_elements <= 32767 else torch.int32
+
+
 @dataclass(frozen=True)
 class SparseSlab:
     """The outliers of some blocks.
 
     Attributes:
-        pointers: int32 `[blocks * num_heads + 1]`, first entry of each (block, head).
-        positions: int16/int32 `[entries]`, `token * head_dim + channel` in the block.
-        values: fp16/bf16 `[entries]`.
+        begin: int32 `[blocks, num_heads]`, first entry of each (block, head).
+        count: int16/int32 `[blocks, num_heads]`, number of its entries.
+        positions: int16/int32 `[slots]`, `token * head_dim + channel` in the block.
+        values: fp16/bf16 `[slots]`.
         shape: `(blocks, num_heads, block_size, head_dim)`.
+        excess: int32 scalar, outliers that found no slot (see :meth:`from_mask`), or None.
     """
 
-    pointers: torch.Tensor
+    begin: torch.Tensor
+    count: torch.Tensor
     positions: torch.Tensor
     values: torch.Tensor
-    shape: tuple[int, int, int, int]
+    shape: Shape
+    excess: torch.Tensor | None = None
 
     @classmethod
-    def from_mask(cls, x: torch.Tensor, mask: torch.Tensor) -> SparseSlab:
+    def from_mask(cls, x: torch.Tensor, mask: torch.Tensor, slots: int | None = None) -> SparseSlab:
         """Gathers the marked elements.
 
         Args:
             x: fp16/bf16 `[blocks, num_heads, block_size, head_dim]`.
             mask: bool, the same shape.
+            slots: On a GPU: room for so many entries, so that the host need not wait to learn their
+                number; what does not fit is counted in `excess`. Otherwise ignored: exact.
         """
         blocks, heads, tokens, dim = x.shape
         flat = mask.reshape(blocks * heads, tokens * dim)
         counts = flat.sum(-1, dtype=torch.int32)
-        pointers = torch.zeros(blocks * heads + 1, dtype=torch.int32, device=x.device)
-        torch.cumsum(counts, 0, dtype=torch.int32, out=pointers[1:])
-        entries = flat.view(-1).nonzero().view(-1)
-        values = x.reshape(-1).index_select(0, entries)
-        inside = entries % (tokens * dim)
+        ends = counts.cumsum(0, dtype=torch.int32)
+        begin, excess = ends - counts, None
+        if x.is_cuda and slots is not None:
+            found = torch.nonzero_static(flat.view(-1), size=slots, fill_value=0).view(-1)
+            excess = (ends[-1] - slots).clamp_(min=0)
+            begin = begin.clamp_(max=slots)
+            counts = ends.clamp_(max=slots) - begin
+        else:
+            found = flat.view(-1).nonzero().view(-1)
+        values = x.reshape(-1).index_select(0, found)
+        inside = found % (tokens * dim)
         kind = position_dtype(tokens * dim)
         if kind is torch.int16:  # two's complement of the unsigned position
             inside = torch.where(inside >= 32768, inside - 65536, inside)
-        return cls(pointers, inside.to(kind), values, (blocks, heads, tokens, dim))
+        counts = counts.to(count_dtype(tokens * dim))
+        table, shape = (blocks, heads), (blocks, heads, tokens, dim)
+        return cls(begin.view(table), counts.view(table), inside.to(kind), values, shape, excess)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the three arrays."""
-        return self.pointers.nbytes + self.positions.nbytes + self.values.nbytes
+        """Bytes of the four arrays."""
+        return self.begin.nbytes + self.count.nbytes + self.positions.nbytes + self.values.nbytes
 
-    def unsigned_positions(self) -> torch.Tensor:
-        """int64 `[entries]` positions inside their blocks."""
-        wide = self.positions.long()
+    @property
+    def nnz(self) -> int:
+        """Stored outliers; waits for the device."""
+        return int(self.count.sum())
+
+    def _entries(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(group, entry, valid) of every stored outlier; on a GPU padded to the slots."""
+        count = self.count.reshape(-1).long()
+        ends = count.cumsum(0)
+        if not count.is_cuda:
+            total = int(ends[-1]) if ends.numel() else 0
+            group = torch.repeat_interleave(torch.arange(count.numel()), count, output_size=total)
+            slot, valid = torch.arange(total), None
+        else:
+            slot = torch.arange(self.values.numel(), device=count.device)
+            group = torch.searchsorted(ends, slot, right=True)
+            valid = group < count.numel()
+            group = group.clamp_(max=max(count.numel() - 1, 0))
+        entry = self.begin.reshape(-1).long()[group] + slot - (ends - count)[group]
+        return group, entry if valid is None else torch.where(valid, entry, 0), valid
+
+    def _inside(self, entry: torch.Tensor) -> torch.Tensor:
+        wide = self.positions.index_select(0, entry).long()
         return wide & 0xFFFF if self.positions.dtype is torch.int16 else wide
 
-    def flat_index(self) -> torch.Tensor:
-        """int64 `[entries]` index of each entry in the flattened `shape`."""
+    def coordinates(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 flat index into `shape` and value of every outlier, sorted by index; exact."""
+        group, entry, valid = self._entries()
+        if valid is not None:
+            group, entry = group[valid], entry[valid]
         _, _, tokens, dim = self.shape
-        counts = (self.pointers[1:] - self.pointers[:-1]).long()
-        group = torch.repeat_interleave(
-            torch.arange(counts.numel(), device=counts.device),
-            counts,
-            output_size=self.values.numel(),
-        )
-        return group * (tokens * dim) + self.unsigned_positions()
+        return group * (tokens * dim) + self._inside(entry), self.values.index_select(0, entry)
 
     def put_into(self, dense: torch.Tensor) -> None:
         """Overwrites the outliers' places of `dense` (contiguous, of `shape`) by their values."""
-        dense.view(-1).index_copy_(0, self.flat_index(), self.values.to(dense.dtype))
+        if self.values.numel() == 0 or dense.numel() == 0:
+            return
+        flat = dense.view(-1)
+        group, entry, valid = self._entries()
+        _, _, tokens, dim = self.shape
+        index = group * (tokens * dim) + self._inside(entry)
+        value = self.values.index_select(0, entry).to(dense.dtype)
+        if valid is None:
+            flat.index_copy_(0, index, value)
+            return
+        # Empty slots all write to element 0, which then gets its own value again.
+        own = torch.where(valid[0] & (index[0] == 0), value[0], flat[0])
+        flat.index_copy_(0, torch.where(valid, index, 0), value)
+        flat[0] = own
 
-    def select(self, blocks: torch.Tensor) -> SparseSlab:
-        """The given blocks (int64 `[n]`, repeats allowed) as a new slab."""
-        _, heads, tokens, dim = self.shape
-        groups = (blocks[:, None] * heads + torch.arange(heads, device=blocks.device)).view(-1)
-        begin = self.pointers[:-1].long().index_select(0, groups)
-        counts = self.pointers[1:].long().index_select(0, groups) - begin
-        pointers = torch.zeros(groups.numel() + 1, dtype=torch.int32, device=blocks.device)
-        torch.cumsum(counts, 0, dtype=torch.int32, out=pointers[1:])
-        total = int(pointers[-1])
-        shift = torch.repeat_interleave(begin - pointers[:-1].long(), counts, output_size=total)
-        entries = torch.arange(total, device=blocks.device) + shift
-        return SparseSlab(
-            pointers,
-            self.positions.index_select(0, entries),
-            self.values.index_select(0, entries),
-            (int(blocks.numel()), heads, tokens, dim),
-        )
+
+class SparseArena:
+    """Room for the outliers of `blocks` blocks, filled in order.
+
+    Args:
+        blocks: Blocks.
+        first: The first blocks to be stored; they say how many entries a block is likely to need.
+    """
+
+    def __init__(self, blocks: int, first: SparseSlab) -> None:
+        count, heads, tokens, dim = first.shape
+        like = first.values
+        self.shape = (heads, tokens, dim)
+        self.begin = first.begin.new_zeros((blocks, heads))
+        self.count = first.count.new_zeros((blocks, heads))
+        slots = like.numel()
+        if blocks > count:  # more to come: a quarter above what the first blocks took
+            slots = -(-slots * blocks * 5 // (count * 4)) + 32
+        self._positions = [first.positions.new_empty(slots)]
+        self._values = [like.new_empty(slots)]
+        self._used = 0
+
+    def put(self, at: int, slab: SparseSlab) -> None:
+        """Stores blocks `at`, `at + 1`, ...; never drops an entry, never moves one."""
+        n = slab.values.numel()
+        if self._used + n > self._values[-1].numel():
+            # More outliers than foreseen: another segment behind the others.
+            self._positions.append(slab.positions.new_empty(n))
+            self._values.append(slab.values.new_empty(n))
+            self._used = 0
+        offset = sum(v.numel() for v in self._values[:-1]) + self._used
+        self._positions[-1][self._used : self._used + n] = slab.positions
+        self._values[-1][self._used : self._used + n] = slab.values
+        self._used += n
+        self.begin[at : at + slab.shape[0]] = slab.begin + offset
+        self.count[at : at + slab.shape[0]] = slab.count
+
+    def view(self, blocks: Index) -> SparseSlab:
+        """The given blocks; entries are not copied unless there is more than one segment."""
+        positions = self._positions[0] if len(self._positions) == 1 else torch.cat(self._positions)
+        values = self._values[0] if len(self._values) == 1 else torch.cat(self._values)
+        begin, count = self.begin[blocks], self.count[blocks]
+        return SparseSlab(begin, count, positions, values, (begin.shape[0], *self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        entries = sum(t.nbytes for t in (*self._positions, *self._values))
+        return self.begin.nbytes + self.count.nbytes + entries
 
 
 class _BlockedTokenMajor:
     """Outliers of one sequence, block after block."""
 
-    def __init__(self, num_heads: int, head_dim: int, block_size: int) -> None:
-        for name, value in (("num_heads", num_heads), ("head_dim", head_dim)):
-            if value < 1:
-                raise ValueError(f"{name}: must be at least 1, got {value}")
-        if block_size < 1:
-            raise ValueError(f"block_size: must be at least 1, got {block_size}")
-        self.num_heads = num_heads
-        self.head_dim = head_dim
-        self.block_size = block_size
-        self.slabs: list[SparseSlab] = []
-
-    def append(self, slab: SparseSlab) -> None:
-        """Adds a slab of blocks; O(1), nothing stored is touched."""
-        expected = (self.num_heads, self.block_size, self.head_dim)
-        if slab.shape[1:] != expected:
-            raise ValueError(f"slab: blocks of shape {slab.shape[1:]}, expected {expected}")
-        self.slabs.append(slab)
+    def __init__(self, slabs: Sequence[SparseSlab]) -> None:
+        shapes = {slab.shape[1:] for slab in slabs}
+        if len(shapes) > 1:
+            raise ValueError(f"slabs: blocks of different shapes {sorted(shapes)}")
+        self.slabs = list(slabs)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all blocks."""
-        return sum(slab.shape[0] for slab in self.slabs) * self.block_size
+        return sum(slab.shape[0] * slab.shape[2] for slab in self.slabs)
 
     @property
     def nnz(self) -> int:
         """Stored outliers."""
-        return sum(slab.values.numel() for slab in self.slabs)
+        return sum(slab.nnz for slab in self.slabs)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all slabs."""
-        return sum(slab.nbytes for slab in self.slabs)
-
-    def _token_major(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Compressed pointers by token, channel indices `head * head_dim + channel`, values."""
+    def _token_major(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """Compressed pointers by token, channels `head * head_dim + channel`, values, width."""
         tokens, channels, values = [], [], []
-        base = 0
+        base = width = 0
         for slab in self.slabs:
             blocks, heads, size, dim = slab.shape
-            index = slab.flat_index()
+            index, value = slab.coordinates()
             block, rest = index // (heads * size * dim), index % (heads * size * dim)
             head, inside = rest // (size * dim), rest % (size * dim)
             tokens.append(base + block * size + inside // dim)
             channels.append(head * dim + inside % dim)
-            values.append(slab.values)
-            base += blocks * size
+            values.append(value)
+            base, width = base + blocks * size, heads * dim
         if not tokens:
             empty = torch.zeros(0, dtype=torch.int64)
-            return torch.zeros(1, dtype=torch.int64), empty, torch.zeros(0, dtype=torch.float16)
+            return empty.new_zeros(1), empty, torch.zeros(0, dtype=torch.float16), 0
         token, channel, value = torch.cat(tokens), torch.cat(channels), torch.cat(values)
-        order = torch.argsort(token * (self.num_heads * self.head_dim) + channel)
+        order = torch.argsort(token * width + channel)
         counts = torch.bincount(token, minlength=base)
         pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return pointers, channel[order], value[order]
+        return pointers, channel[order], value[order], width
 
 
 class BlockedCSCMatrix(_BlockedTokenMajor):
@@ -169,9 +237,9 @@ class BlockedCSCMatrix(_BlockedTokenMajor):
 
     def to_standard_csc(self) -> torch.Tensor:
         """A `torch.sparse_csc` tensor `[num_heads * head_dim, tokens]`."""
-        pointers, channels, values = self._token_major()
-        size = (self.num_heads * self.head_dim, self.num_tokens)
-        return torch.sparse_csc_tensor(pointers, channels, values, size=size)
+        pointers, channels, values, width = self._token_major()
+        size = (width, self.num_tokens)
+        return torch.sparse_csc_tensor(pointers, channels, values, size=size, check_invariants=True)
 
 
 class BlockedCSRMatrix(_BlockedTokenMajor):
@@ -179,6 +247,6 @@ class BlockedCSRMatrix(_BlockedTokenMajor):
 
     def to_standard_csr(self) -> torch.Tensor:
         """A `torch.sparse_csr` tensor `[tokens, num_heads * head_dim]`."""
-        pointers, channels, values = self._token_major()
-        size = (self.num_tokens, self.num_heads * self.head_dim)
-        return torch.sparse_csr_tensor(pointers, channels, values, size=size)
+        pointers, channels, values, width = self._token_major()
+        size = (self.num_tokens, width)
+        return torch.sparse_csr_tensor(pointers, channels, values, size=size, check_invariants=True)

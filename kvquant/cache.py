@@ -7,18 +7,28 @@ the cache which columns are tokens (`begin_forward`), so that padding is neither
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from kvquant.attention import NEVER, BlockwiseAttention
 from kvquant.block_store import BlockStore
+from kvquant.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix
+from kvquant.layout import AppendPlan, Gather, Layout, Span
 from kvquant.schemes.base import Codec
 
 Protocol = Literal["A", "B"]
 Rope = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+FullAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+# A piece of the past holds at most so many tokens, and its scores at most so many numbers.
+MOST_TOKENS = 4096
+MOST_SCORES = 1 << 26
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -51,11 +61,32 @@ class Fp16Layer(DynamicLayer):
         return keys.to(kind), values.to(kind)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A part of the past that attention takes at a time; the same for all layers of a call.
+
+    Attributes:
+        part: "sinks", "blocks" or "tail".
+        columns: Keys of the piece, for each sequence.
+        gathers: Where its blocks are.
+        positions: int64 `[batch_size, columns]`, or None if every query sees every key.
+        rope: Rotary table of the keys, `[1 or batch_size, columns, head_dim]` each.
+    """
+
+    part: Literal["sinks", "blocks", "tail"]
+    columns: int
+    gathers: list[Gather]
+    positions: torch.Tensor | None
+    rope: tuple[torch.Tensor, torch.Tensor]
+
+
 class BlockLayer(CacheLayerMixin):
     """A layer of `KVQuantCache`; its tensors live in a :class:`BlockStore`."""
 
     is_sliding = False
     is_compileable = False
+    is_croppable = True
+    supports_early_init = False
 
     def __init__(self, codec: Codec, owner: KVQuantCache) -> None:
         super().__init__()
@@ -75,73 +106,93 @@ class BlockLayer(CacheLayerMixin):
         )
 
     def attend(
-        self, keys: torch.Tensor, values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores the new tokens and returns what the queries of this call attend to.
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        scaling: float,
+        full: FullAttention,
+    ) -> torch.Tensor:
+        """Attention of a call's queries; stores the call's keys and values.
 
         Args:
+            queries: Before RoPE, `[batch_size, num_heads, new_len, head_dim]`.
             keys: New keys before RoPE, `[batch_size, num_kv_heads, new_len, head_dim]`.
             values: New values, the same shape.
-            cos: Rotary table of the new tokens, `[batch_size, new_len, head_dim]`.
-            sin: The same shape.
+            rope: Rotary table of the new tokens, `[batch_size, new_len, head_dim]` each.
+            scaling: Factor of the scores.
+            full: Attention of rotated queries, keys and values of this call alone, causal and
+                masked; used where there is no past to read.
 
         Returns:
-            Rotated keys and values `[batch_size, num_kv_heads, columns, head_dim]`, in the columns
-            of the caller's attention mask.
+            `[batch_size, new_len, num_heads, head_dim]`.
         """
-        owner, past = self._owner, self.columns
-        rotated = rotate(keys, cos, sin)
-        stored = rotated if self.codec.rotated_keys else keys
-        total = past + keys.shape[2]
-        if owner.protocol == "B":
-            self._append(stored, values)
-            self.columns = total
-            return self._read(keys, total)
-        if past == 0:
-            self._append(stored, values)
-            self.columns = total
-            return rotated, values
-        all_keys, all_values = self._read(keys, total, past)
-        all_keys[:, :, past:] = rotated
-        all_values[:, :, past:] = values
-        self._append(stored, values)
-        self.columns = total
-        return all_keys, all_values
+        owner, plan = self._owner, self._owner.plan
+        self.columns += keys.shape[2]
+        turned = rotate(keys, *rope)
+        stored = turned if self.codec.rotated_keys else keys
+        queries = rotate(queries, *rope)
+        simulated = owner.protocol == "B"
+        if not simulated and not any(plan.before.lengths):
+            self._append(plan, stored, values)
+            return full(queries, turned, values)
+        attention = BlockwiseAttention(queries, owner.query_positions, keys.shape[1], scaling)
+        if simulated:
+            self._append(plan, stored, values)
+        for piece in owner.pieces(queries.shape):
+            self._add(attention, piece, simulated)
+        if not simulated:
+            attention.add(turned, values, owner.new_positions)
+            self._append(plan, stored, values)
+        return attention.result()
 
-    def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _add(self, attention: BlockwiseAttention, piece: Piece, simulated: bool) -> None:
+        store, plan = self.store, self._owner.plan
+        assert store.sinks is not None
+        if piece.part == "sinks":
+            keys, values = (x[:, :, : piece.columns] for x in store.sinks)
+        elif piece.part == "tail":
+            view = plan.after if simulated else plan.before
+            keys, values = store.read_tail(view, fake=simulated)
+        else:
+            keys, values = self._blocks(piece)
+        if not self.codec.rotated_keys:
+            keys = rotate(keys.float(), *piece.rope)
+        attention.add(keys, values, piece.positions)
+
+    def _blocks(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dequantized blocks `[batch_size, num_kv_heads, columns, head_dim]`."""
+        store, size = self.store, self.codec.block_size
+        assert store.tail is not None
+        batch, heads, _, dim = store.tail[0].shape
+        if batch == 1 and len(piece.gathers) == 1:
+            both = store.unpack(piece.gathers[0].arena, piece.gathers[0].blocks)
+            keys, values = (x.transpose(0, 1).reshape(1, heads, -1, dim) for x in both)
+            return keys, values
+        shape = (batch, heads, piece.columns // size, size, dim)
+        out = (store.tail[0].new_zeros(shape, dtype=torch.float32),) * 2
+        out = (out[0], torch.zeros_like(out[0]))
+        for gather in piece.gathers:
+            both = store.unpack(gather.arena, gather.blocks)
+            for place, x in zip(out, both, strict=True):
+                place[gather.sequences, :, gather.ordinals] = x
+        return out[0].flatten(2, 3), out[1].flatten(2, 3)
+
+    def _append(self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
         owner = self._owner
         if owner.timed and keys.is_cuda:
             torch.cuda.synchronize(keys.device)
         start = time.perf_counter()
-        self.store.append(keys, values, owner.spans)
+        self.store.append(plan, keys, values)
         if owner.timed and keys.is_cuda:
             torch.cuda.synchronize(keys.device)
         owner.quantize_seconds += time.perf_counter() - start
 
-    def _read(
-        self, like: torch.Tensor, columns: int, used: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dequantizes into the columns `[0, used)` of new buffers of `columns` columns."""
-        used = columns if used is None else used
-        batch, heads, _, dim = like.shape
-        slots = self._owner.slots
-        lengths = self.store.lengths
-        longest = max(lengths)
-        plain = slots is None
-        width = columns if plain else longest
-        keys = like.new_zeros((batch, heads, width, dim))
-        values = like.new_zeros((batch, heads, width, dim))
-        self.store.read(keys, values, fake_tail=self._owner.protocol == "B")
-        if not self.codec.rotated_keys:
-            cos, sin = self._owner.rope_table(longest, like)
-            keys[:, :, :longest] = rotate(keys[:, :, :longest], cos, sin)
-        if slots is None:
-            return keys, values
-        index = slots[:, None, :used, None].expand(batch, heads, used, dim)
-        out = like.new_zeros((2, batch, heads, columns, dim))
-        out[0, :, :, :used] = keys.gather(2, index)
-        out[1, :, :, :used] = values.gather(2, index)
-        return out[0], out[1]
+    @property
+    def batch_size(self) -> int:
+        """Sequences; -1 before the first call."""
+        return len(self._owner.layout.table) or -1
 
     def get_seq_length(self) -> int:
         """Columns seen so far, padding included, as transformers counts."""
@@ -161,31 +212,21 @@ class BlockLayer(CacheLayerMixin):
             query_length = query_length.shape[0]
         return self.columns + query_length, 0
 
-    def reset(self) -> None:
-        """Forgets everything."""
-        self.store = BlockStore(self.codec)
-        self.columns = 0
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Reorders the sequences for beam search."""
-        self.store.select(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the given sequences."""
-        self.store.select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each sequence."""
-        count = torch.arange(len(self.store.lengths))
-        self.store.select(count.repeat_interleave(repeats))
-
     def offload(self) -> None:
         """Refused: packed blocks are small and stay on their device."""
         raise NotImplementedError("offloading: KVQuantCache does not offload its blocks")
 
-    def crop(self, *args: Any) -> None:
-        """Refused: a cut inside a packed block would need its tokens in 16 bits."""
-        raise NotImplementedError("crop: KVQuantCache cannot cut packed blocks yet")
+    @property
+    def key_outliers(self) -> list[BlockedCSCMatrix]:
+        """Exact key outliers in packed blocks, one matrix a sequence."""
+        tables = self._owner.layout.table
+        return [BlockedCSCMatrix(self.store.outliers("keys", t)) for t in tables]
+
+    @property
+    def value_outliers(self) -> list[BlockedCSRMatrix]:
+        """Exact value outliers in packed blocks, one matrix a sequence."""
+        tables = self._owner.layout.table
+        return [BlockedCSRMatrix(self.store.outliers("values", t)) for t in tables]
 
 
 class KVQuantCache(Cache):
@@ -198,6 +239,8 @@ class KVQuantCache(Cache):
             from the cache (serving). "B": everything is read from the cache (KVQuant's perplexity).
 
     Attributes:
+        layout: Where tokens are; shared by all layers.
+        plan: What the layers do in the current call.
         timed: Synchronise around quantization so that `quantize_seconds` is right on a GPU.
         quantize_seconds: Time spent in quantize and pack since creation.
     """
@@ -205,33 +248,63 @@ class KVQuantCache(Cache):
     def __init__(self, codecs: list[Codec], rope: Rope, protocol: Protocol = "A") -> None:
         if protocol not in ("A", "B"):
             raise ValueError(f"protocol: must be 'A' or 'B', got {protocol!r}")
+        shapes = {(c.sinks, c.block_size, c.residual) for c in codecs}
+        if len(shapes) != 1:
+            raise ValueError("codecs: all layers need the same sinks, block_size and residual")
         super().__init__(layers=[BlockLayer(codec, self) for codec in codecs])
         self.protocol = protocol
+        self.layout = Layout(*shapes.pop())
         self.timed = False
         self.quantize_seconds = 0.0
-        self.spans: list[slice | torch.Tensor] = []
-        self.slots: torch.Tensor | None = None
+        self.plan: AppendPlan
+        self.query_positions: torch.Tensor
+        self.new_positions: torch.Tensor | None = None
         self._rope = rope
-        self._table: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._counts: torch.Tensor | None = None
+        self._pieces: list[Piece] | None = None
+        self._watch: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
-    def begin_forward(self, batch: int, new_len: int, mask: torch.Tensor | None) -> None:
-        """Notes which columns of the coming call are tokens.
+    def begin_forward(
+        self, batch: int, new_len: int, mask: torch.Tensor | None, device: torch.device
+    ) -> None:
+        """Notes which columns of the coming call are tokens and plans where they go.
 
         Args:
             batch: Sequences.
             new_len: New columns.
             mask: `[batch_size, columns]` with 1 = token, 0 = padding, or None for no padding.
+            device: Of the model.
 
         Raises:
             ValueError: The mask does not cover all columns.
         """
-        total = self.get_seq_length() + new_len
-        self._table = None
+        self._check_excess()
+        if self.layout.table and batch != len(self.layout.table):
+            raise ValueError(
+                f"input_ids: a batch of {batch}, but the cache holds {len(self.layout.table)}"
+            )
+        past = self.get_seq_length()
+        total = past + new_len
+        spans = self._spans(batch, new_len, total, mask)
+        self._pieces = None
+        if self._counts is None:
+            self.query_positions = torch.arange(past, total, device=device).expand(batch, -1)
+        else:
+            self.query_positions = (self._counts[:, past:] - 1).clamp_(min=0)
+        self.new_positions = self.query_positions
+        if new_len == 1:
+            self.new_positions = None
+        elif mask is not None and self._counts is not None:
+            self.new_positions = torch.where(mask[:, past:].bool(), self.query_positions, NEVER)
+        self.plan = self.layout.append(spans)
+
+    def _spans(self, batch: int, new_len: int, total: int, mask: torch.Tensor | None) -> list[Span]:
+        """Which of the new columns are tokens, for each sequence."""
+        everything: list[Span] = [slice(0, new_len)] * batch
         if mask is None:
-            if self.slots is not None:
+            if self._counts is not None:
                 raise ValueError("attention_mask: needed for every call of a padded batch")
-            self.spans = [slice(0, new_len)] * batch
-            return
+            return everything
         if mask.dim() != 2 or tuple(mask.shape) != (batch, total):
             raise ValueError(
                 f"attention_mask: shape {tuple(mask.shape)}, expected {(batch, total)} "
@@ -239,32 +312,175 @@ class KVQuantCache(Cache):
             )
         if new_len == 1 and total > 1 and mask.is_cuda:
             # A decode step: every sequence gets one token, and looking would wait for the device.
-            self.spans = [slice(0, 1)] * batch
-            if self.slots is not None:
-                self.slots = (mask.long().cumsum(1) - 1).clamp_(min=0)
-            return
+            if self._counts is not None:
+                self._counts = mask.long().cumsum(1)
+            return everything
         host = mask.bool().cpu()
         if bool(host.all()):
-            self.spans, self.slots = [slice(0, new_len)] * batch, None
-            return
+            self._counts = None
+            return everything
         if not bool(host.any(1).all()):
             raise ValueError("attention_mask: a prompt without a single token")
-        self.slots = (mask.long().cumsum(1) - 1).clamp_(min=0)
-        self.spans = []
+        self._counts = mask.long().cumsum(1)
+        spans: list[Span] = []
         for row in host[:, total - new_len :]:
             where = row.nonzero().view(-1)
-            if where.numel() and int(where[-1] - where[0]) + 1 == where.numel():
-                self.spans.append(slice(int(where[0]), int(where[-1]) + 1))
+            if not where.numel():
+                spans.append(slice(0, 0))
+            elif int(where[-1] - where[0]) + 1 == where.numel():
+                spans.append(slice(int(where[0]), int(where[-1]) + 1))
             else:
-                self.spans.append(where.to(mask.device))
+                spans.append(where.to(mask.device))
+        return spans
 
-    def rope_table(self, length: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rotary table of positions 0..length-1, made once a call and shared by all layers."""
-        if self._table is None or self._table[0].shape[1] != length:
-            positions = torch.arange(length, device=like.device)[None]
-            cos, sin = self._rope(positions)
-            self._table = (cos.to(like.dtype), sin.to(like.dtype))
-        return self._table
+    def pieces(self, queries: torch.Size) -> list[Piece]:
+        """The past that the current call reads, cut so that a piece's scores stay small.
+
+        Args:
+            queries: Shape of the queries, `(batch_size, num_heads, q_len, head_dim)`.
+        """
+        if self._pieces is not None:
+            return self._pieces
+        simulated = self.protocol == "B"
+        view = self.plan.after if simulated else self.plan.before
+        # A step's queries see all that came before; others need their positions compared.
+        causal = simulated and queries[2] > 1
+        device, layout = self.query_positions.device, self.layout
+        longest, sinks, size = max(view.lengths), layout.sinks, layout.block_size
+        positions = torch.arange(longest, device=device)
+        cos, sin = self._rope(positions[None])
+        lengths = torch.tensor(view.lengths).to(device, non_blocking=True)[:, None]
+        out = []
+
+        def piece(part: Any, first: int, columns: int, gathers: list[Gather], even: bool) -> None:
+            where = slice(first, first + columns)
+            keys: torch.Tensor | None = None
+            if causal or not even:
+                keys = torch.where(positions[where] < lengths, positions[where], NEVER)
+            out.append(Piece(part, columns, gathers, keys, (cos[:, where], sin[:, where])))
+
+        if sinks and longest:
+            columns = min(sinks, longest)
+            piece("sinks", 0, columns, [], min(view.lengths) >= columns)
+        step = max(1, min(MOST_TOKENS, MOST_SCORES // math.prod(queries[:3])) // size)
+        for first in range(0, max(view.blocks), step):
+            stop = min(first + step, max(view.blocks))
+            gathers = layout.gather(view, first, stop, device)
+            even = min(view.blocks) >= stop
+            begin = sinks + first * size
+            if even:
+                piece("blocks", begin, (stop - first) * size, gathers, True)
+                continue
+            where = positions[begin : begin + (stop - first) * size]
+            packed = torch.tensor(view.blocks).to(device, non_blocking=True)[:, None] * size + sinks
+            keys = torch.where(where < packed, where, NEVER)
+            rope = (cos[:, where], sin[:, where])
+            out.append(Piece("blocks", where.numel(), gathers, keys, rope))
+        if max(view.tails):
+            columns = max(view.tails)
+            starts = [n - t for n, t in zip(view.lengths, view.tails, strict=True)]
+            if len(set(starts)) == 1:
+                piece("tail", starts[0], columns, [], len(set(view.tails)) == 1)
+            else:
+                begins = torch.tensor(starts).to(device, non_blocking=True)[:, None]
+                at = begins + torch.arange(columns, device=device)
+                keys = torch.where(at < lengths, at, NEVER)
+                at = at.clamp(max=longest - 1)
+                out.append(Piece("tail", columns, [], keys, (cos[0][at], sin[0][at])))
+        self._pieces = out
+        return out
+
+    def _check_excess(self) -> None:
+        """Raises if a GPU append had more outliers than room; learns of it without waiting."""
+        if self._watch is not None and self._watch[1].query():
+            lost, self._watch = int(self._watch[0]), None
+            if lost:
+                raise RuntimeError(
+                    f"outliers: {lost} found no room in the cache; the text is unlike the "
+                    "calibration text: calibrate on data like it"
+                )
+        excess = [x.store.excess for x in self.layers if x.store.excess is not None]
+        if excess and self._watch is None:
+            host = torch.empty((), dtype=torch.int32, pin_memory=True)
+            host.copy_(torch.stack(excess).sum(), non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._watch = (host, event)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return list(self.layout.lengths)
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        old = self.layout
+        self.layout = Layout(old.sinks, old.block_size, old.residual)
+        self._counts = self._pieces = None
+        for layer in self.layers:
+            layer.columns = 0
+            layer.store = BlockStore(layer.codec)
+
+    def _select(self, indices: torch.Tensor) -> None:
+        if not self.layout.table:
+            return
+        self.layout.select(indices.tolist())
+        if self._counts is not None:
+            self._counts = self._counts[indices.to(self._counts.device)]
+        for layer in self.layers:
+            layer.store.select(indices)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Reorders the sequences for beam search; packed blocks are shared, not moved."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the given sequences (int64 indices or a bool mask)."""
+        self._select(indices.nonzero().view(-1) if indices.dtype is torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence; its blocks are shared."""
+        self._select(torch.arange(len(self.layout.table)).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drops columns from the end.
+
+        Tokens in 16 bits are cut exactly. Where the cut falls into a packed block, its remaining
+        tokens go back to the 16-bit tail with their quantized values.
+
+        Args:
+            tokens_to_remove: Negative or 0: minus the columns to drop, as transformers' newest
+                release counts. Positive: the columns to keep, as its older ones do.
+        """
+        columns = self.get_seq_length()
+        keep = columns + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
+        if keep >= columns:
+            return
+        if keep <= 0:
+            self.reset()
+            return
+        lengths = [keep] * len(self.layout.table)
+        if self._counts is not None:
+            lengths = self._counts[:, keep - 1].tolist()
+            self._counts = self._counts[:, :keep]
+        cuts = self.layout.crop(lengths)
+        for layer in self.layers:
+            layer.store.uncut(cuts)
+            layer.columns = keep
+
+    def copy(self) -> KVQuantCache:
+        """A cache that goes on from here, to reuse a prompt; packed blocks are shared."""
+        other = KVQuantCache([layer.codec for layer in self.layers], self._rope, self.protocol)
+        other.layout = self.layout.fork()
+        other._counts = self._counts
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            theirs.columns = mine.columns
+            theirs.store = mine.store.fork()
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVQuantCache:
+        """See :meth:`copy`."""
+        return self.copy()
 
 
 def new_baseline_cache() -> Cache:
@@ -294,7 +510,9 @@ def cache_elements(cache: Cache, mask: torch.Tensor | None = None) -> int:
     total = 0
     for layer in cache.layers:
         if isinstance(layer, BlockLayer):
-            total += layer.store.elements
+            tail = layer.store.tail
+            if tail is not None and isinstance(cache, KVQuantCache):
+                total += 2 * tail[0].shape[1] * tail[0].shape[3] * sum(cache.lengths)
         elif layer.keys is not None:
             batch, heads, columns, dim = layer.keys.shape
             tokens = batch * columns if mask is None else int(mask.sum())

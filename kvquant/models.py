@@ -123,7 +123,7 @@ def _announce_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if inputs is None:
         raise ValueError("input_ids: missing")
     mask = kwargs.get("attention_mask")
-    cache.begin_forward(inputs.shape[0], inputs.shape[1], mask)
+    cache.begin_forward(inputs.shape[0], inputs.shape[1], mask, inputs.device)
 
 
 def install_attention(model: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvquant.cache import BlockLayer, KVQuantCache, rotate
+from kvquant.cache import BlockLayer, KVQuantCache
 
 SUPPORTED = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 
@@ -53,21 +53,17 @@ class PrefillQuantizedAttention(nn.Module):
         if hasattr(module, "q_norm"):
             queries, keys = module.q_norm(queries), module.k_norm(keys)
         queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
-        cos, sin = position_embeddings
         layer = past_key_values.layers[module.layer_idx]
         assert isinstance(layer, BlockLayer)
-        all_keys, all_values = layer.attend(keys, values, cos, sin)
         implementation = module.config._attn_implementation
-        attend = ALL_ATTENTION_FUNCTIONS.get(implementation, ALL_ATTENTION_FUNCTIONS["sdpa"])
-        output, weights = attend(
-            module,
-            rotate(queries, cos, sin),
-            all_keys,
-            all_values,
-            attention_mask,
-            dropout=0.0,
-            scaling=module.scaling,
-            **kwargs,
-        )
+        function = ALL_ATTENTION_FUNCTIONS.get(implementation, ALL_ATTENTION_FUNCTIONS["sdpa"])
+
+        def full(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = function(
+                module, q, k, v, attention_mask, dropout=0.0, scaling=module.scaling, **kwargs
+            )[0]
+            return out
+
+        output = layer.attend(queries, keys, values, position_embeddings, module.scaling, full)
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        return module.o_proj(output), weights
+        return module.o_proj(output), None

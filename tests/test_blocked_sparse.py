@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvquant.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix, SparseSlab
+from kvquant.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix, SparseArena, SparseSlab
 
 
 def _dense(slabs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -24,31 +24,49 @@ def _dense(slabs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     heads=st.integers(1, 3),
     size=st.sampled_from([1, 8, 32]),
     dim=st.sampled_from([8, 64, 80]),
-    density=st.sampled_from([0.0, 0.02, 0.5, 1.0]),
+    densities=st.lists(st.sampled_from([0.0, 0.02, 0.5, 1.0]), min_size=4, max_size=4),
     seed=st.integers(0, 2**16),
 )
-def test_standard_forms_equal_naive_concatenation(
-    blocks: list[int], heads: int, size: int, dim: int, density: float, seed: int
+def test_arena_equals_naive_concatenation(
+    blocks: list[int], heads: int, size: int, dim: int, densities: list[float], seed: int
 ) -> None:
+    """Appends of different density, so that the room foreseen is too small now and then."""
     generator = torch.Generator().manual_seed(seed)
-    csc = BlockedCSCMatrix(heads, dim, size)
-    csr = BlockedCSRMatrix(heads, dim, size)
-    parts = []
-    for count in blocks:
+    parts, arena, at = [], None, 0
+    for count, density in zip(blocks, densities, strict=False):
         x = torch.randn(count, heads, size, dim, generator=generator).half() + 3
         mask = torch.rand(x.shape, generator=generator) < density
         slab = SparseSlab.from_mask(x, mask)
         parts.append((x, mask))
-        csc.append(slab)
-        csr.append(slab)
+        arena = arena or SparseArena(sum(blocks) + 1, slab)
+        before = arena.begin[:at].clone()
+        arena.put(at, slab)
+        assert torch.equal(arena.begin[:at], before)  # nothing stored is moved
+        at += count
+    assert arena is not None
     expected = _dense(parts)
+    stored = arena.view(slice(0, at))
+    csc, csr = BlockedCSCMatrix([stored]), BlockedCSRMatrix([stored])
     assert csr.num_tokens == sum(blocks) * size
     assert csr.nnz == int(sum(m.sum() for _, m in parts))
     assert torch.equal(csr.to_standard_csr().to_dense(), expected)
     assert torch.equal(csc.to_standard_csc().to_dense(), expected.T)
-    assert csr.nbytes == sum(
-        4 * (c * heads + 1) + 4 * int(m.sum()) for c, (_, m) in zip(blocks, parts, strict=True)
-    )
+    one_by_one = BlockedCSRMatrix([arena.view(slice(i, i + 1)) for i in range(at)])
+    assert torch.equal(one_by_one.to_standard_csr().to_dense(), expected)
+    order = torch.randperm(at, generator=generator)
+    dense = torch.zeros(at, heads, size, dim)
+    arena.view(order).put_into(dense)
+    whole = torch.cat([torch.where(m, x, torch.zeros_like(x)).float() for x, m in parts])
+    assert torch.equal(dense, whole[order])
+
+
+def test_exact_bytes() -> None:
+    x = torch.randn(5, 3, 32, 64).half()
+    mask = torch.rand(x.shape) < 0.1
+    slab = SparseSlab.from_mask(x, mask)
+    arena = SparseArena(5, slab)
+    arena.put(0, slab)
+    assert arena.nbytes == slab.nbytes == 6 * 5 * 3 + 4 * int(mask.sum())
 
 
 def test_positions_above_32767_survive() -> None:
@@ -57,25 +75,16 @@ def test_positions_above_32767_survive() -> None:
     mask[0, 0, 511, 127] = mask[0, 0, 256, 0] = True
     slab = SparseSlab.from_mask(x, mask)
     assert slab.positions.dtype is torch.int16
-    assert slab.unsigned_positions().tolist() == [256 * 128, 512 * 128 - 1]
+    assert slab.coordinates()[0].tolist() == [256 * 128, 512 * 128 - 1]
     out = torch.zeros(x.shape)
     slab.put_into(out)
     assert torch.equal(out != 0, mask)
 
 
-def test_select_repeats_and_reorders_blocks() -> None:
-    x = torch.randn(4, 2, 8, 16).half()
-    mask = torch.rand(x.shape) < 0.2
-    slab = SparseSlab.from_mask(x, mask)
-    order = torch.tensor([3, 0, 3])
-    again = SparseSlab.from_mask(x[order], mask[order])
-    chosen = slab.select(order)
-    for field in ("pointers", "positions", "values"):
-        assert torch.equal(getattr(chosen, field), getattr(again, field))
-
-
-def test_wrong_block_shape_is_refused() -> None:
-    matrix = BlockedCSCMatrix(2, 16, 8)
-    slab = SparseSlab.from_mask(torch.zeros(1, 2, 4, 16).half(), torch.zeros(1, 2, 4, 16).bool())
-    with pytest.raises(ValueError, match="slab"):
-        matrix.append(slab)
+def test_blocks_of_different_shapes_are_refused() -> None:
+    slabs = [
+        SparseSlab.from_mask(torch.zeros(1, 2, n, 16).half(), torch.zeros(1, 2, n, 16).bool())
+        for n in (4, 8)
+    ]
+    with pytest.raises(ValueError, match="different shapes"):
+        BlockedCSCMatrix(slabs)

@@ -67,14 +67,16 @@ def feed(qm: QuantizedModel, ids: torch.Tensor, mask: Any, chunks: list[int], pr
 def stored(cache: KVQuantCache, row: int) -> list[torch.Tensor]:
     """Everything one sequence has in the cache, compacted."""
     out = []
+    view, table = cache.layout.view(), cache.layout.table[row]
+    sinks = min(cache.layout.sinks, view.lengths[row])
     for layer in cache.layers:
         store = layer.store
-        heads, dim = store._tail[0].shape[1], store._tail[0].shape[3]
-        shape = (len(store.lengths), heads, max(store.lengths), dim)
-        keys, values = torch.zeros(shape), torch.zeros(shape)
-        store.read(keys, values, fake_tail=False)
-        n = store.lengths[row]
-        out += [keys[row, :, :n], values[row, :, :n]]
+        blocks = [store.unpack(arena, slice(at, at + 1)) for arena, at in table]
+        tails = store.read_tail(view, fake=False)
+        for i in range(2):
+            parts = [store.sinks[i][row, :, :sinks], *(b[i][0] for b in blocks)]
+            out.append(torch.cat([*parts, tails[i][row, :, : view.tails[row]]], 1))
+            assert out[-1].shape[1] == view.lengths[row]
     return out
 
 
@@ -178,9 +180,10 @@ def test_errors_name_the_fix() -> None:
     with pytest.raises(RuntimeError, match="load_quantized_model"):
         cache.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), 0)
     with pytest.raises(ValueError, match="attention_mask"):
-        cache.begin_forward(2, 5, torch.ones(2, 4))
+        cache.begin_forward(2, 5, torch.ones(2, 4), torch.device("cpu"))
     with pytest.raises(ValueError, match="without a single token"):
-        cache.begin_forward(2, 3, torch.tensor([[1, 1, 1], [0, 0, 0]]))
+        mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
+        cache.begin_forward(2, 3, mask, torch.device("cpu"))
 
 
 def test_sliding_window_and_unknown_attention_are_refused() -> None:

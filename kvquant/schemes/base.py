@@ -3,9 +3,32 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
+
+from kvquant.blocked_sparse import SparseSlab
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Blocks as a codec packs them.
+
+    Attributes:
+        dense: Named tensors `[blocks, ...]` whose other dimensions are the same in every call.
+        sparse: Named exact outliers of the same blocks.
+    """
+
+    dense: Mapping[str, torch.Tensor]
+    sparse: Mapping[str, SparseSlab] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.dense.values()) + sum(
+            s.nbytes for s in self.sparse.values()
+        )
 
 
 class Codec(ABC):
@@ -26,20 +49,17 @@ class Codec(ABC):
     shared_bytes: int = 0
 
     @abstractmethod
-    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Any:
+    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
         """Packs blocks.
 
         Args:
             keys: fp16/bf16 `[blocks, num_kv_heads, block_size, head_dim]`.
             values: The same shape.
-
-        Returns:
-            An object with `nbytes` and `select(blocks)`.
         """
 
     @abstractmethod
     def unpack(
-        self, packed: Any, shape: tuple[int, int, int, int]
+        self, packed: Packed, shape: tuple[int, int, int, int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """fp32 keys and values of `shape`."""
 

@@ -9,46 +9,11 @@ paper flushes keys `residual` tokens at a time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from kvquant.config import KiviScheme
 from kvquant.packing import pack, unpack
-from kvquant.schemes.base import Codec
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """Codes `[blocks, heads, bytes]`; minimum and scale, 16-bit, one a group."""
-
-    codes: torch.Tensor
-    minimum: torch.Tensor
-    scale: torch.Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.minimum.nbytes + self.scale.nbytes
-
-    def select(self, blocks: torch.Tensor) -> _Groups:
-        return _Groups(*(t.index_select(0, blocks) for t in (self.codes, self.minimum, self.scale)))
-
-
-@dataclass(frozen=True)
-class KiviBlocks:
-    """Packed keys and values of some blocks."""
-
-    keys: _Groups
-    values: _Groups
-
-    @property
-    def nbytes(self) -> int:
-        """Allocated bytes."""
-        return self.keys.nbytes + self.values.nbytes
-
-    def select(self, blocks: torch.Tensor) -> KiviBlocks:
-        """The given blocks as a new object."""
-        return KiviBlocks(self.keys.select(blocks), self.values.select(blocks))
+from kvquant.schemes.base import Codec, Packed
 
 
 def encode_groups(
@@ -96,23 +61,32 @@ class KiviCodec(Codec):
             raise ValueError(f"group: {self.group} does not divide head_dim {dim}")
         return values.unflatten(-1, (dim // self.group, self.group))
 
-    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> KiviBlocks:
+    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
         """See :meth:`Codec.pack`."""
         blocks, heads = keys.shape[:2]
-        codes, minimum, scale = encode_groups(keys, 2, self.bits)
-        packed_keys = _Groups(pack(codes.view(blocks, heads, -1), self.bits), minimum, scale)
+        codes, key_minimum, key_scale = encode_groups(keys, 2, self.bits)
+        key_codes = pack(codes.view(blocks, heads, -1), self.bits)
         codes, minimum, scale = encode_groups(self._split_values(values), -1, self.bits)
-        flat = codes.reshape(blocks, heads, -1)
-        return KiviBlocks(packed_keys, _Groups(pack(flat, self.bits), minimum, scale))
+        return Packed(
+            {
+                "keys": key_codes,
+                "key_minimum": key_minimum,
+                "key_scale": key_scale,
+                "values": pack(codes.reshape(blocks, heads, -1), self.bits),
+                "minimum": minimum,
+                "scale": scale,
+            }
+        )
 
     def unpack(
-        self, packed: KiviBlocks, shape: tuple[int, int, int, int]
+        self, packed: Packed, shape: tuple[int, int, int, int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`Codec.unpack`."""
-        kg, vg = packed.keys, packed.values
-        keys = decode_groups(unpack(kg.codes, self.bits).view(shape), kg.minimum, kg.scale)
-        codes = self._split_values(unpack(vg.codes, self.bits).view(shape))
-        return keys, decode_groups(codes, vg.minimum, vg.scale).view(shape)
+        d = packed.dense
+        codes = unpack(d["keys"], self.bits).view(shape)
+        keys = decode_groups(codes, d["key_minimum"], d["key_scale"])
+        codes = self._split_values(unpack(d["values"], self.bits).view(shape))
+        return keys, decode_groups(codes, d["minimum"], d["scale"]).view(shape)
 
     def fake(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`Codec.fake`; the last group of keys may be shorter."""

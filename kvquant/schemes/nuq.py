@@ -2,35 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from kvquant.batched_quant import (
-    BatchedKVQuantizer,
-    LayerQuantizer,
-    PackedKeys,
-    PackedValues,
-)
+from kvquant.batched_quant import BatchedKVQuantizer, LayerQuantizer, PackedKeys, PackedValues
 from kvquant.config import NuqScheme
-from kvquant.schemes.base import Codec
-
-
-@dataclass(frozen=True)
-class NuqBlocks:
-    """Packed keys and values of some blocks."""
-
-    keys: PackedKeys
-    values: PackedValues
-
-    @property
-    def nbytes(self) -> int:
-        """Allocated bytes."""
-        return self.keys.nbytes + self.values.nbytes
-
-    def select(self, blocks: torch.Tensor) -> NuqBlocks:
-        """The given blocks as a new object."""
-        return NuqBlocks(self.keys.select(blocks), self.values.select(blocks))
+from kvquant.schemes.base import Codec, Packed
 
 
 class NuqCodec(Codec):
@@ -42,16 +18,28 @@ class NuqCodec(Codec):
         self.block_size = spec.block_size
         self.shared_bytes = tables.nbytes
 
-    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> NuqBlocks:
+    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
         """See :meth:`Codec.pack`."""
-        return NuqBlocks(self.quantizer.pack_keys(keys), self.quantizer.pack_values(values))
+        k, v = self.quantizer.pack_keys(keys), self.quantizer.pack_values(values)
+        dense = {"keys": k.codes, "values": v.codes, "zero": v.zero, "scale": v.scale}
+        sparse = {
+            name: slab
+            for name, slab in (("keys", k.outliers), ("values", v.outliers))
+            if slab is not None
+        }
+        return Packed(dense, sparse)
 
     def unpack(
-        self, packed: NuqBlocks, shape: tuple[int, int, int, int]
+        self, packed: Packed, shape: tuple[int, int, int, int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`Codec.unpack`."""
-        keys = self.quantizer.unpack_keys(packed.keys, shape)
-        return keys, self.quantizer.unpack_values(packed.values, shape)
+        dense, sparse = packed.dense, packed.sparse
+        keys = PackedKeys(dense["keys"], sparse.get("keys"))
+        values = PackedValues(dense["values"], dense["zero"], dense["scale"], sparse.get("values"))
+        return (
+            self.quantizer.unpack_keys(keys, shape),
+            self.quantizer.unpack_values(values, shape),
+        )
 
     def fake(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`Codec.fake`."""
