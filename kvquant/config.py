@@ -19,6 +19,17 @@ from kvquant.errors import UserError, unknown
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 MAX_SEED = 2**31 - 1
+# The tasks of the pinned lm-eval that the suites can run; tests hold these lists against it.
+RULER_TASKS = (
+    *("niah_single_1", "niah_single_2", "niah_single_3"),
+    *("niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
+    *("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2"),
+)
+LONGBENCH_TASKS = (
+    *("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"),
+    *("gov_report", "qmsum", "multi_news", "trec", "triviaqa", "samsum"),
+    *("passage_retrieval_en", "passage_count", "lcc", "repobench-p"),
+)
 
 
 class _Strict(BaseModel):
@@ -96,11 +107,18 @@ class PerplexityTask(_Strict):
 
     suite: Literal["perplexity"]
     dataset: str = "wikitext2"
-    window: int = Field(2048, ge=32)
+    window: int = Field(2048, ge=0, description="tokens; 0 takes all positions of the model")
     windows: int = Field(0, ge=0, description="windows a seed; 0 takes the whole text")
     protocol: Literal["A", "B"] = "B"
     chunk: int = Field(256, ge=1, description="tokens a chunk (protocol A)")
+    kl: bool = Field(True, description="also the KL divergence to the unquantized cache")
     minutes: int = Field(30, ge=1, description="expected run time of one seed on one GPU")
+
+    @model_validator(mode="after")
+    def _window(self) -> PerplexityTask:
+        if 0 < self.window < 32:
+            raise ValueError("window: must be 0 (all positions of the model) or at least 32")
+        return self
 
 
 class PasskeyTask(_Strict):
@@ -125,7 +143,34 @@ class RulerTask(_Strict):
     minutes: int = Field(30, ge=1, description="expected run time of one seed on one GPU")
 
 
-TaskSpec = Annotated[PerplexityTask | PasskeyTask | RulerTask, Field(discriminator="suite")]
+class LongBenchTask(_Strict):
+    """One English task of LongBench (arXiv 2308.14508), as in the pinned lm-eval package."""
+
+    suite: Literal["longbench"]
+    task: str = Field(description="qasper, hotpotqa, gov_report, triviaqa, lcc, ...")
+    length: int = Field(
+        8192, ge=256, description="prompt plus answer tokens; longer prompts lose their middle"
+    )
+    samples: int = Field(0, ge=0, description="rows a seed draws; 0, or more than all, takes all")
+    batch_size: int = Field(4, ge=1)
+    max_new_tokens: int = Field(0, ge=0, description="0 keeps LongBench's own generation length")
+    minutes: int = Field(30, ge=1, description="expected run time of one seed on one GPU")
+
+
+TaskSpec = Annotated[
+    PerplexityTask | PasskeyTask | RulerTask | LongBenchTask, Field(discriminator="suite")
+]
+
+
+def task_dataset(task: TaskSpec) -> str | None:
+    """The data set a task reads, or None when it makes its own text."""
+    if isinstance(task, PerplexityTask):
+        return task.dataset
+    if isinstance(task, LongBenchTask):
+        return f"longbench-{task.task}"
+    if isinstance(task, RulerTask):
+        return {"qa_1": "squad", "qa_2": "hotpotqa"}.get(task.task, "essays")
+    return None
 
 
 class Workload(_Strict):
@@ -168,7 +213,12 @@ class StatisticsSpec(_Strict):
 
     alpha: float = Field(0.05, gt=0, lt=1)
     margins: dict[str, float] = Field(
-        default_factory=lambda: {"perplexity": 0.1, "passkey": 5.0, "ruler": 2.0},
+        default_factory=lambda: {
+            "perplexity": 0.1,
+            "passkey": 5.0,
+            "ruler": 2.0,
+            "longbench": 2.0,
+        },
         description="TOST equivalence margin per suite, in the unit of its metric",
     )
     bootstrap: int = Field(2000, ge=100)
@@ -213,6 +263,12 @@ class Study(_Strict):
             raise ValueError("seeds: must be distinct and not negative")
         if self.baseline not in self.schemes:
             raise ValueError(f"baseline: '{self.baseline}' is not among the schemes")
+        for name, task in self.tasks.items():
+            if isinstance(task, RulerTask | LongBenchTask):
+                known = RULER_TASKS if isinstance(task, RulerTask) else LONGBENCH_TASKS
+                if task.task not in known:
+                    reason = unknown(f"{task.suite} task", task.task, known)
+                    raise ValueError(f"tasks.{name}.task: {reason}")
         for field, chosen in (("throughput", self.throughput), ("energy", self.energy)):
             named = [(f"{field}.schemes", name) for name in chosen.schemes]
             for label, workload in chosen.workloads.items():
@@ -241,7 +297,7 @@ class Study(_Strict):
             raise unknown("scheme", name, self.schemes)
         return self.schemes[name]
 
-    def task(self, name: str) -> PerplexityTask | PasskeyTask | RulerTask:
+    def task(self, name: str) -> PerplexityTask | PasskeyTask | RulerTask | LongBenchTask:
         """The task's entry, or an error with the nearest names."""
         if name not in self.tasks:
             raise unknown("task", name, self.tasks)
@@ -270,14 +326,9 @@ class Study(_Strict):
         return self._cells(self.energy)
 
     def datasets(self) -> list[str]:
-        """Every text that calibration, perplexity or a RULER haystack needs."""
-        names = {self.calibration.dataset}
-        for task in self.tasks.values():
-            if isinstance(task, PerplexityTask):
-                names.add(task.dataset)
-            elif isinstance(task, RulerTask):
-                names.add("essays")
-        return sorted(names)
+        """Every data set that calibration or a task needs."""
+        found = {task_dataset(task) for task in self.tasks.values()} | {self.calibration.dataset}
+        return sorted(name for name in found if name is not None)
 
 
 def digest(*specs: BaseModel | dict[str, Any] | list[Any] | str | int | None) -> str:
@@ -296,7 +347,7 @@ def parse_study(raw: Any, where: str = "config") -> Study:
     except ValidationError as error:
         lines = []
         for item in error.errors():
-            tags = {"fp16", "nuq", "kivi", "perplexity", "passkey", "ruler"}
+            tags = {"fp16", "nuq", "kivi", "perplexity", "passkey", "ruler", "longbench"}
             path = ".".join(
                 str(p) for p in item["loc"] if str(p) not in tags or len(item["loc"]) < 3
             )

@@ -9,13 +9,12 @@ from __future__ import annotations
 from kvquant.config import (
     EnergySpec,
     NuqScheme,
-    PerplexityTask,
-    RulerTask,
     SchemeSpec,
     Study,
     TaskSpec,
     TimingSpec,
     digest,
+    task_dataset,
 )
 
 VERSIONS = {"calibrate": 1, "quantize": 1, "evaluate": 1, "throughput": 1, "energy": 1}
@@ -28,9 +27,7 @@ def needs_calibration(scheme: SchemeSpec) -> bool:
 
 def dataset_of(task: TaskSpec) -> str | None:
     """The text a task reads, or None when it makes its own."""
-    if isinstance(task, PerplexityTask):
-        return task.dataset
-    return "essays" if isinstance(task, RulerTask) else None
+    return task_dataset(task)
 
 
 def calibration_digest(study: Study, model: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from kvquant.config import TaskSpec
 from kvquant.errors import unknown
 from kvquant.evaluation.base import Context, SuiteResult
+from kvquant.evaluation.longbench import run_longbench
 from kvquant.evaluation.passkey import run_passkey
 from kvquant.evaluation.perplexity import run_perplexity
 from kvquant.evaluation.ruler import run_ruler
@@ -15,6 +16,7 @@ from kvquant.evaluation.ruler import run_ruler
 Runner = Callable[[Context, Any, int], SuiteResult]
 
 SUITES: dict[str, Runner] = {
+    "longbench": run_longbench,
     "passkey": run_passkey,
     "perplexity": run_perplexity,
     "ruler": run_ruler,

@@ -12,7 +12,13 @@ from typing import Any
 from kvquant.config import RulerTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
-from kvquant.evaluation.ruler_tasks import RulerDefinition, RulerSample, definition, make_samples
+from kvquant.evaluation.ruler_tasks import (
+    RulerDefinition,
+    RulerSample,
+    definition,
+    make_samples,
+    score_answer,
+)
 from kvquant.generation import greedy
 
 PREFIX_ROOM = 48  # tokens kept free for the answer's prefix, which is known only with the sample
@@ -48,7 +54,7 @@ def _fitting(
             overhead=overhead,
             samples=spec.samples,
             seed=seed,
-            essays=lambda: context.text("all"),
+            text=lambda: context.text("all"),
         )
         prompts = []
         for sample in samples:
@@ -85,14 +91,13 @@ def run_ruler(context: Context, spec: RulerTask, seed: int) -> SuiteResult:
     rows: list[dict[str, Any]] = []
     for index, (sample, tokens) in enumerate(zip(samples, found.tokens, strict=True)):
         answer = str(tokenizer.decode(tokens, skip_special_tokens=True))
-        document = {"outputs": sample.references, "max_length": spec.length}
         rows.append(
             {
                 "index": index,
                 "prompt_tokens": len(prompts[index]),
                 "references": sample.references,
                 "answer": answer,
-                "score": task.score(document, [answer])[str(spec.length)],
+                "score": score_answer(task, sample.references, answer),
             }
         )
     value = 100.0 * sum(row["score"] for row in rows) / len(rows)

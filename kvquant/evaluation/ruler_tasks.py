@@ -18,32 +18,37 @@ import contextlib
 import functools
 import importlib
 import io
+import json
 import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import yaml
-
 from kvquant.errors import UserError, unknown
+from kvquant.evaluation.lm_eval_files import task_files
 
 PACKAGE = "lm_eval.tasks.ruler"
-PINNED = "0.4.13"
 # Names of RULER's paper -> lm-eval's, where they differ.
-LM_EVAL_NAMES = {"vt": "ruler_vt", "cwe": "ruler_cwe", "fwe": "ruler_fwe"}
-NEED_DOCUMENTS = ("ruler_qa_squad", "ruler_qa_hotpot")
+LM_EVAL_NAMES = {
+    "vt": "ruler_vt",
+    "cwe": "ruler_cwe",
+    "fwe": "ruler_fwe",
+    "qa_1": "ruler_qa_squad",
+    "qa_2": "ruler_qa_hotpot",
+}
+# Its function that reads the documents of a task; it would download them.
+READERS = {"get_squad": "read_squad", "get_hotpotqa": "read_hotpotqa"}
 # lm-eval module -> its function that takes the number of samples.
 GENERATORS = {
     "niah_utils": "generate_samples",
     "vt_utils": "sys_vartrack_w_noise_random",
     "cwe_utils": "sys_word_pair_random",
     "fwe_utils": "sys_kwext",
+    "qa_utils": "generate_samples",
 }
 
 
@@ -58,46 +63,31 @@ class RulerSample:
 
 @dataclass(frozen=True)
 class RulerDefinition:
-    """A task of lm-eval: where its samples are made, how long its answers are, how they score."""
+    """A task of lm-eval: where its samples are made, how long its answers are, how they score.
+
+    Attributes:
+        name: RULER's name.
+        module: lm-eval's module.
+        function: Its function that makes the samples.
+        max_new_tokens: Longest answer.
+        any_reference: One reference in the answer is enough ("match part"); else all count.
+        score: lm-eval's metric of (document, [answer]), a value for every length.
+    """
 
     name: str
     module: str
     function: str
     max_new_tokens: int
+    any_reference: bool
     score: Callable[[dict[str, Any], list[str]], dict[str, float]]
-
-
-class _Lenient(yaml.SafeLoader):
-    """Reads `!function module.name` as that text."""
-
-
-_Lenient.add_constructor("!function", lambda loader, node: str(node.value))
-
-
-@functools.cache
-def _folder() -> Path:
-    """The folder of lm-eval's RULER tasks."""
-    if version("lm-eval") != PINNED:
-        raise UserError(f"lm-eval: version {version('lm-eval')} is installed, {PINNED} is needed")
-    return Path(next(iter(importlib.import_module(PACKAGE).__path__)))
-
-
-def _read_yaml(name: str) -> dict[str, Any]:
-    """A task file with the files it includes."""
-    raw = yaml.load((_folder() / name).read_text(encoding="utf-8"), Loader=_Lenient)
-    return {**_read_yaml(raw.pop("include")), **raw} if "include" in raw else raw
 
 
 @functools.cache
 def ruler_names() -> tuple[str, ...]:
     """All tasks that can be run, by the names of RULER's paper."""
     ours = {theirs: name for name, theirs in LM_EVAL_NAMES.items()}
-    found = []
-    for file in sorted(_folder().glob("*.yaml")):
-        raw = _read_yaml(file.name)
-        if "custom_dataset" in raw and raw["task"] not in NEED_DOCUMENTS:
-            found.append(ours.get(raw["task"], raw["task"]))
-    return tuple(sorted(found))
+    files = task_files(PACKAGE)
+    return tuple(sorted(ours.get(r["task"], r["task"]) for r in files if "custom_dataset" in r))
 
 
 def definition(name: str) -> RulerDefinition:
@@ -106,13 +96,10 @@ def definition(name: str) -> RulerDefinition:
     Raises:
         UserError: Unknown name; the nearest known ones are offered.
     """
-    if name in ("qa_1", "qa_2"):
-        raise UserError(f"task '{name}': its documents are not among the fetched data sets yet")
     if name not in ruler_names():
         raise unknown("RULER task", name, ruler_names())
     wanted = LM_EVAL_NAMES.get(name, name)
-    files = (_read_yaml(file.name) for file in sorted(_folder().glob("*.yaml")))
-    raw = next(r for r in files if r.get("task") == wanted)
+    raw = next(r for r in task_files(PACKAGE) if r.get("task") == wanted)
     module, function = raw["custom_dataset"].rsplit(".", 1)
     where, scorer = raw["process_results"].rsplit(".", 1)
     return RulerDefinition(
@@ -120,8 +107,22 @@ def definition(name: str) -> RulerDefinition:
         module=module,
         function=function,
         max_new_tokens=int(raw["generation_kwargs"]["max_gen_toks"]),
+        any_reference=scorer == "process_results_part",
         score=getattr(_import(where), scorer),
     )
+
+
+def score_answer(task: RulerDefinition, references: list[str], answer: str) -> float:
+    """RULER's score of an answer, by lm-eval's metric.
+
+    Where one reference is enough, lm-eval 0.4.13 gives the share of the references that are found;
+    RULER gives 1 if any is. Asked about one reference at a time, lm-eval's metric is RULER's.
+    """
+
+    def ask(outputs: list[str]) -> float:
+        return float(task.score({"outputs": outputs, "max_length": 0}, [answer])["0"])
+
+    return max(ask([one]) for one in references) if task.any_reference else ask(references)
 
 
 class WordPairs(Sequence[str]):
@@ -244,15 +245,21 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _offline(
-    module: ModuleType, counter: _Counter, samples: int, seed: int, essays: Callable[[], str]
+    module: ModuleType, counter: _Counter, samples: int, seed: int, text: Callable[[], str]
 ) -> Iterator[None]:
-    """lm-eval's module with our tokenizer, sample count, essays and silence, for one call."""
+    """lm-eval's module with our tokenizer, sample count, texts and silence, for one call."""
     name = module.__name__.rsplit(".", 1)[-1]
     generator = getattr(module, GENERATORS[name])
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         # vt makes its single worked example through the same function.
         wanted = 1 if kwargs.get("num_samples") == 1 else samples
+        if name == "qa_utils":
+            # Seed 0 asks the first questions, as RULER does, the next seed those that follow.
+            questions = len(kwargs["qas"])
+            if questions < samples:
+                raise ValueError(f"{samples} samples, but the data set has {questions} questions")
+            kwargs["pre_samples"] = seed * samples % (questions - samples + 1)
         found = generator(*args, **{**kwargs, "num_samples": wanted})
         if counter.gave_up:
             raise ValueError("gave up")
@@ -274,13 +281,20 @@ def _offline(
             def haystack(type_haystack: str) -> Any:
                 if type_haystack != "essay":
                     return source.get_haystack(type_haystack)
-                return re.sub(r"\s+", " ", essays()).split(" ")
+                return re.sub(r"\s+", " ", text()).split(" ")
 
             patch(module, "get_haystack", haystack)
             patch(source, "cached_sent_tokenize", split_sentences)
             patch(source, "tqdm", quiet)
         else:
             patch(module, "tqdm", quiet)
+        if name == "qa_utils":
+            logger = module.eval_logger
+            stack.enter_context(mock.patch.object(logger, "warning", lambda *args: None))
+            patch(module, "download_json", lambda url: json.loads(text()))
+            for reader in READERS.values():
+                # The function behind the cache: another text must not give the first one's rows.
+                patch(module, reader, getattr(module, reader).__wrapped__)
         if name == "vt_utils":
             build = module.generate_input_output
 
@@ -311,7 +325,7 @@ def make_samples(
     overhead: int,
     samples: int,
     seed: int,
-    essays: Callable[[], str],
+    text: Callable[[], str],
 ) -> list[RulerSample]:
     """A seed's samples.
 
@@ -322,7 +336,7 @@ def make_samples(
         overhead: Tokens of the chat template and the answer's prefix, which lm-eval does not count.
         samples: How many.
         seed: Chooses needles, places and words.
-        essays: Gives the essay text; called only by tasks that need it.
+        text: Gives the essays, or the questions and documents as JSON; called only if needed.
 
     Raises:
         UserError: The length is too short for the task.
@@ -333,8 +347,15 @@ def make_samples(
     counter = _Counter(count_tokens, overhead, limit=200 + length // 50 + 50 * samples)
     module = _import(task.module)
     try:
-        with _offline(module, counter, samples, seed, essays):
+        with _offline(module, counter, samples, seed, text):
             found = getattr(module, task.function)(max_seq_lengths=[length])["test"]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        if task.function not in READERS:
+            raise
+        raise UserError(
+            f"task: the documents of {task.name} are not of the known form "
+            f"({type(error).__name__} {error}): fetch them again"
+        ) from None
     except ValueError as error:
         reason = str(error).splitlines()[0]
         if counter.gave_up:

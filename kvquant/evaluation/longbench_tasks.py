@@ -1,0 +1,189 @@
+"""LongBench's tasks as the pinned lm-eval package has them: prompt, length, rules and metric.
+
+All of it is read at run time. Two rules of the official runner follow from lm-eval's files: the
+few-shot tasks stop at a newline there, so only the first line of an answer counts; and the few-shot
+and code tasks, known by their tags, are texts to be continued and get no chat template.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+from kvquant.config import LONGBENCH_TASKS
+from kvquant.errors import UserError, unknown
+from kvquant.evaluation.lm_eval_files import task_files, task_folder
+
+PACKAGE = "lm_eval.tasks.longbench"
+NO_CHAT_TAGS = {"longbench_fewshot_tasks", "longbench_code_tasks"}
+# Rows of the official data; fewer than that are reported as a subset.
+OFFICIAL_ROWS = {"multifieldqa_en": 150, "lcc": 500, "repobench-p": 500}
+# lm-eval's wrappers of metrics -> the package they need beyond lm-eval's own requirements.
+NEEDS = {"get_rouge_with_score": "rouge", "get_code_sim_with_score": "fuzzywuzzy"}
+
+
+@dataclass(frozen=True)
+class LongBenchDefinition:
+    """A task.
+
+    Attributes:
+        name: LongBench's name.
+        template: Jinja template of the prompt, over `context` and `question`.
+        max_new_tokens: Longest answer.
+        first_line: Only the first line of an answer counts.
+        chat: The prompt is a user's turn of the model's chat template.
+        score: lm-eval's metric of (row, [answer]).
+    """
+
+    name: str
+    template: str
+    max_new_tokens: int
+    first_line: bool
+    chat: bool
+    score: Callable[[dict[str, Any], list[str]], dict[str, float]]
+
+
+def official_rows(name: str) -> int:
+    """Rows of a task's official data."""
+    return OFFICIAL_ROWS.get(name, 200)
+
+
+def _raw(name: str) -> dict[str, Any]:
+    """A task's file in lm-eval."""
+    if name not in LONGBENCH_TASKS:
+        raise unknown("LongBench task", name, LONGBENCH_TASKS)
+    return next(r for r in task_files(PACKAGE) if r.get("task") == f"longbench_{name}")
+
+
+def hub_source(name: str) -> tuple[str, str]:
+    """Hub id and configuration of a task's data.
+
+    Raises:
+        UserError: Unknown task; the nearest known ones are offered.
+    """
+    raw = _raw(name)
+    return raw["dataset_path"], raw["dataset_name"]
+
+
+@functools.cache
+def metrics_module() -> ModuleType:
+    """lm-eval's metrics of LongBench.
+
+    The module imports three packages at once. jieba serves Chinese tasks only; where one of the
+    others is missing, :func:`definition` refuses the tasks that it scores and the rest works.
+    """
+    stand_ins: dict[str, ModuleType] = {}
+    for package, names in (("jieba", ()), ("fuzzywuzzy", ("fuzz",)), ("rouge", ("Rouge",))):
+        if package == "jieba" or importlib.util.find_spec(package) is None:
+            stand_ins[package] = ModuleType(package)
+            for name in names:
+                setattr(stand_ins[package], name, None)
+        else:
+            importlib.import_module(package)  # for good, not only while the patch below lasts
+    file = task_folder(PACKAGE) / "metrics.py"
+    spec = importlib.util.spec_from_file_location("kvquant_lm_eval_longbench_metrics", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(sys.modules, stand_ins), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fuzzywuzzy praises a faster package
+        spec.loader.exec_module(module)
+    return module
+
+
+def definition(name: str) -> LongBenchDefinition:
+    """A task's definition.
+
+    Raises:
+        UserError: Unknown name (the nearest known ones are offered), or a package that the metric
+            needs is not installed.
+    """
+    raw = _raw(name)
+    scorer = raw["process_results"].rsplit(".", 1)[1]
+    package = NEEDS.get(scorer)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"LongBench task '{name}': its metric needs the package '{package}': "
+            "pip install 'lm_eval[longbench]'"
+        )
+    tags = raw["tag"] if isinstance(raw["tag"], list) else [raw["tag"]]
+    return LongBenchDefinition(
+        name=name,
+        template=raw["doc_to_text"],
+        max_new_tokens=int(raw["generation_kwargs"]["max_gen_toks"]),
+        first_line="\n" in raw["generation_kwargs"]["until"],
+        chat=not NO_CHAT_TAGS.intersection(tags),
+        score=getattr(metrics_module(), scorer),
+    )
+
+
+def first_line(answer: str) -> str:
+    """The first line of an answer that is not empty, as the official runner cuts it."""
+    return answer.lstrip("\n").split("\n")[0]
+
+
+def score_answer(task: LongBenchDefinition, row: dict[str, Any], answer: str) -> float:
+    """lm-eval's score of an answer, the best over the row's answers, from 0 to 1."""
+    shown = first_line(answer) if task.first_line else answer
+    return float(task.score(row, [shown])["score"])
+
+
+def clean_row(raw: Any, where: str) -> dict[str, Any]:
+    """A row with the fields that prompts and metrics use, checked.
+
+    The official files call the question `input`, lm-eval's copy on the hub calls it `question`.
+
+    Raises:
+        UserError: A field is missing or of another type; names the row and the field.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: expected an object, got {type(raw).__name__}")
+    question = raw.get("question", raw.get("input"))
+    fields = {
+        "context": (raw.get("context"), str),
+        "input": (question, str),
+        "answers": (raw.get("answers"), list),
+    }
+    for field, (value, kind) in fields.items():
+        if value is None:
+            raise UserError(f"{where}: the field '{field}' is missing")
+        if not isinstance(value, kind):
+            raise UserError(f"{where}: the field '{field}' is not a {kind.__name__}")
+    answers = raw["answers"]
+    if not answers or not all(isinstance(answer, str) for answer in answers):
+        raise UserError(f"{where}: the field 'answers' must hold at least one text")
+    return {
+        "context": raw["context"],
+        "question": question,
+        "answers": answers,
+        "all_classes": raw.get("all_classes"),
+    }
+
+
+def read_rows(text: str, where: str) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines text.
+
+    Raises:
+        UserError: A line is not JSON, or :func:`clean_row` refuses it, or there is no row.
+    """
+    rows = []
+    # Not splitlines(): texts hold other characters that Python takes for line ends.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            raw = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}, line {number}: not JSON ({error.msg})") from None
+        rows.append(clean_row(raw, f"{where}, line {number}"))
+    if not rows:
+        raise UserError(f"{where}: holds no rows")
+    return rows
