@@ -3,8 +3,55 @@
 from __future__ import annotations
 
 import argparse
+import math
+from dataclasses import dataclass
 
 from kvquant.config import PerplexityTask, Study, load_study
+from kvquant.specs import needs_calibration
+
+CPUS_PER_GPU = 16  # a GPU's share of a node with 128 cores and 8 GPUs
+CALIBRATION_MINUTES = 120
+TIMED_MINUTES = 30  # of a timed job beside its timed rounds: loading, warm-up, a slow disk
+LOAD_MINUTES = 3  # one process: imports, weights from a shared file system, first kernels
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one job asks of a scheduler."""
+
+    gpus: int
+    mem_mb: int
+    minutes: int
+
+
+def request(
+    study: Study, rule: str, model: str, task: str | None = None, attempt: int = 1
+) -> Request:
+    """What a job of `rule` asks for; time and memory grow with each attempt.
+
+    A timed job of several GPUs takes a node's share of memory for each of them and has no more to
+    ask for: growing would exceed the node, and such a job waits for ever.
+    """
+    spec = study.model(model)
+    mem = spec.mem_gb * 1000
+    if rule in ("throughput", "energy"):
+        minutes = TIMED_MINUTES + math.ceil(_timed_seconds(study, rule) / 60)
+        if study.gpus > 1:
+            return Request(study.gpus, mem * study.gpus, minutes * attempt)
+        return Request(study.gpus, mem * attempt, minutes * attempt)
+    gpus = spec.gpus if study.gpus else 0
+    if rule == "calibrate":
+        return Request(gpus, mem * attempt, CALIBRATION_MINUTES * attempt)
+    assert task is not None
+    return Request(gpus, mem * attempt, study.task(task).minutes * len(study.seeds) * attempt)
+
+
+def _timed_seconds(study: Study, rule: str) -> float:
+    """Upper bound of the timed part: the scheme and the baseline, prefill and decode."""
+    if rule == "throughput":
+        return 2 * study.throughput.max_seconds
+    spec = study.energy
+    return spec.idle_seconds + 2 * 2 * spec.trials * spec.seconds
 
 
 def _count(number: int, noun: str) -> str:
@@ -32,12 +79,62 @@ def grid_rows(study: Study) -> list[tuple[str, int, int, str]]:
     return rows
 
 
+def job_rows(study: Study) -> list[tuple[str, int, float]]:
+    """(rule, jobs, GPU-hours requested by their first attempts) of every measuring rule."""
+    rows = []
+    built = sum(needs_calibration(s) for s in study.schemes.values())
+
+    def hours(rule: str, jobs: int, task: str | None = None) -> float:
+        asked = (request(study, rule, model, task) for model in study.models)
+        return jobs * sum(r.gpus * r.minutes for r in asked) / 60
+
+    models = len(study.models)
+    if built:
+        rows.append(("calibrate", models, hours("calibrate", 1)))
+        rows.append(("quantize", models * built, 0.0))
+    schemes = len(study.schemes)
+    evaluation = sum(hours("evaluate", schemes, task) for task in study.tasks)
+    rows.append(("evaluate", models * schemes * len(study.tasks), evaluation))
+    for rule, cells in (
+        ("throughput", study.throughput_cells()),
+        ("energy", study.energy_cells()),
+    ):
+        rows.append((rule, models * len(cells), hours(rule, len(cells))))
+    return rows
+
+
 def expected_gpu_hours(study: Study) -> float:
-    """GPU-hours of all evaluations, from the tasks' expected minutes; 0 for a CPU study."""
-    if not study.gpus:
-        return 0.0
-    minutes = sum(t.minutes for t in study.tasks.values()) * len(study.seeds) * len(study.schemes)
-    return sum(minutes * m.gpus for m in study.models.values()) / 60
+    """GPU-hours that the first attempts of all jobs ask for; 0 for a CPU study."""
+    return sum(hours for _, _, hours in job_rows(study))
+
+
+def one_job_a_seed(study: Study) -> tuple[int, float]:
+    """(jobs, GPU-hours) if each seed were a job of its own and loaded its model anew."""
+    rows = job_rows(study)
+    evaluations = next(jobs for rule, jobs, _ in rows if rule == "evaluate")
+    more = evaluations * (len(study.seeds) - 1)
+    loading = sum(
+        request(study, "evaluate", m, t).gpus * len(study.schemes) * (len(study.seeds) - 1)
+        for m in study.models
+        for t in study.tasks
+    )
+    jobs = sum(jobs for _, jobs, _ in rows)
+    return jobs + more, expected_gpu_hours(study) + loading * LOAD_MINUTES / 60
+
+
+def summary_lines(study: Study) -> list[str]:
+    """Jobs and GPU-hours by rule, and what one job a seed would have been."""
+    rows = job_rows(study)
+    total = sum(jobs for _, jobs, _ in rows)
+    lines = [f"  {'rule':<32} {'jobs':>5}      GPU-hours requested"]
+    for rule, jobs, hours in [*rows, ("all", total, expected_gpu_hours(study))]:
+        lines.append(f"  {rule:<32} {jobs:>5} jobs {hours:>9,.1f}")
+    jobs, hours = one_job_a_seed(study)
+    lines.append(
+        f"  with one job a seed: {jobs} jobs, {hours:,.1f} GPU-hours "
+        f"({LOAD_MINUTES} minutes a job to load the model)"
+    )
+    return lines
 
 
 def grid_lines(study: Study) -> list[str]:
@@ -48,10 +145,7 @@ def grid_lines(study: Study) -> list[str]:
     ]
     for stage, jobs, results, what in grid_rows(study):
         lines.append(f"  {stage:<32} {jobs:>5} jobs {results:>6} results  {what}")
-    hours = expected_gpu_hours(study)
-    if hours:
-        lines.append(f"  evaluation is expected to take {hours:,.0f} GPU-hours at most")
-    return lines
+    return lines + (summary_lines(study) if study.gpus else [])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,5 +174,5 @@ def run(args: argparse.Namespace) -> None:
     console.print(f"models:  {', '.join(study.models)}")
     console.print(f"schemes: {', '.join(study.schemes)}")
     console.print(f"seeds:   {', '.join(map(str, study.seeds))}")
-    if hours := expected_gpu_hours(study):
-        console.print(f"evaluation is expected to take {hours:,.0f} GPU-hours at most")
+    for line in summary_lines(study) if study.gpus else []:
+        print(line)

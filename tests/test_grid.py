@@ -8,7 +8,14 @@ import pytest
 
 from kvquant.cli import main
 from kvquant.config import load_study
-from kvquant.grid import expected_gpu_hours, grid_lines, grid_rows
+from kvquant.grid import (
+    expected_gpu_hours,
+    grid_lines,
+    grid_rows,
+    job_rows,
+    one_job_a_seed,
+    request,
+)
 
 
 def test_rows_count_what_the_study_lists(root: Path) -> None:
@@ -26,6 +33,7 @@ def test_hours_are_told_for_gpu_studies_only(root: Path) -> None:
     paper = load_study(root / "config/config.yaml")
     assert expected_gpu_hours(paper) > 1
     assert "GPU-hours" in grid_lines(paper)[-1]
+    assert not any("GPU-hours" in x for x in grid_lines(load_study(root / "config/demo.yaml")))
 
 
 def test_the_command_names_every_task_scheme_and_seed(
@@ -37,3 +45,33 @@ def test_the_command_names_every_task_scheme_and_seed(
     text, study = capsys.readouterr().out, load_study(file)
     for name in [*study.tasks, *study.schemes, *study.models, *map(str, study.seeds)]:
         assert name in text
+
+
+def test_requests_of_the_cluster_study_fit_its_nodes_on_every_attempt(root: Path) -> None:
+    study = load_study(root / "config/athena.yaml")
+    for attempt in (1, 2, 3):
+        for model in study.models:
+            jobs = [request(study, "evaluate", model, task, attempt) for task in study.tasks]
+            rules = ("calibrate", "throughput", "energy")
+            jobs += [request(study, rule, model, attempt=attempt) for rule in rules]
+            for job in jobs:
+                assert job.gpus in (1, 8)
+                assert job.mem_mb <= 1_024_000
+                assert job.minutes <= 48 * 60
+    node = request(study, "throughput", next(iter(study.models)))
+    assert (node.gpus, node.mem_mb) == (8, 1_024_000)
+    model, task = next(iter(study.models)), next(iter(study.tasks))
+    first, second = (request(study, "evaluate", model, task, n) for n in (1, 2))
+    assert (second.mem_mb, second.minutes) == (2 * first.mem_mb, 2 * first.minutes)
+
+
+def test_hours_are_sums_over_jobs(root: Path) -> None:
+    study = load_study(root / "config/athena.yaml")
+    rows = {rule: (jobs, hours) for rule, jobs, hours in job_rows(study)}
+    minutes = sum(t.minutes for t in study.tasks.values()) * len(study.seeds) * len(study.schemes)
+    assert rows["evaluate"][0] == len(study.models) * len(study.schemes) * len(study.tasks)
+    assert rows["evaluate"][1] == pytest.approx(len(study.models) * minutes / 60)
+    jobs, hours = one_job_a_seed(study)
+    more = rows["evaluate"][0] * (len(study.seeds) - 1)
+    assert jobs == sum(j for j, _ in rows.values()) + more
+    assert hours == pytest.approx(expected_gpu_hours(study) + more * 3 / 60)

@@ -15,10 +15,10 @@ rule calibrate:
         "<logs>/benchmarks/calibrate/{model}.jsonl"
     threads: 2 if CPU_STUDY else 8
     resources:
-        gpu=model_gpus,
+        gpu=ask("calibrate", "gpus"),
         nodes=1,
-        mem_mb=model_mem_mb,
-        runtime=lambda wildcards, attempt: 120 * attempt,
+        mem_mb=ask("calibrate", "mem_mb"),
+        runtime=ask("calibrate", "minutes"),
     params:
         study=STUDY_FILE,
         digest=lambda wildcards: specs.calibration_digest(STUDY, wildcards.model),

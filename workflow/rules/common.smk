@@ -7,9 +7,10 @@ from snakemake.exceptions import WorkflowError
 from kvquant import specs
 from kvquant.config import parse_study
 from kvquant.errors import UserError
-from kvquant.grid import grid_lines
+from kvquant.grid import CPUS_PER_GPU, grid_lines, request
 from kvquant.provenance import device_name
 from kvquant.run_lock import hold
+from kvquant.slurm import refuse_leftovers
 
 try:
     STUDY = parse_study(config)
@@ -22,7 +23,7 @@ DEVICE = device_name() if STUDY.device == "auto" else STUDY.device
 DEVICE_KIND = "cuda" if STUDY.gpus else "cpu"
 CPU_STUDY = not STUDY.gpus
 STUDY_FILE = Path(STUDY.pathvars.get("results", "results/paper")) / "study.json"
-ALONE = (workflow.cores or 2) if CPU_STUDY else 16  # timed jobs share their machine with nobody
+ALONE = (workflow.cores or 2) if CPU_STUDY else CPUS_PER_GPU * STUDY.gpus  # timed jobs share their machine with nobody
 MEASURED = protected if STUDY.protect else (lambda files: files)
 
 
@@ -31,7 +32,7 @@ wildcard_constraints:
     scheme="|".join(map(re.escape, STUDY.schemes)),
     task="|".join(map(re.escape, STUDY.tasks)),
     workload="|".join({*STUDY.throughput.workloads, *STUDY.energy.workloads} or {"none"}),
-    dataset=r"essays|wikitext2|squad|hotpotqa|longbench-[a-z0-9_-]+",
+    dataset="essays|wikitext2",
     device=re.escape(DEVICE),
     seed=r"\d+",
     rep=r"\d+",
@@ -58,23 +59,22 @@ def eval_digests(wildcards):
     ]
 
 
-def model_gpus(wildcards):
-    """GPUs of an evaluation job; 0 in a study without GPUs."""
-    return 0 if CPU_STUDY else STUDY.models[wildcards.model].gpus
+def ask(rule, field):
+    """A resource function: `field` of what a job of `rule` requests at this attempt."""
 
+    def resource(wildcards, attempt):
+        task = wildcards.get("task")
+        return getattr(request(STUDY, rule, wildcards.model, task, attempt), field)
 
-def model_mem_mb(wildcards, attempt):
-    return STUDY.models[wildcards.model].mem_gb * 1000 * attempt
-
-
-def eval_runtime(wildcards, attempt):
-    return STUDY.tasks[wildcards.task].minutes * len(STUDY.seeds) * attempt
+    return resource
 
 
 onstart:
     # Jobs read the study from this file, so that a printed command can be pasted.
     try:
         hold(STUDY_FILE.parent)
+        if workflow.executor_plugin.name == "slurm":
+            refuse_leftovers(Path.cwd())
     except UserError as error:
         raise WorkflowError(str(error))
     STUDY_FILE.write_text(STUDY.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -12,10 +12,10 @@ rule energy:
         "<logs>/energy/{device}/{model}/{scheme}/{workload}/rep{rep}.log",
     threads: ALONE
     resources:
-        gpu=STUDY.gpus,
+        gpu=ask("energy", "gpus"),
         nodes=1,
-        mem_mb=model_mem_mb,
-        runtime=lambda wildcards, attempt: 60 * attempt,
+        mem_mb=ask("energy", "mem_mb"),
+        runtime=ask("energy", "minutes"),
     params:
         study=STUDY_FILE,
         digest=lambda wildcards: specs.energy_digest(

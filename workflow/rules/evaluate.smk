@@ -22,10 +22,10 @@ rule evaluate:
         "<logs>/benchmarks/evaluate/{model}/{scheme}/{task}.jsonl"
     threads: 1 if CPU_STUDY else 4
     resources:
-        gpu=model_gpus,
+        gpu=ask("evaluate", "gpus"),
         nodes=1,
-        mem_mb=model_mem_mb,
-        runtime=eval_runtime,
+        mem_mb=ask("evaluate", "mem_mb"),
+        runtime=ask("evaluate", "minutes"),
     params:
         study=STUDY_FILE,
         digests=eval_digests,

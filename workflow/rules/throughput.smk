@@ -12,10 +12,10 @@ rule throughput:
         "<logs>/throughput/{device}/{model}/{scheme}/{workload}/rep{rep}.log",
     threads: ALONE
     resources:
-        gpu=STUDY.gpus,
+        gpu=ask("throughput", "gpus"),
         nodes=1,
-        mem_mb=model_mem_mb,
-        runtime=lambda wildcards, attempt: 60 * attempt,
+        mem_mb=ask("throughput", "mem_mb"),
+        runtime=ask("throughput", "minutes"),
     params:
         study=STUDY_FILE,
         digest=lambda wildcards: specs.perf_digest(
