@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvquant.config import PerplexityTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context
-from kvquant.evaluation.perplexity import run_perplexity, window_nll, window_starts
+from kvquant.evaluation.perplexity import divergence, measure_window, run_perplexity, window_starts
 from tests.evaluation.tiny import TEXT
 
 LONG = TEXT * 30
@@ -49,7 +49,7 @@ def test_windows_are_inside_and_apart(tokens: int, window: int, windows: int, se
 @pytest.mark.parametrize(("protocol", "chunk"), [("B", 64), ("A", 64), ("A", 17), ("A", 1)])
 def test_unquantized_equals_a_plain_forward(tiny: Any, protocol: str, chunk: int) -> None:
     ids = torch.randint(3, 512, (1, 64), generator=torch.Generator().manual_seed(2))
-    losses, _ = window_nll(tiny, ids, protocol, chunk)
+    losses = measure_window(tiny, ids, protocol, chunk).nll  # type: ignore[arg-type]
     with torch.inference_mode():
         logits = tiny.model(input_ids=ids, use_cache=False).logits[0, :-1].double()
     expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
@@ -88,3 +88,64 @@ def test_errors_name_the_field(tiny: Any) -> None:
         run_perplexity(context(tiny), spec(window=4096), 0)
     with pytest.raises(UserError, match=r"tasks\.ppl\.window: 3 windows of 64"):
         run_perplexity(context(tiny, "too short"), spec(), 0)
+
+
+def test_divergence_is_torchs() -> None:
+    torch.manual_seed(1)
+    reference, logits = torch.randn(2, 40, 97) * 4
+    expected = torch.nn.functional.kl_div(
+        logits.double().log_softmax(-1),
+        reference.double().log_softmax(-1),
+        log_target=True,
+        reduction="none",
+    ).sum(-1)
+    torch.testing.assert_close(
+        divergence(reference, logits).double(), expected, rtol=1e-5, atol=1e-6
+    )
+    assert (divergence(reference, logits) > 0).all()
+    assert divergence(logits, logits).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("protocol", "chunk"), [("B", 64), ("A", 16)])
+def test_kl_compares_whole_forward_passes(
+    tiny: Any, tiny_kivi: Any, protocol: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.randint(3, 512, (1, 96), generator=torch.Generator().manual_seed(2))
+    found = measure_window(tiny_kivi, ids, protocol, chunk, kl=True)
+    assert len(found.kl) == len(found.nll) == 95
+    step = 96 if protocol == "B" else chunk
+    logits = []
+    for qm, cache in (
+        (tiny, tiny.baseline_cache()),
+        (tiny_kivi, tiny_kivi.new_cache(protocol)),
+    ):
+        with torch.inference_mode():
+            parts = [
+                qm.model(input_ids=ids[:, at : at + step], past_key_values=cache).logits[0]
+                for at in range(0, 96, step)
+            ]
+        logits.append(torch.cat(parts)[:-1].double())
+    expected = divergence(*logits)
+    torch.testing.assert_close(torch.tensor(found.kl).double(), expected, rtol=1e-3, atol=1e-5)
+    assert expected.mean() > 1e-4
+    # Neither the reference pass nor the size of the pieces changes what is measured.
+    assert measure_window(tiny_kivi, ids, protocol, chunk).nll == found.nll
+    monkeypatch.setattr("kvquant.evaluation.perplexity.LOGIT_POSITIONS", 7)
+    again = measure_window(tiny_kivi, ids, protocol, chunk, kl=True)
+    assert again.kl == pytest.approx(found.kl, rel=1e-3, abs=1e-5)
+
+
+def test_kl_is_a_metric_beside_perplexity(tiny: Any, tiny_kivi: Any) -> None:
+    plain, packed = (run_perplexity(context(qm), spec(), 0) for qm in (tiny, tiny_kivi))
+    assert plain.metrics["kl"] == 0.0 and packed.metrics["kl"] > 0
+    tokens = sum(row["tokens"] for row in packed.rows)
+    assert packed.metrics["kl"] == pytest.approx(sum(r["kl"] for r in packed.rows) / tokens)
+    without = run_perplexity(context(tiny_kivi), spec(kl=False), 0)
+    assert "kl" not in without.metrics and without.value == packed.value
+
+
+def test_window_zero_takes_all_positions(tiny: Any) -> None:
+    found = run_perplexity(context(tiny, TEXT * 60), spec(window=0, windows=1, kl=False), 0)
+    assert found.metrics["window"] == 2048 and found.rows[0]["tokens"] == 2047
+    with pytest.raises(ValueError, match="at least 32"):
+        spec(window=31)
