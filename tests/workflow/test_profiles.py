@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,12 @@ def test_slurm_profiles_avoid_known_faults(root: Path) -> None:
         assert Path(content["slurm-logdir"]) != Path("logs")
         assert content["retries"] > 0
         assert not any("array" in key or key == "groups" for key in content)
+        assert content["nolock"] is True, "a killed run would need --unlock"
+    athena = profiles(root)["athena"]
+    # the GPU's type belongs to GPU rules only: as a default, quantize would ask for a GPU
+    assert not any("gpu" in line for line in athena["default-resources"])
+    for rule in ("calibrate", "evaluate", "throughput", "energy"):
+        assert athena["set-resources"][rule] == {"gpu_model": "a100"}
 
 
 @pytest.mark.slow
@@ -54,3 +62,29 @@ def test_dry_run_of_the_demo_is_readable(root: Path) -> None:
     assert max(map(len, lines)) < 160
     assert "Evaluating nuq3-1pct on ppl-b (smollm2-135m)" in output
     assert not any(line.lstrip().startswith(("input:", "output:", "Host:")) for line in lines)
+
+
+@pytest.mark.slow
+def test_thousands_of_jobs_are_planned_within_a_minute(root: Path, tmp_path: Path) -> None:
+    study = yaml.safe_load((root / "config/athena.yaml").read_text())
+    passkey = study["tasks"]["passkey-2k"]
+    study["tasks"].update({f"passkey-{n}": {**passkey, "length": 1024 + n} for n in range(250)})
+    study["pathvars"] = {"results": f"{tmp_path}/r", "paper": f"{tmp_path}/p"}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    command = [sys.executable, "-m", "snakemake", "-n", "--quiet", "rules", "--executor", "slurm"]
+    command += ["--profile", "workflow/profiles/athena", "--replace-workflow-config"]
+    start = time.monotonic()
+    done = subprocess.run(
+        [*command, "--configfile", str(tmp_path / "study.yaml")],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seconds = time.monotonic() - start
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-2000:]
+    planned = dict(re.findall(r"^(\w+) +(\d+)$", output, re.M))
+    assert int(planned["evaluate"]) == 260 * 12
+    print(f"dry run of {planned['total']} jobs: {seconds:.1f} s")
+    assert seconds < 60
