@@ -32,7 +32,7 @@ wildcard_constraints:
     scheme="|".join(map(re.escape, STUDY.schemes)),
     task="|".join(map(re.escape, STUDY.tasks)),
     workload="|".join({*STUDY.throughput.workloads, *STUDY.energy.workloads} or {"none"}),
-    dataset="essays|wikitext2",
+    dataset=r"essays|wikitext2|squad|hotpotqa|longbench-[a-z0-9_-]+",
     device=re.escape(DEVICE),
     seed=r"\d+",
     rep=r"\d+",
