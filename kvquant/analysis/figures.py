@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from kvquant.analysis.collect import read_table
-from kvquant.config import Study, load_study
-from kvquant.errors import unknown
+from kvquant.config import PasskeyTask, Study, load_study
+from kvquant.errors import UserError, unknown
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -21,6 +21,7 @@ from matplotlib import pyplot as plt
 # Okabe and Ito's palette: told apart with every common colour vision.
 COLORS = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DEPTHS = 10  # rows of the passkey heat map
 WIDTH = 3.4  # inches, one column of the paper
 STYLE = {
     "font.size": 7.5,
@@ -181,10 +182,55 @@ def throughput(study: Study, tables: Path) -> Any:
     return figure
 
 
+def passkey(study: Study, tables: Path) -> Any:
+    """Passkey accuracy by prompt length and depth of the key, one panel a scheme and model.
+
+    A task of n samples a seed puts key `i` into the i-th of n equal parts of its filler.
+    """
+    samples = read_table(tables, "samples")
+    tasks = {name: t for name, t in study.tasks.items() if isinstance(t, PasskeyTask)}
+    lengths = sorted({task.length for task in tasks.values()})
+    if len(lengths) < 2:
+        raise UserError("figure passkey: the study has passkey tasks of fewer than two lengths")
+    depths = min(DEPTHS, *(task.samples for task in tasks.values()))
+    found = samples[samples.task.isin(tasks)]
+    count = found.task.map(lambda name: tasks[name].samples).astype(int)
+    found = found.assign(
+        length=found.task.map(lambda name: tasks[name].length),
+        depth=found["sample"].astype(int) * depths // count,
+    )
+    models = list(dict.fromkeys(found.model))
+    schemes = [s for s in study.schemes if s in set(found.scheme)]
+    panels = [(model, scheme) for model in models for scheme in schemes]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, 0.5 + 1.15 * rows), sharex=True, sharey=True, squeeze=False
+    )
+    image = None
+    for axis, (model, scheme) in zip(axes.flat, panels, strict=False):
+        mine = found[(found.model == model) & (found.scheme == scheme)]
+        grid = mine.pivot_table(index="depth", columns="length", values="score", aggfunc="mean")
+        grid = grid.reindex(index=range(depths), columns=lengths).to_numpy(dtype=float) * 100
+        image = axis.imshow(grid, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+        axis.set_title(scheme if len(models) == 1 else f"{model}\n{scheme}", fontsize=7)
+        axis.grid(False)
+        axis.set_xticks(range(len(lengths)), [f"{n / 1024:g}K" for n in lengths])
+        axis.set_yticks([-0.5, (depths - 1) / 2, depths - 0.5], ["0", "50", "100"])
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    if image is not None:
+        figure.colorbar(image, ax=axes, label="accuracy, %", shrink=0.8)
+    figure.supxlabel("prompt tokens", fontsize=7.5)
+    figure.supylabel("depth of the key, %", fontsize=7.5)
+    return figure
+
+
 FIGURES: dict[str, Callable[[Study, Path], Any]] = {
     "pareto": pareto,
     "perplexity": perplexity,
     "throughput": throughput,
+    "passkey": passkey,
 }
 
 

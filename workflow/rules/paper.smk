@@ -4,6 +4,8 @@ FIGURES = {
     "perplexity": ("2 Accuracy by task", "perplexity"),
     "throughput": ("3 Throughput", "prefill and decode against the baseline"),
 }
+if len({t.length for t in STUDY.tasks.values() if t.suite == "passkey"}) > 1:
+    FIGURES["passkey"] = ("2 Accuracy by task", "passkey by length and depth")
 
 
 localrules:

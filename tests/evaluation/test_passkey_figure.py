@@ -1,0 +1,56 @@
+"""The passkey heat map: a cell is the mean over the samples of its length and depth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kvquant.analysis import figures
+from kvquant.config import Study, parse_study
+from kvquant.errors import UserError
+
+
+def study_of(*lengths: int) -> Study:
+    return parse_study(
+        {
+            "study": "check",
+            "models": {"tiny": {"source": "local", "path": "x"}},
+            "schemes": {"fp16": {"kind": "fp16"}, "kivi-2": {"kind": "kivi", "bits": 2}},
+            "headline": "kivi-2",
+            "tasks": {
+                f"passkey-{n}": {"suite": "passkey", "length": n, "samples": 20} for n in lengths
+            },
+        }
+    )
+
+
+def test_cells_are_means_over_length_and_depth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[dict[str, Any]] = [
+        # kivi-2 fails in the second half of the long prompts only.
+        {"model": "tiny", "scheme": s, "task": f"passkey-{n}", "seed": seed, "sample": i}
+        | {"score": float(not (s == "kivi-2" and n == 2048 and i >= 10))}
+        for s in ("fp16", "kivi-2")
+        for n in (1024, 2048)
+        for seed in range(2)
+        for i in range(20)
+    ]
+    monkeypatch.setattr(figures, "read_table", lambda tables, name: pd.DataFrame(rows))
+    figure = figures.passkey(study_of(2048, 1024), tmp_path)
+    shown = {a.get_title(): np.asarray(a.images[0].get_array()) for a in figure.axes if a.images}
+    assert shown["fp16"].shape == (10, 2) and (shown["fp16"] == 100).all()
+    assert (shown["kivi-2"][:, 0] == 100).all()
+    assert (shown["kivi-2"][:5, 1] == 100).all() and (shown["kivi-2"][5:, 1] == 0).all()
+    figure.savefig(tmp_path / "passkey.pdf")
+    figures.plt.close(figure)
+
+
+def test_one_length_is_no_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "read_table", lambda tables, name: pd.DataFrame())
+    with pytest.raises(UserError, match="fewer than two lengths"):
+        figures.passkey(study_of(1024), tmp_path)
