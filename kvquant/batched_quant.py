@@ -15,6 +15,7 @@ import torch
 
 from kvquant.blocked_sparse import SparseSlab
 from kvquant.kernels import pytorch_fused as fused
+from kvquant.kernels.dispatch import use_triton
 from kvquant.packing import pack, unpack
 
 
@@ -109,6 +110,8 @@ class BatchedKVQuantizer:
         self._zero = tables.key_zero.unsqueeze(1)  # [num_heads, 1, head_dim]
         self._scale = tables.key_scale.unsqueeze(1)
         self._inverse = fused.inverse_range(self._scale)
+        self._key_midpoints = fused.midpoints(tables.key_levels)
+        self._value_midpoints = fused.midpoints(tables.value_levels)
 
     def _check(self, x: torch.Tensor, name: str) -> None:
         if x.dtype not in (torch.float16, torch.bfloat16):
@@ -154,19 +157,48 @@ class BatchedKVQuantizer:
         levels = fused.decode(codes, self.tables.value_levels)
         return levels.mul_(scale.float().view(shape)).add_(zero.float().view(shape))
 
-    def _sparse(self, x: torch.Tensor, mask: torch.Tensor | None, known: int) -> SparseSlab | None:
-        """Exact outliers; on a GPU with room for `known`, or twice the calibrated share if 0."""
-        if mask is None:
+    def _slots(self, x: torch.Tensor) -> int:
+        """Room for key outliers on a GPU, where nobody waits for their number: half as many again
+        as calibrated, and a little for small inputs."""
+        if self.outliers == 0:
+            return 0
+        return min(math.ceil(1.5 * self.outliers * x.numel()) + 1024, x.numel())
+
+    def triton_pack(
+        self, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[PackedKeys, PackedValues, torch.Tensor] | None:
+        """Both at once by the Triton kernels, or None where they do not apply.
+
+        Args:
+            keys: fp16/bf16 `[blocks, num_heads, block_size, head_dim]`.
+            values: The same shape.
+
+        Returns:
+            What :meth:`pack_keys` and :meth:`pack_values` return, and an int32 `[1]` tensor that is
+            1 if the input holds NaN or Inf.
+        """
+        if self.outliers >= 1 or not use_triton(keys):
             return None
-        slots = known or math.ceil(2 * self.outliers * x.numel()) + x.shape[0] * 64
-        return SparseSlab.from_mask(x, mask, min(slots, x.numel()))
+        from kvquant.kernels import triton_pack as kernels
+
+        if not (kernels.supported(keys) and kernels.supported(values)):
+            return None
+        bad = torch.zeros(1, dtype=torch.int32, device=keys.device)
+        codes, outliers = kernels.pack_keys(
+            keys, self.tables.key_zero, self._inverse, self._key_midpoints,
+            self.bits, self._slots(keys), bad,
+        )  # fmt: skip
+        per_side = outliers_per_side(self.outliers, values.shape[1] * values.shape[3])
+        packed = kernels.pack_values(values, self._value_midpoints, self.bits, per_side, bad)
+        return PackedKeys(codes, outliers), PackedValues(*packed), bad
 
     def pack_keys(self, x: torch.Tensor) -> PackedKeys:
         """Packs key blocks `[blocks, num_heads, block_size, head_dim]` (fp16/bf16, before RoPE)."""
         self._check(x, "keys")
         codes, mask = self._encode_keys(x)
-        packed = pack(codes.view(*codes.shape[:2], -1), self.bits)
-        return PackedKeys(packed, self._sparse(x, mask, 0))
+        packed = pack(codes.reshape(*codes.shape[:2], -1), self.bits)
+        sparse = None if mask is None else SparseSlab.from_mask(x, mask, self._slots(x))
+        return PackedKeys(packed, sparse)
 
     def unpack_keys(self, packed: PackedKeys, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
         """fp32 keys of the given block shape, bit for bit what :meth:`fake_keys` returns."""
@@ -179,9 +211,10 @@ class BatchedKVQuantizer:
         """Packs value blocks `[blocks, num_heads, block_size, head_dim]` (fp16/bf16)."""
         self._check(x, "values")
         codes, zero, scale, mask = self._encode_values(x)
-        packed = pack(codes.view(*codes.shape[:2], -1), self.bits)
+        packed = pack(codes.reshape(*codes.shape[:2], -1), self.bits)
         per_token = 2 * outliers_per_side(self.outliers, x.shape[1] * x.shape[3])
-        sparse = self._sparse(x, mask, x.shape[0] * x.shape[2] * per_token)
+        slots = min(x.shape[0] * x.shape[2] * per_token, x.numel())
+        sparse = None if mask is None else SparseSlab.from_mask(x, mask, slots)
         return PackedValues(packed, zero, scale, sparse)
 
     def unpack_values(

@@ -13,6 +13,8 @@ from kvquant.blocked_sparse import Index, SparseArena, SparseSlab
 from kvquant.layout import AppendPlan, View
 from kvquant.schemes.base import Codec, Packed
 
+NOT_FINITE = 1 << 24  # added to the count of lost outliers where the input held NaN or Inf
+
 
 class Arena:
     """Room for packed blocks.
@@ -23,13 +25,18 @@ class Arena:
     """
 
     def __init__(self, capacity: int, first: Packed) -> None:
+        # Blocks that fill the arena are kept as they are, not copied.
+        self._adopted = first if first.blocks == capacity else None
         self.dense = {
-            name: t.new_empty((capacity, *t.shape[1:])) for name, t in first.dense.items()
+            name: t if self._adopted else t.new_empty((capacity, *t.shape[1:]))
+            for name, t in first.dense.items()
         }
         self.sparse = {name: SparseArena(capacity, slab) for name, slab in first.sparse.items()}
 
     def put(self, at: int, packed: Packed) -> None:
         """Stores blocks from place `at` on."""
+        if packed is self._adopted:
+            return
         for name, t in packed.dense.items():
             self.dense[name][at : at + t.shape[0]] = t
         for name, slab in packed.sparse.items():
@@ -148,7 +155,9 @@ class BlockStore:
         """Chunks of any length, with or without padding."""
         assert self.tail is not None and self.sinks is not None
         size, heads, dim = self.codec.block_size, keys.shape[1], keys.shape[3]
-        total = sum(plan.new_blocks(b) for b in range(len(plan.spans)))
+        # Without an old tail the blocks lie in the input already; a GPU kernel reads them there.
+        direct = keys.is_cuda and not any(plan.before.tails)
+        total = 0 if direct else sum(plan.new_blocks(b) for b in range(len(plan.spans)))
         staged = (
             keys.new_empty((total, heads, size, dim)),
             values.new_empty((total, heads, size, dim)),
@@ -157,6 +166,7 @@ class BlockStore:
         for b, span in enumerate(plan.spans):
             length, tail = plan.before.lengths[b], plan.before.tails[b]
             blocks = plan.new_blocks(b)
+            ready: list[torch.Tensor] = []
             for x, sinks, buffer, out in zip(
                 (keys, values), self.sinks, self.tail, staged, strict=True
             ):
@@ -165,6 +175,12 @@ class BlockStore:
                     count = min(self.codec.sinks - length, new.shape[1])
                     sinks[b, :, length : length + count] = new[:, :count]
                     new = new[:, count:]
+                if direct and blocks:
+                    ready.append(
+                        new[:, : blocks * size].unflatten(1, (blocks, size)).transpose(0, 1)
+                    )
+                    buffer[b, :, : plan.after.tails[b]] = new[:, blocks * size :]
+                    continue
                 if not blocks:
                     buffer[b, :, tail : tail + new.shape[1]] = new
                     continue
@@ -176,25 +192,28 @@ class BlockStore:
                 if old < tail:
                     buffer[b, :, : tail - old] = buffer[b, :, old:tail].clone()
                 buffer[b, :, tail - old : plan.after.tails[b]] = new[:, taken:]
+            if ready:
+                self._put(plan, self.codec.pack(ready[0], ready[1]), at)
             at += blocks
         if total:
             self._put(plan, self.codec.pack(staged[0], staged[1]))
 
-    def _put(self, plan: AppendPlan, packed: Packed) -> None:
-        if plan.capacity:
+    def _put(self, plan: AppendPlan, packed: Packed, offset: int = 0) -> None:
+        if plan.capacity and len(self.arenas) == plan.arena:
             self.arenas.append(Arena(plan.capacity, packed))
-        self.arenas[plan.arena].put(plan.at, packed)
-        for slab in packed.sparse.values():
-            if slab.excess is not None:
-                self.excess = slab.excess if self.excess is None else self.excess + slab.excess
+        self.arenas[plan.arena].put(plan.at + offset, packed)
+        trouble = [slab.excess for slab in packed.sparse.values() if slab.excess is not None]
+        if packed.bad is not None:
+            trouble.append(packed.bad[0] * NOT_FINITE)
+        for count in trouble:
+            self.excess = count if self.excess is None else self.excess + count
 
     def unpack(self, arena: int, blocks: Index) -> tuple[torch.Tensor, torch.Tensor]:
         """fp32 keys and values `[n, num_kv_heads, block_size, head_dim]` of packed blocks."""
         assert self.tail is not None
         packed = self.arenas[arena].view(blocks)
-        count = next(iter(packed.dense.values())).shape[0]
         heads, dim = self.tail[0].shape[1], self.tail[0].shape[3]
-        return self.codec.unpack(packed, (count, heads, self.codec.block_size, dim))
+        return self.codec.unpack(packed, (packed.blocks, heads, self.codec.block_size, dim))
 
     def read_tail(self, view: View, *, fake: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the tails `[batch_size, num_kv_heads, longest tail, head_dim]`.

@@ -152,11 +152,16 @@ class SparseArena:
         count, heads, tokens, dim = first.shape
         like = first.values
         self.shape = (heads, tokens, dim)
+        if blocks == count:  # full at once: kept as it is, not copied
+            self.begin, self.count = first.begin, first.count
+            self._positions, self._values = [first.positions], [first.values]
+            self._used = like.numel()
+            return
         self.begin = first.begin.new_zeros((blocks, heads))
         self.count = first.count.new_zeros((blocks, heads))
-        slots = like.numel()
-        if blocks > count:  # more to come: a quarter above what the first blocks took
-            slots = -(-slots * blocks * 5 // (count * 4)) + 32
+        # More to come: where numbers are exact, a quarter above what the first blocks took.
+        margin = 4 if like.is_cuda else 5
+        slots = -(-like.numel() * blocks * margin // (count * 4)) + 32
         self._positions = [first.positions.new_empty(slots)]
         self._values = [like.new_empty(slots)]
         self._used = 0
@@ -164,6 +169,8 @@ class SparseArena:
     def put(self, at: int, slab: SparseSlab) -> None:
         """Stores blocks `at`, `at + 1`, ...; never drops an entry, never moves one."""
         n = slab.values.numel()
+        if slab.begin is self.begin:
+            return
         if self._used + n > self._values[-1].numel():
             # More outliers than foreseen: another segment behind the others.
             self._positions.append(slab.positions.new_empty(n))

@@ -17,7 +17,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from kvquant.attention import NEVER, BlockwiseAttention
-from kvquant.block_store import BlockStore
+from kvquant.block_store import NOT_FINITE, BlockStore
 from kvquant.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix
 from kvquant.layout import AppendPlan, Gather, Layout, Span
 from kvquant.schemes.base import Codec
@@ -394,6 +394,8 @@ class KVQuantCache(Cache):
         """Raises if a GPU append had more outliers than room; learns of it without waiting."""
         if self._watch is not None and self._watch[1].query():
             lost, self._watch = int(self._watch[0]), None
+            if lost >= NOT_FINITE:
+                raise ValueError("keys or values: NaN or Inf (fp16 overflows beyond 65504)")
             if lost:
                 raise RuntimeError(
                     f"outliers: {lost} found no room in the cache; the text is unlike the "

@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 
 
+def midpoints(levels: torch.Tensor) -> torch.Tensor:
+    """Where codes change: fp32 `[2**bits - 1]` of fp32 `[2**bits]`."""
+    return (levels[:-1] + levels[1:]) * 0.5
+
+
 def encode(normalized: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """Codes of the nearest levels.
 
@@ -19,10 +24,10 @@ def encode(normalized: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     Returns:
         uint8 codes of the same shape.
     """
-    midpoints = (levels[:-1] + levels[1:]) * 0.5
-    codes = (normalized > midpoints[0]).view(torch.uint8)
-    for i in range(1, midpoints.numel()):
-        codes.add_((normalized > midpoints[i]).view(torch.uint8))
+    edges = midpoints(levels)
+    codes = (normalized > edges[0]).view(torch.uint8)
+    for i in range(1, edges.numel()):
+        codes.add_((normalized > edges[i]).view(torch.uint8))
     return codes
 
 

@@ -18,10 +18,17 @@ class Packed:
     Attributes:
         dense: Named tensors `[blocks, ...]` whose other dimensions are the same in every call.
         sparse: Named exact outliers of the same blocks.
+        bad: int32 `[1]`, 1 if the input held NaN or Inf; None if that was checked at once.
     """
 
     dense: Mapping[str, torch.Tensor]
     sparse: Mapping[str, SparseSlab] = field(default_factory=dict)
+    bad: torch.Tensor | None = None
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return next(iter(self.dense.values())).shape[0]
 
     @property
     def nbytes(self) -> int:

@@ -20,14 +20,19 @@ class NuqCodec(Codec):
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
         """See :meth:`Codec.pack`."""
-        k, v = self.quantizer.pack_keys(keys), self.quantizer.pack_values(values)
+        bad = None
+        packed = self.quantizer.triton_pack(keys, values)
+        if packed is None:
+            k, v = self.quantizer.pack_keys(keys), self.quantizer.pack_values(values)
+        else:
+            k, v, bad = packed
         dense = {"keys": k.codes, "values": v.codes, "zero": v.zero, "scale": v.scale}
         sparse = {
             name: slab
             for name, slab in (("keys", k.outliers), ("values", v.outliers))
             if slab is not None
         }
-        return Packed(dense, sparse)
+        return Packed(dense, sparse, bad)
 
     def unpack(
         self, packed: Packed, shape: tuple[int, int, int, int]

@@ -1,0 +1,120 @@
+"""The packing kernels against the PyTorch path: on a GPU, else under Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvquant.batched_quant import BatchedKVQuantizer, LayerQuantizer
+from kvquant.blocked_sparse import SparseSlab
+from kvquant.nuq import fit
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make(heads: int, dim: int, bits: int, outliers: float, seed: int = 0) -> BatchedKVQuantizer:
+    generator = torch.Generator().manual_seed(seed)
+    tables = LayerQuantizer(
+        torch.randn(heads, dim, generator=generator) * 0.2,
+        torch.rand(heads, dim, generator=generator) + 1.5,
+        fit("nf", bits),
+        fit("uniform", bits),
+    )
+    return BatchedKVQuantizer(tables.to(DEVICE), bits, outliers)
+
+
+def same_outliers(a: SparseSlab | None, b: SparseSlab | None) -> bool:
+    """The same elements; kernels store a block's entries in another order."""
+    if a is None or b is None:
+        return a is b
+    (ai, av), (bi, bv) = a.coordinates(), b.coordinates()
+    ao, bo = ai.argsort(), bi.argsort()
+    counts = torch.equal(a.count, b.count)
+    return counts and torch.equal(ai[ao], bi[bo]) and torch.equal(av[ao], bv[bo])
+
+
+def check(quantizer: BatchedKVQuantizer, keys: torch.Tensor, values: torch.Tensor) -> None:
+    k, v, bad = quantizer.triton_pack(keys, values) or pytest.fail("not supported")
+    key, value = quantizer.pack_keys(keys), quantizer.pack_values(values)
+    assert torch.equal(k.codes, key.codes)
+    assert torch.equal(v.codes, value.codes)
+    assert torch.equal(v.zero, value.zero)
+    assert torch.equal(v.scale, value.scale)
+    assert same_outliers(k.outliers, key.outliers)
+    assert same_outliers(v.outliers, value.outliers)
+    assert int(bad) == 0
+    for slab in (k.outliers, v.outliers):
+        assert slab is None or slab.excess is None or int(slab.excess) == 0
+
+
+@pytest.fixture(autouse=True)
+def demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVQUANT_KERNELS", "triton")
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    bits=st.sampled_from([2, 3, 4]),
+    outliers=st.sampled_from([0.0, 0.01, 0.02]),
+    heads=st.integers(1, 3),
+    dim=st.sampled_from([64, 80, 128]),
+    size=st.sampled_from([32, 64]),
+    kind=st.sampled_from([torch.float16, torch.bfloat16]),
+    coarse=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_equal_to_pytorch(
+    bits: int,
+    outliers: float,
+    heads: int,
+    dim: int,
+    size: int,
+    kind: torch.dtype,
+    coarse: bool,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # tokens first in memory, as a projection leaves them
+    x = torch.randn(2, 2, size, heads, dim, generator=generator)
+    if coarse:  # many ties
+        x = (x * 2).round() / 2
+    x = x.to(kind).to(DEVICE).transpose(2, 3)
+    check(make(heads, dim, bits, outliers, seed), x[0], x[1])
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.5, -65504.0])
+def test_constant_and_extreme_input(fill: float) -> None:
+    quantizer = make(2, 64, 3, 0.02)
+    x = torch.full((2, 2, 32, 64), fill, dtype=torch.float16, device=DEVICE)
+    x[1, :, 3] = 65504.0
+    x[1, 0, 4, 5] = -0.0
+    k, v, bad = quantizer.triton_pack(x, x) or pytest.fail("not supported")
+    assert int(bad) == 0
+    assert torch.equal(quantizer.unpack_values(v, x.shape), quantizer.fake_values(x))
+    assert torch.equal(k.codes, quantizer.pack_keys(x).codes)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", [0, 1])
+def test_not_a_number_is_noticed(wrong: float, where: int) -> None:
+    quantizer = make(1, 64, 4, 0.01)
+    x = torch.randn(2, 1, 1, 32, 64, device=DEVICE).half()
+    x[where, 0, 0, 7, 9] = wrong
+    packed = quantizer.triton_pack(x[0], x[1])
+    assert packed is not None
+    assert int(packed[2]) == 1
+
+
+def test_what_finds_no_room_is_counted() -> None:
+    quantizer = make(2, 64, 3, 0.01)
+    x = torch.full((4, 2, 64, 64), 60000.0, dtype=torch.float16, device=DEVICE)
+    packed = quantizer.triton_pack(x, x)
+    assert packed is not None
+    outliers = packed[0].outliers
+    assert outliers is not None
+    assert outliers.excess is not None
+    assert int(outliers.excess) == x.numel() - outliers.values.numel()
+    assert outliers.nnz == outliers.values.numel()
