@@ -40,7 +40,7 @@ def test_slurm_profiles_avoid_known_faults(root: Path) -> None:
         assert content["nolock"] is True, "a killed run would need --unlock"
     athena = profiles(root)["athena"]
     # the GPU's type belongs to GPU rules only: as a default, quantize would ask for a GPU
-    assert not any("gpu" in line for line in athena["default-resources"])
+    assert not any(line.startswith(("gpu", "gres")) for line in athena["default-resources"])
     for rule in ("calibrate", "evaluate", "throughput", "energy"):
         assert athena["set-resources"][rule] == {"gpu_model": "a100"}
 

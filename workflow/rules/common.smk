@@ -23,7 +23,8 @@ DEVICE = device_name() if STUDY.device == "auto" else STUDY.device
 DEVICE_KIND = "cuda" if STUDY.gpus else "cpu"
 CPU_STUDY = not STUDY.gpus
 STUDY_FILE = Path(STUDY.pathvars.get("results", "results/paper")) / "study.json"
-ALONE = (workflow.cores or 2) if CPU_STUDY else CPUS_PER_GPU * STUDY.gpus  # timed jobs share their machine with nobody
+# Timed jobs share their machine with nobody. `workflow.cores` fails where jobs run on a cluster.
+ALONE = (workflow.resource_settings.cores or 2) if CPU_STUDY else CPUS_PER_GPU * STUDY.gpus
 MEASURED = protected if STUDY.protect else (lambda files: files)
 
 
