@@ -215,7 +215,7 @@ def passkey(study: Study, tables: Path) -> Any:
         image = axis.imshow(grid, vmin=0, vmax=100, cmap="cividis", aspect="auto")
         axis.set_title(scheme if len(models) == 1 else f"{model}\n{scheme}", fontsize=7)
         axis.grid(False)
-        axis.set_xticks(range(len(lengths)), [f"{n / 1024:g}K" for n in lengths])
+        axis.set_xticks(range(len(lengths)), [f"{round(n / 1024, 1):g}K" for n in lengths])
         axis.set_yticks([-0.5, (depths - 1) / 2, depths - 0.5], ["0", "50", "100"])
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
