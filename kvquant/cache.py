@@ -319,8 +319,8 @@ class KVQuantCache(Cache):
         if bool(host.all()):
             self._counts = None
             return everything
-        if not bool(host.any(1).all()):
-            raise ValueError("attention_mask: a prompt without a single token")
+        if not bool(host.any()):
+            raise ValueError("attention_mask: a batch without a single token")
         self._counts = mask.long().cumsum(1)
         spans: list[Span] = []
         for row in host[:, total - new_len :]:

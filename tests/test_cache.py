@@ -182,7 +182,7 @@ def test_errors_name_the_fix() -> None:
     with pytest.raises(ValueError, match="attention_mask"):
         cache.begin_forward(2, 5, torch.ones(2, 4), torch.device("cpu"))
     with pytest.raises(ValueError, match="without a single token"):
-        mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
+        mask = torch.zeros(2, 3)
         cache.begin_forward(2, 3, mask, torch.device("cpu"))
 
 

@@ -1,10 +1,10 @@
-"""Quantize and pack on a GPU: keys and values are read once each, the host never waits.
+"""Quantize and pack on a GPU: keys are read once, values twice, and outliers once more.
 
-Three steps, each a Triton kernel: codes and a bit mask of outliers (keys: a program a block and
-head; values: a program for eight tokens of all heads, because a token's outliers are chosen among
-all of its channels), outliers counted per block and head, outliers gathered behind one another. A
-tile is cut into eight lanes of `block_size / 8` tokens, so that codes of different lanes meet in a
-byte without a shuffle (the layout of :mod:`kvquant.packing`).
+Steps, each a Triton kernel: for values, a program a token finds the token's outliers and range
+among all heads; a program a block and head writes codes and a bit mask of outliers; outliers are
+counted, then gathered behind one another. The host never waits. A tile is cut into eight lanes of
+`block_size / 8` tokens, so that codes of different lanes meet in a byte without a shuffle (the
+layout of :mod:`kvquant.packing`).
 
 Codes and outliers equal those of :mod:`kvquant.batched_quant`; the order of a block's outliers is
 that of its mask: by token modulo `block_size / 8`, channel, token.
@@ -18,6 +18,9 @@ import triton.language as tl
 
 from kvquant.blocked_sparse import SparseSlab, count_dtype, position_dtype
 from kvquant.packing import packed_bytes
+
+# The fastest of 1, 2, 4 and 8 on one H100 80GB (32 heads of 128, blocks of 64).
+SELECT_WARPS, PACK_WARPS, GATHER_WARPS = 4, 8, 2
 
 
 @triton.jit
@@ -37,10 +40,18 @@ def _encode(normalized, midpoints, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _pack_keys(
+def _sort_key(raw):
+    """int32 that orders as the 16-bit floats do; -0 equals 0."""
+    bits = raw.to(tl.int16, bitcast=True).to(tl.int32)
+    return tl.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
+@triton.jit
+def _pack_blocks(
     x,
     zero,
     inverse,
+    limits,
     midpoints,
     codes,
     mask,
@@ -55,14 +66,20 @@ def _pack_keys(
     BITS: tl.constexpr,
     BYTES: tl.constexpr,
     OUTLIERS: tl.constexpr,
+    VALUES: tl.constexpr,
 ):
-    """One head of one block; `ROWS` tokens a lane; `WIDTH`: `DIM` up to a power of two."""
+    """One head of one block; `ROWS` tokens a lane; `WIDTH`: `DIM` up to a power of two.
+
+    Keys: zero and 1 / scale a channel, outliers beyond the range. Values: both a token, outliers by
+    the token's limits (smallest key above, last channel of a tie, for both ends).
+    """
     block, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside = column < DIM
-    z = tl.load(zero + head * DIM + column, mask=inside, other=0.0)
-    inv = tl.load(inverse + head * DIM + column, mask=inside, other=0.0)
+    if not VALUES:
+        z = tl.load(zero + head * DIM + column, mask=inside, other=0.0)
+        inv = tl.load(inverse + head * DIM + column, mask=inside, other=0.0)
     source = x + block * stride_block + head * stride_head
     out = codes + (block * HEADS + head) * BYTES
     place = row * DIM + column
@@ -75,14 +92,26 @@ def _pack_keys(
     wrong = tl.zeros((ROWS, WIDTH), dtype=tl.int32)
     for lane in tl.static_range(8):
         token = lane * ROWS + row
-        value = tl.load(source + token * stride_token + column, mask=inside, other=0.0).to(
-            tl.float32
-        )
+        raw = tl.load(source + token * stride_token + column, mask=inside, other=0.0)
+        value = raw.to(tl.float32)
         wrong |= ((value - value) != 0.0).to(tl.int32)  # NaN and Inf
+        if VALUES:
+            spot = block * ROWS * 8 + token
+            z = tl.load(zero + spot).to(tl.float32)
+            inv = tl.load(inverse + spot)
         normalized = (value - z) * inv
         code = _encode(normalized, midpoints, 1 << BITS)
         if OUTLIERS:
-            marks |= (tl.abs(normalized) > 1.0).to(tl.int32) << lane
+            if VALUES:
+                key = _sort_key(raw)
+                channel = head * DIM + column
+                high, high_last = tl.load(limits + 4 * spot), tl.load(limits + 4 * spot + 1)
+                low, low_last = tl.load(limits + 4 * spot + 2), tl.load(limits + 4 * spot + 3)
+                chosen = (key > high) | ((key == high) & (channel <= high_last))
+                chosen |= (-key > low) | ((-key == low) & (channel <= low_last))
+            else:
+                chosen = tl.abs(normalized) > 1.0
+            marks |= chosen.to(tl.int32) << lane
         if BITS == 4:
             part = code << (4 * (lane // 4))
             if lane % 4 == 0:
@@ -116,101 +145,92 @@ def _pack_keys(
 
 
 @triton.jit
-def _kth_largest(key, valid, K: tl.constexpr):
-    """For each row: the K-th largest key, how many are above it, and the next one after K."""
-    low = tl.full((key.shape[0], 1), -32768, dtype=tl.int32)
-    for step in tl.static_range(16):
-        probe = low + (1 << (15 - step))
-        enough = tl.sum(((key >= probe) & valid).to(tl.int32), axis=1, keep_dims=True) >= K
-        low = tl.where(enough, probe, low)
-    above = tl.sum(((key > low) & valid).to(tl.int32), axis=1, keep_dims=True)
-    equal = tl.sum(((key == low) & valid).to(tl.int32), axis=1, keep_dims=True)
-    below = tl.max(tl.where((key < low) & valid, key, -32768), axis=1, keep_dims=True)
-    return low, above, tl.where(above + equal > K, low, below)
-
-
-@triton.jit
 def _value_of(key, like):
     raw = tl.where(key < 0, (-key) | 0x8000, key).to(tl.int16)
     return raw.to(like.dtype, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _pack_values(
+def _next_key(key, valid, threshold, equal, above, K: tl.constexpr):
+    """The key of rank K + 1: another one like the threshold, or the next below it."""
+    below = tl.max(tl.where((key < threshold) & valid, key, -32768), axis=0)
+    return tl.where(above + equal > K, threshold, below)
+
+
+@triton.jit
+def _last_tie(key, valid, threshold, equal, needed, channel, WIDTH: tl.constexpr):
+    """Channel of the `needed`-th key at the threshold, counted from the lowest channel."""
+    last = WIDTH - 1
+    if equal > needed:  # rare: more ties than places
+        tied = ((key == threshold) & valid).to(tl.int32)
+        rank = tl.cumsum(tied, axis=0)
+        last = tl.max(tl.where((tied > 0) & (rank <= needed), channel, -1), axis=0)
+    return last
+
+
+@triton.jit
+def _select_values(
     x,
-    midpoints,
-    codes,
     zero,
     scale,
-    mask,
-    bad,
+    inverse,
+    limits,
     stride_block,
     stride_head,
     stride_token,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-    BITS: tl.constexpr,
-    BYTES: tl.constexpr,
-    PER_SIDE: tl.constexpr,
+    K: tl.constexpr,
 ):
-    """Tokens `row + lane * ROWS` of one block, all heads; `WIDTH` channels with padding."""
-    block, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    lane = tl.arange(0, 8)[:, None]
-    channel = tl.arange(0, WIDTH)[None, :]
-    valid = (channel < HEADS * DIM) & (lane >= 0)
-    head, inner = channel // DIM, channel % DIM
-    token = row + lane * ROWS
-    source = x + block * stride_block + head * stride_head + token * stride_token + inner
-    raw = tl.load(source, mask=valid, other=0.0)
-    value = raw.to(tl.float32)
-    wrong = ((value - value) != 0.0).to(tl.int32)  # NaN and Inf
-    if tl.max(tl.max(wrong, axis=1), axis=0) > 0:
-        tl.store(bad, 1)
-    bits = raw.to(tl.int16, bitcast=True).to(tl.int32)
-    key = tl.where(bits < 0, -(bits & 0x7FFF), bits)
-    if PER_SIDE > 0:
-        high, above, top = _kth_largest(key, valid, PER_SIDE)
-        low, below, bottom = _kth_largest(-key, valid, PER_SIDE)
-        ties = ((key == high) & valid).to(tl.int32)
-        chosen = (key > high) | ((ties > 0) & (tl.cumsum(ties, axis=1) <= PER_SIDE - above))
-        ties = ((-key == low) & valid).to(tl.int32)
-        chosen |= (-key > low) | ((ties > 0) & (tl.cumsum(ties, axis=1) <= PER_SIDE - below))
-        chosen &= valid
-        upper, lower = _value_of(top, raw), _value_of(-bottom, raw)
+    """One token, all heads: its K largest and smallest elements, and the range of the others."""
+    spot = tl.program_id(0).to(tl.int64)
+    block, token = spot // SIZE, spot % SIZE
+    channel = tl.arange(0, WIDTH)
+    valid = channel < CHANNELS
+    place = (channel // DIM) * stride_head + channel % DIM
+    raw = tl.load(x + block * stride_block + token * stride_token + place, mask=valid, other=0.0)
+    if K > 0:
+        key = _sort_key(raw)
+        # Binary search for the K-th largest and smallest key; both counts in one reduction.
+        high, low = -32768, -32768
+        for step in tl.static_range(16):
+            bit = 1 << (15 - step)
+            over = ((key >= high + bit) & valid).to(tl.int32)
+            under = ((-key >= low + bit) & valid).to(tl.int32)
+            counts = tl.sum(over + (under << 16), axis=0)
+            high = tl.where((counts & 0xFFFF) >= K, high + bit, high)
+            low = tl.where((counts >> 16) >= K, low + bit, low)
+        counts = tl.sum(
+            ((key > high) & valid).to(tl.int32) + (((-key > low) & valid).to(tl.int32) << 16),
+            axis=0,
+        )
+        above, below = counts & 0xFFFF, counts >> 16
+        counts = tl.sum(
+            ((key == high) & valid).to(tl.int32) + (((-key == low) & valid).to(tl.int32) << 16),
+            axis=0,
+        )
+        high_ties, low_ties = counts & 0xFFFF, counts >> 16
+        upper = _value_of(_next_key(key, valid, high, high_ties, above, K), raw)
+        lower = _value_of(-_next_key(-key, valid, low, low_ties, below, K), raw)
+        tl.store(limits + 4 * spot, high)
+        tl.store(limits + 4 * spot + 2, low)
+        last = _last_tie(key, valid, high, high_ties, K - above, channel, WIDTH)
+        tl.store(limits + 4 * spot + 1, last)
+        last = _last_tie(-key, valid, low, low_ties, K - below, channel, WIDTH)
+        tl.store(limits + 4 * spot + 3, last)
     else:
-        upper = tl.max(tl.where(valid, value, float("-inf")), axis=1, keep_dims=True)
-        lower = tl.min(tl.where(valid, value, float("inf")), axis=1, keep_dims=True)
+        value = raw.to(tl.float32)
+        upper = tl.max(tl.where(valid, value, float("-inf")), axis=0)
+        lower = tl.min(tl.where(valid, value, float("inf")), axis=0)
     middle = ((upper + lower) * 0.5).to(raw.dtype)
     half = ((upper - lower) * 0.5).to(raw.dtype)
-    spot = block * ROWS * 8 + token
+    width = half.to(tl.float32)
     tl.store(zero + spot, middle)
     tl.store(scale + spot, half)
-    width = half.to(tl.float32)
-    inv = tl.where(width == 0.0, 0.0, tl.div_rn(1.0, tl.where(width == 0.0, 1.0, width)))
-    code = _encode((value - middle.to(tl.float32)) * inv, midpoints, 1 << BITS)
-    # Reductions over lanes put the codes of different tokens into one byte.
-    line = tl.arange(0, WIDTH)
-    inside = line < HEADS * DIM
-    place = block * HEADS * BYTES + (line // DIM) * BYTES + row * DIM + line % DIM
-    if BITS == 4:
-        for m in tl.static_range(4):
-            part = tl.where(lane % 4 == m, code << (4 * (lane // 4)), 0)
-            byte = tl.sum(part, axis=0).to(tl.uint8)
-            tl.store(codes + place + m * ROWS * DIM, byte, mask=inside)
-    else:
-        for m in tl.static_range(2):
-            part = tl.where(lane % 2 == m, (code & 3) << (2 * (lane // 2)), 0)
-            byte = tl.sum(part, axis=0).to(tl.uint8)
-            tl.store(codes + place + m * ROWS * DIM, byte, mask=inside)
-        if BITS == 3:
-            byte = tl.sum((code >> 2) << lane, axis=0).to(tl.uint8)
-            tl.store(codes + place + 2 * ROWS * DIM, byte, mask=inside)
-    if PER_SIDE > 0:
-        marks = tl.sum(chosen.to(tl.int32) << lane, axis=0).to(tl.uint8)
-        there = (block * HEADS + line // DIM) * ROWS * DIM + row * DIM + line % DIM
-        tl.store(mask + there, marks, mask=inside)
+    safe = tl.where(width == 0.0, 1.0, width)
+    tl.store(inverse + spot, tl.where(width == 0.0, 0.0, tl.div_rn(1.0, safe)))
 
 
 @triton.jit
@@ -277,7 +297,18 @@ def _sparse(x: torch.Tensor, mask: torch.Tensor, slots: int) -> SparseSlab:
     positions = torch.empty(slots, dtype=position_dtype(size * dim), device=x.device)
     values = torch.empty(slots, dtype=x.dtype, device=x.device)
     _gather[(blocks, heads)](
-        x, mask, begin, positions, values, slots, *x.stride()[:3], heads, rows, dim, width
+        x,
+        mask,
+        begin,
+        positions,
+        values,
+        slots,
+        *x.stride()[:3],
+        heads,
+        rows,
+        dim,
+        width,
+        num_warps=GATHER_WARPS,
     )
     excess = (ends[-1] - slots).clamp_(min=0)
     begin = begin.clamp_(max=slots)
@@ -317,9 +348,9 @@ def pack_keys(
     marks = torch.empty(
         (blocks, heads, rows * dim) if slots else (1,), dtype=torch.uint8, device=x.device
     )
-    _pack_keys[(blocks, heads)](
-        x, zero, inverse, midpoints, codes, marks, bad, *x.stride()[:3],
-        heads, rows, dim, width, bits, room, slots > 0,
+    _pack_blocks[(blocks, heads)](
+        x, zero, inverse, marks, midpoints, codes, marks, bad, *x.stride()[:3],
+        heads, rows, dim, width, bits, room, slots > 0, False, num_warps=PACK_WARPS,
     )  # fmt: skip
     return codes, _sparse(x, marks, slots) if slots else None
 
@@ -348,11 +379,15 @@ def pack_values(
     marks = torch.empty(
         (blocks, heads, rows * dim) if per_side else (1,), dtype=torch.uint8, device=x.device
     )
-    width = _power_of_two(heads * dim)
-    _pack_values[(blocks, rows)](
-        x, midpoints, codes, zero, scale, marks, bad, *x.stride()[:3],
-        heads, rows, dim, width, bits, room, per_side,
-        num_warps=16 if width >= 4096 else 8 if width >= 1024 else 4,
+    inverse = torch.empty((blocks, size), dtype=torch.float32, device=x.device)
+    limits = torch.empty((blocks, size, 4), dtype=torch.int32, device=x.device)
+    _select_values[(blocks * size,)](
+        x, zero, scale, inverse, limits, *x.stride()[:3],
+        size, heads * dim, dim, _power_of_two(heads * dim), per_side, num_warps=SELECT_WARPS,
+    )  # fmt: skip
+    _pack_blocks[(blocks, heads)](
+        x, zero, inverse, limits, midpoints, codes, marks, bad, *x.stride()[:3],
+        heads, rows, dim, _power_of_two(dim), bits, room, per_side > 0, True, num_warps=PACK_WARPS,
     )  # fmt: skip
     slots = blocks * size * 2 * per_side
     return codes, zero, scale, _sparse(x, marks, slots) if per_side else None

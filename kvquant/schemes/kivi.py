@@ -65,7 +65,7 @@ class KiviCodec(Codec):
         """See :meth:`Codec.pack`."""
         blocks, heads = keys.shape[:2]
         codes, key_minimum, key_scale = encode_groups(keys, 2, self.bits)
-        key_codes = pack(codes.view(blocks, heads, -1), self.bits)
+        key_codes = pack(codes.reshape(blocks, heads, -1), self.bits)
         codes, minimum, scale = encode_groups(self._split_values(values), -1, self.bits)
         return Packed(
             {

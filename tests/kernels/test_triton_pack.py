@@ -19,7 +19,7 @@ def make(heads: int, dim: int, bits: int, outliers: float, seed: int = 0) -> Bat
     generator = torch.Generator().manual_seed(seed)
     tables = LayerQuantizer(
         torch.randn(heads, dim, generator=generator) * 0.2,
-        torch.rand(heads, dim, generator=generator) + 1.5,
+        torch.rand(heads, dim, generator=generator) + 2.7,
         fit("nf", bits),
         fit("uniform", bits),
     )

@@ -1,0 +1,80 @@
+"""The cache on a GPU: kernels against the PyTorch path, generation, trouble told late but told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kvquant.cache import KVQuantCache
+from kvquant.config import KiviScheme, NuqScheme
+from kvquant.models import QuantizedModel
+from tests.conftest import tiny_model
+from tests.test_cache import feed, quantized
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def on_gpu(spec: Any, dtype: torch.dtype = torch.float32) -> QuantizedModel:
+    qm = quantized(tiny_model().to(dtype), spec)
+    qm.model.cuda()
+    for codec in qm.codecs or []:
+        if isinstance(spec, NuqScheme):
+            old = codec.quantizer  # type: ignore[attr-defined]
+            codec.quantizer = type(old)(old.tables.to("cuda"), old.bits, old.outliers)  # type: ignore[attr-defined]
+    return qm
+
+
+@pytest.mark.parametrize("proto", ["A", "B"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_kernels_and_pytorch_give_the_same(
+    bits: int, proto: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qm = on_gpu(NuqScheme(kind="nuq", bits=bits, block_size=32))
+    ids = torch.randint(0, 97, (3, 150), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :60], mask[2, :149] = 0, 0
+    found = []
+    for kernels in ("triton", "pytorch"):
+        monkeypatch.setenv("KVQUANT_KERNELS", kernels)
+        logits, cache = feed(qm, ids, mask, [97, 1, 1, 51], proto)
+        found.append(torch.where(mask[..., None].bool(), logits, 0))
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        NuqScheme(kind="nuq", bits=2, outliers=1.0, block_size=32),
+        NuqScheme(kind="nuq", bits=4, block_size=32),
+        KiviScheme(kind="kivi", bits=4, group=16, residual=16),
+    ],
+    ids=["exact", "nuq4", "kivi4"],
+)
+def test_generate_in_half_precision(spec: Any) -> None:
+    qm = on_gpu(spec, torch.float16)
+    prompts = torch.randint(1, 97, (2, 120), device="cuda")
+    mask = torch.ones_like(prompts)
+    mask[1, :33] = 0
+    settings = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cache = qm.new_cache()
+    out = qm.model.generate(prompts, attention_mask=mask, past_key_values=cache, **settings)
+    assert out.shape == (2, 160)
+    assert cache.lengths == [159, 126]
+
+
+def test_nan_is_told_at_the_latest_in_the_call_after() -> None:
+    qm = on_gpu(NuqScheme(kind="nuq", bits=3, block_size=32))
+    cache = qm.new_cache()
+    assert isinstance(cache, KVQuantCache)
+    with torch.inference_mode():
+        embeds = torch.randn(1, 64, 64, device="cuda")
+        embeds[0, 5] = float("nan")
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            for _ in range(4):
+                qm.model(inputs_embeds=embeds, past_key_values=cache)
+                torch.cuda.synchronize()
