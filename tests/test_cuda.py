@@ -41,7 +41,7 @@ def test_kernels_and_pytorch_give_the_same(
     found = []
     for kernels in ("triton", "pytorch"):
         monkeypatch.setenv("KVQUANT_KERNELS", kernels)
-        logits, cache = feed(qm, ids, mask, [97, 1, 1, 51], proto)
+        logits, _ = feed(qm, ids, mask, [97, 1, 1, 51], proto)
         found.append(torch.where(mask[..., None].bool(), logits, 0))
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
 

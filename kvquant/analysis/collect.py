@@ -90,7 +90,8 @@ def _eval_rows(
                             f"{lines}: not the samples of run.json: delete both and run again"
                         )
                         continue
-                    for line in text.splitlines():
+                    # not splitlines(), which also cuts at U+2028 inside an answer
+                    for line in filter(None, text.split("\n")):
                         row = json.loads(line)
                         samples.append(
                             {
