@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from kvquant.batched_quant import BatchedKVQuantizer, LayerQuantizer
@@ -55,13 +55,14 @@ def demand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVQUANT_KERNELS", "triton")
 
 
-@settings(max_examples=12, deadline=None)
+# The interpreter takes seconds an example; hypothesis's tracing would multiply that.
+@settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(
     bits=st.sampled_from([2, 3, 4]),
     outliers=st.sampled_from([0.0, 0.01, 0.02]),
     heads=st.integers(1, 3),
     dim=st.sampled_from([64, 80, 128]),
-    size=st.sampled_from([32, 64]),
+    size=st.sampled_from([16, 32]),
     kind=st.sampled_from([torch.float16, torch.bfloat16]),
     coarse=st.booleans(),
     seed=st.integers(0, 10**6),
@@ -78,7 +79,7 @@ def test_equal_to_pytorch(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     # tokens first in memory, as a projection leaves them
-    x = torch.randn(2, 2, size, heads, dim, generator=generator)
+    x = torch.randn(2, 1, size, heads, dim, generator=generator)
     if coarse:  # many ties
         x = (x * 2).round() / 2
     x = x.to(kind).to(DEVICE).transpose(2, 3)
