@@ -13,6 +13,8 @@ from kvquant.nuq import fit
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter cuts fp32 off to bf16 where a GPU and PyTorch round to the nearest.
+KINDS = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
 
 
 def make(heads: int, dim: int, bits: int, outliers: float, seed: int = 0) -> BatchedKVQuantizer:
@@ -63,7 +65,7 @@ def demand(monkeypatch: pytest.MonkeyPatch) -> None:
     heads=st.integers(1, 3),
     dim=st.sampled_from([64, 80, 128]),
     size=st.sampled_from([16, 32]),
-    kind=st.sampled_from([torch.float16, torch.bfloat16]),
+    kind=st.sampled_from(KINDS),
     coarse=st.booleans(),
     seed=st.integers(0, 10**6),
 )
