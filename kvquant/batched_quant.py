@@ -196,13 +196,17 @@ class BatchedKVQuantizer:
         """Packs key blocks `[blocks, num_heads, block_size, head_dim]` (fp16/bf16, before RoPE)."""
         self._check(x, "keys")
         codes, mask = self._encode_keys(x)
-        packed = pack(codes.reshape(*codes.shape[:2], -1), self.bits)
+        packed = pack(codes, self.bits).flatten(2)
         sparse = None if mask is None else SparseSlab.from_mask(x, mask, self._slots(x))
         return PackedKeys(packed, sparse)
 
+    def _codes(self, packed: torch.Tensor, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
+        """uint8 codes of the given block shape; packed a token at a time."""
+        return unpack(packed.view(*shape[:3], -1), self.bits)
+
     def unpack_keys(self, packed: PackedKeys, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
         """fp32 keys of the given block shape, bit for bit what :meth:`fake_keys` returns."""
-        out = self._decode_keys(unpack(packed.codes, self.bits).view(shape))
+        out = self._decode_keys(self._codes(packed.codes, shape))
         if packed.outliers is not None:
             packed.outliers.put_into(out)
         return out
@@ -211,7 +215,7 @@ class BatchedKVQuantizer:
         """Packs value blocks `[blocks, num_heads, block_size, head_dim]` (fp16/bf16)."""
         self._check(x, "values")
         codes, zero, scale, mask = self._encode_values(x)
-        packed = pack(codes.reshape(*codes.shape[:2], -1), self.bits)
+        packed = pack(codes, self.bits).flatten(2)
         per_token = 2 * outliers_per_side(self.outliers, x.shape[1] * x.shape[3])
         slots = min(x.shape[0] * x.shape[2] * per_token, x.numel())
         sparse = None if mask is None else SparseSlab.from_mask(x, mask, slots)
@@ -221,7 +225,7 @@ class BatchedKVQuantizer:
         self, packed: PackedValues, shape: torch.Size | tuple[int, ...]
     ) -> torch.Tensor:
         """fp32 values of the given block shape."""
-        codes = unpack(packed.codes, self.bits).view(shape)
+        codes = self._codes(packed.codes, shape)
         out = self._decode_values(codes, packed.zero, packed.scale)
         if packed.outliers is not None:
             packed.outliers.put_into(out)

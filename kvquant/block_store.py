@@ -13,7 +13,9 @@ from kvquant.blocked_sparse import Index, SparseArena, SparseSlab
 from kvquant.layout import AppendPlan, View
 from kvquant.schemes.base import Codec, Packed
 
-NOT_FINITE = 1 << 24  # added to the count of lost outliers where the input held NaN or Inf
+# Columns of a kernel's table of arenas: addresses of these tensors, then those of the outliers.
+DENSE, SPARSE = ("keys", "values", "zero", "scale"), ("keys", "values")
+ARENA_ROOM = 64  # rows of that table at first; an arena is an eighth of what is there, so ample
 
 
 class Arena:
@@ -21,10 +23,12 @@ class Arena:
 
     Args:
         capacity: Blocks.
-        first: The first blocks that will be stored; they give shapes and types.
+        first: The first blocks that will be stored, which give shapes and types; or all of the
+            room, reserved by the codec.
     """
 
     def __init__(self, capacity: int, first: Packed) -> None:
+        self.reserved = first.reserved
         # Blocks that fill the arena are kept as they are, not copied.
         self._adopted = first if first.blocks == capacity else None
         self.dense = {
@@ -48,6 +52,14 @@ class Arena:
             {name: t[blocks] for name, t in self.dense.items()},
             {name: s.view(blocks) for name, s in self.sparse.items()},
         )
+
+    @property
+    def addresses(self) -> list[int]:
+        """A row of the kernels' table of arenas (reserved room only)."""
+        row = [self.dense[name].data_ptr() for name in DENSE]
+        for name in SPARSE:
+            row += self.sparse[name].addresses if name in self.sparse else [0] * 4
+        return row
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +99,9 @@ class BlockStore:
         self.arenas: list[Arena] = []
         self.sinks: tuple[torch.Tensor, torch.Tensor] | None = None
         self.tail: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.excess: torch.Tensor | None = None
+        # int32 [2], shared by the layers of a cache on a GPU: outliers lost, NaN or Inf seen
+        self.status: torch.Tensor | None = None
+        self._arena_table: tuple[int, torch.Tensor] | None = None
 
     def _allocate(self, keys: torch.Tensor) -> None:
         batch, heads, _, dim = keys.shape
@@ -125,27 +139,44 @@ class BlockStore:
 
     def _append_step(self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
         """One token a sequence: one write, and a block is packed where it became full."""
+        places = plan.before.tails
+        at: int | torch.Tensor = places[0]
+        if len(set(places)) > 1:
+            at = torch.tensor(places).to(keys.device, non_blocking=True)
+        self.write_token(keys, values, at)
+        self.pack_full(plan)
+
+    @torch.inference_mode()
+    def write_token(self, keys: torch.Tensor, values: torch.Tensor, at: int | torch.Tensor) -> None:
+        """Writes one token a sequence into the tails.
+
+        Args:
+            keys: `[batch_size, num_kv_heads, 1, head_dim]`.
+            values: The same shape.
+            at: Place in the tail, or int64 `[batch_size]` on the device.
+        """
         assert self.tail is not None
-        device, batch = keys.device, keys.shape[0]
-        if len(set(plan.before.tails)) == 1:
-            place = plan.before.tails[0]
-            for buffer, x in zip(self.tail, (keys, values), strict=True):
-                buffer[:, :, place : place + 1] = x
-        else:
-            row = torch.arange(batch, device=device)
-            at = torch.tensor(plan.before.tails).to(device, non_blocking=True)
-            for buffer, x in zip(self.tail, (keys, values), strict=True):
-                buffer[row, :, at] = x[:, :, 0]
+        for buffer, x in zip(self.tail, (keys, values), strict=True):
+            if isinstance(at, int):
+                buffer[:, :, at : at + 1] = x
+            else:
+                index = at.view(-1, 1, 1, 1).expand(-1, buffer.shape[1], 1, buffer.shape[3])
+                buffer.scatter_(2, index, x.to(buffer.dtype))
+
+    @torch.inference_mode()
+    def pack_full(self, plan: AppendPlan) -> None:
+        """Packs the oldest block of each tail that the step filled."""
+        assert self.tail is not None
+        batch = self.tail[0].shape[0]
         full = [b for b in range(batch) if plan.new_blocks(b)]
         if not full:
             return
         size, residual = self.codec.block_size, self.codec.residual
         chosen: Index = slice(None)
         if len(full) < batch:
-            chosen = torch.tensor(full).to(device, non_blocking=True)
+            chosen = torch.tensor(full).to(self.tail[0].device, non_blocking=True)
         rows = [buffer[chosen] for buffer in self.tail]
-        staged = [x[:, :, :size].contiguous() for x in rows]
-        self._put(plan, self.codec.pack(staged[0], staged[1]))
+        self._pack(plan, rows[0][:, :, :size], rows[1][:, :, :size])
         if residual:
             for buffer, x in zip(self.tail, rows, strict=True):
                 # the source may overlap its destination
@@ -193,20 +224,54 @@ class BlockStore:
                     buffer[b, :, : tail - old] = buffer[b, :, old:tail].clone()
                 buffer[b, :, tail - old : plan.after.tails[b]] = new[:, taken:]
             if ready:
-                self._put(plan, self.codec.pack(ready[0], ready[1]), at)
+                self._pack(plan, ready[0], ready[1], at)
             at += blocks
         if total:
-            self._put(plan, self.codec.pack(staged[0], staged[1]))
+            self._pack(plan, staged[0], staged[1])
 
-    def _put(self, plan: AppendPlan, packed: Packed, offset: int = 0) -> None:
+    def _pack(
+        self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor, offset: int = 0
+    ) -> None:
+        """Packs blocks `[blocks, num_kv_heads, block_size, head_dim]` into the plan's arena."""
+        packed = None
         if plan.capacity and len(self.arenas) == plan.arena:
-            self.arenas.append(Arena(plan.capacity, packed))
-        self.arenas[plan.arena].put(plan.at + offset, packed)
-        trouble = [slab.excess for slab in packed.sparse.values() if slab.excess is not None]
-        if packed.bad is not None:
-            trouble.append(packed.bad[0] * NOT_FINITE)
-        for count in trouble:
-            self.excess = count if self.excess is None else self.excess + count
+            first = self.codec.reserve(plan.capacity, keys)
+            if first is None:
+                first = packed = self.codec.pack(keys, values)
+            self.arenas.append(Arena(plan.capacity, first))
+        arena, at = self.arenas[plan.arena], plan.at + offset
+        if arena.reserved:
+            assert self.status is not None
+            room = arena.view(slice(at, at + keys.shape[0]))
+            self.codec.pack_into(room, keys, values, self.status)
+            return
+        packed = packed or self.codec.pack(keys, values)
+        arena.put(at, packed)
+        if self.status is not None:
+            for slab in packed.sparse.values():
+                if slab.excess is not None:
+                    self.status[0] += slab.excess
+            if packed.bad is not None:
+                self.status[1] |= packed.bad[0]
+
+    def arena_table(self) -> torch.Tensor | None:
+        """int64 `[room, fields]`, the addresses that kernels read; None if they can't.
+
+        The same tensor as long as the arenas find room in it, so that a captured graph keeps it.
+        """
+        if self.tail is None or not all(a.reserved for a in self.arenas):
+            return None
+        count = len(self.arenas)
+        if self._arena_table is None or self._arena_table[1].shape[0] < count:
+            shape = (max(ARENA_ROOM, 2 * count), len(DENSE) + 4 * len(SPARSE))
+            table = torch.zeros(shape, dtype=torch.int64, device=self.tail[0].device)
+            self._arena_table = (0, table)
+        done, table = self._arena_table
+        if done < count:
+            rows = torch.tensor([a.addresses for a in self.arenas[done:]], dtype=torch.int64)
+            table[done:count].copy_(rows, non_blocking=True)
+            self._arena_table = (count, table)
+        return table
 
     def unpack(self, arena: int, blocks: Index) -> tuple[torch.Tensor, torch.Tensor]:
         """fp32 keys and values `[n, num_kv_heads, block_size, head_dim]` of packed blocks."""
@@ -268,7 +333,6 @@ class BlockStore:
         """A copy that shares packed blocks."""
         other = BlockStore(self.codec)
         other.arenas = list(self.arenas)
-        other.excess = self.excess
         if self.tail is not None and self.sinks is not None:
             other.sinks = (self.sinks[0].clone(), self.sinks[1].clone())
             other.tail = (self.tail[0].clone(), self.tail[1].clone())

@@ -44,6 +44,7 @@ class SparseSlab:
         values: fp16/bf16 `[slots]`.
         shape: `(blocks, num_heads, block_size, head_dim)`.
         excess: int32 scalar, outliers that found no slot (see :meth:`from_mask`), or None.
+        cursor: int32 `[1]`, first free slot, where a kernel still fills the arrays; else None.
     """
 
     begin: torch.Tensor
@@ -52,6 +53,30 @@ class SparseSlab:
     values: torch.Tensor
     shape: Shape
     excess: torch.Tensor | None = None
+    cursor: torch.Tensor | None = None
+
+    @classmethod
+    def reserve(
+        cls, shape: Shape, slots: int, dtype: torch.dtype, device: torch.device
+    ) -> SparseSlab:
+        """Empty room that a kernel fills, a block at a time.
+
+        Args:
+            shape: `(blocks, num_heads, block_size, head_dim)`.
+            slots: Room for entries.
+            dtype: Of the values.
+            device: Where.
+        """
+        blocks, heads, tokens, dim = shape
+        table, elements = (blocks, heads), tokens * dim
+        return cls(
+            torch.zeros(table, dtype=torch.int32, device=device),
+            torch.zeros(table, dtype=count_dtype(elements), device=device),
+            torch.empty(slots, dtype=position_dtype(elements), device=device),
+            torch.empty(slots, dtype=dtype, device=device),
+            shape,
+            cursor=torch.zeros(1, dtype=torch.int32, device=device),
+        )
 
     @classmethod
     def from_mask(cls, x: torch.Tensor, mask: torch.Tensor, slots: int | None = None) -> SparseSlab:
@@ -152,6 +177,7 @@ class SparseArena:
         count, heads, tokens, dim = first.shape
         like = first.values
         self.shape = (heads, tokens, dim)
+        self._cursor = first.cursor
         if blocks == count:  # full at once: kept as it is, not copied
             self.begin, self.count = first.begin, first.count
             self._positions, self._values = [first.positions], [first.values]
@@ -188,7 +214,14 @@ class SparseArena:
         positions = self._positions[0] if len(self._positions) == 1 else torch.cat(self._positions)
         values = self._values[0] if len(self._values) == 1 else torch.cat(self._values)
         begin, count = self.begin[blocks], self.count[blocks]
-        return SparseSlab(begin, count, positions, values, (begin.shape[0], *self.shape))
+        shape = (begin.shape[0], *self.shape)
+        return SparseSlab(begin, count, positions, values, shape, cursor=self._cursor)
+
+    @property
+    def addresses(self) -> list[int]:
+        """Of the four arrays, for kernels; of reserved room only, which has one segment."""
+        arrays = (self.begin, self.count, self._positions[0], self._values[0])
+        return [t.data_ptr() for t in arrays]
 
     @property
     def nbytes(self) -> int:

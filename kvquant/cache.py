@@ -17,9 +17,12 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from kvquant.attention import NEVER, BlockwiseAttention
-from kvquant.block_store import NOT_FINITE, BlockStore
+from kvquant.block_store import BlockStore
 from kvquant.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix
-from kvquant.layout import AppendPlan, Gather, Layout, Span
+from kvquant.decode_step import StepTables
+from kvquant.kernels.cuda_decode import DecodeStep, decode_attention
+from kvquant.kernels.dispatch import use_cuda
+from kvquant.layout import AppendPlan, Gather, Layout, Span, View
 from kvquant.schemes.base import Codec
 
 Protocol = Literal["A", "B"]
@@ -129,11 +132,14 @@ class BlockLayer(CacheLayerMixin):
             `[batch_size, new_len, num_heads, head_dim]`.
         """
         owner, plan = self._owner, self._owner.plan
+        owner.query_heads = queries.shape[1]
         self.columns += keys.shape[2]
         turned = rotate(keys, *rope)
         stored = turned if self.codec.rotated_keys else keys
         queries = rotate(queries, *rope)
         simulated = owner.protocol == "B"
+        if owner.steps is not None:
+            return self._step(queries, keys, values, scaling)
         if not simulated and not any(plan.before.lengths):
             self._append(plan, stored, values)
             return full(queries, turned, values)
@@ -146,6 +152,25 @@ class BlockLayer(CacheLayerMixin):
             attention.add(turned, values, owner.new_positions)
             self._append(plan, stored, values)
         return attention.result()
+
+    def _step(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """A token a sequence by the kernel: it joins the tail, and all is read from there."""
+        owner, store = self._owner, self.store
+        steps, tables = owner.steps, self.codec.tables
+        assert steps is not None and store.tail is not None and store.sinks is not None
+        store.status = owner.status(keys.device)
+        arenas = store.arena_table()
+        assert arenas is not None and tables is not None
+        store.write_token(keys, values, owner.step_places)
+        out = decode_attention(
+            steps.shape, queries[:, :, 0].to(store.tail[0].dtype), store.sinks, store.tail, arenas,
+            owner.step, tables, scaling,
+        )  # fmt: skip
+        if not owner.captured:
+            store.pack_full(owner.plan)
+        return out.to(queries.dtype).unsqueeze(1)
 
     def _add(self, attention: BlockwiseAttention, piece: Piece, simulated: bool) -> None:
         store, plan = self.store, self._owner.plan
@@ -181,6 +206,7 @@ class BlockLayer(CacheLayerMixin):
 
     def _append(self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
         owner = self._owner
+        self.store.status = owner.status(keys.device)
         if owner.timed and keys.is_cuda:
             torch.cuda.synchronize(keys.device)
         start = time.perf_counter()
@@ -237,6 +263,8 @@ class KVQuantCache(Cache):
         rope: Positions `[1, n]` to the rotary table `(cos, sin)`, each `[1, n, head_dim]`.
         protocol: "A": the tokens of a call attend to each other in full precision and to the past
             from the cache (serving). "B": everything is read from the cache (KVQuant's perplexity).
+        static_rope: Whether a position's rotation is the same however long the sequence; decode
+            kernels need that.
 
     Attributes:
         layout: Where tokens are; shared by all layers.
@@ -245,7 +273,14 @@ class KVQuantCache(Cache):
         quantize_seconds: Time spent in quantize and pack since creation.
     """
 
-    def __init__(self, codecs: list[Codec], rope: Rope, protocol: Protocol = "A") -> None:
+    def __init__(
+        self,
+        codecs: list[Codec],
+        rope: Rope,
+        protocol: Protocol = "A",
+        *,
+        static_rope: bool = False,
+    ) -> None:
         if protocol not in ("A", "B"):
             raise ValueError(f"protocol: must be 'A' or 'B', got {protocol!r}")
         shapes = {(c.sinks, c.block_size, c.residual) for c in codecs}
@@ -263,6 +298,16 @@ class KVQuantCache(Cache):
         self._counts: torch.Tensor | None = None
         self._pieces: list[Piece] | None = None
         self._watch: tuple[torch.Tensor, torch.cuda.Event] | None = None
+        self._status: torch.Tensor | None = None
+        self._unwatched = False
+        self.static_rope = static_rope
+        # Of a decode step that kernels take: None in other calls.
+        self.steps: StepTables | None = None
+        self.step: DecodeStep
+        self.step_places: torch.Tensor
+        self.captured = False
+        self.query_heads = 0  # learnt from the first call
+        self._step_tables: StepTables | None = None
 
     def begin_forward(
         self, batch: int, new_len: int, mask: torch.Tensor | None, device: torch.device
@@ -296,7 +341,35 @@ class KVQuantCache(Cache):
             self.new_positions = None
         elif mask is not None and self._counts is not None:
             self.new_positions = torch.where(mask[:, past:].bool(), self.query_positions, NEVER)
+        before = self.layout.view()
         self.plan = self.layout.append(spans)
+        self._unwatched |= self.plan.arena >= 0
+        self._begin_step(before, device)
+
+    def step_tables(self, device: torch.device) -> StepTables | None:
+        """The tables of decode kernels, or None where the PyTorch path takes the steps."""
+        store, codec = self.layers[0].store, self.layers[0].codec
+        if not (self.static_rope and self.protocol == "A" and store.tail is not None):
+            return None
+        _, heads, _, dim = store.tail[0].shape
+        shape = codec.decode_shape(dim, self.query_heads // heads, store.tail[0].dtype)
+        if shape is None or not use_cuda(shape, device) or store.arena_table() is None:
+            return None
+        if self._step_tables is None or self._step_tables.shape != shape:
+            self._step_tables = StepTables(shape, self._rope, device)
+        return self._step_tables if self._step_tables.fits(self.layout) else None
+
+    def _begin_step(self, before: View, device: torch.device) -> None:
+        self.steps = None
+        if not self.plan.decode or device.type != "cuda":
+            return
+        steps = self.step_tables(device)
+        if steps is None:
+            return
+        steps.write(self.layout, before.blocks, before.tails)
+        self.step_places = steps.places
+        steps.advance()
+        self.step, self.steps = steps.step(), steps
 
     def _spans(self, batch: int, new_len: int, total: int, mask: torch.Tensor | None) -> list[Span]:
         """Which of the new columns are tokens, for each sequence."""
@@ -393,21 +466,26 @@ class KVQuantCache(Cache):
     def _check_excess(self) -> None:
         """Raises if a GPU append had more outliers than room; learns of it without waiting."""
         if self._watch is not None and self._watch[1].query():
-            lost, self._watch = int(self._watch[0]), None
-            if lost >= NOT_FINITE:
+            (lost, bad), self._watch = self._watch[0].tolist(), None
+            if bad:
                 raise ValueError("keys or values: NaN or Inf (fp16 overflows beyond 65504)")
             if lost:
                 raise RuntimeError(
                     f"outliers: {lost} found no room in the cache; the text is unlike the "
                     "calibration text: calibrate on data like it"
                 )
-        excess = [x.store.excess for x in self.layers if x.store.excess is not None]
-        if excess and self._watch is None:
-            host = torch.empty((), dtype=torch.int32, pin_memory=True)
-            host.copy_(torch.stack(excess).sum(), non_blocking=True)
+        if self._status is not None and self._watch is None and self._unwatched:
+            host = torch.empty(2, dtype=torch.int32, pin_memory=True)
+            host.copy_(self._status, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            self._watch = (host, event)
+            self._watch, self._unwatched = (host, event), False
+
+    def status(self, device: torch.device) -> torch.Tensor | None:
+        """int32 `[2]` on a GPU, where layers report lost outliers and NaN; None on a CPU."""
+        if self._status is None and device.type == "cuda":
+            self._status = torch.zeros(2, dtype=torch.int32, device=device)
+        return self._status
 
     @property
     def lengths(self) -> list[int]:
@@ -418,7 +496,7 @@ class KVQuantCache(Cache):
         """Forgets everything."""
         old = self.layout
         self.layout = Layout(old.sinks, old.block_size, old.residual)
-        self._counts = self._pieces = None
+        self._counts = self._pieces = self._step_tables = self._status = self._watch = None
         for layer in self.layers:
             layer.columns = 0
             layer.store = BlockStore(layer.codec)
@@ -427,10 +505,15 @@ class KVQuantCache(Cache):
         if not self.layout.table:
             return
         self.layout.select(indices.tolist())
+        self._forget_tables()
         if self._counts is not None:
             self._counts = self._counts[indices.to(self._counts.device)]
         for layer in self.layers:
             layer.store.select(indices)
+
+    def _forget_tables(self) -> None:
+        if self._step_tables is not None:
+            self._step_tables.forget()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorders the sequences for beam search; packed blocks are shared, not moved."""
@@ -466,13 +549,15 @@ class KVQuantCache(Cache):
             lengths = self._counts[:, keep - 1].tolist()
             self._counts = self._counts[:, :keep]
         cuts = self.layout.crop(lengths)
+        self._forget_tables()
         for layer in self.layers:
             layer.store.uncut(cuts)
             layer.columns = keep
 
     def copy(self) -> KVQuantCache:
         """A cache that goes on from here, to reuse a prompt; packed blocks are shared."""
-        other = KVQuantCache([layer.codec for layer in self.layers], self._rope, self.protocol)
+        codecs = [layer.codec for layer in self.layers]
+        other = KVQuantCache(codecs, self._rope, self.protocol, static_rope=self.static_rope)
         other.layout = self.layout.fork()
         other._counts = self._counts
         for mine, theirs in zip(self.layers, other.layers, strict=True):

@@ -178,7 +178,10 @@ class QuantizedModel:
         """An empty cache of the scheme (see :class:`KVQuantCache` for the protocols)."""
         if self.codecs is None:
             return new_baseline_cache()
-        return KVQuantCache(self.codecs, self._rope, protocol)
+        # Dynamic scaling turns all past keys anew when a sequence grows.
+        kind = str(getattr(self.model.model.rotary_emb, "rope_type", "default"))
+        static = "dynamic" not in kind and kind != "longrope"
+        return KVQuantCache(self.codecs, self._rope, protocol, static_rope=static)
 
     def baseline_cache(self) -> Any:
         """An empty unquantized 16-bit cache for the same model."""

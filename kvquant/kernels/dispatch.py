@@ -1,17 +1,21 @@
 """Which implementation runs: the only place that decides.
 
-`KVQUANT_KERNELS=pytorch` turns the GPU kernels off; `KVQUANT_KERNELS=triton` demands them, which on
-a CPU works under Triton's interpreter only (`TRITON_INTERPRET=1`).
+`KVQUANT_KERNELS=pytorch` turns the GPU kernels off; `KVQUANT_KERNELS=triton` demands those written
+in Triton and no others, which on a CPU works under Triton's interpreter only
+(`TRITON_INTERPRET=1`).
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import warnings
 
 import torch
 
 from kvquant.errors import UserError
+from kvquant.kernels.cuda_build import KernelUnavailable
+from kvquant.kernels.cuda_decode import DecodeShape, functions
 
 
 @functools.cache
@@ -23,15 +27,43 @@ def _triton_is_there() -> bool:
     return True
 
 
+def _wish() -> str:
+    wish = os.environ.get("KVQUANT_KERNELS", "auto")
+    if wish not in ("auto", "pytorch", "triton"):
+        raise UserError(f"KVQUANT_KERNELS: '{wish}' is none of auto, pytorch, triton")
+    return wish
+
+
+@functools.cache
+def _cuda_works(shape: DecodeShape, device: int) -> bool:
+    """Whether the decode kernel compiles and loads; says once why not."""
+    try:
+        functions(shape, device)
+    except KernelUnavailable as reason:
+        warnings.warn(f"no CUDA decode kernel, PyTorch instead: {reason}", stacklevel=3)
+        return False
+    return True
+
+
+def use_cuda(shape: DecodeShape, device: torch.device) -> bool:
+    """Whether the CUDA decode kernel reads a cache of this shape.
+
+    Raises:
+        UserError: `KVQUANT_KERNELS` is not one of the three.
+    """
+    if _wish() != "auto" or device.type != "cuda" or shape.refusal() is not None:
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _cuda_works(shape, index)
+
+
 def use_triton(x: torch.Tensor) -> bool:
     """Whether Triton kernels run on this tensor.
 
     Raises:
         UserError: `KVQUANT_KERNELS` is not one of the three.
     """
-    wish = os.environ.get("KVQUANT_KERNELS", "auto")
-    if wish not in ("auto", "pytorch", "triton"):
-        raise UserError(f"KVQUANT_KERNELS: '{wish}' is none of auto, pytorch, triton")
+    wish = _wish()
     if wish == "pytorch":
         return False
     return (x.is_cuda or wish == "triton") and _triton_is_there()

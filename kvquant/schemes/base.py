@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kvquant.batched_quant import LayerQuantizer
 from kvquant.blocked_sparse import SparseSlab
+from kvquant.kernels.cuda_decode import DecodeShape
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,13 @@ class Packed:
         dense: Named tensors `[blocks, ...]` whose other dimensions are the same in every call.
         sparse: Named exact outliers of the same blocks.
         bad: int32 `[1]`, 1 if the input held NaN or Inf; None if that was checked at once.
+        reserved: Room that :meth:`Codec.pack_into` fills.
     """
 
     dense: Mapping[str, torch.Tensor]
     sparse: Mapping[str, SparseSlab] = field(default_factory=dict)
     bad: torch.Tensor | None = None
+    reserved: bool = False
 
     @property
     def blocks(self) -> int:
@@ -47,6 +51,7 @@ class Codec(ABC):
         block_size: Tokens a block.
         residual: Most recent tokens that stay 16-bit besides an unfinished block.
         shared_bytes: Bytes of tables that all sequences of the layer share.
+        tables: The layer's calibration, if the codec has one.
     """
 
     rotated_keys: bool = False
@@ -54,6 +59,7 @@ class Codec(ABC):
     block_size: int = 64
     residual: int = 0
     shared_bytes: int = 0
+    tables: LayerQuantizer | None = None
 
     @abstractmethod
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
@@ -63,6 +69,33 @@ class Codec(ABC):
             keys: fp16/bf16 `[blocks, num_kv_heads, block_size, head_dim]`.
             values: The same shape.
         """
+
+    def reserve(self, blocks: int, like: torch.Tensor) -> Packed | None:
+        """Room for blocks that kernels fill in place, or None: then arenas keep what `pack` gives.
+
+        Args:
+            blocks: Blocks.
+            like: 16-bit tensor `[blocks, num_kv_heads, block_size, head_dim]` on the device.
+        """
+        return None
+
+    def pack_into(
+        self, room: Packed, keys: torch.Tensor, values: torch.Tensor, status: torch.Tensor
+    ) -> None:
+        """Packs blocks into a part of reserved room.
+
+        Args:
+            room: As many blocks of the room.
+            keys: See :meth:`pack`.
+            values: See :meth:`pack`.
+            status: int32 `[2]`: outliers that found no slot are added to the first number, the
+                second becomes 1 if the input held NaN or Inf.
+        """
+        raise NotImplementedError
+
+    def decode_shape(self, head_dim: int, group: int, dtype: torch.dtype) -> DecodeShape | None:
+        """What a decode kernel is compiled for, or None if the codec has no kernel."""
+        return None
 
     @abstractmethod
     def unpack(

@@ -6,6 +6,7 @@ import torch
 
 from kvquant.batched_quant import BatchedKVQuantizer, LayerQuantizer, PackedKeys, PackedValues
 from kvquant.config import NuqScheme
+from kvquant.kernels.cuda_decode import DecodeShape
 from kvquant.schemes.base import Codec, Packed
 
 
@@ -17,6 +18,7 @@ class NuqCodec(Codec):
         self.sinks = spec.sinks
         self.block_size = spec.block_size
         self.shared_bytes = tables.nbytes
+        self.tables = tables
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
         """See :meth:`Codec.pack`."""
@@ -33,6 +35,19 @@ class NuqCodec(Codec):
             if slab is not None
         }
         return Packed(dense, sparse, bad)
+
+    def decode_shape(self, head_dim: int, group: int, dtype: torch.dtype) -> DecodeShape | None:
+        """See :meth:`Codec.decode_shape`."""
+        if self.quantizer.outliers >= 1:  # a passthrough, for tests
+            return None
+        return DecodeShape(
+            self.quantizer.bits,
+            head_dim,
+            group,
+            self.block_size,
+            dtype,
+            self.quantizer.outliers > 0,
+        )
 
     def unpack(
         self, packed: Packed, shape: tuple[int, int, int, int]

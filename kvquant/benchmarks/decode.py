@@ -1,0 +1,191 @@
+"""Decode attention over the packed cache against fp16 attention of the same shape.
+
+Both sides alternate in one process as captured graphs, so that what is timed is the GPU's work and
+not the host's. Each call reads another layer's memory, as a model does: no cache is left warm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kvquant.batched_quant import LayerQuantizer
+from kvquant.benchmarks.timing import summarize
+from kvquant.block_store import Arena
+from kvquant.config import NuqScheme
+from kvquant.kernels.cuda_decode import DecodeShape, DecodeStep, RopeTables, decode_attention
+from kvquant.schemes.base import Packed
+from kvquant.schemes.nuq import NuqCodec
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+SAMPLE = 64  # blocks that are really quantized; the others are copies of them elsewhere in memory
+
+
+def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A graph of `work`, warmed up."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int, calls: int) -> dict[str, Any]:
+    """Milliseconds a call, the graphs in turns; `calls` are what a graph holds."""
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds + 3):
+        for name, graph in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end) / calls)
+    return {name: summarize(values[3:]).model_dump() for name, values in times.items()}
+
+
+def packed_layer(codec: NuqCodec, heads: int, dim: int, blocks: int, device: str) -> Arena:
+    """An arena of `blocks` blocks of normal data."""
+    size = codec.block_size
+    few = min(blocks, SAMPLE)
+    x = torch.randn(2, few, heads, size, dim, device=device).half()
+    packed = codec.pack(x[0], x[1])
+    copies = math.ceil(blocks / few)
+    dense = {
+        name: t.repeat(copies, *[1] * (t.dim() - 1))[:blocks] for name, t in packed.dense.items()
+    }
+    sparse = {}
+    for name, slab in packed.sparse.items():
+        shift = torch.arange(copies, device=device, dtype=torch.int32) * slab.values.numel()
+        begin = (slab.begin[None] + shift[:, None, None]).flatten(0, 1)[:blocks]
+        sparse[name] = type(slab)(
+            begin.contiguous(),
+            slab.count.repeat(copies, 1)[:blocks].contiguous(),
+            slab.positions.repeat(copies),
+            slab.values.repeat(copies),
+            (blocks, *slab.shape[1:]),
+        )
+    return Arena(blocks, Packed(dense, sparse))
+
+
+def measure_decode(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    batch: int,
+    tokens: int,
+    tables: LayerQuantizer,
+    *,
+    bits: int = 3,
+    outliers: float = 0.01,
+    block_size: int = 64,
+    rounds: int = 20,
+    device: str = "cuda",
+) -> dict[str, Any]:
+    """One shape.
+
+    Args:
+        heads: Query heads.
+        kv_heads: Key heads.
+        dim: head_dim.
+        batch: Sequences.
+        tokens: Tokens of each, a multiple of the block size.
+        tables: Calibration for `kv_heads` x `dim` and `bits`.
+        bits: 2, 3 or 4.
+        outliers: Fraction.
+        block_size: Tokens a block.
+        rounds: Rounds that count.
+        device: GPU.
+
+    Returns:
+        Percentiles of each side in ms, bytes read, ratios to the fastest fp16 backend.
+    """
+    spec = NuqScheme(kind="nuq", bits=bits, outliers=outliers, block_size=block_size)
+    codec = NuqCodec(spec, tables)
+    blocks = batch * tokens // block_size
+    each = tokens // block_size
+    shape = DecodeShape(bits, dim, heads // kv_heads, block_size, torch.float16, outliers > 0)
+    # Enough layers that their packed bytes exceed the L2 cache several times.
+    packed_bytes = 2 * batch * tokens * kv_heads * dim * bits // 8
+    layers = max(1, min(16, math.ceil(4e8 / packed_bytes)))
+    arenas = [packed_layer(codec, kv_heads, dim, blocks, device) for _ in range(layers)]
+    rows = [torch.tensor([a.addresses], device=device) for a in arenas]
+    table = torch.arange(blocks, dtype=torch.int32, device=device).view(batch, each)
+    lengths = torch.tensor([[1, each, 1]] * batch, dtype=torch.int32, device=device)
+
+    def rope(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        inverse = 10000.0 ** (-torch.arange(0, dim, 2, device=device) / dim)
+        angles = positions[..., None] * inverse
+        angles = torch.cat((angles, angles), -1)
+        return angles.cos(), angles.sin()
+
+    chunks = each * (block_size // shape.chunk)
+    step = DecodeStep(
+        table, lengths, chunks, RopeTables.make(rope, shape.chunk, 1, chunks + 1, table)
+    )
+    query = torch.randn(batch, heads, dim, device=device).half()
+    sinks = tuple(torch.randn(batch, kv_heads, 1, dim, device=device).half() for _ in range(2))
+    tail = tuple(
+        torch.randn(batch, kv_heads, block_size, dim, device=device).half() for _ in range(2)
+    )
+    scaling = 1 / math.sqrt(dim)
+
+    def ours() -> None:
+        for row in rows:
+            decode_attention(
+                shape, query, (sinks[0], sinks[1]), (tail[0], tail[1]), row, step, tables, scaling
+            )
+
+    graphs = {"kvquant": capture(ours)}
+    full = [
+        torch.randn(2, batch, kv_heads, tokens, dim, device=device, dtype=torch.float16)
+        for _ in range(min(layers, 4))
+    ]
+    refused = {}
+    for name, backend in BACKENDS.items():
+
+        def theirs(backend: SDPBackend = backend) -> None:
+            with sdpa_kernel(backend):
+                for i in range(layers):
+                    keys, values = full[i % len(full)]
+                    torch.nn.functional.scaled_dot_product_attention(
+                        query[:, :, None], keys, values, enable_gqa=heads != kv_heads
+                    )
+
+        try:
+            graphs[name] = capture(theirs)
+        except RuntimeError as error:
+            refused[name] = str(error).splitlines()[0]
+    times = time_graphs(graphs, rounds, layers)
+    best = min((times[n]["median"] for n in BACKENDS if n in times), default=math.nan)
+    nbytes = sum(a.nbytes for a in arenas) / layers
+    fp16_bytes = full[0].nbytes
+    return {
+        "batch": batch,
+        "tokens": tokens,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": dim,
+        "bits": bits,
+        "outliers": outliers,
+        "ms": times,
+        "refused": refused,
+        "packed_bytes": nbytes,
+        "fp16_bytes": fp16_bytes,
+        "kvquant_gb_per_s": nbytes / times["kvquant"]["median"] / 1e6,
+        "fp16_gb_per_s": fp16_bytes / best / 1e6,
+        "speedup": best / times["kvquant"]["median"],
+    }

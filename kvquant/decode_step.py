@@ -1,0 +1,115 @@
+"""What the layers of a decode step share on a GPU: tables that the attention kernel reads.
+
+They are written where blocks appear and advance by themselves in between, so that a step needs no
+host data and can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvquant.kernels.cuda_decode import (
+    MOST_ARENAS,
+    MOST_PLACES,
+    DecodeShape,
+    DecodeStep,
+    Rope,
+    RopeTables,
+)
+from kvquant.layout import Layout
+
+
+class StepTables:
+    """Block table, lengths and rotary tables of a cache.
+
+    Args:
+        shape: What the kernel is compiled for.
+        rope: Of the model; must not depend on the length of the sequence.
+        device: Where.
+    """
+
+    def __init__(self, shape: DecodeShape, rope: Rope, device: torch.device) -> None:
+        self.shape = shape
+        self._rope = rope
+        self._device = device
+        self._layout: Layout | None = None
+        self._blocks: list[int] = []
+        self._tails: list[int] = []
+        self._table = torch.empty(0, dtype=torch.int32, device=device)
+        self._lengths = torch.empty(0, dtype=torch.int32, device=device)
+        self._tables: RopeTables | None = None
+        self._chunks = 0
+
+    def fits(self, layout: Layout) -> bool:
+        """Whether the numbers of all blocks fit in the table's entries."""
+        most = max((a.capacity for a in layout.arenas), default=0)
+        return (
+            len(layout.arenas) < MOST_ARENAS
+            and most < MOST_PLACES
+            and layout.sinks <= self.shape.chunk
+        )
+
+    def reserve(self, layout: Layout, blocks: int) -> None:
+        """Makes room for sequences of so many blocks; tensors are replaced if it was too small."""
+        batch = len(layout.table)
+        chunks = blocks * (self.shape.block_size // self.shape.chunk)
+        if self._table.shape[0] != batch or self._table.shape[1] < blocks:
+            self._table = torch.zeros((batch, blocks), dtype=torch.int32, device=self._device)
+            self._lengths = torch.zeros((batch, 3), dtype=torch.int32, device=self._device)
+            self._layout = None
+        if self._tables is None or self._chunks < chunks:
+            self._tables = RopeTables.make(
+                self._rope, self.shape.chunk, layout.sinks, chunks, self._table
+            )
+            self._chunks = chunks
+
+    def write(self, layout: Layout, blocks: list[int], tails: list[int]) -> None:
+        """Brings the tables in line with a layout.
+
+        Args:
+            layout: Of the cache.
+            blocks: Blocks of each sequence.
+            tails: Tokens in each tail.
+        """
+        if self._layout is layout and blocks == self._blocks and tails == self._tails:
+            return
+        longest = max(blocks)
+        if self._table.shape[0] != len(blocks) or self._table.shape[1] < longest:
+            self.reserve(layout, longest + longest // 8 + 8)
+        if self._layout is not layout or blocks != self._blocks:
+            rows = [
+                [arena << 20 | place for arena, place in table[:n]] + [0] * (longest - n)
+                for table, n in zip(layout.table, blocks, strict=True)
+            ]
+            if longest:
+                new = torch.tensor(rows, dtype=torch.int32)
+                self._table[:, :longest].copy_(new, non_blocking=True)
+        sinks = [min(layout.sinks, n) for n in layout.lengths]
+        lengths = torch.tensor(list(zip(sinks, blocks, tails, strict=True)), dtype=torch.int32)
+        self._lengths.copy_(lengths, non_blocking=True)
+        self._layout, self._blocks, self._tails = layout, list(blocks), list(tails)
+
+    def forget(self) -> None:
+        """The layout's tables were changed in place (beams, crop): all is written anew."""
+        self._layout = None
+
+    @property
+    def places(self) -> torch.Tensor:
+        """Where the next token goes in each tail, int64 `[batch_size]`; valid before `advance`."""
+        return self._lengths[:, 2].long()
+
+    def advance(self) -> None:
+        """A token joined each tail."""
+        self._lengths[:, 2] += 1
+        self._tails = [n + 1 for n in self._tails]
+
+    def step(self, *, whole: bool = False) -> DecodeStep:
+        """What the kernel is launched with.
+
+        Args:
+            whole: Split for the room there is, not for the blocks there are (a captured graph).
+        """
+        assert self._tables is not None
+        per_block = self.shape.block_size // self.shape.chunk
+        blocks = self._table.shape[1] if whole else max(self._blocks)
+        return DecodeStep(self._table, self._lengths, blocks * per_block, self._tables)

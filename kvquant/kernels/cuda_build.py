@@ -1,0 +1,138 @@
+"""CUDA C++ kernels, compiled at run time by NVRTC, which every CUDA build of torch brings along.
+
+Nothing is built at installation and no compiler of the machine is needed. A kernel is compiled for
+the constants of a cache (bits, head_dim, ...) when it is first used, in about two seconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+
+
+class KernelUnavailable(RuntimeError):
+    """A kernel cannot be compiled or loaded here; callers take the PyTorch path."""
+
+
+def _check(result: tuple[Any, ...], doing: str) -> Any:
+    """The value of a `cuda.bindings` call, whose first item is its error."""
+    error = result[0]
+    if int(error) != 0:
+        raise KernelUnavailable(f"{doing}: {error}")
+    return result[1] if len(result) == 2 else result[1:]
+
+
+def compile_cubin(source: str, constants: dict[str, int], architecture: str) -> bytes:
+    """Machine code of a source file in `kvquant/kernels/cuda`; needs no GPU.
+
+    Args:
+        source: File name.
+        constants: Macros.
+        architecture: For example "sm_90".
+
+    Raises:
+        KernelUnavailable: NVRTC is missing, or its messages.
+    """
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        raise KernelUnavailable(f"cuda-bindings is not installed ({error})") from None
+    text = resources.files("kvquant.kernels").joinpath("cuda", source).read_bytes()
+    try:
+        program = _check(nvrtc.nvrtcCreateProgram(text, source.encode(), 0, [], []), "NVRTC")
+    except RuntimeError as error:  # the library itself is missing
+        raise KernelUnavailable(str(error)) from None
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", "-default-device"]
+    options += [f"-D{name}={value}" for name, value in constants.items()]
+    status = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    if int(status[0]) != 0:
+        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "NVRTC log")
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise KernelUnavailable(f"{source}: {log.decode(errors='replace').strip()}")
+    cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program), "NVRTC size")
+    _check((*nvrtc.nvrtcGetCUBIN(program, cubin), None), "NVRTC code")
+    nvrtc.nvrtcDestroyProgram(program)
+    return cubin
+
+
+@dataclass(frozen=True)
+class Module:
+    """A loaded source file.
+
+    Attributes:
+        handle: The driver's module.
+        driver: `cuda.bindings.driver`.
+    """
+
+    handle: Any
+    driver: Any
+
+    def number(self, name: str) -> int:
+        """An `int` constant of the module."""
+        address, _ = _check(self.driver.cuModuleGetGlobal(self.handle, name.encode()), name)
+        value = ctypes.c_int()
+        self.driver.cuMemcpyDtoH(ctypes.addressof(value), address, 4)
+        return value.value
+
+    def function(self, name: str, shared_bytes: int = 0) -> Function:
+        """A kernel.
+
+        Args:
+            name: Its name.
+            shared_bytes: Dynamic shared memory of a launch.
+        """
+        handle = _check(self.driver.cuModuleGetFunction(self.handle, name.encode()), name)
+        if shared_bytes > 48 * 1024:
+            attribute = self.driver.CUfunction_attribute
+            most = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            status = self.driver.cuFuncSetAttribute(handle, most, shared_bytes)
+            _check((*status, None), f"{name}: {shared_bytes} bytes of shared memory")
+        return Function(handle, self.driver, shared_bytes)
+
+
+@dataclass(frozen=True)
+class Function:
+    """A kernel that can be launched on torch's current stream."""
+
+    handle: Any
+    driver: Any
+    shared_bytes: int
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        *arguments: ctypes.Structure | ctypes._SimpleCData[Any],
+    ) -> None:
+        """Launches; the arguments are copied, so they may be reused at once."""
+        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        stream = torch.cuda.current_stream().cuda_stream
+        status = self.driver.cuLaunchKernel(
+            self.handle, *grid, threads, 1, 1, self.shared_bytes, stream,
+            ctypes.addressof(pointers), 0,
+        )  # fmt: skip
+        if int(status[0]) != 0:
+            raise RuntimeError(f"launch of a CUDA kernel: {status[0]}")
+
+
+@functools.cache
+def load(source: str, constants: tuple[tuple[str, int], ...], device: int) -> Module:
+    """Compiles and loads a source file for a GPU, once a process.
+
+    Args:
+        source: File name in `kvquant/kernels/cuda`.
+        constants: Macros.
+        device: CUDA device index.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    cubin = compile_cubin(source, dict(constants), f"sm_{major}{minor}")
+    from cuda.bindings import driver
+
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # makes torch's context the current one
+        return Module(_check(driver.cuModuleLoadData(cubin), source), driver)

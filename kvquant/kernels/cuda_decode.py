@@ -1,0 +1,253 @@
+"""Decode attention from packed blocks by the CUDA kernel `cuda/decode.cu`.
+
+What a launch needs and where it comes from: pointers of the arenas (one table a layer), the
+sequences' blocks and lengths (one table for all layers), rotary tables, and the 16-bit tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvquant.blocked_sparse import count_dtype, position_dtype
+from kvquant.kernels.cuda_build import Function, load
+
+if TYPE_CHECKING:
+    from kvquant.batched_quant import LayerQuantizer
+
+WARPS = 4  # as in the source file
+MOST_ARENAS, MOST_PLACES = 1 << 11, 1 << 20  # bits of a block's number
+Rope = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+# Fields of an arena, in the order that the kernel's enumeration has.
+FIELDS = (
+    "keys", "values", "zero", "scale",
+    "key_begin", "key_count", "key_positions", "key_outliers",
+    "value_begin", "value_count", "value_positions", "value_outliers",
+)  # fmt: skip
+
+
+class _Args(ctypes.Structure):
+    """`struct Args` of the kernel."""
+
+    _fields_ = [  # noqa: RUF012
+        *((name, ctypes.c_void_p) for name in (
+            "query", "sink_keys", "sink_values", "tail_keys", "tail_values", "arenas", "table",
+            "lengths", "key_scale", "key_zero", "key_levels", "value_levels", "rope", "turns",
+            "starts",
+            "part_out", "part_sum",
+        )),
+        *((name, ctypes.c_int) for name in (
+            "heads", "table_stride", "sink_room", "tail_room", "chunks_a_split", "outliers",
+        )),
+        ("scaling", ctypes.c_float),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """What the kernel is compiled for.
+
+    Attributes:
+        bits: 2, 3 or 4.
+        head_dim: 64, 128 or 256.
+        group: Query heads a kv head.
+        block_size: Tokens a block.
+        dtype: fp16 or bf16.
+        outliers: Whether there are any.
+        fraction: About how many, to choose how many a thread takes at a time.
+    """
+
+    bits: int
+    head_dim: int
+    group: int
+    block_size: int
+    dtype: torch.dtype
+    outliers: bool
+    fraction: float = 0.01
+
+    def refusal(self) -> str | None:
+        """Why the kernel does not take this shape, or None."""
+        if self.head_dim not in (64, 128, 256):
+            return f"head_dim {self.head_dim} is none of 64, 128, 256"
+        if self.group > 8:
+            return f"{self.group} query heads a kv head are more than 8"
+        if self.bits not in (2, 3, 4):
+            return f"{self.bits} bits"
+        if self.block_size != 32 and self.block_size % 64:
+            return f"block_size {self.block_size} is neither 32 nor a multiple of 64"
+        if self.dtype not in (torch.float16, torch.bfloat16):
+            return f"the cache holds {self.dtype}"
+        return None
+
+    @property
+    def chunk(self) -> int:
+        """Tokens a warp takes at a time."""
+        return min(self.block_size, 64)
+
+    @property
+    def split(self) -> int:
+        """Most chunks a program takes; a whole number of blocks. Shared memory bounds it."""
+        small = 8 if self.group * self.head_dim > 256 else 16
+        return max(small, self.block_size // self.chunk)
+
+    def constants(self) -> dict[str, int]:
+        """Macros of the source file."""
+        elements = self.block_size * self.head_dim
+        big = self.head_dim == 256 or self.group > 4
+        return {
+            "BITS": self.bits,
+            "DIM": self.head_dim,
+            "GROUP": self.group,
+            "SIZE": self.block_size,
+            "POS32": int(position_dtype(elements) is torch.int32),
+            "COUNT32": int(count_dtype(elements) is torch.int32),
+            "BF16": int(self.dtype is torch.bfloat16),
+            "MIN_BLOCKS": 2 if big else 4,
+            "SPLIT": self.split,
+            "ROUNDS": min(8, max(1, math.ceil(1.5 * self.fraction * elements / 32))),
+        }
+
+
+@functools.cache
+def functions(shape: DecodeShape, device: int) -> tuple[Function, Function]:
+    """The kernel and its second pass, compiled for a GPU."""
+    module = load("decode.cu", tuple(shape.constants().items()), device)
+    return module.function("decode", module.number("space_bytes")), module.function("combine")
+
+
+@dataclass(frozen=True)
+class RopeTables:
+    """Rotary tables of the kernel.
+
+    Attributes:
+        places: fp16 `[chunk, head_dim / 2, 2]` reordered: rotations inside a chunk.
+        turns: int32 `[chunk, head_dim / 2]`, the same in order, fp16 cosine and sine.
+        starts: int32 `[1 + chunks, head_dim / 2]`, fp16 cosine and sine of position 0 and of the
+            chunks' first positions.
+    """
+
+    places: torch.Tensor
+    turns: torch.Tensor
+    starts: torch.Tensor
+
+    @classmethod
+    def make(
+        cls, rope: Rope, chunk: int, sinks: int, chunks: int, like: torch.Tensor
+    ) -> RopeTables:
+        """Tables for chunks 0 to `chunks` (one more than full: the tail begins there).
+
+        A factor that the rope scaling puts on cosine and sine stays in `starts` alone, since a
+        key's rotation is the product of both.
+        """
+        device = like.device
+        firsts = torch.arange(chunks + 1, device=device) * chunk + sinks
+        inside = torch.arange(chunk, device=device)
+        cos, sin = rope(torch.cat((firsts.new_zeros(1), firsts, inside))[None])
+        half = cos.shape[-1] // 2
+        both = torch.stack((cos[0, :, :half], sin[0, :, :half]), -1).float()
+        starts, places = both[: chunks + 2].half(), both[chunks + 2 :]
+        places = (places / places[0, 0, 0]).half()
+        pairs = [x.contiguous().view(torch.int32).squeeze(-1) for x in (places, starts)]
+        # frequency f = t * (dim / 16) + 4 w + i + (dim / 4) j, read as [w, j, t, {cos, sin}, i]
+        words = half // 32  # of a thread and row: dim / 64
+        split = places.view(chunk, 2, 4, words, 4, 2)  # token, j, t, w, i, cos/sin
+        ordered = split.permute(0, 3, 1, 2, 5, 4).contiguous()
+        return cls(ordered, *pairs)
+
+
+def plan_splits(
+    batch: int, heads: int, chunks: int, multiprocessors: int, most: int, multiple: int = 1
+) -> tuple[int, int]:
+    """How the past is cut: `(chunks a split, splits)`, without the split of 16-bit tokens.
+
+    Enough programs for about four waves of three a multiprocessor, each with a multiple of its
+    warps' number of chunks, `most` at most.
+    """
+    if chunks == 0:
+        return WARPS, 0
+    wanted = max(1, 12 * multiprocessors // (batch * heads))
+    each = max(1, math.ceil(chunks / (wanted * WARPS))) * WARPS
+    each = min(most, max(each, multiple))
+    return each, math.ceil(chunks / each)
+
+
+@dataclass
+class DecodeStep:
+    """What all layers of a decode step share.
+
+    Attributes:
+        table: int32 `[batch_size, room]`, `arena << 20 | place` of each block.
+        lengths: int32 `[batch_size, 3]`, sinks held, blocks, tokens in the tail with the new one.
+        chunks: At least the chunks of the longest sequence.
+        rope: Rotary tables for so many chunks.
+    """
+
+    table: torch.Tensor
+    lengths: torch.Tensor
+    chunks: int
+    rope: RopeTables
+
+
+def decode_attention(
+    shape: DecodeShape,
+    query: torch.Tensor,
+    sinks: tuple[torch.Tensor, torch.Tensor],
+    tail: tuple[torch.Tensor, torch.Tensor],
+    arenas: torch.Tensor,
+    step: DecodeStep,
+    tables: LayerQuantizer,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of one query a sequence over all its tokens.
+
+    Args:
+        shape: Of the cache.
+        query: Rotated, `[batch_size, num_heads, head_dim]`, of `shape.dtype`.
+        sinks: Keys before RoPE and values, `[batch_size, num_kv_heads, sinks, head_dim]`.
+        tail: The same, `[batch_size, num_kv_heads, room, head_dim]`.
+        arenas: int64 `[arenas, len(FIELDS)]`, addresses.
+        step: Where the tokens are.
+        tables: The layer's calibration.
+        scaling: Factor of the scores.
+
+    Returns:
+        `[batch_size, num_heads, head_dim]` in the type of the query.
+    """
+    batch, query_heads, dim = query.shape
+    heads = tail[0].shape[1]
+    device = query.device
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    kernel, combine = functions(shape, index)
+    count = torch.cuda.get_device_properties(index).multi_processor_count
+    each, splits = plan_splits(
+        batch, heads, step.chunks, count, shape.split, shape.block_size // shape.chunk
+    )
+    splits += 1
+    query, out = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
+    part_out = torch.empty(batch * query_heads * splits * dim, dtype=torch.float32, device=device)
+    part_sum = torch.empty(batch * query_heads * splits * 2, dtype=torch.float32, device=device)
+    args = _Args(
+        query.data_ptr(), sinks[0].data_ptr(), sinks[1].data_ptr(), tail[0].data_ptr(),
+        tail[1].data_ptr(), arenas.data_ptr(), step.table.data_ptr(), step.lengths.data_ptr(),
+        tables.key_scale.data_ptr(), tables.key_zero.data_ptr(), tables.key_levels.data_ptr(),
+        tables.value_levels.data_ptr(), step.rope.places.data_ptr(), step.rope.turns.data_ptr(), step.rope.starts.data_ptr(),
+        part_out.data_ptr(), part_sum.data_ptr(), heads, step.table.stride(0), sinks[0].shape[2],
+        tail[0].shape[2], each, int(shape.outliers), scaling * math.log2(math.e),
+    )  # fmt: skip
+    kernel((splits, heads, batch), WARPS * 32, args)
+    combine(
+        (batch * query_heads, 1, 1),
+        dim,
+        ctypes.c_void_p(part_out.data_ptr()),
+        ctypes.c_void_p(part_sum.data_ptr()),
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_int(splits),
+    )
+    return out
