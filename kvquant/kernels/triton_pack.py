@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kvquant.kernels.triton_tiles import _emit, _encode, _store_codes
 from kvquant.packing import packed_bytes
 
 # To tune: warps of the three kernels (64 tokens of 128 channels; 4096 channels of a token).
@@ -46,111 +47,6 @@ class PackTarget:
     positions: torch.Tensor | None = None
     values: torch.Tensor | None = None
     cursor: torch.Tensor | None = None
-
-
-@triton.jit
-def _popcount(word):
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    word = word + (word >> 8)
-    return ((word + (word >> 16)) & 0x3F).to(tl.int32)
-
-
-@triton.jit
-def _encode(n, midpoints, BITS: tl.constexpr):
-    """Index of the nearest level, the number of midpoints below: a binary search."""
-    if BITS == 2:
-        m0, m1, m2 = tl.load(midpoints), tl.load(midpoints + 1), tl.load(midpoints + 2)
-        b1 = n > m1
-        return (b1.to(tl.int32) << 1) | (n > tl.where(b1, m2, m0)).to(tl.int32)
-    b2 = n > tl.load(midpoints + (1 << (BITS - 1)) - 1)
-    STEP: tl.constexpr = 1 << (BITS - 2)
-    low1, high1 = tl.load(midpoints + STEP - 1), tl.load(midpoints + 3 * STEP - 1)
-    b1 = n > tl.where(b2, high1, low1)
-    HALF: tl.constexpr = STEP // 2
-    q0, q1 = tl.load(midpoints + HALF - 1), tl.load(midpoints + 3 * HALF - 1)
-    q2, q3 = tl.load(midpoints + 5 * HALF - 1), tl.load(midpoints + 7 * HALF - 1)
-    b0 = n > tl.where(b1, tl.where(b2, q3, q1), tl.where(b2, q2, q0))
-    code = (b2.to(tl.int32) << 2) | (b1.to(tl.int32) << 1) | b0.to(tl.int32)
-    if BITS == 4:
-        # The last of four steps: a choice among the eight midpoints of even index.
-        e0, e1 = tl.load(midpoints), tl.load(midpoints + 2)
-        e2, e3 = tl.load(midpoints + 4), tl.load(midpoints + 6)
-        e4, e5 = tl.load(midpoints + 8), tl.load(midpoints + 10)
-        e6, e7 = tl.load(midpoints + 12), tl.load(midpoints + 14)
-        lower = tl.where(b1, tl.where(b0, e3, e2), tl.where(b0, e1, e0))
-        upper = tl.where(b1, tl.where(b0, e7, e6), tl.where(b0, e5, e4))
-        code = (code << 1) | (n > tl.where(b2, upper, lower)).to(tl.int32)
-    return code
-
-
-@triton.jit
-def _store_codes(out, inside, c, BITS: tl.constexpr, D8: tl.constexpr):
-    """Writes the planes of rows from the codes of their eight lanes; `out`: first bytes."""
-    if BITS == 4:
-        for i in tl.static_range(4):
-            tl.store(out + i * D8, (c[i] | (c[i + 4] << 4)).to(tl.uint8), mask=inside)
-    else:
-        for i in tl.static_range(2):
-            low = (c[i] & 3) | ((c[i + 2] & 3) << 2) | ((c[i + 4] & 3) << 4) | (c[i + 6] & 3) << 6
-            tl.store(out + i * D8, low.to(tl.uint8), mask=inside)
-        if BITS == 3:
-            top = c[0] >> 2
-            for i in tl.static_range(1, 8):
-                top |= (c[i] >> 2) << i
-            tl.store(out + 2 * D8, top.to(tl.uint8), mask=inside)
-
-
-@triton.jit
-def _emit(
-    source,
-    stride_token,
-    marks,
-    group,
-    begin,
-    count,
-    positions,
-    values,
-    cursor,
-    status,
-    slots,
-    SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    L: tl.constexpr,
-):
-    """Writes the outliers of a (block, head); `marks`: int32 `[SIZE, L]`, bit l for lane l."""
-    D8: tl.constexpr = DIM // 8
-    N: tl.constexpr = SIZE * L // 4
-    even, odd = tl.split(tl.reshape(marks, (SIZE, L // 4, 2, 2)))
-    a, b = tl.split(even)
-    c, d = tl.split(odd)
-    word = tl.reshape(a | (c << 8) | (b << 16) | (d << 24), (N,)).to(tl.uint32, bitcast=True)
-    number = _popcount(word)
-    ends = tl.cumsum(number, axis=0)
-    total = tl.sum(number, axis=0)
-    base = tl.atomic_add(cursor, total)
-    first = tl.minimum(base, slots)
-    written = tl.minimum(base + total, slots) - first
-    tl.store(begin + group, first)
-    tl.store(count + group, written.to(count.dtype.element_ty))
-    if written < total:
-        tl.atomic_add(status, total - written)
-    slot = base + ends - number
-    at = tl.arange(0, N)
-    token, column = at // (L // 4), (at % (L // 4)) * 4
-    for _ in range(tl.max(number, axis=0)):
-        rest = word & (word - 1)
-        # A power of two is exact in fp32, whose exponent is the index of the bit.
-        bit = ((word ^ rest).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-        channel = (bit & 7) * D8 + column + (bit >> 3)
-        here = (word != 0) & (slot < slots)
-        value = tl.load(source + token * stride_token + channel, mask=here)
-        tl.store(values + slot, value, mask=here)
-        place = (token * DIM + channel).to(positions.dtype.element_ty)
-        tl.store(positions + slot, place, mask=here)
-        word = rest
-        slot += 1
 
 
 @triton.jit
@@ -195,7 +91,7 @@ def _pack_keys(
         value = raw.to(tl.float32)
         poison += value * 0.0  # NaN after NaN or Inf
         n = (value - z) * inv
-        c = c + (_encode(n, midpoints, BITS),)
+        c = c + (_encode(n, midpoints, BITS),)  # noqa: RUF005
         if OUTLIERS:
             marks |= ((tl.abs(n) > 1.0) & inside).to(tl.int32) << lane
     group = block * HEADS + head
@@ -332,12 +228,12 @@ def _pack_values(
     values, keys = (), ()
     for lane in tl.static_range(8):
         raw = tl.load(source + lane * D8, mask=inside, other=0.0)
-        values = values + (raw,)
+        values = values + (raw,)  # noqa: RUF005
         poison += raw.to(tl.float32) * 0.0
         bits = raw.to(tl.int16, bitcast=True).to(tl.int32)
         ordered = tl.where(bits < 0, -(bits & 0x7FFF), bits) << 16
         key = ordered + (tie - lane * D8)
-        keys = keys + (key,)
+        keys = keys + (key,)  # noqa: RUF005
         mirror = (tie - lane * D8) - ordered
         if (H != HEADS) or (L != D8):
             key = tl.where(inside, key, LOWEST)
@@ -359,9 +255,7 @@ def _pack_values(
             high, end_high = _narrow(high, end_high, a, n & 0xFFFF, K)
             low, end_low = _narrow(low, end_low, b, n >> 16, K)
         next_high = _max(
-            tl.maximum(
-                tl.where(high1 < high, high1, LOWEST), tl.where(high2 < high, high2, LOWEST)
-            )
+            tl.maximum(tl.where(high1 < high, high1, LOWEST), tl.where(high2 < high, high2, LOWEST))
         )
         next_low = _max(
             tl.maximum(tl.where(low1 < low, low1, LOWEST), tl.where(low2 < low, low2, LOWEST))
@@ -369,9 +263,7 @@ def _pack_values(
         found = tl.zeros((H, L), dtype=tl.int32)
         for lane in tl.static_range(8):
             mirror = 2 * (tie - lane * D8) - keys[lane]
-            found += _number(
-                (keys[lane] >= next_high) & inside, (mirror >= next_low) & inside
-            )
+            found += _number((keys[lane] >= next_high) & inside, (mirror >= next_low) & inside)
         n = _sum(found)
         if n != (K + 1) * 65537:  # rare: more than two of a group are among the largest
             high, low, end_high, end_low = LOWEST, LOWEST, top, bottom
@@ -388,9 +280,7 @@ def _pack_values(
             least = best
             for lane in tl.static_range(8):
                 mirror = 2 * (tie - lane * D8) - keys[lane]
-                best = tl.maximum(
-                    best, tl.where((keys[lane] < high) & inside, keys[lane], LOWEST)
-                )
+                best = tl.maximum(best, tl.where((keys[lane] < high) & inside, keys[lane], LOWEST))
                 least = tl.maximum(least, tl.where((mirror < low) & inside, mirror, LOWEST))
             next_high, next_low = _max(best), _max(least)
     kind: tl.constexpr = x.dtype.element_ty
@@ -406,7 +296,7 @@ def _pack_values(
     c = ()
     chosen = tl.zeros((H, L), dtype=tl.int32)
     for lane in tl.static_range(8):
-        c = c + (_encode((values[lane].to(tl.float32) - z) * inv, midpoints, BITS),)
+        c = c + (_encode((values[lane].to(tl.float32) - z) * inv, midpoints, BITS),)  # noqa: RUF005
         if K > 0:
             mirror = 2 * (tie - lane * D8) - keys[lane]
             chosen |= ((keys[lane] >= high) | (mirror >= low)).to(tl.int32) << lane
