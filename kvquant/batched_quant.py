@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from kvquant.blocked_sparse import SparseSlab
+from kvquant.blocked_sparse import SparseSlab, count_dtype, position_dtype
 from kvquant.kernels import pytorch_fused as fused
 from kvquant.kernels.dispatch import use_triton
-from kvquant.packing import pack, unpack
+from kvquant.packing import pack, packed_bytes, unpack
+
+if TYPE_CHECKING:
+    from kvquant.kernels.triton_pack import PackTarget
 
 
 @dataclass(frozen=True)
@@ -157,12 +161,12 @@ class BatchedKVQuantizer:
         levels = fused.decode(codes, self.tables.value_levels)
         return levels.mul_(scale.float().view(shape)).add_(zero.float().view(shape))
 
-    def _slots(self, x: torch.Tensor) -> int:
+    def key_slots(self, elements: int) -> int:
         """Room for key outliers on a GPU, where nobody waits for their number: half as many again
         as calibrated, and a little for small inputs."""
         if self.outliers == 0:
             return 0
-        return min(math.ceil(1.5 * self.outliers * x.numel()) + 1024, x.numel())
+        return min(math.ceil(1.5 * self.outliers * elements) + 1024, elements)
 
     def triton_pack(
         self, keys: torch.Tensor, values: torch.Tensor
@@ -177,36 +181,106 @@ class BatchedKVQuantizer:
             What :meth:`pack_keys` and :meth:`pack_values` return, and an int32 `[1]` tensor that is
             1 if the input holds NaN or Inf.
         """
-        if self.outliers >= 1 or not use_triton(keys):
+        if not self.triton_applies(keys, values):
             return None
         from kvquant.kernels import triton_pack as kernels
 
-        if not (kernels.supported(keys) and kernels.supported(values)):
+        blocks, heads, size, dim = keys.shape
+        device = keys.device
+        per_side = outliers_per_side(self.outliers, heads * dim)
+        status = torch.zeros((2, 2), dtype=torch.int32, device=device)
+
+        def target(row: int, slots: int) -> kernels.PackTarget:
+            room = size * packed_bytes(dim, self.bits)
+            codes = torch.empty((blocks, heads, room), dtype=torch.uint8, device=device)
+            if not slots:
+                return kernels.PackTarget(codes, status[row])
+            kind = count_dtype(size * dim)
+            return kernels.PackTarget(
+                codes,
+                status[row],
+                torch.empty((blocks, heads), dtype=torch.int32, device=device),
+                torch.empty((blocks, heads), dtype=kind, device=device),
+                torch.empty(slots, dtype=position_dtype(size * dim), device=device),
+                torch.empty(slots, dtype=keys.dtype, device=device),
+                torch.zeros(1, dtype=torch.int32, device=device),
+            )
+
+        def slab(target: kernels.PackTarget) -> SparseSlab | None:
+            if target.begin is None or target.count is None:
+                return None
+            assert target.positions is not None and target.values is not None
+            return SparseSlab(
+                target.begin, target.count, target.positions, target.values,
+                (blocks, heads, size, dim), target.status[0],
+            )  # fmt: skip
+
+        k, v = target(0, self.key_slots(keys.numel())), target(1, blocks * size * 2 * per_side)
+        zero = torch.empty((blocks, size), dtype=values.dtype, device=device)
+        scale = torch.empty_like(zero)
+        if not self.triton_pack_into(keys, values, k, v, zero, scale):
             return None
-        bad = torch.zeros(1, dtype=torch.int32, device=keys.device)
-        codes, outliers = kernels.pack_keys(
-            keys, self.tables.key_zero, self._inverse, self._key_midpoints,
-            self.bits, self._slots(keys), bad,
-        )  # fmt: skip
+        bad = status[:, 1].amax().view(1)
+        return PackedKeys(k.codes, slab(k)), PackedValues(v.codes, zero, scale, slab(v)), bad
+
+    def triton_pack_into(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        key_target: PackTarget,
+        value_target: PackTarget,
+        zero_out: torch.Tensor,
+        scale_out: torch.Tensor,
+    ) -> bool:
+        """Packs both into memory that is already there; False, and nothing written, where the
+        Triton kernels do not apply. The host does not wait.
+
+        Args:
+            keys: fp16/bf16 `[blocks, num_heads, block_size, head_dim]`.
+            values: The same shape.
+            key_target: Where keys go.
+            value_target: Where values go.
+            zero_out: 16-bit `[blocks, block_size]`.
+            scale_out: The same.
+        """
+        if not self.triton_applies(keys, values):
+            return False
+        from kvquant.kernels import triton_pack as kernels
+
         per_side = outliers_per_side(self.outliers, values.shape[1] * values.shape[3])
-        packed = kernels.pack_values(values, self._value_midpoints, self.bits, per_side, bad)
-        return PackedKeys(codes, outliers), PackedValues(*packed), bad
+        kernels.pack_keys(
+            keys, self.tables.key_zero, self._inverse, self._key_midpoints, self.bits, key_target
+        )
+        kernels.pack_values(
+            values, self._value_midpoints, self.bits, per_side, value_target, zero_out, scale_out
+        )
+        return True
+
+    def triton_applies(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether the Triton kernels take these blocks."""
+        if self.outliers >= 1 or not use_triton(keys):
+            return False
+        from kvquant.kernels import triton_pack as kernels
+
+        channels = values.shape[1] * values.shape[3]
+        if 2 * outliers_per_side(self.outliers, channels) >= channels:
+            return False
+        return kernels.supported(keys) and kernels.supported(values)
 
     def pack_keys(self, x: torch.Tensor) -> PackedKeys:
         """Packs key blocks `[blocks, num_heads, block_size, head_dim]` (fp16/bf16, before RoPE)."""
         self._check(x, "keys")
         codes, mask = self._encode_keys(x)
-        packed = pack(codes, self.bits).flatten(2)
-        sparse = None if mask is None else SparseSlab.from_mask(x, mask, self._slots(x))
+        packed = pack(codes, self.bits).flatten(2)  # a token's bytes stand together
+        sparse = None if mask is None else SparseSlab.from_mask(x, mask, self.key_slots(x.numel()))
         return PackedKeys(packed, sparse)
 
-    def _codes(self, packed: torch.Tensor, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
-        """uint8 codes of the given block shape; packed a token at a time."""
-        return unpack(packed.view(*shape[:3], -1), self.bits)
+    def _unpack(self, packed: torch.Tensor, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
+        return unpack(packed.unflatten(2, (shape[2], -1)), self.bits)
 
     def unpack_keys(self, packed: PackedKeys, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
         """fp32 keys of the given block shape, bit for bit what :meth:`fake_keys` returns."""
-        out = self._decode_keys(self._codes(packed.codes, shape))
+        out = self._decode_keys(self._unpack(packed.codes, shape))
         if packed.outliers is not None:
             packed.outliers.put_into(out)
         return out
@@ -215,7 +289,7 @@ class BatchedKVQuantizer:
         """Packs value blocks `[blocks, num_heads, block_size, head_dim]` (fp16/bf16)."""
         self._check(x, "values")
         codes, zero, scale, mask = self._encode_values(x)
-        packed = pack(codes, self.bits).flatten(2)
+        packed = pack(codes, self.bits).flatten(2)  # a token's bytes stand together
         per_token = 2 * outliers_per_side(self.outliers, x.shape[1] * x.shape[3])
         slots = min(x.shape[0] * x.shape[2] * per_token, x.numel())
         sparse = None if mask is None else SparseSlab.from_mask(x, mask, slots)
@@ -225,7 +299,7 @@ class BatchedKVQuantizer:
         self, packed: PackedValues, shape: torch.Size | tuple[int, ...]
     ) -> torch.Tensor:
         """fp32 values of the given block shape."""
-        codes = self._codes(packed.codes, shape)
+        codes = self._unpack(packed.codes, shape)
         out = self._decode_values(codes, packed.zero, packed.scale)
         if packed.outliers is not None:
             packed.outliers.put_into(out)

@@ -36,7 +36,7 @@ FIELDS = (
 class _Args(ctypes.Structure):
     """`struct Args` of the kernel."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             "query", "sink_keys", "sink_values", "tail_keys", "tail_values", "arenas", "table",
             "lengths", "key_scale", "key_zero", "key_levels", "value_levels", "rope", "turns",

@@ -1,279 +1,312 @@
-"""Quantize and pack on a GPU: keys are read once, values twice, and outliers once more.
+"""Quantize and pack on a GPU: keys and values are read once, their outliers once more.
 
-Steps, each a Triton kernel: for values, a program a token finds the token's outliers and range
-among all heads; a program a block and head writes codes and a bit mask of outliers; outliers are
-counted, then gathered behind one another. The host never waits. A tile is cut into eight lanes of
-`block_size / 8` tokens, so that codes of different lanes meet in a byte without a shuffle (the
-layout of :mod:`kvquant.packing`).
+Keys: a program a (block, head) encodes and emits outliers. Values: a program a token selects the
+token's outliers among all heads, encodes all of it and leaves one bit an element; a second kernel
+emits. A row is cut into eight lanes of `head_dim / 8` channels, so that codes of different lanes
+meet in a byte without a shuffle (the layout of :mod:`kvquant.packing`, a row at a time). The host
+never waits: room for outliers is taken from a device counter.
 
 Codes and outliers equal those of :mod:`kvquant.batched_quant`; the order of a block's outliers is
-that of its mask: by token modulo `block_size / 8`, channel, token.
+its own.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from kvquant.blocked_sparse import SparseSlab, count_dtype, position_dtype
+from kvquant.kernels.triton_tiles import _emit, _encode, _store_codes
 from kvquant.packing import packed_bytes
 
-# The fastest of 1, 2, 4 and 8 on one H100 80GB (32 heads of 128, blocks of 64).
-SELECT_WARPS, PACK_WARPS, GATHER_WARPS = 4, 8, 2
+# To tune: warps of the three kernels (64 tokens of 128 channels; 4096 channels of a token).
+KEY_WARPS, VALUE_WARPS, EMIT_WARPS = 4, 4, 4
+GROUPS = 256  # at most so many groups give their two largest elements to the selection
+
+
+@dataclass(frozen=True)
+class PackTarget:
+    """Where packed blocks go; without outliers all but `codes` and `status` are None.
+
+    Attributes:
+        codes: uint8 `[blocks, num_heads, block_size * row_bytes]`, a contiguous slice.
+        status: int32 `[2]`: outliers that found no slot (added), 1 if the input is not finite.
+        begin: int32 `[blocks, num_heads]`, contiguous.
+        count: int16/int32 `[blocks, num_heads]`, contiguous.
+        positions: int16/int32 `[slots]` of the whole arena.
+        values: 16-bit `[slots]` of the whole arena.
+        cursor: int32 `[1]`, the next free slot; may pass the number of slots.
+    """
+
+    codes: torch.Tensor
+    status: torch.Tensor
+    begin: torch.Tensor | None = None
+    count: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    cursor: torch.Tensor | None = None
 
 
 @triton.jit
-def _popcount(byte):
-    half = byte - ((byte >> 1) & 0x55)
-    quarter = (half & 0x33) + ((half >> 2) & 0x33)
-    return (quarter + (quarter >> 4)) & 0x0F
-
-
-@triton.jit
-def _encode(normalized, midpoints, LEVELS: tl.constexpr):
-    """Index of the nearest level: the number of midpoints below."""
-    code = (normalized > tl.load(midpoints)).to(tl.int32)
-    for i in tl.static_range(1, LEVELS - 1):
-        code += (normalized > tl.load(midpoints + i)).to(tl.int32)
-    return code
-
-
-@triton.jit
-def _sort_key(raw):
-    """int32 that orders as the 16-bit floats do; -0 equals 0."""
-    bits = raw.to(tl.int16, bitcast=True).to(tl.int32)
-    return tl.where(bits < 0, -(bits & 0x7FFF), bits)
-
-
-@triton.jit
-def _pack_blocks(
+def _pack_keys(
     x,
     zero,
     inverse,
-    limits,
     midpoints,
     codes,
-    mask,
-    bad,
-    stride_block,
-    stride_head,
-    stride_token,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BITS: tl.constexpr,
-    BYTES: tl.constexpr,
-    OUTLIERS: tl.constexpr,
-    VALUES: tl.constexpr,
-):
-    """One head of one block; `ROWS` tokens a lane; `WIDTH`: `DIM` up to a power of two.
-
-    Keys: zero and 1 / scale a channel, outliers beyond the range. Values: both a token, outliers by
-    the token's limits (smallest key above, last channel of a tie, for both ends).
-    """
-    block, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row = tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, WIDTH)[None, :]
-    inside = column < DIM
-    if not VALUES:
-        z = tl.load(zero + head * DIM + column, mask=inside, other=0.0)
-        inv = tl.load(inverse + head * DIM + column, mask=inside, other=0.0)
-    source = x + block * stride_block + head * stride_head
-    out = codes + (block * HEADS + head) * BYTES
-    place = row * DIM + column
-    marks = tl.zeros((ROWS, WIDTH), dtype=tl.int32)
-    top = tl.zeros((ROWS, WIDTH), dtype=tl.int32)
-    first = tl.zeros((ROWS, WIDTH), dtype=tl.int32)
-    second = tl.zeros((ROWS, WIDTH), dtype=tl.int32)
-    third = tl.zeros((ROWS, WIDTH), dtype=tl.int32)
-    fourth = tl.zeros((ROWS, WIDTH), dtype=tl.int32)
-    wrong = tl.zeros((ROWS, WIDTH), dtype=tl.int32)
-    for lane in tl.static_range(8):
-        token = lane * ROWS + row
-        raw = tl.load(source + token * stride_token + column, mask=inside, other=0.0)
-        value = raw.to(tl.float32)
-        wrong |= ((value - value) != 0.0).to(tl.int32)  # NaN and Inf
-        if VALUES:
-            spot = block * ROWS * 8 + token
-            z = tl.load(zero + spot).to(tl.float32)
-            inv = tl.load(inverse + spot)
-        normalized = (value - z) * inv
-        code = _encode(normalized, midpoints, 1 << BITS)
-        if OUTLIERS:
-            if VALUES:
-                key = _sort_key(raw)
-                channel = head * DIM + column
-                high, high_last = tl.load(limits + 4 * spot), tl.load(limits + 4 * spot + 1)
-                low, low_last = tl.load(limits + 4 * spot + 2), tl.load(limits + 4 * spot + 3)
-                chosen = (key > high) | ((key == high) & (channel <= high_last))
-                chosen |= (-key > low) | ((-key == low) & (channel <= low_last))
-            else:
-                chosen = tl.abs(normalized) > 1.0
-            marks |= chosen.to(tl.int32) << lane
-        if BITS == 4:
-            part = code << (4 * (lane // 4))
-            if lane % 4 == 0:
-                first |= part
-            if lane % 4 == 1:
-                second |= part
-            if lane % 4 == 2:
-                third |= part
-            if lane % 4 == 3:
-                fourth |= part
-        else:
-            part = (code & 3) << (2 * (lane // 2))
-            if lane % 2 == 0:
-                first |= part
-            else:
-                second |= part
-            if BITS == 3:
-                top |= (code >> 2) << lane
-    tl.store(out + place, first.to(tl.uint8), mask=inside)
-    tl.store(out + ROWS * DIM + place, second.to(tl.uint8), mask=inside)
-    if BITS == 4:
-        tl.store(out + 2 * ROWS * DIM + place, third.to(tl.uint8), mask=inside)
-        tl.store(out + 3 * ROWS * DIM + place, fourth.to(tl.uint8), mask=inside)
-    if BITS == 3:
-        tl.store(out + 2 * ROWS * DIM + place, top.to(tl.uint8), mask=inside)
-    if OUTLIERS:
-        marked = mask + (block * HEADS + head) * ROWS * DIM
-        tl.store(marked + place, marks.to(tl.uint8), mask=inside)
-    if tl.max(tl.max(wrong, axis=1), axis=0) > 0:
-        tl.store(bad, 1)
-
-
-@triton.jit
-def _value_of(key, like):
-    raw = tl.where(key < 0, (-key) | 0x8000, key).to(tl.int16)
-    return raw.to(like.dtype, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _next_key(key, valid, threshold, equal, above, K: tl.constexpr):
-    """The key of rank K + 1: another one like the threshold, or the next below it."""
-    below = tl.max(tl.where((key < threshold) & valid, key, -32768), axis=0)
-    return tl.where(above + equal > K, threshold, below)
-
-
-@triton.jit
-def _last_tie(key, valid, threshold, equal, needed, channel, WIDTH: tl.constexpr):
-    """Channel of the `needed`-th key at the threshold, counted from the lowest channel."""
-    last = WIDTH - 1
-    if equal > needed:  # rare: more ties than places
-        tied = ((key == threshold) & valid).to(tl.int32)
-        rank = tl.cumsum(tied, axis=0)
-        last = tl.max(tl.where((tied > 0) & (rank <= needed), channel, -1), axis=0)
-    return last
-
-
-@triton.jit
-def _select_values(
-    x,
-    zero,
-    scale,
-    inverse,
-    limits,
-    stride_block,
-    stride_head,
-    stride_token,
-    SIZE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    K: tl.constexpr,
-):
-    """One token, all heads: its K largest and smallest elements, and the range of the others."""
-    spot = tl.program_id(0).to(tl.int64)
-    block, token = spot // SIZE, spot % SIZE
-    channel = tl.arange(0, WIDTH)
-    valid = channel < CHANNELS
-    place = (channel // DIM) * stride_head + channel % DIM
-    raw = tl.load(x + block * stride_block + token * stride_token + place, mask=valid, other=0.0)
-    if K > 0:
-        key = _sort_key(raw)
-        # Binary search for the K-th largest and smallest key; both counts in one reduction.
-        high, low = -32768, -32768
-        for step in tl.static_range(16):
-            bit = 1 << (15 - step)
-            over = ((key >= high + bit) & valid).to(tl.int32)
-            under = ((-key >= low + bit) & valid).to(tl.int32)
-            counts = tl.sum(over + (under << 16), axis=0)
-            high = tl.where((counts & 0xFFFF) >= K, high + bit, high)
-            low = tl.where((counts >> 16) >= K, low + bit, low)
-        counts = tl.sum(
-            ((key > high) & valid).to(tl.int32) + (((-key > low) & valid).to(tl.int32) << 16),
-            axis=0,
-        )
-        above, below = counts & 0xFFFF, counts >> 16
-        counts = tl.sum(
-            ((key == high) & valid).to(tl.int32) + (((-key == low) & valid).to(tl.int32) << 16),
-            axis=0,
-        )
-        high_ties, low_ties = counts & 0xFFFF, counts >> 16
-        upper = _value_of(_next_key(key, valid, high, high_ties, above, K), raw)
-        lower = _value_of(-_next_key(-key, valid, low, low_ties, below, K), raw)
-        tl.store(limits + 4 * spot, high)
-        tl.store(limits + 4 * spot + 2, low)
-        last = _last_tie(key, valid, high, high_ties, K - above, channel, WIDTH)
-        tl.store(limits + 4 * spot + 1, last)
-        last = _last_tie(-key, valid, low, low_ties, K - below, channel, WIDTH)
-        tl.store(limits + 4 * spot + 3, last)
-    else:
-        value = raw.to(tl.float32)
-        upper = tl.max(tl.where(valid, value, float("-inf")), axis=0)
-        lower = tl.min(tl.where(valid, value, float("inf")), axis=0)
-    middle = ((upper + lower) * 0.5).to(raw.dtype)
-    half = ((upper - lower) * 0.5).to(raw.dtype)
-    width = half.to(tl.float32)
-    tl.store(zero + spot, middle)
-    tl.store(scale + spot, half)
-    safe = tl.where(width == 0.0, 1.0, width)
-    tl.store(inverse + spot, tl.where(width == 0.0, 0.0, tl.div_rn(1.0, safe)))
-
-
-@triton.jit
-def _count(mask, counts, ELEMENTS: tl.constexpr, WIDTH: tl.constexpr):
-    """Outliers of one block and head."""
-    group = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, WIDTH)
-    byte = tl.load(mask + group * ELEMENTS + at, mask=at < ELEMENTS, other=0).to(tl.int32)
-    tl.store(counts + group, tl.sum(_popcount(byte), axis=0))
-
-
-@triton.jit
-def _gather(
-    x,
-    mask,
     begin,
+    count,
     positions,
     values,
+    cursor,
+    status,
     slots,
     stride_block,
     stride_head,
     stride_token,
     HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
     DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
+    L: tl.constexpr,
+    BITS: tl.constexpr,
+    OUTLIERS: tl.constexpr,
 ):
-    """Writes positions and values of one block and head; what finds no slot is left out."""
-    block, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    at = tl.arange(0, WIDTH)
-    group = block * HEADS + head
-    byte = tl.load(mask + group * ROWS * DIM + at, mask=at < ROWS * DIM, other=0).to(tl.int32)
-    count = _popcount(byte)
-    start = tl.load(begin + group) + tl.cumsum(count, axis=0) - count
-    row, column = at // DIM, at % DIM
-    source = x + block * stride_block + head * stride_head + column
+    """One head of one block; `L`: a lane's channels up to a power of two."""
+    D8: tl.constexpr = DIM // 8
+    block, head = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    token = tl.arange(0, SIZE)[:, None]
+    column = tl.arange(0, L)[None, :]
+    inside = (column < D8) & (token < SIZE)
+    source = x + block * stride_block + head * stride_head
+    table = head * DIM + column
+    marks = tl.zeros((SIZE, L), dtype=tl.int32)
+    poison = tl.zeros((SIZE, L), dtype=tl.float32)
+    c = ()
     for lane in tl.static_range(8):
-        token = lane * ROWS + row
-        slot = start + _popcount(byte & ((1 << lane) - 1))
-        here = (((byte >> lane) & 1) > 0) & (slot < slots)
-        value = tl.load(source + token * stride_token, mask=here)
-        tl.store(values + slot, value, mask=here)
-        tl.store(positions + slot, (token * DIM + column).to(positions.dtype.element_ty), mask=here)
+        raw = tl.load(source + token * stride_token + lane * D8 + column, mask=inside, other=0.0)
+        z = tl.load(zero + table + lane * D8, mask=column < D8, other=0.0)
+        inv = tl.load(inverse + table + lane * D8, mask=column < D8, other=0.0)
+        value = raw.to(tl.float32)
+        poison += value * 0.0  # NaN after NaN or Inf
+        n = (value - z) * inv
+        c = c + (_encode(n, midpoints, BITS),)  # noqa: RUF005
+        if OUTLIERS:
+            marks |= ((tl.abs(n) > 1.0) & inside).to(tl.int32) << lane
+    group = block * HEADS + head
+    out = codes + group * (SIZE * D8 * BITS) + token * (D8 * BITS) + column
+    _store_codes(out, inside, c, BITS, D8)
+    if tl.max(tl.max((poison != poison).to(tl.int32), axis=1), axis=0) > 0:
+        tl.store(status + 1, 1)
+    if OUTLIERS:
+        _emit(
+            source, stride_token, marks, group, begin, count, positions, values, cursor, status,
+            slots, SIZE, DIM, L,
+        )  # fmt: skip
+
+
+@triton.jit
+def _emit_marks(
+    x,
+    marks,
+    begin,
+    count,
+    positions,
+    values,
+    cursor,
+    status,
+    slots,
+    stride_block,
+    stride_head,
+    stride_token,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    L: tl.constexpr,
+):
+    """The outliers of one head of one block from their marks."""
+    D8: tl.constexpr = DIM // 8
+    block, head = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    token = tl.arange(0, SIZE)[:, None]
+    column = tl.arange(0, L)[None, :]
+    group = block * HEADS + head
+    place = group * (SIZE * D8) + token * D8 + column
+    byte = tl.load(marks + place, mask=(column < D8) & (token < SIZE), other=0).to(tl.int32)
+    source = x + block * stride_block + head * stride_head
+    _emit(
+        source, stride_token, byte, group, begin, count, positions, values, cursor, status,
+        slots, SIZE, DIM, L,
+    )  # fmt: skip
+
+
+@triton.jit
+def _sum(tile):
+    return tl.sum(tl.sum(tile, axis=1), axis=0)
+
+
+@triton.jit
+def _max(tile):
+    return tl.max(tl.max(tile, axis=1), axis=0)
+
+
+@triton.jit
+def _halve(first, second):
+    """Merges neighbours' two largest."""
+    shape: tl.constexpr = (first.shape[0], first.shape[1] // 2, 2)
+    a, b = tl.split(tl.reshape(first, shape))
+    c, d = tl.split(tl.reshape(second, shape))
+    return tl.maximum(a, b), tl.maximum(tl.minimum(a, b), tl.maximum(c, d))
+
+
+@triton.jit
+def _narrow(lower, upper, middle, number, K: tl.constexpr):
+    """A step of a search for a bound with K keys at or above it."""
+    upper = tl.where(number >= K, tl.where(number == K, middle, upper), middle - 1)
+    return tl.where(number >= K, middle, lower), upper
+
+
+@triton.jit
+def _middle(lower, upper):
+    """Their mean, rounded up, without overflow."""
+    return (lower | upper) - ((lower ^ upper) >> 1)
+
+
+@triton.jit
+def _number(above, below):
+    """Two numbers of true elements in one sum."""
+    return above.to(tl.int32) + (below.to(tl.int32) << 16)
+
+
+@triton.jit
+def _value_of(key, like):
+    """The 16-bit float of a sort key."""
+    ordered = key >> 16
+    raw = tl.where(ordered < 0, (-ordered) | 0x8000, ordered).to(tl.int16)
+    return raw.to(like, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _pack_values(
+    x,
+    zero,
+    scale,
+    midpoints,
+    codes,
+    marks,
+    status,
+    stride_block,
+    stride_head,
+    stride_token,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    H: tl.constexpr,
+    L: tl.constexpr,
+    BITS: tl.constexpr,
+    K: tl.constexpr,
+    FOLDS: tl.constexpr,
+):
+    """One token of all heads; `H`, `L`: heads and a lane's channels up to powers of two.
+
+    Sort keys hold the value in the upper half and the reversed channel in the lower, so no two are
+    equal. The two largest keys of each group of elements hold the K + 1 largest of all but rarely;
+    a count over all elements tells, and then the search is repeated on all.
+    """
+    LOWEST: tl.constexpr = -2147483647
+    D8: tl.constexpr = DIM // 8
+    spot = tl.program_id(0).to(tl.int64)
+    block, token = spot // SIZE, spot % SIZE
+    head = tl.arange(0, H)[:, None]
+    column = tl.arange(0, L)[None, :]
+    inside = (head < HEADS) & (column < D8)
+    source = x + block * stride_block + token * stride_token + head * stride_head + column
+    tie = (HEADS * DIM - 1) - head * DIM - column
+    poison = tl.zeros((H, L), dtype=tl.float32)
+    high1 = tl.full((H, L), LOWEST, dtype=tl.int32)
+    high2, low1, low2 = high1, high1, high1
+    values, keys = (), ()
+    for lane in tl.static_range(8):
+        raw = tl.load(source + lane * D8, mask=inside, other=0.0)
+        values = values + (raw,)  # noqa: RUF005
+        poison += raw.to(tl.float32) * 0.0
+        bits = raw.to(tl.int16, bitcast=True).to(tl.int32)
+        ordered = tl.where(bits < 0, -(bits & 0x7FFF), bits) << 16
+        key = ordered + (tie - lane * D8)
+        keys = keys + (key,)  # noqa: RUF005
+        mirror = (tie - lane * D8) - ordered
+        if (H != HEADS) or (L != D8):
+            key = tl.where(inside, key, LOWEST)
+            mirror = tl.where(inside, mirror, LOWEST)
+        high2 = tl.maximum(high2, tl.minimum(high1, key))
+        high1 = tl.maximum(high1, key)
+        low2 = tl.maximum(low2, tl.minimum(low1, mirror))
+        low1 = tl.maximum(low1, mirror)
+    top, bottom = _max(high1), _max(low1)
+    high, low, next_high, next_low = LOWEST, LOWEST, top, bottom
+    if K > 0:
+        for _ in tl.static_range(FOLDS):
+            high1, high2 = _halve(high1, high2)
+            low1, low2 = _halve(low1, low2)
+        high, low, end_high, end_low = LOWEST, LOWEST, top, bottom
+        while (high < end_high) | (low < end_low):
+            a, b = _middle(high, end_high), _middle(low, end_low)
+            n = _sum(_number(high1 >= a, low1 >= b) + _number(high2 >= a, low2 >= b))
+            high, end_high = _narrow(high, end_high, a, n & 0xFFFF, K)
+            low, end_low = _narrow(low, end_low, b, n >> 16, K)
+        next_high = _max(
+            tl.maximum(tl.where(high1 < high, high1, LOWEST), tl.where(high2 < high, high2, LOWEST))
+        )
+        next_low = _max(
+            tl.maximum(tl.where(low1 < low, low1, LOWEST), tl.where(low2 < low, low2, LOWEST))
+        )
+        found = tl.zeros((H, L), dtype=tl.int32)
+        for lane in tl.static_range(8):
+            mirror = 2 * (tie - lane * D8) - keys[lane]
+            found += _number((keys[lane] >= next_high) & inside, (mirror >= next_low) & inside)
+        n = _sum(found)
+        if n != (K + 1) * 65537:  # rare: more than two of a group are among the largest
+            high, low, end_high, end_low = LOWEST, LOWEST, top, bottom
+            while (high < end_high) | (low < end_low):
+                a, b = _middle(high, end_high), _middle(low, end_low)
+                found = tl.zeros((H, L), dtype=tl.int32)
+                for lane in tl.static_range(8):
+                    mirror = 2 * (tie - lane * D8) - keys[lane]
+                    found += _number((keys[lane] >= a) & inside, (mirror >= b) & inside)
+                n = _sum(found)
+                high, end_high = _narrow(high, end_high, a, n & 0xFFFF, K)
+                low, end_low = _narrow(low, end_low, b, n >> 16, K)
+            best = tl.full((H, L), LOWEST, dtype=tl.int32)
+            least = best
+            for lane in tl.static_range(8):
+                mirror = 2 * (tie - lane * D8) - keys[lane]
+                best = tl.maximum(best, tl.where((keys[lane] < high) & inside, keys[lane], LOWEST))
+                least = tl.maximum(least, tl.where((mirror < low) & inside, mirror, LOWEST))
+            next_high, next_low = _max(best), _max(least)
+    kind: tl.constexpr = x.dtype.element_ty
+    upper = _value_of(next_high, kind)
+    # The mirrored key's upper half is the negated value.
+    lower = 0.0 - _value_of(next_low, kind)
+    middle = ((upper + lower) * 0.5).to(kind)
+    half = ((upper - lower) * 0.5).to(kind)
+    tl.store(zero + spot, middle)
+    tl.store(scale + spot, half)
+    z, width = middle.to(tl.float32), half.to(tl.float32)
+    inv = tl.where(width == 0.0, 0.0, tl.div_rn(1.0, tl.where(width == 0.0, 1.0, width)))
+    c = ()
+    chosen = tl.zeros((H, L), dtype=tl.int32)
+    for lane in tl.static_range(8):
+        c = c + (_encode((values[lane].to(tl.float32) - z) * inv, midpoints, BITS),)  # noqa: RUF005
+        if K > 0:
+            mirror = 2 * (tie - lane * D8) - keys[lane]
+            chosen |= ((keys[lane] >= high) | (mirror >= low)).to(tl.int32) << lane
+    group = block * HEADS + head
+    row = group * SIZE + token
+    _store_codes(codes + row * (D8 * BITS) + column, inside, c, BITS, D8)
+    if K > 0:
+        tl.store(marks + row * D8 + column, chosen.to(tl.uint8), mask=inside)
+    if _max((poison != poison).to(tl.int32)) > 0:
+        tl.store(status + 1, 1)
 
 
 def _power_of_two(n: int) -> int:
@@ -282,40 +315,27 @@ def _power_of_two(n: int) -> int:
 
 def supported(x: torch.Tensor) -> bool:
     """Whether the kernels take blocks `[blocks, num_heads, block_size, head_dim]`."""
-    _, _, size, _ = x.shape
-    return size % 8 == 0 and _power_of_two(size // 8) == size // 8 and x.stride(3) == 1
+    _, heads, size, dim = x.shape
+    fits = dim % 8 == 0 and dim >= 32 and heads * dim <= 16384
+    return fits and size == _power_of_two(size) and x.stride(3) == 1
 
 
-def _sparse(x: torch.Tensor, mask: torch.Tensor, slots: int) -> SparseSlab:
+def _slab(target: PackTarget, x: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
+    """The sparse arguments of a kernel; without outliers any tensor stands for each."""
+    if target.values is None:
+        return (target.codes,) * 5 + (target.status, 0)
+    parts = (target.begin, target.count, target.positions, target.values, target.cursor)
+    assert all(t is not None for t in parts)
+    assert target.values.dtype == x.dtype
+    return (*parts, target.status, target.values.numel())  # type: ignore[return-value]
+
+
+def _check(x: torch.Tensor, bits: int, target: PackTarget) -> None:
     blocks, heads, size, dim = x.shape
-    rows, groups = size // 8, blocks * heads
-    counts = torch.empty(groups, dtype=torch.int32, device=x.device)
-    width = _power_of_two(rows * dim)
-    _count[(groups,)](mask, counts, rows * dim, width)
-    ends = counts.cumsum(0, dtype=torch.int32)
-    begin = ends - counts
-    positions = torch.empty(slots, dtype=position_dtype(size * dim), device=x.device)
-    values = torch.empty(slots, dtype=x.dtype, device=x.device)
-    _gather[(blocks, heads)](
-        x,
-        mask,
-        begin,
-        positions,
-        values,
-        slots,
-        *x.stride()[:3],
-        heads,
-        rows,
-        dim,
-        width,
-        num_warps=GATHER_WARPS,
-    )
-    excess = (ends[-1] - slots).clamp_(min=0)
-    begin = begin.clamp_(max=slots)
-    counts = (ends.clamp_(max=slots) - begin).to(count_dtype(size * dim))
-    shape = (blocks, heads, size, dim)
-    table = (blocks, heads)
-    return SparseSlab(begin.view(table), counts.view(table), positions, values, shape, excess)
+    room = size * packed_bytes(dim, bits)
+    assert target.codes.shape == (blocks, heads, room)
+    for t in (target.codes, target.begin, target.count):
+        assert t is None or t.is_contiguous()
 
 
 def pack_keys(
@@ -324,10 +344,9 @@ def pack_keys(
     inverse: torch.Tensor,
     midpoints: torch.Tensor,
     bits: int,
-    slots: int,
-    bad: torch.Tensor,
-) -> tuple[torch.Tensor, SparseSlab | None]:
-    """Codes and outliers of key blocks.
+    target: PackTarget,
+) -> None:
+    """Writes codes and outliers of key blocks.
 
     Args:
         x: fp16/bf16 `[blocks, num_heads, block_size, head_dim]`, any strides but the last.
@@ -335,59 +354,52 @@ def pack_keys(
         inverse: fp32 `[num_heads, head_dim]`, 1 / scale.
         midpoints: fp32 `[2**bits - 1]`.
         bits: 2, 3 or 4.
-        slots: Room for outliers; 0: none are kept apart.
-        bad: int32 `[1]`, set to 1 if the input holds NaN or Inf.
-
-    Returns:
-        uint8 codes `[blocks, num_heads, bytes]`, and the outliers.
+        target: Where to; no outliers are kept apart if it has no `values`.
     """
+    _check(x, bits, target)
     blocks, heads, size, dim = x.shape
-    rows, width = size // 8, _power_of_two(dim)
-    room = packed_bytes(size * dim, bits)
-    codes = torch.empty((blocks, heads, room), dtype=torch.uint8, device=x.device)
-    marks = torch.empty(
-        (blocks, heads, rows * dim) if slots else (1,), dtype=torch.uint8, device=x.device
-    )
-    _pack_blocks[(blocks, heads)](
-        x, zero, inverse, marks, midpoints, codes, marks, bad, *x.stride()[:3],
-        heads, rows, dim, width, bits, room, slots > 0, False, num_warps=PACK_WARPS,
+    _pack_keys[(heads, blocks)](
+        x, zero, inverse, midpoints, target.codes, *_slab(target, x), *x.stride()[:3],
+        heads, size, dim, _power_of_two(dim // 8), bits, target.values is not None,
+        num_warps=KEY_WARPS,
     )  # fmt: skip
-    return codes, _sparse(x, marks, slots) if slots else None
 
 
 def pack_values(
-    x: torch.Tensor, midpoints: torch.Tensor, bits: int, per_side: int, bad: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SparseSlab | None]:
-    """Codes, zero, scale and outliers of value blocks.
+    x: torch.Tensor,
+    midpoints: torch.Tensor,
+    bits: int,
+    per_side: int,
+    target: PackTarget,
+    zero_out: torch.Tensor,
+    scale_out: torch.Tensor,
+) -> None:
+    """Writes codes, zero, scale and outliers of value blocks.
 
     Args:
         x: fp16/bf16 `[blocks, num_heads, block_size, head_dim]`, any strides but the last.
         midpoints: fp32 `[2**bits - 1]`.
         bits: 2, 3 or 4.
-        per_side: Outliers at each end of a token.
-        bad: int32 `[1]`, set to 1 if the input holds NaN or Inf.
-
-    Returns:
-        uint8 codes `[blocks, num_heads, bytes]`, 16-bit zero and scale `[blocks, block_size]`, and
-        the outliers.
+        per_side: Outliers at each end of a token, `2 * per_side < num_heads * head_dim`.
+        target: Where to.
+        zero_out: 16-bit `[blocks, block_size]`, contiguous.
+        scale_out: The same.
     """
+    _check(x, bits, target)
+    assert zero_out.is_contiguous() and scale_out.is_contiguous()
     blocks, heads, size, dim = x.shape
-    rows, room = size // 8, packed_bytes(size * dim, bits)
-    codes = torch.empty((blocks, heads, room), dtype=torch.uint8, device=x.device)
-    zero = torch.empty((blocks, size), dtype=x.dtype, device=x.device)
-    scale = torch.empty_like(zero)
-    marks = torch.empty(
-        (blocks, heads, rows * dim) if per_side else (1,), dtype=torch.uint8, device=x.device
-    )
-    inverse = torch.empty((blocks, size), dtype=torch.float32, device=x.device)
-    limits = torch.empty((blocks, size, 4), dtype=torch.int32, device=x.device)
-    _select_values[(blocks * size,)](
-        x, zero, scale, inverse, limits, *x.stride()[:3],
-        size, heads * dim, dim, _power_of_two(heads * dim), per_side, num_warps=SELECT_WARPS,
+    h, lane, folds = _power_of_two(heads), _power_of_two(dim // 8), 0
+    while h * lane >> folds > GROUPS and lane >> folds > 1:
+        folds += 1
+    marks = target.codes
+    if per_side:
+        marks = torch.empty((blocks, heads, size, dim // 8), dtype=torch.uint8, device=x.device)
+    _pack_values[(blocks * size,)](
+        x, zero_out, scale_out, midpoints, target.codes, marks, target.status, *x.stride()[:3],
+        heads, size, dim, h, lane, bits, per_side, folds, num_warps=VALUE_WARPS,
     )  # fmt: skip
-    _pack_blocks[(blocks, heads)](
-        x, zero, inverse, limits, midpoints, codes, marks, bad, *x.stride()[:3],
-        heads, rows, dim, _power_of_two(dim), bits, room, per_side > 0, True, num_warps=PACK_WARPS,
-    )  # fmt: skip
-    slots = blocks * size * 2 * per_side
-    return codes, zero, scale, _sparse(x, marks, slots) if per_side else None
+    if per_side:
+        _emit_marks[(heads, blocks)](
+            x, marks, *_slab(target, x), *x.stride()[:3],
+            heads, size, dim, lane, num_warps=EMIT_WARPS,
+        )  # fmt: skip

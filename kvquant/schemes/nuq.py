@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from kvquant.batched_quant import BatchedKVQuantizer, LayerQuantizer, PackedKeys, PackedValues
+from kvquant.batched_quant import (
+    BatchedKVQuantizer,
+    LayerQuantizer,
+    PackedKeys,
+    PackedValues,
+    outliers_per_side,
+)
+from kvquant.blocked_sparse import SparseSlab
 from kvquant.config import NuqScheme
 from kvquant.kernels.cuda_decode import DecodeShape
+from kvquant.packing import packed_bytes
 from kvquant.schemes.base import Codec, Packed
+
+if TYPE_CHECKING:
+    from kvquant.kernels.triton_pack import PackTarget as Target
 
 
 class NuqCodec(Codec):
@@ -40,14 +53,52 @@ class NuqCodec(Codec):
         """See :meth:`Codec.decode_shape`."""
         if self.quantizer.outliers >= 1:  # a passthrough, for tests
             return None
+        bits, outliers = self.quantizer.bits, self.quantizer.outliers
         return DecodeShape(
-            self.quantizer.bits,
-            head_dim,
-            group,
-            self.block_size,
-            dtype,
-            self.quantizer.outliers > 0,
+            bits, head_dim, group, self.block_size, dtype, outliers > 0, outliers or 0.01
         )
+
+    def reserve(self, blocks: int, like: torch.Tensor) -> Packed | None:
+        """See :meth:`Codec.reserve`; for the Triton kernels."""
+        if not self.quantizer.triton_applies(like, like):
+            return None
+        _, heads, size, dim = like.shape
+        shape = (blocks, heads, size, dim)
+        room = size * packed_bytes(dim, self.quantizer.bits)
+        codes = torch.empty((2, blocks, heads, room), dtype=torch.uint8, device=like.device)
+        ranges = torch.empty((2, blocks, size), dtype=like.dtype, device=like.device)
+        dense = {"keys": codes[0], "values": codes[1], "zero": ranges[0], "scale": ranges[1]}
+        per_token = 2 * outliers_per_side(self.quantizer.outliers, heads * dim)
+        slots = {
+            "keys": self.quantizer.key_slots(blocks * heads * size * dim),
+            "values": blocks * size * per_token,
+        }
+        sparse = {
+            name: SparseSlab.reserve(shape, n, like.dtype, like.device)
+            for name, n in slots.items()
+            if n
+        }
+        return Packed(dense, sparse, reserved=True)
+
+    def pack_into(
+        self, room: Packed, keys: torch.Tensor, values: torch.Tensor, status: torch.Tensor
+    ) -> None:
+        """See :meth:`Codec.pack_into`."""
+        from kvquant.kernels.triton_pack import PackTarget
+
+        def target(name: str) -> Target:
+            codes, slab = room.dense[name], room.sparse.get(name)
+            if slab is None:
+                return PackTarget(codes, status)
+            return PackTarget(
+                codes, status, slab.begin, slab.count, slab.positions, slab.values, slab.cursor
+            )
+
+        done = self.quantizer.triton_pack_into(
+            keys, values, target("keys"), target("values"), room.dense["zero"], room.dense["scale"]
+        )
+        if not done:
+            raise RuntimeError("KVQUANT_KERNELS: changed while a cache was in use")
 
     def unpack(
         self, packed: Packed, shape: tuple[int, int, int, int]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -12,6 +14,8 @@ from kvquant.blocked_sparse import SparseSlab
 from kvquant.nuq import fit
 
 pytest.importorskip("triton")
+from kvquant.kernels.triton_pack import PackTarget
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts fp32 off to bf16 where a GPU and PyTorch round to the nearest.
 KINDS = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
@@ -121,3 +125,52 @@ def test_what_finds_no_room_is_counted() -> None:
     assert outliers.excess is not None
     assert int(outliers.excess) == x.numel() - outliers.values.numel()
     assert outliers.nnz == outliers.values.numel()
+
+
+@pytest.mark.parametrize("slots", [40, 4000])
+def test_appends_share_an_arena(slots: int) -> None:
+    quantizer = make(2, 64, 3, 0.02)
+    x = torch.randn(4, 2, 32, 64, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
+    room = 32 * 24
+
+    def arena() -> PackTarget:
+        return PackTarget(
+            torch.zeros((4, 2, room), dtype=torch.uint8, device=DEVICE),
+            torch.zeros(2, dtype=torch.int32, device=DEVICE),
+            torch.zeros((4, 2), dtype=torch.int32, device=DEVICE),
+            torch.zeros((4, 2), dtype=torch.int16, device=DEVICE),
+            torch.zeros(slots, dtype=torch.int16, device=DEVICE),
+            torch.zeros(slots, dtype=torch.float16, device=DEVICE),
+            torch.zeros(1, dtype=torch.int32, device=DEVICE),
+        )
+
+    both = arena(), arena()
+    zero = torch.zeros((4, 32), dtype=torch.float16, device=DEVICE)
+    scale = torch.zeros_like(zero)
+    for part in (slice(0, 1), slice(1, 4)):
+        views = [
+            replace(t, codes=t.codes[part], begin=t.begin[part], count=t.count[part])
+            for t in both
+            if t.begin is not None and t.count is not None
+        ]
+        assert quantizer.triton_pack_into(x[part], x[part], *views, zero[part], scale[part])
+    key, value = quantizer.pack_keys(x), quantizer.pack_values(x)
+    assert torch.equal(both[0].codes, key.codes)
+    assert torch.equal(both[1].codes, value.codes)
+    assert torch.equal(zero, value.zero)
+    assert torch.equal(scale, value.scale)
+    for t, expected in zip(both, (key.outliers, value.outliers), strict=True):
+        assert t.begin is not None
+        assert t.count is not None
+        assert t.positions is not None
+        assert t.values is not None
+        assert expected is not None
+        slab = SparseSlab(t.begin, t.count, t.positions, t.values, (4, 2, 32, 64))
+        assert slab.nnz + int(t.status[0]) == expected.nnz
+        assert slab.nnz == min(slots, expected.nnz)
+        assert int(t.begin.max()) <= slots
+        index, kept = slab.coordinates()
+        assert torch.equal(x.reshape(-1)[index], kept)
+        assert index.unique().numel() == index.numel()
+        if not int(t.status[0]):
+            assert same_outliers(slab, expected)
