@@ -33,7 +33,7 @@ def request(
     A timed job of several GPUs takes a node's share of memory for each of them and has no more to
     ask for: growing would exceed the node, and such a job waits for ever.
     """
-    if rule == "append":
+    if rule == "append_cost":
         assert study.append is not None
         return Request(study.gpus, APPEND_MEM_MB * attempt, study.append.minutes * attempt)
     assert model is not None
@@ -110,8 +110,8 @@ def job_rows(study: Study) -> list[tuple[str, int, float]]:
     ):
         rows.append((rule, models * len(cells), hours(rule, len(cells))))
     if study.append is not None:
-        asked, reps = request(study, "append", None), study.append.reps
-        rows.append(("append", reps, reps * asked.gpus * asked.minutes / 60))
+        asked, reps = request(study, "append_cost", None), study.append.reps
+        rows.append(("append_cost", reps, reps * asked.gpus * asked.minutes / 60))
     return rows
 
 

@@ -238,6 +238,7 @@ def append(study: Study, tables: Path) -> Any:
         len(chunks), 1, figsize=(WIDTH, 0.5 + 1.75 * len(chunks)), sharex=True, squeeze=False
     )
     append_panels(axes[:, 0], points, looks)
+    figure.align_ylabels()
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside upper center", ncols=3, frameon=False, handletextpad=0.4

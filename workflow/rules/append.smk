@@ -9,10 +9,10 @@ rule append_cost:
         "<logs>/append/{device}/rep{rep}.log",
     threads: ALONE
     resources:
-        gpu=ask("append", "gpus"),
+        gpu=ask("append_cost", "gpus"),
         nodes=1,
-        mem_mb=ask("append", "mem_mb"),
-        runtime=ask("append", "minutes"),
+        mem_mb=ask("append_cost", "mem_mb"),
+        runtime=ask("append_cost", "minutes"),
     params:
         study=STUDY_FILE,
         digest=lambda wildcards: specs.append_digest(STUDY),
