@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "evaluate": ("kvquant.evaluation.run", "accuracy of one scheme on one task, for seeds"),
     "throughput": ("kvquant.benchmarks.throughput", "latency and memory of one workload"),
     "energy": ("kvquant.benchmarks.energy", "energy of one workload"),
+    "append": ("kvquant.benchmarks.append", "cost of appending to a cache as it grows"),
     "kernels": ("kvquant.benchmarks.kernels", "packing and prefill of a random model, timed"),
     "aggregate": ("kvquant.analysis.collect", "verify all records and collect tidy tables"),
     "statistics": ("kvquant.analysis.statistics", "paired tests of every scheme and task"),

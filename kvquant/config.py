@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kvquant.config_append import AppendSpec
 from kvquant.errors import UserError, unknown
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -242,6 +243,7 @@ class Study(_Strict):
     tasks: dict[str, TaskSpec]
     throughput: TimingSpec = TimingSpec()
     energy: EnergySpec = EnergySpec()
+    append: AppendSpec | None = Field(None, description="absent: not measured")
     statistics: StatisticsSpec = StatisticsSpec()
     pathvars: dict[str, str] = Field(default_factory=dict, description="results, paper, logs")
 
@@ -269,6 +271,10 @@ class Study(_Strict):
                 if task.task not in known:
                     reason = unknown(f"{task.suite} task", task.task, known)
                     raise ValueError(f"tasks.{name}.task: {reason}")
+        appended = self.append.schemes if self.append else []
+        for name in appended:
+            if name not in self.schemes:
+                raise ValueError(f"append.schemes: '{name}' is not among the schemes")
         for field, chosen in (("throughput", self.throughput), ("energy", self.energy)):
             named = [(f"{field}.schemes", name) for name in chosen.schemes]
             for label, workload in chosen.workloads.items():
@@ -324,6 +330,13 @@ class Study(_Strict):
     def energy_cells(self) -> list[tuple[str, str, int]]:
         """(scheme, workload, rep) of every energy job of a model."""
         return self._cells(self.energy)
+
+    def append_schemes(self) -> list[str]:
+        """Schemes of the append measurement; empty without one."""
+        if self.append is None:
+            return []
+        chosen = self.append.schemes or [self.baseline, self.headline]
+        return [s for s in dict.fromkeys(chosen) if s in self.schemes]
 
     def datasets(self) -> list[str]:
         """Every data set that calibration or a task needs."""

@@ -12,6 +12,7 @@ from kvquant.specs import needs_calibration
 CPUS_PER_GPU = 16  # a GPU's share of a node with 128 cores and 8 GPUs
 CALIBRATION_MINUTES = 120
 TIMED_MINUTES = 30  # of a timed job beside its timed rounds: loading, warm-up, a slow disk
+APPEND_MEM_MB = 16_000  # one layer at its largest size, and torch
 LOAD_MINUTES = 3  # one process: imports, weights from a shared file system, first kernels
 
 
@@ -25,13 +26,17 @@ class Request:
 
 
 def request(
-    study: Study, rule: str, model: str, task: str | None = None, attempt: int = 1
+    study: Study, rule: str, model: str | None, task: str | None = None, attempt: int = 1
 ) -> Request:
     """What a job of `rule` asks for; time and memory grow with each attempt.
 
     A timed job of several GPUs takes a node's share of memory for each of them and has no more to
     ask for: growing would exceed the node, and such a job waits for ever.
     """
+    if rule == "append_cost":
+        assert study.append is not None
+        return Request(study.gpus, APPEND_MEM_MB * attempt, study.append.minutes * attempt)
+    assert model is not None
     spec = study.model(model)
     mem = spec.mem_gb * 1000
     if rule in ("throughput", "energy"):
@@ -76,6 +81,10 @@ def grid_rows(study: Study) -> list[tuple[str, int, int, str]]:
     ):
         workloads = ", ".join(spec.workloads) or "none"
         rows.append((stage, models * len(cells), models * len(cells), workloads))
+    if study.append is not None:
+        first, last = study.append.sizes[0], study.append.sizes[-1]
+        what = f"{len(study.append.sizes)} sizes from {first} to {last} tokens"
+        rows.append(("append", study.append.reps, study.append.reps, what))
     return rows
 
 
@@ -100,6 +109,9 @@ def job_rows(study: Study) -> list[tuple[str, int, float]]:
         ("energy", study.energy_cells()),
     ):
         rows.append((rule, models * len(cells), hours(rule, len(cells))))
+    if study.append is not None:
+        asked, reps = request(study, "append_cost", None), study.append.reps
+        rows.append(("append_cost", reps, reps * asked.gpus * asked.minutes / 60))
     return rows
 
 

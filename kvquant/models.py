@@ -112,6 +112,7 @@ def attention_layers(model: Any) -> list[Any]:
     return found
 
 
+@torch.compiler.disable(reason="looks at the mask on the host, once a forward call")
 def _announce_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before each forward of the decoder: tells the cache which columns are tokens."""
     cache = kwargs.get("past_key_values")

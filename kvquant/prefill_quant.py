@@ -13,6 +13,17 @@ from kvquant.cache import BlockLayer, KVQuantCache
 SUPPORTED = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 
 
+@torch.compiler.disable(reason="the cache plans on the host and changes its shapes as it grows")
+def _attend(module: Any, cache: KVQuantCache, *args: Any) -> torch.Tensor:
+    """See :meth:`BlockLayer.attend`; in a compiled model the graph ends here and goes on after.
+
+    The layer is looked up in here, so that compiled code serves all layers.
+    """
+    layer = cache.layers[module.layer_idx]
+    assert isinstance(layer, BlockLayer)
+    return layer.attend(*args)
+
+
 class PrefillQuantizedAttention(nn.Module):
     """Drop-in for the self-attention of Llama, Mistral, Qwen2 and Qwen3.
 
@@ -53,8 +64,6 @@ class PrefillQuantizedAttention(nn.Module):
         if hasattr(module, "q_norm"):
             queries, keys = module.q_norm(queries), module.k_norm(keys)
         queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
-        layer = past_key_values.layers[module.layer_idx]
-        assert isinstance(layer, BlockLayer)
         implementation = module.config._attn_implementation
         function = ALL_ATTENTION_FUNCTIONS.get(implementation, ALL_ATTENTION_FUNCTIONS["sdpa"])
 
@@ -64,6 +73,7 @@ class PrefillQuantizedAttention(nn.Module):
             )[0]
             return out
 
-        output = layer.attend(queries, keys, values, position_embeddings, module.scaling, full)
+        rest = (position_embeddings, module.scaling, full)
+        output = _attend(module, past_key_values, queries, keys, values, *rest)
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         return module.o_proj(output), None

@@ -128,6 +128,33 @@ class EnergyRecord(_Record):
     telemetry: dict[str, Any] = Field(default_factory=dict, description="clocks, temperature")
 
 
+class AppendPoint(BaseModel):
+    """One cache at one size, appended to `chunk` tokens a call."""
+
+    series: str = Field(description="scheme, or 'concatenation'")
+    chunk: int = Field(description="tokens a sequence and call")
+    tokens: int = Field(description="tokens a sequence held before the timed calls")
+    status: Literal["ok", "oom"]
+    token_ms: Percentiles | None = Field(
+        None, description="a token's share of a round, which fills whole blocks"
+    )
+    call_ms: Percentiles | None = Field(None, description="single calls")
+    cache_bytes: int | None = Field(None, description="bytes held after the timed calls")
+
+
+class AppendRecord(_Record):
+    """Cost of appending to one layer's cache as it grows, all series in turns in one process."""
+
+    kind: Literal["append"] = "append"
+    device: str
+    rep: int
+    batch_size: int
+    kv_heads: int
+    head_dim: int
+    round_tokens: dict[str, int] = Field(description="tokens a sequence gets in a round, by chunk")
+    points: list[AppendPoint]
+
+
 R = TypeVar("R", bound=BaseModel)
 
 

@@ -16,8 +16,9 @@ from kvquant.config import (
     digest,
     task_dataset,
 )
+from kvquant.errors import UserError
 
-VERSIONS = {"calibrate": 1, "quantize": 1, "evaluate": 1, "throughput": 1, "energy": 1}
+VERSIONS = {"calibrate": 1, "quantize": 1, "evaluate": 1, "throughput": 1, "energy": 1, "append": 1}
 
 
 def needs_calibration(scheme: SchemeSpec) -> bool:
@@ -67,3 +68,13 @@ def energy_digest(study: Study, model: str, scheme: str, workload: str) -> str:
     """Digest of one energy result."""
     timing = _timing(study.energy, workload)
     return digest(quantizer_digest(study, model, scheme), timing, VERSIONS["energy"])
+
+
+def append_digest(study: Study) -> str:
+    """Digest of an append result: shapes, sizes and the schemes themselves, no model."""
+    if study.append is None:
+        raise UserError("append: this study has no such section")
+    spec = study.append.model_dump(mode="json", exclude={"schemes", "reps", "minutes"})
+    schemes = {name: study.scheme(name).model_dump(mode="json") for name in study.append_schemes()}
+    reference = study.scheme(study.headline) if study.append.concatenation else None
+    return digest(spec, schemes, reference, VERSIONS["append"])

@@ -52,7 +52,7 @@ def test_requests_of_the_cluster_study_fit_its_nodes_on_every_attempt(root: Path
     for attempt in (1, 2, 3):
         for model in study.models:
             jobs = [request(study, "evaluate", model, task, attempt) for task in study.tasks]
-            rules = ("calibrate", "throughput", "energy")
+            rules = ("calibrate", "throughput", "energy", "append_cost")
             jobs += [request(study, rule, model, attempt=attempt) for rule in rules]
             for job in jobs:
                 assert job.gpus in (1, 8)

@@ -89,6 +89,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "seconds": 0.1,
             "idle_seconds": 0.1,
         },
+        "append": {"sizes": [64, 128], "kv_heads": 2, "head_dim": 16, "rounds": 5},
         "pathvars": {"results": str(folder / "r")},
     }
     (folder / "study.json").write_text(json.dumps(study))
@@ -130,13 +131,16 @@ def test_from_records_to_claims(work: Path) -> None:
     energy = results / "energy/cpu/tiny/nuq3-1pct/p32/rep0.json"
     assert main(["throughput", *timed, "--workload", "p64", "--out", str(perf)]) == 0
     assert main(["energy", *timed, "--workload", "p32", "--out", str(energy)]) == 0
+    study = ["--study", str(work / "study.json")]
+    grown = ["--rep", "0", "--device", "cpu", "--out", str(results / "append/cpu/rep0.json")]
+    assert main(["append", *study, *device, *grown]) == 0
     record = read_record(perf, ThroughputRecord)
     assert record.prompt_tokens == 64 + 32
     assert record.scheme_side.prefill_ms is not None
     assert record.scheme_side.prefill_ms.n >= 5
     assert record.quantize_share is not None
 
-    study, tables = ["--study", str(work / "study.json")], str(results / "tables")
+    tables = str(results / "tables")
     collect = ["aggregate", *study, "--results", str(results), *device, "--out-dir", tables]
     assert main(collect) == 0
     first = (results / "tables/eval.csv").read_bytes()
@@ -144,7 +148,7 @@ def test_from_records_to_claims(work: Path) -> None:
     assert (results / "tables/eval.csv").read_bytes() == first
     for verb in ("statistics", "pareto"):
         assert main([verb, *study, "--tables", tables, "--out-dir", tables]) == 0
-    for figure in ("pareto", "perplexity", "throughput"):
+    for figure in ("pareto", "perplexity", "throughput", "append"):
         out = work / f"paper/{figure}"
         words = ["plot", *study, "--tables", tables, "--figure", figure, "--out"]
         assert main([*words, f"{out}.pdf", f"{out}.svg"]) == 0
@@ -153,6 +157,7 @@ def test_from_records_to_claims(work: Path) -> None:
     assert main(["claims", *study, "--tables", tables, *claims]) == 0
     latex = ["--out-dir", str(work / "paper"), "--numbers", str(work / "paper/numbers.tex")]
     assert main(["tables", *study, "--tables", tables, *latex]) == 0
+    assert "kvAppendGrowth" in (work / "paper/numbers.tex").read_text()
     assert r"\toprule" in (work / "paper/accuracy.tex").read_text()
     tests = pd.read_parquet(results / "tables/tests.parquet")
     assert len(tests) == 9

@@ -30,6 +30,7 @@ def digests(study: Study) -> dict[str, str]:
                 found[key] = specs.eval_digest(study, MODEL, scheme, task, seed)
     for scheme, workload, _ in study.throughput_cells():
         found[f"perf/{scheme}/{workload}"] = specs.perf_digest(study, MODEL, scheme, workload)
+    found["append"] = specs.append_digest(study)
     for scheme, workload, _ in study.energy_cells():
         found[f"energy/{scheme}/{workload}"] = specs.energy_digest(study, MODEL, scheme, workload)
     return found
@@ -63,6 +64,15 @@ def test_calibration_changes_calibrated_schemes_only(raw: dict[str, Any]) -> Non
     assert "calibrate" in found
     schemes = {name.split("/")[1] for name in found if "/" in name}
     assert schemes == {s for s in raw["schemes"] if s.startswith("nuq")}
+
+
+def test_append_depends_on_its_own_section_and_schemes(raw: dict[str, Any]) -> None:
+    assert changed(raw, "append", "rounds", value=7) == {"append"}
+    assert changed(raw, "append", "minutes", value=7) == set()
+    found = changed(raw, "schemes", "nuq3-1pct", "sinks", value=4)
+    assert "append" in found  # the headline scheme
+    assert "append" not in changed(raw, "schemes", "kivi-2", "residual", value=64)
+    assert "append" not in changed(raw, "models", "smollm2-135m", "mem_gb", value=9)
 
 
 def test_timing_changes_its_own_stage(raw: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ class Tables:
     energy: pd.DataFrame
     tests: pd.DataFrame
     pareto: pd.DataFrame
+    append: pd.DataFrame
 
     @property
     def on_gpu(self) -> bool:
@@ -145,6 +146,42 @@ def _energy(t: Tables) -> Outcome:
     return Outcome(f"{ratio:.2f}", bool(ratio <= 0.55))
 
 
+def append_growth(points: pd.DataFrame, series: str) -> tuple[float, int, int] | None:
+    """Cost of a token, one a call, at the largest size over that at the smallest.
+
+    Args:
+        points: The table `append`.
+        series: A scheme, or "concatenation".
+
+    Returns:
+        (ratio of medians over rounds, smallest size, largest size), the worst repetition's; None
+        where it was not measured at two sizes.
+    """
+    found: list[tuple[float, int, int]] = []
+    if len(points):
+        mine = points[
+            (points.series == series) & (points.chunk == 1) & points.token_ms_median.notna()
+        ]
+        for _, rep in mine.groupby("rep"):
+            ends = rep.sort_values("tokens").iloc[[0, -1]]
+            cost, sizes = ends.token_ms_median.to_list(), ends.tokens.to_list()
+            if sizes[0] < sizes[1]:
+                found.append((cost[1] / cost[0], int(sizes[0]), int(sizes[1])))
+    return max(found) if found else None
+
+
+def _append(t: Tables) -> Outcome:
+    ours = append_growth(t.append, t.study.headline)
+    if ours is None:
+        return _missing("append is not measured in this study")
+    theirs = append_growth(t.append, "concatenation")
+    beside = f"; {theirs[0]:.2f} where arrays are concatenated" if theirs else ""
+    value = f"{ours[0]:.2f} from {ours[1]:,} to {ours[2]:,} tokens{beside}"
+    if ours[2] < 128 * ours[1]:
+        return _missing(f"{value}; defined from 1K to 128K")
+    return Outcome(value, ours[0] <= 1.2)
+
+
 def _unmeasured(reason: str) -> Callable[[Tables], Outcome]:
     return lambda t: _missing(reason)
 
@@ -182,6 +219,12 @@ CLAIMS = (
         _energy,
     ),
     Claim(
+        "Append cost does not grow",
+        "headline scheme, one layer, one token a call: cost of a token, packing of its block "
+        "included, at 128K tokens over 1K, medians: at most 1.2",
+        _append,
+    ),
+    Claim(
         "Three times the prefill of KVQuant's procedure",
         "prefill tokens/s over a one-sequence, growing-array reference: at least 3",
         _unmeasured("the reference scheme is not in this study"),
@@ -214,8 +257,9 @@ def judge(tables: Tables) -> pd.DataFrame:
 def load_tables(study: Study, folder: Path) -> Tables:
     """All tables of a study."""
     names = ("eval", "perf", "energy", "tests", "pareto")
-    loaded = [read_table(folder, name) for name in names]
-    return Tables(study, *loaded)
+    evaluations, perf, energy, tests, pareto = (read_table(folder, name) for name in names)
+    append = read_table(folder, "append") if study.append else pd.DataFrame()
+    return Tables(study, evaluations, perf, energy, tests, pareto, append)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

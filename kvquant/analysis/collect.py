@@ -16,8 +16,15 @@ import pandas as pd
 
 from kvquant.config import Study, load_study
 from kvquant.errors import UserError
-from kvquant.records import EnergyRecord, EvalRecord, ThroughputRecord, read_record, sha256_text
-from kvquant.specs import energy_digest, eval_digest, perf_digest
+from kvquant.records import (
+    AppendRecord,
+    EnergyRecord,
+    EvalRecord,
+    ThroughputRecord,
+    read_record,
+    sha256_text,
+)
+from kvquant.specs import append_digest, energy_digest, eval_digest, perf_digest
 
 FLOAT_FORMAT = "%.10g"
 
@@ -167,8 +174,37 @@ def _timed_rows(
     return perf, energy
 
 
+def _append_rows(
+    study: Study, results: Path, device: str, problems: list[str]
+) -> list[dict[str, Any]]:
+    """One row a point; none for a study that does not measure it."""
+    rows: list[dict[str, Any]] = []
+    for rep in range(study.append.reps if study.append else 0):
+        file = results / "append" / device / f"rep{rep}.json"
+        try:
+            record = read_record(file, AppendRecord)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        expected = append_digest(study)
+        if record.spec_digest != expected:
+            problems.append(_stale(file, record.spec_digest, expected))
+            continue
+        shape = {name: getattr(record, name) for name in ("batch_size", "kv_heads", "head_dim")}
+        for point in record.points:
+            row: dict[str, Any] = {"device": record.device, "rep": rep, **shape}
+            for name in ("series", "chunk", "tokens", "status", "cache_bytes"):
+                row[name] = getattr(point, name)
+            for name in ("token_ms", "call_ms"):
+                times = getattr(point, name)
+                for part in ("median", "p10", "p90", "p99", "n"):
+                    row[f"{name}_{part}"] = getattr(times, part) if times else None
+            rows.append(row)
+    return rows
+
+
 def collect(study: Study, results: Path, device: str) -> dict[str, pd.DataFrame]:
-    """Tables `eval`, `samples`, `perf`, `energy`.
+    """Tables `eval`, `samples`, `perf`, `energy`, and `append` where the study measures it.
 
     Raises:
         UserError: One line for every record that cannot be used.
@@ -176,15 +212,19 @@ def collect(study: Study, results: Path, device: str) -> dict[str, pd.DataFrame]
     problems: list[str] = []
     evaluations, samples = _eval_rows(study, results, problems)
     perf, energy = _timed_rows(study, results, device, problems)
+    appended = _append_rows(study, results, device, problems)
     if problems:
         raise UserError("\n".join(problems))
     order = ["device", "model", "scheme", "workload", "rep"]
-    return {
+    tables = {
         "eval": pd.DataFrame(evaluations),
         "samples": pd.DataFrame(samples),
         "perf": pd.DataFrame(perf, columns=None if perf else order),
         "energy": pd.DataFrame(energy, columns=None if energy else order),
     }
+    if study.append is not None:
+        tables["append"] = pd.DataFrame(appended)
+    return tables
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
+from kvquant.analysis.append_figure import append_panels
 from kvquant.analysis.collect import read_table
 from kvquant.config import PasskeyTask, Study, load_study
 from kvquant.errors import UserError, unknown
@@ -226,11 +227,31 @@ def passkey(study: Study, tables: Path) -> Any:
     return figure
 
 
+def append(study: Study, tables: Path) -> Any:
+    """Cost of an appended token against the tokens already in the cache."""
+    if study.append is None:
+        raise UserError("figure append: this study has no section 'append'")
+    points = read_table(tables, "append")
+    looks = {scheme: _look(study, scheme) for scheme in study.append_schemes()}
+    chunks = study.append.chunks
+    figure, axes = plt.subplots(
+        len(chunks), 1, figsize=(WIDTH, 0.5 + 1.75 * len(chunks)), sharex=True, squeeze=False
+    )
+    append_panels(axes[:, 0], points, looks)
+    figure.align_ylabels()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=3, frameon=False, handletextpad=0.4
+    )
+    return figure
+
+
 FIGURES: dict[str, Callable[[Study, Path], Any]] = {
     "pareto": pareto,
     "perplexity": perplexity,
     "throughput": throughput,
     "passkey": passkey,
+    "append": append,
 }
 
 

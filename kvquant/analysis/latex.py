@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kvquant.analysis.claims import Tables, load_tables
+from kvquant.analysis.claims import Tables, append_growth, load_tables
 from kvquant.config import load_study
 
 _ESCAPES = {"\\": r"\textbackslash{}", "<": r"\textless{}", ">": r"\textgreater{}"}
@@ -155,6 +155,10 @@ def numbers(t: Tables) -> str:
         "Comparisons": str(len(t.tests)),
         "Headline": escape(t.study.headline),
     }
+    for word, series in (("Append", t.study.headline), ("Concatenation", "concatenation")):
+        grown = append_growth(t.append, series)
+        if grown is not None:
+            out[f"{word}Growth"] = number(grown[0])
     several = len(t.study.models) > 1
     for row in t.pareto.to_dict("records"):
         name = (row["model"], row["scheme"]) if several else (row["scheme"],)

@@ -101,7 +101,7 @@ class Prepared:
         synchronize(self.qm.device)
 
 
-def _check_device(args: argparse.Namespace) -> None:
+def check_device(args: argparse.Namespace) -> None:
     """The named device must be the one that the work will run on."""
     real = "cpu" if resolve_device(args.device).type == "cpu" else device_name()
     if args.device_name != real:
@@ -141,7 +141,7 @@ def prepare(
         raise UserError(f"--rep: must not be negative (got {args.rep})")
     if args.out.exists():  # told before minutes of measuring, not after
         raise UserError(f"--out: {args.out} exists; delete it by name to measure again")
-    _check_device(args)
+    check_device(args)
     workload = known[args.workload]
     qm = load_quantized_model(
         read_manifest(args.model_manifest),

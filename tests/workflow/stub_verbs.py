@@ -33,7 +33,7 @@ def outputs(verb: str, given: dict[str, list[str]]) -> list[Path]:
         names = ("accuracy", "statistics", "throughput", "energy", "memory")
         files += [folder / f"{name}.tex" for name in names]
     tables = {
-        "aggregate": ("eval", "samples", "perf", "energy"),
+        "aggregate": ("eval", "samples", "perf", "energy", "append"),
         "statistics": ("tests",),
         "pareto": ("pareto",),
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 COUNTS = {
-    "demo": {"evaluate": 15, "calibrate": 1, "quantize": 3, "plot": 3},
+    "demo": {"evaluate": 15, "calibrate": 1, "quantize": 3, "plot": 4, "append_cost": 1},
     "smoke": {"evaluate": 12, "throughput": 1, "energy": 1},
 }
 

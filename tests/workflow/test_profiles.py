@@ -41,7 +41,7 @@ def test_slurm_profiles_avoid_known_faults(root: Path) -> None:
     athena = profiles(root)["athena"]
     # the GPU's type belongs to GPU rules only: as a default, quantize would ask for a GPU
     assert not any(line.startswith(("gpu", "gres")) for line in athena["default-resources"])
-    for rule in ("calibrate", "evaluate", "throughput", "energy"):
+    for rule in ("calibrate", "evaluate", "throughput", "energy", "append_cost"):
         assert athena["set-resources"][rule] == {"gpu_model": "a100"}
 
 

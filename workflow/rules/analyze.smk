@@ -4,6 +4,8 @@ COLLECTED = {
     "perf": ("3 Throughput", "every job"),
     "energy": ("4 Energy", "every job"),
 }
+if STUDY.append:
+    COLLECTED["append"] = ("3 Throughput", "append: every size")
 
 
 localrules:
@@ -18,6 +20,7 @@ rule aggregate:
         rules.accuracy.input,
         rules.performance.input,
         rules.joules.input,
+        rules.appends.input,
     output:
         expand("<results>/tables/{table}.parquet", table=[*COLLECTED, "samples"]),
         "<results>/tables/samples.csv",

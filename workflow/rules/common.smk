@@ -65,7 +65,7 @@ def ask(rule, field):
 
     def resource(wildcards, attempt):
         task = wildcards.get("task")
-        return getattr(request(STUDY, rule, wildcards.model, task, attempt), field)
+        return getattr(request(STUDY, rule, wildcards.get("model"), task, attempt), field)
 
     return resource
 

@@ -7,6 +7,9 @@ FIGURES = {
 if len({t.length for t in STUDY.tasks.values() if t.suite == "passkey"}) > 1:
     FIGURES["passkey"] = ("2 Accuracy by task", "passkey by length and depth")
 
+if STUDY.append:
+    FIGURES["append"] = ("3 Throughput", "cost of an appended token by cache size")
+
 
 localrules:
     plot,

@@ -1,0 +1,54 @@
+"""The panels of the figure `append`: one for each number of tokens a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+CONCATENATION = ("#D55E00", "D")  # colour and marker of KVQuant's procedure
+
+
+def _size(tokens: float, _: Any = None) -> str:
+    return f"{tokens / 1024:g}K" if tokens >= 1024 else f"{tokens:g}"
+
+
+def append_panels(
+    axes: Sequence[Any], points: pd.DataFrame, looks: dict[str, tuple[str, str]]
+) -> None:
+    """Draws cost per token against size, medians with bands from the 10th to 90th percentile.
+
+    Args:
+        axes: One a chunk, in increasing order.
+        points: The table `append`.
+        looks: Colour and marker of each scheme.
+    """
+    looks = {**looks, "concatenation": CONCATENATION}
+    sizes = sorted(points.tokens.unique())
+    for axis, (chunk, mine) in zip(axes, points.groupby("chunk"), strict=True):
+        for series, rows in mine.groupby("series", sort=False):
+            color, marker = looks[str(series)]
+            parts = ["token_ms_median", "token_ms_p10", "token_ms_p90"]
+            lines = rows.groupby("tokens")[parts].median().astype(float).dropna() * 1e3
+            middle, low, high = (lines[p].to_numpy() for p in parts)
+            where = lines.index.to_numpy(dtype=float)
+            axis.fill_between(where, low, high, color=color, alpha=0.2, linewidth=0)
+            axis.plot(where, middle, marker=marker, color=color, ms=3.5, lw=1.2, label=series)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.xaxis.set_major_locator(FixedLocator(sizes[:: 1 + (len(sizes) - 1) // 8]))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(FuncFormatter(_size))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
+        low, high = axis.get_ylim()
+        if high / low < 20:  # a flat curve must not look steep
+            middle = np.sqrt(low * high)
+            axis.set_ylim(middle / 5, middle * 5)
+        calls = "1 token a call" if chunk == 1 else f"{chunk} tokens a call"
+        axis.set_ylabel(f"µs a token, {calls}")
+    axes[-1].set_xlabel("tokens in the cache")

@@ -1,0 +1,238 @@
+"""`kvquant append`: what an appended token costs as the cache grows.
+
+Each size is measured on fresh stores that were filled to it in large calls. The series take turns,
+round by round; a round appends as many tokens as the largest block has, in calls of `chunk` tokens,
+so that every round packs the same number of blocks. Every call is timed with the device drained
+before and after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from kvquant.benchmarks.append_stores import (
+    BlockedStore,
+    ConcatenatedStore,
+    GrowingStore,
+    Store,
+    append_codec,
+)
+from kvquant.benchmarks.timing import MIN_ROUNDS, Clock, fits_in_memory, interleave, summarize
+from kvquant.benchmarks.workload import check_device
+from kvquant.config import NuqScheme, Study, load_study
+from kvquant.config_append import AppendSpec
+from kvquant.errors import UserError
+from kvquant.models import resolve_device
+from kvquant.provenance import environment
+from kvquant.records import AppendPoint, AppendRecord, write_record
+from kvquant.schemes.base import Codec
+from kvquant.specs import append_digest
+
+CONCATENATION = "concatenation"  # the series of KVQuant's procedure
+FILL = 4096  # tokens a call while a store is filled
+WARM = 128  # tokens that each series gets once before anything is timed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `kvquant append`."""
+    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
+    parser.add_argument("--rep", required=True, type=int, help="repetition; seeds the data")
+    parser.add_argument("--device-name", required=True, help="checked against the real device")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--out", required=True, type=Path, help="record to write")
+
+
+class Data:
+    """Random keys and values, made once; every store gets the same ones.
+
+    Args:
+        spec: Shape.
+        device: Where they lie.
+        seed: Of the generator.
+    """
+
+    def __init__(self, spec: AppendSpec, device: torch.device, seed: int) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+        length = min(max(*spec.sizes, *spec.chunks), max(FILL, *spec.chunks))
+        shape = (2, spec.batch_size, spec.kv_heads, length, spec.head_dim)
+        self._both = torch.randn(shape, generator=generator, device=device).half()
+        self._length = length
+
+    def take(self, count: int, at: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some tokens' keys and values `[batch_size, kv_heads, count, head_dim]`."""
+        first = at % (self._length - count + 1)
+        keys, values = self._both[:, :, :, first : first + count]
+        return keys, values
+
+    def fill(self, store: Store, tokens: int) -> None:
+        """Appends `tokens` tokens a sequence in large calls."""
+        for done in range(0, tokens, FILL):
+            store.append(*self.take(min(FILL, tokens - done)))
+
+
+class Series:
+    """One store at one size; a call is one round.
+
+    Args:
+        new: Makes the store.
+        data: What is appended.
+        clock: Times each call.
+        size: Tokens before the first round.
+        chunk: Tokens a call.
+        calls: Calls a round.
+    """
+
+    def __init__(
+        self, new: Callable[[], Store], data: Data, clock: Clock, size: int, chunk: int, calls: int
+    ) -> None:
+        self._new, self._data, self._clock = new, data, clock
+        self._size, self._chunk, self._calls = size, chunk, calls
+        self._store: Store | None = None
+        self.times: list[list[float]] = []
+        self.nbytes = 0
+
+    def fill(self) -> None:
+        """Brings the store to its size."""
+        self._store = self._new()
+        self._data.fill(self._store, self._size)
+
+    def __call__(self) -> None:
+        """One round."""
+        store, row = self._store, []
+        if store is None:
+            raise MemoryError  # it could not be filled
+        try:
+            for i in range(self._calls):
+                keys, values = self._data.take(self._chunk, 7 * len(self.times) + i)
+                row.append(self._clock.time(partial(store.append, keys, values))[1])
+        except Exception:
+            self._store = None  # whoever ran out of memory gives back what it held
+            raise
+        self.times.append(row)
+        self.nbytes = store.nbytes
+
+    def point(self, name: str, fits: bool) -> AppendPoint:
+        """The record's point."""
+        here = {"series": name, "chunk": self._chunk, "tokens": self._size}
+        if not fits or not self.times:
+            return AppendPoint(**here, status="oom")
+        share = [sum(row) / (self._calls * self._chunk) for row in self.times]
+        return AppendPoint(
+            **here,
+            status="ok",
+            token_ms=summarize(share),
+            call_ms=summarize([t for row in self.times for t in row]),
+            cache_bytes=self.nbytes,
+        )
+
+
+def _new_store(codec: Codec | None, capacity: int) -> Store:
+    """An empty store of a scheme; it needs no capacity."""
+    return GrowingStore() if codec is None else BlockedStore(codec)
+
+
+def measure(study: Study, device: torch.device, clock: Clock, rep: int) -> AppendRecord:
+    """Measures all series at all sizes.
+
+    Args:
+        study: With a section `append`.
+        device: Where the stores lie.
+        clock: Times a call.
+        rep: Repetition.
+
+    Raises:
+        UserError: The study has no such section, or the headline scheme cannot be packed token by
+            token.
+    """
+    spec = study.append
+    digest = append_digest(study)  # refuses a study without the section
+    assert spec is not None
+    shape = (spec.kv_heads, spec.head_dim, device)
+    codecs = {name: append_codec(study.scheme(name), *shape) for name in study.append_schemes()}
+    blocks = [codec.block_size for codec in codecs.values() if codec is not None]
+    rounds = {chunk: math.lcm(chunk, *blocks) for chunk in spec.chunks}
+    makers: dict[str, Callable[[int], Store]] = {
+        name: partial(_new_store, codec) for name, codec in codecs.items()
+    }
+    if spec.concatenation:
+        headline = study.scheme(study.headline)
+        if not isinstance(headline, NuqScheme):
+            raise UserError(
+                f"append.concatenation: '{study.headline}' is not of kind nuq: set it to false"
+            )
+        single = append_codec(headline, *shape)
+        assert single is not None
+        makers[CONCATENATION] = partial(ConcatenatedStore, single)
+    data = Data(spec, device, rep)
+
+    def cell(size: int, chunk: int, count: int) -> list[AppendPoint]:
+        tokens, calls = rounds[chunk], rounds[chunk] // chunk
+        capacity = size + count * tokens
+        sides = [
+            Series(partial(make, capacity), data, clock, size, chunk, calls)
+            for make in makers.values()
+        ]
+        filled = [fits_in_memory(side.fill) for side in sides]
+        _, fits = interleave(list(sides), warmup=0, iterations=count, max_seconds=math.inf)
+        both = zip(makers, sides, filled, fits, strict=True)
+        return [side.point(name, full and fit) for name, side, full, fit in both]
+
+    for chunk in spec.chunks:
+        cell(WARM, chunk, MIN_ROUNDS)  # kernels are built, the allocator has its pools
+    points = [p for chunk in spec.chunks for n in spec.sizes for p in cell(n, chunk, spec.rounds)]
+    return AppendRecord(
+        study=study.study,
+        spec_digest=digest,
+        environment=environment(),
+        device=device.type,
+        rep=rep,
+        batch_size=spec.batch_size,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        round_tokens={str(chunk): tokens for chunk, tokens in rounds.items()},
+        points=points,
+    )
+
+
+def show(record: AppendRecord, console: Console) -> None:
+    """Prints microseconds a token: one row a size, one column a series and chunk."""
+    title = f"append on {record.device}: {record.batch_size} x {record.kv_heads} x "
+    table = Table(title=f"{title}{record.head_dim}, microseconds a token")
+    table.add_column("tokens", justify="right")
+    heads = list(dict.fromkeys((p.series, p.chunk) for p in record.points))
+    for series, chunk in heads:
+        table.add_column(f"{series}, {chunk} a call", justify="right")
+    cells = {(p.tokens, p.series, p.chunk): p.token_ms for p in record.points}
+    for size in sorted({p.tokens for p in record.points}):
+        found = [cells.get((size, *head)) for head in heads]
+        shown = [f"{1e3 * t.median:,.1f}" if t else "out of memory" for t in found]
+        table.add_row(f"{size:,}", *shown)
+    console.print(table)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures and writes the record."""
+    study = load_study(args.study)
+    append_digest(study)
+    if args.rep < 0:
+        raise UserError(f"--rep: must not be negative (got {args.rep})")
+    if args.out.exists():  # told before minutes of measuring, not after
+        raise UserError(f"--out: {args.out} exists; delete it by name to measure again")
+    check_device(args)
+    device = resolve_device(args.device)
+    if device.type == "cpu":
+        # A token is too little work for threads: their barriers would be what is timed.
+        torch.set_num_threads(1)
+    with torch.inference_mode():
+        record = measure(study, device, Clock.of(device), args.rep)
+    record = record.model_copy(update={"device": args.device_name})
+    write_record(args.out, record)
+    show(record, Console(width=100))

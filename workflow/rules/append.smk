@@ -1,0 +1,33 @@
+# What an appended token costs as the cache grows; one layer, random data, no model.
+
+
+rule append_cost:
+    """Every series at every size, in turns, alone on the device."""
+    output:
+        MEASURED("<results>/append/{device}/rep{rep}.json"),
+    log:
+        "<logs>/append/{device}/rep{rep}.log",
+    threads: ALONE
+    resources:
+        gpu=ask("append_cost", "gpus"),
+        nodes=1,
+        mem_mb=ask("append_cost", "mem_mb"),
+        runtime=ask("append_cost", "minutes"),
+    params:
+        study=STUDY_FILE,
+        digest=lambda wildcards: specs.append_digest(STUDY),
+        device=DEVICE_KIND,
+    message:
+        "Appending to a growing cache on {wildcards.device}"
+    shell:
+        "python -m kvquant append --study {params.study} --rep {wildcards.rep}"
+        " --device-name {wildcards.device} --device {params.device} --out {output} > {log} 2>&1"
+
+
+rule appends:
+    """All append measurements of the study."""
+    input:
+        [
+            f"<results>/append/{DEVICE}/rep{rep}.json"
+            for rep in range(STUDY.append.reps if STUDY.append else 0)
+        ],
