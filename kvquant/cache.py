@@ -305,7 +305,7 @@ class KVQuantCache(Cache):
         self.steps: StepTables | None = None
         self.step: DecodeStep
         self.step_places: torch.Tensor
-        self.captured = False
+        self.captured = False  # a graph plans its calls itself (kvquant.graphed)
         self.query_heads = 0  # learnt from the first call
         self._step_tables: StepTables | None = None
 
@@ -323,6 +323,8 @@ class KVQuantCache(Cache):
         Raises:
             ValueError: The mask does not cover all columns.
         """
+        if self.captured:
+            return
         self._check_excess()
         if self.layout.table and batch != len(self.layout.table):
             raise ValueError(
@@ -367,9 +369,23 @@ class KVQuantCache(Cache):
         if steps is None:
             return
         steps.write(self.layout, before.blocks, before.tails)
-        self.step_places = steps.places
-        steps.advance()
+        self.step_places = steps.take_places()
+        steps.count_token()
         self.step, self.steps = steps.step(), steps
+
+    def count_step(self, steps: StepTables) -> None:
+        """After a replayed step: the host's side of it, and packing of the tails that it filled."""
+        self._check_excess()
+        batch = len(self.layout.table)
+        self.plan = self.layout.append([slice(0, 1)] * batch)
+        self._unwatched |= self.plan.arena >= 0
+        steps.count_token()
+        for layer in self.layers:
+            layer.columns += 1
+            layer.store.pack_full(self.plan)
+        if self._counts is not None:
+            last = self._counts[:, -1:] + 1
+            self._counts = torch.cat((self._counts, last), 1)
 
     def _spans(self, batch: int, new_len: int, total: int, mask: torch.Tensor | None) -> list[Span]:
         """Which of the new columns are tokens, for each sequence."""

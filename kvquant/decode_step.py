@@ -93,15 +93,29 @@ class StepTables:
         """The layout's tables were changed in place (beams, crop): all is written anew."""
         self._layout = None
 
-    @property
-    def places(self) -> torch.Tensor:
-        """Where the next token goes in each tail, int64 `[batch_size]`; valid before `advance`."""
-        return self._lengths[:, 2].long()
+    def take_places(self) -> torch.Tensor:
+        """Where the next token goes in each tail, int64 `[batch_size]`; the tails then hold it.
 
-    def advance(self) -> None:
-        """A token joined each tail."""
+        Only the device learns of it: see :meth:`count_token`.
+        """
+        places = self._lengths[:, 2].long()
         self._lengths[:, 2] += 1
+        return places
+
+    def count_token(self) -> None:
+        """The host's side of :meth:`take_places`."""
         self._tails = [n + 1 for n in self._tails]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """int32 `[batch_size, 3]`: see :class:`DecodeStep`."""
+        return self._lengths
+
+    def addresses(self) -> tuple[int, ...]:
+        """Of the tensors that a captured graph reads."""
+        assert self._tables is not None
+        kept = (self._table, self._lengths, self._tables.places, self._tables.starts)
+        return tuple(t.data_ptr() for t in kept)
 
     def step(self, *, whole: bool = False) -> DecodeStep:
         """What the kernel is launched with.

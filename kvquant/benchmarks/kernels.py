@@ -60,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=int, default=3, help="2, 3 or 4")
     parser.add_argument("--block-size", type=int, default=64, help="tokens a block")
     parser.add_argument("--layers", type=int, default=0, help="0: all of the shape")
+    parser.add_argument("--steps", type=int, default=0, help="decode steps of the whole model")
+    parser.add_argument("--skip", nargs="*", default=[], choices=["pack", "prefill", "attention"])
     parser.add_argument("--rounds", type=int, default=20, help="rounds that count")
     parser.add_argument("--max-seconds", type=float, default=60.0, help="end of each measurement")
     parser.add_argument("--out", type=Path, required=True, help="JSON file, made anew")
@@ -169,6 +171,18 @@ def measure_prefill(shape: dict[str, int], args: argparse.Namespace, device: str
     like = torch.empty(0, dtype=torch.float32, device=device)
     held: dict[str, int] = {}
 
+    if args.steps:
+        made = KVQuantCache(codecs, lambda p: rotary(like, p), static_rope=True)
+        with torch.inference_mode():
+            model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=made,
+                use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
+        held_step = measure_steps(model, made, args.steps)
+        del made
+        if "prefill" in args.skip:
+            return {"step": held_step}
+
     @torch.inference_mode()
     def run(name: str, cache: Any) -> None:
         model(
@@ -190,14 +204,36 @@ def measure_prefill(shape: dict[str, int], args: argparse.Namespace, device: str
         ["fp16", "kvquant"], [lambda: run("fp16", new_baseline_cache()), ours], args, device
     )
     tokens = int(lengths.sum())
+    if args.steps:
+        result["step"] = held_step
     out: dict[str, Any] = {**result, "tokens": tokens, "layers": layers, "cache_bytes": dict(held)}
-    if "oom" not in result.values():
+    if "oom" not in (result["fp16"], result["kvquant"]):
         out["prefill_ratio"] = result["fp16"]["median"] / result["kvquant"]["median"]
     if "elements" in held:
         out["bits_per_element"] = 8 * held["kvquant"] / held["elements"]
     if result["kvquant"] != "oom":
         out["tokens_per_s"] = 1e3 * tokens / result["kvquant"]["median"]
     return out
+
+
+def measure_steps(model: Any, cache: KVQuantCache, steps: int) -> dict[str, Any]:
+    """Greedy steps of the whole model as a captured graph, packing of full tails included."""
+    from kvquant.graphed import GraphedDecoder
+
+    decoder = GraphedDecoder(model, cache, steps + 64)
+    tokens = torch.zeros((len(cache.lengths), 1), dtype=torch.long, device="cuda")
+    for _ in range(5):
+        tokens = decoder.step(tokens).argmax(-1, keepdim=True)
+    torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        tokens = decoder.step(tokens).argmax(-1, keepdim=True)
+        event.record()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    summary = summarize(times)
+    return {**summary.model_dump(), "p99_over_p50": summary.p99 / summary.median}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -210,6 +246,22 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--tokens: {args.tokens} is not a multiple of the block size")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = SHAPES[args.shape]
+    if device == "cpu" and args.steps:
+        raise UserError("--steps: needs a GPU")
+    parts: dict[str, Any] = {}
+    if "pack" not in args.skip:
+        parts["pack"] = measure_pack(shape, args, device)
+    if "attention" not in args.skip and device == "cuda":
+        from kvquant.benchmarks.decode import measure_decode
+
+        kv_heads, dim = shape["num_key_value_heads"], _head_dim(shape)
+        tables = _tables(kv_heads, dim, args.bits, 1, device)[0]
+        parts["attention"] = measure_decode(
+            shape["num_attention_heads"], kv_heads, dim, args.batch, args.tokens, tables,
+            bits=args.bits, block_size=args.block_size, rounds=args.rounds,
+        )  # fmt: skip
+    if "prefill" not in args.skip or args.steps:
+        parts["prefill"] = measure_prefill(shape, args, device)
     record = {
         "shape": args.shape,
         "batch": args.batch,
@@ -217,17 +269,29 @@ def run(args: argparse.Namespace) -> None:
         "ragged": args.ragged,
         "bits": args.bits,
         "block_size": args.block_size,
-        "pack": measure_pack(shape, args, device),
-        "prefill": measure_prefill(shape, args, device),
+        **parts,
         "environment": environment(),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    pack, prefill = record["pack"], record["prefill"]
+    said = []
+    if pack := parts.get("pack"):
+        said.append(
+            f"pack {pack['pack_over_copy']:.2f} of copy "
+            f"({pack['pack_gb_per_s']:.0f} of {pack['copy_gb_per_s']:.0f} GB/s)"
+        )
+    if attention := parts.get("attention"):
+        said.append(f"decode attention {attention['speedup']:.2f} of fp16's speed")
+    prefill = parts.get("prefill", {})
+    if "prefill_ratio" in prefill:
+        said.append(
+            f"prefill {prefill['prefill_ratio']:.3f} of fp16, "
+            f"{prefill['bits_per_element']:.2f} bits per element"
+        )
+    if step := prefill.get("step"):
+        said.append(f"step {step['median']:.1f} ms (p99/p50 {step['p99_over_p50']:.2f})")
+    ragged = " ragged" if args.ragged else ""
     print(
-        f"kernels: {args.shape} {args.batch}x{args.tokens}{' ragged' if args.ragged else ''} "
-        f"{args.bits} bit: pack {pack['pack_over_copy']:.2f} of copy "
-        f"({pack['pack_gb_per_s']:.0f} of {pack['copy_gb_per_s']:.0f} GB/s), prefill "
-        f"{prefill.get('prefill_ratio', float('nan')):.3f} of fp16, "
-        f"{prefill.get('bits_per_element', float('nan')):.2f} bits per element"
+        f"kernels: {args.shape} {args.batch}x{args.tokens}{ragged} {args.bits} bit: "
+        + ", ".join(said)
     )

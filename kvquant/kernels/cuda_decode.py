@@ -237,7 +237,8 @@ def decode_attention(
         query.data_ptr(), sinks[0].data_ptr(), sinks[1].data_ptr(), tail[0].data_ptr(),
         tail[1].data_ptr(), arenas.data_ptr(), step.table.data_ptr(), step.lengths.data_ptr(),
         tables.key_scale.data_ptr(), tables.key_zero.data_ptr(), tables.key_levels.data_ptr(),
-        tables.value_levels.data_ptr(), step.rope.places.data_ptr(), step.rope.turns.data_ptr(), step.rope.starts.data_ptr(),
+        tables.value_levels.data_ptr(), step.rope.places.data_ptr(),
+        step.rope.turns.data_ptr(), step.rope.starts.data_ptr(),
         part_out.data_ptr(), part_sum.data_ptr(), heads, step.table.stride(0), sinks[0].shape[2],
         tail[0].shape[2], each, int(shape.outliers), scaling * math.log2(math.e),
     )  # fmt: skip

@@ -121,7 +121,7 @@ def run_case(
     scaling = 1 / math.sqrt(dim)
     out = decode_attention(shape, query, sink, tail, rows, step, tables, scaling).double()
     worst = 0.0
-    for b, (n, t) in enumerate(lengths):
+    for b, (_, t) in enumerate(lengths):
         parts = [(sink[0][b], sink[1][b])]
         for block in pieces[b]:
             arena, place = where[block]

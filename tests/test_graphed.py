@@ -1,0 +1,124 @@
+"""Decoding through the CUDA kernel, eager and as a graph, against the PyTorch path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kvquant.batched_quant import LayerQuantizer
+from kvquant.config import NuqScheme
+from kvquant.graphed import GraphedDecoder
+from kvquant.models import QuantizedModel, install_attention
+from kvquant.nuq import fit
+from kvquant.schemes.registry import build_codecs
+from tests.conftest import tiny_model
+from tests.test_cache import SPECS, quantized
+
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DIM = 64
+
+
+def half_model(spec: NuqScheme, family: str = "llama") -> QuantizedModel:
+    model = tiny_model(family, head_dim=DIM).half().cuda()
+    install_attention(model)
+    tables = LayerQuantizer(
+        torch.zeros(2, DIM), torch.full((2, DIM), 0.4), fit("nf", spec.bits), fit("nf", spec.bits)
+    ).to("cuda")
+    return QuantizedModel(model, None, spec, build_codecs(spec, 2, [tables, tables]))
+
+
+@torch.inference_mode()
+def prefill(qm: QuantizedModel, lengths: list[int]) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(5)
+    width = max(lengths)
+    ids = torch.randint(0, 97, (len(lengths), width), device="cuda")
+    mask = torch.ones_like(ids)
+    for row, n in zip(mask, lengths, strict=True):
+        row[: width - n] = 0
+    cache = qm.new_cache()
+    padded = min(lengths) < width
+    qm.model(
+        input_ids=ids,
+        attention_mask=mask if padded else None,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        past_key_values=cache,
+    )
+    return cache, mask, torch.tensor(lengths, device="cuda")[:, None]
+
+
+@torch.inference_mode()
+def eager(qm: QuantizedModel, lengths: list[int], tokens: torch.Tensor) -> torch.Tensor:
+    cache, mask, positions = prefill(qm, lengths)
+    out = []
+    for i in range(tokens.shape[1]):
+        mask = torch.cat((mask, mask.new_ones(len(lengths), 1)), 1)
+        logits = qm.model(
+            input_ids=tokens[:, i : i + 1],
+            attention_mask=mask if min(lengths) < max(lengths) else None,
+            position_ids=positions + i,
+            past_key_values=cache,
+        ).logits
+        out.append(logits[:, -1].float().clone())
+    assert cache.lengths == [n + tokens.shape[1] for n in lengths]
+    return torch.stack(out)
+
+
+class TestOnGpu:
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize("lengths", [[70, 70], [3, 97, 64]], ids=["equal", "ragged"])
+    @pytest.mark.parametrize("family", ["llama", "qwen3"])
+    def test_kernel_graph_and_pytorch_agree(
+        self, lengths: list[int], family: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        qm = half_model(NuqScheme(kind="nuq", bits=3, block_size=32), family)
+        tokens = torch.randint(0, 97, (len(lengths), 75), device="cuda")
+        monkeypatch.setenv("KVQUANT_KERNELS", "pytorch")
+        expected = eager(qm, lengths, tokens)
+        monkeypatch.setenv("KVQUANT_KERNELS", "auto")
+        found = eager(qm, lengths, tokens)
+        cache, _, _ = prefill(qm, lengths)
+        assert cache.step_tables(torch.device("cuda")) is not None
+        decoder = GraphedDecoder(qm.model, cache, 32)  # too little room: captured again
+        graphed = torch.stack(
+            [decoder.step(tokens[:, i : i + 1]).float().clone() for i in range(tokens.shape[1])]
+        )
+        scale = expected.std()
+        assert (found - expected).abs().max() < 0.03 * scale
+        assert (graphed - found).abs().max() < 0.01 * scale
+        assert cache.lengths == [n + tokens.shape[1] for n in lengths]
+
+    def test_beams_crop_and_copies_after_kernel_steps(self) -> None:
+        qm = half_model(NuqScheme(kind="nuq", bits=4, block_size=32))
+        settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        ids = torch.randint(1, 97, (2, 90), device="cuda")
+        cache = qm.new_cache()
+        first = qm.model.generate(ids, past_key_values=cache, max_new_tokens=40, **settings)
+        again = qm.new_cache()
+        with torch.inference_mode():
+            qm.model(input_ids=ids[:, :60], past_key_values=again)
+            fork = again.copy()
+            for part in (again, fork):
+                qm.model(input_ids=ids[:, 60:-1], past_key_values=part)
+        one = qm.model.generate(ids, past_key_values=again, max_new_tokens=40, **settings)
+        two = qm.model.generate(ids, past_key_values=fork, max_new_tokens=40, **settings)
+        assert torch.equal(one, two)
+        assert first.shape == one.shape
+        beams = qm.model.generate(
+            ids, past_key_values=qm.new_cache(), max_new_tokens=40, num_beams=3, **settings
+        )
+        assert beams.shape == (2, 130)
+
+
+def test_a_cache_without_a_kernel_is_refused() -> None:
+    qm = quantized(tiny_model(), SPECS[0])
+    cache = qm.new_cache()
+    with torch.inference_mode():
+        qm.model(input_ids=torch.randint(0, 97, (1, 40)), past_key_values=cache)
+    with pytest.raises(ValueError, match="decode kernel"):
+        GraphedDecoder(qm.model, cache)
