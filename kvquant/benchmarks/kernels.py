@@ -7,6 +7,7 @@ say. Peers and ours alternate in one process (ABAB); every number is a median wi
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -231,7 +232,7 @@ def measure_steps(model: Any, cache: KVQuantCache, steps: int) -> dict[str, Any]
         tokens = decoder.step(tokens).argmax(-1, keepdim=True)
         event.record()
     torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
     summary = summarize(times)
     return {**summary.model_dump(), "p99_over_p50": summary.p99 / summary.median}
 
