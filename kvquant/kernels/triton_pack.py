@@ -18,10 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kvquant.kernels.triton_tiles import _emit, _encode, _store_codes
+from kvquant.kernels.triton_tiles import _emit, _encode, _max, _store_codes, _sum
 from kvquant.packing import packed_bytes
 
-# To tune: warps of the three kernels (64 tokens of 128 channels; 4096 channels of a token).
+# To tune: warps of the three kernels.
 KEY_WARPS, VALUE_WARPS, EMIT_WARPS = 4, 4, 4
 GROUPS = 256  # at most so many groups give their two largest elements to the selection
 
@@ -91,7 +91,7 @@ def _pack_keys(
         value = raw.to(tl.float32)
         poison += value * 0.0  # NaN after NaN or Inf
         n = (value - z) * inv
-        c = c + (_encode(n, midpoints, BITS),)  # noqa: RUF005
+        c = c + (_encode(n, midpoints, BITS),)  # type: ignore[assignment]  # noqa: RUF005
         if OUTLIERS:
             marks |= ((tl.abs(n) > 1.0) & inside).to(tl.int32) << lane
     group = block * HEADS + head
@@ -138,16 +138,6 @@ def _emit_marks(
         source, stride_token, byte, group, begin, count, positions, values, cursor, status,
         slots, SIZE, DIM, L,
     )  # fmt: skip
-
-
-@triton.jit
-def _sum(tile):
-    return tl.sum(tl.sum(tile, axis=1), axis=0)
-
-
-@triton.jit
-def _max(tile):
-    return tl.max(tl.max(tile, axis=1), axis=0)
 
 
 @triton.jit
@@ -228,12 +218,12 @@ def _pack_values(
     values, keys = (), ()
     for lane in tl.static_range(8):
         raw = tl.load(source + lane * D8, mask=inside, other=0.0)
-        values = values + (raw,)  # noqa: RUF005
+        values = values + (raw,)  # type: ignore[assignment]  # noqa: RUF005
         poison += raw.to(tl.float32) * 0.0
         bits = raw.to(tl.int16, bitcast=True).to(tl.int32)
         ordered = tl.where(bits < 0, -(bits & 0x7FFF), bits) << 16
         key = ordered + (tie - lane * D8)
-        keys = keys + (key,)  # noqa: RUF005
+        keys = keys + (key,)  # type: ignore[assignment]  # noqa: RUF005
         mirror = (tie - lane * D8) - ordered
         if (H != HEADS) or (L != D8):
             key = tl.where(inside, key, LOWEST)
@@ -296,7 +286,7 @@ def _pack_values(
     c = ()
     chosen = tl.zeros((H, L), dtype=tl.int32)
     for lane in tl.static_range(8):
-        c = c + (_encode((values[lane].to(tl.float32) - z) * inv, midpoints, BITS),)  # noqa: RUF005
+        c = c + (_encode((values[lane].to(tl.float32) - z) * inv, midpoints, BITS),)  # type: ignore[assignment]  # noqa: RUF005
         if K > 0:
             mirror = 2 * (tie - lane * D8) - keys[lane]
             chosen |= ((keys[lane] >= high) | (mirror >= low)).to(tl.int32) << lane

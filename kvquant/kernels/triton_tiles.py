@@ -109,3 +109,13 @@ def _emit(
         tl.store(positions + slot, place, mask=here)
         word = rest
         slot += 1
+
+
+@triton.jit
+def _sum(tile):
+    return tl.sum(tl.sum(tile, axis=1), axis=0)
+
+
+@triton.jit
+def _max(tile):
+    return tl.max(tl.max(tile, axis=1), axis=0)

@@ -130,8 +130,8 @@ def test_what_finds_no_room_is_counted() -> None:
 @pytest.mark.parametrize("slots", [40, 4000])
 def test_appends_share_an_arena(slots: int) -> None:
     quantizer = make(2, 64, 3, 0.02)
-    x = torch.randn(4, 2, 32, 64, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
-    room = 32 * 24
+    x = torch.randn(4, 2, 16, 64, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
+    room = 16 * 24
 
     def arena() -> PackTarget:
         return PackTarget(
@@ -145,15 +145,17 @@ def test_appends_share_an_arena(slots: int) -> None:
         )
 
     both = arena(), arena()
-    zero = torch.zeros((4, 32), dtype=torch.float16, device=DEVICE)
+    zero = torch.zeros((4, 16), dtype=torch.float16, device=DEVICE)
     scale = torch.zeros_like(zero)
     for part in (slice(0, 1), slice(1, 4)):
-        views = [
+        key_view, value_view = (
             replace(t, codes=t.codes[part], begin=t.begin[part], count=t.count[part])
             for t in both
             if t.begin is not None and t.count is not None
-        ]
-        assert quantizer.triton_pack_into(x[part], x[part], *views, zero[part], scale[part])
+        )
+        assert quantizer.triton_pack_into(
+            x[part], x[part], key_view, value_view, zero[part], scale[part]
+        )
     key, value = quantizer.pack_keys(x), quantizer.pack_values(x)
     assert torch.equal(both[0].codes, key.codes)
     assert torch.equal(both[1].codes, value.codes)
@@ -165,7 +167,7 @@ def test_appends_share_an_arena(slots: int) -> None:
         assert t.positions is not None
         assert t.values is not None
         assert expected is not None
-        slab = SparseSlab(t.begin, t.count, t.positions, t.values, (4, 2, 32, 64))
+        slab = SparseSlab(t.begin, t.count, t.positions, t.values, (4, 2, 16, 64))
         assert slab.nnz + int(t.status[0]) == expected.nnz
         assert slab.nnz == min(slots, expected.nnz)
         assert int(t.begin.max()) <= slots
