@@ -120,11 +120,15 @@ class BatchedKVQuantizer:
     def _check(self, x: torch.Tensor, name: str) -> None:
         if x.dtype not in (torch.float16, torch.bfloat16):
             raise TypeError(f"{name}: expected fp16 or bf16 blocks, got {x.dtype}")
-        finite = torch.isfinite(x).all()
-        if x.is_cuda:
-            torch._assert_async(finite, f"{name}: NaN or Inf in the input")  # no host sync
-        elif not bool(finite):
+        # On a GPU the host would wait for the answer; whoever packs there asks `not_finite`.
+        if not x.is_cuda and not bool(torch.isfinite(x).all()):
             raise ValueError(f"{name}: NaN or Inf in the input (fp16 overflows beyond 65504)")
+
+    @staticmethod
+    def not_finite(*blocks: torch.Tensor) -> torch.Tensor:
+        """int32 `[1]`, 1 if any block holds NaN or Inf."""
+        found = torch.stack([torch.isfinite(x).all() for x in blocks])
+        return (~found.all()).int().view(1)
 
     def _encode_keys(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         normalized = (x.float() - self._zero) * self._inverse

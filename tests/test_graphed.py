@@ -26,9 +26,10 @@ DIM = 64
 def half_model(spec: NuqScheme, family: str = "llama") -> QuantizedModel:
     model = tiny_model(family, head_dim=DIM).half().cuda()
     install_attention(model)
-    tables = LayerQuantizer(
-        torch.zeros(2, DIM), torch.full((2, DIM), 0.4), fit("nf", spec.bits), fit("nf", spec.bits)
-    ).to("cuda")
+    reach = 2.6 if family == "qwen3" else 0.4  # its keys are normalized
+    levels = fit("nf", spec.bits)
+    tables = LayerQuantizer(torch.zeros(2, DIM), torch.full((2, DIM), reach), levels, levels)
+    tables = tables.to("cuda")
     return QuantizedModel(model, None, spec, build_codecs(spec, 2, [tables, tables]))
 
 

@@ -79,6 +79,30 @@ def _tables(heads: int, dim: int, bits: int, layers: int, device: str) -> list[L
     return [one] * layers
 
 
+@torch.inference_mode()
+def _fitted_tables(
+    model: Any, shape: dict[str, int], bits: int, device: str
+) -> list[LayerQuantizer]:
+    """Tables whose ranges leave about one per cent of this model's keys outside."""
+    seen: list[torch.Tensor] = []
+    hooks = [
+        layer.self_attn.original.k_proj.register_forward_hook(
+            lambda module, inputs, output: seen.append(output[0].float())
+        )
+        for layer in model.model.layers
+    ]
+    model(input_ids=torch.randint(0, shape["vocab_size"], (1, 1024), device=device))
+    for hook in hooks:
+        hook.remove()
+    heads, dim = shape["num_key_value_heads"], _head_dim(shape)
+    found = []
+    for keys in seen:
+        low, high = (torch.quantile(keys, q, dim=0).view(heads, dim) for q in (0.005, 0.995))
+        levels = fit("nf", bits).to(device)
+        found.append(LayerQuantizer((low + high) / 2, (high - low) / 2, levels, levels))
+    return found
+
+
 def _rounds(
     names: list[str], sides: list[Callable[[], object]], args: argparse.Namespace, device: str
 ) -> dict[str, Any]:
@@ -156,9 +180,8 @@ def measure_prefill(shape: dict[str, int], args: argparse.Namespace, device: str
     finally:
         torch.set_default_dtype(torch.float32)
     install_attention(model)
-    heads, dim = shape["num_key_value_heads"], _head_dim(shape)
     spec = NuqScheme(kind="nuq", bits=args.bits, block_size=args.block_size)
-    codecs = build_codecs(spec, layers, _tables(heads, dim, args.bits, layers, device))
+    codecs = build_codecs(spec, layers, _fitted_tables(model, shape, args.bits, device))
     assert codecs is not None
     low = args.tokens // 2 if args.ragged else args.tokens
     lengths = torch.linspace(args.tokens, low, args.batch).long()

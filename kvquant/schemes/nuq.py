@@ -39,6 +39,7 @@ class NuqCodec(Codec):
         packed = self.quantizer.triton_pack(keys, values)
         if packed is None:
             k, v = self.quantizer.pack_keys(keys), self.quantizer.pack_values(values)
+            bad = self.quantizer.not_finite(keys, values) if keys.is_cuda else None
         else:
             k, v, bad = packed
         dense = {"keys": k.codes, "values": v.codes, "zero": v.zero, "scale": v.scale}
