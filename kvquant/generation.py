@@ -73,13 +73,22 @@ def left_pad(
     return ids.to(device), mask.to(device)
 
 
-def cut(tokens: list[int], eos_ids: Collection[int], stop: Stop | None) -> tuple[list[int], bool]:
+def cut(
+    tokens: list[int], eos_ids: Collection[int], stop: Stop | None, start: int = 0
+) -> tuple[list[int], bool]:
     """An answer up to its end, and whether it has ended.
 
     The end is the first end token (left out) or the first prefix for which `stop` is true (kept),
     so it does not matter how far beyond it a batch went on.
+
+    Args:
+        tokens: The answer so far.
+        eos_ids: End tokens.
+        stop: As in :func:`greedy`.
+        start: So many tokens are known to hold no end.
     """
-    for at, token in enumerate(tokens):
+    for at in range(start, len(tokens)):
+        token = tokens[at]
         if token in eos_ids:
             return tokens[:at], True
         if stop is not None and stop(tokens[: at + 1]):
@@ -200,6 +209,7 @@ def _batch(
         torch.cuda.empty_cache()  # what the prefill alone needed serves others on this GPU
     check_every = CHECK_EVERY_CUDA if device.type == "cuda" else 1
     answers: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
     rows = list(range(len(prompts)))  # those in the cache, in its order
     news: list[torch.Tensor] = []  # their tokens since they were last brought to the host
     for step in range(max_new_tokens):
@@ -208,8 +218,8 @@ def _batch(
         if step + 1 == max_new_tokens:
             break
         if (step + 1) % check_every == 0:
-            _collect(answers, rows, news)
-            going = [i for i, row in enumerate(rows) if not cut(answers[row], ends, stop)[1]]
+            _collect(answers, rows, news, ends, stop, ended)
+            going = [i for i, row in enumerate(rows) if not ended[row]]
             if not going:
                 break
             if len(rows) - len(going) >= ENDED_SHARE * len(rows) and can_drop_rows(cache):
@@ -225,14 +235,23 @@ def _batch(
             use_cache=True,
             logits_to_keep=1,
         )
-    _collect(answers, rows, news)
-    tokens = [cut(answer, ends, stop)[0] for answer in answers]
-    return GenerationResult(tokens, sum(sizes), row_bytes, row_elements)
+    _collect(answers, rows, news, ends, stop, ended)
+    return GenerationResult(answers, sum(sizes), row_bytes, row_elements)
 
 
-def _collect(answers: list[list[int]], rows: list[int], news: list[torch.Tensor]) -> None:
-    """Brings new tokens to the host, behind the answers of their rows."""
-    if news:
-        for row, tokens in zip(rows, torch.cat(news, dim=1).tolist(), strict=True):
-            answers[row] += tokens
-        news.clear()
+def _collect(
+    answers: list[list[int]],
+    rows: list[int],
+    news: list[torch.Tensor],
+    ends: frozenset[int],
+    stop: Stop | None,
+    ended: list[bool],
+) -> None:
+    """Brings new tokens to the host, behind the answers of their rows, and cuts what has ended."""
+    if not news:
+        return
+    for row, tokens in zip(rows, torch.cat(news, dim=1).tolist(), strict=True):
+        if not ended[row]:
+            known = len(answers[row])
+            answers[row], ended[row] = cut(answers[row] + tokens, ends, stop, known)
+    news.clear()
