@@ -34,7 +34,8 @@ def outputs(verb: str, given: dict[str, list[str]]) -> list[Path]:
             for name in ("run.json", "samples.jsonl")
         ]
     elif verb == "tables":
-        names = ("accuracy", "statistics", "throughput", "energy", "memory")
+        names = ("summary", "perplexity", "passkey", "ruler", "longbench")
+        names += ("statistics", "throughput", "energy", "memory")
         files += [folder / f"{name}.tex" for name in names]
     tables = {
         "aggregate": ("eval", "samples", "perf", "energy"),
