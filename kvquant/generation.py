@@ -14,8 +14,7 @@ from kvquant.fetch.progress import note
 
 # Looking at tokens makes the host wait for a GPU, so that is done once in so many steps there.
 CHECK_EVERY_CUDA = 8
-# Answers that have ended leave the batch once so large a share of it has: a step costs the rows
-# that are in the cache, and leaving costs a copy of an unquantized cache.
+# Answers that have ended leave once so large a share has: leaving copies an unquantized cache.
 ENDED_SHARE = 0.25
 
 Stop = Callable[[list[int]], bool]
@@ -23,13 +22,12 @@ Stop = Callable[[list[int]], bool]
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What :func:`greedy` returns; every list has one entry a prompt, in the order of the prompts.
+    """What :func:`greedy` returns; lists have an entry a prompt, in the order of the prompts.
 
     Attributes:
         tokens: New tokens of each prompt, without the end token.
         prompt_tokens: Tokens of all prompts.
-        row_bytes: Bytes allocated for each prompt after the prefill: its batch's bytes, which are
-            measured, shared out by tokens.
+        row_bytes: Of each prompt: its batch's bytes after the prefill, shared out by tokens.
         row_elements: Key and value elements of each prompt's tokens in those bytes.
     """
 
@@ -40,7 +38,7 @@ class GenerationResult:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes the caches had allocated after the prefill, summed over batches."""
+        """Bytes that all batches' caches had allocated after their prefill."""
         return sum(self.row_bytes)
 
     @property
@@ -81,15 +79,10 @@ def cut(
     The end is the first end token (left out) or the first prefix for which `stop` is true (kept),
     so it does not matter how far beyond it a batch went on.
 
-    Args:
-        tokens: The answer so far.
-        eos_ids: End tokens.
-        stop: As in :func:`greedy`.
-        start: So many tokens are known to hold no end.
+    The first `start` tokens are known to hold no end.
     """
     for at in range(start, len(tokens)):
-        token = tokens[at]
-        if token in eos_ids:
+        if tokens[at] in eos_ids:
             return tokens[:at], True
         if stop is not None and stop(tokens[: at + 1]):
             return tokens[: at + 1], True
@@ -125,10 +118,10 @@ def greedy(
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {index}: is empty")
-        if len(prompt) + max_new_tokens > qm.max_positions:
+        if len(prompt) + max_new_tokens > qm.position_limit:
             raise UserError(
                 f"prompt {index}: {len(prompt)} tokens and {max_new_tokens} of answer, but the "
-                f"model has {qm.max_positions} positions"
+                f"model has {qm.position_limit} positions"
             )
     if max_new_tokens < 0 or batch_size < 1:
         raise UserError("max_new_tokens must not be negative, batch_size must be at least 1")
