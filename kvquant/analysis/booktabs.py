@@ -58,7 +58,7 @@ def booktabs(
     kind = "longtable" if pages else "tabular"
     lines = [f"\\begin{{{size}}}"]
     if tight:
-        lines.append(r"\setlength{\tabcolsep}{3.5pt}")
+        lines.append(r"\setlength{\tabcolsep}{2.5pt}")
     lines += [f"\\begin{{{kind}}}{{{columns}}}", r"\toprule", " & ".join(heads) + r" \\"]
     lines.append(r"\midrule")
     if pages:

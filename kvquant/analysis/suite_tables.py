@@ -22,8 +22,8 @@ MARKS = {
     "equivalent": r"$\approx$",
     "worse": r"$\downarrow$",
     "better": r"$\uparrow$",
-    "worse (within margin)": r"$\downarrow\!\approx$",
-    "better (within margin)": r"$\uparrow\!\approx$",
+    "worse (within margin)": r"$\searrow$",
+    "better (within margin)": r"$\nearrow$",
 }
 
 
@@ -68,10 +68,10 @@ def suite_test(t: Tables, suite: str, model: str, scheme: str) -> pd.Series | No
     return _test(t, "suite", suite, model, scheme)
 
 
-def marked(value: float, test: pd.Series | None) -> Latex:
-    """A score and the mark of its verdict."""
+def marked(value: float, test: pd.Series | None, digits: int = 1) -> Latex:
+    """A number and the mark of its verdict, in a box of one width so that digits stay aligned."""
     mark = MARKS.get(str(test.verdict), "") if test is not None else ""
-    return Latex(number(value, 1) + mark)
+    return Latex(rf"{number(value, digits)}\makebox[0.9em][l]{{{mark}}}")
 
 
 def perplexity(t: Tables) -> str:
@@ -167,8 +167,7 @@ def summary(t: Tables) -> str:
         if len(tasks):
             first = mine[mine.task == tasks[0]]
             test = _test(t, "task", tasks[0], model, scheme)
-            mark = MARKS.get(str(test.verdict), "") if test is not None else ""
-            cells["perplexity"] = Latex(number(first.value.mean()) + mark)
+            cells["perplexity"] = marked(first.value.mean(), test, digits=2)
             if not np.isnan(first.kl.mean()):
                 cells["KL, nats"] = number(first.kl.mean(), 4)
         for suite in suites:
