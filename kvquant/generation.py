@@ -8,30 +8,43 @@ from typing import Any
 
 import torch
 
-from kvquant.cache import cache_elements, cache_nbytes
+from kvquant.cache import Fp16Layer, KVQuantCache, cache_elements, cache_nbytes
 from kvquant.errors import UserError
+from kvquant.fetch.progress import note
 
 # Looking at tokens makes the host wait for a GPU, so that is done once in so many steps there.
 CHECK_EVERY_CUDA = 8
+# Answers that have ended leave once so large a share has: leaving copies an unquantized cache.
+ENDED_SHARE = 0.25
 
 Stop = Callable[[list[int]], bool]
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What :func:`greedy` returns.
+    """What :func:`greedy` returns; lists have an entry a prompt, in the order of the prompts.
 
     Attributes:
-        tokens: New tokens of each prompt, in the order of the prompts, without the end token.
+        tokens: New tokens of each prompt, without the end token.
         prompt_tokens: Tokens of all prompts.
-        cache_bytes: Bytes the caches had allocated after the prefill, summed over batches.
-        cache_elements: Key and value elements of the prompts' tokens in those bytes.
+        row_bytes: Of each prompt: its batch's bytes after the prefill, shared out by tokens.
+        row_elements: Key and value elements of each prompt's tokens in those bytes.
     """
 
     tokens: list[list[int]]
     prompt_tokens: int
-    cache_bytes: int
-    cache_elements: int
+    row_bytes: list[int]
+    row_elements: list[int]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that all batches' caches had allocated after their prefill."""
+        return sum(self.row_bytes)
+
+    @property
+    def cache_elements(self) -> int:
+        """Key and value elements of the prompts' tokens in those bytes."""
+        return sum(self.row_elements)
 
 
 def end_ids(qm: Any) -> list[int]:
@@ -58,14 +71,18 @@ def left_pad(
     return ids.to(device), mask.to(device)
 
 
-def cut(tokens: list[int], eos_ids: Collection[int], stop: Stop | None) -> tuple[list[int], bool]:
+def cut(
+    tokens: list[int], eos_ids: Collection[int], stop: Stop | None, start: int = 0
+) -> tuple[list[int], bool]:
     """An answer up to its end, and whether it has ended.
 
     The end is the first end token (left out) or the first prefix for which `stop` is true (kept),
     so it does not matter how far beyond it a batch went on.
+
+    The first `start` tokens are known to hold no end.
     """
-    for at, token in enumerate(tokens):
-        if token in eos_ids:
+    for at in range(start, len(tokens)):
+        if tokens[at] in eos_ids:
             return tokens[:at], True
         if stop is not None and stop(tokens[: at + 1]):
             return tokens[: at + 1], True
@@ -101,26 +118,55 @@ def greedy(
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {index}: is empty")
-        if len(prompt) + max_new_tokens > qm.max_positions:
+        if len(prompt) + max_new_tokens > qm.position_limit:
             raise UserError(
                 f"prompt {index}: {len(prompt)} tokens and {max_new_tokens} of answer, but the "
-                f"model has {qm.max_positions} positions"
+                f"model has {qm.position_limit} positions"
             )
     if max_new_tokens < 0 or batch_size < 1:
         raise UserError("max_new_tokens must not be negative, batch_size must be at least 1")
     ends = frozenset(end_ids(qm) if eos_ids is None else eos_ids)
     answers: list[list[int]] = []
-    nbytes = elements = 0
-    for first in range(0, len(prompts), batch_size):
-        batch = prompts[first : first + batch_size]
-        with torch.inference_mode():
-            found = _batch(qm, batch, max_new_tokens, ends, stop, protocol)
+    row_bytes: list[int] = []
+    row_elements: list[int] = []
+    while len(answers) < len(prompts):
+        batch = prompts[len(answers) : len(answers) + batch_size]
+        found = None
+        try:
+            with torch.inference_mode():
+                found = _batch(qm, batch, max_new_tokens, ends, stop, protocol)
+        except torch.cuda.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+        if found is None:  # here, because the exception holds the failed batch's tensors
+            batch_size = (len(batch) + 1) // 2
+            torch.cuda.empty_cache()
+            note(f"out of GPU memory: going on with batches of {batch_size}")
+            continue
         answers += found.tokens
-        nbytes += found.cache_bytes
-        elements += found.cache_elements
+        row_bytes += found.row_bytes
+        row_elements += found.row_elements
         if on_batch is not None:
             on_batch(len(answers))
-    return GenerationResult(answers, sum(map(len, prompts)), nbytes, elements)
+    return GenerationResult(answers, sum(map(len, prompts)), row_bytes, row_elements)
+
+
+def share_out(total: int, weights: Sequence[int]) -> list[int]:
+    """Whole numbers in proportion to `weights` whose sum is exactly `total`."""
+    whole, seen, given = sum(weights), 0, 0
+    shares = []
+    for weight in weights:
+        seen += weight
+        shares.append(total * seen // whole - given)
+        given += shares[-1]
+    return shares
+
+
+def can_drop_rows(cache: Any) -> bool:
+    """Whether a cache can give up sequences; transformers' own quantized layers cannot."""
+    if isinstance(cache, KVQuantCache):
+        return True
+    return all(type(layer) is Fp16Layer for layer in cache.layers)
 
 
 def _batch(
@@ -149,16 +195,31 @@ def _batch(
         use_cache=True,
         logits_to_keep=1,
     )
-    nbytes, elements = cache_nbytes(cache), cache_elements(cache, mask)
+    sizes = [len(prompt) for prompt in prompts]
+    row_bytes = share_out(cache_nbytes(cache), sizes)
+    row_elements = share_out(cache_elements(cache, mask), sizes)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the prefill alone needed serves others on this GPU
     check_every = CHECK_EVERY_CUDA if device.type == "cuda" else 1
-    news: list[torch.Tensor] = []
+    answers: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
+    rows = list(range(len(prompts)))  # those in the cache, in its order
+    news: list[torch.Tensor] = []  # their tokens since they were last brought to the host
     for step in range(max_new_tokens):
         token = output.logits[:, -1].argmax(-1, keepdim=True)
         news.append(token)
         if step + 1 == max_new_tokens:
             break
-        if (step + 1) % check_every == 0 and _all_ended(news, ends, stop):
-            break
+        if (step + 1) % check_every == 0:
+            _collect(answers, rows, news, ends, stop, ended)
+            going = [i for i, row in enumerate(rows) if not ended[row]]
+            if not going:
+                break
+            if len(rows) - len(going) >= ENDED_SHARE * len(rows) and can_drop_rows(cache):
+                chosen = torch.tensor(going, device=device)
+                cache.batch_select_indices(chosen)
+                full_mask, lengths, token = full_mask[chosen], lengths[chosen], token[chosen]
+                rows = [rows[i] for i in going]
         output = qm.model(
             input_ids=token,
             attention_mask=full_mask[:, : width + step + 1],
@@ -167,12 +228,23 @@ def _batch(
             use_cache=True,
             logits_to_keep=1,
         )
-    rows = torch.cat(news, dim=1).tolist() if news else [[] for _ in prompts]
-    answers = [cut(row, ends, stop)[0] for row in rows]
-    return GenerationResult(answers, int(lengths.sum()), nbytes, elements)
+    _collect(answers, rows, news, ends, stop, ended)
+    return GenerationResult(answers, sum(sizes), row_bytes, row_elements)
 
 
-def _all_ended(news: list[torch.Tensor], ends: frozenset[int], stop: Stop | None) -> bool:
-    """Whether every row has ended; brings the tokens to the host."""
-    rows = torch.cat(news, dim=1).tolist()
-    return all(cut(row, ends, stop)[1] for row in rows)
+def _collect(
+    answers: list[list[int]],
+    rows: list[int],
+    news: list[torch.Tensor],
+    ends: frozenset[int],
+    stop: Stop | None,
+    ended: list[bool],
+) -> None:
+    """Brings new tokens to the host, behind the answers of their rows, and cuts what has ended."""
+    if not news:
+        return
+    for row, tokens in zip(rows, torch.cat(news, dim=1).tolist(), strict=True):
+        if not ended[row]:
+            known = len(answers[row])
+            answers[row], ended[row] = cut(answers[row] + tokens, ends, stop, known)
+    news.clear()

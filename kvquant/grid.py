@@ -51,6 +51,16 @@ def request(
     return Request(gpus, mem * attempt, study.task(task).minutes * len(study.seeds) * attempt)
 
 
+def place_in_line(study: Study, model: str, scheme: str, task: str) -> int:
+    """When an evaluation's turn comes: tasks as the study lists them, in each all schemes.
+
+    A run that is cut short has then finished the first tasks for every scheme, to be compared.
+    """
+    place = list(study.tasks).index(task)
+    place = place * len(study.models) + list(study.models).index(model)
+    return place * len(study.schemes) + list(study.schemes).index(scheme)
+
+
 def _timed_seconds(study: Study, rule: str) -> float:
     """Upper bound of the timed part: the scheme and the baseline, prefill and decode."""
     if rule == "throughput":
@@ -69,8 +79,8 @@ def grid_rows(study: Study) -> list[tuple[str, int, int, str]]:
     rows = []
     for name, task in study.tasks.items():
         if isinstance(task, PerplexityTask):
-            what = f"{_count(task.windows, 'window')} of {task.window} tokens, protocol "
-            what += task.protocol
+            size = f"of {task.window} tokens" if task.window else "of all the model's positions"
+            what = f"{_count(task.windows, 'window')} {size}, protocol {task.protocol}"
         else:
             what = f"{_count(task.samples, 'sample')} of {task.length} tokens"
         jobs = models * schemes

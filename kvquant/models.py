@@ -170,6 +170,18 @@ class QuantizedModel:
         """Longest sequence the position embedding is made for."""
         return int(self.model.config.max_position_embeddings)
 
+    @property
+    def position_limit(self) -> int:
+        """Longest sequence that is not refused: more than `max_positions` where RoPE is scaled.
+
+        Some configurations state the scaled length as `max_position_embeddings`, others the one
+        that the factor multiplies; the larger reading counts.
+        """
+        rope = getattr(self.model.config, "rope_parameters", None) or {}
+        factor = float(rope.get("factor") or 1.0)
+        base = int(rope.get("original_max_position_embeddings") or self.max_positions)
+        return max(self.max_positions, int(base * factor))
+
     def _rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rotary = self.model.model.rotary_emb
         like = torch.empty(0, dtype=torch.float32, device=positions.device)

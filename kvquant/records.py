@@ -45,7 +45,9 @@ class EvalRecord(_Record):
     cache_elements: int = Field(description="key and value elements held by those bytes")
     bits_per_element: float
     samples_sha256: str
-    seconds: float = Field(description="wall time; not part of any table")
+    seconds: float = Field(
+        description="wall time, shared equally by seeds measured together; not part of any table"
+    )
 
 
 class Percentiles(BaseModel):

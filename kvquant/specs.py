@@ -6,6 +6,10 @@ before it. Comments and speed-ups do not bump it.
 
 from __future__ import annotations
 
+import functools
+import json
+from pathlib import Path
+
 from kvquant.config import (
     EnergySpec,
     NuqScheme,
@@ -29,6 +33,16 @@ def needs_calibration(scheme: SchemeSpec) -> bool:
 def dataset_of(task: TaskSpec) -> str | None:
     """The text a task reads, or None when it makes its own."""
     return task_dataset(task)
+
+
+@functools.cache
+def settled(file: str, digest: str) -> bool:
+    """Whether a JSON file is there and records `digest`: it need not be made again."""
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("spec_digest") == digest
 
 
 def calibration_digest(study: Study, model: str) -> str:

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvquant import generation
 from kvquant.config import Fp16Scheme, KiviScheme
 from kvquant.errors import UserError
-from kvquant.generation import cut, end_ids, greedy, left_pad
+from kvquant.generation import cut, end_ids, greedy, left_pad, share_out
 from kvquant.models import load_quantized_model
 from tests.evaluation.tiny import save_tiny
 
@@ -61,6 +62,64 @@ def test_answers_do_not_depend_on_the_batch(
     assert together.tokens == alone.tokens
     assert together.cache_elements == alone.cache_elements
     assert together.prompt_tokens == alone.prompt_tokens == sum(LENGTHS)
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "kivi"])
+def test_ended_rows_leave_the_cache_and_change_no_answer(
+    models: dict[str, Any], scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qm, given_prompts = models[scheme], prompts([*LENGTHS, 30, 55])
+    widths: list[int] = []
+    forward = qm.model.forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        widths.append(kwargs["input_ids"].shape[0])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(qm.model, "forward", counting)
+    options: dict[str, Any] = {"eos_ids": [], "stop": lambda t: t[-1] % 5 == 0}
+    dropped = greedy(qm, given_prompts, 40, batch_size=7, **options)
+    assert widths[0] == 7 and 0 < widths[-1] < 7
+    assert widths == sorted(widths, reverse=True)
+    monkeypatch.setattr("kvquant.generation.can_drop_rows", lambda cache: False)
+    widths.clear()
+    kept = greedy(qm, given_prompts, 40, batch_size=7, **options)
+    assert set(widths) == {7}
+    assert dropped == kept
+    assert dropped.tokens == greedy(qm, given_prompts, 40, batch_size=1, **options).tokens
+
+
+def test_out_of_gpu_memory_halves_the_batches(
+    models: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    qm, given_prompts, sizes = models["fp16"], prompts(LENGTHS), []
+    expected = greedy(qm, given_prompts, 8, batch_size=1)
+    plain = generation._batch
+
+    def small_card(qm: Any, batch: list[list[int]], *rest: Any) -> Any:
+        sizes.append(len(batch))
+        if len(batch) > limit:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return plain(qm, batch, *rest)
+
+    monkeypatch.setattr(generation, "_batch", small_card)
+    limit = 2
+    assert greedy(qm, given_prompts, 8, batch_size=8).tokens == expected.tokens
+    assert sizes == [5, 3, 2, 2, 1]
+    assert "going on with batches of 2" in capsys.readouterr().err
+    limit = 0
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        greedy(qm, given_prompts, 8, batch_size=8)
+
+
+@given(st.integers(0, 10**12), st.lists(st.integers(1, 9000), min_size=1, max_size=20))
+def test_bytes_are_shared_out_exactly(total: int, weights: list[int]) -> None:
+    shares = share_out(total, weights)
+    assert sum(shares) == total and min(shares) >= 0
+    for part, weight in zip(shares, weights, strict=True):
+        assert abs(part - total * weight / sum(weights)) <= 1.001
 
 
 def test_counts_bytes_and_elements_of_the_prompt(models: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from kvquant.grid import (
     grid_rows,
     job_rows,
     one_job_a_seed,
+    place_in_line,
     request,
 )
 
@@ -26,6 +27,21 @@ def test_rows_count_what_the_study_lists(root: Path) -> None:
         assert rows[f"evaluate {task}"] == (schemes, schemes * seeds)
     assert rows["throughput"][0] == len(study.throughput_cells())
     assert rows["energy"][0] == len(study.energy_cells())
+
+
+def test_window_zero_is_told_as_all_positions(root: Path) -> None:
+    study = load_study(root / "config/h100.yaml")
+    told = {stage: what for stage, _, _, what in grid_rows(study)}
+    full = told["evaluate ppl-wikitext2-full-b"]
+    assert full.startswith("8 windows of all the model's positions, protocol B")
+    assert told["evaluate ppl-wikitext2-b"].startswith("all windows of 2048 tokens")
+    assert not any(" 0 tokens" in line for line in grid_lines(study))
+
+
+def test_evaluations_have_a_place_in_line(root: Path) -> None:
+    study = load_study(root / "config/athena.yaml")
+    names = [(m, s, t) for t in study.tasks for m in study.models for s in study.schemes]
+    assert [place_in_line(study, *name) for name in names] == list(range(len(names)))
 
 
 def test_hours_are_told_for_gpu_studies_only(root: Path) -> None:

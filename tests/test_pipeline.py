@@ -158,7 +158,7 @@ def test_from_records_to_claims(work: Path) -> None:
     latex = ["--out-dir", str(work / "paper"), "--numbers", str(work / "paper/numbers.tex")]
     assert main(["tables", *study, "--tables", tables, *latex]) == 0
     assert "kvAppendGrowth" in (work / "paper/numbers.tex").read_text()
-    assert r"\toprule" in (work / "paper/accuracy.tex").read_text()
+    assert r"\toprule" in (work / "paper/summary.tex").read_text()
     tests = pd.read_parquet(results / "tables/tests.parquet")
     assert len(tests) == 9
     assert set(pd.read_csv(results / "tables/claims.csv")["verdict"]) <= {

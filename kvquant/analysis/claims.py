@@ -272,7 +272,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the claims as CSV and LaTeX."""
-    from kvquant.analysis.latex import booktabs
+    from kvquant.analysis.booktabs import booktabs
 
     table = judge(load_tables(load_study(args.study), args.tables))
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,8 @@ from kvquant.records import (
 from kvquant.specs import append_digest, energy_digest, eval_digest, perf_digest
 
 FLOAT_FORMAT = "%.10g"
+# Metrics of some suites that tables show beside the one that statistics use.
+SUITE_METRICS = ("kl", "rows_available", "rows_official")
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
@@ -89,7 +91,8 @@ def _eval_rows(
                     keep = ["model", "scheme", "task", "suite", "seed", "protocol", "metric"]
                     keep += ["higher_is_better", "value", "samples", "tokens"]
                     keep += ["cache_bytes", "cache_elements", "bits_per_element"]
-                    rows.append({name: getattr(record, name) for name in keep})
+                    row = {name: getattr(record, name) for name in keep}
+                    rows.append(row | {name: record.metrics.get(name) for name in SUITE_METRICS})
                     lines = folder / "samples.jsonl"
                     text = lines.read_text(encoding="utf-8") if lines.is_file() else ""
                     if sha256_text(text) != record.samples_sha256:
@@ -217,7 +220,8 @@ def collect(study: Study, results: Path, device: str) -> dict[str, pd.DataFrame]
         raise UserError("\n".join(problems))
     order = ["device", "model", "scheme", "workload", "rep"]
     tables = {
-        "eval": pd.DataFrame(evaluations),
+        # as numbers, also where no task has the metric
+        "eval": pd.DataFrame(evaluations).astype(dict.fromkeys(SUITE_METRICS, float)),
         "samples": pd.DataFrame(samples),
         "perf": pd.DataFrame(perf, columns=None if perf else order),
         "energy": pd.DataFrame(energy, columns=None if energy else order),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -19,8 +19,8 @@ from kvquant.errors import UserError, unknown
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# Okabe and Ito's palette: told apart with every common colour vision.
-COLORS = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+# Okabe and Ito's palette without its yellow: told apart with every common colour vision.
+COLORS = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DEPTHS = 10  # rows of the passkey heat map
 WIDTH = 3.4  # inches, one column of the paper
@@ -44,6 +44,7 @@ STYLE = {
 
 
 def _look(study: Study, scheme: str) -> tuple[str, str]:
+    """Color and marker of a scheme; 7 colors and 8 markers make 56 different pairs."""
     index = list(study.schemes).index(scheme)
     return COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
 
@@ -74,11 +75,17 @@ def _loss_panel(axis: Any, study: Study, pareto: pd.DataFrame, tests: pd.DataFra
             label=row.scheme,
             zorder=3,
         )
-    axis.set_yscale("symlog", linthresh=1.0, linscale=0.7)
     axis.axhline(0, color="#888888", linewidth=0.6, zorder=1)
-    ticks = [0, 0.5, 1, 2, 5, 10, 20, 50, 100]
-    top = axis.get_ylim()[1]
-    axis.set_yticks([t for t in ticks if t <= top], [f"{t:g}" for t in ticks if t <= top])
+    _loss_scale(axis, "y")
+
+
+def _loss_scale(axis: Any, which: Literal["x", "y"]) -> None:
+    """A scale for losses from nothing to a hundred: linear below 1, logarithmic above."""
+    getattr(axis, f"set_{which}scale")("symlog", linthresh=1.0, linscale=0.7)
+    low, high = getattr(axis, f"get_{which}lim")()
+    steps = [0, 0.5, 1, 2, 5, 10, 20, 50, 100]
+    ticks = [t for t in (*(-t for t in steps[:0:-1]), *steps) if low <= t <= high]
+    getattr(axis, f"set_{which}ticks")(ticks, [f"{t:g}" for t in ticks])
     axis.minorticks_off()
 
 
@@ -105,37 +112,37 @@ def pareto(study: Study, tables: Path) -> Any:
     return figure
 
 
+def _height(rows: int) -> float:
+    """Inches of an axis with a named row for each scheme."""
+    return 0.35 + 0.16 * rows
+
+
 def perplexity(study: Study, tables: Path) -> Any:
-    """Perplexity increase of every scheme: means with intervals, and each seed."""
+    """Perplexity increase of every scheme, a panel a task: means with intervals, and each seed."""
     tests, values = read_table(tables, "tests"), read_table(tables, "eval")
-    language = tests[tests.suite == "perplexity"]
-    figure, axis = plt.subplots(figsize=(WIDTH, 2.2))
     schemes = [s for s in study.schemes if s != study.baseline]
-    groups = list(language.groupby(["model", "task"], sort=False))
-    for g, ((model, task), group) in enumerate(groups):
-        shift = (g - (len(groups) - 1) / 2) * 0.2
+    groups = list(tests[tests.suite == "perplexity"].groupby(["model", "task"], sort=False))
+    count = max(len(groups), 1)
+    size = (WIDTH, 0.4 + count * (_height(len(schemes)) + 0.1))
+    figure, axes = plt.subplots(count, 1, figsize=size, sharex=True, sharey=True, squeeze=False)
+    for axis, ((model, task), group) in zip(axes.flat, groups, strict=False):
         seeds = values[(values.model == model) & (values.task == task)]
         base = seeds[seeds.scheme == study.baseline].set_index("seed")["value"]
         for i, scheme in enumerate(schemes):
             row = group[group.scheme == scheme].iloc[0]
             color, marker = _look(study, scheme)
             single = seeds[seeds.scheme == scheme].set_index("seed")["value"] - base
-            jitter = np.linspace(-0.06, 0.06, len(single))
-            axis.plot(i + shift + 0.13 + jitter, single, ".", color=color, ms=2.5, alpha=0.6)
-            axis.errorbar(
-                i + shift,
-                row.difference,
-                yerr=[[row.difference - row.ci_low], [row.ci_high - row.difference]],
-                fmt=marker,
-                color=color,
-                capsize=2.5,
-                elinewidth=0.9,
-            )
-    axis.set_yscale("log")
-    axis.set_xticks(range(len(schemes)), schemes)
-    axis.grid(axis="x", visible=False)
-    axis.set_ylabel("perplexity increase over fp16")
-    axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+            axis.plot(single, [i + 0.3] * len(single), ".", color=color, ms=2.5, alpha=0.6)
+            ends = [row.difference - row.ci_low], [row.ci_high - row.difference]
+            style = {"color": color, "capsize": 2.0, "elinewidth": 0.9, "ms": 4}
+            axis.errorbar(row.difference, i, xerr=ends, fmt=marker, **style)
+        axis.axvline(0, color="#888888", linewidth=0.6, zorder=1)
+        axis.set_title(task if len(study.models) == 1 else f"{model}, {task}", fontsize=7)
+        axis.set_yticks(range(len(schemes)), schemes)
+        axis.grid(axis="y", visible=False)
+    axes.flat[0].invert_yaxis()
+    _loss_scale(axes.flat[-1], "x")
+    axes.flat[-1].set_xlabel("perplexity increase over fp16 (less is better)")
     return figure
 
 
@@ -143,8 +150,9 @@ def throughput(study: Study, tables: Path) -> Any:
     """Prefill and decode speed over the baseline, by workload."""
     perf = read_table(tables, "perf")
     workloads = list(dict.fromkeys(perf["workload"])) if len(perf) else []
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.3), sharey=True)
     schemes = [s for s in study.schemes if s in set(perf["scheme"])] if len(perf) else []
+    size = (WIDTH, max(2.3, 0.5 + _height(len(schemes))))
+    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True)
     for axis, part in zip(axes, ("prefill", "decode"), strict=True):
         for i, scheme in enumerate(schemes):
             color, _ = _look(study, scheme)

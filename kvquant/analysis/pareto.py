@@ -11,6 +11,8 @@ import pandas as pd
 from kvquant.analysis.collect import read_table, write_table
 from kvquant.config import Study, load_study
 
+SCORED = ("passkey", "ruler", "longbench")  # suites of a score in percent
+
 
 def dominated(costs: np.ndarray) -> np.ndarray:
     """Which rows another row beats.
@@ -43,7 +45,8 @@ def pareto_table(
     """One row a (model, scheme).
 
     `bits_per_element` is that of the first perplexity task, or of all tasks without one: contexts
-    of one length, so that schemes are compared under the same share of 16-bit tokens.
+    of one length, so that schemes are compared under the same share of 16-bit tokens. `kl` is the
+    mean over perplexity tasks; it does not count for dominance, as perplexity shows that damage.
     """
     rows = []
     for model in study.models:
@@ -53,12 +56,13 @@ def pareto_table(
                 (evaluations.model == model) & (evaluations.scheme == study.baseline)
             ]
             row: dict[str, object] = {"model": model, "scheme": scheme}
-            for suite in ("perplexity", "passkey", "ruler"):
+            for suite in ("perplexity", *SCORED):
                 values = mine[mine.suite == suite].groupby("task")["value"].mean()
                 reference = base[base.suite == suite].groupby("task")["value"].mean()
                 row[suite] = values.mean() if len(values) else np.nan
                 row[f"{suite}_change"] = (values - reference).mean() if len(values) else np.nan
             language = mine[mine.suite == "perplexity"]
+            row["kl"] = language["kl"].mean() if "kl" in language else np.nan
             sized = language if len(language) else mine
             bits = 8 * sized.cache_bytes.sum() / sized.cache_elements.sum()
             row["bits_per_element"] = bits
@@ -86,8 +90,7 @@ def pareto_table(
         costs = np.column_stack(
             [
                 table.loc[mine, "perplexity_change"],
-                -table.loc[mine, "passkey_change"],
-                -table.loc[mine, "ruler_change"],
+                *(-table.loc[mine, f"{suite}_change"] for suite in SCORED),
                 table.loc[mine, "bits_per_element"],
                 -table.loc[mine, "prefill_ratio"],
                 table.loc[mine, "energy_ratio"],

@@ -1,8 +1,9 @@
 """`kvquant statistics`: paired tests of every scheme and task against the baseline.
 
-Pairs are seeds: a seed fixes the samples, so both schemes saw the same ones. With all differences
-equal there is no variance and no t-test: if they are all zero the verdict is "identical" (p = 1),
-otherwise the difference is exact (p = 0, an interval of width zero).
+Pairs are seeds: a seed fixes the samples, so both schemes saw the same ones; the samples themselves
+are paired for a bootstrap interval. With all differences equal there is no variance and no t-test:
+if they are all zero the verdict is "identical" (p = 1), otherwise the difference is exact (p = 0,
+an interval of width zero).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -126,71 +128,86 @@ def _pair(table: pd.DataFrame, baseline: pd.DataFrame, keys: list[str], what: st
     return (joined[column] - joined[f"{column}_base"]).to_numpy()
 
 
-def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
-    """One row a (model, task, scheme); Holm's family is all rows of a model."""
+def _suite_means(evaluations: pd.DataFrame) -> pd.DataFrame:
+    """A row a (model, scheme, suite, seed) of scores: the mean over the suite's tasks.
+
+    Perplexities of different windows have no meaningful mean, and one task is its own mean.
+    """
+    scored = evaluations[evaluations["suite"] != "perplexity"]
+    if not len(scored):
+        return evaluations.iloc[:0]
+    keys = ["model", "scheme", "suite", "seed"]
+    shared = {"metric": ("metric", "first"), "higher_is_better": ("higher_is_better", "first")}
+    means = scored.groupby(keys, sort=False, as_index=False).agg(
+        value=("value", "mean"), tasks=("task", "nunique"), **shared
+    )
+    return means[means["tasks"] > 1].assign(task=means["suite"])
+
+
+def _compare(
+    study: Study, ours: pd.DataFrame, base: pd.DataFrame, pairs: np.ndarray, what: str
+) -> dict[str, Any]:
+    """One row: seeds paired, and the mean and interval of paired samples."""
     spec: StatisticsSpec = study.statistics
+    suite = str(ours["suite"].iloc[0])
+    margin = spec.margins.get(suite)
+    if margin is None:
+        raise UserError(f"statistics.margins: no margin for the suite '{suite}'")
+    differences = _pair(ours, base[["seed", "value"]], ["seed"], what)
+    test = paired_test(differences, margin, spec.alpha)
+    low, high = bootstrap_interval(pairs, spec.bootstrap, spec.alpha, zlib.crc32(what.encode()))
+    return {
+        "suite": suite,
+        "metric": str(ours["metric"].iloc[0]),
+        "higher_is_better": bool(ours["higher_is_better"].iloc[0]),
+        "baseline_mean": float(base["value"].mean()),
+        "mean": float(ours["value"].mean()),
+        "difference": test.mean,
+        "ci_low": test.low,
+        "ci_high": test.high,
+        "pairs": test.n,
+        "p": test.p,
+        "p_holm": float("nan"),
+        "margin": margin,
+        "p_equivalence": test.p_equivalence,
+        "equivalent": bool(test.p_equivalence < spec.alpha),
+        "effect_size": test.effect,
+        "sample_pairs": int(pairs.size),
+        "sample_difference": float(pairs.mean()),
+        "sample_ci_low": low,
+        "sample_ci_high": high,
+        "verdict": "",
+        "_test": test,
+    }
+
+
+def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
+    """One row a (model, task, scheme), and one a (model, suite of several tasks, scheme).
+
+    `level` tells them apart ("task", "suite"). Holm's family is all rows of a model and level.
+    """
     rows = []
-    for (model, task), group in evaluations.groupby(["model", "task"], sort=False):
-        base = group[group["scheme"] == study.baseline]
-        base_samples = samples[
-            (samples["model"] == model)
-            & (samples["task"] == task)
-            & (samples["scheme"] == study.baseline)
-        ]
-        for scheme in study.schemes:
-            if scheme == study.baseline:
-                continue
-            ours = group[group["scheme"] == scheme]
-            what = f"{model}/{scheme}/{task}"
-            differences = _pair(ours, base[["seed", "value"]], ["seed"], what)
-            suite = str(ours["suite"].iloc[0])
-            margin = spec.margins.get(suite)
-            if margin is None:
-                raise UserError(f"statistics.margins: no margin for the suite '{suite}'")
-            test = paired_test(differences, margin, spec.alpha)
-            mine = samples[
-                (samples["model"] == model)
-                & (samples["task"] == task)
-                & (samples["scheme"] == scheme)
-            ]
-            pairs = _pair(mine, base_samples[["seed", "sample", "score"]], ["seed", "sample"], what)
-            low, high = bootstrap_interval(
-                pairs, spec.bootstrap, spec.alpha, zlib.crc32(what.encode())
-            )
-            rows.append(
-                {
-                    "model": model,
-                    "task": task,
-                    "suite": suite,
-                    "scheme": scheme,
-                    "metric": str(ours["metric"].iloc[0]),
-                    "higher_is_better": bool(ours["higher_is_better"].iloc[0]),
-                    "baseline_mean": float(base["value"].mean()),
-                    "mean": float(ours["value"].mean()),
-                    "difference": test.mean,
-                    "ci_low": test.low,
-                    "ci_high": test.high,
-                    "pairs": test.n,
-                    "p": test.p,
-                    "p_holm": float("nan"),
-                    "margin": margin,
-                    "p_equivalence": test.p_equivalence,
-                    "equivalent": bool(test.p_equivalence < spec.alpha),
-                    "effect_size": test.effect,
-                    "sample_pairs": int(pairs.size),
-                    "sample_difference": float(pairs.mean()),
-                    "sample_ci_low": low,
-                    "sample_ci_high": high,
-                    "verdict": "",
-                    "_test": test,
-                }
-            )
+    levels = (("task", evaluations), ("suite", _suite_means(evaluations)))
+    for level, values in levels:
+        for (model, name), group in values.groupby(["model", "task"], sort=False):
+            base = group[group["scheme"] == study.baseline]
+            mine = samples[(samples["model"] == model) & (samples[level] == name)]
+            base_samples = mine[mine["scheme"] == study.baseline]
+            keys = ["seed", "sample"] if level == "task" else ["task", "seed", "sample"]
+            for scheme in study.schemes:
+                if scheme == study.baseline:
+                    continue
+                ours = group[group["scheme"] == scheme]
+                what = f"{model}/{scheme}/{name}" + (" suite" if level == "suite" else "")
+                scored = mine[mine["scheme"] == scheme]
+                pairs = _pair(scored, base_samples[[*keys, "score"]], keys, what)
+                found = {"model": model, "level": level, "task": name, "scheme": scheme}
+                rows.append(found | _compare(study, ours, base, pairs, what))
     table = pd.DataFrame(rows)
-    for model in table["model"].unique():
-        family = table["model"] == model
-        table.loc[family, "p_holm"] = holm(table.loc[family, "p"].to_numpy())
+    for _, family in table.groupby(["model", "level"]):
+        table.loc[family.index, "p_holm"] = holm(family["p"].to_numpy())
     table["verdict"] = [
-        verdict(row["_test"], row["p_holm"], spec.alpha, row["higher_is_better"])
+        verdict(row["_test"], row["p_holm"], study.statistics.alpha, row["higher_is_better"])
         for _, row in table.iterrows()
     ]
     return table.drop(columns="_test")

@@ -54,17 +54,17 @@ class Context:
 
 
 def check_length(context: Context, length: int, answer: int, field_name: str = "length") -> None:
-    """Refuses a task that is longer than the model's position embedding.
+    """Refuses a task that is longer than the model's positions, scaled ones included.
 
     Raises:
         UserError: Names the task's field.
     """
-    limit = context.qm.max_positions
+    limit = context.qm.position_limit
     if length + answer > limit:
         extra = f" and {answer} of answer" if answer else ""
         raise UserError(
             f"tasks.{context.task}.{field_name}: {length} tokens{extra}, but the model has "
-            f"{limit} positions"
+            f"{limit} positions: shorten it, or set rope_scaling in the model's config.json"
         )
 
 

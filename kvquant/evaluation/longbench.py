@@ -13,6 +13,7 @@ from typing import Any
 from kvquant.config import LongBenchTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
+from kvquant.evaluation.generated import Prepared, answer_seeds
 from kvquant.evaluation.longbench_tasks import (
     LongBenchDefinition,
     definition,
@@ -20,7 +21,6 @@ from kvquant.evaluation.longbench_tasks import (
     read_rows,
     score_answer,
 )
-from kvquant.generation import greedy
 
 ATTEMPTS = 5
 
@@ -80,8 +80,8 @@ def fit_prompt(
     raise UserError(f"length: too short for {task.name}: its prompt does not fit")
 
 
-def run_longbench(context: Context, spec: LongBenchTask, seed: int) -> SuiteResult:
-    """The task's score in percent: the mean of lm-eval's metric over a seed's rows."""
+def prepare_longbench(context: Context, spec: LongBenchTask, seed: int) -> Prepared:
+    """A seed's rows; an answer's score is lm-eval's metric, the best over the row's answers."""
     tokenizer = context.qm.tokenizer
     try:
         task = definition(spec.task)
@@ -98,48 +98,35 @@ def run_longbench(context: Context, spec: LongBenchTask, seed: int) -> SuiteResu
             text if text.startswith("tasks.") else f"tasks.{context.task}: {text}"
         ) from None
 
-    def decode(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+    def second_line(tokens: list[int]) -> bool:
+        return "\n" in str(tokenizer.decode(tokens, skip_special_tokens=True)).lstrip("\n")
 
-    prompts = [prompt for prompt, _ in fitted]
-    found = greedy(
-        context.qm,
-        prompts,
+    def score(index: int, answer: str) -> dict[str, Any]:
+        row = rows[chosen[index]]
+        return {
+            "row": chosen[index],
+            "cut": fitted[index][1],
+            "references": row["answers"],
+            "answer": answer,
+            "score": score_answer(task, row, answer),
+        }
+
+    return Prepared(
+        [prompt for prompt, _ in fitted],
         answer_room,
-        batch_size=spec.batch_size,
+        spec.batch_size,
+        score,
         # A further line is not looked at, so it is not generated either.
-        stop=(lambda tokens: "\n" in decode(tokens).lstrip("\n")) if task.first_line else None,
-        on_batch=lambda done: context.progress(done, len(prompts)),
-    )
-    records: list[dict[str, Any]] = []
-    for index, (at, tokens) in enumerate(zip(chosen, found.tokens, strict=True)):
-        answer = decode(tokens)
-        records.append(
-            {
-                "index": index,
-                "row": at,
-                "prompt_tokens": len(prompts[index]),
-                "cut": fitted[index][1],
-                "references": rows[at]["answers"],
-                "answer": answer,
-                "score": score_answer(task, rows[at], answer),
-            }
-        )
-    value = 100.0 * sum(record["score"] for record in records) / len(records)
-    return SuiteResult(
-        metric="score",
-        higher_is_better=True,
-        value=value,
+        stop=second_line if task.first_line else None,
         metrics={
-            "score": value,
             "rows_available": float(len(rows)),
             "rows_official": float(official_rows(task.name)),
             "subset": float(len(rows) < official_rows(task.name)),
-            "cut_share": sum(record["cut"] for record in records) / len(records),
+            "cut_share": sum(cut for _, cut in fitted) / len(fitted),
         },
-        protocol="A",
-        rows=records,
-        tokens=found.prompt_tokens,
-        cache_bytes=found.cache_bytes,
-        cache_elements=found.cache_elements,
     )
+
+
+def run_longbench(context: Context, spec: LongBenchTask, seed: int) -> SuiteResult:
+    """The task's score in percent: the mean of lm-eval's metric over a seed's rows."""
+    return answer_seeds(context, [prepare_longbench(context, spec, seed)])[0]

@@ -14,7 +14,7 @@ from typing import Any
 from kvquant.config import PasskeyTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
-from kvquant.generation import greedy
+from kvquant.evaluation.generated import Prepared, answer_seeds
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -88,52 +88,31 @@ def is_right(answer: str, key: int) -> bool:
     return first_number(answer) == str(key)
 
 
-def run_passkey(context: Context, spec: PasskeyTask, seed: int) -> SuiteResult:
-    """Accuracy in percent over a seed's prompts."""
+def prepare_passkey(context: Context, spec: PasskeyTask, seed: int) -> Prepared:
+    """A seed's prompts; an answer is right or wrong."""
     check_length(context, spec.length, MAX_NEW_TOKENS)
-    qm = context.qm
+    tokenizer = context.qm.tokenizer
     try:
         samples = [
-            make_sample(qm.tokenizer, spec.length, spec.samples, index, seed)
+            make_sample(tokenizer, spec.length, spec.samples, index, seed)
             for index in range(spec.samples)
         ]
     except UserError as error:
         raise UserError(f"tasks.{context.task}.{error}") from None
-    prompts = [encode(qm.tokenizer, sample.prompt, special=True) for sample in samples]
 
-    def decode(tokens: list[int]) -> str:
-        return str(qm.tokenizer.decode(tokens, skip_special_tokens=True))
+    def score(index: int, answer: str) -> dict[str, Any]:
+        sample = samples[index]
+        right = float(is_right(answer, sample.key))
+        return {"key": sample.key, "depth": sample.depth, "answer": answer, "score": right}
 
-    found = greedy(
-        qm,
-        prompts,
-        MAX_NEW_TOKENS,
-        batch_size=spec.batch_size,
-        stop=lambda tokens: _ENDED.search(decode(tokens)) is not None,
-        on_batch=lambda done: context.progress(done, len(prompts)),
-    )
-    rows: list[dict[str, Any]] = []
-    for index, (sample, tokens) in enumerate(zip(samples, found.tokens, strict=True)):
-        answer = decode(tokens)
-        rows.append(
-            {
-                "index": index,
-                "key": sample.key,
-                "depth": sample.depth,
-                "prompt_tokens": len(prompts[index]),
-                "answer": answer,
-                "score": float(is_right(answer, sample.key)),
-            }
-        )
-    value = 100.0 * sum(row["score"] for row in rows) / len(rows)
-    return SuiteResult(
-        metric="accuracy",
-        higher_is_better=True,
-        value=value,
-        metrics={"accuracy": value},
-        protocol="A",
-        rows=rows,
-        tokens=found.prompt_tokens,
-        cache_bytes=found.cache_bytes,
-        cache_elements=found.cache_elements,
-    )
+    def ended(tokens: list[int]) -> bool:
+        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        return _ENDED.search(text) is not None
+
+    prompts = [encode(tokenizer, sample.prompt, special=True) for sample in samples]
+    return Prepared(prompts, MAX_NEW_TOKENS, spec.batch_size, score, metric="accuracy", stop=ended)
+
+
+def run_passkey(context: Context, spec: PasskeyTask, seed: int) -> SuiteResult:
+    """Accuracy in percent over a seed's prompts."""
+    return answer_seeds(context, [prepare_passkey(context, spec, seed)])[0]

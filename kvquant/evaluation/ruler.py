@@ -12,6 +12,7 @@ from typing import Any
 from kvquant.config import RulerTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
+from kvquant.evaluation.generated import Prepared, answer_seeds
 from kvquant.evaluation.ruler_tasks import (
     RulerDefinition,
     RulerSample,
@@ -19,7 +20,6 @@ from kvquant.evaluation.ruler_tasks import (
     make_samples,
     score_answer,
 )
-from kvquant.generation import greedy
 
 PREFIX_ROOM = 48  # tokens kept free for the answer's prefix, which is known only with the sample
 ATTEMPTS = 5
@@ -67,10 +67,8 @@ def _fitting(
     raise UserError(f"length: {spec.length} tokens are too few for {task.name}")
 
 
-def run_ruler(context: Context, spec: RulerTask, seed: int) -> SuiteResult:
-    """The task's score in percent: the mean share of the references found in an answer."""
-    qm = context.qm
-    tokenizer = qm.tokenizer
+def prepare_ruler(context: Context, spec: RulerTask, seed: int) -> Prepared:
+    """A seed's prompts; an answer's score is the share of the references found in it."""
     try:
         task = definition(spec.task)
     except UserError as error:
@@ -81,34 +79,16 @@ def run_ruler(context: Context, spec: RulerTask, seed: int) -> SuiteResult:
         samples, prompts = _fitting(context, spec, task, seed)
     except UserError as error:
         raise UserError(f"tasks.{context.task}.{error}") from None
-    found = greedy(
-        qm,
-        prompts,
-        spec.max_new_tokens or task.max_new_tokens,
-        batch_size=spec.batch_size,
-        on_batch=lambda done: context.progress(done, len(prompts)),
-    )
-    rows: list[dict[str, Any]] = []
-    for index, (sample, tokens) in enumerate(zip(samples, found.tokens, strict=True)):
-        answer = str(tokenizer.decode(tokens, skip_special_tokens=True))
-        rows.append(
-            {
-                "index": index,
-                "prompt_tokens": len(prompts[index]),
-                "references": sample.references,
-                "answer": answer,
-                "score": score_answer(task, sample.references, answer),
-            }
-        )
-    value = 100.0 * sum(row["score"] for row in rows) / len(rows)
-    return SuiteResult(
-        metric="score",
-        higher_is_better=True,
-        value=value,
-        metrics={"score": value},
-        protocol="A",
-        rows=rows,
-        tokens=found.prompt_tokens,
-        cache_bytes=found.cache_bytes,
-        cache_elements=found.cache_elements,
-    )
+
+    def score(index: int, answer: str) -> dict[str, Any]:
+        references = samples[index].references
+        value = score_answer(task, references, answer)
+        return {"references": references, "answer": answer, "score": value}
+
+    room = spec.max_new_tokens or task.max_new_tokens
+    return Prepared(prompts, room, spec.batch_size, score)
+
+
+def run_ruler(context: Context, spec: RulerTask, seed: int) -> SuiteResult:
+    """The task's score in percent for one seed."""
+    return answer_seeds(context, [prepare_ruler(context, spec, seed)])[0]

@@ -2,7 +2,8 @@
 
 A finished seed is kept in the resume folder under the digest of everything it depends on, samples
 first and the record last. A job that was killed, or that now has more seeds, takes from there what
-is whole and measures the rest; a seed's result does not depend on the seeds beside it.
+is whole and measures the rest. Seeds may share batches (:mod:`kvquant.evaluation.generated`): a
+seed's answers do not depend on the seeds beside it, only its share of a batch's padding does.
 """
 
 from __future__ import annotations
@@ -14,23 +15,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kvquant.config import Study, load_study
+from kvquant.config import PerplexityTask, Study, TaskSpec, load_study
 from kvquant.data import Part, load_text
 from kvquant.errors import UserError
+from kvquant.evaluation import seed_files
 from kvquant.evaluation.base import Context, SuiteResult
 from kvquant.fetch.progress import Progress, note
 from kvquant.provenance import environment
-from kvquant.records import (
-    EvalRecord,
-    read_record,
-    sha256_text,
-    write_new,
-    write_record,
-    write_samples,
-)
+from kvquant.records import EvalRecord
 from kvquant.specs import dataset_of, eval_digest, needs_calibration
-
-RECORD, SAMPLES = "run.json", "samples.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,56 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--out-dir", required=True, help="gets seedN/run.json and samples.jsonl")
     parser.add_argument("--resume-dir", help="keeps finished seeds of unfinished jobs")
-
-
-def read_pair(folder: Path, digest: str) -> tuple[EvalRecord, str] | None:
-    """A finished seed: its record and the text of its samples; None where there is no record.
-
-    Raises:
-        UserError: The record or its samples are damaged, or belong to another specification.
-    """
-    if not (folder / RECORD).is_file():
-        return None
-    record = read_record(folder / RECORD, EvalRecord)
-    if record.spec_digest != digest:
-        raise UserError(
-            f"{folder / RECORD}: is the result of another specification "
-            f"(digest {record.spec_digest}, expected {digest}): delete it by name"
-        )
-    samples = folder / SAMPLES
-    text = samples.read_text(encoding="utf-8") if samples.is_file() else ""
-    if sha256_text(text) != record.samples_sha256:
-        raise UserError(
-            f"{samples}: missing, truncated or changed (sha256 differs from the record's): "
-            "delete it and run.json beside it and run again to measure it anew"
-        )
-    return record, text
-
-
-def _kept(folder: Path, digest: str) -> tuple[EvalRecord, str] | None:
-    """As :func:`read_pair` for the resume folder, where what is damaged is told and dropped."""
-    try:
-        return read_pair(folder, digest)
-    except UserError as error:
-        note(f"resume: not used: {str(error).splitlines()[0]}")
-        for name in (RECORD, SAMPLES):
-            (folder / name).unlink(missing_ok=True)
-        return None
-
-
-def _copy(record: EvalRecord, samples: str, folder: Path) -> None:
-    write_new(folder / SAMPLES, samples)
-    write_record(folder / RECORD, record)
-
-
-def _store(folder: Path, record: EvalRecord, result: SuiteResult) -> tuple[EvalRecord, str]:
-    """Writes a measured seed; samples without a record are what a killed job left."""
-    if not (folder / RECORD).is_file():
-        (folder / SAMPLES).unlink(missing_ok=True)
-    digest = write_samples(folder / SAMPLES, result.rows)
-    record = record.model_copy(update={"samples_sha256": digest})
-    write_record(folder / RECORD, record)
-    return record, (folder / SAMPLES).read_text(encoding="utf-8")
 
 
 def _line(record: EvalRecord, where: str) -> str:
@@ -138,28 +81,40 @@ def evaluate(
     keep = Path(resume_dir) if resume_dir is not None else None
     for seed in seeds:
         folder = Path(out_dir) / f"seed{seed}"
-        found, where = read_pair(folder, digests[seed]), ", already there"
+        found, where = seed_files.read_pair(folder, digests[seed]), ", already there"
         if found is None and keep is not None:
-            found, where = _kept(keep / digests[seed], digests[seed]), ", kept from before"
+            found, where = (
+                seed_files.kept(keep / digests[seed], digests[seed]),
+                ", kept from before",
+            )
         if found is not None:
             finished[seed] = found
-            _copy(*found, folder)
+            seed_files.copy(*found, folder)
             note(_line(found[0], where))
     missing = [seed for seed in seeds if seed not in finished]
     if missing:
         runner = _loader(
             study, model, scheme, task, model_manifest, data_manifest, quantizer, device
         )
-        for seed in missing:
-            record, result = runner(seed, digests[seed])
-            folder = Path(out_dir) / f"seed{seed}"
-            if keep is not None:
-                finished[seed] = _store(keep / digests[seed], record, result)
-                _copy(*finished[seed], folder)
-            else:
-                finished[seed] = _store(folder, record, result)
-            note(_line(finished[seed][0], ""))
+        together = _seeds_together(study.task(task))
+        for first in range(0, len(missing), together):
+            group = {seed: digests[seed] for seed in missing[first : first + together]}
+            for seed, (record, result) in zip(group, runner(group), strict=True):
+                folder = Path(out_dir) / f"seed{seed}"
+                if keep is not None:
+                    finished[seed] = seed_files.store(keep / digests[seed], record, result)
+                    seed_files.copy(*finished[seed], folder)
+                else:
+                    finished[seed] = seed_files.store(folder, record, result)
+                note(_line(finished[seed][0], ""))
     return [finished[seed][0] for seed in seeds]
+
+
+def _seeds_together(task: TaskSpec) -> int:
+    """How many seeds of a task are measured before their results are written."""
+    if isinstance(task, PerplexityTask):
+        return 1
+    return max(1, task.batch_size // task.samples) if task.samples else 1
 
 
 def _loader(
@@ -171,8 +126,8 @@ def _loader(
     data_manifest: str | Path | None,
     quantizer: str | Path | None,
     device: str,
-) -> Callable[[int, str], tuple[EvalRecord, SuiteResult]]:
-    """Loads the model once; returns the function that measures one seed."""
+) -> Callable[[dict[int, str]], list[tuple[EvalRecord, SuiteResult]]]:
+    """Loads the model once; returns the function that measures seeds, given with digests."""
     # Late, so that a job whose seeds are all finished, or whose names are wrong, needs no torch.
     from kvquant.evaluation.registry import run_suite
     from kvquant.models import load_quantized_model, read_manifest
@@ -193,16 +148,21 @@ def _loader(
         assert data_manifest is not None
         return load_text(data_manifest, part)
 
-    def measure(seed: int, digest: str) -> tuple[EvalRecord, SuiteResult]:
+    def measure(seeds: dict[int, str]) -> list[tuple[EvalRecord, SuiteResult]]:
         start = time.monotonic()
-        with Progress(f"{model} {scheme} {task} seed {seed}", unit="samples") as progress:
+        named = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+        with Progress(f"{model} {scheme} {task} {named}", unit="samples") as progress:
 
             def report(done: int, total: int) -> None:
                 progress.total = total
                 progress.update(done)
 
-            result = run_suite(Context(qm, task, text, report), task_spec, seed)
-        return _record(study, model, scheme, task, seed, digest, result, start), result
+            results = run_suite(Context(qm, task, text, report), task_spec, list(seeds))
+        seconds = (time.monotonic() - start) / len(seeds)
+        return [
+            (_record(study, model, scheme, task, seed, digest, result, seconds), result)
+            for (seed, digest), result in zip(seeds.items(), results, strict=True)
+        ]
 
     return measure
 
@@ -215,7 +175,7 @@ def _record(
     seed: int,
     digest: str,
     result: SuiteResult,
-    start: float,
+    seconds: float,
 ) -> EvalRecord:
     return EvalRecord(
         study=study.study,
@@ -237,7 +197,7 @@ def _record(
         cache_elements=result.cache_elements,
         bits_per_element=8.0 * result.cache_bytes / result.cache_elements,
         samples_sha256="",
-        seconds=time.monotonic() - start,
+        seconds=seconds,
     )
 
 

@@ -1,6 +1,9 @@
 """Paired tests against scipy, and the degenerate cases."""
 
+from typing import Any
+
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,6 +11,9 @@ from scipy import stats
 
 from kvquant.analysis.pareto import dominated
 from kvquant.analysis.statistics import bootstrap_interval, holm, paired_test, verdict
+from kvquant.analysis.statistics import test_all as compare_all
+from kvquant.config import Study, parse_study
+from kvquant.errors import UserError
 
 
 @settings(max_examples=40, deadline=None)
@@ -60,3 +66,128 @@ def test_dominance_with_missing_values() -> None:
     nan = np.nan
     costs = np.array([[1.0, 1.0], [2.0, 1.0], [0.5, 3.0], [nan, 2.0], [nan, nan]])
     assert dominated(costs).tolist() == [False, True, False, True, False]
+
+
+def test_known_data_by_hand() -> None:
+    # Student's sleep data (1908): extra hours under two drugs, ten patients.
+    first = np.array([0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0])
+    second = np.array([1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4])
+    test = paired_test(second - first, 3.0, 0.05)
+    # published: t = 4.0621, df = 9, p = 0.00283, interval [0.7001, 2.4599]
+    assert (test.n, test.mean) == (10, pytest.approx(1.58))
+    assert test.p == pytest.approx(0.002833, abs=1e-6)
+    assert (test.low, test.high) == pytest.approx((0.7001142, 2.4598858))
+    assert test.effect == pytest.approx(4.0621277 / np.sqrt(10))  # t over the root of n
+    # TOST by hand: t = (3 - 1.58) / 0.388959 with 9 degrees of freedom
+    assert test.p_equivalence == pytest.approx(stats.t.sf(1.42 / 0.3889587, 9), rel=1e-5)
+    assert verdict(test, test.p, 0.05, True) == "better (within margin)"
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_is_its_definition(p: list[float]) -> None:
+    adjusted = holm(np.array(p))
+    m = len(p)
+    order = sorted(range(m), key=lambda i: p[i])
+    for rank, i in enumerate(order):
+        stepped = [(m - k) * p[order[k]] for k in range(rank + 1)]
+        assert adjusted[i] == pytest.approx(min(1.0, max(stepped)))
+    assert (adjusted >= np.array(p) - 1e-15).all()
+
+
+def test_holm_and_tost_agree_with_statsmodels() -> None:
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    weight = pytest.importorskip("statsmodels.stats.weightstats")
+    rng = np.random.default_rng(1)
+    p = rng.random(20) ** 2
+    assert holm(p) == pytest.approx(multitest.multipletests(p, method="holm")[1])
+    x = rng.normal(0.1, 0.3, 9)
+    expected = weight.DescrStatsW(x).ttost_mean(-0.5, 0.5)[0]
+    assert paired_test(x, 0.5, 0.05).p_equivalence == pytest.approx(expected)
+
+
+def test_bootstrap_agrees_with_scipy() -> None:
+    x = np.random.default_rng(3).exponential(1.0, 60)
+    low, high = bootstrap_interval(x, 20_000, 0.05, 0)
+    other = stats.bootstrap(
+        (x,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    assert (low, high) == pytest.approx((other.low, other.high), abs=0.02)
+    assert bootstrap_interval(np.full(5, 0.25), 100, 0.05, 0) == (0.25, 0.25)
+    assert np.isnan(bootstrap_interval(np.array([]), 100, 0.05, 0)).all()
+
+
+def study_of(**margins: float) -> Study:
+    def task(name: str) -> dict[str, Any]:
+        return {"suite": "ruler", "task": name, "length": 512, "samples": 4}
+
+    return parse_study(
+        {
+            "study": "check",
+            "models": {"tiny": {"source": "local", "path": "x"}},
+            "schemes": {"fp16": {"kind": "fp16"}, "kivi-2": {"kind": "kivi", "bits": 2}},
+            "headline": "kivi-2",
+            "tasks": {"vt": task("vt"), "cwe": task("cwe")},
+            "statistics": {"margins": margins or {"ruler": 5.0}},
+        }
+    )
+
+
+def measured() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Two tasks, 5 seeds of 4 samples: kivi-2 loses one sample of each seed, but none of cwe's."""
+    rows, samples = [], []
+    for scheme in ("fp16", "kivi-2"):
+        for task in ("vt", "cwe"):
+            for seed in range(5):
+                right = [1.0, 1.0, 1.0, float(seed % 2)]
+                if scheme == "kivi-2" and task == "vt":
+                    right[seed % 3] = 0.0
+                key = {"model": "tiny", "scheme": scheme, "task": task, "suite": "ruler"}
+                facts = {"metric": "score", "higher_is_better": True}
+                rows.append({**key, **facts, "seed": seed, "value": 25 * sum(right)})
+                samples += [
+                    {**key, "seed": seed, "sample": at, "score": score}
+                    for at, score in enumerate(right)
+                ]
+    return pd.DataFrame(rows), pd.DataFrame(samples)
+
+
+def test_seeds_and_samples_are_paired_by_name_not_by_place() -> None:
+    evaluations, samples = measured()
+    table = compare_all(study_of(), evaluations, samples)
+    assert len(table) == 3
+    found = table.set_index(["level", "task"])
+    vt, cwe, mean = (found.loc[k] for k in (("task", "vt"), ("task", "cwe"), ("suite", "ruler")))
+    # degenerate: every seed loses exactly one of four
+    assert (vt.difference, vt.p, vt.verdict) == (-25.0, 0.0, "worse")
+    assert np.isneginf(vt.effect_size) and vt.ci_low == vt.ci_high == -25.0
+    assert (vt.sample_pairs, vt.sample_difference) == (20, -0.25)
+    assert vt.sample_ci_low < -0.25 < vt.sample_ci_high < 0
+    assert (cwe.verdict, cwe.p, cwe.sample_difference) == ("identical", 1.0, 0.0)
+    assert (mean.difference, mean.verdict, mean.sample_pairs) == (-12.5, "worse", 40)
+    shuffled = compare_all(
+        study_of(),
+        evaluations.sample(frac=1, random_state=0),
+        samples.sample(frac=1, random_state=0),
+    ).set_index(["level", "task"])
+    columns = ["difference", "p", "p_holm", "sample_difference", "verdict"]
+    assert shuffled.loc[found.index, columns].equals(found[columns])
+
+
+def test_holms_family_is_a_level() -> None:
+    evaluations, samples = measured()
+    noise = np.random.default_rng(0).normal(0, 9, len(evaluations))
+    table = compare_all(study_of(), evaluations.assign(value=evaluations["value"] + noise), samples)
+    tasks = table[table["level"] == "task"]
+    assert tasks["p_holm"].to_numpy() == pytest.approx(holm(tasks["p"].to_numpy()))
+    mean = table[table["level"] == "suite"].iloc[0]
+    assert mean.p_holm == mean.p
+
+
+def test_a_missing_pair_and_a_missing_margin_are_told() -> None:
+    evaluations, samples = measured()
+    with pytest.raises(UserError, match=r"kivi-2/vt is not paired with the baseline on \['seed'\]"):
+        compare_all(study_of(), evaluations.drop(10), samples)
+    with pytest.raises(UserError, match=r"not paired with the baseline on \['seed', 'sample'\]"):
+        compare_all(study_of(), evaluations, samples.drop(3))
+    with pytest.raises(UserError, match="no margin for the suite 'ruler'"):
+        compare_all(study_of(passkey=1.0), evaluations, samples)

@@ -70,9 +70,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     plain = registry.run_suite
 
-    def counting(context: Any, spec: Any, seed: int) -> Any:
-        seen.append(seed)
-        return plain(context, spec, seed)
+    def counting(context: Any, spec: Any, seeds: list[int]) -> Any:
+        seen.extend(seeds)
+        return plain(context, spec, seeds)
 
     monkeypatch.setattr(registry, "run_suite", counting)
     return seen
@@ -110,6 +110,29 @@ def test_a_killed_job_goes_on_and_ends_the_same(
         assert content(killed, seed) == content(whole, seed)
     measure(study, manifest, killed, [0, 1, 2], resume_dir=resume)
     assert counted == [0, 1, 2]
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "kivi-4"])
+def test_seeds_that_share_batches_have_the_same_answers(
+    tiny_dir: Path, manifest: Path, tmp_path: Path, counted: list[int], scheme: str
+) -> None:
+    def rows(batch_size: int, seeds: list[int]) -> list[str]:
+        study = parse_study(study_of(tiny_dir, batch_size=batch_size))
+        out = tmp_path / f"{batch_size}-{len(seeds)}"
+        measure(study, manifest, out, seeds, scheme=scheme)
+        found = [content(out, seed) for seed in seeds]
+        # 3 seeds of 2 prompts: a seed reports its own samples, tokens and elements
+        assert all(record["samples"] == 2 for _, record in found)
+        assert all(8 * r["cache_bytes"] / r["cache_elements"] > 15 for _, r in found) == (
+            scheme == "fp16"
+        )
+        return [f"{samples} {record['value']} {record['tokens']}" for samples, record in found]
+
+    alone = rows(1, [0, 1, 2])
+    assert rows(6, [0, 1, 2]) == alone
+    assert rows(4, [0, 1, 2]) == alone  # two seeds, then one
+    assert rows(6, [1, 2]) == alone[1:]
+    assert counted == [0, 1, 2] * 3 + [1, 2]
 
 
 def test_damaged_resume_is_told_and_measured_anew(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -11,6 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+
+from kvquant.config import load_study
+from kvquant.grid import place_in_line
 
 pytestmark = pytest.mark.slow
 MEASURED = {"evaluate", "throughput", "energy", "calibrate", "quantize", "fetch-model"}
@@ -58,6 +62,11 @@ def run(root: Path, work: Path) -> Callable[..., subprocess.CompletedProcess[str
     return call
 
 
+def mtime(file: Path) -> int:
+    """When a file was written, in nanoseconds."""
+    return file.stat().st_mtime_ns
+
+
 def planned(done: subprocess.CompletedProcess[str]) -> list[tuple[str, dict[str, str]]]:
     """(verb, options) of every job of a dry run, from the commands that it prints."""
     assert done.returncode == 0, done.stderr[-3000:]
@@ -68,6 +77,34 @@ def planned(done: subprocess.CompletedProcess[str]) -> list[tuple[str, dict[str,
 def test_second_run_has_nothing_to_do(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = run("-n", "-p")
     assert "Nothing to be done" in done.stdout + done.stderr
+
+
+def test_evaluations_go_task_by_task(
+    root: Path, run: Callable[..., subprocess.CompletedProcess[str]], work: Path
+) -> None:
+    study = load_study(root / "config/smoke.yaml")
+    made = sorted(work.glob("results/smoke/eval/*/*/*/seed0/run.json"), key=mtime)
+    places = [place_in_line(study, *file.parts[-5:-2]) for file in made]
+    assert sorted(places) == list(range(12))
+    # two at a time, so that neighbours may change places
+    assert all(abs(place - rank) <= 2 for rank, place in enumerate(places)), places
+
+
+def test_copied_inputs_measure_nothing_again(
+    run: Callable[..., subprocess.CompletedProcess[str]], work: Path
+) -> None:
+    folders = [work / name for name in ("resources", "results/smoke/calib", "results/smoke/models")]
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    assert len(files) >= 8
+    for file in files:  # a copy has the time of copying
+        os.utime(file)
+    kept = (work / ".snakemake").rename(work / ".elsewhere")
+    try:
+        done = run("-n")
+        assert "Nothing to be done" in done.stdout + done.stderr
+    finally:
+        shutil.rmtree(work / ".snakemake")
+        kept.rename(work / ".snakemake")
 
 
 @pytest.mark.parametrize(
@@ -111,6 +148,14 @@ def test_another_calibration_leaves_uncalibrated_schemes_alone(
     evaluated = {w["scheme"] for rule, w in jobs if rule == "evaluate"}
     assert evaluated == {"nuq3-1pct", "nuq2-1pct"}
     assert "fetch-model" not in {rule for rule, _ in jobs}
+
+
+def test_another_model_is_fetched_and_measured(
+    run: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    jobs = planned(run("-n", "-p", changes=[("    gpus: 0\n", "    gpus: 0\n    mem_gb: 9\n")]))
+    verbs = Counter(verb for verb, _ in jobs if verb in MEASURED)
+    assert verbs["fetch-model"] == verbs["calibrate"] == 1 and verbs["evaluate"] == 12
 
 
 def test_one_artifact_asks_for_no_other(

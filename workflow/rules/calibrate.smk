@@ -4,8 +4,8 @@
 rule calibrate:
     """Histograms of a model's keys and values, shared by all calibrated schemes."""
     input:
-        model="<cache>/models/{model}/manifest.json",
-        data=f"<cache>/data/{STUDY.calibration.dataset}/manifest.json",
+        model=weights,
+        data=ancient(f"<cache>/data/{STUDY.calibration.dataset}/manifest.json"),
     output:
         stats="<results>/calib/{model}/stats.safetensors",
         info="<results>/calib/{model}/stats.json",

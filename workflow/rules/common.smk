@@ -7,7 +7,7 @@ from snakemake.exceptions import WorkflowError
 from kvquant import specs
 from kvquant.config import parse_study
 from kvquant.errors import UserError
-from kvquant.grid import CPUS_PER_GPU, grid_lines, request
+from kvquant.grid import CPUS_PER_GPU, grid_lines, place_in_line, request
 from kvquant.provenance import device_name
 from kvquant.run_lock import hold
 from kvquant.slurm import refuse_leftovers
@@ -37,19 +37,6 @@ wildcard_constraints:
     device=re.escape(DEVICE),
     seed=r"\d+",
     rep=r"\d+",
-
-
-def quantizer(wildcards):
-    """The quantizer file, for schemes that are calibrated."""
-    if not specs.needs_calibration(STUDY.schemes[wildcards.scheme]):
-        return []
-    return f"<results>/models/{wildcards.model}/{wildcards.scheme}/quantizer.json"
-
-
-def text(wildcards):
-    """The manifest of the text a task reads, if it reads one."""
-    dataset = specs.dataset_of(STUDY.tasks[wildcards.task])
-    return f"<cache>/data/{dataset}/manifest.json" if dataset else []
 
 
 def eval_digests(wildcards):

@@ -4,7 +4,7 @@
 rule energy:
     """Energy of one workload under one scheme and under the unquantized cache."""
     input:
-        model="<cache>/models/{model}/manifest.json",
+        model=weights,
         quantizer=quantizer,
     output:
         MEASURED("<results>/energy/{device}/{model}/{scheme}/{workload}/rep{rep}.json"),
@@ -42,3 +42,5 @@ rule joules:
             for model in STUDY.models
             for scheme, workload, rep in STUDY.energy_cells()
         ],
+    message:
+        "All energy measurements are complete"

@@ -5,7 +5,7 @@
 rule evaluate:
     """Accuracy of one scheme on one task, for every seed of the study."""
     input:
-        model="<cache>/models/{model}/manifest.json",
+        model=weights,
         data=text,
         quantizer=quantizer,
     output:
@@ -21,6 +21,7 @@ rule evaluate:
     benchmark:
         "<logs>/benchmarks/evaluate/{model}/{scheme}/{task}.jsonl"
     threads: 1 if CPU_STUDY else 4
+    priority: lambda wildcards: -place_in_line(STUDY, **wildcards)
     resources:
         gpu=ask("evaluate", "gpus"),
         nodes=1,
@@ -57,3 +58,5 @@ rule accuracy:
             task=STUDY.tasks,
             seed=STUDY.seeds,
         ),
+    message:
+        "All evaluations are complete"

@@ -50,7 +50,8 @@ rule figures:
         expand("<paper>/figures/{figure}.pdf", figure=FIGURES),
 
 
-TABLES = ["accuracy", "statistics", "throughput", "energy", "memory"]
+TABLES = ["summary", "perplexity", "passkey", "ruler", "longbench"]
+TABLES += ["statistics", "throughput", "energy", "memory"]
 
 
 rule tables:

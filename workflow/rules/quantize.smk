@@ -4,8 +4,8 @@
 rule quantize:
     """The quantizer of one calibrated scheme."""
     input:
-        stats="<results>/calib/{model}/stats.safetensors",
-        info="<results>/calib/{model}/stats.json",
+        stats=lambda wildcards: calibrated("stats.safetensors", wildcards),
+        info=lambda wildcards: calibrated("stats.json", wildcards),
     output:
         manifest="<results>/models/{model}/{scheme}/quantizer.json",
         tensors="<results>/models/{model}/{scheme}/quantizer.safetensors",

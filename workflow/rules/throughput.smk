@@ -4,7 +4,7 @@
 rule throughput:
     """One workload under one scheme and under the unquantized cache."""
     input:
-        model="<cache>/models/{model}/manifest.json",
+        model=weights,
         quantizer=quantizer,
     output:
         MEASURED("<results>/perf/{device}/{model}/{scheme}/{workload}/rep{rep}.json"),
@@ -42,3 +42,5 @@ rule performance:
             for model in STUDY.models
             for scheme, workload, rep in STUDY.throughput_cells()
         ],
+    message:
+        "All throughput measurements are complete"

@@ -1,0 +1,108 @@
+"""Tables as `aggregate` makes them, with plausible numbers, for any study."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kvquant.analysis.collect import write_table
+from kvquant.analysis.pareto import pareto_table
+from kvquant.analysis.statistics import test_all as compare_all
+from kvquant.config import LongBenchTask, PasskeyTask, PerplexityTask, Study
+
+ROWS = 12  # of a LongBench task
+
+
+def damage(study: Study, scheme: str) -> float:
+    """How much a scheme loses: nothing at 16 bits, more with fewer bits."""
+    bits = getattr(study.schemes[scheme], "bits", 16)
+    return {16: 0.0, 8: 0.01, 4: 0.05, 3: 0.3, 2: 1.0}[bits]
+
+
+def accuracy_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tables `eval` and `samples`."""
+    rows, samples = [], []
+    for model in study.models:
+        for scheme in study.schemes:
+            for name, task in study.tasks.items():
+                for seed in study.seeds:
+                    # the samples are the seed's, whatever the scheme
+                    hard = np.random.default_rng(zlib.crc32(f"{model}{name}{seed}".encode()))
+                    noise = np.random.default_rng(zlib.crc32(f"{scheme}{name}{seed}".encode()))
+                    loss = damage(study, scheme)
+                    facts: dict[str, object] = {"higher_is_better": True, "metric": "score"}
+                    if isinstance(task, PerplexityTask):
+                        score = 3.0 + 0.05 * hard.normal(size=8) + 0.2 * loss
+                        score = score + 0.01 * loss * noise.normal(size=8)
+                        facts = {"higher_is_better": False, "metric": "perplexity"}
+                        value = float(np.exp(score.mean()))
+                        facts["kl"] = 0.15 * loss if task.kl else None
+                    else:
+                        count = task.samples or ROWS
+                        depth = np.linspace(0, 1, count)
+                        chance = 0.95 - 0.75 * loss * (0.3 + 0.7 * depth)
+                        if isinstance(task, PasskeyTask):
+                            chance = chance - 0.5 * loss * task.length / 8192
+                            facts["metric"] = "accuracy"
+                        score = (hard.random(count) < chance).astype(float)
+                        value = float(100 * score.mean())
+                    if isinstance(task, LongBenchTask):
+                        facts |= {"rows_available": ROWS, "rows_official": 200}
+                    bits = {0.0: 16.0, 0.01: 8.5, 0.05: 4.6, 0.3: 3.6, 1.0: 2.6}[loss]
+                    key = {"model": model, "scheme": scheme, "task": name, "suite": task.suite}
+                    size = {"samples": len(score), "tokens": 4096 * len(score)}
+                    size |= {"cache_bytes": int(bits * 1e6), "cache_elements": 8_000_000}
+                    size |= {"bits_per_element": bits}
+                    rows.append(
+                        {**key, "seed": seed, "protocol": "A", "value": value} | size | facts
+                    )
+                    samples += [
+                        {**key, "seed": seed, "sample": at, "score": float(one)}
+                        for at, one in enumerate(score)
+                    ]
+    extra = dict.fromkeys(("kl", "rows_available", "rows_official"), np.nan)
+    return pd.DataFrame([extra | row for row in rows]).astype(dict.fromkeys(extra, float)), (
+        pd.DataFrame(samples)
+    )
+
+
+def timed_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tables `perf` and `energy`."""
+    perf, energy = [], []
+    rng = np.random.default_rng(0)
+    for model in study.models:
+        for scheme, workload, rep in study.throughput_cells():
+            key = {"device": "gpu", "model": model, "scheme": scheme, "workload": workload}
+            row: dict[str, object] = {**key, "rep": rep, "scheme_rounds": 100}
+            row |= {"prompt_tokens": 16384, "batch_size": 4, "quantize_share": rng.uniform(0, 0.1)}
+            for part, low, high in (("prefill", 0.9, 1.0), ("decode", 0.7, 2.0)):
+                ratio = rng.uniform(low, high)
+                row |= {f"{part}_ratio": ratio, f"base_{part}_ms_median": 100.0}
+                ends = {"median": 1.0, "p10": 0.97, "p90": 1.04, "p99": 1.1}
+                row |= {f"scheme_{part}_ms_{n}": 100 / ratio * end for n, end in ends.items()}
+            row |= {f"{side}_prefill_tokens_per_s": 26000.0 for side in ("scheme", "base")}
+            perf.append(row)
+        for scheme, workload, rep in study.energy_cells():
+            key = {"device": "gpu", "model": model, "scheme": scheme, "workload": workload}
+            joules = {"scheme_joules_per_token": 0.011, "base_joules_per_token": 0.02}
+            more = {"rep": rep, "source": "nvml", "energy_ratio": 0.55, "scheme_trials": 5}
+            energy.append({**key, **more, **joules})
+    columns = ["device", "model", "scheme", "workload", "rep"]
+    return (
+        pd.DataFrame(perf, columns=None if perf else columns),
+        pd.DataFrame(energy, columns=None if energy else columns),
+    )
+
+
+def write_tables(study: Study, folder: Path) -> None:
+    """All tables that figures, LaTeX tables and claims read."""
+    evaluations, samples = accuracy_tables(study)
+    perf, energy = timed_tables(study)
+    tests = compare_all(study, evaluations, samples)
+    tables = {"eval": evaluations, "samples": samples, "perf": perf, "energy": energy}
+    tables |= {"tests": tests, "pareto": pareto_table(study, evaluations, perf, energy)}
+    for name, table in tables.items():
+        write_table(table, folder / f"{name}.parquet")

@@ -1,0 +1,107 @@
+"""The LaTeX tables of the suites, the summary and their macros, from plausible results."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvquant.analysis import figures, latex, suite_tables
+from kvquant.analysis.booktabs import Latex, booktabs
+from kvquant.analysis.claims import Tables, load_tables
+from kvquant.config import load_study
+from tests.analysis.plausible import write_tables
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tables are."""
+    return tmp_path_factory.mktemp("tables")
+
+
+@pytest.fixture(scope="module")
+def tables(root: Path, folder: Path) -> Tables:
+    """Those of the study of one H100."""
+    study = load_study(root / "config/h100.yaml")
+    write_tables(study, folder)
+    return load_tables(study, folder)
+
+
+def rows(text: str) -> list[list[str]]:
+    """Cells of every line of a LaTeX table, its head first."""
+    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    return [[cell.strip() for cell in line.removesuffix(r"\\").split(" & ")] for line in lines]
+
+
+@pytest.mark.parametrize("name", sorted(latex.TABLES))
+def test_every_row_has_every_column(tables: Tables, name: str) -> None:
+    text = latex.TABLES[name](tables)
+    cells = rows(text)
+    assert len(cells) > 1 and len({len(row) for row in cells}) == 1
+    assert text.startswith("% generated") and "nan" not in text
+    (letters,) = re.findall(r"\\begin\{(?:tabular|longtable)\}\{(.*)\}", text)
+    assert len(re.findall("[lr]", letters)) == len(cells[0])
+
+
+def test_ruler_has_13_tasks_and_their_mean(tables: Tables) -> None:
+    cells = rows(suite_tables.ruler(tables))
+    assert len(cells[0]) == 1 + 13 + 1 and "mean" in cells[0][-1]
+    assert [row[0] for row in cells[1:]] == list(tables.study.schemes)
+    values = [float(re.match(r"[\d.]+", cell)[0]) for cell in cells[3][1:]]  # type: ignore[index]
+    assert values[-1] == pytest.approx(sum(values[:-1]) / 13, abs=0.06)
+    # the unquantized cache is compared with nothing; two bits are worse
+    assert not any("$" in cell for cell in cells[1])
+    two = next(row for row in cells if row[0] == "nuq2-1pct")
+    assert two[-1].endswith(r"{$\downarrow$}")
+
+
+def test_a_subset_is_called_one_everywhere(tables: Tables) -> None:
+    name = "LongBench subset (72 rows)"
+    assert suite_tables.longbench_name(tables) == name
+    assert name in rows(suite_tables.summary(tables))[0]
+    assert rf"\newcommand{{\kvLongBench}}{{{name}}}" in latex.numbers(tables)
+    assert "(12)" in rows(suite_tables.longbench(tables))[0][1]
+    whole = tables.evaluations.assign(rows_available=200.0)
+    complete = Tables(
+        tables.study, whole, *(tables.perf, tables.energy, tables.tests), tables.pareto
+    )
+    assert suite_tables.longbench_name(complete) == "LongBench"
+
+
+def test_a_suite_without_tasks_is_told(tables: Tables) -> None:
+    kept = tables.evaluations[tables.evaluations.suite == "perplexity"]
+    less = replace(tables, evaluations=kept)
+    for name in ("passkey", "ruler", "longbench"):
+        assert latex.TABLES[name](less).splitlines()[1].startswith("This study has no")
+    assert len(rows(suite_tables.summary(less))[0]) == 4
+
+
+def test_kl_and_verdicts_are_macros(tables: Tables) -> None:
+    text = latex.numbers(tables)
+    for name in ("NuqThreeOnepctKl", "NuqThreeOnepctRulerVerdict", "HeadlineKl"):
+        assert f"\\kv{name}}}" in text
+    names = re.findall(r"\\newcommand\{\\(\w+)\}", text)
+    assert len(names) == len(set(names)) and all(name.isalpha() for name in names)
+
+
+def test_marked_cells_stay_latex_and_text_is_escaped() -> None:
+    import pandas as pd
+
+    table = pd.DataFrame([{"a_b": Latex(r"1$\approx$"), "c": "5 %"}], dtype=object)
+    assert rows(booktabs(table, "lr")) == [[r"a\_b", "c"], [r"1$\approx$", r"5 \%"]]
+
+
+def test_schemes_look_different(root: Path) -> None:
+    study = load_study(root / "config/h100.yaml")
+    many = study.model_copy(update={"schemes": {f"s{n}": n for n in range(40)}})
+    assert len({figures._look(many, name) for name in many.schemes}) == 40
+
+
+@pytest.mark.parametrize("name", sorted(figures.FIGURES))
+def test_every_figure_is_drawn(tables: Tables, folder: Path, name: str, tmp_path: Path) -> None:
+    figure = figures.FIGURES[name](tables.study, folder)
+    figure.savefig(tmp_path / "figure.pdf")
+    figures.plt.close(figure)
+    assert (tmp_path / "figure.pdf").stat().st_size > 3000

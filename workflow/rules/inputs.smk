@@ -1,0 +1,43 @@
+# What measuring rules read. Plain `ancient` would hide that a file is about to be made anew.
+
+
+def kept(file, digest, record=None):
+    """An input whose time does not count if its record has the digest that the study asks for.
+
+    A copied or cloned folder has times in any order.
+    """
+    return ancient(file) if specs.settled(resolved(record or file), digest) else file
+
+
+def resolved(file):
+    """A path with its pathvars filled in."""
+    folders = {"results": STUDY_FILE.parent, "cache": STUDY.pathvars.get("cache", "resources")}
+    return re.sub("<(.*?)>", lambda match: str(folders[match[1]]), file)
+
+
+def weights(wildcards):
+    """The manifest of a model."""
+    spec = specs.digest(STUDY.models[wildcards.model])
+    return kept(f"<cache>/models/{wildcards.model}/manifest.json", spec)
+
+
+def calibrated(name, wildcards):
+    """A file of a model's calibration; stats.json tells the digest of both."""
+    folder = f"<results>/calib/{wildcards.model}"
+    digest = specs.calibration_digest(STUDY, wildcards.model)
+    return kept(f"{folder}/{name}", digest, f"{folder}/stats.json")
+
+
+def quantizer(wildcards):
+    """The quantizer file, for schemes that are calibrated."""
+    name, scheme = wildcards.model, wildcards.scheme
+    if not specs.needs_calibration(STUDY.schemes[scheme]):
+        return []
+    digest = specs.quantizer_digest(STUDY, name, scheme)
+    return kept(f"<results>/models/{name}/{scheme}/quantizer.json", digest)
+
+
+def text(wildcards):
+    """The manifest of the text a task reads, if it reads one."""
+    dataset = specs.dataset_of(STUDY.tasks[wildcards.task])
+    return ancient(f"<cache>/data/{dataset}/manifest.json") if dataset else []
