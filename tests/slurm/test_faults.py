@@ -42,7 +42,7 @@ def watch(place: Workplace, run: subprocess.Popen[str], log: str, victim: str) -
         for job in re.findall(r"Finished jobid: (\d+)", text):
             if job in since:
                 seen.setdefault(job, now)
-        if not cancelled and not list(place.folder.glob("faults/evaluate-cancel")):
+        if not cancelled and not list(place.folder.glob("faults/hang-cancel")):
             for job in running(place.slurm, victim):
                 place.slurm("scancel", job)
                 cancelled = True
@@ -65,7 +65,7 @@ def test_nothing_is_lost_or_done_twice(
         "limit": "--scheme nuq3-1pct --task passkey",
     }
     for name, words in hangs.items():
-        (folder / f"faults/evaluate-{name}").write_text(words)
+        (folder / f"faults/hang-{name}").write_text(words)
     command = place.on_slurm("-j", "8", *LIMITS, "--", "statistics")
 
     # both nodes drained: jobs wait, and start when the nodes are returned
@@ -81,7 +81,7 @@ def test_nothing_is_lost_or_done_twice(
 
     # Snakemake is killed while a job runs that will not end by itself
     lost = "rule_evaluate_wildcards_tiny_fp16_ppl"
-    until("the hanging job", lambda: not (folder / "faults/evaluate-lost").exists(), 90)
+    until("the hanging job", lambda: not (folder / "faults/hang-lost").exists(), 90)
     first.kill()
     first.wait()
     left = running(slurm, lost)
