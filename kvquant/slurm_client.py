@@ -7,6 +7,7 @@ is forgotten. :func:`kvquant.slurm.patient_commands` puts these stand-ins first 
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def accepted(sbatch: Sequence[str], squeue: str) -> str | None:
     Snakemake names all jobs of a run alike and tells them apart by their comments; one of each is
     active at a time.
     """
-    given = dict(zip(sbatch, sbatch[1:], strict=False))
+    given = dict(itertools.pairwise(sbatch))
     name, comment = given.get("--job-name"), given.get("--comment")
     if name is None or comment is None:
         return None

@@ -25,9 +25,9 @@ from tests.slurm.local_slurm import (
 )
 from tests.test_pipeline import TEXT, save_tokenizer
 
-# Stands before the real interpreter in PATH and notes in calls.log what began and ended. A verb whose
-# words match a file in faults/ fails, hangs or dawdles, as the file's name says, once: the file is
-# then gone. Nodes here have no GPU, so a verb that is told to use one works on the CPU.
+# Stands before the real interpreter in PATH and notes in calls.log what began and ended. A verb
+# whose words match a file in faults/ fails, hangs or dawdles, as the file's name says, once: the
+# file is then gone. Nodes here have no GPU, so a verb that is told to use one works on the CPU.
 PYTHON = """#!/bin/sh
 [ "$1 $2" = "-m kvquant" ] || exec {python} "$@"
 call="${{SLURM_JOB_ID:-local}} $*"
@@ -132,7 +132,7 @@ class Workplace:
 
     def start(self, command: list[str], log: str) -> subprocess.Popen[str]:
         """Starts Snakemake with its output in a file of this folder."""
-        return subprocess.Popen(
+        started = subprocess.Popen(
             command,
             cwd=self.folder,
             env=self.env,
@@ -140,6 +140,8 @@ class Workplace:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        self.slurm.clients.append(started)
+        return started
 
     def text(self, log: str) -> str:
         """What a run printed so far."""
@@ -147,7 +149,7 @@ class Workplace:
 
 
 def stub_study(root: Path) -> dict[str, Any]:
-    """The cluster's study, cut to one model and few jobs, for verbs that only touch their outputs."""
+    """The cluster's study with one model and few jobs, for verbs that only touch their outputs."""
     study = yaml.safe_load((root / "config/athena.yaml").read_text())
     study["models"] = {"llama": study["models"]["llama-2-7b-32k"]}
     study["schemes"] = {name: study["schemes"][name] for name in ("fp16", "nuq3-1pct")}

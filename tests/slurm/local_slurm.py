@@ -1,8 +1,8 @@
 """A real Slurm of one host for tests: munged, slurmctld and two slurmd with counted GPUs.
 
 It installs nothing, needs root, keeps all its state in one folder and ends every daemon by its own
-process id. With `accounting`, slurmdbd and MariaDB run too and `sacct` answers; without, `squeue` and
-`scontrol` answer and `sacct` fails.
+process id. With `accounting`, slurmdbd and MariaDB run too and `sacct` answers; without, `squeue`
+and `scontrol` answer and `sacct` fails.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def no_accounting() -> str | None:
     return f"not installed: {', '.join(missing)}" if missing else None
 
 
-def until(what: str, test: Callable[[], bool], seconds: float = 60) -> float:
+def until(what: str, test: Callable[[], bool], seconds: float = 240) -> float:
     """Waits until `test` holds; returns the seconds it took."""
     start = time.monotonic()
     while not test():
@@ -141,6 +141,7 @@ class LocalSlurm:
     def __init__(self, folder: Path, accounting: bool = False) -> None:
         self.folder = folder
         self.accounting = accounting
+        self.clients: list[subprocess.Popen[str]] = []  # whoever submits; ended with it
         self.env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         # The executor's job step strips SLURM_CONF from srun's environment: give it back.
         wrapper = folder / "bin/srun"
@@ -214,9 +215,11 @@ class LocalSlurm:
         with (self.folder / "daemons.log").open("a") as log:
             # no network, and the socket lies in a folder of ours: root needs no password
             subprocess.Popen(
-                ["mariadbd", "--no-defaults", "--user=root", f"--datadir={data}"]
-                + [f"--socket={socket_file}", f"--pid-file={self.folder}/mariadbd.pid"]
-                + ["--skip-networking", "--innodb-flush-log-at-trx-commit=0"],
+                [
+                    *("mariadbd", "--no-defaults", "--user=root", f"--datadir={data}"),
+                    *(f"--socket={socket_file}", f"--pid-file={self.folder}/mariadbd.pid"),
+                    *("--skip-networking", "--innodb-flush-log-at-trx-commit=0"),
+                ],
                 env=self.env,
                 stdout=log,
                 stderr=log,
@@ -272,7 +275,11 @@ class LocalSlurm:
         return self("squeue", "-h", "-o", "%i").split()
 
     def stop(self) -> None:
-        """Cancels the jobs, then ends each daemon by its process id."""
+        """Ends the clients, cancels the jobs, then ends each daemon by its process id."""
+        for client in self.clients:
+            if client.poll() is None:
+                client.kill()
+                client.wait()
         if jobs := self.active():
             self("scancel", *jobs)
             until("cancelled jobs", lambda: not self.active(), 30)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,34 +20,67 @@ def test_preempted_jobs_and_a_lost_node_are_made_up_for(
     slurm = slurm_with_accounting
     study = stub_study(root)
     study["models"]["late"] = study["models"]["llama"]
-    study["schemes"] = {n: s for n, s in study["schemes"].items() if n == "fp16"}
+    study["schemes"] = {"fp16": study["schemes"]["fp16"]}
     study["headline"] = "fp16"
-    study["throughput"]["schemes"] = []
     places = {}
-    for mode in ("cancel", "requeue"):
-        place = places[mode] = Workplace(root, tmp_path / mode, slurm, stub=True)
-        put_study(tmp_path / mode, study)
+    runs = {}
+    for mode, *options in (["cancel"], ["requeue", "--slurm-requeue"]):
+        folder = tmp_path / mode
+        place = places[mode] = Workplace(root, folder, slurm, stub=True)
+        put_study(folder, study)
         place.fault("hang", "--model llama --scheme fp16 --task ppl")
-    # fetched later, so that its job is submitted while slurmdbd is away
-    places["cancel"].fault("slow", "fetch-model --study results/paper/study.json --model late")
-
-    def start(mode: str, *options: str) -> None:
-        command = places[mode].on_slurm(
+        if mode == "cancel":
+            # fetched so late that its job is submitted while slurmdbd is away
+            place.fault("slow", "fetch-model --study results/paper/study.json --model late")
+            place.fault("hang", "--model late --scheme fp16 --task ppl")
+        words = place.on_slurm(
             *("-j", "8", *options, "--", "accuracy"), profile="slurm", partition=f"spare-{mode}"
         )
-        runs[mode] = places[mode].start(command, "run.log")
+        runs[mode] = place.start(words, "run.log")
 
-    runs: dict[str, object] = {}
-    start("cancel")
-    start("requeue", "--slurm-requeue")
-    for place in places.values():
-        until("a hanging job", lambda place=place: not place.pending_fault("hang"), 120)  # type: ignore[misc]
-
-    def state(mode: str, model: str = "llama") -> Counter[str]:
+    def jobs(mode: str, model: str) -> list[dict[str, str]]:
         comment = f"rule_evaluate_wildcards_{model}_fp16_ppl"
-        folder = str(tmp_path / mode)
-        return Counter(
-            f["JobState"]
-            for f in slurm.jobs().values()
-            if (f["Comment"], f["WorkDir"]) == (comment, folder)
-        )
+        found = (f for f in slurm.jobs().values() if f["Comment"] == comment)
+        return [f for f in found if f["WorkDir"] == str(tmp_path / mode)]
+
+    def states(mode: str, model: str) -> list[str]:
+        return sorted(f["JobState"] for f in jobs(mode, model))
+
+    def hangs(mode: str, model: str) -> bool:
+        began = " ".join(places[mode].calls("begin"))
+        return f"--model {model} " in began and "RUNNING" in states(mode, model)
+
+    for mode in places:
+        until(f"a hanging job in spare-{mode}", lambda mode=mode: hangs(mode, "llama"))  # type: ignore[misc]
+    slurm.kill("slurmdbd")
+    assert slurm("sbatch", "-p", "urgent", "-N2", "--exclusive", "--mem=0", "--wrap", "sleep 3")
+    until("a preempted job", lambda: "PREEMPTED" in states("cancel", "llama"))
+    late = places["cancel"].folder / "resources/models/late/manifest.json"
+    until("the late model", late.exists)
+    time.sleep(15)  # its job would have been refused three times by now
+    assert not states("cancel", "late")
+    slurm.start_slurmdbd()
+
+    until("the late job", lambda: hangs("cancel", "late"))
+    lost = jobs("cancel", "late")[0]["NodeList"]
+    slurm("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
+    until("a node failure", lambda: "NODE_FAIL" in states("cancel", "late"))
+    slurm("scontrol", "update", f"nodename={lost}", "state=resume")
+
+    for mode, place in places.items():
+        assert runs[mode].wait(timeout=900) == 0, place.text("run.log")[-5000:]
+        print(f"spare-{mode}:")
+        for model in study["models"]:
+            for f in jobs(mode, model):
+                keys = ("JobId", "JobState", "Restarts", "NodeList", "Comment")
+                print("  " + " ".join(f"{k}={f[k]}" for k in keys))
+        ended = Counter(place.calls("end"))
+        assert len(ended) == len(study["models"]) and set(ended.values()) == {1}
+    assert states("cancel", "llama") == ["COMPLETED", "PREEMPTED"]
+    assert states("cancel", "late") == ["COMPLETED", "NODE_FAIL"]
+    nodes = {f["NodeList"] for f in jobs("cancel", "late")}
+    assert len(nodes) == 2, "the lost node is avoided"
+    assert states("requeue", "llama") == states("requeue", "late") == ["COMPLETED"]
+    assert jobs("requeue", "llama")[0]["Restarts"] == "1"
+    assert len(places["requeue"].calls("begin")) == 3
+    print(slurm("sacct", "-X", "-P", "-D", "-o", "JobID,Partition,Comment%45,State,NodeList"))

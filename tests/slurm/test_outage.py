@@ -58,7 +58,7 @@ def test_a_silent_controller_costs_time_and_nothing_else(
     time.sleep(SILENT)
     assert run.poll() is None, place.text("run.log")
     slurm.start_controller()
-    assert run.wait(timeout=400) == 0, place.text("run.log")[-6000:]
+    assert run.wait(timeout=900) == 0, place.text("run.log")[-6000:]
 
     jobs = slurm.jobs().values()
     print(slurm("squeue", "--states=all", "-o", "%i %P %T %S %e %k"))

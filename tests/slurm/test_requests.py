@@ -21,7 +21,7 @@ def test_whole_nodes_and_single_gpus_are_asked_for(
     put_study(tmp_path, stub_study(root))
     place.fault("fail", "--scheme fp16 --task ppl")  # its second attempt asks for more
     run = place.start(place.on_slurm("-j", "8", "--", "accuracy", "performance"), "run.log")
-    assert run.wait(timeout=300) == 0, place.text("run.log")
+    assert run.wait(timeout=900) == 0, place.text("run.log")
 
     found = slurm.jobs().values()
     jobs = {
