@@ -44,6 +44,8 @@ for fault in {work}/faults/*; do
       esac ;;
   esac
 done
+# the nodes have no internet
+[ -z "${{SLURM_JOB_ID:-}}" ] || export http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9
 for word; do
   shift
   [ "$word" != cuda ] || word=cpu

@@ -87,7 +87,7 @@ def test_nothing_is_lost_or_done_twice(
     left = running(slurm, lost)
     assert len(left) == 1
     refused = place.start(command, "refused.log")
-    assert refused.wait(timeout=60) != 0
+    assert refused.wait(timeout=240) != 0
     message = place.text("refused.log")
     assert "of an earlier run in this folder are still in Slurm" in message
     assert f"{left[0]} RUNNING evaluate_wildcards_tiny_fp16_ppl" in message
