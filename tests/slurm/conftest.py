@@ -120,12 +120,13 @@ class Workplace:
         return [*words, "--replace-workflow-config", *args]
 
     def on_slurm(
-        self, *args: str, profile: str = "athena", partition: str = PARTITION
+        self, *args: str, profile: Path | None = None, partition: str = PARTITION
     ) -> list[str]:
-        """The same with a profile of a cluster, polling faster than it."""
+        """The same with a profile of a cluster (Athena's), polling faster than it."""
+        folder = profile or self.root / "workflow/profiles/athena"
         resources = [f"slurm_partition={partition}", f"slurm_account={ACCOUNT}", "runtime=60"]
         return [
-            *self.command("--profile", str(self.root / "workflow/profiles" / profile)),
+            *self.command("--profile", str(folder)),
             *("--slurm-init-seconds-before-status-checks", "8"),
             *("--max-status-checks-per-second", "1", "--latency-wait", "5"),
             *("--default-resources", *resources),
