@@ -48,7 +48,7 @@ def test_preempted_jobs_and_a_lost_node_are_made_up_for(
 
     def jobs(mode: str, model: str) -> list[dict[str, str]]:
         comment = f"rule_evaluate_wildcards_{model}_fp16_ppl"
-        found = (f for f in slurm.jobs().values() if f["Comment"] == comment)
+        found = (f for f in slurm.jobs().values() if f.get("Comment") == comment)
         return [f for f in found if f["WorkDir"] == str(tmp_path / mode)]
 
     def states(mode: str, model: str) -> list[str]:
