@@ -78,6 +78,12 @@ def slurm_with_accounting() -> Iterator[LocalSlurm]:
     yield from _running(accounting=True)
 
 
+@pytest.fixture(scope="module")
+def any_slurm() -> Iterator[LocalSlurm]:
+    """The same, with slurmdbd where it is installed."""
+    yield from _running(accounting=no_accounting() is None)
+
+
 class Workplace:
     """A folder with a study in which Snakemake runs on the local Slurm or without it."""
 

@@ -18,9 +18,9 @@ ONE_THREAD = ("--set-threads", "calibrate=1", "evaluate=1")  # sums in one order
 
 
 def test_slurm_and_a_local_run_give_the_same_tables(
-    root: Path, slurm_with_accounting: LocalSlurm, tmp_path: Path
+    root: Path, any_slurm: LocalSlurm, tmp_path: Path
 ) -> None:
-    slurm = slurm_with_accounting
+    slurm = any_slurm
     study = yaml.safe_load((root / "config/smoke.yaml").read_text())
     study["gpus"] = 8  # the requests of the paper's study; its verbs work on the CPU (conftest)
     for model in study["models"].values():
