@@ -70,6 +70,8 @@ def test_preempted_jobs_and_a_lost_node_are_made_up_for(
     slurm.start_slurmdbd()
 
     until("the late job", lambda: hangs("cancel", "late"))
+    # or it is lost with the node
+    until("the preempted job's second attempt", lambda: "COMPLETED" in states("cancel", "llama"))
     lost = jobs("cancel", "late")[0]["NodeList"]
     slurm("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
     until("a node failure", lambda: "NODE_FAIL" in states("cancel", "late"))
