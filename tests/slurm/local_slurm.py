@@ -52,7 +52,8 @@ SelectTypeParameters=CR_Core_Memory
 GresTypes=gpu
 EnforcePartLimits=ALL
 ReturnToService=2
-MinJobAge=300
+# long enough for a busy test to look at every job at its end
+MinJobAge=3600
 # jobs of `urgent` push those of `spare-*` aside, which end or go back into the queue
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
