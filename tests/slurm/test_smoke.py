@@ -33,7 +33,7 @@ def test_slurm_and_a_local_run_give_the_same_tables(
         (tmp_path / name / "study.yaml").write_text(yaml.safe_dump(study))
     place, local = places["slurm"], places["local"]
     run = place.start(place.on_slurm("-j", "4", *ONE_THREAD), "run.log")
-    assert run.wait(timeout=900) == 0, place.text("run.log")[-5000:]
+    assert run.wait(timeout=1800) == 0, place.text("run.log")[-5000:]
     fields = "JobID,Partition,Account,Comment%60,State,ReqTRES%75,NodeList,Elapsed"
     print(slurm("sacct", "-X", "-P", "-o", fields))
 
@@ -57,7 +57,7 @@ def test_slurm_and_a_local_run_give_the_same_tables(
     cores = str(os.cpu_count() or 2)
     words = local.command("--cores", cores, "--resources", "gpu=8", *ONE_THREAD)
     alone = local.start([*words, "--nolock", "--", "statistics"], "local.log")
-    assert alone.wait(timeout=900) == 0, local.text("local.log")[-5000:]
+    assert alone.wait(timeout=1800) == 0, local.text("local.log")[-5000:]
     for table in TABLES:
         ours = (place.folder / "results/smoke/tables" / table).read_bytes()
         assert ours == (local.folder / "results/smoke/tables" / table).read_bytes(), table
