@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from kvquant.batched_quant import outliers_per_side
 from kvquant.errors import UserError
 from kvquant.kernels.pytorch_fused import inverse_range, split_outliers
+from kvquant.records import temporary_name
 
 VALUE_BINS = 1024
 
@@ -109,12 +110,11 @@ def save_statistics(path: Path, layers: list[LayerStatistics], info: dict[str, A
         for i, layer in enumerate(layers)
         for name, tensor in vars(layer).items()
     }
-    temporary = path.with_suffix(".tmp")
+    temporary = temporary_name(path)
     save_file(tensors, temporary)
     temporary.replace(path)
-    path.with_suffix(".json").write_text(
-        json.dumps(info, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
+    temporary.write_text(json.dumps(info, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path.with_suffix(".json"))
 
 
 def load_statistics(path: Path) -> tuple[list[LayerStatistics], dict[str, Any]]:

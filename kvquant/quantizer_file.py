@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from kvquant.batched_quant import LayerQuantizer
 from kvquant.errors import UserError
+from kvquant.records import temporary_name
 
 FIELDS = ("key_zero", "key_scale", "key_levels", "value_levels")
 
@@ -48,13 +49,12 @@ def save_quantizer(path: Path, manifest: QuantizerManifest, layers: list[LayerQu
         for i, layer in enumerate(layers)
         for field in FIELDS
     }
-    temporary = tensors_path(path).with_suffix(".tmp")
+    temporary = temporary_name(path)
     save_file(tensors, temporary)
     temporary.replace(tensors_path(path))
     text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def load_quantizer(

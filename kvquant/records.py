@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -165,6 +166,11 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no other process uses, be it on another node."""
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+
+
 def write_new(path: str | Path, text: str) -> None:
     """Creates `path` with `text`, whole or not at all; never replaces other content.
 
@@ -176,7 +182,7 @@ def write_new(path: str | Path, text: str) -> None:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(target)
     try:
         with open(temporary, "w", encoding="utf-8") as stream:
             stream.write(text)

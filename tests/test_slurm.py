@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from kvquant import slurm
+from kvquant import slurm, slurm_client
 from kvquant.errors import UserError
 
 
@@ -38,3 +39,60 @@ def test_a_silent_controller_is_asked_again(
     squeue(tmp_path, monkeypatch, "echo unable to contact >&2; exit 1")
     with pytest.raises(UserError, match="no answer in 3 attempts: unable to contact"):
         slurm.leftovers(tmp_path, attempts=3, pause=0.01)
+
+
+def stand_in(file: Path, body: str) -> str:
+    """A stand-in for one of Slurm's commands."""
+    file.write_text(f"#!/bin/sh\n{body}\n")
+    file.chmod(0o755)
+    return str(file)
+
+
+def test_only_an_unreachable_daemon_is_asked_again(tmp_path: Path) -> None:
+    refused = "echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1"
+    command = stand_in(
+        tmp_path / "sbatch",
+        f"echo >>{tmp_path}/n; [ $(wc -l <{tmp_path}/n) -gt 2 ] || {{ {refused}; }}; echo 7",
+    )
+    done = slurm_client.patient([command], pause=0.01)
+    assert (done.returncode, done.stdout) == (0, "7\n")
+    command = stand_in(tmp_path / "sbatch", "echo 'invalid account' >&2; exit 1")
+    assert "invalid account" in slurm_client.patient([command], pause=60).stderr
+    command = stand_in(tmp_path / "sacctmgr", "echo 'Connection refused' >&2; exit 1")
+    assert slurm_client.patient([command], attempts=3, pause=0.01).returncode == 1
+
+
+def test_a_submission_without_an_answer_is_looked_for(tmp_path: Path) -> None:
+    command = stand_in(
+        tmp_path / "sbatch",
+        f"echo x >>{tmp_path}/n; echo 'Socket timed out on send/recv' >&2; exit 1",
+    )
+    words = [command, "--parsable", "--job-name", "run", "--comment", "rule_b", "--wrap=true"]
+    stand_in(tmp_path / "squeue", "printf '11|rule_a\\n12|rule_b\\n'")
+    done = slurm_client.patient(words, pause=0.01)
+    assert (done.returncode, done.stdout) == (0, "12\n")
+    assert (tmp_path / "n").read_text() == "x\n"
+    stand_in(tmp_path / "squeue", ":")
+    assert slurm_client.patient(words, attempts=2, pause=0.01).returncode == 1
+
+
+def test_a_preempted_job_has_ended() -> None:
+    listing = "1|RUNNING\n2|PREEMPTED\n3|PENDING\n"
+    assert slurm_client.ended(listing) == "1|RUNNING\n2|CANCELLED\n3|PENDING\n"
+
+
+def test_commands_of_this_process_are_patient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    stand_in(tmp_path / "squeue", "echo '5|PREEMPTED'")
+    stand_in(tmp_path / "scontrol", "echo \"asked $*\"; echo 'MinJobAge = 300'")
+    slurm.patient_commands()
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$*"; exit 1\n')
+
+    def output(*words: str) -> str:
+        return subprocess.run(words, capture_output=True, text=True, check=False).stdout
+
+    assert output("squeue", "--states=all") == "5|CANCELLED\n"
+    assert output("scontrol", "show", "config") == "asked show config\nMinJobAge = 300\n"
+    assert output("scontrol", "show", "job") == "show job\n"

@@ -16,35 +16,72 @@ import pytest
 import yaml
 
 from tests.conftest import tiny_model
-from tests.slurm.local_slurm import PARTITION, LocalSlurm, reason_to_skip
+from tests.slurm.local_slurm import (
+    ACCOUNT,
+    PARTITION,
+    LocalSlurm,
+    no_accounting,
+    reason_to_skip,
+)
 from tests.test_pipeline import TEXT, save_tokenizer
 
-# Stands before the real interpreter in PATH. A verb whose name and words match a file in faults/
-# hangs instead of working, once: the retry finds the file gone.
+# Stands before the real interpreter in PATH and notes in calls.log what began and ended. A verb
+# whose words match a file in faults/ fails, hangs or dawdles, as the file's name says, once: the
+# file is then gone. Nodes here have no GPU, so a verb that is told to use one works on the CPU.
 PYTHON = """#!/bin/sh
-if [ "$1 $2" = "-m kvquant" ]; then
-  for fault in {work}/faults/*; do
-    [ -e "$fault" ] || continue
-    case " $* " in
-      *" $3 "*"$(cat "$fault")"*) rm "$fault" && exec sleep 600 ;;
-    esac
-  done
-  {stub}
-fi
-exec {python} "$@"
+[ "$1 $2" = "-m kvquant" ] || exec {python} "$@"
+call="${{SLURM_JOB_ID:-local}} $*"
+echo "begin $call" >>{work}/calls.log
+for fault in {work}/faults/*; do
+  [ -e "$fault" ] || continue
+  case " $* " in
+    *" $(cat "$fault")"*)
+      rm "$fault"
+      case $fault in
+        */fail*) exit 1 ;;
+        */hang*) exec sleep 600 ;;
+        */slow*) sleep 75 ;;
+      esac ;;
+  esac
+done
+# the nodes have no internet
+[ -z "${{SLURM_JOB_ID:-}}" ] || export http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9
+for word; do
+  shift
+  [ "$word" != cuda ] || word=cpu
+  set -- "$@" "$word"
+done
+{run} "$@" || exit
+echo "end $call" >>{work}/calls.log
 """
 
 
-@pytest.fixture(scope="session")
-def slurm() -> Iterator[LocalSlurm]:
-    """Two nodes of 128 CPUs, 1 TiB and 8 GPUs each, all of them claimed, none of them real."""
-    if reason := reason_to_skip():
+def _running(accounting: bool) -> Iterator[LocalSlurm]:
+    if reason := reason_to_skip() or (no_accounting() if accounting else None):
         pytest.skip(reason)
     # not pytest's folder: a socket's path must be short
     with tempfile.TemporaryDirectory(prefix="kvquant-slurm.") as folder:
-        running = LocalSlurm(Path(folder))
+        running = LocalSlurm(Path(folder), accounting)
         yield running
         running.stop()
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[LocalSlurm]:
+    """Two nodes of 128 CPUs, 1 TiB and 8 GPUs each, all of them claimed, none of them real."""
+    yield from _running(accounting=False)
+
+
+@pytest.fixture(scope="module")
+def slurm_with_accounting() -> Iterator[LocalSlurm]:
+    """The same with slurmdbd, so that `sacct` answers."""
+    yield from _running(accounting=True)
+
+
+@pytest.fixture(scope="module")
+def any_slurm() -> Iterator[LocalSlurm]:
+    """The same, with slurmdbd where it is installed."""
+    yield from _running(accounting=no_accounting() is None)
 
 
 class Workplace:
@@ -56,8 +93,8 @@ class Workplace:
         python.parent.mkdir(parents=True)
         (folder / "faults").mkdir()
         file = root / "tests/workflow/stub_verbs.py"
-        run = f'shift 2; exec {sys.executable} {file} "$@"' if stub else ":"
-        python.write_text(PYTHON.format(work=folder, python=sys.executable, stub=run))
+        run = f"shift 2; {sys.executable} {file}" if stub else sys.executable
+        python.write_text(PYTHON.format(work=folder, python=sys.executable, run=run))
         python.chmod(0o755)
         self.env = {
             **slurm.env,
@@ -66,11 +103,21 @@ class Workplace:
             "CUDA_VISIBLE_DEVICES": "",
         }
 
-    def fault(self, verb: str, words: str) -> None:
-        """The next call of `verb` whose command holds `words` hangs."""
-        (self.folder / f"faults/{verb}-{hashlib.sha1(words.encode()).hexdigest()[:8]}").write_text(
-            words
-        )
+    def fault(self, kind: str, words: str) -> None:
+        """The next verb whose command holds `words` will `fail`, `hang` or be `slow`, once."""
+        name = f"{kind}-{hashlib.sha1(words.encode()).hexdigest()[:8]}"
+        (self.folder / "faults" / name).write_text(words)
+
+    def pending_fault(self, kind: str) -> bool:
+        """Whether a fault of this kind has not struck yet."""
+        return any((self.folder / "faults").glob(f"{kind}-*"))
+
+    def calls(self, what: str) -> list[str]:
+        """Commands that began or ended in Slurm jobs, in their order, without the job ids."""
+        file = self.folder / "calls.log"
+        lines = file.read_text().splitlines() if file.is_file() else []
+        words = (line.split(" ", 2) for line in lines)
+        return [call for event, job, call in words if event == what and job != "local"]
 
     def command(self, *args: str) -> list[str]:
         """Snakemake on this folder's study."""
@@ -78,12 +125,14 @@ class Workplace:
         words += ["--directory", str(self.folder), "--configfile", str(self.folder / "study.yaml")]
         return [*words, "--replace-workflow-config", *args]
 
-    def on_slurm(self, *args: str) -> list[str]:
-        """The same with the profile of the paper's cluster, polling faster than it."""
-        profile = self.root / "workflow/profiles/athena"
-        resources = [f"slurm_partition={PARTITION}", "slurm_account=grant-gpu-a100", "runtime=60"]
+    def on_slurm(
+        self, *args: str, profile: Path | None = None, partition: str = PARTITION
+    ) -> list[str]:
+        """The same with a profile of a cluster (Athena's), polling faster than it."""
+        folder = profile or self.root / "workflow/profiles/athena"
+        resources = [f"slurm_partition={partition}", f"slurm_account={ACCOUNT}", "runtime=60"]
         return [
-            *self.command("--profile", str(profile), "--executor", "slurm"),
+            *self.command("--profile", str(folder)),
             *("--slurm-init-seconds-before-status-checks", "8"),
             *("--max-status-checks-per-second", "1", "--latency-wait", "5"),
             *("--default-resources", *resources),
@@ -92,7 +141,7 @@ class Workplace:
 
     def start(self, command: list[str], log: str) -> subprocess.Popen[str]:
         """Starts Snakemake with its output in a file of this folder."""
-        return subprocess.Popen(
+        started = subprocess.Popen(
             command,
             cwd=self.folder,
             env=self.env,
@@ -100,10 +149,26 @@ class Workplace:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        self.slurm.clients.append(started)
+        return started
 
     def text(self, log: str) -> str:
         """What a run printed so far."""
         return (self.folder / log).read_text()
+
+
+def stub_study(root: Path) -> dict[str, Any]:
+    """The cluster's study with one model and few jobs, for verbs that only touch their outputs."""
+    study = yaml.safe_load((root / "config/athena.yaml").read_text())
+    study["models"] = {"llama": study["models"]["llama-2-7b-32k"]}
+    study["schemes"] = {name: study["schemes"][name] for name in ("fp16", "nuq3-1pct")}
+    study["tasks"] = {"ppl": {**study["tasks"]["ppl-wikitext2-b"], "dataset": "essays"}}
+    study["throughput"] = {**study["throughput"], "reps": 1}
+    study["throughput"]["workloads"] = {"p16384-b1": {"prompt": 16384}}
+    study["energy"]["workloads"] = {}
+    study["energy"]["schemes"] = []
+    study["protect"] = False
+    return study
 
 
 def tiny_study(folder: Path) -> dict[str, Any]:

@@ -6,39 +6,35 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.slurm.conftest import Workplace, put_study
-from tests.slurm.local_slurm import PARTITION, LocalSlurm
+from tests.slurm.conftest import Workplace, put_study, stub_study
+from tests.slurm.local_slurm import ACCOUNT, PARTITION, LocalSlurm
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
 def test_whole_nodes_and_single_gpus_are_asked_for(
-    root: Path, slurm: LocalSlurm, tmp_path: Path
+    root: Path, any_slurm: LocalSlurm, tmp_path: Path
 ) -> None:
+    slurm = any_slurm
     place = Workplace(root, tmp_path, slurm, stub=True)
-    study = yaml.safe_load((root / "config/athena.yaml").read_text())
-    study["models"] = {"llama": study["models"]["llama-2-7b-32k"]}
-    study["schemes"] = {name: study["schemes"][name] for name in ("fp16", "nuq3-1pct")}
-    study["tasks"] = {"ppl": {**study["tasks"]["ppl-wikitext2-b"], "dataset": "essays"}}
-    study["throughput"] = {**study["throughput"], "reps": 1}
-    study["throughput"]["workloads"] = {"p16384-b1": {"prompt": 16384}}
-    study["energy"]["workloads"] = {}
-    study["energy"]["schemes"] = []
-    study["protect"] = False
-    put_study(tmp_path, study)
+    put_study(tmp_path, stub_study(root))
+    place.fault("fail", "--scheme fp16 --task ppl")  # its second attempt asks for more
     run = place.start(place.on_slurm("-j", "8", "--", "accuracy", "performance"), "run.log")
-    assert run.wait(timeout=240) == 0, place.text("run.log")
+    assert run.wait(timeout=900) == 0, place.text("run.log")
 
-    jobs = {fields["Comment"].split("_")[1]: fields for fields in slurm.jobs().values()}
+    found = slurm.jobs().values()
+    jobs = {
+        f["Comment"].removeprefix("rule_").split("_")[0]: f
+        for f in found
+        if f["JobState"] == "COMPLETED" and "_fp16_" not in f["Comment"]
+    }
     assert set(jobs) == {"calibrate", "quantize", "evaluate", "throughput"}
     keys = ("Partition", "Account", "NumNodes", "NumCPUs", "MinMemoryNode", "TresPerJob")
     for rule, fields in jobs.items():
         shown = " ".join(f"{k}={fields.get(k)}" for k in (*keys, "TimeLimit", "NodeList"))
         print(f"scontrol show job {fields['JobId']} ({rule}): {shown}")
-        assert fields["JobState"] == "COMPLETED"
-        assert (fields["Partition"], fields["Account"]) == (PARTITION, "grant-gpu-a100")
+        assert (fields["Partition"], fields["Account"]) == (PARTITION, ACCOUNT)
         assert fields["NumNodes"] == "1"
         assert fields["Requeue"] == "0"
     full = jobs["throughput"]
@@ -51,8 +47,24 @@ def test_whole_nodes_and_single_gpus_are_asked_for(
         assert jobs[rule]["TimeLimit"] == limit
     assert "TresPerJob" not in jobs["quantize"], "building codebooks needs no GPU"
 
+    tries = [f for f in found if f["Comment"] == "rule_evaluate_wildcards_llama_fp16_ppl"]
+    tries.sort(key=lambda f: int(f["JobId"]))
+    grown = [(f["JobState"], f["MinMemoryNode"], f["TimeLimit"]) for f in tries]
+    print("evaluate, attempt by attempt:", grown)
+    assert grown == [("FAILED", "125G", "01:15:00"), ("COMPLETED", "250G", "02:30:00")]
+
     submitted = re.findall(r"submitted with SLURM jobid (\d+)", place.text("run.log"))
-    assert len(submitted) == len(set(submitted)) == 5  # evaluate twice
+    assert len(submitted) == len(set(submitted)) == 6  # evaluate twice, and once more
     logs = [p for p in (tmp_path / "logs/slurm").rglob("*.log")]
     assert {p.stem for p in logs} == set(submitted)
-    assert not any("fetch" in fields["Comment"] for fields in slurm.jobs().values())
+    assert not any("fetch" in fields["Comment"] for fields in found)
+
+    if not slurm.accounting:
+        return
+    fields = "JobID,Partition,Account,Comment%45,State,ReqTRES%75,Timelimit,NodeList"
+    listed = slurm("sacct", "-X", "-P", "-o", fields)
+    print(listed)
+    row = next(r for r in listed.splitlines() if "rule_throughput" in r and "COMPLETED" in r)
+    assert f"|{PARTITION}|{ACCOUNT}|" in row
+    for part in ("cpu=128", "gres/gpu:a100=8", "mem=1000G", "node=1"):
+        assert part in row

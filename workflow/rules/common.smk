@@ -10,7 +10,7 @@ from kvquant.errors import UserError
 from kvquant.grid import CPUS_PER_GPU, grid_lines, place_in_line, request
 from kvquant.provenance import device_name
 from kvquant.run_lock import hold
-from kvquant.slurm import refuse_leftovers
+from kvquant.slurm import prepare
 
 try:
     STUDY = parse_study(config)
@@ -62,7 +62,7 @@ onstart:
     try:
         hold(STUDY_FILE.parent)
         if workflow.executor_plugin.name == "slurm":
-            refuse_leftovers(Path.cwd())
+            prepare(Path.cwd())
     except UserError as error:
         raise WorkflowError(str(error))
     STUDY_FILE.write_text(STUDY.model_dump_json(indent=2) + "\n", encoding="utf-8")
