@@ -10,10 +10,17 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from kvquant.errors import UserError, unknown
 
@@ -71,13 +78,25 @@ class CalibrationSpec(_Strict):
     )
 
 
-class Fp16Scheme(_Strict):
+class _Scheme(_Strict):
+    # Protocols that the scheme's cache can be measured under.
+    protocols: ClassVar[tuple[str, ...]] = ("A", "B")
+
+
+class Fp16Scheme(_Scheme):
     """The unquantized cache, the baseline of every comparison."""
 
     kind: Literal["fp16"]
 
 
-class NuqScheme(_Strict):
+class Fp16StaticScheme(_Scheme):
+    """An unquantized cache allocated once, in place of one that is reallocated as it grows."""
+
+    kind: Literal["fp16-static"]
+    room: int = Field(256, ge=1, description="tokens allocated beyond the first call's")
+
+
+class NuqScheme(_Scheme):
     """Non-uniform quantization with exact sparse outliers (ours; KVQuant's datatype)."""
 
     kind: Literal["nuq"]
@@ -90,7 +109,7 @@ class NuqScheme(_Strict):
     q_norm: bool = Field(False, description="match mean and variance of the quantized data")
 
 
-class KiviScheme(_Strict):
+class KiviScheme(_Scheme):
     """KIVI (arXiv 2402.02750): keys per channel, values per token, in groups, with a residual."""
 
     kind: Literal["kivi"]
@@ -99,7 +118,104 @@ class KiviScheme(_Strict):
     residual: int = Field(128, ge=0, description="most recent tokens kept in fp16")
 
 
-SchemeSpec = Annotated[Fp16Scheme | NuqScheme | KiviScheme, Field(discriminator="kind")]
+class _TokenScheme(_Scheme):
+    """Options of schemes that quantize each token by itself."""
+
+    sinks: int = Field(0, ge=0, description="first tokens of each sequence kept in 16 bits")
+    block_size: Literal[16, 32, 64, 128, 256] = Field(64, description="tokens packed at a time")
+    residual: int = Field(0, ge=0, description="most recent tokens kept in 16 bits")
+
+
+class Fp8Scheme(_TokenScheme):
+    """8-bit floating point (E4M3)."""
+
+    kind: Literal["fp8"]
+    scale: Literal["token-head", "none"] = "token-head"
+
+
+class TurboQuantScheme(_TokenScheme):
+    """TurboQuant (arXiv 2504.19874): random rotation, 16-bit norm, Lloyd-Max levels."""
+
+    kind: Literal["turboquant"]
+    bits: Literal[2, 3, 4]
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="of the random signs")
+
+
+class Int4HadamardScheme(_TokenScheme):
+    """Asymmetric INT4 per token and head after a Hadamard rotation (SAW-INT4, arXiv 2604.19157)."""
+
+    kind: Literal["int4-hadamard"]
+
+
+class KvquantRefScheme(_Scheme):
+    """KVQuant's published procedure (arXiv 2401.18079): one sequence at a time, growing arrays."""
+
+    kind: Literal["kvquant-ref"]
+    bits: Literal[2, 3, 4]
+    outliers: float = Field(0.01, ge=0.0, lt=0.5, description="fraction of exact outliers")
+    sinks: int = Field(1, ge=0, description="first tokens of each sequence kept in fp16")
+    room: int = Field(256, ge=1, description="tokens of dense codes allocated beyond the prompt's")
+    datatype: str = Field("nuq", description="name in the registry of kvquant.nuq")
+    weighting: Literal["fisher-range2", "fisher", "none"] = "fisher-range2"
+    q_norm: bool = Field(False, description="match mean and variance of the quantized data")
+
+
+class HfQuantoScheme(_Scheme):
+    """Transformers' QuantizedCache with optimum-quanto."""
+
+    protocols: ClassVar[tuple[str, ...]] = ("A",)
+    kind: Literal["hf-quanto"]
+    bits: Literal[2, 4]
+    group: int = Field(64, ge=8, description="elements that share a scale and a zero")
+    residual: int = Field(128, ge=1, description="16-bit tokens at which all is quantized again")
+
+
+class HfHqqScheme(_Scheme):
+    """Transformers' QuantizedCache with HQQ."""
+
+    protocols: ClassVar[tuple[str, ...]] = ("A",)
+    kind: Literal["hf-hqq"]
+    bits: int = Field(json_schema_extra={"enum": [2, 4, 8]}, description="2, 4 or 8")
+    group: int = Field(64, ge=8, description="elements that share a scale and a zero")
+    axis: Literal[0, 1] = Field(0, description="0: groups of strided elements; 1: of neighbours")
+    residual: int = Field(128, ge=1, description="16-bit tokens at which all is quantized again")
+
+    @field_validator("bits")
+    @classmethod
+    def _usable(cls, bits: int) -> int:
+        if bits == 3:
+            raise ValueError(
+                "3 bits are broken in HQQ 0.2.8: with axis 1 they fail or silently return wrong "
+                "data, with axis 0 they take 4 bits of storage; use 2, 4 or 8"
+            )
+        if bits not in (2, 4, 8):
+            raise ValueError("must be 2, 4 or 8")
+        return bits
+
+
+class HfFp8Scheme(_Scheme):
+    """Transformers' QuantizedCache in E4M3, one scale a tensor, set by the first call."""
+
+    protocols: ClassVar[tuple[str, ...]] = ("A",)
+    kind: Literal["hf-fp8"]
+
+
+CalibratedScheme = NuqScheme | KvquantRefScheme
+AnyScheme = (
+    Fp16Scheme
+    | Fp16StaticScheme
+    | NuqScheme
+    | KiviScheme
+    | Fp8Scheme
+    | TurboQuantScheme
+    | Int4HadamardScheme
+    | KvquantRefScheme
+    | HfQuantoScheme
+    | HfHqqScheme
+    | HfFp8Scheme
+)
+SchemeSpec = Annotated[AnyScheme, Field(discriminator="kind")]
+KINDS = tuple(t.model_fields["kind"].annotation.__args__[0] for t in AnyScheme.__args__)
 
 
 class PerplexityTask(_Strict):
@@ -173,6 +289,12 @@ def task_dataset(task: TaskSpec) -> str | None:
     return None
 
 
+class EvaluationSpec(_Strict):
+    """Which schemes are evaluated on the tasks."""
+
+    schemes: list[str] = Field(default_factory=list, description="empty: all schemes of the study")
+
+
 class Workload(_Strict):
     """One throughput or energy workload."""
 
@@ -240,6 +362,7 @@ class Study(_Strict):
     calibration: CalibrationSpec = CalibrationSpec()
     schemes: dict[str, SchemeSpec]
     tasks: dict[str, TaskSpec]
+    evaluation: EvaluationSpec = EvaluationSpec()
     throughput: TimingSpec = TimingSpec()
     energy: EnergySpec = EnergySpec()
     statistics: StatisticsSpec = StatisticsSpec()
@@ -276,9 +399,14 @@ class Study(_Strict):
             for where, name in named:
                 if name not in self.schemes:
                     raise ValueError(f"{where}: '{name}' is not among the schemes")
+        for name in self.evaluation.schemes:
+            if name not in self.schemes:
+                raise ValueError(f"evaluation.schemes: '{name}' is not among the schemes")
+        if self.evaluation.schemes and self.baseline not in self.evaluation.schemes:
+            raise ValueError(f"evaluation.schemes: the baseline '{self.baseline}' is missing")
         fractions = self.calibration.outlier_fractions
         for name, scheme in self.schemes.items():
-            if isinstance(scheme, NuqScheme) and scheme.outliers not in fractions:
+            if isinstance(scheme, CalibratedScheme) and scheme.outliers not in fractions:
                 raise ValueError(
                     f"schemes.{name}.outliers: {scheme.outliers} is not in "
                     f"calibration.outlier_fractions {fractions}; add it there"
@@ -291,7 +419,7 @@ class Study(_Strict):
             raise unknown("model", name, self.models)
         return self.models[name]
 
-    def scheme(self, name: str) -> Fp16Scheme | NuqScheme | KiviScheme:
+    def scheme(self, name: str) -> AnyScheme:
         """The scheme's entry, or an error with the nearest names."""
         if name not in self.schemes:
             raise unknown("scheme", name, self.schemes)
@@ -302,6 +430,18 @@ class Study(_Strict):
         if name not in self.tasks:
             raise unknown("task", name, self.tasks)
         return self.tasks[name]
+
+    def evaluates(self, scheme: str, task: str) -> bool:
+        """Whether a scheme is evaluated on a task: chosen, and able to run its protocol."""
+        if self.evaluation.schemes and scheme not in self.evaluation.schemes:
+            return False
+        spec = self.task(task)
+        protocol = spec.protocol if isinstance(spec, PerplexityTask) else "A"
+        return protocol in self.scheme(scheme).protocols
+
+    def eval_cells(self) -> list[tuple[str, str]]:
+        """(scheme, task) of every evaluation job of a model."""
+        return [(s, t) for s in self.schemes for t in self.tasks if self.evaluates(s, t)]
 
     def timed_schemes(self, spec: TimingSpec | EnergySpec) -> list[str]:
         """The schemes measured by `spec`, without the baseline, which every job measures too."""
@@ -347,7 +487,7 @@ def parse_study(raw: Any, where: str = "config") -> Study:
     except ValidationError as error:
         lines = []
         for item in error.errors():
-            tags = {"fp16", "nuq", "kivi", "perplexity", "passkey", "ruler", "longbench"}
+            tags = {*KINDS, "perplexity", "passkey", "ruler", "longbench"}
             path = ".".join(
                 str(p) for p in item["loc"] if str(p) not in tags or len(item["loc"]) < 3
             )

@@ -1,4 +1,4 @@
-"""Attention that reads and writes a `KVQuantCache`; with any other cache it is the original."""
+"""Attention that leaves the work to an `AttendingCache`; with any other it is the original."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvquant.cache import BlockLayer, KVQuantCache
+from kvquant.cache_interface import AttendingCache
 
 SUPPORTED = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 
@@ -37,7 +37,7 @@ class PrefillQuantizedAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of `[batch_size, new_len, hidden_size]` over the cache and the new tokens."""
         module: Any = self.original
-        if not isinstance(past_key_values, KVQuantCache):
+        if not isinstance(past_key_values, AttendingCache):
             return module(
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
@@ -53,8 +53,7 @@ class PrefillQuantizedAttention(nn.Module):
         if hasattr(module, "q_norm"):
             queries, keys = module.q_norm(queries), module.k_norm(keys)
         queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
-        layer = past_key_values.layers[module.layer_idx]
-        assert isinstance(layer, BlockLayer)
+        layer = past_key_values.layers[module.layer_idx]  # type: ignore[attr-defined]
         implementation = module.config._attn_implementation
         function = ALL_ATTENTION_FUNCTIONS.get(implementation, ALL_ATTENTION_FUNCTIONS["sdpa"])
 

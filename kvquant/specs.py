@@ -7,8 +7,8 @@ before it. Comments and speed-ups do not bump it.
 from __future__ import annotations
 
 from kvquant.config import (
+    CalibratedScheme,
     EnergySpec,
-    NuqScheme,
     SchemeSpec,
     Study,
     TaskSpec,
@@ -22,7 +22,7 @@ VERSIONS = {"calibrate": 1, "quantize": 1, "evaluate": 1, "throughput": 1, "ener
 
 def needs_calibration(scheme: SchemeSpec) -> bool:
     """Whether the scheme needs a quantizer built from calibration statistics."""
-    return isinstance(scheme, NuqScheme)
+    return isinstance(scheme, CalibratedScheme)
 
 
 def dataset_of(task: TaskSpec) -> str | None:

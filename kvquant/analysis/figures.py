@@ -109,14 +109,17 @@ def perplexity(study: Study, tables: Path) -> Any:
     tests, values = read_table(tables, "tests"), read_table(tables, "eval")
     language = tests[tests.suite == "perplexity"]
     figure, axis = plt.subplots(figsize=(WIDTH, 2.2))
-    schemes = [s for s in study.schemes if s != study.baseline]
+    schemes = [s for s in study.schemes if s in set(language.scheme)]
     groups = list(language.groupby(["model", "task"], sort=False))
     for g, ((model, task), group) in enumerate(groups):
         shift = (g - (len(groups) - 1) / 2) * 0.2
         seeds = values[(values.model == model) & (values.task == task)]
         base = seeds[seeds.scheme == study.baseline].set_index("seed")["value"]
         for i, scheme in enumerate(schemes):
-            row = group[group.scheme == scheme].iloc[0]
+            found = group[group.scheme == scheme]
+            if not len(found):  # the scheme cannot run this task's protocol
+                continue
+            row = found.iloc[0]
             color, marker = _look(study, scheme)
             single = seeds[seeds.scheme == scheme].set_index("seed")["value"] - base
             jitter = np.linspace(-0.06, 0.06, len(single))

@@ -55,7 +55,7 @@ def accuracy(t: Tables) -> str:
             spread = values.std(ddof=1) if len(values) > 1 else float("nan")
             row[str(task)] = f"{values.mean():.2f} ({number(spread)})"
         rows.append(row)
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).fillna("-")  # a scheme that cannot run a task's protocol
     return booktabs(table, "ll" + "r" * (table.shape[1] - 2), size="footnotesize")
 
 
@@ -120,7 +120,7 @@ def memory(t: Tables) -> str:
         for task, part in group.groupby("task", sort=False):
             row[str(task)] = number(8 * part.cache_bytes.sum() / part.cache_elements.sum())
         rows.append(row)
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).fillna("-")  # a scheme that cannot run a task's protocol
     return booktabs(table, "ll" + "r" * (table.shape[1] - 2), size="footnotesize")
 
 

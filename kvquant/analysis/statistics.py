@@ -138,7 +138,7 @@ def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> 
             & (samples["scheme"] == study.baseline)
         ]
         for scheme in study.schemes:
-            if scheme == study.baseline:
+            if scheme == study.baseline or not study.evaluates(scheme, task):
                 continue
             ours = group[group["scheme"] == scheme]
             what = f"{model}/{scheme}/{task}"

@@ -55,6 +55,13 @@ class Codec(ABC):
     residual: int = 0
     shared_bytes: int = 0
 
+    def check_model(self, num_kv_heads: int, head_dim: int) -> None:  # noqa: B027
+        """Refuses a model that the codec cannot serve, when it is loaded.
+
+        Raises:
+            UserError: Names the reason.
+        """
+
     @abstractmethod
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
         """Packs blocks.
