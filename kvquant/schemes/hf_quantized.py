@@ -17,6 +17,7 @@ byte counting; a clock; selection of sequences, which integer layers of transfor
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 from typing import Any
@@ -125,6 +126,14 @@ class HfQuantizedCache(Cache, QuantizeClock, CountedCache):
         for layer in layers:
             layer.clock = self
         Cache.__init__(self, layers=layers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HfQuantizedCache:
+        """A cache that goes on from here; states are shared, as they are never written in place."""
+        other = copy.copy(self)
+        other.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in other.layers:
+            layer.clock = other
+        return other
 
     def _choose(self, indices: torch.Tensor) -> None:
         for layer in self.layers:
