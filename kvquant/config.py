@@ -10,22 +10,26 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from kvquant.config_schemes import KINDS, MAX_SEED, AnyScheme, CalibratedScheme, SchemeSpec, Strict
+from kvquant.config_schemes import Fp8Scheme as Fp8Scheme
+from kvquant.config_schemes import Fp16Scheme as Fp16Scheme
+from kvquant.config_schemes import Fp16StaticScheme as Fp16StaticScheme
+from kvquant.config_schemes import HfFp8Scheme as HfFp8Scheme
+from kvquant.config_schemes import HfHqqScheme as HfHqqScheme
+from kvquant.config_schemes import HfQuantoScheme as HfQuantoScheme
+from kvquant.config_schemes import Int4HadamardScheme as Int4HadamardScheme
+from kvquant.config_schemes import KiviScheme as KiviScheme
+from kvquant.config_schemes import KvquantRefScheme as KvquantRefScheme
+from kvquant.config_schemes import NuqScheme as NuqScheme
+from kvquant.config_schemes import TurboQuantScheme as TurboQuantScheme
 from kvquant.errors import UserError, unknown
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
-MAX_SEED = 2**31 - 1
 # The tasks of the pinned lm-eval that the suites can run; tests hold these lists against it.
 RULER_TASKS = (
     *("niah_single_1", "niah_single_2", "niah_single_3"),
@@ -39,11 +43,7 @@ LONGBENCH_TASKS = (
 )
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelSpec(_Strict):
+class ModelSpec(Strict):
     """Where a causal language model comes from."""
 
     source: Literal["pypi-gguf", "hub", "local"]
@@ -64,7 +64,7 @@ class ModelSpec(_Strict):
         return self
 
 
-class CalibrationSpec(_Strict):
+class CalibrationSpec(Strict):
     """The text and the statistics from which non-uniform codebooks are built."""
 
     dataset: str = "essays"
@@ -78,147 +78,7 @@ class CalibrationSpec(_Strict):
     )
 
 
-class _Scheme(_Strict):
-    # Protocols that the scheme's cache can be measured under.
-    protocols: ClassVar[tuple[str, ...]] = ("A", "B")
-
-
-class Fp16Scheme(_Scheme):
-    """The unquantized cache, the baseline of every comparison."""
-
-    kind: Literal["fp16"]
-
-
-class Fp16StaticScheme(_Scheme):
-    """An unquantized cache allocated once, in place of one that is reallocated as it grows."""
-
-    kind: Literal["fp16-static"]
-    room: int = Field(256, ge=1, description="tokens allocated beyond the first call's")
-
-
-class NuqScheme(_Scheme):
-    """Non-uniform quantization with exact sparse outliers (ours; KVQuant's datatype)."""
-
-    kind: Literal["nuq"]
-    bits: Literal[2, 3, 4]
-    outliers: float = Field(0.01, ge=0.0, le=1.0, description="fraction of exact outliers")
-    sinks: int = Field(1, ge=0, description="first tokens of each sequence kept in fp16")
-    block_size: Literal[32, 64, 128, 256, 512, 1024] = 64
-    datatype: str = Field("nuq", description="name in the registry of kvquant.nuq")
-    weighting: Literal["fisher-range2", "fisher", "none"] = "fisher-range2"
-    q_norm: bool = Field(False, description="match mean and variance of the quantized data")
-
-
-class KiviScheme(_Scheme):
-    """KIVI (arXiv 2402.02750): keys per channel, values per token, in groups, with a residual."""
-
-    kind: Literal["kivi"]
-    bits: Literal[2, 3, 4]
-    group: int = Field(32, ge=8, description="elements that share a scale and a zero")
-    residual: int = Field(128, ge=0, description="most recent tokens kept in fp16")
-
-
-class _TokenScheme(_Scheme):
-    """Options of schemes that quantize each token by itself."""
-
-    sinks: int = Field(0, ge=0, description="first tokens of each sequence kept in 16 bits")
-    block_size: Literal[16, 32, 64, 128, 256] = Field(64, description="tokens packed at a time")
-    residual: int = Field(0, ge=0, description="most recent tokens kept in 16 bits")
-
-
-class Fp8Scheme(_TokenScheme):
-    """8-bit floating point (E4M3)."""
-
-    kind: Literal["fp8"]
-    scale: Literal["token-head", "none"] = "token-head"
-
-
-class TurboQuantScheme(_TokenScheme):
-    """TurboQuant (arXiv 2504.19874): random rotation, 16-bit norm, Lloyd-Max levels."""
-
-    kind: Literal["turboquant"]
-    bits: Literal[2, 3, 4]
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="of the random signs")
-
-
-class Int4HadamardScheme(_TokenScheme):
-    """Asymmetric INT4 per token and head after a Hadamard rotation (SAW-INT4, arXiv 2604.19157)."""
-
-    kind: Literal["int4-hadamard"]
-
-
-class KvquantRefScheme(_Scheme):
-    """KVQuant's published procedure (arXiv 2401.18079): one sequence at a time, growing arrays."""
-
-    kind: Literal["kvquant-ref"]
-    bits: Literal[2, 3, 4]
-    outliers: float = Field(0.01, ge=0.0, lt=0.5, description="fraction of exact outliers")
-    sinks: int = Field(1, ge=0, description="first tokens of each sequence kept in fp16")
-    room: int = Field(256, ge=1, description="tokens of dense codes allocated beyond the prompt's")
-    datatype: str = Field("nuq", description="name in the registry of kvquant.nuq")
-    weighting: Literal["fisher-range2", "fisher", "none"] = "fisher-range2"
-    q_norm: bool = Field(False, description="match mean and variance of the quantized data")
-
-
-class HfQuantoScheme(_Scheme):
-    """Transformers' QuantizedCache with optimum-quanto."""
-
-    protocols: ClassVar[tuple[str, ...]] = ("A",)
-    kind: Literal["hf-quanto"]
-    bits: Literal[2, 4]
-    group: int = Field(64, ge=8, description="elements that share a scale and a zero")
-    residual: int = Field(128, ge=1, description="16-bit tokens at which all is quantized again")
-
-
-class HfHqqScheme(_Scheme):
-    """Transformers' QuantizedCache with HQQ."""
-
-    protocols: ClassVar[tuple[str, ...]] = ("A",)
-    kind: Literal["hf-hqq"]
-    bits: int = Field(json_schema_extra={"enum": [2, 4, 8]}, description="2, 4 or 8")
-    group: int = Field(64, ge=8, description="elements that share a scale and a zero")
-    axis: Literal[0, 1] = Field(0, description="0: groups of strided elements; 1: of neighbours")
-    residual: int = Field(128, ge=1, description="16-bit tokens at which all is quantized again")
-
-    @field_validator("bits")
-    @classmethod
-    def _usable(cls, bits: int) -> int:
-        if bits == 3:
-            raise ValueError(
-                "3 bits are broken in HQQ 0.2.8: with axis 1 they fail or silently return wrong "
-                "data, with axis 0 they take 4 bits of storage; use 2, 4 or 8"
-            )
-        if bits not in (2, 4, 8):
-            raise ValueError("must be 2, 4 or 8")
-        return bits
-
-
-class HfFp8Scheme(_Scheme):
-    """Transformers' QuantizedCache in E4M3, one scale a tensor, set by the first call."""
-
-    protocols: ClassVar[tuple[str, ...]] = ("A",)
-    kind: Literal["hf-fp8"]
-
-
-CalibratedScheme = NuqScheme | KvquantRefScheme
-AnyScheme = (
-    Fp16Scheme
-    | Fp16StaticScheme
-    | NuqScheme
-    | KiviScheme
-    | Fp8Scheme
-    | TurboQuantScheme
-    | Int4HadamardScheme
-    | KvquantRefScheme
-    | HfQuantoScheme
-    | HfHqqScheme
-    | HfFp8Scheme
-)
-SchemeSpec = Annotated[AnyScheme, Field(discriminator="kind")]
-KINDS = tuple(t.model_fields["kind"].annotation.__args__[0] for t in AnyScheme.__args__)
-
-
-class PerplexityTask(_Strict):
+class PerplexityTask(Strict):
     """Perplexity over non-overlapping windows; the seed moves the first window's offset."""
 
     suite: Literal["perplexity"]
@@ -237,7 +97,7 @@ class PerplexityTask(_Strict):
         return self
 
 
-class PasskeyTask(_Strict):
+class PasskeyTask(Strict):
     """Passkey retrieval (Mohtashami and Jaggi, arXiv 2305.16300); the seed draws key and place."""
 
     suite: Literal["passkey"]
@@ -247,7 +107,7 @@ class PasskeyTask(_Strict):
     minutes: int = Field(30, ge=1, description="expected run time of one seed on one GPU")
 
 
-class RulerTask(_Strict):
+class RulerTask(Strict):
     """One RULER task (arXiv 2404.06654), generated and scored by the pinned lm-eval package."""
 
     suite: Literal["ruler"]
@@ -259,7 +119,7 @@ class RulerTask(_Strict):
     minutes: int = Field(30, ge=1, description="expected run time of one seed on one GPU")
 
 
-class LongBenchTask(_Strict):
+class LongBenchTask(Strict):
     """One English task of LongBench (arXiv 2308.14508), as in the pinned lm-eval package."""
 
     suite: Literal["longbench"]
@@ -289,13 +149,13 @@ def task_dataset(task: TaskSpec) -> str | None:
     return None
 
 
-class EvaluationSpec(_Strict):
+class EvaluationSpec(Strict):
     """Which schemes are evaluated on the tasks."""
 
     schemes: list[str] = Field(default_factory=list, description="empty: all schemes of the study")
 
 
-class Workload(_Strict):
+class Workload(Strict):
     """One throughput or energy workload."""
 
     prompt: int = Field(ge=1, description="tokens of the longest prompt")
@@ -307,7 +167,7 @@ class Workload(_Strict):
     )
 
 
-class TimingSpec(_Strict):
+class TimingSpec(Strict):
     """How long and how often a workload is timed."""
 
     workloads: dict[str, Workload] = Field(default_factory=dict)
@@ -318,7 +178,7 @@ class TimingSpec(_Strict):
     max_seconds: float = Field(120.0, gt=0, description="stop after this long (at least 5 rounds)")
 
 
-class EnergySpec(_Strict):
+class EnergySpec(Strict):
     """How energy is measured: trials of at least `seconds`, interleaved with the baseline."""
 
     workloads: dict[str, Workload] = Field(default_factory=dict)
@@ -330,7 +190,7 @@ class EnergySpec(_Strict):
     country: str = Field("POL", description="ISO code for CodeCarbon's offline carbon intensity")
 
 
-class StatisticsSpec(_Strict):
+class StatisticsSpec(Strict):
     """The family of tests."""
 
     alpha: float = Field(0.05, gt=0, lt=1)
@@ -346,7 +206,7 @@ class StatisticsSpec(_Strict):
     bootstrap: int = Field(2000, ge=100)
 
 
-class Study(_Strict):
+class Study(Strict):
     """A complete study; one YAML file under config/."""
 
     study: str

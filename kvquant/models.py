@@ -160,7 +160,7 @@ class QuantizedModel:
     @property
     def quantizes(self) -> bool:
         """Whether the scheme's cache quantizes at all."""
-        return self.scheme.kind not in ("fp16", "fp16-static")
+        return self.scheme.quantizes
 
     @property
     def device(self) -> torch.device:
