@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from kvquant.attention import NEVER, BlockwiseAttention
 from kvquant.block_store import BlockStore
 from kvquant.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix
+from kvquant.cache_interface import AttendingCache, CountedCache
 from kvquant.decode_step import StepTables
 from kvquant.kernels.cuda_decode import DecodeStep, decode_attention
 from kvquant.kernels.dispatch import use_cuda
@@ -255,7 +256,7 @@ class BlockLayer(CacheLayerMixin):
         return [BlockedCSRMatrix(self.store.outliers("values", t)) for t in tables]
 
 
-class KVQuantCache(Cache):
+class KVQuantCache(Cache, AttendingCache):
     """A transformers cache of packed blocks.
 
     Args:
@@ -593,6 +594,8 @@ def new_baseline_cache() -> Cache:
 
 def cache_nbytes(cache: Cache) -> int:
     """Bytes that a cache has allocated on its device."""
+    if isinstance(cache, CountedCache):
+        return cache.stored_nbytes()
     total = 0
     for layer in cache.layers:
         if isinstance(layer, BlockLayer):
@@ -610,6 +613,8 @@ def cache_elements(cache: Cache, mask: torch.Tensor | None = None) -> int:
         mask: `[batch_size, columns]` for an unquantized cache of a padded batch, which cannot tell
             padding itself; its padding is then memory without elements.
     """
+    if isinstance(cache, CountedCache):
+        return cache.stored_elements(mask)
     total = 0
     for layer in cache.layers:
         if isinstance(layer, BlockLayer):

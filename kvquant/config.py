@@ -13,13 +13,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from kvquant.config_append import AppendSpec
+from kvquant.config_schemes import KINDS, MAX_SEED, AnyScheme, CalibratedScheme, SchemeSpec, Strict
+from kvquant.config_schemes import Fp8Scheme as Fp8Scheme
+from kvquant.config_schemes import Fp16Scheme as Fp16Scheme
+from kvquant.config_schemes import Fp16StaticScheme as Fp16StaticScheme
+from kvquant.config_schemes import HfFp8Scheme as HfFp8Scheme
+from kvquant.config_schemes import HfHqqScheme as HfHqqScheme
+from kvquant.config_schemes import HfQuantoScheme as HfQuantoScheme
+from kvquant.config_schemes import Int4HadamardScheme as Int4HadamardScheme
+from kvquant.config_schemes import KiviScheme as KiviScheme
+from kvquant.config_schemes import KvquantRefScheme as KvquantRefScheme
+from kvquant.config_schemes import NuqScheme as NuqScheme
+from kvquant.config_schemes import TurboQuantScheme as TurboQuantScheme
 from kvquant.errors import UserError, unknown
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
-MAX_SEED = 2**31 - 1
 # The tasks of the pinned lm-eval that the suites can run; tests hold these lists against it.
 RULER_TASKS = (
     *("niah_single_1", "niah_single_2", "niah_single_3"),
@@ -33,11 +44,7 @@ LONGBENCH_TASKS = (
 )
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelSpec(_Strict):
+class ModelSpec(Strict):
     """Where a causal language model comes from."""
 
     source: Literal["pypi-gguf", "hub", "local"]
@@ -58,7 +65,7 @@ class ModelSpec(_Strict):
         return self
 
 
-class CalibrationSpec(_Strict):
+class CalibrationSpec(Strict):
     """The text and the statistics from which non-uniform codebooks are built."""
 
     dataset: str = "essays"
@@ -72,38 +79,7 @@ class CalibrationSpec(_Strict):
     )
 
 
-class Fp16Scheme(_Strict):
-    """The unquantized cache, the baseline of every comparison."""
-
-    kind: Literal["fp16"]
-
-
-class NuqScheme(_Strict):
-    """Non-uniform quantization with exact sparse outliers (ours; KVQuant's datatype)."""
-
-    kind: Literal["nuq"]
-    bits: Literal[2, 3, 4]
-    outliers: float = Field(0.01, ge=0.0, le=1.0, description="fraction of exact outliers")
-    sinks: int = Field(1, ge=0, description="first tokens of each sequence kept in fp16")
-    block_size: Literal[32, 64, 128, 256, 512, 1024] = 64
-    datatype: str = Field("nuq", description="name in the registry of kvquant.nuq")
-    weighting: Literal["fisher-range2", "fisher", "none"] = "fisher-range2"
-    q_norm: bool = Field(False, description="match mean and variance of the quantized data")
-
-
-class KiviScheme(_Strict):
-    """KIVI (arXiv 2402.02750): keys per channel, values per token, in groups, with a residual."""
-
-    kind: Literal["kivi"]
-    bits: Literal[2, 3, 4]
-    group: int = Field(32, ge=8, description="elements that share a scale and a zero")
-    residual: int = Field(128, ge=0, description="most recent tokens kept in fp16")
-
-
-SchemeSpec = Annotated[Fp16Scheme | NuqScheme | KiviScheme, Field(discriminator="kind")]
-
-
-class PerplexityTask(_Strict):
+class PerplexityTask(Strict):
     """Perplexity over non-overlapping windows; the seed moves the first window's offset."""
 
     suite: Literal["perplexity"]
@@ -122,7 +98,7 @@ class PerplexityTask(_Strict):
         return self
 
 
-class PasskeyTask(_Strict):
+class PasskeyTask(Strict):
     """Passkey retrieval (Mohtashami and Jaggi, arXiv 2305.16300); the seed draws key and place."""
 
     suite: Literal["passkey"]
@@ -132,7 +108,7 @@ class PasskeyTask(_Strict):
     minutes: int = Field(30, ge=1, description="expected run time of one seed on one GPU")
 
 
-class RulerTask(_Strict):
+class RulerTask(Strict):
     """One RULER task (arXiv 2404.06654), generated and scored by the pinned lm-eval package."""
 
     suite: Literal["ruler"]
@@ -144,7 +120,7 @@ class RulerTask(_Strict):
     minutes: int = Field(30, ge=1, description="expected run time of one seed on one GPU")
 
 
-class LongBenchTask(_Strict):
+class LongBenchTask(Strict):
     """One English task of LongBench (arXiv 2308.14508), as in the pinned lm-eval package."""
 
     suite: Literal["longbench"]
@@ -174,7 +150,13 @@ def task_dataset(task: TaskSpec) -> str | None:
     return None
 
 
-class Workload(_Strict):
+class EvaluationSpec(Strict):
+    """Which schemes are evaluated on the tasks."""
+
+    schemes: list[str] = Field(default_factory=list, description="empty: all schemes of the study")
+
+
+class Workload(Strict):
     """One throughput or energy workload."""
 
     prompt: int = Field(ge=1, description="tokens of the longest prompt")
@@ -186,7 +168,7 @@ class Workload(_Strict):
     )
 
 
-class TimingSpec(_Strict):
+class TimingSpec(Strict):
     """How long and how often a workload is timed."""
 
     workloads: dict[str, Workload] = Field(default_factory=dict)
@@ -197,7 +179,7 @@ class TimingSpec(_Strict):
     max_seconds: float = Field(120.0, gt=0, description="stop after this long (at least 5 rounds)")
 
 
-class EnergySpec(_Strict):
+class EnergySpec(Strict):
     """How energy is measured: trials of at least `seconds`, interleaved with the baseline."""
 
     workloads: dict[str, Workload] = Field(default_factory=dict)
@@ -209,7 +191,7 @@ class EnergySpec(_Strict):
     country: str = Field("POL", description="ISO code for CodeCarbon's offline carbon intensity")
 
 
-class StatisticsSpec(_Strict):
+class StatisticsSpec(Strict):
     """The family of tests."""
 
     alpha: float = Field(0.05, gt=0, lt=1)
@@ -225,7 +207,7 @@ class StatisticsSpec(_Strict):
     bootstrap: int = Field(2000, ge=100)
 
 
-class Study(_Strict):
+class Study(Strict):
     """A complete study; one YAML file under config/."""
 
     study: str
@@ -241,6 +223,7 @@ class Study(_Strict):
     calibration: CalibrationSpec = CalibrationSpec()
     schemes: dict[str, SchemeSpec]
     tasks: dict[str, TaskSpec]
+    evaluation: EvaluationSpec = EvaluationSpec()
     throughput: TimingSpec = TimingSpec()
     energy: EnergySpec = EnergySpec()
     append: AppendSpec | None = Field(None, description="absent: not measured")
@@ -282,9 +265,14 @@ class Study(_Strict):
             for where, name in named:
                 if name not in self.schemes:
                     raise ValueError(f"{where}: '{name}' is not among the schemes")
+        for name in self.evaluation.schemes:
+            if name not in self.schemes:
+                raise ValueError(f"evaluation.schemes: '{name}' is not among the schemes")
+        if self.evaluation.schemes and self.baseline not in self.evaluation.schemes:
+            raise ValueError(f"evaluation.schemes: the baseline '{self.baseline}' is missing")
         fractions = self.calibration.outlier_fractions
         for name, scheme in self.schemes.items():
-            if isinstance(scheme, NuqScheme) and scheme.outliers not in fractions:
+            if isinstance(scheme, CalibratedScheme) and scheme.outliers not in fractions:
                 raise ValueError(
                     f"schemes.{name}.outliers: {scheme.outliers} is not in "
                     f"calibration.outlier_fractions {fractions}; add it there"
@@ -297,7 +285,7 @@ class Study(_Strict):
             raise unknown("model", name, self.models)
         return self.models[name]
 
-    def scheme(self, name: str) -> Fp16Scheme | NuqScheme | KiviScheme:
+    def scheme(self, name: str) -> AnyScheme:
         """The scheme's entry, or an error with the nearest names."""
         if name not in self.schemes:
             raise unknown("scheme", name, self.schemes)
@@ -308,6 +296,18 @@ class Study(_Strict):
         if name not in self.tasks:
             raise unknown("task", name, self.tasks)
         return self.tasks[name]
+
+    def evaluates(self, scheme: str, task: str) -> bool:
+        """Whether a scheme is evaluated on a task: chosen, and able to run its protocol."""
+        if self.evaluation.schemes and scheme not in self.evaluation.schemes:
+            return False
+        spec = self.task(task)
+        protocol = spec.protocol if isinstance(spec, PerplexityTask) else "A"
+        return protocol in self.scheme(scheme).protocols
+
+    def eval_cells(self) -> list[tuple[str, str]]:
+        """(scheme, task) of every evaluation job of a model."""
+        return [(s, t) for s in self.schemes for t in self.tasks if self.evaluates(s, t)]
 
     def timed_schemes(self, spec: TimingSpec | EnergySpec) -> list[str]:
         """The schemes measured by `spec`, without the baseline, which every job measures too."""
@@ -360,7 +360,7 @@ def parse_study(raw: Any, where: str = "config") -> Study:
     except ValidationError as error:
         lines = []
         for item in error.errors():
-            tags = {"fp16", "nuq", "kivi", "perplexity", "passkey", "ruler", "longbench"}
+            tags = {*KINDS, "perplexity", "passkey", "ruler", "longbench"}
             path = ".".join(
                 str(p) for p in item["loc"] if str(p) not in tags or len(item["loc"]) < 3
             )

@@ -75,7 +75,7 @@ def _count(number: int, noun: str) -> str:
 
 def grid_rows(study: Study) -> list[tuple[str, int, int, str]]:
     """(stage, jobs, results, what) of every measured stage."""
-    models, schemes, seeds = len(study.models), len(study.schemes), len(study.seeds)
+    models, seeds = len(study.models), len(study.seeds)
     rows = []
     for name, task in study.tasks.items():
         if isinstance(task, PerplexityTask):
@@ -83,7 +83,7 @@ def grid_rows(study: Study) -> list[tuple[str, int, int, str]]:
             what = f"{_count(task.windows, 'window')} {size}, protocol {task.protocol}"
         else:
             what = f"{_count(task.samples, 'sample')} of {task.length} tokens"
-        jobs = models * schemes
+        jobs = models * sum(study.evaluates(scheme, name) for scheme in study.schemes)
         rows.append((f"evaluate {name}", jobs, jobs * seeds, f"{what}, {_count(seeds, 'seed')}"))
     for stage, cells, spec in (
         ("throughput", study.throughput_cells(), study.throughput),
@@ -111,14 +111,14 @@ def job_rows(study: Study) -> list[tuple[str, int, float]]:
     if built:
         rows.append(("calibrate", models, hours("calibrate", 1)))
         rows.append(("quantize", models * built, 0.0))
-    schemes = len(study.schemes)
-    evaluation = sum(hours("evaluate", schemes, task) for task in study.tasks)
-    rows.append(("evaluate", models * schemes * len(study.tasks), evaluation))
-    for rule, cells in (
+    cells = study.eval_cells()
+    evaluation = sum(hours("evaluate", 1, task) for _, task in cells)
+    rows.append(("evaluate", models * len(cells), evaluation))
+    for rule, timed in (
         ("throughput", study.throughput_cells()),
         ("energy", study.energy_cells()),
     ):
-        rows.append((rule, models * len(cells), hours(rule, len(cells))))
+        rows.append((rule, models * len(timed), hours(rule, len(timed))))
     if study.append is not None:
         asked, reps = request(study, "append_cost", None), study.append.reps
         rows.append(("append_cost", reps, reps * asked.gpus * asked.minutes / 60))
@@ -136,9 +136,9 @@ def one_job_a_seed(study: Study) -> tuple[int, float]:
     evaluations = next(jobs for rule, jobs, _ in rows if rule == "evaluate")
     more = evaluations * (len(study.seeds) - 1)
     loading = sum(
-        request(study, "evaluate", m, t).gpus * len(study.schemes) * (len(study.seeds) - 1)
+        request(study, "evaluate", m, t).gpus * (len(study.seeds) - 1)
         for m in study.models
-        for t in study.tasks
+        for _, t in study.eval_cells()
     )
     jobs = sum(jobs for _, jobs, _ in rows)
     return jobs + more, expected_gpu_hours(study) + loading * LOAD_MINUTES / 60

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from kvquant.cache import KVQuantCache, Protocol, new_baseline_cache
+from kvquant.cache_interface import AttendingCache
 from kvquant.config import Fp16Scheme, SchemeSpec
 from kvquant.errors import UserError
 from kvquant.prefill_quant import SUPPORTED, PrefillQuantizedAttention
 from kvquant.quantizer_file import load_quantizer
 from kvquant.schemes.base import Codec
-from kvquant.schemes.registry import build_codecs
+from kvquant.schemes.registry import CacheFactory, ModelShape, build_caches, build_codecs
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def attention_layers(model: Any) -> list[Any]:
 def _announce_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before each forward of the decoder: tells the cache which columns are tokens."""
     cache = kwargs.get("past_key_values")
-    if not isinstance(cache, KVQuantCache):
+    if not isinstance(cache, AttendingCache):
         return
     inputs = kwargs.get("input_ids")
     if inputs is None:
@@ -147,13 +148,20 @@ class QuantizedModel:
         model: The transformers model; `model(..., past_key_values=qm.new_cache())`.
         tokenizer: Its tokenizer.
         scheme: The scheme of `new_cache`.
-        codecs: One codec a layer, or None for the unquantized scheme.
+        codecs: One codec a layer, or None for a scheme without codecs.
+        caches: Makes the caches of a scheme that brings a cache of its own, else None.
     """
 
     model: Any
     tokenizer: Any
     scheme: SchemeSpec
     codecs: list[Codec] | None
+    caches: CacheFactory | None = None
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the scheme's cache quantizes at all."""
+        return self.scheme.quantizes
 
     @property
     def device(self) -> torch.device:
@@ -188,7 +196,19 @@ class QuantizedModel:
         return rotary(like, positions)
 
     def new_cache(self, protocol: Protocol = "A") -> Any:
-        """An empty cache of the scheme (see :class:`KVQuantCache` for the protocols)."""
+        """An empty cache of the scheme (see :class:`KVQuantCache` for the protocols).
+
+        Raises:
+            UserError: The scheme cannot be measured under the protocol.
+        """
+        if protocol not in self.scheme.protocols and protocol in ("A", "B"):
+            raise UserError(
+                f"protocol {protocol}: impossible for scheme kind '{self.scheme.kind}', whose "
+                "first call attends in full precision whatever it stores, so one forward pass "
+                "measures nothing; use protocol A with chunks"
+            )
+        if self.caches is not None:
+            return self.caches(protocol, self._rope)
         if self.codecs is None:
             return new_baseline_cache()
         # Dynamic scaling turns all past keys anew when a sequence grows.
@@ -238,8 +258,13 @@ def load_quantized_model(
                 f"quantizer: {quantizer} is for {info.num_layers} layers of {info.num_kv_heads} x "
                 f"{info.head_dim}, the model has {shape[0]} of {shape[1]} x {shape[2]}"
             )
+    heads, dim = _kv_shape(base)
+    codecs = build_codecs(spec, len(layers), tables)
+    for codec in codecs or []:
+        codec.check_model(heads, dim)
+    caches = build_caches(spec, ModelShape(len(layers), heads, dim), tables)
     install_attention(base)
-    return QuantizedModel(base, tokenizer, spec, build_codecs(spec, len(layers), tables))
+    return QuantizedModel(base, tokenizer, spec, codecs, caches)
 
 
 def _kv_shape(model: Any) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Attention that reads and writes a `KVQuantCache`; with any other cache it is the original."""
+"""Attention that leaves the work to an `AttendingCache`; with any other it is the original."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvquant.cache import BlockLayer, KVQuantCache
+from kvquant.cache_interface import AttendingCache
 
 SUPPORTED = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 
 
 @torch.compiler.disable(reason="the cache plans on the host and changes its shapes as it grows")
-def _attend(module: Any, cache: KVQuantCache, *args: Any) -> torch.Tensor:
-    """See :meth:`BlockLayer.attend`; in a compiled model the graph ends here and goes on after.
+def _attend(module: Any, cache: Any, *args: Any) -> torch.Tensor:
+    """See :meth:`kvquant.cache.BlockLayer.attend`.
 
-    The layer is looked up in here, so that compiled code serves all layers.
+    In a compiled model the graph ends here and goes on after. The layer is looked up in here, so that compiled code serves all layers.
     """
-    layer = cache.layers[module.layer_idx]
-    assert isinstance(layer, BlockLayer)
-    return layer.attend(*args)
+    output: torch.Tensor = cache.layers[module.layer_idx].attend(*args)
+    return output
 
 
 class PrefillQuantizedAttention(nn.Module):
@@ -48,7 +47,7 @@ class PrefillQuantizedAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of `[batch_size, new_len, hidden_size]` over the cache and the new tokens."""
         module: Any = self.original
-        if not isinstance(past_key_values, KVQuantCache):
+        if not isinstance(past_key_values, AttendingCache):
             return module(
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,

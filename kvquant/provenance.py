@@ -12,7 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "triton", "transformers", "numpy", "lm-eval", "snakemake", "kvquant")
+_PACKAGES = (
+    *("torch", "triton", "transformers", "numpy", "lm-eval", "snakemake", "kvquant"),
+    *("optimum-quanto", "hqq"),
+)
 
 
 def _git(*args: str) -> str | None:

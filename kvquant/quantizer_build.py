@@ -11,7 +11,7 @@ import torch
 import kvquant
 from kvquant.batched_quant import LayerQuantizer
 from kvquant.calibration_statistics import LayerStatistics, load_statistics
-from kvquant.config import NuqScheme, load_study
+from kvquant.config import CalibratedScheme, load_study
 from kvquant.errors import UserError
 from kvquant.nuq import Histogram, fit, q_norm
 from kvquant.quantizer_file import QuantizerManifest, save_quantizer
@@ -84,7 +84,7 @@ def value_histogram(statistics: LayerStatistics, fraction: int, weighting: str) 
 
 
 def build_layer(
-    statistics: LayerStatistics, spec: NuqScheme, fractions: list[float], heads: int
+    statistics: LayerStatistics, spec: CalibratedScheme, fractions: list[float], heads: int
 ) -> tuple[LayerQuantizer, float, float]:
     """Ranges and codebooks of one layer.
 
@@ -110,7 +110,7 @@ def build_layer(
     return tables, errors[0], errors[1]
 
 
-def _fraction(spec: NuqScheme, fractions: list[float]) -> int:
+def _fraction(spec: CalibratedScheme, fractions: list[float]) -> int:
     if spec.outliers >= 1:
         return 0
     return fractions.index(spec.outliers)
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     study = load_study(args.study)
     study.model(args.model)
     spec = study.scheme(args.scheme)
-    if not isinstance(spec, NuqScheme):
+    if not isinstance(spec, CalibratedScheme):
         raise UserError(f"--scheme: '{args.scheme}' (kind {spec.kind}) needs no quantizer")
     layers, info = load_statistics(args.stats)
     if info["spec_digest"] != calibration_digest(study, args.model):

@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 
 from kvquant.config import (
+    CalibratedScheme,
     EnergySpec,
-    NuqScheme,
     SchemeSpec,
     Study,
     TaskSpec,
@@ -27,7 +27,7 @@ VERSIONS = {"calibrate": 1, "quantize": 1, "evaluate": 1, "throughput": 1, "ener
 
 def needs_calibration(scheme: SchemeSpec) -> bool:
     """Whether the scheme needs a quantizer built from calibration statistics."""
-    return isinstance(scheme, NuqScheme)
+    return isinstance(scheme, CalibratedScheme)
 
 
 def dataset_of(task: TaskSpec) -> str | None:

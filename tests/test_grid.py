@@ -84,8 +84,8 @@ def test_requests_of_the_cluster_study_fit_its_nodes_on_every_attempt(root: Path
 def test_hours_are_sums_over_jobs(root: Path) -> None:
     study = load_study(root / "config/athena.yaml")
     rows = {rule: (jobs, hours) for rule, jobs, hours in job_rows(study)}
-    minutes = sum(t.minutes for t in study.tasks.values()) * len(study.seeds) * len(study.schemes)
-    assert rows["evaluate"][0] == len(study.models) * len(study.schemes) * len(study.tasks)
+    minutes = sum(study.task(t).minutes for _, t in study.eval_cells()) * len(study.seeds)
+    assert rows["evaluate"][0] == len(study.models) * len(study.eval_cells())
     assert rows["evaluate"][1] == pytest.approx(len(study.models) * minutes / 60)
     jobs, hours = one_job_a_seed(study)
     more = rows["evaluate"][0] * (len(study.seeds) - 1)

@@ -68,7 +68,7 @@ def _ordering(t: Tables) -> Outcome:
     by_bits = {
         s.bits: name
         for name, s in t.study.schemes.items()
-        if s.kind == "nuq" and s.datatype == "nuq"
+        if s.kind == "nuq" and s.datatype == "nuq" and name in set(t.tests.scheme)
     }
     language = t.tests[t.tests.suite == "perplexity"]
     if len(by_bits) < 2 or not len(language):

@@ -72,7 +72,7 @@ def _eval_rows(
     rows, samples = [], []
     for model in study.models:
         for scheme in study.schemes:
-            for task in study.tasks:
+            for task in (t for t in study.tasks if study.evaluates(scheme, t)):
                 for seed in study.seeds:
                     folder = results / "eval" / model / scheme / task / f"seed{seed}"
                     file = folder / "run.json"

@@ -120,8 +120,9 @@ def _height(rows: int) -> float:
 def perplexity(study: Study, tables: Path) -> Any:
     """Perplexity increase of every scheme, a panel a task: means with intervals, and each seed."""
     tests, values = read_table(tables, "tests"), read_table(tables, "eval")
-    schemes = [s for s in study.schemes if s != study.baseline]
-    groups = list(tests[tests.suite == "perplexity"].groupby(["model", "task"], sort=False))
+    language = tests[tests.suite == "perplexity"]
+    schemes = [s for s in study.schemes if s in set(language.scheme)]
+    groups = list(language.groupby(["model", "task"], sort=False))
     count = max(len(groups), 1)
     size = (WIDTH, 0.4 + count * (_height(len(schemes)) + 0.1))
     figure, axes = plt.subplots(count, 1, figsize=size, sharex=True, sharey=True, squeeze=False)
@@ -129,7 +130,10 @@ def perplexity(study: Study, tables: Path) -> Any:
         seeds = values[(values.model == model) & (values.task == task)]
         base = seeds[seeds.scheme == study.baseline].set_index("seed")["value"]
         for i, scheme in enumerate(schemes):
-            row = group[group.scheme == scheme].iloc[0]
+            found = group[group.scheme == scheme]
+            if not len(found):  # the scheme cannot run this task's protocol
+                continue
+            row = found.iloc[0]
             color, marker = _look(study, scheme)
             single = seeds[seeds.scheme == scheme].set_index("seed")["value"] - base
             axis.plot(single, [i + 0.3] * len(single), ".", color=color, ms=2.5, alpha=0.6)

@@ -82,7 +82,7 @@ def memory(t: Tables) -> str:
         for suite, part in group.groupby("suite", sort=False):
             row[str(suite)] = number(8 * part.cache_bytes.sum() / part.cache_elements.sum())
         rows.append(row)
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).fillna("-")  # a scheme that cannot run a task's protocol
     return booktabs(table, "ll" + "r" * (table.shape[1] - 2), size="footnotesize")
 
 

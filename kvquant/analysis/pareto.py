@@ -39,6 +39,11 @@ def dominated(costs: np.ndarray) -> np.ndarray:
     return out
 
 
+def _bits(rows: pd.DataFrame) -> float:
+    """Bits an element; NaN for a scheme that is timed only."""
+    return 8 * rows.cache_bytes.sum() / rows.cache_elements.sum() if len(rows) else np.nan
+
+
 def pareto_table(
     study: Study, evaluations: pd.DataFrame, perf: pd.DataFrame, energy: pd.DataFrame
 ) -> pd.DataFrame:
@@ -64,9 +69,8 @@ def pareto_table(
             language = mine[mine.suite == "perplexity"]
             row["kl"] = language["kl"].mean() if "kl" in language else np.nan
             sized = language if len(language) else mine
-            bits = 8 * sized.cache_bytes.sum() / sized.cache_elements.sum()
-            row["bits_per_element"] = bits
-            row["bits_all_tasks"] = 8 * mine.cache_bytes.sum() / mine.cache_elements.sum()
+            row["bits_per_element"] = _bits(sized)
+            row["bits_all_tasks"] = _bits(mine)
             for name, table, column in (
                 ("prefill_ratio", perf, "prefill_ratio"),
                 ("decode_ratio", perf, "decode_ratio"),

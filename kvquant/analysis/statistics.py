@@ -195,9 +195,9 @@ def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> 
             base_samples = mine[mine["scheme"] == study.baseline]
             keys = ["seed", "sample"] if level == "task" else ["task", "seed", "sample"]
             for scheme in study.schemes:
-                if scheme == study.baseline:
-                    continue
                 ours = group[group["scheme"] == scheme]
+                if scheme == study.baseline or not len(ours):  # it cannot run the task's protocol
+                    continue
                 what = f"{model}/{scheme}/{name}" + (" suite" if level == "suite" else "")
                 scored = mine[mine["scheme"] == scheme]
                 pairs = _pair(scored, base_samples[[*keys, "score"]], keys, what)

@@ -28,10 +28,16 @@ add_arguments = add_common_arguments
 
 @dataclass
 class Side:
-    """Measurements of one cache; a call runs and times one round."""
+    """Measurements of one cache; a call runs and times one round.
+
+    Attributes:
+        own: Whether it is the scheme's cache, not the baseline's.
+        quantized: Whether that cache quantizes, and tells how long it took.
+    """
 
     prepared: Prepared
     name: str
+    own: bool
     quantized: bool
     clock: Clock
     prefill: list[float] = field(default_factory=list)
@@ -45,7 +51,7 @@ class Side:
         """One round: prefill, then the answer on the same cache."""
         p, device = self.prepared, self.prepared.qm.device
         cuda = device.type == "cuda"
-        cache = p.scheme() if self.quantized else p.baseline()
+        cache = p.scheme() if self.own else p.baseline()
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
         token, elapsed = self.clock.time(lambda: p.prefill(cache))
@@ -111,8 +117,8 @@ def measure(prepared: Prepared, scheme_name: str, clock: Clock) -> dict[str, Any
         :class:`ThroughputRecord`.
     """
     spec = prepared.study.throughput
-    baseline = Side(prepared, prepared.study.baseline, False, clock)
-    scheme = Side(prepared, scheme_name, prepared.quantizes, clock)
+    baseline = Side(prepared, prepared.study.baseline, False, False, clock)
+    scheme = Side(prepared, scheme_name, True, prepared.quantizes, clock)
     rounds, fits = interleave(
         [baseline, scheme],
         warmup=spec.warmup,

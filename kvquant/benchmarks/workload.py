@@ -50,7 +50,7 @@ class Prepared:
     @property
     def quantizes(self) -> bool:
         """Whether the scheme's cache quantizes at all."""
-        return self.qm.codecs is not None
+        return self.qm.quantizes
 
     def baseline(self) -> Any:
         """An empty unquantized cache."""

@@ -115,7 +115,7 @@ def measure_window(
         kl: Also run the window through the unquantized cache, in the same pieces.
     """
     cache = qm.new_cache(protocol)
-    caches = [cache, qm.baseline_cache()] if kl and qm.codecs is not None else [cache]
+    caches = [cache, qm.baseline_cache()] if kl and qm.quantizes else [cache]
     step = ids.shape[1] if protocol == "B" else chunk
     nll: list[torch.Tensor] = []
     kls: list[torch.Tensor] = []

@@ -61,6 +61,13 @@ class Codec(ABC):
     shared_bytes: int = 0
     tables: LayerQuantizer | None = None
 
+    def check_model(self, num_kv_heads: int, head_dim: int) -> None:  # noqa: B027
+        """Refuses a model that the codec cannot serve, when it is loaded.
+
+        Raises:
+            UserError: Names the reason.
+        """
+
     @abstractmethod
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
         """Packs blocks.

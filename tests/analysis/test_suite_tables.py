@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tables(root: Path, folder: Path) -> Tables:
     """Those of the study of one H100."""
-    study = load_study(root / "config/h100.yaml")
+    study = load_study(root / "config/h100.yaml").model_copy(update={"append": None})
     write_tables(study, folder)
     return load_tables(study, folder)
 
@@ -94,7 +94,7 @@ def test_marked_cells_stay_latex_and_text_is_escaped() -> None:
 
 
 def test_schemes_look_different(root: Path) -> None:
-    study = load_study(root / "config/h100.yaml")
+    study = load_study(root / "config/h100.yaml").model_copy(update={"append": None})
     many = study.model_copy(update={"schemes": {f"s{n}": n for n in range(40)}})
     assert len({figures._look(many, name) for name in many.schemes}) == 40
 

@@ -51,12 +51,11 @@ rule evaluate:
 rule accuracy:
     """All evaluations of the study."""
     input:
-        expand(
-            "<results>/eval/{model}/{scheme}/{task}/seed{seed}/run.json",
-            model=STUDY.models,
-            scheme=STUDY.schemes,
-            task=STUDY.tasks,
-            seed=STUDY.seeds,
-        ),
+        [
+            f"<results>/eval/{model}/{scheme}/{task}/seed{seed}/run.json"
+            for model in STUDY.models
+            for scheme, task in STUDY.eval_cells()
+            for seed in STUDY.seeds
+        ],
     message:
         "All evaluations are complete"

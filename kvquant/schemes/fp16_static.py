@@ -1,0 +1,114 @@
+"""An unquantized 16-bit cache that is allocated once.
+
+The baseline of long prompts: transformers' `DynamicCache` copies everything it holds at every step.
+Its `StaticCache` is allocated once too, but hands out all of its room, so every call needs a mask
+of the unwritten part and prefill loses the mask-free attention kernels. This layer allocates as
+`StaticCache` does and hands out only what is written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from kvquant.cache import Fp16Layer
+from kvquant.cache_interface import CountedCache
+
+
+class StaticFp16Layer(Fp16Layer):
+    """A layer with room for later tokens.
+
+    Args:
+        room: Tokens allocated beyond those of the first call, and whenever the room is used up.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self._room = room
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes the new keys and values and returns all, `[batch_size, heads, seq_len, dim]`."""
+        kind = key_states.dtype
+        if kind is torch.float32:
+            key_states, value_states = key_states.half(), value_states.half()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held: list[Any] = [getattr(self, name) for name in ("keys", "values")]
+        old = self.get_seq_length()
+        total = old + key_states.shape[2]
+        whole = self._buffers
+        if whole is None or total > whole[0].shape[2] or whole[0].shape[0] != key_states.shape[0]:
+            whole = self._allocate(key_states, total), self._allocate(key_states, total)
+            if old:
+                for buffer, x in zip(whole, held, strict=True):
+                    buffer[:, :, :old] = x
+            self._buffers = whole
+        for buffer, new in zip(whole, (key_states, value_states), strict=True):
+            buffer[:, :, old:total] = new
+        self.keys, self.values = whole[0][:, :, :total], whole[1][:, :, :total]
+        return self.keys.to(kind), self.values.to(kind)
+
+    def _allocate(self, like: torch.Tensor, total: int) -> torch.Tensor:
+        batch, heads, _, dim = like.shape
+        return like.new_empty((batch, heads, total + self._room, dim))
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        super().reset()
+        self._buffers = None
+
+    def _moved(self) -> None:
+        # The held tensors are copies now; the next update makes room for them again.
+        self._buffers = None
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Reorders the sequences for beam search."""
+        super().reorder_cache(beam_idx)
+        self._moved()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the given sequences."""
+        super().batch_select_indices(indices)
+        self._moved()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence."""
+        super().batch_repeat_interleave(repeats)
+        self._moved()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        held: Any = self._buffers or (self.keys, self.values)
+        return sum(t.nbytes for t in held if t is not None)
+
+
+class StaticFp16Cache(Cache, CountedCache):
+    """Layers of :class:`StaticFp16Layer`.
+
+    Args:
+        num_layers: Layers of the model.
+        room: See :class:`StaticFp16Layer`.
+    """
+
+    def __init__(self, num_layers: int, room: int) -> None:
+        super().__init__(layers=[StaticFp16Layer(room) for _ in range(num_layers)])
+
+    def stored_nbytes(self) -> int:
+        """Bytes allocated, unused room included."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def stored_elements(self, mask: torch.Tensor | None) -> int:
+        """Key and value elements of real tokens."""
+        total = 0
+        for layer in self.layers:
+            if layer.keys is not None:
+                batch, heads, columns, dim = layer.keys.shape
+                tokens = batch * columns if mask is None else int(mask.sum())
+                total += 2 * heads * dim * tokens
+        return total

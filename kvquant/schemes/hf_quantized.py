@@ -1,0 +1,220 @@
+"""Transformers' own quantized caches behind our interface: `hf-quanto`, `hf-hqq`, `hf-fp8`.
+
+The layers are transformers' (`QuantoQuantizedLayer`, `HQQQuantizedLayer`, `Fp8QuantizedLayer`) and
+behave as in `QuantizedCache`; the model keeps its own attention, keys are stored after RoPE. What
+that means for a measurement:
+
+- The first call returns the full-precision states, so a perplexity by one forward pass measures
+  nothing. Only protocol A, in chunks, is offered.
+- Padding is stored, quantized and counted as memory. Groups may run across sequences, so what a
+  sequence gets back may depend on its batch.
+- Integer layers keep later tokens in 16 bits up to `residual`, then dequantize the whole cache and
+  quantize it again. Every call dequantizes the whole cache.
+
+Added here: rounding of an fp32 model's states to fp16, as all 16-bit tensors of this library;
+byte counting; a clock; selection of sequences, which integer layers of transformers 5.17 lack.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from transformers import cache_utils
+from transformers.cache_utils import Cache, QuantizedLayer
+
+from kvquant.cache_interface import CountedCache, QuantizeClock
+from kvquant.config import HfFp8Scheme, HfHqqScheme, HfQuantoScheme
+from kvquant.errors import UserError
+
+HfScheme = HfQuantoScheme | HfHqqScheme | HfFp8Scheme
+_BACKENDS = {
+    "hf-quanto": ("QuantoQuantizedLayer", "optimum.quanto", "optimum-quanto"),
+    "hf-hqq": ("HQQQuantizedLayer", "hqq", "hqq"),
+    "hf-fp8": ("Fp8QuantizedLayer", None, None),
+}
+
+
+def tensor_bytes(found: Any) -> int:
+    """Bytes of all tensors in nested containers and tensor subclasses (quanto's)."""
+    if isinstance(found, torch.Tensor):
+        if hasattr(found, "__tensor_flatten__"):
+            return sum(tensor_bytes(getattr(found, name)) for name in found.__tensor_flatten__()[0])
+        return found.nbytes
+    if isinstance(found, dict):
+        return sum(tensor_bytes(x) for x in found.values())
+    if isinstance(found, list | tuple):
+        return sum(tensor_bytes(x) for x in found)
+    return 0
+
+
+class _PeerLayer:
+    """Mixed in before a layer class of transformers."""
+
+    clock: QuantizeClock
+    is_croppable = False
+    _rows: torch.Tensor | None = None  # sequences to take from what is quantized
+    _shape: tuple[int, int, int] | None = None  # sequences, kv heads, head_dim
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As transformers', on 16-bit states."""
+        kind = key_states.dtype
+        batch, heads, _, dim = key_states.shape
+        self._shape = (batch, heads, dim)
+        if kind is torch.float32:
+            key_states, value_states = key_states.half(), value_states.half()
+        parent: Any = super()
+        keys, values = parent.update(key_states, value_states, *args, **kwargs)
+        return keys.to(kind), values.to(kind)
+
+    def _quantize(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._rows = None  # the tensor was dequantized through `_dequantize`, rows chosen
+        parent: Any = super()
+        with self.clock.measure(tensor.device):
+            return parent._quantize(tensor, *args, **kwargs)
+
+    def _dequantize(self, held: Any) -> torch.Tensor:
+        parent: Any = super()
+        out: torch.Tensor = parent._dequantize(held)
+        return out if self._rows is None else out.index_select(0, self._rows.to(out.device))
+
+    def choose(self, indices: torch.Tensor) -> None:
+        """Keeps, repeats or reorders sequences; quantized states are chosen when next read."""
+        me: Any = self
+        if not me.is_initialized:
+            return
+        if not isinstance(self, QuantizedLayer):
+            me.reorder_cache(indices)
+            return
+        indices = indices.to(me.device)
+        self._rows = indices.clone() if self._rows is None else self._rows[indices]
+        if me.keys.numel():
+            me.keys, me.values = (
+                me.keys.index_select(0, indices),
+                me.values.index_select(0, indices),
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: quantized states cannot be cut."""
+        raise NotImplementedError("crop: transformers' quantized caches cannot be cut")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        me: Any = self
+        names = ("_quantized_keys", "_quantized_values", "keys", "values")
+        return sum(tensor_bytes(getattr(me, name, None)) for name in names)
+
+
+@functools.cache
+def _layer_class(name: str) -> Any:
+    return type(f"Peer{name}", (_PeerLayer, getattr(cache_utils, name)), {})
+
+
+class HfQuantizedCache(Cache, QuantizeClock, CountedCache):
+    """A transformers cache of quantized layers (see the module)."""
+
+    def __init__(self, spec: HfScheme, num_layers: int) -> None:
+        QuantizeClock.__init__(self)
+        made = _layer_class(_BACKENDS[spec.kind][0])
+        layers = [made(**_options(spec)) for _ in range(num_layers)]
+        for layer in layers:
+            layer.clock = self
+        Cache.__init__(self, layers=layers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HfQuantizedCache:
+        """A cache that goes on from here; states are shared, as they are never written in place."""
+        other = copy.copy(self)
+        other.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in other.layers:
+            layer.clock = other
+        return other
+
+    def _choose(self, indices: torch.Tensor) -> None:
+        for layer in self.layers:
+            layer.choose(indices)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Reorders the sequences for beam search."""
+        self._choose(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the given sequences (int64 indices or a bool mask)."""
+        self._choose(indices.nonzero().view(-1) if indices.dtype is torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence."""
+        shape = self.layers[0]._shape
+        if shape is not None:
+            self._choose(torch.arange(shape[0]).repeat_interleave(repeats))
+
+    def stored_nbytes(self) -> int:
+        """Bytes allocated, padding included."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def stored_elements(self, mask: torch.Tensor | None) -> int:
+        """Key and value elements of real tokens."""
+        total = 0
+        for layer in self.layers:
+            if layer._shape is not None:
+                batch, heads, dim = layer._shape
+                tokens = batch * layer.get_seq_length() if mask is None else int(mask.sum())
+                total += 2 * heads * dim * tokens
+        return total
+
+
+def _options(spec: HfScheme) -> dict[str, int]:
+    if isinstance(spec, HfFp8Scheme):
+        return {}
+    axis = spec.axis if isinstance(spec, HfHqqScheme) else 0
+    return {
+        "nbits": spec.bits,
+        "axis_key": axis,
+        "axis_value": axis,
+        "q_group_size": spec.group,
+        "residual_length": spec.residual,
+    }
+
+
+def check(spec: HfScheme, num_kv_heads: int, head_dim: int) -> None:
+    """Refuses what this installation or model cannot run.
+
+    Raises:
+        UserError: Names the package or the option, and the fix.
+    """
+    layer, module, package = _BACKENDS[spec.kind]
+    if not hasattr(cache_utils, layer):
+        raise UserError(
+            f"scheme kind '{spec.kind}': this transformers has no {layer}; install a newer release "
+            "or use kind 'fp8'"
+        )
+    if module is not None and not _installed(module):
+        raise UserError(
+            f"scheme kind '{spec.kind}' needs the package {package}: pip install {package}, or "
+            "install kvquant with its extra 'peers'"
+        )
+    if isinstance(spec, HfFp8Scheme):
+        return
+    rows, left = divmod(num_kv_heads * head_dim, spec.group)
+    if left:
+        raise UserError(
+            f"group: {spec.group} does not divide the {num_kv_heads} x {head_dim} elements of a "
+            "token; choose a divisor"
+        )
+    if isinstance(spec, HfHqqScheme) and spec.axis == 1 and rows * spec.bits % 8:
+        raise UserError(
+            f"axis: HQQ packs {8 // spec.bits} groups together along axis 1, a token has {rows}; "
+            "use axis 0 or smaller groups"
+        )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the parent package
+        return False

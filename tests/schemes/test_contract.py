@@ -1,0 +1,192 @@
+"""What every scheme of the registry must do, whoever wrote its cache."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+from kvquant import config
+from kvquant.cache import cache_elements, cache_nbytes
+from kvquant.config import (
+    Fp8Scheme,
+    Fp16StaticScheme,
+    HfFp8Scheme,
+    HfHqqScheme,
+    HfQuantoScheme,
+    Int4HadamardScheme,
+    KiviScheme,
+    KvquantRefScheme,
+    NuqScheme,
+    TurboQuantScheme,
+)
+from kvquant.evaluation.perplexity import measure_window
+from kvquant.generation import greedy
+from kvquant.schemes.registry import CACHES, CODECS
+from tests.conftest import tiny_model
+from tests.schemes.common import DIM, feed, ragged, relative_error, with_scheme
+
+OURS: list[Any] = [
+    Fp16StaticScheme(kind="fp16-static", room=5),
+    NuqScheme(kind="nuq", bits=4, block_size=32),
+    NuqScheme(kind="nuq", bits=3, block_size=32, datatype="nf"),
+    KiviScheme(kind="kivi", bits=4, group=16, residual=16),
+    Fp8Scheme(kind="fp8", block_size=16),
+    Fp8Scheme(kind="fp8", block_size=32, scale="none", residual=7),
+    TurboQuantScheme(kind="turboquant", bits=4, block_size=16, sinks=1),
+    TurboQuantScheme(kind="turboquant", bits=2, block_size=32),
+    Int4HadamardScheme(kind="int4-hadamard", block_size=16),
+    KvquantRefScheme(kind="kvquant-ref", bits=4, room=5),
+    KvquantRefScheme(kind="kvquant-ref", bits=3, outliers=0.0, sinks=0),
+    KvquantRefScheme(kind="kvquant-ref", bits=2, sinks=5),
+]
+
+
+def _hf(spec: Any, package: str) -> Any:
+    there = importlib.util.find_spec(package) is not None
+    return pytest.param(spec, marks=pytest.mark.skipif(not there, reason=f"needs {package}"))
+
+
+def _has_fp8() -> bool:
+    from transformers import cache_utils
+
+    return hasattr(cache_utils, "Fp8QuantizedLayer")
+
+
+HF = [
+    _hf(HfQuantoScheme(kind="hf-quanto", bits=4, group=16, residual=24), "optimum"),
+    _hf(HfQuantoScheme(kind="hf-quanto", bits=2, group=16, residual=24), "optimum"),
+    _hf(HfHqqScheme(kind="hf-hqq", bits=4, group=16, residual=24), "hqq"),
+    _hf(HfHqqScheme(kind="hf-hqq", bits=8, group=16, axis=1, residual=24), "hqq"),
+    pytest.param(
+        HfFp8Scheme(kind="hf-fp8"),
+        marks=pytest.mark.skipif(not _has_fp8(), reason="this transformers has no FP8 cache"),
+    ),
+]
+
+
+def name(spec: Any) -> str:
+    return f"{spec.kind}{getattr(spec, 'bits', '')}"
+
+
+def test_every_kind_is_registered() -> None:
+    assert {*CODECS, *CACHES, "fp16"} == set(config.KINDS)
+
+
+@pytest.mark.parametrize("spec", OURS, ids=name)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("protocol", ["A", "B"])
+def test_a_sequence_in_a_ragged_batch_equals_itself_alone(
+    spec: Any, side: str, protocol: str
+) -> None:
+    qm = with_scheme(spec)
+    lengths = [90, 41, 1, 33]
+    rows, ids, mask = ragged(lengths, side)
+    logits, cache = feed(qm, ids, mask, [60, 30] if side == "left" else [90], protocol)
+    assert cache_elements(cache, mask) == 2 * 2 * 2 * DIM * sum(lengths)
+    for b, row in enumerate(rows):
+        width = int((mask[b, :60] == 1).sum()) if side == "left" else len(row)
+        chunks = [c for c in (width, len(row) - width) if c]
+        alone, _ = feed(qm, row[None], None, chunks, protocol)
+        torch.testing.assert_close(logits[b, mask[b].bool()], alone[0], atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("spec", OURS, ids=name)
+def test_chunks_equal_one_call_in_protocol_b(spec: Any) -> None:
+    if spec.kind in ("kivi", "fp16-static") or getattr(spec, "residual", 0):
+        pytest.skip("its tokens are not quantized one by one")
+    qm = with_scheme(spec)
+    ids = torch.randint(0, 97, (1, 80), generator=torch.Generator().manual_seed(2))
+    whole, _ = feed(qm, ids, None, [80], "B")
+    parts, _ = feed(qm, ids, None, [37, 1, 1, 16, 25], "B")
+    torch.testing.assert_close(whole, parts, atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("spec", [*OURS, *HF], ids=name)
+def test_generate_with_left_padding(spec: Any) -> None:
+    qm = with_scheme(spec)
+    _, ids, mask = ragged([40, 27], "left")
+    settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings |= {"attention_mask": mask, "max_new_tokens": 30}
+    plain = qm.model.generate(ids, past_key_values=qm.baseline_cache(), **settings)
+    cache = qm.new_cache()
+    ours = qm.model.generate(ids, past_key_values=cache, **settings)
+    assert ours.shape == plain.shape == (2, 70)
+    # the first answer token is the prompt's alone, which attends in full precision
+    assert torch.equal(ours[:, 40], plain[:, 40])
+    assert cache.get_seq_length() == 69
+
+
+@pytest.mark.parametrize("spec", [*OURS, *HF], ids=name)
+def test_padded_steps_are_near_the_unquantized_ones(spec: Any) -> None:
+    qm = with_scheme(spec)
+    _, ids, mask = ragged([60, 43], "left")
+    chunks = [40, 12, *[1] * 8]
+    found, _ = feed(qm, ids, mask, chunks)
+    with torch.inference_mode():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        exact = qm.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    seen = mask.bool()
+    seen[:, :40] = False
+    error = relative_error(found[seen], exact[seen]) ** 0.5
+    bits = getattr(spec, "bits", 4 if spec.kind == "int4-hadamard" else 8)
+    assert error < {8: 0.02, 4: 0.1, 3: 0.2, 2: 0.3}[bits]
+
+
+@pytest.mark.parametrize("spec", [*OURS, *HF], ids=name)
+def test_beams_reorder_the_cache(spec: Any) -> None:
+    qm = with_scheme(spec)
+    _, ids, mask = ragged([40, 27], "left")
+    settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings |= {"attention_mask": mask, "max_new_tokens": 6, "num_beams": 3}
+    plain = qm.model.generate(ids, past_key_values=qm.baseline_cache(), **settings)
+    ours = qm.model.generate(ids, past_key_values=qm.new_cache(), **settings)
+    assert ours.shape == plain.shape
+    if getattr(spec, "bits", 16) >= 8:
+        assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("spec", [*OURS, *HF], ids=name)
+def test_chosen_sequences_go_on_as_before(spec: Any) -> None:
+    qm = with_scheme(spec)
+    ids = torch.randint(1, 97, (3, 40), generator=torch.Generator().manual_seed(5))
+    token = torch.tensor([[3], [4], [5]])
+    with torch.inference_mode():
+        cache = qm.new_cache()
+        qm.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        other = copy.deepcopy(cache)
+        expected = qm.model(input_ids=token, past_key_values=cache, use_cache=True).logits
+        order = torch.tensor([2, 0])
+        other.batch_select_indices(order)
+        found = qm.model(input_ids=token[order], past_key_values=other, use_cache=True).logits
+    torch.testing.assert_close(found, expected[order], atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("spec", [*OURS, *HF], ids=name)
+def test_perplexity_and_answers_run(spec: Any) -> None:
+    qm = with_scheme(spec)
+    ids = torch.randint(1, 97, (1, 96), generator=torch.Generator().manual_seed(6))
+    for protocol in spec.protocols:
+        found = measure_window(qm, ids, protocol, 24, kl=True)
+        assert len(found.nll) == len(found.kl) == 95
+        assert -1e-6 < sum(found.kl) / 95 < 0.2  # a random model is nearly indifferent
+        assert any(found.kl) == (spec.kind != "fp16-static")
+    answers = greedy(qm, [[3] * 30, [5] * 11], 4, batch_size=2, eos_ids=[])
+    assert [len(a) for a in answers.tokens] == [4, 4]
+    assert answers.cache_elements == 2 * 2 * 2 * DIM * 41
+
+
+@pytest.mark.parametrize("spec", [*OURS, *HF], ids=name)
+def test_bytes_are_those_of_long_contexts(spec: Any) -> None:
+    """Bits an element at 480 tokens lie between the nominal width and 16 bits of tail on top."""
+    model = tiny_model()
+    qm = with_scheme(spec, model)
+    ids = torch.randint(1, 97, (2, 480), generator=torch.Generator().manual_seed(8))
+    _, cache = feed(qm, ids, None, [480])
+    bits = 8 * cache_nbytes(cache) / cache_elements(cache)
+    nominal = {"fp8": 8, "hf-fp8": 8, "fp16-static": 16, "int4-hadamard": 4}
+    width = nominal.get(spec.kind) or spec.bits
+    assert width <= bits < (20 if spec.kind in ("kvquant-ref", "fp16-static") else width + 6)

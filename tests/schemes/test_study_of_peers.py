@@ -1,0 +1,125 @@
+"""Peers in a study: built, evaluated, timed and collected through the verbs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from kvquant.cli import main
+from kvquant.config import parse_study
+from kvquant.errors import UserError
+from kvquant.nuq import fit
+from kvquant.quantizer_file import load_quantizer
+from kvquant.records import EvalRecord, ThroughputRecord, read_record
+from tests.test_pipeline import work  # noqa: F401  (a fixture)
+
+QUANTO = importlib.util.find_spec("optimum") is not None
+PEERS: dict[str, Any] = {
+    "nf3-1pct": {"kind": "nuq", "bits": 3, "block_size": 32, "datatype": "nf"},
+    "ref3-1pct": {"kind": "kvquant-ref", "bits": 3},
+    "turboquant-3": {"kind": "turboquant", "bits": 3, "block_size": 32},
+    "fp16-static": {"kind": "fp16-static"},
+}
+if QUANTO:
+    PEERS["hf-quanto-4"] = {"kind": "hf-quanto", "bits": 4, "group": 16, "residual": 16}
+EVALUATED = ["fp16", "nuq3-1pct", *(p for p in PEERS if p != "fp16-static")]
+
+
+@pytest.fixture(scope="module")
+def study(work: Path) -> dict[str, Any]:  # noqa: F811
+    """The pipeline's study with peers; written to peers.json, quantizers built."""
+    raw = json.loads((work / "study.json").read_text())
+    raw["schemes"] |= PEERS
+    raw["evaluation"] = {"schemes": EVALUATED}
+    raw["throughput"]["schemes"] = [*PEERS, "nuq3-1pct"]
+    raw["energy"]["schemes"] = []
+    raw["energy"]["workloads"] = {}
+    raw["tasks"].pop("passkey")
+    raw["seeds"] = [0, 1]
+    raw["pathvars"] = {"results": str(work / "p")}
+    (work / "peers.json").write_text(json.dumps(raw))
+    base = ["--study", str(work / "peers.json"), "--model", "tiny"]
+    for scheme in ("nuq3-1pct", "nf3-1pct", "ref3-1pct"):
+        out = ["--out", str(work / f"p/models/{scheme}/quantizer.json")]
+        stats = ["--stats", str(work / "r/calib/stats.safetensors")]
+        assert main(["quantize", *base, "--scheme", scheme, *stats, *out]) == 0
+    return raw
+
+
+def options(work: Path, scheme: str) -> list[str]:  # noqa: F811
+    words = ["--study", str(work / "peers.json"), "--model", "tiny", "--scheme", scheme]
+    words += ["--model-manifest", str(work / "model.json"), "--device", "cpu"]
+    if scheme.startswith(("nuq", "nf", "ref")):
+        words += ["--quantizer", str(work / f"p/models/{scheme}/quantizer.json")]
+    return words
+
+
+def test_nf_takes_ranges_from_calibration_and_levels_from_theory(
+    work: Path,  # noqa: F811
+    study: dict[str, Any],
+) -> None:
+    _, ours = load_quantizer(work / "p/models/nuq3-1pct/quantizer.json", weights_sha256=None)
+    _, nf = load_quantizer(work / "p/models/nf3-1pct/quantizer.json", weights_sha256=None)
+    for mine, theirs in zip(ours, nf, strict=True):
+        assert torch.equal(mine.key_scale, theirs.key_scale)
+        assert torch.equal(theirs.key_levels, fit("nf", 3))
+        assert torch.equal(theirs.value_levels, fit("nf", 3))
+        assert not torch.equal(mine.key_levels, theirs.key_levels)
+
+
+def test_from_peers_to_tables(work: Path, study: dict[str, Any]) -> None:  # noqa: F811
+    spec, results = parse_study(study), work / "p"
+    assert ("hf-quanto-4", "ppl") not in spec.eval_cells()  # a task of protocol B
+    assert ("hf-quanto-4", "ppl-a") in spec.eval_cells() or not QUANTO
+    data = ["--data-manifest", str(work / "data.json"), "--seeds", "0", "1"]
+    for scheme, task in spec.eval_cells():
+        out = ["--out-dir", str(results / f"eval/tiny/{scheme}/{task}")]
+        assert main(["evaluate", *options(work, scheme), "--task", task, *data, *out]) == 0
+    values = {
+        scheme: read_record(results / f"eval/tiny/{scheme}/ppl/seed0/run.json", EvalRecord).value
+        for scheme in ("nuq3-1pct", "ref3-1pct")
+    }
+    assert values["ref3-1pct"] == pytest.approx(values["nuq3-1pct"], rel=1e-4)
+    for scheme, workload, rep in spec.throughput_cells():
+        words = [*options(work, scheme), "--device-name", "cpu", "--workload", workload]
+        out = results / f"perf/cpu/tiny/{scheme}/{workload}/rep{rep}.json"
+        assert main(["throughput", *words, "--rep", str(rep), "--out", str(out)]) == 0
+        record = read_record(out, ThroughputRecord)
+        assert record.scheme_side.status == record.baseline_side.status == "ok"
+        assert record.scheme_side.decode_ms is not None
+        assert (record.quantize_share is None) == (scheme == "fp16-static")
+    tables = ["--study", str(work / "peers.json")]
+    collect = ["--results", str(results), "--device-name", "cpu"]
+    out = ["--out-dir", str(results / "tables")]
+    assert main(["aggregate", *tables, *collect, *out]) == 0
+    tables += ["--tables", str(results / "tables")]
+    for verb in ("statistics", "pareto"):
+        assert main([verb, *tables, *out]) == 0
+    for figure in ("pareto", "perplexity", "throughput"):
+        file = str(results / f"{figure}.pdf")
+        svg = str(results / f"{figure}.svg")
+        assert main(["plot", *tables, "--figure", figure, "--out", file, svg]) == 0
+    latex = ["--out", str(results / "claims.csv"), "--tex", str(results / "claims.tex")]
+    assert main(["claims", *tables, *latex]) == 0
+    (results / "tables/claims.csv").write_bytes((results / "claims.csv").read_bytes())
+    latex = ["--out-dir", str(results / "t"), "--numbers", str(results / "t/numbers.tex")]
+    assert main(["tables", *tables, *latex]) == 0
+    assert "nan" not in (results / "t/accuracy.tex").read_text()
+    pareto = pd.read_parquet(results / "tables/pareto.parquet").set_index("scheme")
+    assert pareto.loc["fp16-static", ["bits_per_element", "perplexity"]].isna().all()
+    assert pareto.loc["fp16-static", "prefill_ratio"] > 0
+
+
+@pytest.mark.parametrize(
+    ("schemes", "message"),
+    [(["fp17"], "evaluation.schemes: 'fp17'"), (["kivi-2"], "the baseline 'fp16' is missing")],
+)
+def test_wrong_choices_are_refused(study: dict[str, Any], schemes: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_study({**study, "evaluation": {"schemes": schemes}})
