@@ -176,3 +176,24 @@ def test_appends_share_an_arena(slots: int) -> None:
         assert index.unique().numel() == index.numel()
         if not int(t.status[0]):
             assert same_outliers(slab, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device: minutes in the interpreter")
+@pytest.mark.parametrize("heads", [8, 32])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["normal", "coarse", "one head", "constant tokens"])
+def test_whole_layers_on_a_gpu(heads: int, bits: int, kind: str) -> None:
+    torch.manual_seed(heads)
+    x = torch.randn(2, 5, 64, heads, 128)
+    if kind == "coarse":
+        x = (x * 2).round() / 2
+    elif kind == "one head":
+        x[..., 3, :] *= 50
+    elif kind == "constant tokens":
+        x[:, :, ::3] = 0.5
+    quantizer = make(heads, 128, bits, 0.01)
+    keys, values = x.half().cuda().transpose(2, 3)
+    if kind == "one head":  # more outliers than a slab has room for: told, not compared
+        keys = keys.clamp(-2.5, 2.5)
+    check(quantizer, keys, values)
