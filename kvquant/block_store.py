@@ -15,7 +15,7 @@ from kvquant.schemes.base import Codec, Packed
 
 # Columns of a kernel's table of arenas: addresses of these tensors, then those of the outliers.
 DENSE, SPARSE = ("keys", "values", "zero", "scale"), ("keys", "values")
-ARENA_ROOM = 64  # rows of that table at first; an arena is an eighth of what is there, so ample
+ARENA_ROOM = 64  # rows of that table at first
 
 
 class Arena:
@@ -241,7 +241,8 @@ class BlockStore:
             self.arenas.append(Arena(plan.capacity, first))
         arena, at = self.arenas[plan.arena], plan.at + offset
         if arena.reserved:
-            assert self.status is not None
+            if self.status is None:  # a store of its own, without a cache
+                self.status = torch.zeros(2, dtype=torch.int32, device=keys.device)
             room = arena.view(slice(at, at + keys.shape[0]))
             self.codec.pack_into(room, keys, values, self.status)
             return

@@ -17,7 +17,8 @@ SUPPORTED = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Atten
 def _attend(module: Any, cache: Any, *args: Any) -> torch.Tensor:
     """See :meth:`kvquant.cache.BlockLayer.attend`.
 
-    In a compiled model the graph ends here and goes on after. The layer is looked up in here, so that compiled code serves all layers.
+    In a compiled model the graph ends here and goes on after. The layer is looked up in here, so
+    that compiled code serves all layers.
     """
     output: torch.Tensor = cache.layers[module.layer_idx].attend(*args)
     return output

@@ -13,6 +13,7 @@ from pathlib import Path
 from kvquant.config import (
     CalibratedScheme,
     EnergySpec,
+    ModelSpec,
     SchemeSpec,
     Study,
     TaskSpec,
@@ -43,6 +44,11 @@ def settled(file: str, digest: str) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and found.get("spec_digest") == digest
+
+
+def weights_digest(model: ModelSpec) -> str:
+    """Of what a fetched model depends on: not on the machines that will use it."""
+    return digest(model.model_dump(mode="json", exclude={"gpus", "mem_gb"}))
 
 
 def calibration_digest(study: Study, model: str) -> str:

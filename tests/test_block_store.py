@@ -173,7 +173,7 @@ def test_append_moves_nothing_that_is_stored() -> None:
         assert torch.equal(a[: b.shape[0]], b)
 
 
-def test_unused_room_stays_below_an_eighth() -> None:
+def test_unused_room_stays_small() -> None:
     c = codec(NuqScheme(kind="nuq", bits=3, block_size=32), 16)
     layout = Layout(c.sinks, c.block_size, c.residual)
     for _ in range(20_000):
@@ -181,8 +181,8 @@ def test_unused_room_stays_below_an_eighth() -> None:
     used = len(layout.table[0])
     capacity = sum(a.capacity for a in layout.arenas)
     assert used == 19_999 // 32
-    assert capacity <= used * 9 / 8 + 1
-    assert len(layout.arenas) < 60
+    assert capacity <= used * 33 / 32 + 1
+    assert len(layout.arenas) < 140  # one block each at first, then one part in 32
 
 
 def test_crop_keeps_what_came_before() -> None:

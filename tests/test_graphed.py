@@ -90,7 +90,9 @@ class TestOnGpu:
             [decoder.step(tokens[:, i : i + 1]).float().clone() for i in range(tokens.shape[1])]
         )
         scale = expected.std()
-        assert (found - expected).abs().max() < 0.03 * scale
+        # fp16 arithmetic against fp32; a rounding that flips a code then shows in later tokens
+        assert (found - expected).std() < 0.02 * scale
+        assert (found - expected).abs().max() < 0.1 * scale
         assert (graphed - found).abs().max() < 0.01 * scale
         assert cache.lengths == [n + tokens.shape[1] for n in lengths]
 

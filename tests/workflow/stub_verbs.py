@@ -53,7 +53,7 @@ def content(verb: str, given: dict[str, list[str]]) -> str:
         return verb
     study, model = load_study("study.yaml"), given["model"][0]  # no hook wrote study.json
     if verb == "fetch-model":
-        found = specs.digest(study.model(model))
+        found = specs.weights_digest(study.model(model))
     elif verb == "calibrate":
         found = specs.calibration_digest(study, model)
     else:

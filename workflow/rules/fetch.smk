@@ -14,7 +14,7 @@ rule fetch_model:
         "<logs>/fetch/model-{model}.log",
     params:
         study=STUDY_FILE,
-        spec=lambda wildcards: specs.digest(STUDY.models[wildcards.model]),
+        spec=lambda wildcards: specs.weights_digest(STUDY.models[wildcards.model]),
     message:
         "Fetching model {wildcards.model}"
     shell:

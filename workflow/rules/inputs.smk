@@ -17,7 +17,7 @@ def resolved(file):
 
 def weights(wildcards):
     """The manifest of a model."""
-    spec = specs.digest(STUDY.models[wildcards.model])
+    spec = specs.weights_digest(STUDY.models[wildcards.model])
     return kept(f"<cache>/models/{wildcards.model}/manifest.json", spec)
 
 
