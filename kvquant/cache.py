@@ -8,252 +8,28 @@ the cache which columns are tokens (`begin_forward`), so that padding is neither
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache
 
-from kvquant.attention import NEVER, BlockwiseAttention
+from kvquant.attention import NEVER
+from kvquant.block_layer import BlockLayer, Piece
 from kvquant.block_store import BlockStore
-from kvquant.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix
-from kvquant.cache_interface import AttendingCache, CountedCache
+from kvquant.cache_interface import AttendingCache
 from kvquant.decode_step import StepTables
-from kvquant.kernels.cuda_decode import DecodeStep, decode_attention
+from kvquant.kernels.cuda_decode import DecodeStep
 from kvquant.kernels.dispatch import use_cuda
 from kvquant.layout import AppendPlan, Gather, Layout, Span, View
 from kvquant.schemes.base import Codec
 
 Protocol = Literal["A", "B"]
 Rope = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-FullAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # A piece of the past holds at most so many tokens, and its scores at most so many numbers.
 MOST_TOKENS = 4096
 MOST_SCORES = 1 << 26
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding in the half-split form of Llama.
-
-    Args:
-        x: `[batch_size, num_heads, seq_len, head_dim]`.
-        cos: `[batch_size or 1, seq_len, head_dim]`.
-        sin: The same shape.
-    """
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
-
-
-class Fp16Layer(DynamicLayer):
-    """The unquantized baseline: transformers' growing layer, always holding 16-bit numbers.
-
-    With a 16-bit model it is `DynamicLayer`; with an fp32 model (CPU) it rounds what it holds to
-    fp16, so that the baseline's bits and accuracy are those of a 16-bit cache.
-    """
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends and returns all keys and values `[batch_size, heads, seq_len, head_dim]`."""
-        kind = key_states.dtype
-        if kind is not torch.float32:
-            return super().update(key_states, value_states, *args, **kwargs)
-        keys, values = super().update(key_states.half(), value_states.half(), *args, **kwargs)
-        return keys.to(kind), values.to(kind)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of the past that attention takes at a time; the same for all layers of a call.
-
-    Attributes:
-        part: "sinks", "blocks" or "tail".
-        columns: Keys of the piece, for each sequence.
-        gathers: Where its blocks are.
-        positions: int64 `[batch_size, columns]`, or None if every query sees every key.
-        rope: Rotary table of the keys, `[1 or batch_size, columns, head_dim]` each.
-    """
-
-    part: Literal["sinks", "blocks", "tail"]
-    columns: int
-    gathers: list[Gather]
-    positions: torch.Tensor | None
-    rope: tuple[torch.Tensor, torch.Tensor]
-
-
-class BlockLayer(CacheLayerMixin):
-    """A layer of `KVQuantCache`; its tensors live in a :class:`BlockStore`."""
-
-    is_sliding = False
-    is_compileable = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, codec: Codec, owner: KVQuantCache) -> None:
-        super().__init__()
-        self.store = BlockStore(codec)
-        self.codec = codec
-        self._owner = owner
-        self.columns = 0
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: the store allocates on its first append."""
-
-    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Not available: an attention that does not know the cache would read it wrongly."""
-        raise RuntimeError(
-            "KVQuantCache needs the attention of kvquant: load the model through "
-            "kvquant.models.load_quantized_model"
-        )
-
-    def attend(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        scaling: float,
-        full: FullAttention,
-    ) -> torch.Tensor:
-        """Attention of a call's queries; stores the call's keys and values.
-
-        Args:
-            queries: Before RoPE, `[batch_size, num_heads, new_len, head_dim]`.
-            keys: New keys before RoPE, `[batch_size, num_kv_heads, new_len, head_dim]`.
-            values: New values, the same shape.
-            rope: Rotary table of the new tokens, `[batch_size, new_len, head_dim]` each.
-            scaling: Factor of the scores.
-            full: Attention of rotated queries, keys and values of this call alone, causal and
-                masked; used where there is no past to read.
-
-        Returns:
-            `[batch_size, new_len, num_heads, head_dim]`.
-        """
-        owner, plan = self._owner, self._owner.plan
-        owner.query_heads = queries.shape[1]
-        self.columns += keys.shape[2]
-        turned = rotate(keys, *rope)
-        stored = turned if self.codec.rotated_keys else keys
-        queries = rotate(queries, *rope)
-        simulated = owner.protocol == "B"
-        if owner.steps is not None:
-            return self._step(queries, keys, values, scaling)
-        if not simulated and not any(plan.before.lengths):
-            self._append(plan, stored, values)
-            return full(queries, turned, values)
-        attention = BlockwiseAttention(queries, owner.query_positions, keys.shape[1], scaling)
-        if simulated:
-            self._append(plan, stored, values)
-        for piece in owner.pieces(queries.shape):
-            self._add(attention, piece, simulated)
-        if not simulated:
-            attention.add(turned, values, owner.new_positions)
-            self._append(plan, stored, values)
-        return attention.result()
-
-    def _step(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """A token a sequence by the kernel: it joins the tail, and all is read from there."""
-        owner, store = self._owner, self.store
-        steps, tables = owner.steps, self.codec.tables
-        assert steps is not None and store.tail is not None and store.sinks is not None
-        store.status = owner.status(keys.device)
-        arenas = store.arena_table()
-        assert arenas is not None and tables is not None
-        store.write_token(keys, values, owner.step_places)
-        out = decode_attention(
-            steps.shape, queries[:, :, 0].to(store.tail[0].dtype), store.sinks, store.tail, arenas,
-            owner.step, tables, scaling,
-        )  # fmt: skip
-        if not owner.captured:
-            store.pack_full(owner.plan)
-        return out.to(queries.dtype).unsqueeze(1)
-
-    def _add(self, attention: BlockwiseAttention, piece: Piece, simulated: bool) -> None:
-        store, plan = self.store, self._owner.plan
-        assert store.sinks is not None
-        if piece.part == "sinks":
-            keys, values = (x[:, :, : piece.columns] for x in store.sinks)
-        elif piece.part == "tail":
-            view = plan.after if simulated else plan.before
-            keys, values = store.read_tail(view, fake=simulated)
-        else:
-            keys, values = self._blocks(piece)
-        if not self.codec.rotated_keys:
-            keys = rotate(keys.float(), *piece.rope)
-        attention.add(keys, values, piece.positions)
-
-    def _blocks(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dequantized blocks `[batch_size, num_kv_heads, columns, head_dim]`."""
-        store, size = self.store, self.codec.block_size
-        assert store.tail is not None
-        batch, heads, _, dim = store.tail[0].shape
-        if batch == 1 and len(piece.gathers) == 1:
-            both = store.unpack(piece.gathers[0].arena, piece.gathers[0].blocks)
-            keys, values = (x.transpose(0, 1).reshape(1, heads, -1, dim) for x in both)
-            return keys, values
-        shape = (batch, heads, piece.columns // size, size, dim)
-        out = (store.tail[0].new_zeros(shape, dtype=torch.float32),) * 2
-        out = (out[0], torch.zeros_like(out[0]))
-        for gather in piece.gathers:
-            both = store.unpack(gather.arena, gather.blocks)
-            for place, x in zip(out, both, strict=True):
-                place[gather.sequences, :, gather.ordinals] = x
-        return out[0].flatten(2, 3), out[1].flatten(2, 3)
-
-    def _append(self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
-        owner = self._owner
-        self.store.status = owner.status(keys.device)
-        if owner.timed and keys.is_cuda:
-            torch.cuda.synchronize(keys.device)
-        start = time.perf_counter()
-        self.store.append(plan, keys, values)
-        if owner.timed and keys.is_cuda:
-            torch.cuda.synchronize(keys.device)
-        owner.quantize_seconds += time.perf_counter() - start
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences; -1 before the first call."""
-        return len(self._owner.layout.table) or -1
-
-    def get_seq_length(self) -> int:
-        """Columns seen so far, padding included, as transformers counts."""
-        return self.columns
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """No maximum (older name)."""
-        return -1
-
-    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
-        """Key length and offset for the attention mask of a call with `query_length` columns."""
-        if isinstance(query_length, torch.Tensor):
-            query_length = query_length.shape[0]
-        return self.columns + query_length, 0
-
-    def offload(self) -> None:
-        """Refused: packed blocks are small and stay on their device."""
-        raise NotImplementedError("offloading: KVQuantCache does not offload its blocks")
-
-    @property
-    def key_outliers(self) -> list[BlockedCSCMatrix]:
-        """Exact key outliers in packed blocks, one matrix a sequence."""
-        tables = self._owner.layout.table
-        return [BlockedCSCMatrix(self.store.outliers("keys", t)) for t in tables]
-
-    @property
-    def value_outliers(self) -> list[BlockedCSRMatrix]:
-        """Exact value outliers in packed blocks, one matrix a sequence."""
-        tables = self._owner.layout.table
-        return [BlockedCSRMatrix(self.store.outliers("values", t)) for t in tables]
 
 
 class KVQuantCache(Cache, AttendingCache):
@@ -585,44 +361,3 @@ class KVQuantCache(Cache, AttendingCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> KVQuantCache:
         """See :meth:`copy`."""
         return self.copy()
-
-
-def new_baseline_cache() -> Cache:
-    """An unquantized 16-bit cache that grows as transformers' `DynamicCache` does."""
-    return Cache(layer_class_to_replicate=Fp16Layer)
-
-
-def cache_nbytes(cache: Cache) -> int:
-    """Bytes that a cache has allocated on its device."""
-    if isinstance(cache, CountedCache):
-        return cache.stored_nbytes()
-    total = 0
-    for layer in cache.layers:
-        if isinstance(layer, BlockLayer):
-            total += layer.store.nbytes
-        elif layer.keys is not None:
-            total += layer.keys.nbytes + layer.values.nbytes
-    return total
-
-
-def cache_elements(cache: Cache, mask: torch.Tensor | None = None) -> int:
-    """Key and value elements of the tokens in a cache.
-
-    Args:
-        cache: The cache.
-        mask: `[batch_size, columns]` for an unquantized cache of a padded batch, which cannot tell
-            padding itself; its padding is then memory without elements.
-    """
-    if isinstance(cache, CountedCache):
-        return cache.stored_elements(mask)
-    total = 0
-    for layer in cache.layers:
-        if isinstance(layer, BlockLayer):
-            tail = layer.store.tail
-            if tail is not None and isinstance(cache, KVQuantCache):
-                total += 2 * tail[0].shape[1] * tail[0].shape[3] * sum(cache.lengths)
-        elif layer.keys is not None:
-            batch, heads, columns, dim = layer.keys.shape
-            tokens = batch * columns if mask is None else int(mask.sum())
-            total += 2 * heads * dim * tokens
-    return total

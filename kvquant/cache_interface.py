@@ -17,8 +17,8 @@ import torch
 class AttendingCache(ABC):
     """A cache whose layers do the attention themselves, from keys before RoPE.
 
-    Its layers have the method `attend` of :class:`kvquant.cache.BlockLayer`. Other caches get keys
-    after RoPE from the model's own attention, as in plain transformers.
+    Its layers have the method `attend` of :class:`kvquant.block_layer.BlockLayer`. Other caches get
+    keys after RoPE from the model's own attention, as in plain transformers.
     """
 
     @abstractmethod

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from kvquant.cache import Fp16Layer, KVQuantCache, cache_elements, cache_nbytes
+from kvquant.baseline_cache import Fp16Layer
+from kvquant.cache import KVQuantCache
+from kvquant.cache_size import cache_elements, cache_nbytes
 from kvquant.errors import UserError
 from kvquant.fetch.progress import note
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvquant.cache import KVQuantCache, Protocol, new_baseline_cache
+from kvquant.baseline_cache import new_baseline_cache
+from kvquant.cache import KVQuantCache, Protocol
 from kvquant.cache_interface import AttendingCache
 from kvquant.config import Fp16Scheme, SchemeSpec
 from kvquant.errors import UserError

@@ -15,7 +15,7 @@ SUPPORTED = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Atten
 
 @torch.compiler.disable(reason="the cache plans on the host and changes its shapes as it grows")
 def _attend(module: Any, cache: Any, *args: Any) -> torch.Tensor:
-    """See :meth:`kvquant.cache.BlockLayer.attend`.
+    """See :meth:`kvquant.block_layer.BlockLayer.attend`.
 
     In a compiled model the graph ends here and goes on after. The layer is looked up in here, so
     that compiled code serves all layers.

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kvquant.batched_quant import LayerQuantizer
-from kvquant.cache import KVQuantCache, cache_elements, cache_nbytes
+from kvquant.cache import KVQuantCache
+from kvquant.cache_size import cache_elements, cache_nbytes
 from kvquant.config import KiviScheme, NuqScheme
 from kvquant.errors import UserError
 from kvquant.models import QuantizedModel, attention_layers, install_attention

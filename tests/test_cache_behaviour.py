@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvquant.cache import cache_nbytes
+from kvquant.cache_size import cache_nbytes
 from kvquant.config import NuqScheme
 from tests.conftest import tiny_model
 from tests.test_cache import quantized

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvquant.benchmarks.append_stores import append_codec
 from kvquant.block_store import BlockStore
-from kvquant.cache import cache_elements, cache_nbytes
+from kvquant.cache_size import cache_elements, cache_nbytes
 from kvquant.config import KiviScheme, NuqScheme
 from kvquant.layout import Layout
 from kvquant.memory_formula import (
@@ -183,7 +183,8 @@ def test_peak_of_a_prefill_on_a_gpu(batch: int) -> None:
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from kvquant.cache import KVQuantCache, new_baseline_cache
+    from kvquant.baseline_cache import new_baseline_cache
+    from kvquant.cache import KVQuantCache
     from kvquant.models import install_attention
 
     layers, heads, dim, tokens = 8, 32, 128, 16384

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from kvquant.benchmarks.append_stores import append_codec
-from kvquant.cache import KVQuantCache, cache_nbytes
+from kvquant.cache import KVQuantCache
+from kvquant.cache_size import cache_nbytes
 from kvquant.config import NuqScheme
 from kvquant.models import QuantizedModel, install_attention
 from tests.conftest import tiny_model

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import torch
 
+from kvquant.baseline_cache import Fp16Layer
 from kvquant.batched_quant import LayerQuantizer
 from kvquant.block_store import BlockStore
-from kvquant.cache import Fp16Layer
 from kvquant.config import NuqScheme, SchemeSpec
 from kvquant.layout import Layout
 from kvquant.nuq import fit

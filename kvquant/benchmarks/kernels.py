@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
+from kvquant.baseline_cache import new_baseline_cache
 from kvquant.batched_quant import LayerQuantizer
 from kvquant.benchmarks.timing import Clock, interleave, summarize
-from kvquant.cache import KVQuantCache, cache_elements, cache_nbytes, new_baseline_cache
+from kvquant.cache import KVQuantCache
+from kvquant.cache_size import cache_elements, cache_nbytes
 from kvquant.config import NuqScheme
 from kvquant.errors import UserError, unknown
 from kvquant.nuq import fit

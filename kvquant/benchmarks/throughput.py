@@ -18,7 +18,7 @@ from kvquant.benchmarks.timing import (
     summarize,
 )
 from kvquant.benchmarks.workload import Prepared, add_common_arguments, prepare
-from kvquant.cache import cache_elements, cache_nbytes
+from kvquant.cache_size import cache_elements, cache_nbytes
 from kvquant.provenance import environment
 from kvquant.records import PerfSide, ThroughputRecord, write_record
 from kvquant.specs import perf_digest

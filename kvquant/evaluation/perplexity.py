@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from kvquant.cache import Protocol, cache_elements, cache_nbytes
+from kvquant.cache import Protocol
+from kvquant.cache_size import cache_elements, cache_nbytes
 from kvquant.config import PerplexityTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult, check_length, encode

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from kvquant.cache import Fp16Layer
+from kvquant.baseline_cache import Fp16Layer
 from kvquant.cache_interface import CountedCache
 
 

@@ -36,7 +36,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvquant.attention import NEVER, BlockwiseAttention
-from kvquant.cache import FullAttention, Protocol, Rope, rotate
+from kvquant.block_layer import FullAttention, rotate
+from kvquant.cache import Protocol, Rope
 from kvquant.cache_interface import AttendingCache, CountedCache, QuantizeClock
 from kvquant.layout import Span
 from kvquant.schemes.kvquant_store import ReferenceTables, SequenceStore
@@ -66,7 +67,7 @@ class ReferenceLayer(CacheLayerMixin):
         scaling: float,
         full: FullAttention,
     ) -> torch.Tensor:
-        """See :meth:`kvquant.cache.BlockLayer.attend`."""
+        """See :meth:`kvquant.block_layer.BlockLayer.attend`."""
         owner = self._owner
         self.columns += keys.shape[2]
         turned, queries = rotate(keys, *rope), rotate(queries, *rope)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvquant import config
-from kvquant.cache import cache_elements, cache_nbytes
+from kvquant.cache_size import cache_elements, cache_nbytes
 from kvquant.config import (
     Fp8Scheme,
     Fp16StaticScheme,

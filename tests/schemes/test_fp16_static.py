@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvquant.cache import cache_nbytes
+from kvquant.cache_size import cache_nbytes
 from kvquant.config import Fp16StaticScheme
 from tests.schemes.common import DIM, feed, with_scheme
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import cache_utils
 
-from kvquant.cache import cache_elements, cache_nbytes
+from kvquant.cache_size import cache_elements, cache_nbytes
 from kvquant.config import HfFp8Scheme, HfHqqScheme, HfQuantoScheme, SchemeSpec
 from kvquant.errors import UserError
 from kvquant.models import load_quantized_model

@@ -1,0 +1,31 @@
+"""The unquantized 16-bit cache that every scheme is compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class Fp16Layer(DynamicLayer):
+    """The unquantized baseline: transformers' growing layer, always holding 16-bit numbers.
+
+    With a 16-bit model it is `DynamicLayer`; with an fp32 model (CPU) it rounds what it holds to
+    fp16, so that the baseline's bits and accuracy are those of a 16-bit cache.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends and returns all keys and values `[batch_size, heads, seq_len, head_dim]`."""
+        kind = key_states.dtype
+        if kind is not torch.float32:
+            return super().update(key_states, value_states, *args, **kwargs)
+        keys, values = super().update(key_states.half(), value_states.half(), *args, **kwargs)
+        return keys.to(kind), values.to(kind)
+
+
+def new_baseline_cache() -> Cache:
+    """An unquantized 16-bit cache that grows as transformers' `DynamicCache` does."""
+    return Cache(layer_class_to_replicate=Fp16Layer)

@@ -1,0 +1,226 @@
+"""A layer of `KVQuantCache`: attention of a call over the past, and storing what is new."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from kvquant.attention import BlockwiseAttention
+from kvquant.block_store import BlockStore
+from kvquant.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix
+from kvquant.kernels.cuda_decode import decode_attention
+from kvquant.layout import AppendPlan, Gather
+from kvquant.schemes.base import Codec
+
+if TYPE_CHECKING:
+    from kvquant.cache import KVQuantCache
+
+FullAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding in the half-split form of Llama.
+
+    Args:
+        x: `[batch_size, num_heads, seq_len, head_dim]`.
+        cos: `[batch_size or 1, seq_len, head_dim]`.
+        sin: The same shape.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the past that attention takes at a time; the same for all layers of a call.
+
+    Attributes:
+        part: "sinks", "blocks" or "tail".
+        columns: Keys of the piece, for each sequence.
+        gathers: Where its blocks are.
+        positions: int64 `[batch_size, columns]`, or None if every query sees every key.
+        rope: Rotary table of the keys, `[1 or batch_size, columns, head_dim]` each.
+    """
+
+    part: Literal["sinks", "blocks", "tail"]
+    columns: int
+    gathers: list[Gather]
+    positions: torch.Tensor | None
+    rope: tuple[torch.Tensor, torch.Tensor]
+
+
+class BlockLayer(CacheLayerMixin):
+    """A layer of `KVQuantCache`; its tensors live in a :class:`BlockStore`."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, codec: Codec, owner: KVQuantCache) -> None:
+        super().__init__()
+        self.store = BlockStore(codec)
+        self.codec = codec
+        self._owner = owner
+        self.columns = 0
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the store allocates on its first append."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Not available: an attention that does not know the cache would read it wrongly."""
+        raise RuntimeError(
+            "KVQuantCache needs the attention of kvquant: load the model through "
+            "kvquant.models.load_quantized_model"
+        )
+
+    def attend(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        scaling: float,
+        full: FullAttention,
+    ) -> torch.Tensor:
+        """Attention of a call's queries; stores the call's keys and values.
+
+        Args:
+            queries: Before RoPE, `[batch_size, num_heads, new_len, head_dim]`.
+            keys: New keys before RoPE, `[batch_size, num_kv_heads, new_len, head_dim]`.
+            values: New values, the same shape.
+            rope: Rotary table of the new tokens, `[batch_size, new_len, head_dim]` each.
+            scaling: Factor of the scores.
+            full: Attention of rotated queries, keys and values of this call alone, causal and
+                masked; used where there is no past to read.
+
+        Returns:
+            `[batch_size, new_len, num_heads, head_dim]`.
+        """
+        owner, plan = self._owner, self._owner.plan
+        owner.query_heads = queries.shape[1]
+        self.columns += keys.shape[2]
+        turned = rotate(keys, *rope)
+        stored = turned if self.codec.rotated_keys else keys
+        queries = rotate(queries, *rope)
+        simulated = owner.protocol == "B"
+        if owner.steps is not None:
+            return self._step(queries, keys, values, scaling)
+        if not simulated and not any(plan.before.lengths):
+            self._append(plan, stored, values)
+            return full(queries, turned, values)
+        attention = BlockwiseAttention(queries, owner.query_positions, keys.shape[1], scaling)
+        if simulated:
+            self._append(plan, stored, values)
+        for piece in owner.pieces(queries.shape):
+            self._add(attention, piece, simulated)
+        if not simulated:
+            attention.add(turned, values, owner.new_positions)
+            self._append(plan, stored, values)
+        return attention.result()
+
+    def _step(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """A token a sequence by the kernel: it joins the tail, and all is read from there."""
+        owner, store = self._owner, self.store
+        steps, tables = owner.steps, self.codec.tables
+        assert steps is not None and store.tail is not None and store.sinks is not None
+        store.status = owner.status(keys.device)
+        arenas = store.arena_table()
+        assert arenas is not None and tables is not None
+        store.write_token(keys, values, owner.step_places)
+        out = decode_attention(
+            steps.shape, queries[:, :, 0].to(store.tail[0].dtype), store.sinks, store.tail, arenas,
+            owner.step, tables, scaling,
+        )  # fmt: skip
+        if not owner.captured:
+            store.pack_full(owner.plan)
+        return out.to(queries.dtype).unsqueeze(1)
+
+    def _add(self, attention: BlockwiseAttention, piece: Piece, simulated: bool) -> None:
+        store, plan = self.store, self._owner.plan
+        assert store.sinks is not None
+        if piece.part == "sinks":
+            keys, values = (x[:, :, : piece.columns] for x in store.sinks)
+        elif piece.part == "tail":
+            view = plan.after if simulated else plan.before
+            keys, values = store.read_tail(view, fake=simulated)
+        else:
+            keys, values = self._blocks(piece)
+        if not self.codec.rotated_keys:
+            keys = rotate(keys.float(), *piece.rope)
+        attention.add(keys, values, piece.positions)
+
+    def _blocks(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dequantized blocks `[batch_size, num_kv_heads, columns, head_dim]`."""
+        store, size = self.store, self.codec.block_size
+        assert store.tail is not None
+        batch, heads, _, dim = store.tail[0].shape
+        if batch == 1 and len(piece.gathers) == 1:
+            both = store.unpack(piece.gathers[0].arena, piece.gathers[0].blocks)
+            keys, values = (x.transpose(0, 1).reshape(1, heads, -1, dim) for x in both)
+            return keys, values
+        shape = (batch, heads, piece.columns // size, size, dim)
+        out = (store.tail[0].new_zeros(shape, dtype=torch.float32),) * 2
+        out = (out[0], torch.zeros_like(out[0]))
+        for gather in piece.gathers:
+            both = store.unpack(gather.arena, gather.blocks)
+            for place, x in zip(out, both, strict=True):
+                place[gather.sequences, :, gather.ordinals] = x
+        return out[0].flatten(2, 3), out[1].flatten(2, 3)
+
+    def _append(self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
+        owner = self._owner
+        self.store.status = owner.status(keys.device)
+        if owner.timed and keys.is_cuda:
+            torch.cuda.synchronize(keys.device)
+        start = time.perf_counter()
+        self.store.append(plan, keys, values)
+        if owner.timed and keys.is_cuda:
+            torch.cuda.synchronize(keys.device)
+        owner.quantize_seconds += time.perf_counter() - start
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences; -1 before the first call."""
+        return len(self._owner.layout.table) or -1
+
+    def get_seq_length(self) -> int:
+        """Columns seen so far, padding included, as transformers counts."""
+        return self.columns
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """No maximum (older name)."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        """Key length and offset for the attention mask of a call with `query_length` columns."""
+        if isinstance(query_length, torch.Tensor):
+            query_length = query_length.shape[0]
+        return self.columns + query_length, 0
+
+    def offload(self) -> None:
+        """Refused: packed blocks are small and stay on their device."""
+        raise NotImplementedError("offloading: KVQuantCache does not offload its blocks")
+
+    @property
+    def key_outliers(self) -> list[BlockedCSCMatrix]:
+        """Exact key outliers in packed blocks, one matrix a sequence."""
+        tables = self._owner.layout.table
+        return [BlockedCSCMatrix(self.store.outliers("keys", t)) for t in tables]
+
+    @property
+    def value_outliers(self) -> list[BlockedCSRMatrix]:
+        """Exact value outliers in packed blocks, one matrix a sequence."""
+        tables = self._owner.layout.table
+        return [BlockedCSRMatrix(self.store.outliers("values", t)) for t in tables]
