@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from kvquant import specs
-from kvquant.config import Study, parse_study
+from kvquant.config import Study, load_study, parse_study
 
 MODEL = "smollm2-135m"
 
@@ -94,3 +94,11 @@ def test_timing_changes_its_own_stage(raw: dict[str, Any]) -> None:
 )
 def test_what_no_result_depends_on(raw: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
     assert changed(raw, *keys, value=value) == set()
+
+
+def test_a_fetched_model_does_not_depend_on_the_machine(root: Path) -> None:
+    demo, h100 = (load_study(root / f"config/{n}.yaml").models[MODEL] for n in ("demo", "h100"))
+    assert demo.gpus != h100.gpus
+    assert specs.weights_digest(demo) == specs.weights_digest(h100)
+    other = demo.model_copy(update={"sha256": "0" * 64})
+    assert specs.weights_digest(other) != specs.weights_digest(demo)

@@ -1,0 +1,53 @@
+"""Arenas that kernels fill in place hold what the PyTorch path would have stored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvquant.batched_quant import LayerQuantizer
+from kvquant.block_store import BlockStore
+from kvquant.config import NuqScheme
+from kvquant.layout import Layout
+from kvquant.nuq import fit
+from kvquant.schemes.nuq import NuqCodec
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("outliers", [0.0, 0.02])
+def test_same_as_without_kernels(outliers: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(2)
+    levels = fit("nf", 3)
+    tables = LayerQuantizer(torch.zeros(1, 64), torch.full((1, 64), 2.3), levels, levels)
+    codec = NuqCodec(
+        NuqScheme(kind="nuq", bits=3, outliers=outliers, block_size=32), tables.to(DEVICE)
+    )
+    keys, values = torch.randn(2, 2, 1, 103, 64).half().to(DEVICE)
+    stores, plans = {}, []
+    for kernels in ("triton", "pytorch"):
+        monkeypatch.setenv("KVQUANT_KERNELS", kernels)
+        store, layout = BlockStore(codec), Layout(codec.sinks, codec.block_size, codec.residual)
+        for part in (slice(0, 70), slice(70, 71), slice(71, 103)):
+            columns = part.stop - part.start
+            plans.append(layout.append([slice(0, columns), slice(0, max(columns - 9, 1))]))
+            store.append(plans[-1], keys[:, :, part], values[:, :, part])
+        stores[kernels] = (store, layout)
+    store, layout = stores["triton"]
+    other, _ = stores["pytorch"]
+    assert all(arena.reserved for arena in store.arenas)
+    assert not any(arena.reserved for arena in other.arenas)
+    assert store.arena_table() is not None
+    assert other.arena_table() is None
+    assert store.status is not None
+    assert store.status.tolist() == [0, 0]
+    for table in layout.table:
+        assert table
+        for arena, place in table:
+            for mine, theirs in zip(
+                store.unpack(arena, slice(place, place + 1)),
+                other.unpack(arena, slice(place, place + 1)),
+                strict=True,
+            ):
+                assert torch.equal(mine, theirs)
