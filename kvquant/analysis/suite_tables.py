@@ -41,13 +41,17 @@ def missing(what: str) -> str:
 
 
 def _caches(t: Tables) -> Iterator[tuple[dict[str, str], pd.Series]]:
-    """The first columns of a row (the model only where there are several), and which results."""
+    """The first columns of a row (the model only where there are several), and which results.
+
+    A scheme that is timed only has no row.
+    """
     several = len(t.study.models) > 1
     for model in t.study.models:
         for scheme in t.study.schemes:
             first = {"model": model} if several else {}
             chosen = (t.evaluations.model == model) & (t.evaluations.scheme == scheme)
-            yield first | {"scheme": scheme}, chosen
+            if chosen.any():
+                yield first | {"scheme": scheme}, chosen
 
 
 def _test(t: Tables, level: str, task: str, model: str, scheme: str) -> pd.Series | None:

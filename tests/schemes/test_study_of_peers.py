@@ -111,7 +111,7 @@ def test_from_peers_to_tables(work: Path, study: dict[str, Any]) -> None:  # noq
     (results / "tables/claims.csv").write_bytes((results / "claims.csv").read_bytes())
     latex = ["--out-dir", str(results / "t"), "--numbers", str(results / "t/numbers.tex")]
     assert main(["tables", *tables, *latex]) == 0
-    assert "nan" not in (results / "t/accuracy.tex").read_text()
+    assert "nan" not in (results / "t/summary.tex").read_text()
     pareto = pd.read_parquet(results / "tables/pareto.parquet").set_index("scheme")
     assert pareto.loc["fp16-static", ["bits_per_element", "perplexity"]].isna().all()
     assert pareto.loc["fp16-static", "prefill_ratio"] > 0
