@@ -168,6 +168,8 @@ def stub_study(root: Path) -> dict[str, Any]:
     study["energy"]["workloads"] = {}
     study["energy"]["schemes"] = []
     study["protect"] = False
+    study.pop("evaluation")  # names schemes that are left out here
+    study.pop("append")
     return study
 
 
