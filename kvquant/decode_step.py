@@ -114,7 +114,7 @@ class StepTables:
     def addresses(self) -> tuple[int, ...]:
         """Of the tensors that a captured graph reads."""
         assert self._tables is not None
-        kept = (self._table, self._lengths, self._tables.places, self._tables.starts)
+        kept = (self._table, self._lengths, self._tables.places, self._tables.phases)
         return tuple(t.data_ptr() for t in kept)
 
     def step(self, *, whole: bool = False) -> DecodeStep:

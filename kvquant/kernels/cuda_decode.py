@@ -21,7 +21,7 @@ from kvquant.kernels.cuda_build import Function, load
 if TYPE_CHECKING:
     from kvquant.batched_quant import LayerQuantizer
 
-WARPS = 4  # as in the source file
+COMBINE = 256  # threads of the second pass, as in the source file
 MOST_ARENAS, MOST_PLACES = 1 << 11, 1 << 20  # bits of a block's number
 Rope = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -39,9 +39,8 @@ class _Args(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             "query", "sink_keys", "sink_values", "tail_keys", "tail_values", "arenas", "table",
-            "lengths", "key_scale", "key_zero", "key_levels", "value_levels", "rope", "turns",
-            "starts",
-            "part_out", "part_sum",
+            "lengths", "key_scale", "key_zero", "key_levels", "value_levels", "rope", "phases",
+            "thetas", "part_out", "part_sum",
         )),
         *((name, ctypes.c_int) for name in (
             "heads", "table_stride", "sink_room", "tail_room", "chunks_a_split", "outliers",
@@ -92,15 +91,51 @@ class DecodeShape:
         return min(self.block_size, 64)
 
     @property
-    def split(self) -> int:
-        """Most chunks a program takes; a whole number of blocks. Shared memory bounds it."""
-        small = 8 if self.group * self.head_dim > 256 else 16
-        return max(small, self.block_size // self.chunk)
+    def warps(self) -> int:
+        """Warps a program; they share its tables, and each has an output of its own."""
+        return 8 if self.group * self.head_dim <= 512 else 4
 
-    def constants(self) -> dict[str, int]:
-        """Macros of the source file."""
+    def split(self, shared_bytes: int) -> int:
+        """Most chunks a program takes; a whole number of blocks.
+
+        Args:
+            shared_bytes: Shared memory of a multiprocessor, which two programs shall share.
+        """
+        least = max(self.warps, self.block_size // self.chunk)
+        most = least * (2 if self.warps == 4 else 4)
+        while most > least and self.space_bytes(most) > shared_bytes // 2 - 1024:
+            most -= least
+        return most
+
+    @property
+    def rounds(self) -> int:
+        """Outliers a lane and block that wait in shared memory: half more than on average."""
         elements = self.block_size * self.head_dim
-        big = self.head_dim == 256 or self.group > 4
+        return min(8, max(1, math.ceil(1.5 * self.fraction * elements / 32)))
+
+    def space_bytes(self, split: int) -> int:
+        """Room for a program's shared memory: `struct Space` of the source file, which checks it."""
+        chunk, half, levels = self.chunk, self.head_dim // 2, 1 << self.bits
+        words, blocks = self.head_dim // 32, split * chunk // self.block_size
+        position = position_dtype(self.block_size * self.head_dim).itemsize
+        per_warp = self.warps * self.group
+        tables = chunk * (half * 4 + 64) + per_warp * (words * 4 + 1) * 16 + split * half * 4
+        room = self.rounds * 32
+        lists = blocks * ((room + 16 // position) * position + (room + 8) * 2)
+        numbers = self.group * self.head_dim * 12 + self.head_dim * 16 + words * 128
+        numbers += per_warp * 16 + blocks * 8 + self.warps * 4 + levels * 4 + 12
+        outputs = per_warp * self.head_dim * 8
+        scores = self.group * chunk * 4 * (self.warps + split)
+        total = max(tables, outputs) + lists + blocks * self.block_size * 4 + scores + numbers
+        return total + 128  # members are aligned
+
+    def constants(self, shared_bytes: int) -> dict[str, int]:
+        """Macros of the source file.
+
+        Args:
+            shared_bytes: Shared memory of a multiprocessor.
+        """
+        elements, split = self.block_size * self.head_dim, self.split(shared_bytes)
         return {
             "BITS": self.bits,
             "DIM": self.head_dim,
@@ -109,16 +144,24 @@ class DecodeShape:
             "POS32": int(position_dtype(elements) is torch.int32),
             "COUNT32": int(count_dtype(elements) is torch.int32),
             "BF16": int(self.dtype is torch.bfloat16),
-            "MIN_BLOCKS": 2 if big else 4,
-            "SPLIT": self.split,
-            "ROUNDS": min(8, max(1, math.ceil(1.5 * self.fraction * elements / 32))),
+            "WARPS": self.warps,
+            "MIN_BLOCKS": 2,
+            "SPLIT": split,
+            "SPACE": self.space_bytes(split),
+            "ROUNDS": self.rounds,
         }
+
+
+def shared_memory(device: int) -> int:
+    """Bytes of shared memory of a GPU's multiprocessor."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
 
 
 @functools.cache
 def functions(shape: DecodeShape, device: int) -> tuple[Function, Function]:
     """The kernel and its second pass, compiled for a GPU."""
-    module = load("decode.cu", tuple(shape.constants().items()), device)
+    constants = shape.constants(shared_memory(device))
+    module = load("decode.cu", tuple(constants.items()), device)
     return module.function("decode", module.number("space_bytes")), module.function("combine")
 
 
@@ -128,14 +171,15 @@ class RopeTables:
 
     Attributes:
         places: fp16 `[chunk, head_dim / 2, 2]` reordered: rotations inside a chunk.
-        turns: int32 `[chunk, head_dim / 2]`, the same in order, fp16 cosine and sine.
-        starts: int32 `[1 + chunks, head_dim / 2]`, fp16 cosine and sine of position 0 and of the
-            chunks' first positions.
+        phases: fp32 `[1 + chunks, head_dim / 2]`, angles in radians, from -pi to pi, of position 0
+            and of the chunks' first positions.
+        thetas: fp32 `[head_dim / 2 + 1]`, radians a position; behind them the factor that the rope
+            scaling puts on cosine and sine.
     """
 
     places: torch.Tensor
-    turns: torch.Tensor
-    starts: torch.Tensor
+    phases: torch.Tensor
+    thetas: torch.Tensor
 
     @classmethod
     def make(
@@ -143,38 +187,46 @@ class RopeTables:
     ) -> RopeTables:
         """Tables for chunks 0 to `chunks` (one more than full: the tail begins there).
 
-        A factor that the rope scaling puts on cosine and sine stays in `starts` alone, since a
-        key's rotation is the product of both.
+        A factor that the rope scaling puts on cosine and sine stays out of them: the kernel turns
+        queries and keys, and multiplies one of the two.
         """
         device = like.device
         firsts = torch.arange(chunks + 1, device=device) * chunk + sinks
-        inside = torch.arange(chunk, device=device)
+        inside = torch.arange(max(chunk, 2), device=device)
         cos, sin = rope(torch.cat((firsts.new_zeros(1), firsts, inside))[None])
         half = cos.shape[-1] // 2
-        both = torch.stack((cos[0, :, :half], sin[0, :, :half]), -1).float()
-        starts, places = both[: chunks + 2].half(), both[chunks + 2 :]
-        places = (places / places[0, 0, 0]).half()
-        pairs = [x.contiguous().view(torch.int32).squeeze(-1) for x in (places, starts)]
+        cos, sin = cos[0, :, :half].float(), sin[0, :, :half].float()
+        angles = torch.atan2(sin, cos)
+        phases, thetas = angles[: chunks + 2].contiguous(), angles[chunks + 3]
+        both = torch.stack((cos, sin), -1)[chunks + 2 :]
+        factor = both[0, 0, :1]
+        places = (both[:chunk] / factor).half()
         # frequency f = t * (dim / 16) + 4 w + i + (dim / 4) j, read as [w, j, t, {cos, sin}, i]
         words = half // 32  # of a thread and row: dim / 64
         split = places.view(chunk, 2, 4, words, 4, 2)  # token, j, t, w, i, cos/sin
         ordered = split.permute(0, 3, 1, 2, 5, 4).contiguous()
-        return cls(ordered, *pairs)
+        return cls(ordered, phases, torch.cat((thetas, factor)))
 
 
 def plan_splits(
-    batch: int, heads: int, chunks: int, multiprocessors: int, most: int, multiple: int = 1
+    batch: int,
+    heads: int,
+    chunks: int,
+    multiprocessors: int,
+    most: int,
+    warps: int,
+    multiple: int = 1,
 ) -> tuple[int, int]:
     """How the past is cut: `(chunks a split, splits)`, without the split of 16-bit tokens.
 
-    Enough programs for about four waves of three a multiprocessor, each with a multiple of its
-    warps' number of chunks, `most` at most.
+    A program takes a multiple of its warps' number of chunks, `most` at most, so that there are
+    programs for about four waves of two a multiprocessor.
     """
+    step = max(warps, multiple)
     if chunks == 0:
-        return WARPS, 0
-    wanted = max(1, 12 * multiprocessors // (batch * heads))
-    each = max(1, math.ceil(chunks / (wanted * WARPS))) * WARPS
-    each = min(most, max(each, multiple))
+        return step, 0
+    wanted = max(1, 8 * multiprocessors // (batch * heads))
+    each = min(most, max(1, math.ceil(chunks / (wanted * step))) * step)
     return each, math.ceil(chunks / each)
 
 
@@ -226,9 +278,9 @@ def decode_attention(
     index = device.index if device.index is not None else torch.cuda.current_device()
     kernel, combine = functions(shape, index)
     count = torch.cuda.get_device_properties(index).multi_processor_count
-    each, splits = plan_splits(
-        batch, heads, step.chunks, count, shape.split, shape.block_size // shape.chunk
-    )
+    per_block = shape.block_size // shape.chunk
+    most = shape.split(shared_memory(index))
+    each, splits = plan_splits(batch, heads, step.chunks, count, most, shape.warps, per_block)
     splits += 1
     query, out = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
     part_out = torch.empty(batch * query_heads * splits * dim, dtype=torch.float32, device=device)
@@ -238,14 +290,14 @@ def decode_attention(
         tail[1].data_ptr(), arenas.data_ptr(), step.table.data_ptr(), step.lengths.data_ptr(),
         tables.key_scale.data_ptr(), tables.key_zero.data_ptr(), tables.key_levels.data_ptr(),
         tables.value_levels.data_ptr(), step.rope.places.data_ptr(),
-        step.rope.turns.data_ptr(), step.rope.starts.data_ptr(),
+        step.rope.phases.data_ptr(), step.rope.thetas.data_ptr(),
         part_out.data_ptr(), part_sum.data_ptr(), heads, step.table.stride(0), sinks[0].shape[2],
         tail[0].shape[2], each, int(shape.outliers), scaling * math.log2(math.e),
     )  # fmt: skip
-    kernel((splits, heads, batch), WARPS * 32, args)
+    kernel((splits, heads, batch), shape.warps * 32, args)
     combine(
         (batch * query_heads, 1, 1),
-        dim,
+        COMBINE,
         ctypes.c_void_p(part_out.data_ptr()),
         ctypes.c_void_p(part_sum.data_ptr()),
         ctypes.c_void_p(out.data_ptr()),

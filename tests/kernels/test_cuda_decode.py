@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 import random
 
@@ -141,6 +142,8 @@ def run_case(
     return worst
 
 
+SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024}
+
 # fp16 operands: errors of 2^-11 in keys and queries make about that in the scores.
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 1.2e-2}
 
@@ -181,7 +184,7 @@ def test_special_cases(case: str) -> None:
 def test_compiles_without_a_gpu(bits: int, arch: str) -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
     shape = DecodeShape(bits, 128, 4, 64, torch.float16, True)
-    assert len(compile_cubin("decode.cu", shape.constants(), arch)) > 10_000
+    assert len(compile_cubin("decode.cu", shape.constants(SHARED[arch]), arch)) > 10_000
 
 
 def test_a_compile_error_is_told() -> None:
@@ -199,23 +202,46 @@ def test_what_the_kernel_does_not_take_is_named() -> None:
 
 @pytest.mark.parametrize(("batch", "chunks"), [(1, 256), (16, 256), (1, 2048), (4, 1), (64, 3)])
 def test_splits_cover_all_chunks(batch: int, chunks: int) -> None:
-    each, splits = plan_splits(batch, 8, chunks, 132, 16)
+    each, splits = plan_splits(batch, 8, chunks, 132, 16, 4)
     assert each % 4 == 0 and each <= 16
     assert (splits - 1) * each < chunks <= splits * each
 
 
-def test_rope_tables_multiply_to_a_position() -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("dim", "group"), [(64, 3), (128, 1), (128, 4), (256, 8)])
+@pytest.mark.parametrize("size", [32, 64, 128, 512])
+def test_room_in_shared_memory(bits: int, dim: int, group: int, size: int) -> None:
+    shape = DecodeShape(bits, dim, group, size, torch.float16, True)
+    for shared in SHARED.values():
+        split = shape.split(shared)
+        assert split % shape.warps == 0 and split * shape.chunk % size == 0
+        assert shape.space_bytes(split) <= shared - 1024
+
+
+@pytest.mark.parametrize(("dim", "group", "size"), [(64, 3, 32), (256, 8, 512), (128, 1, 128)])
+def test_shared_memory_is_what_the_kernel_takes(dim: int, group: int, size: int) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    constants = DecodeShape(3, dim, group, size, torch.float16, True).constants(SHARED["sm_90"])
+    compile_cubin("decode.cu", constants, "sm_90")
+    with pytest.raises(KernelUnavailable, match="counts other bytes"):
+        compile_cubin("decode.cu", constants | {"SPACE": constants["SPACE"] - 256}, "sm_90")
+
+
+def test_rope_tables_add_to_a_position() -> None:
     dim, chunk, sinks = 128, 64, 3
     made = RopeTables.make(lambda p: rope(p, dim, 1.5), chunk, sinks, 5, torch.empty(0))
-    starts = made.starts.view(torch.float16).view(7, dim // 2, 2).double()
     places = made.places.double()  # [token, w, j, t, cos/sin, i]
+    assert made.phases.shape == (7, dim // 2)
+    assert float(made.thetas[-1]) == 1.5 and float(made.phases[0].abs().max()) == 0
     for k, offset, w, j, t, i in [(4, 37, 1, 1, 3, 2), (0, 0, 0, 0, 0, 0), (5, 63, 1, 0, 2, 3)]:
         f = t * 8 + 4 * w + i + 32 * j
-        angle = (sinks + k * chunk + offset) * 10000.0 ** (-2 * f / dim)
-        a = torch.complex(*starts[k + 1, f])
-        b = torch.complex(*places[offset, w, j, t, :, i])
-        product = a * b
-        assert abs(complex(product) - 1.5 * complex(math.cos(angle), math.sin(angle))) < 3e-3
+        theta = 10000.0 ** (-2 * f / dim)
+        angle = (sinks + k * chunk + offset) * theta
+        phase = float(made.phases[k + 1, f])
+        product = cmath.rect(1.0, phase) * torch.complex(*places[offset, w, j, t, :, i])
+        assert abs(complex(product) - cmath.rect(1.0, angle)) < 1e-3
+        found = cmath.rect(1.0, phase + offset * float(made.thetas[f]))
+        assert abs(found - cmath.rect(1.0, angle)) < 1e-4
 
 
 def test_functions_need_a_gpu() -> None:
