@@ -276,11 +276,9 @@ class RunningAttention:
         state: tuple[int, ...] = (self._splits, self._count)
         if self._splits == 1 and parts == 1:
             state = (0, 0)
-        kind = {"dtype": torch.float32, "device": queries.device}
-        self._state = (
-            torch.empty((*state, dim), **kind),
-            torch.empty(state, **kind),
-            torch.empty(state, **kind),
+        self._state = tuple(
+            torch.empty(shape, dtype=torch.float32, device=queries.device)
+            for shape in ((*state, dim), state, state)
         )
 
     def add_past(
