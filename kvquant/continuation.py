@@ -7,7 +7,7 @@ range on tensor cores before the next overwrites it. What the layers of a call s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from kvquant.layout import Layout, View
 
 if TYPE_CHECKING:
     from kvquant.block_store import BlockStore
+    from kvquant.kernels.triton_expand import Range
 
 # Of the workspace, all sequences together: tokens of a sequence, bytes, and tokens that are worth
 # a launch even if they take more bytes.
@@ -132,39 +133,57 @@ class Past:
             `[batch_size, q_len, num_heads, head_dim]`.
         """
         from kvquant.kernels.triton_attention import RunningAttention
+
+        assert store.tail is not None
+        heads = store.tail[0].shape[1]
+        parts, places = self._parts()
+        attention = RunningAttention(
+            queries, positions, heads, scaling, parts + (own is not None), places
+        )
+        for part, data in self._expanded(store, queries.dtype):
+            attention.add_past(data, part.base, part.places, self.lengths, causal=self.causal)
+        if own is not None:
+            attention.add_own(*own)
+        return attention.result()
+
+    def expand(self, store: BlockStore, dtype: torch.dtype) -> None:
+        """Only expands all ranges, one after the other; to measure what that costs."""
+        for _ in self._expanded(store, dtype):
+            pass
+
+    def _total(self) -> int:
+        # A tail is a block that is not full. Without a block or a tail, sinks still need a range.
+        ends = [n + (t > 0) for n, t in zip(self.view.blocks, self.view.tails, strict=True)]
+        return max(1, *ends)
+
+    def _parts(self) -> tuple[int, int]:
+        """Ranges, and places of the longest."""
+        step = min(self.step, self._total())
+        return -(-self._total() // step), self.sinks + step * self.shape.block_size
+
+    def _expanded(
+        self, store: BlockStore, dtype: torch.dtype
+    ) -> Iterator[tuple[Range, torch.Tensor]]:
+        """Each range with its rotated keys and values, which the next one overwrites."""
         from kvquant.kernels.triton_expand import Held, Range, Workspace
 
         arenas, tables = store.arena_table(), store.codec.tables
         assert store.sinks is not None and store.tail is not None
         assert arenas is not None and tables is not None
         batch, heads = store.tail[0].shape[:2]
-        size = self.shape.block_size
-        # A tail is a block that is not full. Without a block or a tail, sinks still need a range.
-        ends = [n + (t > 0) for n, t in zip(self.view.blocks, self.view.tails, strict=True)]
-        total = max(1, *ends)
-        step = min(self.step, total)
-        places = self.sinks + step * size
         tail = store.tail
         if self.causal and max(self.view.tails):
             faked = store.read_tail(self.view, fake=True)
             tail = (faked[0].contiguous(), faked[1].contiguous())
         held = Held(store.sinks, tail)
-        kind, device = queries.dtype, queries.device
-        workspace = Workspace(self.shape, batch, heads, places, kind, device)
-        firsts = range(0, total, step)
-        attention = RunningAttention(
-            queries, positions, heads, scaling, len(firsts) + (own is not None), places
-        )
-        for first in firsts:
+        size, total, places = self.shape.block_size, self._total(), self._parts()[1]
+        workspace = Workspace(self.shape, batch, heads, places, dtype, arenas.device)
+        step = min(self.step, total)
+        for first in range(0, total, step):
             stop = min(first + step, total)
             base = self.sinks + first * size if first else 0
             part = Range(first, stop, base, self.sinks + stop * size - base)
             workspace.expand(
                 part, arenas, self.table, self.lengths, held, tables, self.rope, self.sinks
             )
-            attention.add_past(
-                workspace.data, part.base, part.places, self.lengths, causal=self.causal
-            )
-        if own is not None:
-            attention.add_own(*own)
-        return attention.result()
+            yield part, workspace.data
