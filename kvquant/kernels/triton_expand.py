@@ -2,8 +2,9 @@
 
 Two launches. The first puts exact outliers where they belong in the workspace, before RoPE, and
 marks them in a bitmap; the second computes every element from its code, takes the marked ones from
-the workspace instead, rotates keys and writes. An element is read and written by one thread of the
-second launch, so no order among programs matters and the result is the same in every run.
+the workspace instead, rotates keys and writes. What a program of the second launch writes depends
+on what it read there, and no two programs share an element: no order among programs matters, and
+the result is the same in every run.
 
 Sinks and the 16-bit tail are written by the same programs: a place of the workspace is a position
 minus the range's first.
