@@ -114,9 +114,16 @@ class BlockLayer(CacheLayerMixin):
         if not simulated and not any(plan.before.lengths):
             self._append(plan, stored, values)
             return full(queries, turned, values)
-        attention = BlockwiseAttention(queries, owner.query_positions, keys.shape[1], scaling)
         if simulated:
             self._append(plan, stored, values)
+        past = owner.past(queries)
+        if past is not None and self.store.arena_table() is not None:
+            own = None if simulated else (turned, values, owner.token_positions())
+            out = past.attend(self.store, queries, owner.query_positions, scaling, own)
+            if not simulated:
+                self._append(plan, stored, values)
+            return out
+        attention = BlockwiseAttention(queries, owner.query_positions, keys.shape[1], scaling)
         for piece in owner.pieces(queries.shape):
             self._add(attention, piece, simulated)
         if not simulated:

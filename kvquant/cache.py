@@ -18,9 +18,10 @@ from kvquant.attention import NEVER
 from kvquant.block_layer import BlockLayer, Piece
 from kvquant.block_store import BlockStore
 from kvquant.cache_interface import AttendingCache
+from kvquant.continuation import Past, block_table, range_blocks
 from kvquant.decode_step import StepTables
 from kvquant.kernels.cuda_decode import DecodeStep
-from kvquant.kernels.dispatch import use_cuda
+from kvquant.kernels.dispatch import use_cuda, use_triton_attention
 from kvquant.layout import AppendPlan, Gather, Layout, Span, View
 from kvquant.schemes.base import Codec
 
@@ -74,6 +75,9 @@ class KVQuantCache(Cache, AttendingCache):
         self._rope = rope
         self._counts: torch.Tensor | None = None
         self._pieces: list[Piece] | None = None
+        # Of the current call's kernels; False: not asked yet. Block numbers outlive a call.
+        self._past: Past | Literal[False] | None = False
+        self._block_table: tuple[list[int], torch.Tensor | None] | None = None
         self._watch: tuple[torch.Tensor, torch.cuda.Event] | None = None
         self._status: torch.Tensor | None = None
         self._unwatched = False
@@ -110,7 +114,7 @@ class KVQuantCache(Cache, AttendingCache):
         past = self.get_seq_length()
         total = past + new_len
         spans = self._spans(batch, new_len, total, mask)
-        self._pieces = None
+        self._pieces, self._past = None, False
         if self._counts is None:
             self.query_positions = torch.arange(past, total, device=device).expand(batch, -1)
         else:
@@ -256,6 +260,43 @@ class KVQuantCache(Cache, AttendingCache):
         self._pieces = out
         return out
 
+    def token_positions(self) -> torch.Tensor | None:
+        """`new_positions`, or None where all of the call's columns are tokens."""
+        columns = slice(0, self.query_positions.shape[1])
+        whole = all(isinstance(s, slice) and s == columns for s in self.plan.spans)
+        return None if whole else self.new_positions
+
+    def past(self, queries: torch.Tensor) -> Past | None:
+        """What the Triton kernels need to attend to the past, or None where they do not apply.
+
+        Args:
+            queries: Of the current call, `[batch_size, num_heads, q_len, head_dim]`.
+        """
+        if self._past is False:
+            self._past = self._find_past(queries)
+        return self._past
+
+    def _find_past(self, queries: torch.Tensor) -> Past | None:
+        store, codec = self.layers[0].store, self.layers[0].codec
+        if store.tail is None or codec.rotated_keys:
+            return None
+        _, heads, _, dim = store.tail[0].shape
+        shape = codec.decode_shape(dim, self.query_heads // heads, store.tail[0].dtype)
+        if shape is None or not use_triton_attention(shape, queries):
+            return None
+        simulated = self.protocol == "B"
+        view = self.plan.after if simulated else self.plan.before
+        if self._block_table is None or self._block_table[0] != view.blocks:
+            table = block_table(self.layout, view.blocks, queries.device)
+            self._block_table = (list(view.blocks), table)
+        numbers = self._block_table[1]
+        if numbers is None:
+            return None
+        step = range_blocks(queries.shape[0] * heads, shape, queries.element_size())
+        return Past.make(
+            shape, self.layout, view, numbers, self._rope, step, causal=simulated
+        )  # fmt: skip
+
     def _check_excess(self) -> None:
         """Raises if a GPU append had more outliers than room; learns of it without waiting."""
         if self._watch is not None and self._watch[1].query():
@@ -290,6 +331,7 @@ class KVQuantCache(Cache, AttendingCache):
         old = self.layout
         self.layout = Layout(old.sinks, old.block_size, old.residual)
         self._counts = self._pieces = self._step_tables = self._status = self._watch = None
+        self._past, self._block_table = False, None
         for layer in self.layers:
             layer.columns = 0
             layer.store = BlockStore(layer.codec)
@@ -305,6 +347,7 @@ class KVQuantCache(Cache, AttendingCache):
             layer.store.select(indices)
 
     def _forget_tables(self) -> None:
+        self._block_table = None
         if self._step_tables is not None:
             self._step_tables.forget()
 

@@ -67,3 +67,17 @@ def use_triton(x: torch.Tensor) -> bool:
     if wish == "pytorch":
         return False
     return (x.is_cuda or wish == "triton") and _triton_is_there()
+
+
+def use_triton_attention(shape: DecodeShape, queries: torch.Tensor) -> bool:
+    """Whether the Triton kernels attend to a cache of this shape.
+
+    fp32 queries keep fp32 arithmetic in them, which tensor cores do not have: only on demand.
+
+    Args:
+        shape: Of the cache; its `head_dim` must be a power of two from 32 to 256.
+        queries: Of the call.
+    """
+    if shape.head_dim not in (32, 64, 128, 256) or not use_triton(queries):
+        return False
+    return queries.dtype in (torch.float16, torch.bfloat16) or _wish() == "triton"

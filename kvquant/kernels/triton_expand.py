@@ -1,0 +1,382 @@
+"""A range of a cache's past from packed blocks into a 16-bit workspace, for attention on tiles.
+
+Two launches. The first puts exact outliers where they belong in the workspace, before RoPE, and
+marks them in a bitmap; the second computes every element from its code, takes the marked ones from
+the workspace instead, rotates keys and writes. What a program of the second launch writes depends
+on what it read there, and no two programs share an element: no order among programs matters, and
+the result is the same in every run.
+
+Sinks and the 16-bit tail are written by the same programs: a place of the workspace is a position
+minus the range's first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kvquant.batched_quant import LayerQuantizer
+from kvquant.blocked_sparse import count_dtype, position_dtype
+from kvquant.kernels.cuda_decode import FIELDS, DecodeShape
+
+# To tune. Elements of half a tile of one head, and heads that share a tile's rotary table.
+TILE, HEADS_A_PROGRAM, EXPAND_WARPS = 2048, 8, 4
+LANES = 128  # outliers a program places at a time
+
+
+@dataclass(frozen=True)
+class Range:
+    """Blocks that are expanded together, of all sequences; the tail counts as one more block.
+
+    Attributes:
+        first: Ordinal of the first block.
+        stop: One behind the last.
+        base: Position of the workspace's first place; the sinks belong to the first range.
+        places: Places of the workspace.
+    """
+
+    first: int
+    stop: int
+    base: int
+    places: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """A layer's 16-bit tokens, keys before RoPE, contiguous `[batch_size, num_heads, room, dim]`.
+
+    Attributes:
+        sinks: Keys and values.
+        tail: Keys and values; fp32 where they stand for quantized ones.
+    """
+
+    sinks: tuple[torch.Tensor, torch.Tensor]
+    tail: tuple[torch.Tensor, torch.Tensor]
+
+
+@triton.jit
+def _place_outliers(
+    arenas,
+    table,
+    lengths,
+    workspace,
+    bitmap,
+    first,
+    offset,
+    places,
+    table_stride,
+    FIELD_COUNT: tl.constexpr,
+    FIRST_FIELD: tl.constexpr,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    WORDS: tl.constexpr,
+    WIDE_POSITIONS: tl.constexpr,
+    WIDE_COUNTS: tl.constexpr,
+    BF16: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Keys or values of one head of one block."""
+    HALF: tl.constexpr = DIM // 2
+    which, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    sequence = tl.program_id(2)
+    ordinal = first + tl.program_id(0)
+    if ordinal >= tl.load(lengths + sequence * 4 + 1):
+        return
+    entry = tl.load(table + sequence * table_stride + ordinal)
+    fields = arenas + (entry >> 20) * FIELD_COUNT + FIRST_FIELD + which * 4
+    group = (entry & 0xFFFFF) * HEADS + head
+    begin = tl.load(tl.load(fields).to(tl.pointer_type(tl.int32)) + group)
+    counts = tl.load(fields + 1)
+    if WIDE_COUNTS:
+        count = tl.load(counts.to(tl.pointer_type(tl.int32)) + group)
+    else:
+        count = tl.load(counts.to(tl.pointer_type(tl.int16)) + group).to(tl.int32)
+    positions, numbers = tl.load(fields + 2), tl.load(fields + 3)
+    row = (which * tl.num_programs(2) + sequence).to(tl.int64) * HEADS + head
+    row = row * places + ordinal * SIZE + offset
+    for at in range(0, count, LANES):
+        lane = at + tl.arange(0, LANES)
+        inside = lane < count
+        if WIDE_POSITIONS:
+            spots = positions.to(tl.pointer_type(tl.int32)) + begin + lane
+            spot = tl.load(spots, mask=inside, other=0)
+        else:
+            short = positions.to(tl.pointer_type(tl.int16)) + begin + lane
+            spot = tl.load(short, mask=inside, other=0).to(tl.int32) & 0xFFFF
+        if BF16:
+            source = numbers.to(tl.pointer_type(tl.bfloat16)) + begin + lane
+            number = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        else:
+            source16 = numbers.to(tl.pointer_type(tl.float16)) + begin + lane
+            number = tl.load(source16, mask=inside, other=0.0).to(tl.float32)
+        channel = spot % DIM
+        place = row + spot // DIM
+        out = workspace + place * DIM + channel
+        tl.store(out, number.to(workspace.dtype.element_ty), mask=inside)
+        # A word holds 16 channels and those that RoPE pairs them with.
+        paired = channel % HALF
+        bit = paired % 16 + 16 * (channel // HALF)
+        one = tl.full((LANES,), 1, tl.int32) << bit
+        tl.atomic_or(bitmap + place * WORDS + paired // 16, one, mask=inside, sem="relaxed")
+
+
+@triton.jit
+def _codes(rows, column, inside, BITS: tl.constexpr, DIM: tl.constexpr):
+    """Codes of the two halves of rows of packed bytes."""
+    if BITS == 4:
+        both = tl.load(rows + column, mask=inside, other=0).to(tl.int32)
+        return both & 15, both >> 4
+    QUARTER: tl.constexpr = DIM // 4
+    EIGHTH: tl.constexpr = DIM // 8
+    low = tl.load(rows + column % QUARTER, mask=inside, other=0).to(tl.int32)
+    low = low >> (column // QUARTER * 2)
+    first, second = low & 3, (low >> 4) & 3
+    if BITS == 3:
+        top = tl.load(rows + QUARTER + column % EIGHTH, mask=inside, other=0).to(tl.int32)
+        top = top >> (column // EIGHTH)
+        first |= (top & 1) << 2
+        second |= ((top >> 4) & 1) << 2
+    return first, second
+
+
+@triton.jit
+def _exact(out, words, column, inside, first, second, DIM: tl.constexpr):
+    """Replaces the marked elements by what lies in the workspace already."""
+    word = tl.load(words + column // 16, mask=inside, other=0) >> (column % 16)
+    a, b = (word & 1) != 0, ((word >> 16) & 1) != 0
+    first = tl.where(a, tl.load(out, mask=a, other=0.0).to(tl.float32), first)
+    second = tl.where(b, tl.load(out + DIM // 2, mask=b, other=0.0).to(tl.float32), second)
+    return first, second
+
+
+@triton.jit
+def _store(out, first, second, inside, DIM: tl.constexpr):
+    tl.store(out, first.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + DIM // 2, second.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _copy(
+    keys, values, room, token, column, inside, out_keys, out_values, cosine, sine, sequence, head,
+    HEADS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """One head of some 16-bit tokens."""
+    at = (sequence.to(tl.int64) * HEADS + head) * room + token
+    source = at[:, None] * DIM + column
+    first = tl.load(keys + source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(keys + source + DIM // 2, mask=inside, other=0.0).to(tl.float32)
+    _store(
+        out_keys, first * cosine - second * sine, second * cosine + first * sine, inside, DIM
+    )  # fmt: skip
+    first = tl.load(values + source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(values + source + DIM // 2, mask=inside, other=0.0).to(tl.float32)
+    _store(out_values, first, second, inside, DIM)
+
+
+@triton.jit
+def _expand(
+    arenas,
+    table,
+    lengths,
+    sink_keys,
+    sink_values,
+    tail_keys,
+    tail_values,
+    key_scale,
+    key_zero,
+    key_levels,
+    value_levels,
+    cos,
+    sin,
+    workspace,
+    bitmap,
+    low,
+    base,
+    places,
+    tiles,
+    sinks,
+    sink_room,
+    tail_room,
+    table_stride,
+    FIELD_COUNT: tl.constexpr,
+    HEADS: tl.constexpr,
+    EACH: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    WORDS: tl.constexpr,
+    BITS: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    BF16: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Some heads of a tile of tokens of one block; block -1 is the sinks, the last one the tail."""
+    HALF: tl.constexpr = DIM // 2
+    ROW: tl.constexpr = DIM * BITS // 8
+    ordinal = low + tl.program_id(0) // tiles
+    begin = (tl.program_id(0) % tiles) * T
+    sequence = tl.program_id(2)
+    blocks = tl.load(lengths + sequence * 4 + 1)
+    tail = tl.where(ordinal == blocks, tl.load(lengths + sequence * 4 + 2), 0)
+    count = tl.where(ordinal < blocks, SIZE, tail)
+    count = tl.where(ordinal < 0, tl.load(lengths + sequence * 4), count)
+    if begin >= count:
+        return
+    token = begin + tl.arange(0, T)
+    column = tl.arange(0, HALF)[None, :]
+    inside = (token < count)[:, None] & (column < HALF)
+    position = token + tl.where(ordinal < 0, 0, sinks + ordinal * SIZE)
+    turn = position[:, None] * HALF + column
+    cosine = tl.load(cos + turn, mask=inside, other=0.0)
+    sine = tl.load(sin + turn, mask=inside, other=0.0)
+    place = (position - base).to(tl.int64)
+    apart = tl.num_programs(2).to(tl.int64) * HEADS * places  # from keys to values
+    head = tl.program_id(1) * EACH
+    if ordinal < 0:
+        for _ in range(EACH):
+            at = (sequence * HEADS + head) * places.to(tl.int64) + place
+            out = workspace + at[:, None] * DIM + column
+            _copy(
+                sink_keys, sink_values, sink_room, token, column, inside, out,
+                out + apart * DIM, cosine, sine, sequence, head, HEADS, DIM,
+            )  # fmt: skip
+            head += 1
+        return
+    if ordinal >= blocks:
+        for _ in range(EACH):
+            at = (sequence * HEADS + head) * places.to(tl.int64) + place
+            out = workspace + at[:, None] * DIM + column
+            _copy(
+                tail_keys, tail_values, tail_room, token, column, inside, out,
+                out + apart * DIM, cosine, sine, sequence, head, HEADS, DIM,
+            )  # fmt: skip
+            head += 1
+        return
+    entry = tl.load(table + sequence * table_stride + ordinal)
+    fields = arenas + (entry >> 20) * FIELD_COUNT
+    block = (entry & 0xFFFFF).to(tl.int64)
+    keys = tl.multiple_of(tl.load(fields), 16).to(tl.pointer_type(tl.uint8))
+    values = tl.multiple_of(tl.load(fields + 1), 16).to(tl.pointer_type(tl.uint8))
+    if BF16:
+        zeros = tl.load(fields + 2).to(tl.pointer_type(tl.bfloat16)) + block * SIZE + token
+        scales = tl.load(fields + 3).to(tl.pointer_type(tl.bfloat16)) + block * SIZE + token
+        zero = tl.load(zeros, mask=token < count, other=0.0).to(tl.float32)[:, None]
+        scale = tl.load(scales, mask=token < count, other=0.0).to(tl.float32)[:, None]
+    else:
+        zeros16 = tl.load(fields + 2).to(tl.pointer_type(tl.float16)) + block * SIZE + token
+        scales16 = tl.load(fields + 3).to(tl.pointer_type(tl.float16)) + block * SIZE + token
+        zero = tl.load(zeros16, mask=token < count, other=0.0).to(tl.float32)[:, None]
+        scale = tl.load(scales16, mask=token < count, other=0.0).to(tl.float32)[:, None]
+    for _ in range(EACH):
+        at = (sequence * HEADS + head) * places.to(tl.int64) + place
+        out = workspace + at[:, None] * DIM + column
+        source = ((block * HEADS + head) * SIZE + token)[:, None] * ROW
+        a, b = _codes(keys + source, column, inside, BITS, DIM)
+        channel = head * DIM + column
+        first = tl.load(key_levels + a) * tl.load(key_scale + channel)
+        first += tl.load(key_zero + channel)
+        second = tl.load(key_levels + b) * tl.load(key_scale + channel + HALF)
+        second += tl.load(key_zero + channel + HALF)
+        words = bitmap + at[:, None] * WORDS
+        if OUTLIERS:
+            first, second = _exact(out, words, column, inside, first, second, DIM)
+        _store(
+            out, first * cosine - second * sine, second * cosine + first * sine, inside, DIM
+        )  # fmt: skip
+        a, b = _codes(values + source, column, inside, BITS, DIM)
+        first = tl.load(value_levels + a) * scale + zero
+        second = tl.load(value_levels + b) * scale + zero
+        out += apart * DIM
+        if OUTLIERS:
+            words += apart * WORDS
+            first, second = _exact(out, words, column, inside, first, second, DIM)
+        _store(out, first, second, inside, DIM)
+        head += 1
+
+
+class Workspace:
+    """Memory that one range after the other is expanded into.
+
+    Args:
+        shape: Of the cache.
+        batch: Sequences.
+        heads: Key heads.
+        places: Tokens of a sequence.
+        dtype: What attention reads.
+        device: Where.
+
+    Attributes:
+        data: `[2, batch_size, num_kv_heads, places, head_dim]`, rotated keys and values.
+    """
+
+    def __init__(
+        self,
+        shape: DecodeShape,
+        batch: int,
+        heads: int,
+        places: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._shape = shape
+        size = (2, batch, heads, places)
+        self.data = torch.empty((*size, shape.head_dim), dtype=dtype, device=device)
+        self._words = max(1, shape.head_dim // 32)
+        words = self._words if shape.outliers else 0
+        self._bitmap = torch.empty((*size, words), dtype=torch.int32, device=device)
+
+    def expand(
+        self,
+        part: Range,
+        arenas: torch.Tensor,
+        table: torch.Tensor,
+        lengths: torch.Tensor,
+        held: Held,
+        tables: LayerQuantizer,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        sinks: int,
+    ) -> None:
+        """Fills the workspace with a range of every sequence; places behind its end stay as is.
+
+        Args:
+            part: The range.
+            arenas: int64 `[arenas, len(FIELDS)]`, addresses.
+            table: int32 `[batch_size, room]`, `arena << 20 | place` of each block.
+            lengths: int32 `[batch_size, 4]`: sinks held, blocks, tokens in the tail, their sum.
+            held: 16-bit tokens.
+            tables: The layer's calibration.
+            rope: fp32 cosine and sine `[positions, head_dim / 2]`, contiguous.
+            sinks: Sinks of a long sequence.
+        """
+        shape = self._shape
+        size, dim = shape.block_size, shape.head_dim
+        _, batch, heads, places, _ = self.data.shape
+        assert part.places <= places
+        blocks, bf16 = part.stop - part.first, shape.dtype is torch.bfloat16
+        if shape.outliers:
+            elements = size * dim
+            self._bitmap.zero_()
+            _place_outliers[(blocks, 2 * heads, batch)](
+                arenas, table, lengths, self.data, self._bitmap, part.first, sinks - part.base,
+                places, table.stride(0), len(FIELDS), FIELDS.index("key_begin"), heads, size, dim,
+                self._words, position_dtype(elements) is torch.int32,
+                count_dtype(elements) is torch.int32, bf16, LANES, num_warps=4,
+            )  # fmt: skip
+        low, longest = part.first, size
+        if part.first == 0 and sinks:
+            low, longest = -1, max(size, sinks)
+        rows = min(64, max(8, 2 * TILE // dim), size)
+        tiles = -(-longest // rows)
+        each = 1
+        while each < HEADS_A_PROGRAM and heads % (2 * each) == 0:
+            each *= 2
+        _expand[((part.stop - low) * tiles, heads // each, batch)](
+            arenas, table, lengths, *held.sinks, *held.tail, tables.key_scale, tables.key_zero,
+            tables.key_levels, tables.value_levels, *rope, self.data, self._bitmap, low, part.base,
+            places, tiles, sinks, held.sinks[0].shape[2], held.tail[0].shape[2], table.stride(0),
+            len(FIELDS), heads, each, size, dim, self._words, shape.bits, shape.outliers, bf16,
+            rows, num_warps=EXPAND_WARPS, num_stages=1,
+        )  # fmt: skip
