@@ -126,8 +126,15 @@ def functions(shape: PackShape, device: int) -> tuple[Function, Function, Functi
     return module.function("pack_keys"), module.function("pack_values"), group
 
 
-def _index(x: torch.Tensor) -> int:
+def index_of(x: torch.Tensor) -> int:
+    """Number of a tensor's GPU."""
     return x.device.index if x.device.index is not None else torch.cuda.current_device()
+
+
+def multiprocessors(index: int) -> int:
+    """Of a GPU."""
+    count: int = torch.cuda.get_device_properties(index).multi_processor_count
+    return count
 
 
 def _source(x: torch.Tensor) -> _Source:
@@ -154,7 +161,7 @@ def pack_keys(shape: PackShape, x: torch.Tensor, table: torch.Tensor, target: Pa
     assert target.codes.data_ptr() % 16 == 0
     if not x.shape[0]:
         return
-    kernel, _, _ = functions(shape, _index(x))
+    kernel, _, _ = functions(shape, index_of(x))
     kernel(
         (x.shape[0] * shape.heads, 1, 1), shape.key_threads,
         _source(x), _target(target), ctypes.c_void_p(table.data_ptr()),
@@ -189,13 +196,12 @@ def pack_values(
     assert zero_out.is_contiguous() and scale_out.is_contiguous()
     if not x.shape[0]:
         return
-    index = _index(x)
+    index = index_of(x)
     _, kernel, group = functions(shape, index)
     blocks = x.shape[0]
     spots, chosen = blocks * shape.block_size, 2 * shape.per_side
     found = torch.empty(spots * chosen, dtype=torch.int32, device=x.device)
-    count = torch.cuda.get_device_properties(index).multi_processor_count
-    each = tokens_a_program(spots, count, shape.workers)
+    each = tokens_a_program(spots, multiprocessors(index), shape.workers)
     kernel(
         (-(-spots // each), 1, 1), shape.workers,
         _source(x), *(ctypes.c_void_p(t.data_ptr()) for t in (

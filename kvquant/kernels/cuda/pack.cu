@@ -391,6 +391,8 @@ template <typename F> DEVICE void for_pairs(const Row& r, F f) {
       for (int j = 0; j < 8; ++j) f(u, j, r.w[u][j]);
 }
 
+#define NOTHING 0xFFFFu  // no outlier: a channel that does not exist
+
 struct Selection {
   u32 ends[2][WORKERS];  // each thread's largest elements; on side 1 of the negated ones
   u32 bound[2];
@@ -493,6 +495,7 @@ DEVICE void select(const Row& r, const u16* x, const Source& s, Selection& m, u3
       if (side ? few : many) search_exactly(x, s, m, side);
     __syncthreads();
   }
+  const int least = ordered(above & 0xFFFF);
   const int high = min(m.number[0], ROOM), both = high + min(m.number[1], ROOM);
   for (int i = tid; i < both; i += WORKERS) {
     const int side = i >= high, number = side ? both - high : high;
@@ -501,8 +504,19 @@ DEVICE void select(const Row& r, const u16* x, const Source& s, Selection& m, u3
     int rank = 0;
     for (int k = 0; k < number; ++k) rank += list[k] > key;
     if (rank < PER_SIDE) {
-      u32 raw = element_of(key) ^ (side ? 0x8000u : 0u);
-      found[side * PER_SIDE + rank] = raw << 16 | (u32)channel_of(key);
+      u32 raw = element_of(key) ^ (side ? 0x8000u : 0u), entry = raw << 16 | (u32)channel_of(key);
+      if (side) {  // in a nearly constant token an element may be among the largest as well
+        const int mirror = sort_key(raw, channel_of(key));
+        if (mirror >> 16 >= least) {
+          int place = 0, there = 0;
+          for (int k = 0; k < high; ++k) {
+            place += m.list[0][k] > mirror;
+            there |= m.list[0][k] == mirror;
+          }
+          if (there && place < PER_SIDE) entry = NOTHING;
+        }
+      }
+      found[side * PER_SIDE + rank] = entry;
     }
     if (rank == PER_SIDE) m.next[side] = key >> 16;
   }
@@ -593,13 +607,17 @@ KERNEL(GROUPERS, 1) group_values(const Target t, const u32* __restrict__ found) 
   found += (i64)block * all;
   for (int h = tid; h < HEADS; h += GROUPERS) number[h] = 0;
   __syncthreads();
-  // A list that NaN cut short holds anything: its channels are kept inside the token.
-  for (int i = tid; i < all; i += GROUPERS)
-    atomicAdd(&number[min(found[i] & 0xFFFF, CHANNELS - 1u) / DIM], 1);
+  // A list that NaN cut short holds anything; no channel beyond the token's is followed.
+  for (int i = tid; i < all; i += GROUPERS) {
+    u32 channel = found[i] & 0xFFFF;
+    if (channel < CHANNELS) atomicAdd(&number[channel / DIM], 1);
+  }
   __syncthreads();
   if (tid < 32) {
-    int base = 0;
-    if (tid == 0) base = atomicAdd(t.cursor, all);
+    int total = 0, base = 0;
+    for (int h = tid; h < HEADS; h += 32) total += number[h];
+    total = warp_sum(total);
+    if (tid == 0) base = atomicAdd(t.cursor, total);
     base = warp_sum(base);  // all others give 0
     for (int first = 0; first < HEADS; first += 32) {
       int h = first + tid, own = h < HEADS ? number[h] : 0, upto = own;
@@ -616,7 +634,8 @@ KERNEL(GROUPERS, 1) group_values(const Target t, const u32* __restrict__ found) 
   }
   __syncthreads();
   for (int i = tid; i < all; i += GROUPERS) {
-    u32 entry = found[i], channel = min(entry & 0xFFFF, CHANNELS - 1u);
+    u32 entry = found[i], channel = entry & 0xFFFF;
+    if (channel >= CHANNELS) continue;
     int slot = atomicAdd(&place[channel / DIM], 1);
     if (slot < t.slots) {
       t.values[slot] = (u16)(entry >> 16);
