@@ -477,39 +477,44 @@ DEVICE void select(const Row& r, const u16* x, const Source& s, Selection& m, u3
 #pragma unroll
   for (int u = 0; u < EACH; ++u) {
     u32 rest = marks[u];
+    const int unit = tid + u * WORKERS, base = (unit / PAIRS) * DIM + 2 * (unit % PAIRS);
     while (rest) {
       int bit = __ffs(rest) - 1, side = (bit >> 3) & 1;
       rest &= rest - 1;
-      int unit = tid + u * WORKERS, inside = (bit & 7) * D8 + 2 * (unit % PAIRS) + (bit >> 4);
-      u32 raw = x[(unit / PAIRS) * s.head + inside];
-      int key = sort_key(raw ^ (side ? 0x8000u : 0u), (unit / PAIRS) * DIM + inside);
       int slot = atomicAdd(&m.number[side], 1);
-      if (slot < ROOM) m.list[side][slot] = key;
+      if (slot < ROOM) m.list[side][slot] = base + (bit & 7) * D8 + (bit >> 4);
     }
   }
   __syncthreads();
+  // From here on, one half of the threads for each end.
+  const int side = tid / (WORKERS / 2), own = tid % (WORKERS / 2);
+  const u32 flip = side ? 0x8000u : 0u;
+  int* list = m.list[side];
   const bool many = m.number[0] > ROOM, few = m.number[1] > ROOM;
+  for (int i = own; i < min(m.number[side], ROOM); i += WORKERS / 2) {
+    int channel = list[i];
+    list[i] = sort_key(x[(channel / DIM) * s.head + channel % DIM] ^ flip, channel);
+  }
+  __syncthreads();
   if (many || few) {
 #pragma unroll 1
-    for (int side = 0; side < 2; ++side)
-      if (side ? few : many) search_exactly(x, s, m, side);
+    for (int end = 0; end < 2; ++end)
+      if (end ? few : many) search_exactly(x, s, m, end);
     __syncthreads();
   }
-  const int least = ordered(above & 0xFFFF);
-  const int high = min(m.number[0], ROOM), both = high + min(m.number[1], ROOM);
-  for (int i = tid; i < both; i += WORKERS) {
-    const int side = i >= high, number = side ? both - high : high;
-    const int* list = m.list[side];
-    const int key = list[side ? i - high : i];
+  const int number = min(m.number[side], ROOM), least = ordered(above & 0xFFFF);
+  for (int i = own; i < number; i += WORKERS / 2) {
+    const int key = list[i];
     int rank = 0;
     for (int k = 0; k < number; ++k) rank += list[k] > key;
     if (rank < PER_SIDE) {
-      u32 raw = element_of(key) ^ (side ? 0x8000u : 0u), entry = raw << 16 | (u32)channel_of(key);
+      u32 raw = element_of(key) ^ flip, entry = raw << 16 | (u32)channel_of(key);
       if (side) {  // in a nearly constant token an element may be among the largest as well
         const int mirror = sort_key(raw, channel_of(key));
         if (mirror >> 16 >= least) {
           int place = 0, there = 0;
-          for (int k = 0; k < high; ++k) {
+#pragma unroll 1
+          for (int k = 0; k < min(m.number[0], ROOM); ++k) {
             place += m.list[0][k] > mirror;
             there |= m.list[0][k] == mirror;
           }
@@ -536,7 +541,7 @@ pack_values(const Source s, u8* __restrict__ codes, int* status, u16* __restrict
   Row row, following;
   load_row(row, s, spot);
   for (; spot < stop; ++spot) {
-    load_row(following, s, min(spot + 1, stop - 1));
+    if (spot + 1 < stop) load_row(following, s, spot + 1);
     u32 largest = 0, smallest = 0;
     bool begun = false;
     for_pairs(row, [&](int, int, u32 w) {
