@@ -103,6 +103,7 @@ class PackShape:
             "OUTLIERS": int(self.outliers),
             "PER_SIDE": self.per_side,
             "WORKERS": self.workers,
+            "AHEAD": 1,
             # registers for 768 and 896 threads a multiprocessor
             "KEY_BLOCKS": max(1, 768 // self.key_threads),
             "VALUE_BLOCKS": max(1, 896 // self.workers),

@@ -3,7 +3,8 @@
 // Compiled at run time (cuda_build.py) with these constants:
 //   BITS 2, 3 or 4   DIM head_dim (64, 128, 256)   HEADS kv heads   SIZE tokens a block
 //   OUTLIERS: whether keys have any   PER_SIDE: outliers at each end of a token's values
-//   WORKERS: threads a token of values   KEY_BLOCKS, VALUE_BLOCKS: least programs a multiprocessor
+//   WORKERS: threads a token of values   AHEAD: whether the next token is loaded meanwhile
+//   KEY_BLOCKS, VALUE_BLOCKS: least programs a multiprocessor
 //   POS32, COUNT32: types of the outliers' index arrays   BF16: bfloat16 instead of fp16
 //
 // Codes without arithmetic: for a given zero and scale the code grows with the 16-bit element, so it
@@ -538,10 +539,17 @@ pack_values(const Source s, u8* __restrict__ codes, int* status, u16* __restrict
   int spot = blockIdx.x * each;
   const int stop = min(spot + each, spots);
   if (spot >= stop) return;
-  Row row, following;
+  Row row;
+#if AHEAD
+  Row following;
   load_row(row, s, spot);
+#endif
   for (; spot < stop; ++spot) {
+#if AHEAD
     if (spot + 1 < stop) load_row(following, s, spot + 1);
+#else
+    load_row(row, s, spot);
+#endif
     u32 largest = 0, smallest = 0;
     bool begun = false;
     for_pairs(row, [&](int, int, u32 w) {
@@ -599,7 +607,9 @@ pack_values(const Source s, u8* __restrict__ codes, int* status, u16* __restrict
         store(out + (unit / PAIRS) * (SIZE * ROW) + 2 * (unit % PAIRS), c);
       }
     }
+#if AHEAD
     row = following;
+#endif
   }
 }
 
