@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from kvquant.blocked_sparse import SparseSlab, count_dtype, position_dtype
+from kvquant.kernels import cuda_pack
 from kvquant.kernels import pytorch_fused as fused
-from kvquant.kernels.dispatch import use_triton
+from kvquant.kernels.dispatch import use_cuda_pack, use_triton
+from kvquant.kernels.pack_target import PackTarget
+from kvquant.kernels.thresholds import key_table, key_thresholds
 from kvquant.packing import pack, packed_bytes, unpack
-
-if TYPE_CHECKING:
-    from kvquant.kernels.triton_pack import PackTarget
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,7 @@ class BatchedKVQuantizer:
         self._inverse = fused.inverse_range(self._scale)
         self._key_midpoints = fused.midpoints(tables.key_levels)
         self._value_midpoints = fused.midpoints(tables.value_levels)
+        self._key_tables: dict[torch.dtype, torch.Tensor] = {}
 
     def _check(self, x: torch.Tensor, name: str) -> None:
         if x.dtype not in (torch.float16, torch.bfloat16):
@@ -172,10 +172,10 @@ class BatchedKVQuantizer:
             return 0
         return min(math.ceil(1.5 * self.outliers * elements) + 1024, elements)
 
-    def triton_pack(
+    def kernel_pack(
         self, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[PackedKeys, PackedValues, torch.Tensor] | None:
-        """Both at once by the Triton kernels, or None where they do not apply.
+        """Both at once by GPU kernels, or None where they do not apply.
 
         Args:
             keys: fp16/bf16 `[blocks, num_heads, block_size, head_dim]`.
@@ -185,22 +185,20 @@ class BatchedKVQuantizer:
             What :meth:`pack_keys` and :meth:`pack_values` return, and an int32 `[1]` tensor that is
             1 if the input holds NaN or Inf.
         """
-        if not self.triton_applies(keys, values):
+        if not self.kernels_apply(keys, values):
             return None
-        from kvquant.kernels import triton_pack as kernels
-
         blocks, heads, size, dim = keys.shape
         device = keys.device
         per_side = outliers_per_side(self.outliers, heads * dim)
         status = torch.zeros((2, 2), dtype=torch.int32, device=device)
 
-        def target(row: int, slots: int) -> kernels.PackTarget:
+        def target(row: int, slots: int) -> PackTarget:
             room = size * packed_bytes(dim, self.bits)
             codes = torch.empty((blocks, heads, room), dtype=torch.uint8, device=device)
             if not slots:
-                return kernels.PackTarget(codes, status[row])
+                return PackTarget(codes, status[row])
             kind = count_dtype(size * dim)
-            return kernels.PackTarget(
+            return PackTarget(
                 codes,
                 status[row],
                 torch.empty((blocks, heads), dtype=torch.int32, device=device),
@@ -210,7 +208,7 @@ class BatchedKVQuantizer:
                 torch.zeros(1, dtype=torch.int32, device=device),
             )
 
-        def slab(target: kernels.PackTarget) -> SparseSlab | None:
+        def slab(target: PackTarget) -> SparseSlab | None:
             if target.begin is None or target.count is None:
                 return None
             assert target.positions is not None and target.values is not None
@@ -222,12 +220,12 @@ class BatchedKVQuantizer:
         k, v = target(0, self.key_slots(keys.numel())), target(1, blocks * size * 2 * per_side)
         zero = torch.empty((blocks, size), dtype=values.dtype, device=device)
         scale = torch.empty_like(zero)
-        if not self.triton_pack_into(keys, values, k, v, zero, scale):
+        if not self.kernel_pack_into(keys, values, k, v, zero, scale):
             return None
         bad = status[:, 1].amax().view(1)
         return PackedKeys(k.codes, slab(k)), PackedValues(v.codes, zero, scale, slab(v)), bad
 
-    def triton_pack_into(
+    def kernel_pack_into(
         self,
         keys: torch.Tensor,
         values: torch.Tensor,
@@ -236,8 +234,8 @@ class BatchedKVQuantizer:
         zero_out: torch.Tensor,
         scale_out: torch.Tensor,
     ) -> bool:
-        """Packs both into memory that is already there; False, and nothing written, where the
-        Triton kernels do not apply. The host does not wait.
+        """Packs both into memory that is already there; False, and nothing written, where no
+        kernels apply. The host does not wait.
 
         Args:
             keys: fp16/bf16 `[blocks, num_heads, block_size, head_dim]`.
@@ -247,7 +245,15 @@ class BatchedKVQuantizer:
             zero_out: 16-bit `[blocks, block_size]`.
             scale_out: The same.
         """
-        if not self.triton_applies(keys, values):
+        shape = self._cuda_shape(keys, values)
+        if shape is not None:
+            table = self._key_table(keys.dtype)
+            cuda_pack.pack_keys(shape, keys, table, key_target)
+            cuda_pack.pack_values(
+                shape, values, self._value_midpoints, value_target, zero_out, scale_out
+            )
+            return True
+        if not self._triton_applies(keys, values):
             return False
         from kvquant.kernels import triton_pack as kernels
 
@@ -260,8 +266,35 @@ class BatchedKVQuantizer:
         )
         return True
 
-    def triton_applies(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
-        """Whether the Triton kernels take these blocks."""
+    def kernels_apply(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether there are GPU kernels for these blocks."""
+        return self._cuda_shape(keys, values) is not None or self._triton_applies(keys, values)
+
+    def _cuda_shape(self, keys: torch.Tensor, values: torch.Tensor) -> cuda_pack.PackShape | None:
+        """What the CUDA kernels are compiled for, or None where they do not apply."""
+        if self.outliers >= 1 or not (cuda_pack.takes(keys) and cuda_pack.takes(values)):
+            return None
+        _, heads, size, dim = keys.shape
+        per_side = outliers_per_side(self.outliers, heads * dim)
+        shape = cuda_pack.PackShape(
+            self.bits, dim, heads, size, keys.dtype, self.outliers > 0, per_side
+        )
+        return shape if use_cuda_pack(shape, keys.device) else None
+
+    def _key_table(self, dtype: torch.dtype) -> torch.Tensor:
+        """Thresholds of the key channels as the CUDA kernel reads them; made once a type."""
+        if dtype not in self._key_tables:
+            thresholds = key_thresholds(
+                self.tables.key_zero,
+                self._inverse.squeeze(1),
+                self._key_midpoints,
+                dtype,
+                outliers=self.outliers > 0,
+            )
+            self._key_tables[dtype] = key_table(thresholds)
+        return self._key_tables[dtype]
+
+    def _triton_applies(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
         if self.outliers >= 1 or not use_triton(keys):
             return False
         from kvquant.kernels import triton_pack as kernels

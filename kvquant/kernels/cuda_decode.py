@@ -114,7 +114,7 @@ class DecodeShape:
         return min(8, max(1, math.ceil(1.5 * self.fraction * elements / 32)))
 
     def space_bytes(self, split: int) -> int:
-        """Room for a program's shared memory: `struct Space` of the source file, which checks it."""
+        """Room for a program's shared memory, `struct Space` of the source, which checks it."""
         chunk, half, levels = self.chunk, self.head_dim // 2, 1 << self.bits
         words, blocks = self.head_dim // 32, split * chunk // self.block_size
         position = position_dtype(self.block_size * self.head_dim).itemsize

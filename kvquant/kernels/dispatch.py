@@ -14,8 +14,10 @@ import warnings
 import torch
 
 from kvquant.errors import UserError
+from kvquant.kernels import cuda_decode, cuda_pack
 from kvquant.kernels.cuda_build import KernelUnavailable
-from kvquant.kernels.cuda_decode import DecodeShape, functions
+from kvquant.kernels.cuda_decode import DecodeShape
+from kvquant.kernels.cuda_pack import PackShape
 
 
 @functools.cache
@@ -35,14 +37,25 @@ def _wish() -> str:
 
 
 @functools.cache
-def _cuda_works(shape: DecodeShape, device: int) -> bool:
-    """Whether the decode kernel compiles and loads; says once why not."""
+def _cuda_works(shape: DecodeShape | PackShape, device: int) -> bool:
+    """Whether a kernel compiles and loads; says once why not."""
     try:
-        functions(shape, device)
+        if isinstance(shape, DecodeShape):
+            cuda_decode.functions(shape, device)
+        else:
+            cuda_pack.functions(shape, device)
     except KernelUnavailable as reason:
-        warnings.warn(f"no CUDA decode kernel, PyTorch instead: {reason}", stacklevel=3)
+        name = "decode" if isinstance(shape, DecodeShape) else "packing"
+        warnings.warn(f"no CUDA {name} kernel, another instead: {reason}", stacklevel=4)
         return False
     return True
+
+
+def _use_cuda(shape: DecodeShape | PackShape, device: torch.device) -> bool:
+    if _wish() != "auto" or device.type != "cuda" or shape.refusal() is not None:
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _cuda_works(shape, index)
 
 
 def use_cuda(shape: DecodeShape, device: torch.device) -> bool:
@@ -51,10 +64,16 @@ def use_cuda(shape: DecodeShape, device: torch.device) -> bool:
     Raises:
         UserError: `KVQUANT_KERNELS` is not one of the three.
     """
-    if _wish() != "auto" or device.type != "cuda" or shape.refusal() is not None:
-        return False
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _cuda_works(shape, index)
+    return _use_cuda(shape, device)
+
+
+def use_cuda_pack(shape: PackShape, device: torch.device) -> bool:
+    """Whether the CUDA kernels pack blocks of this shape; they come before Triton's.
+
+    Raises:
+        UserError: `KVQUANT_KERNELS` is not one of the three.
+    """
+    return _use_cuda(shape, device)
 
 
 def use_triton(x: torch.Tensor) -> bool:

@@ -12,41 +12,16 @@ its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from kvquant.kernels.pack_target import PackTarget
 from kvquant.kernels.triton_tiles import _emit, _encode, _max, _store_codes, _sum
-from kvquant.packing import packed_bytes
 
 # To tune: warps of the three kernels.
 KEY_WARPS, VALUE_WARPS, EMIT_WARPS = 4, 4, 4
 GROUPS = 256  # at most so many groups give their two largest elements to the selection
-
-
-@dataclass(frozen=True)
-class PackTarget:
-    """Where packed blocks go; without outliers all but `codes` and `status` are None.
-
-    Attributes:
-        codes: uint8 `[blocks, num_heads, block_size * row_bytes]`, a contiguous slice.
-        status: int32 `[2]`: outliers that found no slot (added), 1 if the input is not finite.
-        begin: int32 `[blocks, num_heads]`, contiguous.
-        count: int16/int32 `[blocks, num_heads]`, contiguous.
-        positions: int16/int32 `[slots]` of the whole arena.
-        values: 16-bit `[slots]` of the whole arena.
-        cursor: int32 `[1]`, the next free slot; may pass the number of slots.
-    """
-
-    codes: torch.Tensor
-    status: torch.Tensor
-    begin: torch.Tensor | None = None
-    count: torch.Tensor | None = None
-    positions: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-    cursor: torch.Tensor | None = None
 
 
 @triton.jit
@@ -310,22 +285,13 @@ def supported(x: torch.Tensor) -> bool:
     return fits and size == _power_of_two(size) and x.stride(3) == 1
 
 
-def _slab(target: PackTarget, x: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
+def _slab(target: PackTarget) -> tuple[torch.Tensor | int, ...]:
     """The sparse arguments of a kernel; without outliers any tensor stands for each."""
     if target.values is None:
         return (target.codes,) * 5 + (target.status, 0)
     parts = (target.begin, target.count, target.positions, target.values, target.cursor)
     assert all(t is not None for t in parts)
-    assert target.values.dtype == x.dtype
     return (*parts, target.status, target.values.numel())  # type: ignore[return-value]
-
-
-def _check(x: torch.Tensor, bits: int, target: PackTarget) -> None:
-    blocks, heads, size, dim = x.shape
-    room = size * packed_bytes(dim, bits)
-    assert target.codes.shape == (blocks, heads, room)
-    for t in (target.codes, target.begin, target.count):
-        assert t is None or t.is_contiguous()
 
 
 def pack_keys(
@@ -346,10 +312,10 @@ def pack_keys(
         bits: 2, 3 or 4.
         target: Where to; no outliers are kept apart if it has no `values`.
     """
-    _check(x, bits, target)
+    target.check(x, bits)
     blocks, heads, size, dim = x.shape
     _pack_keys[(heads, blocks)](
-        x, zero, inverse, midpoints, target.codes, *_slab(target, x), *x.stride()[:3],
+        x, zero, inverse, midpoints, target.codes, *_slab(target), *x.stride()[:3],
         heads, size, dim, _power_of_two(dim // 8), bits, target.values is not None,
         num_warps=KEY_WARPS,
     )  # fmt: skip
@@ -375,7 +341,7 @@ def pack_values(
         zero_out: 16-bit `[blocks, block_size]`, contiguous.
         scale_out: The same.
     """
-    _check(x, bits, target)
+    target.check(x, bits)
     assert zero_out.is_contiguous() and scale_out.is_contiguous()
     blocks, heads, size, dim = x.shape
     h, lane, folds = _power_of_two(heads), _power_of_two(dim // 8), 0
@@ -390,6 +356,6 @@ def pack_values(
     )  # fmt: skip
     if per_side:
         _emit_marks[(heads, blocks)](
-            x, marks, *_slab(target, x), *x.stride()[:3],
+            x, marks, *_slab(target), *x.stride()[:3],
             heads, size, dim, lane, num_warps=EMIT_WARPS,
         )  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from kvquant.batched_quant import (
@@ -16,11 +14,9 @@ from kvquant.batched_quant import (
 from kvquant.blocked_sparse import SparseSlab
 from kvquant.config import NuqScheme
 from kvquant.kernels.cuda_decode import DecodeShape
+from kvquant.kernels.pack_target import PackTarget
 from kvquant.packing import packed_bytes
 from kvquant.schemes.base import Codec, Packed
-
-if TYPE_CHECKING:
-    from kvquant.kernels.triton_pack import PackTarget as Target
 
 
 class NuqCodec(Codec):
@@ -36,7 +32,7 @@ class NuqCodec(Codec):
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
         """See :meth:`Codec.pack`."""
         bad = None
-        packed = self.quantizer.triton_pack(keys, values)
+        packed = self.quantizer.kernel_pack(keys, values)
         if packed is None:
             k, v = self.quantizer.pack_keys(keys), self.quantizer.pack_values(values)
             bad = self.quantizer.not_finite(keys, values) if keys.is_cuda else None
@@ -60,8 +56,8 @@ class NuqCodec(Codec):
         )
 
     def reserve(self, blocks: int, like: torch.Tensor) -> Packed | None:
-        """See :meth:`Codec.reserve`; for the Triton kernels."""
-        if not self.quantizer.triton_applies(like, like):
+        """See :meth:`Codec.reserve`; for kernels that pack in place."""
+        if not self.quantizer.kernels_apply(like, like):
             return None
         _, heads, size, dim = like.shape
         shape = (blocks, heads, size, dim)
@@ -85,9 +81,8 @@ class NuqCodec(Codec):
         self, room: Packed, keys: torch.Tensor, values: torch.Tensor, status: torch.Tensor
     ) -> None:
         """See :meth:`Codec.pack_into`."""
-        from kvquant.kernels.triton_pack import PackTarget
 
-        def target(name: str) -> Target:
+        def target(name: str) -> PackTarget:
             codes, slab = room.dense[name], room.sparse.get(name)
             if slab is None:
                 return PackTarget(codes, status)
@@ -95,7 +90,7 @@ class NuqCodec(Codec):
                 codes, status, slab.begin, slab.count, slab.positions, slab.values, slab.cursor
             )
 
-        done = self.quantizer.triton_pack_into(
+        done = self.quantizer.kernel_pack_into(
             keys, values, target("keys"), target("values"), room.dense["zero"], room.dense["scale"]
         )
         if not done:

@@ -5,19 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvquant import batched_quant
 from kvquant.batched_quant import LayerQuantizer
 from kvquant.block_store import BlockStore
 from kvquant.config import NuqScheme
 from kvquant.layout import Layout
 from kvquant.nuq import fit
 from kvquant.schemes.nuq import NuqCodec
+from tests.kernels.emulate import emulate
 
-pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.mark.parametrize("wish", ["triton", "auto"])
 @pytest.mark.parametrize("outliers", [0.0, 0.02])
-def test_same_as_without_kernels(outliers: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_as_without_kernels(
+    outliers: float, wish: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if wish == "triton":
+        pytest.importorskip("triton")
+    real = batched_quant.use_cuda_pack
     torch.manual_seed(2)
     levels = fit("nf", 3)
     tables = LayerQuantizer(torch.zeros(1, 64), torch.full((1, 64), 2.3), levels, levels)
@@ -26,15 +33,19 @@ def test_same_as_without_kernels(outliers: float, monkeypatch: pytest.MonkeyPatc
     )
     keys, values = torch.randn(2, 2, 1, 103, 64).half().to(DEVICE)
     stores, plans = {}, []
-    for kernels in ("triton", "pytorch"):
+    for kernels in (wish, "pytorch"):
         monkeypatch.setenv("KVQUANT_KERNELS", kernels)
+        if DEVICE == "cpu" and kernels == "auto":
+            emulate(monkeypatch)
+        else:
+            monkeypatch.setattr(batched_quant, "use_cuda_pack", real)
         store, layout = BlockStore(codec), Layout(codec.sinks, codec.block_size, codec.residual)
         for part in (slice(0, 70), slice(70, 71), slice(71, 103)):
             columns = part.stop - part.start
             plans.append(layout.append([slice(0, columns), slice(0, max(columns - 9, 1))]))
             store.append(plans[-1], keys[:, :, part], values[:, :, part])
         stores[kernels] = (store, layout)
-    store, layout = stores["triton"]
+    store, layout = stores[wish]
     other, _ = stores["pytorch"]
     assert all(arena.reserved for arena in store.arenas)
     assert not any(arena.reserved for arena in other.arenas)

@@ -14,7 +14,7 @@ from kvquant.blocked_sparse import SparseSlab
 from kvquant.nuq import fit
 
 pytest.importorskip("triton")
-from kvquant.kernels.triton_pack import PackTarget
+from kvquant.kernels.pack_target import PackTarget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts fp32 off to bf16 where a GPU and PyTorch round to the nearest.
@@ -43,7 +43,7 @@ def same_outliers(a: SparseSlab | None, b: SparseSlab | None) -> bool:
 
 
 def check(quantizer: BatchedKVQuantizer, keys: torch.Tensor, values: torch.Tensor) -> None:
-    k, v, bad = quantizer.triton_pack(keys, values) or pytest.fail("not supported")
+    k, v, bad = quantizer.kernel_pack(keys, values) or pytest.fail("not supported")
     key, value = quantizer.pack_keys(keys), quantizer.pack_values(values)
     assert torch.equal(k.codes, key.codes)
     assert torch.equal(v.codes, value.codes)
@@ -98,7 +98,7 @@ def test_constant_and_extreme_input(fill: float) -> None:
     x = torch.full((2, 2, 32, 64), fill, dtype=torch.float16, device=DEVICE)
     x[1, :, 3] = 65504.0
     x[1, 0, 4, 5] = -0.0
-    k, v, bad = quantizer.triton_pack(x, x) or pytest.fail("not supported")
+    k, v, bad = quantizer.kernel_pack(x, x) or pytest.fail("not supported")
     assert int(bad) == 0
     assert torch.equal(quantizer.unpack_values(v, x.shape), quantizer.fake_values(x))
     assert torch.equal(k.codes, quantizer.pack_keys(x).codes)
@@ -110,7 +110,7 @@ def test_not_a_number_is_noticed(wrong: float, where: int) -> None:
     quantizer = make(1, 64, 4, 0.01)
     x = torch.randn(2, 1, 1, 32, 64, device=DEVICE).half()
     x[where, 0, 0, 7, 9] = wrong
-    packed = quantizer.triton_pack(x[0], x[1])
+    packed = quantizer.kernel_pack(x[0], x[1])
     assert packed is not None
     assert int(packed[2]) == 1
 
@@ -118,7 +118,7 @@ def test_not_a_number_is_noticed(wrong: float, where: int) -> None:
 def test_what_finds_no_room_is_counted() -> None:
     quantizer = make(2, 64, 3, 0.01)
     x = torch.full((4, 2, 64, 64), 60000.0, dtype=torch.float16, device=DEVICE)
-    packed = quantizer.triton_pack(x, x)
+    packed = quantizer.kernel_pack(x, x)
     assert packed is not None
     outliers = packed[0].outliers
     assert outliers is not None
@@ -153,7 +153,7 @@ def test_appends_share_an_arena(slots: int) -> None:
             for t in both
             if t.begin is not None and t.count is not None
         )
-        assert quantizer.triton_pack_into(
+        assert quantizer.kernel_pack_into(
             x[part], x[part], key_view, value_view, zero[part], scale[part]
         )
     key, value = quantizer.pack_keys(x), quantizer.pack_values(x)

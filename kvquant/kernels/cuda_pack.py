@@ -1,0 +1,214 @@
+"""Quantize and pack by the CUDA kernels of `cuda/pack.cu`."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from kvquant.blocked_sparse import count_dtype, position_dtype
+from kvquant.kernels.cuda_build import Function, load
+from kvquant.kernels.pack_target import PackTarget
+
+ROWS = 4  # a thread of keys, as in the source file
+WARP = 32
+PAIRS_A_THREAD = 8  # neighbouring channels, of eight lanes
+WAVES = 8  # programs of values a multiprocessor's room before they take several tokens
+MOST_TOKENS = 4  # that a program of values takes
+
+
+class _Source(ctypes.Structure):
+    """`struct Source` of the kernels."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        *((name, ctypes.c_longlong) for name in ("block", "head", "token")),
+    ]
+
+
+class _Target(ctypes.Structure):
+    """`struct Target` of the kernels."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "codes", "status", "begin", "count", "positions", "values", "cursor",
+        )),
+        ("slots", ctypes.c_int),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PackShape:
+    """What the kernels are compiled for.
+
+    Attributes:
+        bits: 2, 3 or 4.
+        head_dim: 64, 128 or 256.
+        heads: kv heads.
+        block_size: Tokens a block.
+        dtype: fp16 or bf16.
+        outliers: Whether keys have any.
+        per_side: Outliers at each end of a token's values.
+    """
+
+    bits: int
+    head_dim: int
+    heads: int
+    block_size: int
+    dtype: torch.dtype
+    outliers: bool
+    per_side: int
+
+    @property
+    def units(self) -> int:
+        """Threads that a token of all heads would occupy."""
+        return self.heads * self.head_dim // (2 * PAIRS_A_THREAD)
+
+    @property
+    def workers(self) -> int:
+        """Threads a token of values; each takes two units, more where there are many."""
+        return min(512, max(1, -(-self.units // (2 * WARP))) * WARP)
+
+    @property
+    def key_threads(self) -> int:
+        """Threads a block and head of keys."""
+        return self.block_size * self.head_dim // (2 * PAIRS_A_THREAD * ROWS)
+
+    def refusal(self) -> str | None:
+        """Why the kernels do not take this shape, or None."""
+        if self.head_dim not in (64, 128, 256):
+            return f"head_dim {self.head_dim} is none of 64, 128, 256"
+        if self.bits not in (2, 3, 4):
+            return f"{self.bits} bits"
+        if self.dtype not in (torch.float16, torch.bfloat16):
+            return f"the cache holds {self.dtype}"
+        if self.heads * self.head_dim > 16384:
+            return f"{self.heads} heads of {self.head_dim} are more than 16384 channels"
+        if self.block_size % 16 or self.key_threads % WARP or self.key_threads > 1024:
+            return f"block_size {self.block_size} with head_dim {self.head_dim}"
+        if self.per_side >= min(self.workers, self.units):
+            return f"{self.per_side} outliers an end are too many"
+        return None
+
+    def constants(self) -> dict[str, int]:
+        """Macros of the source file."""
+        elements = self.block_size * self.head_dim
+        return {
+            "BITS": self.bits,
+            "DIM": self.head_dim,
+            "HEADS": self.heads,
+            "SIZE": self.block_size,
+            "OUTLIERS": int(self.outliers),
+            "PER_SIDE": self.per_side,
+            "WORKERS": self.workers,
+            "AHEAD": 1,
+            # registers for 768 and 896 threads a multiprocessor
+            "KEY_BLOCKS": max(1, 768 // self.key_threads),
+            "VALUE_BLOCKS": max(1, 896 // self.workers),
+            "POS32": int(position_dtype(elements) is torch.int32),
+            "COUNT32": int(count_dtype(elements) is torch.int32),
+            "BF16": int(self.dtype is torch.bfloat16),
+        }
+
+
+def takes(x: torch.Tensor) -> bool:
+    """Whether blocks lie in memory as the kernels need them: two channels are one load."""
+    even = all(step % 2 == 0 for step in x.stride()[:3])
+    return x.stride(3) == 1 and even and x.data_ptr() % 4 == 0
+
+
+@functools.cache
+def functions(shape: PackShape, device: int) -> tuple[Function, Function, Function | None]:
+    """The kernels of keys, of values and of the values' outliers, compiled for a GPU."""
+    module = load("pack.cu", tuple(shape.constants().items()), device)
+    group = module.function("group_values") if shape.per_side else None
+    return module.function("pack_keys"), module.function("pack_values"), group
+
+
+def index_of(x: torch.Tensor) -> int:
+    """Number of a tensor's GPU."""
+    return x.device.index if x.device.index is not None else torch.cuda.current_device()
+
+
+def multiprocessors(index: int) -> int:
+    """Of a GPU."""
+    count: int = torch.cuda.get_device_properties(index).multi_processor_count
+    return count
+
+
+def _source(x: torch.Tensor) -> _Source:
+    return _Source(x.data_ptr(), *x.stride()[:3])
+
+
+def _target(target: PackTarget) -> _Target:
+    parts = (target.begin, target.count, target.positions, target.values, target.cursor)
+    pointers = [0 if t is None else t.data_ptr() for t in parts]
+    slots = 0 if target.values is None else target.values.numel()
+    return _Target(target.codes.data_ptr(), target.status.data_ptr(), *pointers, slots)
+
+
+def pack_keys(shape: PackShape, x: torch.Tensor, table: torch.Tensor, target: PackTarget) -> None:
+    """Writes codes and outliers of key blocks.
+
+    Args:
+        shape: Of the cache.
+        x: `[blocks, num_heads, block_size, head_dim]`, any even strides but the last.
+        table: From :func:`kvquant.kernels.thresholds.key_table`.
+        target: Where to.
+    """
+    target.check(x, shape.bits)
+    assert target.codes.data_ptr() % 16 == 0
+    if not x.shape[0]:
+        return
+    kernel, _, _ = functions(shape, index_of(x))
+    kernel(
+        (x.shape[0] * shape.heads, 1, 1), shape.key_threads,
+        _source(x), _target(target), ctypes.c_void_p(table.data_ptr()),
+    )  # fmt: skip
+
+
+def tokens_a_program(spots: int, multiprocessors: int, workers: int) -> int:
+    """Tokens that a program of values takes: one while there is room for all, a few at most."""
+    at_once = multiprocessors * max(1, 896 // workers)
+    return max(1, min(MOST_TOKENS, spots // (WAVES * at_once)))
+
+
+def pack_values(
+    shape: PackShape,
+    x: torch.Tensor,
+    midpoints: torch.Tensor,
+    target: PackTarget,
+    zero_out: torch.Tensor,
+    scale_out: torch.Tensor,
+) -> None:
+    """Writes codes, zero, scale and outliers of value blocks.
+
+    Args:
+        shape: Of the cache.
+        x: `[blocks, num_heads, block_size, head_dim]`, any even strides but the last.
+        midpoints: fp32 `[2**bits - 1]`.
+        target: Where to.
+        zero_out: 16-bit `[blocks, block_size]`, contiguous.
+        scale_out: The same.
+    """
+    target.check(x, shape.bits)
+    assert zero_out.is_contiguous() and scale_out.is_contiguous()
+    if not x.shape[0]:
+        return
+    index = index_of(x)
+    _, kernel, group = functions(shape, index)
+    blocks = x.shape[0]
+    spots, chosen = blocks * shape.block_size, 2 * shape.per_side
+    found = torch.empty(spots * chosen, dtype=torch.int32, device=x.device)
+    each = tokens_a_program(spots, multiprocessors(index), shape.workers)
+    kernel(
+        (-(-spots // each), 1, 1), shape.workers,
+        _source(x), *(ctypes.c_void_p(t.data_ptr()) for t in (
+            target.codes, target.status, zero_out, scale_out, midpoints, found,
+        )),
+        ctypes.c_int(spots), ctypes.c_int(each),
+    )  # fmt: skip
+    if group is not None:
+        group((blocks, 1, 1), 256, _target(target), ctypes.c_void_p(found.data_ptr()))

@@ -1,0 +1,275 @@
+"""The CUDA packing kernels against the PyTorch path: on a GPU, else emulated on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from kvquant.batched_quant import BatchedKVQuantizer, LayerQuantizer
+from kvquant.blocked_sparse import SparseSlab
+from kvquant.kernels.cuda_build import compile_cubin
+from kvquant.kernels.cuda_pack import PackShape, tokens_a_program
+from kvquant.kernels.pack_target import PackTarget
+from kvquant.nuq import fit
+from tests.kernels.emulate import emulate
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVQUANT_KERNELS", "auto")
+    if DEVICE == "cpu":
+        emulate(monkeypatch)
+
+
+def make(
+    heads: int, dim: int, bits: int, outliers: float, seed: int = 0, spread: float = 2.7
+) -> BatchedKVQuantizer:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(heads, dim, generator=generator) + spread
+    scale[0, :3] = 0.0  # constant channels
+    tables = LayerQuantizer(
+        torch.randn(heads, dim, generator=generator) * 0.2, scale, fit("nf", bits),
+        fit("uniform", bits),
+    )  # fmt: skip
+    return BatchedKVQuantizer(tables.to(DEVICE), bits, outliers)
+
+
+def same_outliers(a: SparseSlab | None, b: SparseSlab | None) -> bool:
+    """The same elements, signs of zeros included; the order in a block is free."""
+    if a is None or b is None:
+        return a is b
+    (ai, av), (bi, bv) = a.coordinates(), b.coordinates()
+    ao, bo = ai.argsort(), bi.argsort()
+    raw = torch.equal(av[ao].view(torch.int16), bv[bo].view(torch.int16))
+    return torch.equal(a.count, b.count) and torch.equal(ai[ao], bi[bo]) and raw
+
+
+def check(quantizer: BatchedKVQuantizer, keys: torch.Tensor, values: torch.Tensor) -> None:
+    assert quantizer._cuda_shape(keys, values) is not None
+    k, v, bad = quantizer.kernel_pack(keys, values) or pytest.fail("not supported")
+    key, value = quantizer.pack_keys(keys), quantizer.pack_values(values)
+    assert torch.equal(k.codes, key.codes)
+    assert torch.equal(v.zero, value.zero)
+    assert torch.equal(v.scale, value.scale)
+    assert torch.equal(v.codes, value.codes)
+    assert same_outliers(v.outliers, value.outliers)
+    assert int(bad) == 0
+    if key.outliers is not None and k.outliers is not None:
+        assert k.outliers.excess is not None
+        if not int(k.outliers.excess):
+            assert same_outliers(k.outliers, key.outliers)
+        assert int(k.outliers.excess) + k.outliers.nnz == int(
+            (quantizer._encode_keys(keys)[1]).sum()  # type: ignore[union-attr]
+        )
+    else:
+        assert k.outliers is None
+
+
+def tokens(
+    kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values `[blocks, heads, size, dim]`, tokens first in memory."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = shape[2]
+    x = torch.randn(2, *shape, generator=generator)
+    if kind == "coarse":
+        x = (x * 2).round() / 2
+    elif kind == "one head":
+        x[1, ..., heads // 2, :] *= 50
+    elif kind == "constant tokens":
+        x[:, :, ::3] = 0.5
+        x[:, :, 1] = 0.0
+        x[1, :, 1, 0, ::5] = -0.0
+    elif kind == "tiny":
+        x = x * 1e-7
+    elif kind == "far":  # a range that is a few steps of the 16-bit type wide
+        x[1] = 100.0 + x[1] * 0.05
+    elif kind == "huge":
+        x[1] = x[1].clamp(-1, 1) * 65504.0
+        x[1, :, 2] = 65504.0
+    elif kind == "ends in one thread":
+        x[1, ..., 0, ::8] += 20.0
+        x[1, ..., 0, 1::8] -= 20.0
+    k, v = x.to(dtype).to(DEVICE).transpose(2, 3)
+    return k, v
+
+
+SORTS = ["normal", "coarse", "one head", "constant tokens", "tiny", "far", "huge",
+         "ends in one thread"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SORTS)
+@pytest.mark.parametrize(
+    ("bits", "heads", "dim", "size", "outliers", "dtype"),
+    [
+        (3, 8, 128, 32, 0.01, torch.float16),
+        (4, 5, 64, 32, 0.02, torch.bfloat16),
+        (2, 3, 256, 16, 0.0, torch.float16),
+        (2, 1, 64, 32, 0.03, torch.float16),
+    ],
+)
+def test_equal_to_pytorch(
+    kind: str, bits: int, heads: int, dim: int, size: int, outliers: float, dtype: torch.dtype
+) -> None:
+    keys, values = tokens(kind, (3, size, heads, dim), dtype, bits)
+    check(make(heads, dim, bits, outliers), keys, values)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("bits", "heads", "dim", "outliers", "dtype"),
+    [
+        (2, 1, 128, 0.02, torch.float16),
+        (4, 8, 128, 0.01, torch.float16),
+        (3, 8, 128, 0.01, torch.bfloat16),
+        (3, 32, 128, 0.01, torch.float16),
+        (3, 32, 128, 0.0, torch.float16),
+        (4, 32, 128, 0.02, torch.bfloat16),
+        (3, 32, 128, 0.04, torch.float16),
+        (2, 28, 64, 0.01, torch.float16),
+        (3, 40, 128, 0.01, torch.bfloat16),
+        (3, 64, 256, 0.01, torch.float16),
+        (4, 4, 256, 0.0, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("kind", SORTS)
+def test_whole_layers_on_a_gpu(
+    bits: int, heads: int, dim: int, outliers: float, dtype: torch.dtype, kind: str
+) -> None:
+    size = 64 if dim < 256 else 128
+    keys, values = tokens(kind, (37, size, heads, dim), dtype, heads)
+    check(make(heads, dim, bits, outliers), keys, values)
+    check(make(heads, dim, bits, outliers), keys[2:3].contiguous(), values[2:3].contiguous())
+
+
+def test_several_tokens_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvquant.kernels import cuda_pack
+
+    monkeypatch.setattr(cuda_pack, "tokens_a_program", lambda *_: 7)
+    for kind in ("normal", "constant tokens"):
+        keys, values = tokens(kind, (2, 32, 8, 128), torch.float16, 9)
+        check(make(8, 128, 3, 0.01), keys, values)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("outliers", [0.0, 0.01])
+@pytest.mark.parametrize("many", [False, True])
+def test_not_a_number_is_noticed(wrong: float, where: int, outliers: float, many: bool) -> None:
+    quantizer = make(4, 64, 4, outliers)
+    x = torch.randn(2, 1, 4, 32, 64, device=DEVICE).half()
+    if many:
+        x[where] = wrong
+    else:
+        x[where, 0, 1, 7, 9] = wrong
+    packed = quantizer.kernel_pack(x[0], x[1])
+    assert packed is not None
+    assert int(packed[2]) == 1
+
+
+def test_what_finds_no_room_is_counted() -> None:
+    quantizer = make(2, 64, 3, 0.01)
+    x = torch.full((4, 2, 64, 64), 60000.0, dtype=torch.float16, device=DEVICE)
+    x[:, 0, :, :3] = 0.1
+    packed = quantizer.kernel_pack(x, x)
+    assert packed is not None
+    outliers = packed[0].outliers
+    assert outliers is not None
+    assert outliers.excess is not None
+    expected = quantizer._encode_keys(x)[1]
+    assert expected is not None
+    assert int(outliers.excess) == int(expected.sum()) - outliers.values.numel()
+    assert outliers.nnz == outliers.values.numel()
+    index, value = outliers.coordinates()
+    assert torch.equal(x.reshape(-1)[index], value)
+
+
+@pytest.mark.parametrize("slots", [40, 4000])
+def test_appends_share_an_arena(slots: int) -> None:
+    quantizer = make(2, 64, 3, 0.02)
+    x = torch.randn(4, 2, 32, 64, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
+
+    def arena() -> PackTarget:
+        return PackTarget(
+            torch.zeros((4, 2, 32 * 24), dtype=torch.uint8, device=DEVICE),
+            torch.zeros(2, dtype=torch.int32, device=DEVICE),
+            torch.zeros((4, 2), dtype=torch.int32, device=DEVICE),
+            torch.zeros((4, 2), dtype=torch.int16, device=DEVICE),
+            torch.zeros(slots, dtype=torch.int16, device=DEVICE),
+            torch.zeros(slots, dtype=torch.float16, device=DEVICE),
+            torch.zeros(1, dtype=torch.int32, device=DEVICE),
+        )
+
+    both = arena(), arena()
+    zero = torch.zeros((4, 32), dtype=torch.float16, device=DEVICE)
+    scale = torch.zeros_like(zero)
+    for part in (slice(0, 1), slice(1, 4)):
+        key_view, value_view = (
+            replace(t, codes=t.codes[part], begin=t.begin[part], count=t.count[part])
+            for t in both
+            if t.begin is not None and t.count is not None
+        )
+        assert quantizer.kernel_pack_into(
+            x[part], x[part], key_view, value_view, zero[part], scale[part]
+        )
+    key, value = quantizer.pack_keys(x), quantizer.pack_values(x)
+    assert torch.equal(both[0].codes, key.codes)
+    assert torch.equal(both[1].codes, value.codes)
+    for t, expected in zip(both, (key.outliers, value.outliers), strict=True):
+        assert t.begin is not None and t.count is not None
+        assert t.positions is not None and t.values is not None
+        assert expected is not None
+        slab = SparseSlab(t.begin, t.count, t.positions, t.values, (4, 2, 32, 64))
+        assert slab.nnz + int(t.status[0]) == expected.nnz
+        assert slab.nnz == min(slots, expected.nnz)
+        assert int(t.begin.max()) <= slots
+        index, kept = slab.coordinates()
+        assert torch.equal(x.reshape(-1)[index], kept)
+        assert index.unique().numel() == index.numel()
+        if not int(t.status[0]):
+            assert same_outliers(slab, expected)
+
+
+def test_what_does_not_lie_even_is_left_to_others() -> None:
+    quantizer = make(1, 64, 3, 0.01)
+    odd = torch.randn(1, 1, 32, 65, device=DEVICE).half()
+    assert quantizer._cuda_shape(odd[..., :64], odd[..., :64]) is None
+    even = torch.randn(1, 1, 32, 66, device=DEVICE).half()[..., 2:]
+    check(quantizer, even, even)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        PackShape(3, 128, 32, 64, torch.float16, True, 20),
+        PackShape(2, 64, 5, 128, torch.bfloat16, False, 0),
+        PackShape(4, 256, 64, 32, torch.bfloat16, True, 82),
+    ],
+)
+def test_compiles_without_a_gpu(shape: PackShape, arch: str) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    assert shape.refusal() is None
+    assert len(compile_cubin("pack.cu", shape.constants(), arch)) > 10_000
+
+
+def test_what_the_kernels_do_not_take_is_named() -> None:
+    shape = PackShape(3, 128, 32, 64, torch.float16, True, 20)
+    assert shape.refusal() is None
+    assert replace(shape, head_dim=80).refusal() == "head_dim 80 is none of 64, 128, 256"
+    assert "16384 channels" in str(replace(shape, heads=160).refusal())
+    assert "block_size 24" in str(replace(shape, block_size=24).refusal())
+    assert "too many" in str(replace(shape, per_side=200).refusal())
+    assert "torch.float32" in str(replace(shape, dtype=torch.float32).refusal())
+
+
+def test_a_program_takes_several_tokens_only_where_there_are_many() -> None:
+    assert tokens_a_program(64, 132, 128) == 1
+    assert tokens_a_program(16384, 132, 128) >= 1
+    assert np.all(np.diff([tokens_a_program(n, 132, 128) for n in range(64, 10**6, 9999)]) >= 0)
