@@ -177,6 +177,14 @@ def test_from_records_to_claims(work: Path) -> None:
     broken.write_text(whole[:100])
     assert main(collect) == 2
     broken.write_text(whole)
+    # schemes are compared on the same prompts or not at all
+    other_prompts = results / "eval/tiny/kivi-2/passkey/seed1/run.json"
+    whole = other_prompts.read_text()
+    facts = json.loads(whole)
+    assert len(facts["prompts_sha256"]) == 64
+    other_prompts.write_text(json.dumps({**facts, "prompts_sha256": "0" * 64}))
+    assert main(collect) == 2
+    other_prompts.write_text(whole)
     changed = json.loads((work / "study.json").read_text())
     changed["tasks"]["ppl"]["window"] = 64
     (work / "other.json").write_text(json.dumps(changed))
