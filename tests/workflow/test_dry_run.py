@@ -41,11 +41,9 @@ def jobs(output: str) -> dict[str, int]:
 
 
 def fresh(tmp_path: Path) -> list[str]:
-    """Options that put all outputs of a study into an empty folder."""
-    return [
-        "--config",
-        f"pathvars={{'results': '{tmp_path}/r', 'paper': '{tmp_path}/p', 'logs': '{tmp_path}/l'}}",
-    ]
+    """Options that put all outputs of a study, and what it fetches, into an empty folder."""
+    folders = {name: f"{tmp_path}/{name[0]}" for name in ("results", "paper", "logs", "cache")}
+    return ["--config", f"pathvars={folders}"]
 
 
 def study(root: Path, tmp_path: Path, name: str, *args: str) -> subprocess.CompletedProcess[str]:
