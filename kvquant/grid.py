@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from kvquant.config import PerplexityTask, Study, load_study
-from kvquant.specs import needs_calibration
+from kvquant.specs import asks_prompts, needs_calibration
 
 CPUS_PER_GPU = 16  # a GPU's share of a node with 128 cores and 8 GPUs
 CALIBRATION_MINUTES = 120
@@ -111,6 +111,8 @@ def job_rows(study: Study) -> list[tuple[str, int, float]]:
     if built:
         rows.append(("calibrate", models, hours("calibrate", 1)))
         rows.append(("quantize", models * built, 0.0))
+    if asking := sum(map(asks_prompts, study.tasks.values())):
+        rows.append(("prompts", models * asking, 0.0))
     cells = study.eval_cells()
     evaluation = sum(hours("evaluate", 1, task) for _, task in cells)
     rows.append(("evaluate", models * len(cells), evaluation))

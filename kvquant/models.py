@@ -88,6 +88,34 @@ def load_base_model(
     return model.to(where).eval(), tokenizer
 
 
+def load_tokenizer(directory: str | Path) -> tuple[Any, int]:
+    """The tokenizer of a local model and its longest sequence, without its weights.
+
+    Raises:
+        UserError: They cannot be read.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(str(directory))
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: cannot load '{directory}': {str(error).splitlines()[0]}") from None
+    return tokenizer, position_limit(config)
+
+
+def position_limit(config: Any) -> int:
+    """Longest sequence that is not refused: more than the positions where RoPE is scaled.
+
+    Some configurations state the scaled length as `max_position_embeddings`, others the one
+    that the factor multiplies; the larger reading counts.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    positions = int(config.max_position_embeddings)
+    base = int(rope.get("original_max_position_embeddings") or positions)
+    return max(positions, int(base * float(rope.get("factor") or 1.0)))
+
+
 def attention_layers(model: Any) -> list[Any]:
     """The self-attention modules in order, unwrapped; refuses what is not supported.
 
@@ -181,15 +209,8 @@ class QuantizedModel:
 
     @property
     def position_limit(self) -> int:
-        """Longest sequence that is not refused: more than `max_positions` where RoPE is scaled.
-
-        Some configurations state the scaled length as `max_position_embeddings`, others the one
-        that the factor multiplies; the larger reading counts.
-        """
-        rope = getattr(self.model.config, "rope_parameters", None) or {}
-        factor = float(rope.get("factor") or 1.0)
-        base = int(rope.get("original_max_position_embeddings") or self.max_positions)
-        return max(self.max_positions, int(base * factor))
+        """Longest sequence that is not refused (see :func:`position_limit`)."""
+        return position_limit(self.model.config)
 
     def _rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rotary = self.model.model.rotary_emb

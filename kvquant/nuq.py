@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import norm
+from scipy.special import ndtri  # scipy.stats takes a second to import
 
 from kvquant.errors import unknown
 
@@ -110,8 +110,8 @@ def normal_float(bits: int, histogram: Histogram | None = None) -> np.ndarray:
     """Quantiles of the normal distribution, scaled to [-1, 1] (QLoRA, arXiv 2305.14314)."""
     count = 2**bits
     tail = 1.0 - 0.5 * (1 / (2 * count) + 1 / (2 * count - 2))
-    upper = norm.ppf(np.linspace(0.5, tail, count // 2 + 1))[1:]
-    lower = -norm.ppf(np.linspace(0.5, tail, count // 2))[1:]
+    upper = ndtri(np.linspace(0.5, tail, count // 2 + 1))[1:]
+    lower = -ndtri(np.linspace(0.5, tail, count // 2))[1:]
     levels = np.sort(np.concatenate([lower, [0.0], upper]))
     return levels / np.abs(levels).max()
 

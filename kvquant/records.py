@@ -46,6 +46,9 @@ class EvalRecord(_Record):
     cache_elements: int = Field(description="key and value elements held by those bytes")
     bits_per_element: float
     samples_sha256: str
+    prompts_sha256: str | None = Field(
+        None, description="of the seed's prompts; None where a suite reads its text itself"
+    )
     seconds: float = Field(
         description="wall time, shared equally by seeds measured together; not part of any table"
     )
@@ -171,27 +174,28 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
-def write_new(path: str | Path, text: str) -> None:
-    """Creates `path` with `text`, whole or not at all; never replaces other content.
+def write_new(path: str | Path, content: str | bytes) -> None:
+    """Creates `path` with `content`, whole or not at all; never replaces other content.
 
-    The text goes to a temporary file in the same folder, is flushed to disk and then linked to its
+    It goes to a temporary file in the same folder, is flushed to disk and then linked to its
     final name, which fails if the name exists. The same content a second time is accepted.
 
     Raises:
         UserError: `path` exists with other content.
     """
     target = Path(path)
+    raw = content.encode() if isinstance(content, str) else content
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(target)
     try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with open(temporary, "wb") as stream:
+            stream.write(raw)
             stream.flush()
             os.fsync(stream.fileno())
         try:
             os.link(temporary, target)
         except FileExistsError:
-            if target.read_text(encoding="utf-8") != text:
+            if target.read_bytes() != raw:
                 raise UserError(
                     f"{target} exists with other content and is not overwritten: "
                     "delete it by name to measure again"

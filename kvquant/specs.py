@@ -14,6 +14,7 @@ from kvquant.config import (
     CalibratedScheme,
     EnergySpec,
     ModelSpec,
+    PerplexityTask,
     SchemeSpec,
     Study,
     TaskSpec,
@@ -23,7 +24,10 @@ from kvquant.config import (
 )
 from kvquant.errors import UserError
 
-VERSIONS = {"calibrate": 1, "quantize": 1, "evaluate": 1, "throughput": 1, "energy": 1, "append": 1}
+VERSIONS = {
+    **{"calibrate": 1, "quantize": 1, "prompts": 1, "evaluate": 1},
+    **{"throughput": 1, "energy": 1, "append": 1},
+}
 
 
 def needs_calibration(scheme: SchemeSpec) -> bool:
@@ -34,6 +38,11 @@ def needs_calibration(scheme: SchemeSpec) -> bool:
 def dataset_of(task: TaskSpec) -> str | None:
     """The text a task reads, or None when it makes its own."""
     return task_dataset(task)
+
+
+def asks_prompts(task: TaskSpec) -> bool:
+    """Whether the task's answers are generated, to prompts that are prepared once for all."""
+    return not isinstance(task, PerplexityTask)
 
 
 @functools.cache
@@ -64,10 +73,24 @@ def quantizer_digest(study: Study, model: str, scheme: str) -> str:
     return digest(calibration_digest(study, model), spec, VERSIONS["quantize"])
 
 
+def prompts_digest(study: Study, model: str, task: str) -> str:
+    """Digest of what a task asks a model, whatever the seeds."""
+    spec = study.task(task).model_dump(mode="json", exclude={"minutes", "batch_size"})
+    return digest(weights_digest(study.model(model)), spec, VERSIONS["prompts"])
+
+
+def prompts_name(study: Study, model: str, task: str) -> str:
+    """Names a file of prompts by all that it holds: a file of this name is never made again."""
+    return digest(prompts_digest(study, model, task), sorted(study.seeds))
+
+
 def eval_digest(study: Study, model: str, scheme: str, task: str, seed: int) -> str:
     """Digest of one evaluation result. Expected run times do not count."""
     spec = study.task(task).model_dump(mode="json", exclude={"minutes"})
-    return digest(quantizer_digest(study, model, scheme), spec, seed, VERSIONS["evaluate"])
+    versions = [VERSIONS["evaluate"]]
+    if asks_prompts(study.task(task)):
+        versions.append(VERSIONS["prompts"])
+    return digest(quantizer_digest(study, model, scheme), spec, seed, versions)
 
 
 def _timing(spec: TimingSpec | EnergySpec, workload: str) -> dict[str, object]:

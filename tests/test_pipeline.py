@@ -102,6 +102,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for scheme in ("nuq4-1pct", "nuq3-1pct"):
         out = str(folder / f"r/models/{scheme}/quantizer.json")
         assert main(["quantize", *base, "--scheme", scheme, "--stats", stats, "--out", out]) == 0
+    prompts = ["--task", "passkey", "--out", str(folder / "passkey.jsonl.gz"), *ours]
+    assert main(["prompts", *base, *prompts, "--seeds", "0", "1", "2"]) == 0
     return folder
 
 
@@ -116,6 +118,8 @@ def options(work: Path, scheme: str) -> list[str]:
 def evaluate(work: Path, scheme: str, task: str, out: Path, *seeds: int) -> int:
     words = ["evaluate", *options(work, scheme), "--task", task, "--out-dir", str(out)]
     words += ["--data-manifest", str(work / "data.json"), "--resume-dir", str(work / "resume")]
+    if task == "passkey":
+        words += ["--prompts", str(work / "passkey.jsonl.gz")]
     return main([*words, "--seeds", *map(str, seeds)])
 
 
@@ -173,6 +177,14 @@ def test_from_records_to_claims(work: Path) -> None:
     broken.write_text(whole[:100])
     assert main(collect) == 2
     broken.write_text(whole)
+    # schemes are compared on the same prompts or not at all
+    other_prompts = results / "eval/tiny/kivi-2/passkey/seed1/run.json"
+    whole = other_prompts.read_text()
+    facts = json.loads(whole)
+    assert len(facts["prompts_sha256"]) == 64
+    other_prompts.write_text(json.dumps({**facts, "prompts_sha256": "0" * 64}))
+    assert main(collect) == 2
+    other_prompts.write_text(whole)
     changed = json.loads((work / "study.json").read_text())
     changed["tasks"]["ppl"]["window"] = 64
     (work / "other.json").write_text(json.dumps(changed))

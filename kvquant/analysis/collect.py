@@ -70,6 +70,7 @@ def _eval_rows(
     study: Study, results: Path, problems: list[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     rows, samples = [], []
+    asked: dict[tuple[str, str, int], tuple[Path, str | None]] = {}
     for model in study.models:
         for scheme in study.schemes:
             for task in (t for t in study.tasks if study.evaluates(scheme, t)):
@@ -84,6 +85,14 @@ def _eval_rows(
                     expected = eval_digest(study, model, scheme, task, seed)
                     if record.spec_digest != expected:
                         problems.append(_stale(file, record.spec_digest, expected))
+                        continue
+                    mine = (file, record.prompts_sha256)
+                    first, prompts = asked.setdefault((model, task, seed), mine)
+                    if record.prompts_sha256 != prompts:
+                        problems.append(
+                            f"{file}: answers other prompts than {first}: delete the older one and "
+                            "run again"
+                        )
                         continue
                     if not math.isfinite(record.value):
                         problems.append(f"{file}: field 'value' is {record.value}")

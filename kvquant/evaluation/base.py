@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from kvquant.errors import UserError
 
@@ -52,14 +52,46 @@ class Context:
     text: Callable[[Literal["all", "calibration", "test"]], str]
     progress: Callable[[int, int], None] = field(default=lambda done, total: None)
 
+    @property
+    def position_limit(self) -> int:
+        """Longest sequence of the model."""
+        return int(self.qm.position_limit)
 
-def check_length(context: Context, length: int, answer: int, field_name: str = "length") -> None:
+
+@dataclass(frozen=True)
+class Source:
+    """What a task's prompts are made of; the model's weights are no part of it.
+
+    Attributes:
+        tokenizer: The model's tokenizer.
+        position_limit: Longest sequence of the model.
+        task: The task's name in the study, for messages.
+        text: part -> text of the task's data set; raises a UserError if none was given.
+    """
+
+    tokenizer: Any
+    position_limit: int
+    task: str
+    text: Callable[[Literal["all", "calibration", "test"]], str]
+
+
+class Limited(Protocol):
+    """A task on a model with so many positions."""
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def position_limit(self) -> int: ...
+
+
+def check_length(context: Limited, length: int, answer: int, field_name: str = "length") -> None:
     """Refuses a task that is longer than the model's positions, scaled ones included.
 
     Raises:
         UserError: Names the task's field.
     """
-    limit = context.qm.position_limit
+    limit = context.position_limit
     if length + answer > limit:
         extra = f" and {answer} of answer" if answer else ""
         raise UserError(

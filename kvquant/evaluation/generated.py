@@ -16,60 +16,84 @@ from kvquant.generation import Stop, greedy
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prompt:
+    """A prompt and what its answer is held against; JSON types only.
+
+    Attributes:
+        tokens: Token ids.
+        record: Goes into the sample's record.
+        scoring: What only the score needs.
+    """
+
+    tokens: list[int]
+    record: dict[str, Any]
+    scoring: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SeedPrompts:
     """One seed of a task, ready to be answered.
 
     Attributes:
-        prompts: Token ids of each prompt.
+        prompts: Its prompts.
         max_new_tokens: Longest answer.
-        batch_size: Prompts that go through the model together.
-        score: (index of the prompt, answer) to the fields of its record, among them `score` from
-            0 to 1 and `answer`.
-        metric: Name of the mean score in percent.
-        stop: True for an answer that needs no further token.
-        metrics: Further metrics.
+        metrics: Further metrics of the seed, known before anything is answered.
     """
 
-    prompts: list[list[int]]
+    prompts: list[Prompt]
     max_new_tokens: int
-    batch_size: int
-    score: Callable[[int, str], dict[str, Any]]
-    metric: str = "score"
-    stop: Stop | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def answer_seeds(context: Context, seeds: Sequence[Prepared]) -> list[SuiteResult]:
+@dataclass(frozen=True)
+class Rules:
+    """How a task's answers are scored.
+
+    Attributes:
+        score: (prompt, answer) to the score, from 0 to 1.
+        metric: Name of the mean score in percent.
+        stop: True for an answer that needs no further token.
+    """
+
+    score: Callable[[Prompt, str], float]
+    metric: str = "score"
+    stop: Stop | None = None
+
+
+def answer_seeds(
+    context: Context, seeds: Sequence[SeedPrompts], rules: Rules, batch_size: int
+) -> list[SuiteResult]:
     """The results of seeds of one task, answered together."""
-    first = seeds[0]
-    prompts = [prompt for seed in seeds for prompt in seed.prompts]
+    asked = [prompt.tokens for seed in seeds for prompt in seed.prompts]
     found = greedy(
         context.qm,
-        prompts,
-        first.max_new_tokens,
-        batch_size=first.batch_size,
-        stop=first.stop,
-        on_batch=lambda done: context.progress(done, len(prompts)),
+        asked,
+        seeds[0].max_new_tokens,
+        batch_size=batch_size,
+        stop=rules.stop,
+        on_batch=lambda done: context.progress(done, len(asked)),
     )
     results, at = [], 0
     for seed in seeds:
         mine = slice(at, at + len(seed.prompts))
         at = mine.stop
         rows = []
-        for index, tokens in enumerate(found.tokens[mine]):
+        for index, (prompt, tokens) in enumerate(
+            zip(seed.prompts, found.tokens[mine], strict=True)
+        ):
             answer = str(context.qm.tokenizer.decode(tokens, skip_special_tokens=True))
-            size = len(seed.prompts[index])
-            rows.append({"index": index, "prompt_tokens": size, **seed.score(index, answer)})
+            facts = {"index": index, "prompt_tokens": len(prompt.tokens), **prompt.record}
+            rows.append({**facts, "answer": answer, "score": rules.score(prompt, answer)})
         value = 100.0 * sum(row["score"] for row in rows) / len(rows)
         results.append(
             SuiteResult(
-                metric=seed.metric,
+                metric=rules.metric,
                 higher_is_better=True,
                 value=value,
-                metrics={seed.metric: value, **seed.metrics},
+                metrics={rules.metric: value, **seed.metrics},
                 protocol="A",
                 rows=rows,
-                tokens=sum(map(len, seed.prompts)),
+                tokens=sum(len(prompt.tokens) for prompt in seed.prompts),
                 cache_bytes=sum(found.row_bytes[mine]),
                 cache_elements=sum(found.row_elements[mine]),
             )

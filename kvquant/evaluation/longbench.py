@@ -12,8 +12,8 @@ from typing import Any
 
 from kvquant.config import LongBenchTask
 from kvquant.errors import UserError
-from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
-from kvquant.evaluation.generated import Prepared, answer_seeds
+from kvquant.evaluation.base import Source, check_length, encode
+from kvquant.evaluation.generated import Prompt, Rules, SeedPrompts
 from kvquant.evaluation.longbench_tasks import (
     LongBenchDefinition,
     definition,
@@ -80,44 +80,37 @@ def fit_prompt(
     raise UserError(f"length: too short for {task.name}: its prompt does not fit")
 
 
-def prepare_longbench(context: Context, spec: LongBenchTask, seed: int) -> Prepared:
-    """A seed's rows; an answer's score is lm-eval's metric, the best over the row's answers."""
-    tokenizer = context.qm.tokenizer
+def prepare_longbench(source: Source, spec: LongBenchTask, seed: int) -> SeedPrompts:
+    """A seed's rows as prompts.
+
+    Raises:
+        UserError: Bad data, or a length that fits neither the task nor the model.
+    """
     try:
         task = definition(spec.task)
         answer_room = spec.max_new_tokens or task.max_new_tokens
-        check_length(context, spec.length, 0)
-        rows = read_rows(context.text("all"), f"longbench-{spec.task}")
+        check_length(source, spec.length, 0)
+        rows = read_rows(source.text("all"), f"longbench-{spec.task}")
         if task.name == "trec" and not all(row["all_classes"] for row in rows):
             raise UserError("longbench-trec: the field 'all_classes' is missing")
         chosen = choose(len(rows), spec.samples, seed)
-        fitted = [fit_prompt(tokenizer, task, rows[at], spec.length - answer_room) for at in chosen]
+        limit = spec.length - answer_room
+        fitted = [fit_prompt(source.tokenizer, task, rows[at], limit) for at in chosen]
     except UserError as error:
         text = str(error)
         raise UserError(
-            text if text.startswith("tasks.") else f"tasks.{context.task}: {text}"
+            text if text.startswith("tasks.") else f"tasks.{source.task}: {text}"
         ) from None
-
-    def second_line(tokens: list[int]) -> bool:
-        return "\n" in str(tokenizer.decode(tokens, skip_special_tokens=True)).lstrip("\n")
-
-    def score(index: int, answer: str) -> dict[str, Any]:
-        row = rows[chosen[index]]
-        return {
-            "row": chosen[index],
-            "cut": fitted[index][1],
-            "references": row["answers"],
-            "answer": answer,
-            "score": score_answer(task, row, answer),
-        }
-
-    return Prepared(
-        [prompt for prompt, _ in fitted],
+    return SeedPrompts(
+        [
+            Prompt(
+                tokens,
+                {"row": at, "cut": cut, "references": rows[at]["answers"]},
+                {"all_classes": rows[at]["all_classes"]},
+            )
+            for at, (tokens, cut) in zip(chosen, fitted, strict=True)
+        ],
         answer_room,
-        spec.batch_size,
-        score,
-        # A further line is not looked at, so it is not generated either.
-        stop=second_line if task.first_line else None,
         metrics={
             "rows_available": float(len(rows)),
             "rows_official": float(official_rows(task.name)),
@@ -127,6 +120,17 @@ def prepare_longbench(context: Context, spec: LongBenchTask, seed: int) -> Prepa
     )
 
 
-def run_longbench(context: Context, spec: LongBenchTask, seed: int) -> SuiteResult:
-    """The task's score in percent: the mean of lm-eval's metric over a seed's rows."""
-    return answer_seeds(context, [prepare_longbench(context, spec, seed)])[0]
+def longbench_rules(spec: LongBenchTask, tokenizer: Any) -> Rules:
+    """An answer's score is lm-eval's metric, the best over the row's answers."""
+    task = definition(spec.task)
+
+    def second_line(tokens: list[int]) -> bool:
+        return "\n" in str(tokenizer.decode(tokens, skip_special_tokens=True)).lstrip("\n")
+
+    def score(prompt: Prompt, answer: str) -> float:
+        return score_answer(
+            task, {"answers": prompt.record["references"], **prompt.scoring}, answer
+        )
+
+    # A further line is not looked at, so it is not generated either.
+    return Rules(score, stop=second_line if task.first_line else None)

@@ -21,7 +21,7 @@ from unittest import mock
 
 from kvquant.config import LONGBENCH_TASKS
 from kvquant.errors import UserError, unknown
-from kvquant.evaluation.lm_eval_files import task_files, task_folder
+from kvquant.evaluation.lm_eval_files import file_module, task_files
 
 PACKAGE = "lm_eval.tasks.longbench"
 NO_CHAT_TAGS = {"longbench_fewshot_tasks", "longbench_code_tasks"}
@@ -89,14 +89,9 @@ def metrics_module() -> ModuleType:
                 setattr(stand_ins[package], name, None)
         else:
             importlib.import_module(package)  # for good, not only while the patch below lasts
-    file = task_folder(PACKAGE) / "metrics.py"
-    spec = importlib.util.spec_from_file_location("kvquant_lm_eval_longbench_metrics", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     with mock.patch.dict(sys.modules, stand_ins), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fuzzywuzzy praises a faster package
-        spec.loader.exec_module(module)
-    return module
+        return file_module(PACKAGE, "metrics")
 
 
 def definition(name: str) -> LongBenchDefinition:

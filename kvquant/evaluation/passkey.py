@@ -13,8 +13,8 @@ from typing import Any
 
 from kvquant.config import PasskeyTask
 from kvquant.errors import UserError
-from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
-from kvquant.evaluation.generated import Prepared, answer_seeds
+from kvquant.evaluation.base import Source, check_length, encode
+from kvquant.evaluation.generated import Prompt, Rules, SeedPrompts
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -88,31 +88,40 @@ def is_right(answer: str, key: int) -> bool:
     return first_number(answer) == str(key)
 
 
-def prepare_passkey(context: Context, spec: PasskeyTask, seed: int) -> Prepared:
-    """A seed's prompts; an answer is right or wrong."""
-    check_length(context, spec.length, MAX_NEW_TOKENS)
-    tokenizer = context.qm.tokenizer
+def prepare_passkey(source: Source, spec: PasskeyTask, seed: int) -> SeedPrompts:
+    """A seed's prompts.
+
+    Raises:
+        UserError: A length that fits neither the prompt nor the model.
+    """
+    check_length(source, spec.length, MAX_NEW_TOKENS)
     try:
         samples = [
-            make_sample(tokenizer, spec.length, spec.samples, index, seed)
+            make_sample(source.tokenizer, spec.length, spec.samples, index, seed)
             for index in range(spec.samples)
         ]
     except UserError as error:
-        raise UserError(f"tasks.{context.task}.{error}") from None
+        raise UserError(f"tasks.{source.task}.{error}") from None
+    return SeedPrompts(
+        [
+            Prompt(
+                encode(source.tokenizer, sample.prompt, special=True),
+                {"key": sample.key, "depth": sample.depth},
+            )
+            for sample in samples
+        ],
+        MAX_NEW_TOKENS,
+    )
 
-    def score(index: int, answer: str) -> dict[str, Any]:
-        sample = samples[index]
-        right = float(is_right(answer, sample.key))
-        return {"key": sample.key, "depth": sample.depth, "answer": answer, "score": right}
+
+def passkey_rules(spec: PasskeyTask, tokenizer: Any) -> Rules:
+    """An answer is right or wrong, which is known once its first number has ended."""
 
     def ended(tokens: list[int]) -> bool:
         text = str(tokenizer.decode(tokens, skip_special_tokens=True))
         return _ENDED.search(text) is not None
 
-    prompts = [encode(tokenizer, sample.prompt, special=True) for sample in samples]
-    return Prepared(prompts, MAX_NEW_TOKENS, spec.batch_size, score, metric="accuracy", stop=ended)
+    def score(prompt: Prompt, answer: str) -> float:
+        return float(is_right(answer, prompt.record["key"]))
 
-
-def run_passkey(context: Context, spec: PasskeyTask, seed: int) -> SuiteResult:
-    """Accuracy in percent over a seed's prompts."""
-    return answer_seeds(context, [prepare_passkey(context, spec, seed)])[0]
+    return Rules(score, metric="accuracy", stop=ended)

@@ -11,8 +11,8 @@ from typing import Any
 
 from kvquant.config import RulerTask
 from kvquant.errors import UserError
-from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
-from kvquant.evaluation.generated import Prepared, answer_seeds
+from kvquant.evaluation.base import Source, check_length, encode
+from kvquant.evaluation.generated import Prompt, Rules, SeedPrompts
 from kvquant.evaluation.ruler_tasks import (
     RulerDefinition,
     RulerSample,
@@ -36,14 +36,14 @@ def prompt_text(tokenizer: Any, sample: RulerSample) -> tuple[str, bool]:
 
 
 def _fitting(
-    context: Context, spec: RulerTask, task: RulerDefinition, seed: int
+    source: Source, spec: RulerTask, task: RulerDefinition, seed: int
 ) -> tuple[list[RulerSample], list[list[int]]]:
     """A seed's samples and prompts, none longer with its answer than the task's length.
 
     lm-eval counts neither the chat template nor the answer's prefix nor cwe's worked example, so
     room is left for them; where it was not enough, the samples are made anew with what was missing.
     """
-    tokenizer = context.qm.tokenizer
+    tokenizer = source.tokenizer
     empty, special = prompt_text(tokenizer, RulerSample("", "", []))
     overhead = len(encode(tokenizer, empty, special=special)) + PREFIX_ROOM
     for _ in range(ATTEMPTS):
@@ -54,7 +54,7 @@ def _fitting(
             overhead=overhead,
             samples=spec.samples,
             seed=seed,
-            text=lambda: context.text("all"),
+            text=lambda: source.text("all"),
         )
         prompts = []
         for sample in samples:
@@ -67,28 +67,32 @@ def _fitting(
     raise UserError(f"length: {spec.length} tokens are too few for {task.name}")
 
 
-def prepare_ruler(context: Context, spec: RulerTask, seed: int) -> Prepared:
-    """A seed's prompts; an answer's score is the share of the references found in it."""
+def prepare_ruler(source: Source, spec: RulerTask, seed: int) -> SeedPrompts:
+    """A seed's prompts.
+
+    Raises:
+        UserError: Unknown task, or a length that fits neither the task nor the model.
+    """
     try:
         task = definition(spec.task)
     except UserError as error:
-        raise UserError(f"tasks.{context.task}.task: {error}") from None
+        raise UserError(f"tasks.{source.task}.task: {error}") from None
     # The length already holds the answer's room, so it alone must fit the positions.
-    check_length(context, spec.length, max(0, spec.max_new_tokens - task.max_new_tokens))
+    check_length(source, spec.length, max(0, spec.max_new_tokens - task.max_new_tokens))
     try:
-        samples, prompts = _fitting(context, spec, task, seed)
+        samples, prompts = _fitting(source, spec, task, seed)
     except UserError as error:
-        raise UserError(f"tasks.{context.task}.{error}") from None
+        raise UserError(f"tasks.{source.task}.{error}") from None
+    return SeedPrompts(
+        [
+            Prompt(tokens, {"references": sample.references})
+            for sample, tokens in zip(samples, prompts, strict=True)
+        ],
+        spec.max_new_tokens or task.max_new_tokens,
+    )
 
-    def score(index: int, answer: str) -> dict[str, Any]:
-        references = samples[index].references
-        value = score_answer(task, references, answer)
-        return {"references": references, "answer": answer, "score": value}
 
-    room = spec.max_new_tokens or task.max_new_tokens
-    return Prepared(prompts, room, spec.batch_size, score)
-
-
-def run_ruler(context: Context, spec: RulerTask, seed: int) -> SuiteResult:
-    """The task's score in percent for one seed."""
-    return answer_seeds(context, [prepare_ruler(context, spec, seed)])[0]
+def ruler_rules(spec: RulerTask, tokenizer: Any) -> Rules:
+    """An answer's score is the share of the references found in it."""
+    task = definition(spec.task)
+    return Rules(lambda prompt, answer: score_answer(task, prompt.record["references"], answer))

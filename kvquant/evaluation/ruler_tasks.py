@@ -29,7 +29,7 @@ from typing import Any
 from unittest import mock
 
 from kvquant.errors import UserError, unknown
-from kvquant.evaluation.lm_eval_files import task_files
+from kvquant.evaluation.lm_eval_files import file_module, task_files, without_manager
 
 PACKAGE = "lm_eval.tasks.ruler"
 # Names of RULER's paper -> lm-eval's, where they differ.
@@ -108,8 +108,14 @@ def definition(name: str) -> RulerDefinition:
         function=function,
         max_new_tokens=int(raw["generation_kwargs"]["max_gen_toks"]),
         any_reference=scorer == "process_results_part",
-        score=getattr(_import(where), scorer),
+        score=getattr(_scorers(where), scorer),
     )
+
+
+@functools.cache
+def _scorers(name: str) -> ModuleType:
+    """lm-eval's file with the metrics; its generators and their packages are not needed for it."""
+    return file_module(PACKAGE, name)
 
 
 def score_answer(task: RulerDefinition, references: list[str], answer: str) -> float:
@@ -171,28 +177,31 @@ def _niah_modules() -> tuple[ModuleType, ModuleType]:
     words: about 15 seconds and a gigabyte for every job.
     """
     wonderwords = importlib.import_module("wonderwords")
-    for needed in ("datasets", f"{PACKAGE}.common_utils"):
-        importlib.import_module(needed)
     words = wonderwords.RandomWord()._categories
     none = SimpleNamespace(_categories={name: [] for name in words})
     nltk = ModuleType("nltk")
     nltk.data = SimpleNamespace(find=lambda name: None)  # type: ignore[attr-defined]
     nltk.sent_tokenize = split_sentences  # type: ignore[attr-defined]
-    with (
-        mock.patch.dict(sys.modules, {"nltk": nltk}),
-        mock.patch.object(wonderwords, "RandomWord", lambda: none),
-    ):
-        niah = importlib.import_module(f"{PACKAGE}.niah_utils")
-        source = importlib.import_module(f"{PACKAGE}.prepare_niah")
+    with without_manager():
+        for needed in ("datasets", f"{PACKAGE}.common_utils"):
+            importlib.import_module(needed)  # for good, not only while the patches below last
+        with (
+            mock.patch.dict(sys.modules, {"nltk": nltk}),
+            mock.patch.object(wonderwords, "RandomWord", lambda: none),
+        ):
+            niah = importlib.import_module(f"{PACKAGE}.niah_utils")
+            source = importlib.import_module(f"{PACKAGE}.prepare_niah")
     source.WORDS = WordPairs(words["adjectives"], words["nouns"])  # type: ignore[attr-defined]
     return niah, source
 
 
+@functools.cache
 def _import(module: str) -> ModuleType:
-    """One of lm-eval's RULER modules."""
+    """A private copy of one of lm-eval's RULER modules."""
     if module == "niah_utils":
         return _niah_modules()[0]
-    return importlib.import_module(f"{PACKAGE}.{module}")
+    with without_manager():
+        return importlib.import_module(f"{PACKAGE}.{module}")
 
 
 @functools.lru_cache(maxsize=32)

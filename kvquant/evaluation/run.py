@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvquant.config import PerplexityTask, Study, TaskSpec, load_study
 from kvquant.data import Part, load_text
@@ -23,7 +24,16 @@ from kvquant.evaluation.base import Context, SuiteResult
 from kvquant.fetch.progress import Progress, note
 from kvquant.provenance import environment
 from kvquant.records import EvalRecord
-from kvquant.specs import dataset_of, eval_digest, needs_calibration
+from kvquant.specs import (
+    asks_prompts,
+    dataset_of,
+    eval_digest,
+    needs_calibration,
+    prompts_digest,
+)
+
+if TYPE_CHECKING:
+    from kvquant.evaluation.prompt_file import PromptFile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", required=True, help="name of the task in the study")
     parser.add_argument("--seeds", required=True, nargs="+", type=int, help="seeds to measure")
     parser.add_argument("--model-manifest", required=True, help="manifest.json of fetch-model")
-    parser.add_argument("--data-manifest", help="manifest.json of fetch-data, for tasks with text")
+    parser.add_argument("--prompts", help="file of `kvquant prompts`, for tasks with answers")
+    parser.add_argument("--data-manifest", help="manifest.json of fetch-data, for perplexity")
     parser.add_argument("--quantizer", help="quantizer.json, for schemes that need calibration")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--out-dir", required=True, help="gets seedN/run.json and samples.jsonl")
@@ -58,6 +69,7 @@ def evaluate(
     *,
     model_manifest: str | Path,
     out_dir: str | Path,
+    prompts: str | Path | None = None,
     data_manifest: str | Path | None = None,
     quantizer: str | Path | None = None,
     device: str = "auto",
@@ -66,27 +78,26 @@ def evaluate(
     """Measures every seed that is not finished yet and writes all of them below `out_dir`.
 
     Raises:
-        UserError: An unknown name, a missing file, a task that does not fit the model, or an
-            existing result that is damaged or of another specification.
+        UserError: An unknown name, a missing file, a task or prompts that do not fit, or an
+            existing result that is damaged, of another specification or to other prompts.
     """
     scheme_spec = study.scheme(scheme)
-    study.task(task)
+    task_spec = study.task(task)
     study.model(model)
     if min(seeds) < 0 or len(set(seeds)) != len(seeds):
         raise UserError("--seeds: must be distinct and not negative")
     if needs_calibration(scheme_spec) and quantizer is None:
         raise UserError(f"--quantizer: scheme '{scheme}' needs a quantizer.json (run quantize)")
+    asked = _asked(study, model, task, seeds, prompts)
     finished: dict[int, tuple[EvalRecord, str]] = {}
     digests = {seed: eval_digest(study, model, scheme, task, seed) for seed in seeds}
     keep = Path(resume_dir) if resume_dir is not None else None
     for seed in seeds:
         folder = Path(out_dir) / f"seed{seed}"
-        found, where = seed_files.read_pair(folder, digests[seed]), ", already there"
+        wanted = (digests[seed], asked.sha256(seed) if asked else None)
+        found, where = seed_files.read_pair(folder, *wanted), ", already there"
         if found is None and keep is not None:
-            found, where = (
-                seed_files.kept(keep / digests[seed], digests[seed]),
-                ", kept from before",
-            )
+            found, where = seed_files.kept(keep / digests[seed], *wanted), ", kept from before"
         if found is not None:
             finished[seed] = found
             seed_files.copy(*found, folder)
@@ -94,9 +105,9 @@ def evaluate(
     missing = [seed for seed in seeds if seed not in finished]
     if missing:
         runner = _loader(
-            study, model, scheme, task, model_manifest, data_manifest, quantizer, device
+            study, model, scheme, task, model_manifest, asked, data_manifest, quantizer, device
         )
-        together = _seeds_together(study.task(task))
+        together = _seeds_together(task_spec)
         for first in range(0, len(missing), together):
             group = {seed: digests[seed] for seed in missing[first : first + together]}
             for seed, (record, result) in zip(group, runner(group), strict=True):
@@ -108,6 +119,21 @@ def evaluate(
                     finished[seed] = seed_files.store(folder, record, result)
                 note(_line(finished[seed][0], ""))
     return [finished[seed][0] for seed in seeds]
+
+
+def _asked(
+    study: Study, model: str, task: str, seeds: list[int], prompts: str | Path | None
+) -> PromptFile | None:
+    """The file of prompts, for the suites that have one."""
+    if not asks_prompts(study.task(task)):
+        if prompts is not None:
+            raise UserError(f"--prompts: task '{task}' reads a text and has no prompts")
+        return None
+    if prompts is None:
+        raise UserError(f"--prompts: task '{task}' needs the file of its prompts (run prompts)")
+    from kvquant.evaluation.prompt_file import PromptFile
+
+    return PromptFile(prompts, prompts_digest(study, model, task), seeds)
 
 
 def _seeds_together(task: TaskSpec) -> int:
@@ -123,6 +149,7 @@ def _loader(
     scheme: str,
     task: str,
     model_manifest: str | Path,
+    asked: PromptFile | None,
     data_manifest: str | Path | None,
     quantizer: str | Path | None,
     device: str,
@@ -138,15 +165,21 @@ def _loader(
 
         hf_logging.disable_progress_bar()
     task_spec = study.task(task)
-    if dataset_of(task_spec) and data_manifest is None:
+    if asked is None and dataset_of(task_spec) and data_manifest is None:
         raise UserError(f"--data-manifest: task '{task}' reads '{dataset_of(task_spec)}'")
     qm = load_quantized_model(
         read_manifest(model_manifest), study.scheme(scheme), quantizer=quantizer, device=device
     )
+    if asked is not None:
+        asked.check_tokenizer(qm.tokenizer)
 
     def text(part: Part) -> str:
         assert data_manifest is not None
         return load_text(data_manifest, part)
+
+    def record(seed: int, digest: str, result: SuiteResult, seconds: float) -> EvalRecord:
+        prompts = asked.sha256(seed) if asked else None
+        return _record(study, model, scheme, task, seed, digest, prompts, result, seconds)
 
     def measure(seeds: dict[int, str]) -> list[tuple[EvalRecord, SuiteResult]]:
         start = time.monotonic()
@@ -157,10 +190,12 @@ def _loader(
                 progress.total = total
                 progress.update(done)
 
-            results = run_suite(Context(qm, task, text, report), task_spec, list(seeds))
+            prompts = asked.read(list(seeds)) if asked else []
+            context = Context(qm, task, text, report)
+            results = run_suite(context, task_spec, list(seeds), prompts)
         seconds = (time.monotonic() - start) / len(seeds)
         return [
-            (_record(study, model, scheme, task, seed, digest, result, seconds), result)
+            (record(seed, digest, result, seconds), result)
             for (seed, digest), result in zip(seeds.items(), results, strict=True)
         ]
 
@@ -174,6 +209,7 @@ def _record(
     task: str,
     seed: int,
     digest: str,
+    prompts_sha256: str | None,
     result: SuiteResult,
     seconds: float,
 ) -> EvalRecord:
@@ -197,6 +233,7 @@ def _record(
         cache_elements=result.cache_elements,
         bits_per_element=8.0 * result.cache_bytes / result.cache_elements,
         samples_sha256="",
+        prompts_sha256=prompts_sha256,
         seconds=seconds,
     )
 
@@ -211,6 +248,7 @@ def run(args: argparse.Namespace) -> None:
         args.seeds,
         model_manifest=args.model_manifest,
         out_dir=args.out_dir,
+        prompts=args.prompts,
         data_manifest=args.data_manifest,
         quantizer=args.quantizer,
         device=args.device,

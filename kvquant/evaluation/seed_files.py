@@ -19,11 +19,17 @@ from kvquant.records import (
 RECORD, SAMPLES = "run.json", "samples.jsonl"
 
 
-def read_pair(folder: Path, digest: str) -> tuple[EvalRecord, str] | None:
+def read_pair(folder: Path, digest: str, prompts: str | None) -> tuple[EvalRecord, str] | None:
     """A finished seed: its record and the text of its samples; None where there is no record.
 
+    Args:
+        folder: Where it is.
+        digest: Of the specification.
+        prompts: Hash of the seed's prompts, for suites that have them.
+
     Raises:
-        UserError: The record or its samples are damaged, or belong to another specification.
+        UserError: The record or its samples are damaged, or belong to another specification or to
+            other prompts.
     """
     if not (folder / RECORD).is_file():
         return None
@@ -32,6 +38,11 @@ def read_pair(folder: Path, digest: str) -> tuple[EvalRecord, str] | None:
         raise UserError(
             f"{folder / RECORD}: is the result of another specification "
             f"(digest {record.spec_digest}, expected {digest}): delete it by name"
+        )
+    if record.prompts_sha256 != prompts:
+        raise UserError(
+            f"{folder / RECORD}: holds the answers to other prompts (sha256 "
+            f"{record.prompts_sha256}, expected {prompts}): delete it by name to measure again"
         )
     samples = folder / SAMPLES
     text = samples.read_text(encoding="utf-8") if samples.is_file() else ""
@@ -43,10 +54,10 @@ def read_pair(folder: Path, digest: str) -> tuple[EvalRecord, str] | None:
     return record, text
 
 
-def kept(folder: Path, digest: str) -> tuple[EvalRecord, str] | None:
+def kept(folder: Path, digest: str, prompts: str | None) -> tuple[EvalRecord, str] | None:
     """As :func:`read_pair` for the resume folder, where what is damaged is told and dropped."""
     try:
-        return read_pair(folder, digest)
+        return read_pair(folder, digest, prompts)
     except UserError as error:
         note(f"resume: not used: {str(error).splitlines()[0]}")
         for name in (RECORD, SAMPLES):

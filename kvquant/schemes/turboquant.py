@@ -11,10 +11,11 @@ signs) is not built. bits + 16 / head_dim bits an element.
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 import torch
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri  # scipy.stats takes a second to import
 
 from kvquant.config import TurboQuantScheme
 from kvquant.hadamard import factors, rotate
@@ -31,11 +32,11 @@ def lloyd_max(bits: int) -> tuple[float, ...]:
     mean of their interval.
     """
     count = 2**bits
-    levels = norm.ppf((np.arange(count) + 0.5) / count)
+    levels = ndtri((np.arange(count) + 0.5) / count)
     for _ in range(2000):
         edges = np.concatenate([[-np.inf], (levels[:-1] + levels[1:]) / 2, [np.inf]])
-        mass = np.diff(norm.cdf(edges))
-        levels = -np.diff(norm.pdf(edges)) / mass
+        mass = np.diff(ndtr(edges))
+        levels = -np.diff(np.exp(-(edges**2) / 2) / math.sqrt(2 * math.pi)) / mass
     return tuple((levels - levels[::-1]) / 2)  # exactly symmetric
 
 

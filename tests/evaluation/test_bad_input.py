@@ -11,14 +11,13 @@ import pytest
 from kvquant.config import Fp16Scheme, KiviScheme, LongBenchTask, PasskeyTask, RulerTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, check_length
-from kvquant.evaluation.longbench import run_longbench
-from kvquant.evaluation.passkey import run_passkey
-from kvquant.evaluation.ruler import prepare_ruler
 from kvquant.generation import greedy
 from kvquant.models import load_quantized_model
+from tests.evaluation.asking import asker, prepare
 from tests.evaluation.test_ruler import ESSAYS
 from tests.evaluation.tiny import TEXT, save_tiny
 
+run_passkey = asker("long")
 LONG = PasskeyTask(suite="passkey", length=420, samples=2, batch_size=2)
 
 
@@ -42,7 +41,7 @@ def context(qm: Any) -> Context:
 def test_beyond_the_positions_is_refused_and_told_what_to_do(tmp_path: Path) -> None:
     qm = load(tmp_path, None)
     with pytest.raises(UserError, match=r"tasks\.long\.length: 420 .* 256 positions.*rope_scaling"):
-        run_passkey(context(qm), LONG, 0)
+        run_passkey(qm, LONG, 0)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +54,7 @@ def test_beyond_the_positions_is_refused_and_told_what_to_do(tmp_path: Path) -> 
 def test_scaled_rope_lets_longer_prompts_pass(tmp_path: Path, rope: dict[str, Any]) -> None:
     qm = load(tmp_path, rope)
     assert (qm.max_positions, qm.position_limit) == (256, 512)
-    found = run_passkey(context(qm), LONG, 0)
+    found = run_passkey(qm, LONG, 0)
     assert all(400 < row["prompt_tokens"] <= 420 for row in found.rows)
     with pytest.raises(UserError, match="512 positions"):
         check_length(context(qm), 513, 0)
@@ -74,10 +73,10 @@ def test_no_chat_template_means_plain_prompts(tmp_path: Path) -> None:
     qm = load_quantized_model(tmp_path, Fp16Scheme(kind="fp16"), device="cpu")
     assert not getattr(qm.tokenizer, "chat_template", None)
     spec = RulerTask(suite="ruler", task="niah_single_1", length=1600, samples=1)
-    prompt = qm.tokenizer.decode(prepare_ruler(context(qm), spec, 0).prompts[0])
+    prompt = qm.tokenizer.decode(prepare(qm, "long", ESSAYS, spec, 0).prompts[0].tokens)
     assert "<|im_start|>user" not in prompt and prompt.rstrip().endswith(" is")
     row = {"context": TEXT, "input": "Which?", "answers": ["none"]}
     task = LongBenchTask(suite="longbench", task="qasper", length=900, max_new_tokens=3)
     lines = json.dumps(row)
-    found = run_longbench(Context(qm, "lb", lambda part: lines), task, 0)
+    found = asker("lb", lines)(qm, task, 0)
     assert len(found.rows) == 1 and found.rows[0]["prompt_tokens"] > 50

@@ -11,12 +11,12 @@ import pytest
 
 from kvquant.config import LONGBENCH_TASKS, LongBenchTask, parse_study
 from kvquant.errors import UserError
-from kvquant.evaluation.base import Context
 from kvquant.evaluation.lm_eval_files import task_files
-from kvquant.evaluation.longbench import as_tokens, choose, cut_middle, fit_prompt, run_longbench
+from kvquant.evaluation.longbench import as_tokens, choose, cut_middle, fit_prompt
 from kvquant.evaluation.longbench_tasks import PACKAGE, definition, first_line, read_rows
 from kvquant.fetch import data as fetch
 from kvquant.fetch.data import fetch_data
+from tests.evaluation.asking import asker
 from tests.evaluation.tiny import TEXT, tiny_tokenizer
 
 PLAIN = ("trec", "triviaqa", "samsum", "lcc", "repobench-p")
@@ -39,7 +39,7 @@ def lines(rows: list[dict[str, Any]]) -> str:
 def measure(qm: Any, task: str, rows: list[dict[str, Any]], seed: int = 0, **more: Any) -> Any:
     settings: dict[str, Any] = {"length": 900, "max_new_tokens": 6, **more}
     spec = LongBenchTask(suite="longbench", task=task, **settings)
-    return run_longbench(Context(qm, "lb", lambda part: lines(rows)), spec, seed)
+    return asker("lb", lines(rows))(qm, spec, seed)
 
 
 def test_names_are_lm_evals_english_tasks() -> None:

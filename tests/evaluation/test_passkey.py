@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from kvquant.config import PasskeyTask
 from kvquant.errors import UserError
 from kvquant.evaluation import passkey
-from kvquant.evaluation.base import Context, encode
+from kvquant.evaluation.base import encode
 from kvquant.evaluation.passkey import (
     is_right,
     make_sample,
     passkey_prompt,
-    run_passkey,
 )
+from tests.evaluation.asking import asker
 from tests.evaluation.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -29,8 +29,7 @@ def spec(**changes: Any) -> PasskeyTask:
     return PasskeyTask(**{"suite": "passkey", "length": 300, "samples": 4, **changes})
 
 
-def context(qm: Any) -> Context:
-    return Context(qm, "key", lambda part: "")
+run_passkey = asker("key")
 
 
 @given(st.integers(1, 50_000), st.floats(0, 1), st.integers(0, 3000))
@@ -57,7 +56,7 @@ def test_too_short_a_length_is_named(tiny: Any) -> None:
     with pytest.raises(UserError, match="length: 40 tokens, but the prompt without filler"):
         make_sample(TOKENIZER, 40, 1, 0, 0)
     with pytest.raises(UserError, match=r"tasks\.key\.length: 2047 tokens and 10 of answer"):
-        run_passkey(context(tiny), spec(length=2047), 0)
+        run_passkey(tiny, spec(length=2047), 0)
 
 
 @pytest.mark.parametrize(
@@ -71,12 +70,12 @@ def test_the_first_number_counts(answer: str, right: bool) -> None:
 @pytest.mark.parametrize("name", ["tiny", "tiny_kivi"])
 def test_result_does_not_depend_on_the_batch(name: str, request: pytest.FixtureRequest) -> None:
     qm = request.getfixturevalue(name)
-    alone = run_passkey(context(qm), spec(batch_size=1), 3)
-    together = run_passkey(context(qm), spec(batch_size=3), 3)
+    alone = run_passkey(qm, spec(batch_size=1), 3)
+    together = run_passkey(qm, spec(batch_size=3), 3)
     assert together.rows == alone.rows
     assert together.value == alone.value == 100 * sum(r["score"] for r in alone.rows) / 4
     assert len({row["key"] for row in alone.rows}) == 4
-    assert run_passkey(context(qm), spec(batch_size=1), 4).rows != alone.rows
+    assert run_passkey(qm, spec(batch_size=1), 4).rows != alone.rows
 
 
 def test_wording_is_the_published_one(data_dir: Path) -> None:

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from kvquant.config import RULER_TASKS, RulerTask
 from kvquant.errors import UserError
-from kvquant.evaluation.base import Context
-from kvquant.evaluation.ruler import prompt_text, run_ruler
+from kvquant.evaluation.ruler import prompt_text
 from kvquant.evaluation.ruler_tasks import (
     RulerSample,
     WordPairs,
@@ -25,6 +24,7 @@ from kvquant.evaluation.ruler_tasks import (
     score_answer,
 )
 from kvquant.fetch.data import DATASETS
+from tests.evaluation.asking import asker
 from tests.evaluation.tiny import TEXT, tiny_tokenizer
 
 ESSAYS = "This is a sentence about nothing. Another one follows it at once. " * 400
@@ -65,6 +65,9 @@ NAMES = (
 )
 
 
+run_ruler = asker("ruler", ESSAYS)
+
+
 def count(text: str) -> int:
     return len(text.split())
 
@@ -79,10 +82,6 @@ def make(name: str, seed: int, samples: int = 2, length: int = 1500) -> list[Rul
         seed=seed,
         text=lambda: ESSAYS,
     )
-
-
-def context(qm: Any) -> Context:
-    return Context(qm, "ruler", lambda part: ESSAYS)
 
 
 def test_every_task() -> None:
@@ -190,7 +189,9 @@ def test_leaves_global_state_alone(capsys: pytest.CaptureFixture[str]) -> None:
     make("vt", 1)
     make("niah_single_1", 1)
     assert [before, random.random(), random.random()] == expected
+    # Only a real import of lm-eval's tasks leaves them there, and it leaves all of them.
     assert "lm_eval.tasks.ruler.prepare_niah" not in sys.modules
+    assert ("lm_eval.tasks" in sys.modules) == ("lm_eval.tasks.manager" in sys.modules)
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err == ""
 
@@ -231,7 +232,7 @@ def test_word_pairs_equal_the_sorted_list(firsts: list[str], seconds: list[str])
 def test_unknown_task_offers_the_nearest(tiny: Any, name: str, message: str) -> None:
     spec = RulerTask(suite="ruler", task=name, length=512, samples=1)
     with pytest.raises(UserError, match=f"tasks.ruler.task: .*{message}"):
-        run_ruler(context(tiny), spec, 0)
+        run_ruler(tiny, spec, 0)
 
 
 def test_answer_starts_behind_the_assistants_turn() -> None:
@@ -245,17 +246,17 @@ def test_answer_starts_behind_the_assistants_turn() -> None:
 @pytest.mark.slow
 def test_runs_on_a_model(tiny: Any, tiny_kivi: Any) -> None:
     spec = RulerTask(suite="ruler", task="niah_single_1", length=1600, samples=2, max_new_tokens=3)
-    plain = run_ruler(context(tiny), spec, 1)
+    plain = run_ruler(tiny, spec, 1)
     assert len(plain.rows) == 2
     assert all(row["prompt_tokens"] + 128 <= 1600 for row in plain.rows)
     assert all(row["score"] in (0.0, 1.0) for row in plain.rows)
     assert plain.value == 50 * sum(row["score"] for row in plain.rows)
-    packed = run_ruler(context(tiny_kivi), spec, 1)
+    packed = run_ruler(tiny_kivi, spec, 1)
     for ours, theirs in zip(packed.rows, plain.rows, strict=True):
         assert ours["references"] == theirs["references"]
         assert ours["prompt_tokens"] == theirs["prompt_tokens"]
     with pytest.raises(UserError, match=r"tasks\.ruler\.length: 4096 tokens.* 2048 positions"):
-        run_ruler(context(tiny), spec.model_copy(update={"length": 4096}), 0)
+        run_ruler(tiny, spec.model_copy(update={"length": 4096}), 0)
 
 
 def test_score_counts_every_reference() -> None:

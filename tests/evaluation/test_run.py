@@ -12,10 +12,11 @@ from kvquant.cli import main
 from kvquant.config import Study, parse_study
 from kvquant.errors import UserError
 from kvquant.evaluation import registry, run
+from kvquant.evaluation.prompts import make_prompts
 from kvquant.evaluation.run import evaluate
 from kvquant.fetch.model import fetch_model
 from kvquant.records import EvalRecord, read_record
-from kvquant.specs import eval_digest
+from kvquant.specs import eval_digest, prompts_digest
 
 
 def study_of(tiny_dir: Path, **task: Any) -> dict[str, Any]:
@@ -51,8 +52,19 @@ def study(tiny_dir: Path) -> Study:
     return parse_study(study_of(tiny_dir))
 
 
+def asked(study: Study, manifest: Path, seeds: list[int], task: str = "passkey") -> Path:
+    """The file of prompts of some seeds, made beside the manifest."""
+    name = f"{prompts_digest(study, 'tiny', task)}-{'-'.join(map(str, sorted(seeds)))}.jsonl.gz"
+    file = manifest.parent / name
+    if not file.is_file():
+        make_prompts(study, "tiny", task, seeds, model_manifest=manifest, out=file)
+    return file
+
+
 def measure(study: Study, manifest: Path, out: Path, seeds: list[int], **more: Any) -> Any:
-    settings = {"model_manifest": manifest, "out_dir": out, "device": "cpu", **more}
+    prompts = asked(study, manifest, seeds)
+    settings = {"model_manifest": manifest, "out_dir": out, "device": "cpu", "prompts": prompts}
+    settings |= more
     return evaluate(study, "tiny", settings.pop("scheme", "kivi-4"), "passkey", seeds, **settings)
 
 
@@ -70,9 +82,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     plain = registry.run_suite
 
-    def counting(context: Any, spec: Any, seeds: list[int]) -> Any:
+    def counting(context: Any, spec: Any, seeds: list[int], *prompts: Any) -> Any:
         seen.extend(seeds)
-        return plain(context, spec, seeds)
+        return plain(context, spec, seeds, *prompts)
 
     monkeypatch.setattr(registry, "run_suite", counting)
     return seen
@@ -179,8 +191,10 @@ def test_damaged_results_are_not_overwritten(study: Study, manifest: Path, tmp_p
         (["--task", "passky"], "unknown task 'passky': did you mean passkey"),
         (["--model", "tinny"], "unknown model 'tinny'"),
         (["--scheme", "nuq3"], "--quantizer: scheme 'nuq3' needs"),
-        (["--task", "long"], "tasks.long.length: 100000 tokens and 10 of answer"),
-        (["--task", "ppl"], "--data-manifest: task 'ppl' reads 'essays'"),
+        (["--task", "long"], "holds the prompts of another specification"),
+        (["--task", "ppl"], "--prompts: task 'ppl' reads a text and has no prompts"),
+        (["--prompts", "none.jsonl.gz"], "--prompts: no such file: none.jsonl.gz"),
+        (["--seeds", "0", "7"], "holds no prompts of seed 7, only of 0"),
         (["--model-manifest", "none.json"], "--model-manifest: no such file"),
         (["--seeds", "1", "1"], "--seeds: must be distinct"),
         (["--seeds", "-1"], "--seeds"),
@@ -198,11 +212,27 @@ def test_bad_input_is_one_line(
     file.write_text(json.dumps(study_of(tiny_dir)))
     words = ["evaluate", "--study", str(file), "--model", "tiny", "--scheme", "fp16"]
     words += ["--task", "passkey", "--seeds", "0", "--model-manifest", str(manifest)]
+    words += ["--prompts", str(asked(parse_study(study_of(tiny_dir)), manifest, [0]))]
     words += ["--device", "cpu", "--out-dir", str(tmp_path / "out"), *options]
     assert main(words) == 2
     told = capsys.readouterr().err.strip().splitlines()
     assert message in told[-1] and told[-1].startswith("kvquant: error: ")
     assert not list(tmp_path.glob("out/seed*/run.json"))
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("passkey", "--prompts: task 'passkey' needs the file of its prompts (run prompts)"),
+        ("ppl", "--data-manifest: task 'ppl' reads 'essays'"),
+    ],
+)
+def test_a_missing_input_is_named(
+    study: Study, manifest: Path, tmp_path: Path, task: str, message: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        evaluate(study, "tiny", "fp16", task, [0], model_manifest=manifest, out_dir=tmp_path)
+    assert message in str(error.value)
 
 
 def test_finished_seeds_need_no_model(

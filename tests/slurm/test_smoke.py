@@ -43,12 +43,15 @@ def test_slurm_and_a_local_run_give_the_same_tables(
             *("COMPLETED", PARTITION, ACCOUNT),
         )
         whole = job["Comment"].startswith(("rule_throughput", "rule_energy"))
-        gpus = 0 if job["Comment"].startswith("rule_quantize") else 8 if whole else 1
+        gpus = (
+            0 if job["Comment"].startswith(("rule_quantize", "rule_prompts")) else 8 if whole else 1
+        )
         assert job.get("TresPerJob") == (f"gres:gpu:a100:{gpus}" if gpus else None)
         assert job["MinMemoryNode"] == {0: "4000M", 1: "125G", 8: "1000G"}[gpus]
     cells = len(study["schemes"]) * len(study["tasks"])
     rules = Counter(job["Comment"].split("_")[1] for job in jobs.values())
     expected = {"calibrate": 1, "quantize": 2, "evaluate": cells, "throughput": 1, "energy": 1}
+    assert rules.pop("prompts", 2) == 2  # none where the folder of fetched files holds them
     assert rules == expected
     done = Counter(place.calls("end"))
     assert len(done) == len(jobs) and set(done.values()) == {1}

@@ -11,8 +11,15 @@ from pathlib import Path
 import pytest
 
 COUNTS = {
-    "demo": {"evaluate": 15, "calibrate": 1, "quantize": 3, "plot": 4, "append_cost": 1},
-    "smoke": {"evaluate": 12, "throughput": 1, "energy": 1},
+    "demo": {
+        "prompts": 2,
+        "evaluate": 15,
+        "calibrate": 1,
+        "quantize": 3,
+        "plot": 4,
+        "append_cost": 1,
+    },
+    "smoke": {"prompts": 2, "evaluate": 12, "throughput": 1, "energy": 1},
 }
 
 
@@ -34,11 +41,9 @@ def jobs(output: str) -> dict[str, int]:
 
 
 def fresh(tmp_path: Path) -> list[str]:
-    """Options that put all outputs of a study into an empty folder."""
-    return [
-        "--config",
-        f"pathvars={{'results': '{tmp_path}/r', 'paper': '{tmp_path}/p', 'logs': '{tmp_path}/l'}}",
-    ]
+    """Options that put all outputs of a study, and what it fetches, into an empty folder."""
+    folders = {name: f"{tmp_path}/{name[0]}" for name in ("results", "paper", "logs", "cache")}
+    return ["--config", f"pathvars={folders}"]
 
 
 def study(root: Path, tmp_path: Path, name: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -110,9 +115,15 @@ def test_released_results_rebuild_figures_without_measuring(root: Path, tmp_path
     assert done.returncode == 0, done.stderr
     found = jobs(done.stdout + done.stderr)
     assert {"aggregate", "statistics", "pareto", "plot"} <= set(found)
-    assert not {"evaluate", "calibrate", "quantize", "throughput", "energy", "fetch_model"} & set(
-        found
-    )
+    assert not {
+        "evaluate",
+        "prompts",
+        "calibrate",
+        "quantize",
+        "throughput",
+        "energy",
+        "fetch_model",
+    } & set(found)
 
 
 def test_the_workflow_imports_no_torch(root: Path) -> None:

@@ -17,7 +17,7 @@ from kvquant.config import load_study
 from kvquant.grid import place_in_line
 
 pytestmark = pytest.mark.slow
-MEASURED = {"evaluate", "throughput", "energy", "calibrate", "quantize", "fetch-model"}
+MEASURED = {"prompts", "evaluate", "throughput", "energy", "calibrate", "quantize", "fetch-model"}
 STUB = '#!/bin/sh\nif [ "$1 $2" = "-m kvquant" ]; then shift 2; exec {python} {stub} "$@"; fi\n'
 STUB += 'exec {python} "$@"\n'
 
@@ -99,7 +99,7 @@ def test_copied_inputs_measure_nothing_again(
 ) -> None:
     folders = [work / name for name in ("resources", "results/smoke/calib", "results/smoke/models")]
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
-    assert len(files) >= 8
+    assert len(files) >= 8 and sum(file.suffix == ".gz" for file in files) == 2
     for file in files:  # a copy has the time of copying
         os.utime(file)
     kept = (work / ".snakemake").rename(work / ".elsewhere")
@@ -123,6 +123,11 @@ def test_copied_inputs_measure_nothing_again(
         (
             [("residual: 32", "residual: 64"), ("max_seconds: 5", "max_seconds: 6")],
             {"evaluate": 3, "throughput": 1},
+        ),
+        # a task: its prompts, and what answers them
+        (
+            [("length: 256,", "length: 300,")],
+            {"prompts": 1, "evaluate": 4},
         ),
         # how tests judge, and a job's time limit: nothing is measured again
         (
@@ -160,6 +165,27 @@ def test_another_model_is_fetched_and_measured(
     jobs = planned(run("-n", "-p", changes=[("    sha256: bcc8", "    sha256: 1cc8")]))
     verbs = Counter(verb for verb, _ in jobs if verb in MEASURED)
     assert verbs["fetch-model"] == verbs["calibrate"] == 1 and verbs["evaluate"] == 12
+    assert verbs["prompts"] == 2  # its tokens may be others
+
+
+def test_prompts_that_were_carried_are_not_made_again(
+    run: Callable[..., subprocess.CompletedProcess[str]], work: Path
+) -> None:
+    os.utime(work / "resources/models/smollm2-135m/manifest.json")  # as if made here, later
+    texts = list(work.glob("resources/data/*/manifest.json"))
+    lost = [file.rename(file.with_suffix(".lost")) for file in texts]
+    results = (work / "results/smoke/eval").rename(work / "results/smoke/lost")
+    try:
+        folder = "results/smoke/eval/smollm2-135m"
+        tasks = ("passkey-256", "ruler-niah-single-1")
+        targets = [f"{folder}/{s}/{t}/seed0/run.json" for s in ("fp16", "kivi-2") for t in tasks]
+        jobs = planned(run("-n", "-p", "--", *targets))
+        assert Counter(verb for verb, _ in jobs) == {"evaluate": 4}
+        assert all(f"/{o['task']}/" in o["prompts"] for _, o in jobs)
+    finally:
+        results.rename(work / "results/smoke/eval")
+        for file in lost:
+            file.rename(file.with_suffix(".json"))
 
 
 def test_one_artifact_asks_for_no_other(

@@ -35,6 +35,7 @@ wildcard_constraints:
     workload="|".join({*STUDY.throughput.workloads, *STUDY.energy.workloads} or {"none"}),
     dataset=r"essays|wikitext2|squad|hotpotqa|longbench-[a-z0-9_-]+",
     device=re.escape(DEVICE),
+    digest=r"[0-9a-f]{16}",
     seed=r"\d+",
     rep=r"\d+",
 

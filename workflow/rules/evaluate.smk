@@ -6,7 +6,8 @@ rule evaluate:
     """Accuracy of one scheme on one task, for every seed of the study."""
     input:
         model=weights,
-        data=text,
+        prompts=asked,
+        data=read_text,
         quantizer=quantizer,
     output:
         MEASURED(
@@ -34,6 +35,7 @@ rule evaluate:
         device=DEVICE_KIND,
         out=lambda wildcards, output: Path(output[0]).parents[1],
         resume=STUDY_FILE.parent / "resume",
+        prompts=lambda wildcards, input: f" --prompts {input.prompts}" if input.prompts else "",
         data=lambda wildcards, input: f" --data-manifest {input.data}" if input.data else "",
         quantizer=lambda wildcards, input: (
             f" --quantizer {input.quantizer}" if input.quantizer else ""
@@ -43,8 +45,8 @@ rule evaluate:
     shell:
         "OMP_NUM_THREADS={threads} python -m kvquant evaluate --study {params.study}"
         " --model {wildcards.model} --scheme {wildcards.scheme} --task {wildcards.task}"
-        " --seeds {params.seeds} --model-manifest {input.model}{params.data}{params.quantizer}"
-        " --device {params.device} --out-dir {params.out} --resume-dir {params.resume}"
+        " --seeds {params.seeds} --model-manifest {input.model}{params.prompts}{params.data}"
+        "{params.quantizer} --device {params.device} --out-dir {params.out} --resume-dir {params.resume}"
         " > {log} 2>&1"
 
 

@@ -37,7 +37,21 @@ def quantizer(wildcards):
     return kept(f"<results>/models/{name}/{scheme}/quantizer.json", digest)
 
 
+def asked(wildcards):
+    """The prompts of a task that has them. Their name holds their digest: no other can be there."""
+    model, task = wildcards.model, wildcards.task
+    if not specs.asks_prompts(STUDY.tasks[task]):
+        return []
+    name = specs.prompts_name(STUDY, model, task)
+    return ancient(f"<cache>/prompts/{model}/{task}/{name}.jsonl.gz")
+
+
+def read_text(wildcards):
+    """The text that an evaluation reads itself; other suites have theirs in the prompts."""
+    return [] if specs.asks_prompts(STUDY.tasks[wildcards.task]) else text(wildcards)
+
+
 def text(wildcards):
-    """The manifest of the text a task reads, if it reads one."""
+    """The manifest of the text that a task is made of, if it is made of one."""
     dataset = specs.dataset_of(STUDY.tasks[wildcards.task])
     return ancient(f"<cache>/data/{dataset}/manifest.json") if dataset else []

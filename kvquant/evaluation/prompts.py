@@ -1,0 +1,102 @@
+"""Verb prompts: what a task of generated answers asks a model, for all seeds, as one file.
+
+Every scheme is asked the same, so this is done once for a (model, task), without the model's
+weights and without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from kvquant.config import Study, load_study
+from kvquant.data import Part, load_text, read_data_manifest
+from kvquant.errors import UserError
+from kvquant.fetch.progress import Progress, note
+from kvquant.specs import asks_prompts, dataset_of, prompts_digest
+
+PACKAGES = ("lm-eval", "tokenizers", "transformers")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `kvquant prompts`."""
+    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
+    parser.add_argument("--model", required=True, help="name of the model in the study")
+    parser.add_argument("--task", required=True, help="name of the task in the study")
+    parser.add_argument("--seeds", required=True, nargs="+", type=int, help="seeds to prepare")
+    parser.add_argument("--model-manifest", required=True, help="manifest.json of fetch-model")
+    parser.add_argument("--data-manifest", help="manifest.json of fetch-data, for tasks with text")
+    parser.add_argument("--out", required=True, help="the file of prompts (.jsonl.gz)")
+
+
+def make_prompts(
+    study: Study,
+    model: str,
+    task: str,
+    seeds: list[int],
+    *,
+    model_manifest: str | Path,
+    out: str | Path,
+    data_manifest: str | Path | None = None,
+) -> None:
+    """Prepares the prompts of seeds and writes them to `out`.
+
+    Raises:
+        UserError: An unknown name, a missing file, a task that asks nothing or does not fit the
+            model, or a file with other content at `out`.
+    """
+    spec = study.task(task)
+    digest = prompts_digest(study, model, task)
+    if not asks_prompts(spec):
+        raise UserError(f"--task: '{task}' is of suite '{spec.suite}', which has no prompts")
+    if min(seeds) < 0 or len(set(seeds)) != len(seeds):
+        raise UserError("--seeds: must be distinct and not negative")
+    if dataset_of(spec) and data_manifest is None:
+        raise UserError(f"--data-manifest: task '{task}' reads '{dataset_of(spec)}'")
+    # Late, so that wrong names are told at once.
+    from kvquant.evaluation.base import Source
+    from kvquant.evaluation.prompt_file import probe, write_prompts
+    from kvquant.evaluation.registry import ANSWERED
+    from kvquant.models import load_tokenizer, read_manifest
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    tokenizer, limit = load_tokenizer(read_manifest(model_manifest).directory)
+
+    def text(part: Part) -> str:
+        assert data_manifest is not None
+        return load_text(data_manifest, part)
+
+    source = Source(tokenizer, limit, task, text)
+    start, found = time.monotonic(), {}
+    with Progress(f"{model} {task} prompts", len(seeds), unit="seeds") as progress:
+        for seed in seeds:
+            found[seed] = ANSWERED[spec.suite].prepare(source, spec, seed)
+            progress.update(len(found))
+    header = write_prompts(
+        out,
+        found,
+        spec_digest=digest,
+        spec=spec.model_dump(mode="json", exclude={"minutes", "batch_size"}),
+        data_sha256=read_data_manifest(data_manifest).sha256 if data_manifest else None,
+        packages={name: version(name) for name in PACKAGES},
+        probe=probe(tokenizer),
+    )
+    count = sum(entry.prompts for entry in header.seeds)
+    tokens = sum(len(prompt.tokens) for seed in found.values() for prompt in seed.prompts)
+    note(f"{model} {task}: {count} prompts, {tokens} tokens, {time.monotonic() - start:.1f} s")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs `kvquant prompts`."""
+    make_prompts(
+        load_study(args.study),
+        args.model,
+        args.task,
+        args.seeds,
+        model_manifest=args.model_manifest,
+        out=args.out,
+        data_manifest=args.data_manifest,
+    )

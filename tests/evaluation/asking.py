@@ -1,0 +1,50 @@
+"""A task measured as the workflow does it: prompts into a file, the file to a model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvquant.config import TaskSpec
+from kvquant.evaluation.base import Context, Source, SuiteResult
+from kvquant.evaluation.generated import SeedPrompts
+from kvquant.evaluation.prompt_file import PromptFile, probe, write_prompts
+from kvquant.evaluation.registry import ANSWERED, run_suite
+
+DIGEST = "0" * 16
+
+
+def prepare(qm: Any, task: str, text: str, spec: TaskSpec, seed: int) -> SeedPrompts:
+    """A seed's prompts in the tokens of a model."""
+    source = Source(qm.tokenizer, qm.position_limit, task, lambda part: text)
+    return ANSWERED[spec.suite].prepare(source, spec, seed)
+
+
+def write(path: Path, tokenizer: Any, seeds: dict[int, SeedPrompts]) -> None:
+    """A file of prompts with the digest `DIGEST`."""
+    write_prompts(
+        path,
+        seeds,
+        spec_digest=DIGEST,
+        spec={},
+        data_sha256=None,
+        packages={},
+        probe=probe(tokenizer),
+    )
+
+
+def asker(task: str, text: str = "") -> Callable[[Any, TaskSpec, int], SuiteResult]:
+    """(model, task, seed) to the seed's result; `text` is the task's data set."""
+
+    def measure(qm: Any, spec: TaskSpec, seed: int) -> SuiteResult:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "prompts.jsonl.gz"
+            write(path, qm.tokenizer, {seed: prepare(qm, task, text, spec, seed)})
+            file = PromptFile(path, DIGEST, [seed])
+            file.check_tokenizer(qm.tokenizer)
+            context = Context(qm, task, lambda part: text)
+            return run_suite(context, spec, [seed], file.read([seed]))[0]
+
+    return measure

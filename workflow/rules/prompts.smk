@@ -1,0 +1,43 @@
+# What tasks of generated answers ask; once for all schemes, on a CPU. A file's name tells all that it
+# depends on, so that it is never out of date.
+
+
+rule prompts:
+    """The prompts of one task in a model's tokens, for every seed of the study."""
+    input:
+        model=ancient("<cache>/models/{model}/manifest.json"),
+        data=text,
+    output:
+        "<cache>/prompts/{model}/{task}/{digest}.jsonl.gz",
+    log:
+        "<logs>/prompts/{model}/{task}-{digest}.log",
+    threads: 1
+    priority: lambda w: 1 - place_in_line(STUDY, w.model, STUDY.baseline, w.task)
+    resources:
+        gpu=0,
+        nodes=1,
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
+        runtime=lambda wildcards, attempt: 60 * attempt,
+    params:
+        study=STUDY_FILE,
+        seeds=STUDY.seeds,
+        data=lambda wildcards, input: f" --data-manifest {input.data}" if input.data else "",
+    message:
+        "Preparing the prompts of {wildcards.task} ({wildcards.model})"
+    shell:
+        "OMP_NUM_THREADS={threads} python -m kvquant prompts --study {params.study}"
+        " --model {wildcards.model} --task {wildcards.task} --seeds {params.seeds}"
+        " --model-manifest {input.model}{params.data} --out {output} > {log} 2>&1"
+
+
+rule questions:
+    """All prompts of the study."""
+    input:
+        [
+            f"<cache>/prompts/{model}/{task}/{specs.prompts_name(STUDY, model, task)}.jsonl.gz"
+            for model in STUDY.models
+            for task, spec in STUDY.tasks.items()
+            if specs.asks_prompts(spec)
+        ],
+    message:
+        "All prompts are prepared"
