@@ -14,6 +14,7 @@ from kvquant.config import (
     CalibratedScheme,
     EnergySpec,
     ModelSpec,
+    PerplexityTask,
     SchemeSpec,
     Study,
     TaskSpec,
@@ -65,8 +66,10 @@ def quantizer_digest(study: Study, model: str, scheme: str) -> str:
 
 
 def eval_digest(study: Study, model: str, scheme: str, task: str, seed: int) -> str:
-    """Digest of one evaluation result. Expected run times do not count."""
-    spec = study.task(task).model_dump(mode="json", exclude={"minutes"})
+    """Digest of one evaluation result. Expected run times and windows a batch do not count."""
+    chosen = study.task(task)
+    speed = {"minutes"} | ({"batch_size"} if isinstance(chosen, PerplexityTask) else set())
+    spec = chosen.model_dump(mode="json", exclude=speed)
     return digest(quantizer_digest(study, model, scheme), spec, seed, VERSIONS["evaluate"])
 
 

@@ -99,19 +99,40 @@ def test_out_of_gpu_memory_halves_the_batches(
     plain = generation._batch
 
     def small_card(qm: Any, batch: list[list[int]], *rest: Any) -> Any:
-        sizes.append(len(batch))
-        if len(batch) > limit:
+        sizes.append([len(prompt) for prompt in batch])
+        if len(batch) * max(map(len, batch)) > limit:
             raise torch.cuda.OutOfMemoryError("no room")
         return plain(qm, batch, *rest)
 
     monkeypatch.setattr(generation, "_batch", small_card)
-    limit = 2
+    limit = 130
     assert greedy(qm, given_prompts, 8, batch_size=8).tokens == expected.tokens
-    assert sizes == [5, 3, 2, 2, 1]
-    assert "going on with batches of 2" in capsys.readouterr().err
+    # halved twice; what fits in the same number of tokens then goes together
+    assert sizes == [[64, 41, 23, 7, 1], [64, 41, 23], [64, 41], [23, 7, 1]]
+    assert "going on with batches of 2 x 64" in capsys.readouterr().err
     limit = 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
         greedy(qm, given_prompts, 8, batch_size=8)
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "kivi"])
+def test_tokens_of_a_batch_are_limited(
+    models: dict[str, Any], scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qm, given_prompts, sizes = models[scheme], prompts(LENGTHS), []
+    expected = greedy(qm, given_prompts, 8, batch_size=1)
+    plain, seen = generation._batch, []
+
+    def watched(qm: Any, batch: list[list[int]], *rest: Any) -> Any:
+        sizes.append([len(prompt) for prompt in batch])
+        return plain(qm, batch, *rest)
+
+    monkeypatch.setattr(generation, "_batch", watched)
+    found = greedy(qm, given_prompts, 8, batch_size=4, batch_tokens=50, on_batch=seen.append)
+    assert sizes == [[64], [41], [23, 7], [1]]  # the first is too long for any company
+    assert seen == [1, 2, 4, 5]
+    assert found.tokens == expected.tokens
+    assert found.row_elements == expected.row_elements
 
 
 @given(st.integers(0, 10**12), st.lists(st.integers(1, 9000), min_size=1, max_size=20))

@@ -48,6 +48,7 @@ def answer_seeds(context: Context, seeds: Sequence[Prepared]) -> list[SuiteResul
         prompts,
         first.max_new_tokens,
         batch_size=first.batch_size,
+        batch_tokens=context.batch_tokens,
         stop=first.stop,
         on_batch=lambda done: context.progress(done, len(prompts)),
     )

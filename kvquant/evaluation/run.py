@@ -157,7 +157,8 @@ def _loader(
                 progress.total = total
                 progress.update(done)
 
-            results = run_suite(Context(qm, task, text, report), task_spec, list(seeds))
+            context = Context(qm, task, text, report, study.evaluation.batch_tokens)
+            results = run_suite(context, task_spec, list(seeds))
         seconds = (time.monotonic() - start) / len(seeds)
         return [
             (_record(study, model, scheme, task, seed, digest, result, seconds), result)
