@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kvquant.config import PerplexityTask, Study, TaskSpec, load_study
 from kvquant.data import Part, load_text
+from kvquant.devices import claim
 from kvquant.errors import UserError
 from kvquant.evaluation import seed_files
 from kvquant.evaluation.base import Context, SuiteResult
@@ -141,7 +142,10 @@ def _loader(
     if dataset_of(task_spec) and data_manifest is None:
         raise UserError(f"--data-manifest: task '{task}' reads '{dataset_of(task_spec)}'")
     qm = load_quantized_model(
-        read_manifest(model_manifest), study.scheme(scheme), quantizer=quantizer, device=device
+        read_manifest(model_manifest),
+        study.scheme(scheme),
+        quantizer=quantizer,
+        device=claim(device),
     )
 
     def text(part: Part) -> str:
