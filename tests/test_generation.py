@@ -135,6 +135,63 @@ def test_tokens_of_a_batch_are_limited(
     assert found.row_elements == expected.row_elements
 
 
+class Replayed:
+    """Stands for a CUDA graph: steps of the model, known by their number."""
+
+    def __init__(self, qm: Any, cache: Any, fail: dict[int, Exception]) -> None:
+        self.qm, self.cache, self.fail, self.steps = qm, cache, fail, 0
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.steps += 1
+        if self.steps in self.fail:
+            raise self.fail[self.steps]
+        return self.qm.model(input_ids=tokens, past_key_values=self.cache).logits[:, -1]
+
+
+@pytest.mark.parametrize("fails", [None, "first", "later", "memory"])
+def test_steps_of_a_graph_give_the_same_answers_or_are_done_without(
+    models: dict[str, Any],
+    fails: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    qm, given_prompts = models["kivi"], prompts([30] * 6)
+    options: dict[str, Any] = {"batch_size": 3, "eos_ids": [], "stop": lambda t: t[-1] % 5 == 0}
+    expected = greedy(qm, given_prompts, 30, **options)
+    fail: dict[int, Exception] = {}
+    if fails in ("first", "later"):
+        fail[1 if fails == "first" else 4] = RuntimeError("capture failed\nlong story")
+    if fails == "memory":
+        fail[2] = torch.cuda.OutOfMemoryError("no room")
+    made: list[Replayed] = []
+
+    def graph(qm: Any, cache: Any, new_tokens: int) -> Replayed:
+        assert new_tokens == 30
+        made.append(Replayed(qm, cache, fail if not made else {}))
+        return made[-1]
+
+    monkeypatch.setattr(generation, "graphed", graph)
+    found = greedy(qm, given_prompts, 30, **options)
+    assert found.tokens == expected.tokens
+    said = capsys.readouterr().err
+    if fails in ("first", "later"):
+        assert len(made) == 1  # not tried again
+        assert "without a CUDA graph: capture failed\n" in said
+    else:
+        assert len(made) == (2 if fails is None else 4)  # halved: 2, 2, 2 after a failed 3
+        assert "without" not in said
+        assert all(decoder.steps > 2 for decoder in made[1:])
+    made.clear()
+    assert greedy(qm, given_prompts, 30, graph=False, **options).tokens == expected.tokens
+    assert not made
+
+
+def test_no_graph_on_a_cpu_or_for_short_answers(models: dict[str, Any]) -> None:
+    qm = models["kivi"]
+    assert generation.graphed(qm, qm.new_cache("A"), 1000) is None
+    assert generation.graphed(qm, qm.new_cache("A"), 1) is None
+
+
 @given(st.integers(0, 10**12), st.lists(st.integers(1, 9000), min_size=1, max_size=20))
 def test_bytes_are_shared_out_exactly(total: int, weights: list[int]) -> None:
     shares = share_out(total, weights)
