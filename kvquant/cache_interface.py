@@ -42,6 +42,10 @@ class CountedCache(ABC):
     def stored_nbytes(self) -> int:
         """Bytes allocated on the device."""
 
+    def shared_nbytes(self) -> int:
+        """Those of `stored_nbytes` that do not grow with the number of sequences."""
+        return 0
+
     @abstractmethod
     def stored_elements(self, mask: torch.Tensor | None) -> int:
         """Key and value elements of real tokens.

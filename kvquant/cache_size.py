@@ -23,6 +23,13 @@ def cache_nbytes(cache: Cache) -> int:
     return total
 
 
+def shared_nbytes(cache: Cache) -> int:
+    """Bytes of a filled cache that are the same for any number of sequences, as code tables."""
+    if isinstance(cache, CountedCache):
+        return cache.shared_nbytes()
+    return sum(x.codec.shared_bytes for x in cache.layers if isinstance(x, BlockLayer))
+
+
 def cache_elements(cache: Cache, mask: torch.Tensor | None = None) -> int:
     """Key and value elements of the tokens in a cache.
 

@@ -88,6 +88,7 @@ class PerplexityTask(Strict):
     windows: int = Field(0, ge=0, description="windows a seed; 0 takes the whole text")
     protocol: Literal["A", "B"] = "B"
     chunk: int = Field(256, ge=1, description="tokens a chunk (protocol A)")
+    batch_size: int = Field(1, ge=1, description="most windows that go through the model together")
     kl: bool = Field(True, description="also the KL divergence to the unquantized cache")
     minutes: int = Field(30, ge=1, description="expected run time of one seed on one GPU")
 
@@ -151,9 +152,12 @@ def task_dataset(task: TaskSpec) -> str | None:
 
 
 class EvaluationSpec(Strict):
-    """Which schemes are evaluated on the tasks."""
+    """Which schemes are evaluated on the tasks, and how much of a GPU one job takes."""
 
     schemes: list[str] = Field(default_factory=list, description="empty: all schemes of the study")
+    batch_tokens: int | None = Field(
+        None, ge=1, description="most tokens of a batch, padding included; absent: no limit"
+    )
 
 
 class Workload(Strict):

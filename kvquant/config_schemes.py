@@ -19,6 +19,8 @@ class _Scheme(Strict):
     # Protocols that the scheme's cache can be measured under, and whether it quantizes at all.
     protocols: ClassVar[tuple[str, ...]] = ("A", "B")
     quantizes: ClassVar[bool] = True
+    # Whether what a sequence reads back is the same in every batch.
+    batches: ClassVar[bool] = True
 
 
 class Fp16Scheme(_Scheme):
@@ -114,6 +116,7 @@ class HfHqqScheme(_Scheme):
     """Transformers' QuantizedCache with HQQ."""
 
     protocols: ClassVar[tuple[str, ...]] = ("A",)
+    batches: ClassVar[bool] = False  # groups run across sequences, levels are fitted to all
     kind: Literal["hf-hqq"]
     bits: int = Field(json_schema_extra={"enum": [2, 4, 8]}, description="2, 4 or 8")
     group: int = Field(64, ge=8, description="elements that share a scale and a zero")
@@ -137,6 +140,7 @@ class HfFp8Scheme(_Scheme):
     """Transformers' QuantizedCache in E4M3, one scale a tensor, set by the first call."""
 
     protocols: ClassVar[tuple[str, ...]] = ("A",)
+    batches: ClassVar[bool] = False  # the scale is of all sequences
     kind: Literal["hf-fp8"]
 
 

@@ -13,13 +13,21 @@ from kvquant.cache import KVQuantCache
 from kvquant.cache_size import cache_elements, cache_nbytes
 from kvquant.errors import UserError
 from kvquant.fetch.progress import note
+from kvquant.graphed import GraphedDecoder
+from kvquant.memory import in_batches, out_of_memory
 
 # Looking at tokens makes the host wait for a GPU, so that is done once in so many steps there.
 CHECK_EVERY_CUDA = 8
 # Answers that have ended leave once so large a share has: leaving copies an unquantized cache.
 ENDED_SHARE = 0.25
+# Capturing a step costs about as much as so many steps without a graph.
+GRAPH_STEPS = 64
 
 Stop = Callable[[list[int]], bool]
+
+
+class _NoGraph(Exception):
+    """A CUDA graph of the decode steps could not be made or run."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +105,12 @@ def greedy(
     max_new_tokens: int,
     *,
     batch_size: int,
+    batch_tokens: int | None = None,
     eos_ids: Collection[int] | None = None,
     stop: Stop | None = None,
     protocol: str = "A",
     on_batch: Callable[[int], None] | None = None,
+    graph: bool = True,
 ) -> GenerationResult:
     """Greedy answers: one prefill a batch, then single-token steps on the same cache.
 
@@ -108,11 +118,14 @@ def greedy(
         qm: A `kvquant.models.QuantizedModel`.
         prompts: Token ids of each prompt.
         max_new_tokens: Longest answer.
-        batch_size: Prompts that go through the model together.
+        batch_size: Most prompts that go through the model together; those of similar length do.
+        batch_tokens: Most tokens of a batch's prompts, padding included; None: no limit. A prompt
+            that is longer goes alone.
         eos_ids: Ids that end an answer; None takes the model's own.
         stop: True for an answer (its tokens so far) that needs no further token.
         protocol: Of the caches.
         on_batch: Called with the number of prompts done.
+        graph: Decode long answers by a CUDA graph where the cache has one (:func:`graphed`).
 
     Raises:
         UserError: A prompt is empty or does not fit the model's positions.
@@ -128,29 +141,30 @@ def greedy(
     if max_new_tokens < 0 or batch_size < 1:
         raise UserError("max_new_tokens must not be negative, batch_size must be at least 1")
     ends = frozenset(end_ids(qm) if eos_ids is None else eos_ids)
-    answers: list[list[int]] = []
-    row_bytes: list[int] = []
-    row_elements: list[int] = []
-    while len(answers) < len(prompts):
-        batch = prompts[len(answers) : len(answers) + batch_size]
-        found = None
-        try:
-            with torch.inference_mode():
-                found = _batch(qm, batch, max_new_tokens, ends, stop, protocol)
-        except torch.cuda.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
-        if found is None:  # here, because the exception holds the failed batch's tensors
-            batch_size = (len(batch) + 1) // 2
-            torch.cuda.empty_cache()
-            note(f"out of GPU memory: going on with batches of {batch_size}")
-            continue
-        answers += found.tokens
-        row_bytes += found.row_bytes
-        row_elements += found.row_elements
+    sizes = [len(prompt) for prompt in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    row_bytes, row_elements = [0] * len(prompts), [0] * len(prompts)
+
+    def work(rows: list[int]) -> GenerationResult:
+        nonlocal graph
+        batch = [prompts[row] for row in rows]
+        if graph:
+            try:
+                return _batch(qm, batch, max_new_tokens, ends, stop, protocol, True)
+            except _NoGraph as error:
+                note(f"decoding without a CUDA graph: {error}")
+                graph = False
+        return _batch(qm, batch, max_new_tokens, ends, stop, protocol, False)
+
+    done = 0
+    for rows, found in in_batches(sizes, work, batch_size=batch_size, batch_tokens=batch_tokens):
+        for at, row in enumerate(rows):
+            answers[row] = found.tokens[at]
+            row_bytes[row], row_elements[row] = found.row_bytes[at], found.row_elements[at]
+        done += len(rows)
         if on_batch is not None:
-            on_batch(len(answers))
-    return GenerationResult(answers, sum(map(len, prompts)), row_bytes, row_elements)
+            on_batch(done)
+    return GenerationResult(answers, sum(sizes), row_bytes, row_elements)
 
 
 def share_out(total: int, weights: Sequence[int]) -> list[int]:
@@ -171,6 +185,17 @@ def can_drop_rows(cache: Any) -> bool:
     return all(type(layer) is Fp16Layer for layer in cache.layers)
 
 
+def graphed(qm: Any, cache: Any, new_tokens: int) -> GraphedDecoder | None:
+    """Decode steps of a filled cache as a CUDA graph; None where there is none or it cannot pay."""
+    if new_tokens < GRAPH_STEPS or qm.device.type != "cuda" or not isinstance(cache, KVQuantCache):
+        return None
+    try:
+        return GraphedDecoder(qm.model, cache, new_tokens)
+    except ValueError:  # the decode kernel does not take this cache
+        return None
+
+
+@torch.inference_mode()
 def _batch(
     qm: Any,
     prompts: list[list[int]],
@@ -178,37 +203,55 @@ def _batch(
     ends: frozenset[int],
     stop: Stop | None,
     protocol: str,
+    graph: bool,
+) -> GenerationResult:
+    cache = qm.new_cache(protocol)
+    try:
+        return _answer(qm, cache, prompts, max_new_tokens, ends, stop, graph)
+    finally:
+        # Layers hold their cache: without this, memory would wait for the garbage collector.
+        cache.layers.clear()
+
+
+def _answer(
+    qm: Any,
+    cache: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    ends: frozenset[int],
+    stop: Stop | None,
+    graph: bool,
 ) -> GenerationResult:
     device = qm.device
     pad_id = min(ends) if ends else 0  # masked, so any id serves
     ids, mask = left_pad(prompts, pad_id, device)
     lengths = mask.sum(1, keepdim=True)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = qm.new_cache(protocol)
     # The mask of all steps is laid out once; a step only looks at a longer piece of it.
     steps = mask.new_ones((len(prompts), max_new_tokens))
     full_mask = torch.cat((mask, steps), dim=1)
     width = ids.shape[1]
-    output = qm.model(
+    logits = qm.model(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
-    )
+    ).logits[:, -1]
     sizes = [len(prompt) for prompt in prompts]
     row_bytes = share_out(cache_nbytes(cache), sizes)
     row_elements = share_out(cache_elements(cache, mask), sizes)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the prefill alone needed serves others on this GPU
+    decoder = graphed(qm, cache, max_new_tokens) if graph else None
     check_every = CHECK_EVERY_CUDA if device.type == "cuda" else 1
     answers: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     rows = list(range(len(prompts)))  # those in the cache, in its order
     news: list[torch.Tensor] = []  # their tokens since they were last brought to the host
     for step in range(max_new_tokens):
-        token = output.logits[:, -1].argmax(-1, keepdim=True)
+        token = logits.argmax(-1, keepdim=True)
         news.append(token)
         if step + 1 == max_new_tokens:
             break
@@ -217,21 +260,36 @@ def _batch(
             going = [i for i, row in enumerate(rows) if not ended[row]]
             if not going:
                 break
-            if len(rows) - len(going) >= ENDED_SHARE * len(rows) and can_drop_rows(cache):
+            leave = len(rows) - len(going) >= ENDED_SHARE * len(rows)
+            # A graph is captured for its number of rows; there a step costs little anyway.
+            if leave and decoder is None and can_drop_rows(cache):
                 chosen = torch.tensor(going, device=device)
                 cache.batch_select_indices(chosen)
                 full_mask, lengths, token = full_mask[chosen], lengths[chosen], token[chosen]
                 rows = [rows[i] for i in going]
-        output = qm.model(
+        if decoder is not None:
+            logits = _replay(decoder, token)
+            continue
+        logits = qm.model(
             input_ids=token,
             attention_mask=full_mask[:, : width + step + 1],
             position_ids=lengths + step,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-        )
+        ).logits[:, -1]
     _collect(answers, rows, news, ends, stop, ended)
     return GenerationResult(answers, sum(sizes), row_bytes, row_elements)
+
+
+def _replay(decoder: GraphedDecoder, token: torch.Tensor) -> torch.Tensor:
+    """A step of a graph. Anything but memory that goes wrong is tried again without one."""
+    try:
+        return decoder.step(token)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        raise _NoGraph(str(error).partition("\n")[0]) from None
 
 
 def _collect(

@@ -85,10 +85,12 @@ def prompts_name(study: Study, model: str, task: str) -> str:
 
 
 def eval_digest(study: Study, model: str, scheme: str, task: str, seed: int) -> str:
-    """Digest of one evaluation result. Expected run times do not count."""
-    spec = study.task(task).model_dump(mode="json", exclude={"minutes"})
+    """Digest of one evaluation result. Expected run times and windows a batch do not count."""
+    chosen = study.task(task)
+    speed = {"minutes"} | ({"batch_size"} if isinstance(chosen, PerplexityTask) else set())
+    spec = chosen.model_dump(mode="json", exclude=speed)
     versions = [VERSIONS["evaluate"]]
-    if asks_prompts(study.task(task)):
+    if asks_prompts(chosen):
         versions.append(VERSIONS["prompts"])
     return digest(quantizer_digest(study, model, scheme), spec, seed, versions)
 

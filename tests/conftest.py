@@ -43,6 +43,12 @@ def tiny_model(family: str = "llama", heads: int = 4, kv_heads: int = 2, **extra
     return model
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Kernels are compiled anew, not taken from the user's cache."""
+    os.environ["KVQUANT_CACHE"] = str(tmp_path_factory.mktemp("cubins"))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""

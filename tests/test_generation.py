@@ -99,19 +99,97 @@ def test_out_of_gpu_memory_halves_the_batches(
     plain = generation._batch
 
     def small_card(qm: Any, batch: list[list[int]], *rest: Any) -> Any:
-        sizes.append(len(batch))
-        if len(batch) > limit:
+        sizes.append([len(prompt) for prompt in batch])
+        if len(batch) * max(map(len, batch)) > limit:
             raise torch.cuda.OutOfMemoryError("no room")
         return plain(qm, batch, *rest)
 
     monkeypatch.setattr(generation, "_batch", small_card)
-    limit = 2
+    limit = 130
     assert greedy(qm, given_prompts, 8, batch_size=8).tokens == expected.tokens
-    assert sizes == [5, 3, 2, 2, 1]
-    assert "going on with batches of 2" in capsys.readouterr().err
+    # halved twice; what fits in the same number of tokens then goes together
+    assert sizes == [[64, 41, 23, 7, 1], [64, 41, 23], [64, 41], [23, 7, 1]]
+    assert "going on with batches of 2 x 64" in capsys.readouterr().err
     limit = 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
         greedy(qm, given_prompts, 8, batch_size=8)
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "kivi"])
+def test_tokens_of_a_batch_are_limited(
+    models: dict[str, Any], scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qm, given_prompts, sizes = models[scheme], prompts(LENGTHS), []
+    expected = greedy(qm, given_prompts, 8, batch_size=1)
+    plain, seen = generation._batch, []
+
+    def watched(qm: Any, batch: list[list[int]], *rest: Any) -> Any:
+        sizes.append([len(prompt) for prompt in batch])
+        return plain(qm, batch, *rest)
+
+    monkeypatch.setattr(generation, "_batch", watched)
+    found = greedy(qm, given_prompts, 8, batch_size=4, batch_tokens=50, on_batch=seen.append)
+    assert sizes == [[64], [41], [23, 7], [1]]  # the first is too long for any company
+    assert seen == [1, 2, 4, 5]
+    assert found.tokens == expected.tokens
+    assert found.row_elements == expected.row_elements
+
+
+class Replayed:
+    """Stands for a CUDA graph: steps of the model, known by their number."""
+
+    def __init__(self, qm: Any, cache: Any, fail: dict[int, Exception]) -> None:
+        self.qm, self.cache, self.fail, self.steps = qm, cache, fail, 0
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.steps += 1
+        if self.steps in self.fail:
+            raise self.fail[self.steps]
+        return self.qm.model(input_ids=tokens, past_key_values=self.cache).logits[:, -1]
+
+
+@pytest.mark.parametrize("fails", [None, "first", "later", "memory"])
+def test_steps_of_a_graph_give_the_same_answers_or_are_done_without(
+    models: dict[str, Any],
+    fails: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    qm, given_prompts = models["kivi"], prompts([30] * 6)
+    options: dict[str, Any] = {"batch_size": 3, "eos_ids": [], "stop": lambda t: t[-1] % 5 == 0}
+    expected = greedy(qm, given_prompts, 30, **options)
+    fail: dict[int, Exception] = {}
+    if fails in ("first", "later"):
+        fail[1 if fails == "first" else 4] = RuntimeError("capture failed\nlong story")
+    if fails == "memory":
+        fail[2] = torch.cuda.OutOfMemoryError("no room")
+    made: list[Replayed] = []
+
+    def graph(qm: Any, cache: Any, new_tokens: int) -> Replayed:
+        assert new_tokens == 30
+        made.append(Replayed(qm, cache, fail if not made else {}))
+        return made[-1]
+
+    monkeypatch.setattr(generation, "graphed", graph)
+    found = greedy(qm, given_prompts, 30, **options)
+    assert found.tokens == expected.tokens
+    said = capsys.readouterr().err
+    if fails in ("first", "later"):
+        assert len(made) == 1  # not tried again
+        assert "without a CUDA graph: capture failed\n" in said
+    else:
+        assert len(made) == (2 if fails is None else 4)  # halved: 2, 2, 2 after a failed 3
+        assert "without" not in said
+        assert all(decoder.steps > 2 for decoder in made[1:])
+    made.clear()
+    assert greedy(qm, given_prompts, 30, graph=False, **options).tokens == expected.tokens
+    assert not made
+
+
+def test_no_graph_on_a_cpu_or_for_short_answers(models: dict[str, Any]) -> None:
+    qm = models["kivi"]
+    assert generation.graphed(qm, qm.new_cache("A"), 1000) is None
+    assert generation.graphed(qm, qm.new_cache("A"), 1) is None
 
 
 @given(st.integers(0, 10**12), st.lists(st.integers(1, 9000), min_size=1, max_size=20))

@@ -89,6 +89,8 @@ def test_timing_changes_its_own_stage(raw: dict[str, Any]) -> None:
         (("statistics", "alpha"), 0.01),
         (("pathvars", "results"), "elsewhere"),
         (("tasks", "ppl-b", "minutes"), 7),
+        (("tasks", "ppl-b", "batch_size"), 7),
+        (("evaluation",), {"batch_tokens": 5000}),
         (("throughput", "reps"), 2),
     ],
 )

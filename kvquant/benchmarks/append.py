@@ -25,11 +25,12 @@ from kvquant.benchmarks.append_stores import (
     Store,
     append_codec,
 )
-from kvquant.benchmarks.timing import MIN_ROUNDS, Clock, fits_in_memory, interleave, summarize
+from kvquant.benchmarks.timing import MIN_ROUNDS, Clock, interleave, summarize
 from kvquant.benchmarks.workload import check_device
 from kvquant.config import NuqScheme, Study, load_study
 from kvquant.config_append import AppendSpec
 from kvquant.errors import UserError
+from kvquant.memory import fits_in_memory
 from kvquant.models import resolve_device
 from kvquant.provenance import environment
 from kvquant.records import AppendPoint, AppendRecord, write_record

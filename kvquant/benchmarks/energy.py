@@ -11,11 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kvquant.benchmarks.timing import fits_in_memory, synchronize
+from kvquant.benchmarks.timing import synchronize
 from kvquant.benchmarks.workload import Prepared, add_common_arguments, prepare
 from kvquant.energy.monitor import EnergyMonitor, open_meter
 from kvquant.energy.profiler import DetailedEnergyProfiler
 from kvquant.errors import UserError
+from kvquant.memory import fits_in_memory
 from kvquant.provenance import environment
 from kvquant.records import EnergyRecord, EnergySide, write_record
 from kvquant.specs import energy_digest

@@ -13,12 +13,12 @@ from rich.table import Table
 from kvquant.benchmarks.timing import (
     MIN_ROUNDS,
     Clock,
-    fits_in_memory,
     interleave,
     summarize,
 )
 from kvquant.benchmarks.workload import Prepared, add_common_arguments, prepare
 from kvquant.cache_size import cache_elements, cache_nbytes
+from kvquant.memory import fits_in_memory
 from kvquant.provenance import environment
 from kvquant.records import PerfSide, ThroughputRecord, write_record
 from kvquant.specs import perf_digest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from kvquant.memory import fits_in_memory
 from kvquant.records import Percentiles
 
 MIN_ROUNDS = 5
@@ -61,31 +61,6 @@ def summarize(milliseconds: list[float]) -> Percentiles:
     return Percentiles(
         median=float(p50), p10=float(p10), p90=float(p90), p99=float(p99), n=len(milliseconds)
     )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out."""
-    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
-def fits_in_memory(work: Callable[[], object]) -> bool:
-    """Runs `work`; False if memory ran out, after giving back what the attempt held.
-
-    Any other exception passes through.
-    """
-    try:
-        work()
-        return True
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-    # Only here is the traceback gone, whose frames kept the attempt's tensors alive.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return False
 
 
 def interleave(

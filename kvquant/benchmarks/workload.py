@@ -13,6 +13,7 @@ import torch
 from kvquant.benchmarks.prompts import PromptBatch, prompt_batch
 from kvquant.benchmarks.timing import synchronize
 from kvquant.config import Study, Workload, load_study
+from kvquant.devices import alone, visible
 from kvquant.errors import UserError, unknown
 from kvquant.models import QuantizedModel, load_quantized_model, read_manifest, resolve_device
 from kvquant.provenance import device_name
@@ -102,13 +103,20 @@ class Prepared:
 
 
 def check_device(args: argparse.Namespace) -> None:
-    """The named device must be the one that the work will run on."""
-    real = "cpu" if resolve_device(args.device).type == "cpu" else device_name()
+    """The named device must be the one that the work will run on, and a GPU must be free.
+
+    Raises:
+        UserError: It is another, or other processes of kvquant work on it.
+    """
+    where = resolve_device(args.device)
+    real = "cpu" if where.type == "cpu" else device_name()
     if args.device_name != real:
         raise UserError(
             f"--device-name: this is '{real}', not '{args.device_name}'; set `device: {real}` in "
             "the study, so that results of different hardware are never mixed"
         )
+    if where.type == "cuda":
+        alone(visible()[where.index or 0])
 
 
 def prepare(

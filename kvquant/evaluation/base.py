@@ -45,12 +45,14 @@ class Context:
         task: The task's name in the study, for messages.
         text: part -> text of the task's data set; raises a UserError if none was given.
         progress: Called with (samples done, samples in all).
+        batch_tokens: Most tokens of a batch, padding included; None: no limit.
     """
 
     qm: Any
     task: str
     text: Callable[[Literal["all", "calibration", "test"]], str]
     progress: Callable[[int, int], None] = field(default=lambda done, total: None)
+    batch_tokens: int | None = None
 
     @property
     def position_limit(self) -> int:

@@ -70,6 +70,7 @@ def answer_seeds(
         asked,
         seeds[0].max_new_tokens,
         batch_size=batch_size,
+        batch_tokens=context.batch_tokens,
         stop=rules.stop,
         on_batch=lambda done: context.progress(done, len(asked)),
     )

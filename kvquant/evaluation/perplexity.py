@@ -4,6 +4,10 @@ Protocol B is one forward pass a window in which every token attends to quantize
 Protocol A feeds the window in chunks: a chunk attends to itself in full precision and to what came
 before from the packed cache.
 
+Several windows are one batch: they are equally long, so nothing is padded, and what is measured of
+a window is the same in any batch but for rounding. Schemes of which that is not true (`batches`)
+get a window at a time.
+
 The same windows also go through the unquantized cache, piece by piece beside the measured one, for
 the KL divergence of the next-token distribution, which shows damage that perplexity averages out.
 """
@@ -19,28 +23,32 @@ from typing import Any
 import torch
 
 from kvquant.cache import Protocol
-from kvquant.cache_size import cache_elements, cache_nbytes
+from kvquant.cache_size import cache_elements, cache_nbytes, shared_nbytes
 from kvquant.config import PerplexityTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
+from kvquant.memory import in_batches
 
-LOGIT_POSITIONS = 256  # logits of so many positions are in memory at a time
+LOGIT_POSITIONS = 512  # logits of so many positions, of all windows, are in memory at a time
 
 
 @dataclass(frozen=True)
 class WindowLosses:
-    """What one window gives.
+    """What a batch of windows gives.
 
     Attributes:
-        nll: Negative log likelihood of each token but the first, in nats.
-        kl: KL divergence of the same predictions from the unquantized cache's, in nats; empty if
-            it was not asked for.
-        cache: The filled cache.
+        nll: Negative log likelihood of each token but the first, in nats, float64
+            `[windows, window - 1]` on the host.
+        kl: KL divergence of the same predictions from the unquantized cache's, in nats, of the same
+            shape; None if it was not asked for.
+        cache_bytes: Bytes that caches of these windows allocate, a cache for each.
+        cache_elements: Key and value elements in them.
     """
 
-    nll: list[float]
-    kl: list[float]
-    cache: Any
+    nll: torch.Tensor
+    kl: torch.Tensor | None
+    cache_bytes: int
+    cache_elements: int
 
 
 def window_starts(tokens: int, window: int, windows: int, seed: int) -> list[int]:
@@ -66,72 +74,76 @@ def window_starts(tokens: int, window: int, windows: int, seed: int) -> list[int
 
 def _pieces(
     qm: Any, ids: torch.Tensor, caches: list[Any], step: int
-) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
-    """Logits of one window from several caches, few positions at a time.
+) -> Iterator[tuple[list[torch.Tensor], slice]]:
+    """Logits of windows from several caches, few positions at a time.
 
     Args:
         qm: A `QuantizedModel`.
-        ids: int64 `[1, window]`.
+        ids: int64 `[windows, window]`.
         caches: Empty caches, which are filled.
         step: Tokens a forward pass.
 
     Yields:
-        One fp32 tensor `[positions, vocabulary]` a cache, and the next tokens `[positions]`.
+        One fp32 tensor `[windows, positions, vocabulary]` a cache, and the positions.
     """
     head = qm.model.get_output_embeddings()
-    for first in range(0, ids.shape[1], step):
+    windows, window = ids.shape
+    size = max(1, LOGIT_POSITIONS // windows)
+    for first in range(0, window, step):
         piece = ids[:, first : first + step]
         hidden = [
-            qm.model.model(input_ids=piece, past_key_values=cache, use_cache=True)
+            qm.model.model(input_ids=piece, past_key_values=cache, use_cache=True).last_hidden_state
             for cache in caches
         ]
-        targets = ids[0, first + 1 : first + step + 1]
-        for low in range(0, targets.shape[0], LOGIT_POSITIONS):
-            goal = targets[low : low + LOGIT_POSITIONS]
-            high = low + goal.shape[0]
-            yield [head(h.last_hidden_state[0, low:high]).float() for h in hidden], goal
+        stop = min(first + step, window - 1)  # the last token has no next one
+        for low in range(first, stop, size):
+            high = min(low + size, stop)
+            yield [head(h[:, low - first : high - first]).float() for h in hidden], slice(low, high)
 
 
 def divergence(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """KL divergence in nats of a distribution from its reference, `[positions]`.
+    """KL divergence in nats of a distribution from its reference, `[...]`.
 
     Args:
-        reference: Logits of the unquantized cache, fp32 `[positions, vocabulary]`.
+        reference: Logits of the unquantized cache, fp32 `[..., vocabulary]`.
         logits: Logits of the measured cache, the same shape.
     """
     expected = reference.log_softmax(-1)
     return (expected.exp() * (expected - logits.log_softmax(-1))).sum(-1)
 
 
-def measure_window(
+@torch.inference_mode()
+def measure_windows(
     qm: Any, ids: torch.Tensor, protocol: Protocol, chunk: int, *, kl: bool = False
 ) -> WindowLosses:
-    """Losses of one window.
+    """Losses of windows that go through the model together.
 
     Args:
         qm: A `QuantizedModel`.
-        ids: int64 `[1, window]`, on the model's device.
+        ids: int64 `[windows, window]`, on the model's device.
         protocol: "A" or "B".
         chunk: Tokens a forward pass in protocol A.
-        kl: Also run the window through the unquantized cache, in the same pieces.
+        kl: Also run the windows through the unquantized cache, in the same pieces.
     """
     cache = qm.new_cache(protocol)
     caches = [cache, qm.baseline_cache()] if kl and qm.quantizes else [cache]
-    step = ids.shape[1] if protocol == "B" else chunk
-    nll: list[torch.Tensor] = []
-    kls: list[torch.Tensor] = []
-    with torch.inference_mode():
-        for logits, goal in _pieces(qm, ids, caches, step):
-            nll.append(torch.nn.functional.cross_entropy(logits[0], goal, reduction="none"))
+    goals = ids[:, 1:]
+    nll = torch.zeros(goals.shape, dtype=torch.float32, device=ids.device)
+    kls = torch.zeros_like(nll)  # stays 0 for the unquantized cache itself
+    try:
+        for logits, where in _pieces(qm, ids, caches, ids.shape[1] if protocol == "B" else chunk):
+            flat, goal = logits[0].flatten(0, 1), goals[:, where]
+            losses = torch.nn.functional.cross_entropy(flat, goal.flatten(), reduction="none")
+            nll[:, where] = losses.view_as(goal)
             if len(caches) == 2:
-                kls.append(divergence(logits[1], logits[0]))
-            elif kl:
-                kls.append(torch.zeros_like(nll[-1]))  # the unquantized cache itself
-
-    def numbers(parts: list[torch.Tensor]) -> list[float]:
-        return torch.cat(parts).double().tolist() if parts else []
-
-    return WindowLosses(numbers(nll), numbers(kls), cache)
+                kls[:, where] = divergence(logits[1], logits[0])
+        nbytes = cache_nbytes(cache) + (ids.shape[0] - 1) * shared_nbytes(cache)
+        elements = cache_elements(cache)
+    finally:
+        # Layers hold their cache: without this, memory would wait for the garbage collector.
+        for each in caches:
+            each.layers.clear()
+    return WindowLosses(nll.double().cpu(), kls.double().cpu() if kl else None, nbytes, elements)
 
 
 def run_perplexity(context: Context, spec: PerplexityTask, seed: int) -> SuiteResult:
@@ -145,28 +157,34 @@ def run_perplexity(context: Context, spec: PerplexityTask, seed: int) -> SuiteRe
     except UserError as error:
         raise UserError(f"tasks.{context.task}.{error}") from None
     rows: list[dict[str, Any]] = []
-    nbytes = elements = scored = 0
-    sums: list[float] = []
-    kl_sums: list[float] = []
-    for index, start in enumerate(starts):
-        piece = torch.tensor([ids[start : start + window]], device=qm.device)
-        found = measure_window(qm, piece, spec.protocol, spec.chunk, kl=spec.kl)
-        tokens = len(found.nll)
-        nbytes += cache_nbytes(found.cache)
-        elements += cache_elements(found.cache)
-        scored += tokens
-        sums.append(math.fsum(found.nll))
-        row = {"index": index, "start": start, "tokens": tokens, "nll": sums[-1]}
-        if spec.kl:
-            kl_sums.append(math.fsum(found.kl))
-            row["kl"] = kl_sums[-1]
-        rows.append(row)
-        del found  # its cache, before the next window's
-        context.progress(index + 1, len(starts))
-    mean = math.fsum(sums) / scored
+    nbytes = elements = 0
+
+    def work(indices: list[int]) -> WindowLosses:
+        pieces = [ids[starts[index] : starts[index] + window] for index in indices]
+        batch = torch.tensor(pieces, device=qm.device)
+        return measure_windows(qm, batch, spec.protocol, spec.chunk, kl=spec.kl)
+
+    for indices, found in in_batches(
+        [window] * len(starts),
+        work,
+        batch_size=spec.batch_size if qm.scheme.batches else 1,
+        batch_tokens=context.batch_tokens,
+    ):
+        nbytes += found.cache_bytes
+        elements += found.cache_elements
+        for at, index in enumerate(indices):
+            nll = found.nll[at].tolist()
+            row: dict[str, Any] = {"index": index, "start": starts[index], "tokens": len(nll)}
+            row["nll"] = math.fsum(nll)
+            if found.kl is not None:
+                row["kl"] = math.fsum(found.kl[at].tolist())
+            rows.append(row)
+        context.progress(len(rows), len(starts))
+    scored = sum(row["tokens"] for row in rows)
+    mean = math.fsum(row["nll"] for row in rows) / scored
     metrics = {"perplexity": math.exp(mean), "nll": mean, "window": float(window)}
     if spec.kl:
-        metrics["kl"] = math.fsum(kl_sums) / scored
+        metrics["kl"] = math.fsum(row["kl"] for row in rows) / scored
     return SuiteResult(
         metric="perplexity",
         higher_is_better=False,

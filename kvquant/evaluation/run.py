@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from kvquant.config import PerplexityTask, Study, TaskSpec, load_study
 from kvquant.data import Part, load_text
+from kvquant.devices import claim
 from kvquant.errors import UserError
 from kvquant.evaluation import seed_files
 from kvquant.evaluation.base import Context, SuiteResult
@@ -168,7 +169,10 @@ def _loader(
     if asked is None and dataset_of(task_spec) and data_manifest is None:
         raise UserError(f"--data-manifest: task '{task}' reads '{dataset_of(task_spec)}'")
     qm = load_quantized_model(
-        read_manifest(model_manifest), study.scheme(scheme), quantizer=quantizer, device=device
+        read_manifest(model_manifest),
+        study.scheme(scheme),
+        quantizer=quantizer,
+        device=claim(device),
     )
     if asked is not None:
         asked.check_tokenizer(qm.tokenizer)
@@ -191,7 +195,7 @@ def _loader(
                 progress.update(done)
 
             prompts = asked.read(list(seeds)) if asked else []
-            context = Context(qm, task, text, report)
+            context = Context(qm, task, text, report, study.evaluation.batch_tokens)
             results = run_suite(context, task_spec, list(seeds), prompts)
         seconds = (time.monotonic() - start) / len(seeds)
         return [

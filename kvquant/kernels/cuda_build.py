@@ -1,7 +1,8 @@
 """CUDA C++ kernels, compiled at run time by NVRTC, which every CUDA build of torch brings along.
 
 Nothing is built at installation and no compiler of the machine is needed. A kernel is compiled for
-the constants of a cache (bits, head_dim, ...) when it is first used, in about two seconds.
+the constants of a cache (bits, head_dim, ...) when it is first used, in about two seconds, and kept
+on disk (:mod:`kvquant.kernels.cubin_cache`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from importlib import resources
 from typing import Any
 
 import torch
+
+from kvquant.kernels.cubin_cache import cached
 
 
 class KernelUnavailable(RuntimeError):
@@ -43,13 +46,21 @@ def compile_cubin(source: str, constants: dict[str, int], architecture: str) -> 
     except ImportError as error:
         raise KernelUnavailable(f"cuda-bindings is not installed ({error})") from None
     text = resources.files("kvquant.kernels").joinpath("cuda", source).read_bytes()
-    try:
-        program = _check(nvrtc.nvrtcCreateProgram(text, source.encode(), 0, [], []), "NVRTC")
-    except RuntimeError as error:  # the library itself is missing
-        raise KernelUnavailable(str(error)) from None
     options = [f"--gpu-architecture={architecture}", "--std=c++17", "-default-device"]
     options += [f"-D{name}={value}" for name, value in constants.items()]
-    status = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    flags = [option.encode() for option in options]
+    try:
+        version = _check(nvrtc.nvrtcVersion(), "NVRTC version")
+    except RuntimeError as error:  # the library itself is missing
+        raise KernelUnavailable(str(error)) from None
+    key = [source.encode(), text, str(version).encode(), *flags]
+    return cached(key, lambda: _compile(nvrtc, source, text, flags))
+
+
+def _compile(nvrtc: Any, source: str, text: bytes, flags: list[bytes]) -> bytes:
+    """Machine code by NVRTC, without a cache."""
+    program = _check(nvrtc.nvrtcCreateProgram(text, source.encode(), 0, [], []), "NVRTC")
+    status = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
     if int(status[0]) != 0:
         log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "NVRTC log")
         nvrtc.nvrtcGetProgramLog(program, log)

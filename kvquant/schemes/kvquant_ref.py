@@ -222,7 +222,11 @@ class ReferenceCache(Cache, AttendingCache, QuantizeClock, CountedCache):
     def stored_nbytes(self) -> int:
         """Bytes allocated, tables included."""
         stores = sum(store.nbytes for layer in self.layers for store in layer.stores)
-        return stores + sum(layer.tables.nbytes for layer in self.layers if layer.stores)
+        return stores + self.shared_nbytes()
+
+    def shared_nbytes(self) -> int:
+        """Bytes of the tables."""
+        return sum(layer.tables.nbytes for layer in self.layers if layer.stores)
 
     def stored_elements(self, mask: torch.Tensor | None) -> int:
         """Key and value elements of tokens."""

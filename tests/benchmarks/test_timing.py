@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kvquant.benchmarks.timing import Clock, fits_in_memory, interleave, summarize
+from kvquant.benchmarks.timing import Clock, interleave, summarize
+from kvquant.memory import fits_in_memory
 
 
 class FakeTime:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 
 from kvquant.config import PerplexityTask
 from kvquant.errors import UserError
+from kvquant.evaluation import perplexity
 from kvquant.evaluation.base import Context
-from kvquant.evaluation.perplexity import divergence, measure_window, run_perplexity, window_starts
+from kvquant.evaluation.perplexity import divergence, measure_windows, run_perplexity, window_starts
 from tests.evaluation.tiny import TEXT
 
 LONG = TEXT * 30
@@ -49,13 +51,13 @@ def test_windows_are_inside_and_apart(tokens: int, window: int, windows: int, se
 @pytest.mark.parametrize(("protocol", "chunk"), [("B", 64), ("A", 64), ("A", 17), ("A", 1)])
 def test_unquantized_equals_a_plain_forward(tiny: Any, protocol: str, chunk: int) -> None:
     ids = torch.randint(3, 512, (1, 64), generator=torch.Generator().manual_seed(2))
-    losses = measure_window(tiny, ids, protocol, chunk).nll  # type: ignore[arg-type]
+    losses = measure_windows(tiny, ids, protocol, chunk).nll  # type: ignore[arg-type]
     with torch.inference_mode():
         logits = tiny.model(input_ids=ids, use_cache=False).logits[0, :-1].double()
     expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
-    assert len(losses) == 63
+    assert losses.shape == (1, 63)
     # The unquantized cache rounds to 16 bits.
-    torch.testing.assert_close(torch.tensor(losses).double(), expected, rtol=0.02, atol=0.05)
+    torch.testing.assert_close(losses[0], expected, rtol=0.02, atol=0.05)
 
 
 def test_value_is_exp_of_the_mean_over_tokens(tiny: Any) -> None:
@@ -81,6 +83,58 @@ def test_repeatable(tiny_kivi: Any) -> None:
     first = run_perplexity(context(tiny_kivi), spec(protocol="A", chunk=16), 5)
     run_perplexity(context(tiny_kivi), spec(), 6)
     assert run_perplexity(context(tiny_kivi), spec(protocol="A", chunk=16), 5) == first
+
+
+@pytest.mark.parametrize("protocol", ["A", "B"])
+@pytest.mark.parametrize(("size", "tokens"), [(3, None), (16, None), (16, 200), (2, 1)])
+def test_the_batch_size_changes_no_result(
+    tiny_kivi: Any, protocol: Any, size: int, tokens: int | None
+) -> None:
+    settings: dict[str, Any] = {"windows": 7, "protocol": protocol, "chunk": 24}
+    alone = run_perplexity(context(tiny_kivi), spec(**settings), 2)
+    limited = replace(context(tiny_kivi), batch_tokens=tokens)
+    found = run_perplexity(limited, spec(**settings, batch_size=size), 2)
+    assert found.metrics == pytest.approx(alone.metrics, rel=1e-5)
+    assert found.value == pytest.approx(alone.value, rel=1e-6)
+    for row, expected in zip(found.rows, alone.rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+    assert (found.cache_bytes, found.cache_elements) == (alone.cache_bytes, alone.cache_elements)
+    assert found.tokens == alone.tokens
+
+
+def test_out_of_memory_halves_the_batch_and_measures_each_window_once(
+    tiny_kivi: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = run_perplexity(context(tiny_kivi), spec(windows=7), 0)
+    sizes: list[int] = []
+
+    def small_card(qm: Any, ids: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        sizes.append(ids.shape[0])
+        if ids.shape[0] > 2:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return measure_windows(qm, ids, *rest, **options)
+
+    monkeypatch.setattr(perplexity, "measure_windows", small_card)
+    found = run_perplexity(context(tiny_kivi), spec(windows=7, batch_size=6), 0)
+    assert sizes == [6, 3, 2, 2, 2, 1]
+    assert [row["start"] for row in found.rows] == [row["start"] for row in alone.rows]
+    assert found.value == pytest.approx(alone.value, rel=1e-6)
+    assert found.cache_bytes == alone.cache_bytes
+
+
+def test_a_scheme_that_mixes_sequences_gets_one_window_at_a_time(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(tiny.scheme), "batches", False)
+    sizes: list[int] = []
+
+    def seen(qm: Any, ids: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        sizes.append(ids.shape[0])
+        return measure_windows(qm, ids, *rest, **options)
+
+    monkeypatch.setattr(perplexity, "measure_windows", seen)
+    run_perplexity(context(tiny), spec(batch_size=8), 0)
+    assert sizes == [1, 1, 1]
 
 
 def test_errors_name_the_field(tiny: Any) -> None:
@@ -111,8 +165,8 @@ def test_kl_compares_whole_forward_passes(
     tiny: Any, tiny_kivi: Any, protocol: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = torch.randint(3, 512, (1, 96), generator=torch.Generator().manual_seed(2))
-    found = measure_window(tiny_kivi, ids, protocol, chunk, kl=True)
-    assert len(found.kl) == len(found.nll) == 95
+    found = measure_windows(tiny_kivi, ids, protocol, chunk, kl=True)
+    assert found.kl is not None and found.kl.shape == found.nll.shape == (1, 95)
     step = 96 if protocol == "B" else chunk
     logits = []
     for qm, cache in (
@@ -126,13 +180,13 @@ def test_kl_compares_whole_forward_passes(
             ]
         logits.append(torch.cat(parts)[:-1].double())
     expected = divergence(*logits)
-    torch.testing.assert_close(torch.tensor(found.kl).double(), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found.kl[0], expected, rtol=1e-3, atol=1e-5)
     assert expected.mean() > 1e-4
     # Neither the reference pass nor the size of the pieces changes what is measured.
-    assert measure_window(tiny_kivi, ids, protocol, chunk).nll == found.nll
+    assert torch.equal(measure_windows(tiny_kivi, ids, protocol, chunk).nll, found.nll)
     monkeypatch.setattr("kvquant.evaluation.perplexity.LOGIT_POSITIONS", 7)
-    again = measure_window(tiny_kivi, ids, protocol, chunk, kl=True)
-    assert again.kl == pytest.approx(found.kl, rel=1e-3, abs=1e-5)
+    again = measure_windows(tiny_kivi, ids, protocol, chunk, kl=True)
+    torch.testing.assert_close(again.kl, found.kl, rtol=1e-3, atol=1e-5)
 
 
 def test_kl_is_a_metric_beside_perplexity(tiny: Any, tiny_kivi: Any) -> None:
