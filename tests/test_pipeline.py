@@ -133,7 +133,7 @@ def test_from_records_to_claims(work: Path) -> None:
     assert main(["energy", *timed, "--workload", "p32", "--out", str(energy)]) == 0
     study = ["--study", str(work / "study.json")]
     grown = ["--rep", "0", "--device", "cpu", "--out", str(results / "append/cpu/rep0.json")]
-    assert main(["append", *study, *device, *grown]) == 0
+    assert main(["bench", "append", *study, *device, *grown]) == 0
     record = read_record(perf, ThroughputRecord)
     assert record.prompt_tokens == 64 + 32
     assert record.scheme_side.prefill_ms is not None
