@@ -38,7 +38,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
-        "vocab_size": 100,
+        "vocab_size": 4000,
     },
 }
 
