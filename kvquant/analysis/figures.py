@@ -272,18 +272,22 @@ def kernels(study: Study, tables: Path) -> Any:
     if study.kernels is None:
         raise UserError("figure kernels: this study has no section 'kernels'")
     rows = read_table(tables, "kernels")
-    peers = rows[rows.role == "peer"]
-    above, middle = rates(rows), ratios(rows)
-    counts = [len(above), len(middle), *([peers.side.nunique()] if len(peers) else [])]
+    above, middle, peers = rates(rows), ratios(rows), rows[rows.role == "peer"]
+    counts = [n for n in (len(above), len(middle), peers.side.nunique()) if n]
+    if not counts:
+        raise UserError("figure kernels: no kernel and no comparison has a time")
     heights = [_height(n) for n in counts]
     figure, axes = plt.subplots(
         len(counts), 1, figsize=(WIDTH, 0.9 + sum(heights)), height_ratios=heights, squeeze=False
     )
-    rate_panel(axes[0, 0], above)
-    ratio_panel(axes[1, 0], middle)
+    left = iter(axes[:, 0])
+    if above:
+        rate_panel(next(left), above)
+    if middle:
+        ratio_panel(next(left), middle)
     _legend(figure, legend(rows, study.headline), "upper")
     if len(peers):
-        _legend(figure, peers_panel(axes[2, 0], peers), "lower")
+        _legend(figure, peers_panel(next(left), peers), "lower")
     return figure
 
 
