@@ -53,7 +53,7 @@ class EvalRecord(_Record):
 
 
 class Percentiles(BaseModel):
-    """A timing in milliseconds, over `n` rounds."""
+    """Over `n` rounds; milliseconds unless the field says otherwise."""
 
     median: float
     p10: float

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device-name", required=True, help="checked against the real device")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--out-dir", required=True, type=Path, help="folder of CASE.json")
-    parser.add_argument("--resume-dir", type=Path, help="keeps finished cases of unfinished jobs")
+    parser.add_argument("--resume-dir", type=Path, help="keeps finished cases, by digest")
 
 
 def order(study: Study, names: list[str]) -> list[str]:
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
     console = Console(width=140)
     there = {name: finished(args.out_dir / f"{name}.json", digests[name]) for name in names}
     for name in order(study, [name for name in names if there[name] is None]):
-        keep = args.resume_dir / f"{name}.json" if args.resume_dir else None
+        keep = args.resume_dir / f"{name}-{digests[name]}.json" if args.resume_dir else None
         record = kept(keep, digests[name]) if keep else None
         if record is None:
             note(f"kernels: {name}")
@@ -174,6 +174,3 @@ def run(args: argparse.Namespace) -> None:
         found = there[name]
         assert found is not None
         show(found, console)
-    if args.resume_dir:
-        for name in names:
-            (args.resume_dir / f"{name}.json").unlink(missing_ok=True)

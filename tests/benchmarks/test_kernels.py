@@ -117,7 +117,8 @@ def test_finished_cases_are_kept(
 ) -> None:
     """A second run measures nothing; a killed one goes on from its resume folder."""
     text = {name: (done / f"out/{name}.json").read_bytes() for name in ("first", "second")}
-    assert not list((done / "resume").glob("*.json"))  # all were there at the end
+    copies = {n: f"{n}-{kernels_digest(parse_study(study()), n)}.json" for n in text}
+    assert sorted(f.name for f in (done / "resume").iterdir()) == sorted(copies.values())
 
     def measures(*args: Any) -> KernelRecord:
         raise AssertionError("measured again")
@@ -131,8 +132,8 @@ def test_finished_cases_are_kept(
 
     resume = tmp_path / "resume"
     resume.mkdir()
-    (resume / "first.json").write_bytes(text["first"])
-    (resume / "second.json").write_text("{")  # damaged: told and measured again
+    (resume / copies["first"]).write_bytes(text["first"])
+    (resume / copies["second"]).write_text("{")  # damaged: told and measured again
     asked: list[str] = []
 
     def counted(bench: Bench, name: str, device: str) -> KernelRecord:
@@ -144,7 +145,7 @@ def test_finished_cases_are_kept(
     assert asked == ["second"]
     assert (tmp_path / "out/first.json").read_bytes() == text["first"]
     assert "resume: not used" in capsys.readouterr().err
-    assert not list(resume.iterdir())
+    assert read_record(resume / copies["second"], KernelRecord).case == "second"
 
 
 def test_a_case_that_fails_leaves_the_finished_ones(
@@ -162,8 +163,8 @@ def test_a_case_that_fails_leaves_the_finished_ones(
     monkeypatch.setattr(kernels, "measure", fails)
     with pytest.raises(RuntimeError):
         main(words)
-    for folder in ("out", "resume"):
-        assert [f.name for f in (tmp_path / folder).iterdir()] == ["a.json"]
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["a.json"]
+    assert [f.name[:2] for f in (tmp_path / "resume").iterdir()] == ["a-"]
 
 
 def test_another_configuration_is_not_overwritten(

@@ -1,12 +1,13 @@
 # Kernels against copies, fp16 and peers; random data and weights. One job, so that the cases of a
-# shape share its model; finished cases survive a kill in <results>/resume.
+# shape share its model. Its outputs are not write-protected, which would refuse a further case; a
+# copy of every record stays in <results>/resume/kernels, so that no finished case is measured twice.
 KERNEL_RECORDS = [f"<results>/kernels/{DEVICE}/{case}.json" for case in STUDY.kernel_cases()]
 
 
 rule kernel_cases:
     """Every case of the study, alone on the device."""
     output:
-        MEASURED(KERNEL_RECORDS),
+        KERNEL_RECORDS,
     log:
         f"<logs>/kernels/{DEVICE}.log",
     threads: ALONE
