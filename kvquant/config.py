@@ -16,6 +16,8 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from kvquant.config_append import AppendSpec
+from kvquant.config_kernels import KernelCase as KernelCase
+from kvquant.config_kernels import KernelsSpec as KernelsSpec
 from kvquant.config_schemes import KINDS, MAX_SEED, AnyScheme, CalibratedScheme, SchemeSpec, Strict
 from kvquant.config_schemes import Fp8Scheme as Fp8Scheme
 from kvquant.config_schemes import Fp16Scheme as Fp16Scheme
@@ -231,6 +233,7 @@ class Study(Strict):
     throughput: TimingSpec = TimingSpec()
     energy: EnergySpec = EnergySpec()
     append: AppendSpec | None = Field(None, description="absent: not measured")
+    kernels: KernelsSpec | None = Field(None, description="absent: not measured")
     statistics: StatisticsSpec = StatisticsSpec()
     pathvars: dict[str, str] = Field(default_factory=dict, description="results, paper, logs")
 
@@ -242,6 +245,7 @@ class Study(Strict):
             "tasks": self.tasks,
             "throughput.workloads": self.throughput.workloads,
             "energy.workloads": self.energy.workloads,
+            "kernels.cases": self.kernel_cases(),
             "study": [self.study],
         }
         for field, names in groups.items():
@@ -262,6 +266,11 @@ class Study(Strict):
         for name in appended:
             if name not in self.schemes:
                 raise ValueError(f"append.schemes: '{name}' is not among the schemes")
+        for label, case in self.kernel_cases().items():
+            for name in case.peers:
+                if name not in self.schemes or name in (self.baseline, self.headline):
+                    what = "measured anyway" if name in self.schemes else "not among the schemes"
+                    raise ValueError(f"kernels.cases.{label}.peers: '{name}' is {what}")
         for field, chosen in (("throughput", self.throughput), ("energy", self.energy)):
             named = [(f"{field}.schemes", name) for name in chosen.schemes]
             for label, workload in chosen.workloads.items():
@@ -341,6 +350,10 @@ class Study(Strict):
             return []
         chosen = self.append.schemes or [self.baseline, self.headline]
         return [s for s in dict.fromkeys(chosen) if s in self.schemes]
+
+    def kernel_cases(self) -> dict[str, KernelCase]:
+        """Cases of the kernel benchmark; none without one."""
+        return self.kernels.cases if self.kernels else {}
 
     def datasets(self) -> list[str]:
         """Every data set that calibration or a task needs."""

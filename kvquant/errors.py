@@ -10,6 +10,10 @@ class UserError(Exception):
     """Bad input. The message names the field and the fix; the CLI prints it without a traceback."""
 
 
+class MissingPackage(UserError):
+    """What was asked for needs a package, or a release of one, that is not installed."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """An error for an unknown name that offers the nearest known ones.
 

@@ -12,7 +12,7 @@ from kvquant.specs import asks_prompts, needs_calibration
 CPUS_PER_GPU = 16  # a GPU's share of a node with 128 cores and 8 GPUs
 CALIBRATION_MINUTES = 120
 TIMED_MINUTES = 30  # of a timed job beside its timed rounds: loading, warm-up, a slow disk
-APPEND_MEM_MB = 16_000  # one layer at its largest size, and torch
+BENCH_MEM_MB = 16_000  # torch, and on a CPU one layer of the append benchmark at its largest size
 LOAD_MINUTES = 3  # one process: imports, weights from a shared file system, first kernels
 
 
@@ -35,7 +35,10 @@ def request(
     """
     if rule == "append_cost":
         assert study.append is not None
-        return Request(study.gpus, APPEND_MEM_MB * attempt, study.append.minutes * attempt)
+        return Request(study.gpus, BENCH_MEM_MB * attempt, study.append.minutes * attempt)
+    if rule == "kernel_cases":
+        assert study.kernels is not None
+        return Request(study.gpus, BENCH_MEM_MB * attempt, study.kernels.minutes * attempt)
     assert model is not None
     spec = study.model(model)
     mem = spec.mem_gb * 1000
@@ -95,6 +98,8 @@ def grid_rows(study: Study) -> list[tuple[str, int, int, str]]:
         first, last = study.append.sizes[0], study.append.sizes[-1]
         what = f"{len(study.append.sizes)} sizes from {first} to {last} tokens"
         rows.append(("append", study.append.reps, study.append.reps, what))
+    if cases := study.kernel_cases():
+        rows.append(("kernels", 1, len(cases), ", ".join(cases)))
     return rows
 
 
@@ -124,6 +129,9 @@ def job_rows(study: Study) -> list[tuple[str, int, float]]:
     if study.append is not None:
         asked, reps = request(study, "append_cost", None), study.append.reps
         rows.append(("append_cost", reps, reps * asked.gpus * asked.minutes / 60))
+    if study.kernels is not None:
+        asked = request(study, "kernel_cases", None)
+        rows.append(("kernel_cases", 1, asked.gpus * asked.minutes / 60))
     return rows
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from kvquant.config_kernels import Measure
 from kvquant.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -55,7 +56,7 @@ class EvalRecord(_Record):
 
 
 class Percentiles(BaseModel):
-    """A timing in milliseconds, over `n` rounds."""
+    """Over `n` rounds; milliseconds unless the field says otherwise."""
 
     median: float
     p10: float
@@ -159,6 +160,55 @@ class AppendRecord(_Record):
     head_dim: int
     round_tokens: dict[str, int] = Field(description="tokens a sequence gets in a round, by chunk")
     points: list[AppendPoint]
+
+
+class KernelSide(BaseModel):
+    """One side of an interleaved measurement."""
+
+    side: str = Field(description="a scheme, 'copy', or a backend of torch's fp16 attention")
+    role: Literal["ours", "copy", "fp16", "peer"]
+    status: Literal["ok", "oom", "not installed", "refused", "failed"]
+    reason: str = Field("", description="why there is no time")
+    ms: Percentiles | None = None
+    over_ours: Percentiles | None = Field(
+        None, description="its time over ours in the same round, no unit; above 1 ours is faster"
+    )
+    nbytes: int | None = Field(None, description="bytes that it has to read and write")
+    gb_per_s: float | None = Field(None, description="those bytes over the median time")
+    copy_share: float | None = Field(None, description="that rate over the rate of a device copy")
+    floor_ms: float | None = Field(None, description="those bytes at the rate of a device copy")
+    slots_per_element: float | None = Field(
+        None,
+        description="thread instructions that the GPU, at its highest clock, can issue in the "
+        "median time for each key or value element and query head of its group",
+    )
+    cache_bytes: int | None = Field(None, description="bytes held by the cache after the prompts")
+    bits_per_element: float | None = None
+
+
+class KernelPart(BaseModel):
+    """One measurement of a case: sides in turns in one process."""
+
+    measure: Measure
+    copy_gb_per_s: float | None = Field(
+        None, description="read and written by a copy on the device, timed in the same rounds"
+    )
+    sides: list[KernelSide]
+
+
+class KernelRecord(_Record):
+    """Kernels of the headline scheme at one shape."""
+
+    kind: Literal["kernels"] = "kernels"
+    device: str
+    case: str
+    shape: str
+    scheme: str
+    batch: int
+    tokens: int = Field(description="of the longest sequence")
+    all_tokens: int = Field(description="of all sequences in prefill, steps and layer-step")
+    parts: list[KernelPart]
+    seconds: float = Field(description="wall time of the case; not part of any table")
 
 
 R = TypeVar("R", bound=BaseModel)

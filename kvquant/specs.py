@@ -22,11 +22,11 @@ from kvquant.config import (
     digest,
     task_dataset,
 )
-from kvquant.errors import UserError
+from kvquant.errors import UserError, unknown
 
 VERSIONS = {
     **{"calibrate": 1, "quantize": 1, "prompts": 1, "evaluate": 1},
-    **{"throughput": 1, "energy": 1, "append": 1},
+    **{"throughput": 1, "energy": 1, "append": 1, "kernels": 1},
 }
 
 
@@ -123,3 +123,15 @@ def append_digest(study: Study) -> str:
     schemes = {name: study.scheme(name).model_dump(mode="json") for name in study.append_schemes()}
     reference = study.scheme(study.headline) if study.append.concatenation else None
     return digest(spec, schemes, reference, VERSIONS["append"])
+
+
+def kernels_digest(study: Study, case: str) -> str:
+    """Digest of a case of the kernel benchmark: its shape, rounds, and the schemes it times."""
+    if study.kernels is None:
+        raise UserError("kernels: this study has no such section")
+    if case not in study.kernels.cases:
+        raise unknown("case", case, study.kernels.cases)
+    spec = study.kernels.cases[case]
+    rest = study.kernels.model_dump(mode="json", exclude={"cases", "minutes"})
+    schemes = {name: study.scheme(name).model_dump(mode="json") for name in spec.peers}
+    return digest(spec, rest, study.scheme(study.headline), schemes, VERSIONS["kernels"])

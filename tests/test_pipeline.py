@@ -90,6 +90,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "idle_seconds": 0.1,
         },
         "append": {"sizes": [64, 128], "kv_heads": 2, "head_dim": 16, "rounds": 5},
+        "kernels": {
+            "cases": {"tiny-1x64": {"shape": "tiny", "tokens": 64, "measure": ["pack", "prefill"]}},
+            "rounds": 5,
+        },
         "pathvars": {"results": str(folder / "r")},
     }
     (folder / "study.json").write_text(json.dumps(study))
@@ -137,7 +141,9 @@ def test_from_records_to_claims(work: Path) -> None:
     assert main(["energy", *timed, "--workload", "p32", "--out", str(energy)]) == 0
     study = ["--study", str(work / "study.json")]
     grown = ["--rep", "0", "--device", "cpu", "--out", str(results / "append/cpu/rep0.json")]
-    assert main(["append", *study, *device, *grown]) == 0
+    assert main(["bench", "append", *study, *device, *grown]) == 0
+    cases = ["--device", "cpu", "--out-dir", str(results / "kernels/cpu")]
+    assert main(["bench", "kernels", *study, *device, *cases]) == 0
     record = read_record(perf, ThroughputRecord)
     assert record.prompt_tokens == 64 + 32
     assert record.scheme_side.prefill_ms is not None
@@ -152,7 +158,7 @@ def test_from_records_to_claims(work: Path) -> None:
     assert (results / "tables/eval.csv").read_bytes() == first
     for verb in ("statistics", "pareto"):
         assert main([verb, *study, "--tables", tables, "--out-dir", tables]) == 0
-    for figure in ("pareto", "perplexity", "throughput", "append"):
+    for figure in ("pareto", "perplexity", "throughput", "append", "kernels"):
         out = work / f"paper/{figure}"
         words = ["plot", *study, "--tables", tables, "--figure", figure, "--out"]
         assert main([*words, f"{out}.pdf", f"{out}.svg"]) == 0

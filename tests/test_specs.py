@@ -10,6 +10,7 @@ import yaml
 
 from kvquant import specs
 from kvquant.config import Study, load_study, parse_study
+from kvquant.errors import UserError
 
 MODEL = "smollm2-135m"
 
@@ -73,6 +74,33 @@ def test_append_depends_on_its_own_section_and_schemes(raw: dict[str, Any]) -> N
     assert "append" in found  # the headline scheme
     assert "append" not in changed(raw, "schemes", "kivi-2", "residual", value=64)
     assert "append" not in changed(raw, "models", "smollm2-135m", "mem_gb", value=9)
+
+
+def test_kernels_depend_on_their_case_and_its_schemes(root: Path) -> None:
+    raw = yaml.safe_load((root / "config/smoke.yaml").read_text())
+    case = {"shape": "tiny", "tokens": 64, "measure": ["prefill"]}
+    raw["kernels"]["cases"] = {"one": case, "two": {**case, "peers": ["kivi-2"]}}
+
+    def found(*keys: str, value: Any) -> set[str]:
+        other = yaml.safe_load(yaml.safe_dump(raw))
+        at = other
+        for key in keys[:-1]:
+            at = at[key]
+        at[keys[-1]] = value
+        before, after = parse_study(raw), parse_study(other)
+        return {
+            name
+            for name in ("one", "two")
+            if specs.kernels_digest(before, name) != specs.kernels_digest(after, name)
+        }
+
+    assert found("kernels", "cases", "one", "tokens", value=96) == {"one"}
+    assert found("schemes", "kivi-2", "residual", value=64) == {"two"}
+    assert found("schemes", "nuq3-1pct", "sinks", value=4) == {"one", "two"}
+    assert found("kernels", "rounds", value=7) == {"one", "two"}
+    assert found("kernels", "minutes", value=7) == set()
+    with pytest.raises(UserError, match="unknown case 'thre'"):
+        specs.kernels_digest(parse_study(raw), "thre")
 
 
 def test_timing_changes_its_own_stage(raw: dict[str, Any]) -> None:

@@ -20,11 +20,19 @@ from kvquant.records import (
     AppendRecord,
     EnergyRecord,
     EvalRecord,
+    KernelRecord,
+    Percentiles,
     ThroughputRecord,
     read_record,
     sha256_text,
 )
-from kvquant.specs import append_digest, energy_digest, eval_digest, perf_digest
+from kvquant.specs import (
+    append_digest,
+    energy_digest,
+    eval_digest,
+    kernels_digest,
+    perf_digest,
+)
 
 FLOAT_FORMAT = "%.10g"
 # Metrics of some suites that tables show beside the one that statistics use.
@@ -186,6 +194,11 @@ def _timed_rows(
     return perf, energy
 
 
+def _spread(prefix: str, times: Percentiles | None) -> dict[str, Any]:
+    parts = ("median", "p10", "p90", "p99", "n")
+    return {f"{prefix}_{part}": getattr(times, part) if times else None for part in parts}
+
+
 def _append_rows(
     study: Study, results: Path, device: str, problems: list[str]
 ) -> list[dict[str, Any]]:
@@ -208,15 +221,40 @@ def _append_rows(
             for name in ("series", "chunk", "tokens", "status", "cache_bytes"):
                 row[name] = getattr(point, name)
             for name in ("token_ms", "call_ms"):
-                times = getattr(point, name)
-                for part in ("median", "p10", "p90", "p99", "n"):
-                    row[f"{name}_{part}"] = getattr(times, part) if times else None
+                row |= _spread(name, getattr(point, name))
             rows.append(row)
     return rows
 
 
+def _kernel_rows(
+    study: Study, results: Path, device: str, problems: list[str]
+) -> list[dict[str, Any]]:
+    """One row a side; none for a study that does not measure kernels."""
+    rows: list[dict[str, Any]] = []
+    for case in study.kernel_cases():
+        file = results / "kernels" / device / f"{case}.json"
+        try:
+            record = read_record(file, KernelRecord)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        expected = kernels_digest(study, case)
+        if record.spec_digest != expected:
+            problems.append(_stale(file, record.spec_digest, expected))
+            continue
+        keys = ("device", "case", "shape", "scheme", "batch", "tokens", "all_tokens")
+        same = {name: getattr(record, name) for name in keys}
+        for part in record.parts:
+            for side in part.sides:
+                row: dict[str, Any] = {**same, "measure": part.measure}
+                plain = side.model_dump(exclude={"ms", "over_ours", "reason"})
+                row |= plain | _spread("ms", side.ms) | _spread("over_ours", side.over_ours)
+                rows.append(row | {"copy_gb_per_s": part.copy_gb_per_s})
+    return rows
+
+
 def collect(study: Study, results: Path, device: str) -> dict[str, pd.DataFrame]:
-    """Tables `eval`, `samples`, `perf`, `energy`, and `append` where the study measures it.
+    """Tables `eval`, `samples`, `perf`, `energy`; `append` and `kernels` where they are measured.
 
     Raises:
         UserError: One line for every record that cannot be used.
@@ -225,6 +263,7 @@ def collect(study: Study, results: Path, device: str) -> dict[str, pd.DataFrame]
     evaluations, samples = _eval_rows(study, results, problems)
     perf, energy = _timed_rows(study, results, device, problems)
     appended = _append_rows(study, results, device, problems)
+    kernels = _kernel_rows(study, results, device, problems)
     if problems:
         raise UserError("\n".join(problems))
     order = ["device", "model", "scheme", "workload", "rep"]
@@ -237,6 +276,8 @@ def collect(study: Study, results: Path, device: str) -> dict[str, pd.DataFrame]
     }
     if study.append is not None:
         tables["append"] = pd.DataFrame(appended)
+    if study.kernels is not None:
+        tables["kernels"] = pd.DataFrame(kernels)
     return tables
 
 

@@ -13,6 +13,15 @@ import pandas as pd
 
 from kvquant.analysis.append_figure import append_panels
 from kvquant.analysis.collect import read_table
+from kvquant.analysis.kernels_figure import (
+    Looks,
+    legend,
+    peers_panel,
+    rate_panel,
+    rates,
+    ratio_panel,
+    ratios,
+)
 from kvquant.config import PasskeyTask, Study, load_study
 from kvquant.errors import UserError, unknown
 
@@ -258,12 +267,47 @@ def append(study: Study, tables: Path) -> Any:
     return figure
 
 
+def kernels(study: Study, tables: Path) -> Any:
+    """Kernels against the rate of a copy, against fp16, and against peers."""
+    if study.kernels is None:
+        raise UserError("figure kernels: this study has no section 'kernels'")
+    rows = read_table(tables, "kernels")
+    above, middle, peers = rates(rows), ratios(rows), rows[rows.role == "peer"]
+    counts = [n for n in (len(above), len(middle), peers.side.nunique()) if n]
+    if not counts:
+        raise UserError("figure kernels: no kernel and no comparison has a time")
+    heights = [_height(n) for n in counts]
+    figure, axes = plt.subplots(
+        len(counts), 1, figsize=(WIDTH, 0.9 + sum(heights)), height_ratios=heights, squeeze=False
+    )
+    left = iter(axes[:, 0])
+    if above:
+        rate_panel(next(left), above)
+    if middle:
+        ratio_panel(next(left), middle)
+    _legend(figure, legend(rows, study.headline), "upper")
+    if len(peers):
+        _legend(figure, peers_panel(next(left), peers), "lower")
+    return figure
+
+
+def _legend(figure: Any, looks: Looks, where: Literal["upper", "lower"]) -> None:
+    handles = [
+        plt.Line2D([], [], color=color, marker=marker, linestyle="", ms=4, label=name)
+        for name, (color, marker) in looks.items()
+    ]
+    place = f"outside {where} center"
+    style = {"frameon": False, "handletextpad": 0.2, "columnspacing": 1.0}
+    figure.legend(handles=handles, loc=place, ncols=3 if where == "upper" else 2, **style)
+
+
 FIGURES: dict[str, Callable[[Study, Path], Any]] = {
     "pareto": pareto,
     "perplexity": perplexity,
     "throughput": throughput,
     "passkey": passkey,
     "append": append,
+    "kernels": kernels,
 }
 
 

@@ -1,4 +1,4 @@
-"""`kvquant append`: what an appended token costs as the cache grows.
+"""`kvquant bench append`: what an appended token costs as the cache grows.
 
 Each size is measured on fresh stores that were filled to it in large calls. The series take turns,
 round by round; a round appends as many tokens as the largest block has, in calls of `chunk` tokens,
@@ -43,7 +43,7 @@ WARM = 128  # tokens that each series gets once before anything is timed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant append`."""
+    """Options of `kvquant bench append`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--rep", required=True, type=int, help="repetition; seeds the data")
     parser.add_argument("--device-name", required=True, help="checked against the real device")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +27,17 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+COPIED = 1 << 28  # bytes of the copy, far beyond the L2 cache
 SAMPLE = 64  # blocks that are really quantized; the others are copies of them elsewhere in memory
+
+
+@dataclass(frozen=True)
+class DecodeTimes:
+    """What :func:`measure_decode` finds; the sides are "kvquant", "copy" and those of BACKENDS."""
+
+    ms: dict[str, list[float]]
+    nbytes: dict[str, int]
+    refused: dict[str, str]
 
 
 def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -43,8 +54,10 @@ def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int, calls: int) -> dict[str, Any]:
-    """Milliseconds a call, the graphs in turns; `calls` are what a graph holds."""
+def graph_rounds(
+    graphs: dict[str, torch.cuda.CUDAGraph], rounds: int, calls: dict[str, int]
+) -> dict[str, list[float]]:
+    """Milliseconds a call by round, the graphs in turns; `calls` are what a graph holds."""
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds + 3):
         for name, graph in graphs.items():
@@ -53,8 +66,14 @@ def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int, calls: int
             graph.replay()
             end.record()
             end.synchronize()
-            times[name].append(begin.elapsed_time(end) / calls)
-    return {name: summarize(values[3:]).model_dump() for name, values in times.items()}
+            times[name].append(begin.elapsed_time(end) / calls[name])
+    return {name: values[3:] for name, values in times.items()}
+
+
+def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int, calls: int) -> dict[str, Any]:
+    """The same summarized, for graphs of as many calls."""
+    times = graph_rounds(graphs, rounds, dict.fromkeys(graphs, calls))
+    return {name: summarize(values).model_dump() for name, values in times.items()}
 
 
 def packed_layer(codec: NuqCodec, heads: int, dim: int, blocks: int, device: str) -> Arena:
@@ -94,8 +113,8 @@ def measure_decode(
     block_size: int = 64,
     rounds: int = 20,
     device: str = "cuda",
-) -> dict[str, Any]:
-    """One shape.
+) -> DecodeTimes:
+    """One shape, beside a copy on the device.
 
     Args:
         heads: Query heads.
@@ -111,7 +130,8 @@ def measure_decode(
         device: GPU.
 
     Returns:
-        Percentiles of each side in ms, bytes read, ratios to the fastest fp16 backend.
+        Milliseconds of each side by round, bytes that it reads (a copy reads and writes them), and
+        why backends did not run.
     """
     spec = NuqScheme(kind="nuq", bits=bits, outliers=outliers, block_size=block_size)
     codec = NuqCodec(spec, tables)
@@ -169,23 +189,10 @@ def measure_decode(
             graphs[name] = capture(theirs)
         except RuntimeError as error:
             refused[name] = str(error).splitlines()[0]
-    times = time_graphs(graphs, rounds, layers)
-    best = min((times[n]["median"] for n in BACKENDS if n in times), default=math.nan)
-    nbytes = sum(a.nbytes for a in arenas) / layers
-    fp16_bytes = full[0].nbytes
-    return {
-        "batch": batch,
-        "tokens": tokens,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": dim,
-        "bits": bits,
-        "outliers": outliers,
-        "ms": times,
-        "refused": refused,
-        "packed_bytes": nbytes,
-        "fp16_bytes": fp16_bytes,
-        "kvquant_gb_per_s": nbytes / times["kvquant"]["median"] / 1e6,
-        "fp16_gb_per_s": fp16_bytes / best / 1e6,
-        "speedup": best / times["kvquant"]["median"],
-    }
+    source = torch.empty(COPIED, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    graphs["copy"] = capture(lambda: target.copy_(source))
+    calls = {**dict.fromkeys(graphs, layers), "copy": 1}
+    packed = sum(a.nbytes for a in arenas) // layers
+    nbytes = {**dict.fromkeys(BACKENDS, full[0].nbytes), "kvquant": packed, "copy": 2 * COPIED}
+    return DecodeTimes(graph_rounds(graphs, rounds, calls), nbytes, refused)

@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache, QuantizedLayer
 
 from kvquant.cache_interface import CountedCache, QuantizeClock
 from kvquant.config import HfFp8Scheme, HfHqqScheme, HfQuantoScheme
-from kvquant.errors import UserError
+from kvquant.errors import MissingPackage, UserError
 
 HfScheme = HfQuantoScheme | HfHqqScheme | HfFp8Scheme
 _BACKENDS = {
@@ -185,16 +185,17 @@ def check(spec: HfScheme, num_kv_heads: int, head_dim: int) -> None:
     """Refuses what this installation or model cannot run.
 
     Raises:
-        UserError: Names the package or the option, and the fix.
+        MissingPackage: Names the package.
+        UserError: Names the option and the fix.
     """
     layer, module, package = _BACKENDS[spec.kind]
     if not hasattr(cache_utils, layer):
-        raise UserError(
+        raise MissingPackage(
             f"scheme kind '{spec.kind}': this transformers has no {layer}; install a newer release "
             "or use kind 'fp8'"
         )
     if module is not None and not _installed(module):
-        raise UserError(
+        raise MissingPackage(
             f"scheme kind '{spec.kind}' needs the package {package}: pip install {package}, or "
             "install kvquant with its extra 'peers'"
         )

@@ -1,4 +1,4 @@
-"""`kvquant append`: the stores hold what they were given, the record says what was timed."""
+"""`kvquant bench append`: the stores hold what they were given, the record says what was timed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def command(tmp_path: Path) -> Any:
         options = {"study": str(tmp_path / "study.json"), "rep": "0", "device-name": "cpu"}
         options |= {"device": "cpu", "out": str(tmp_path / "rep0.json")}
         options |= {name.replace("_", "-"): value for name, value in changed.items()}
-        return ["append", *(word for k, v in options.items() for word in (f"--{k}", v))]
+        return ["bench", "append", *(word for k, v in options.items() for word in (f"--{k}", v))]
 
     return build
 

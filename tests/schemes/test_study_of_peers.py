@@ -42,6 +42,7 @@ def study(work: Path) -> dict[str, Any]:  # noqa: F811
     raw["energy"]["workloads"] = {}
     raw["tasks"].pop("passkey")
     raw.pop("append", None)
+    raw.pop("kernels", None)
     raw["seeds"] = [0, 1]
     raw["pathvars"] = {"results": str(work / "p")}
     (work / "peers.json").write_text(json.dumps(raw))

@@ -170,6 +170,7 @@ def stub_study(root: Path) -> dict[str, Any]:
     study["protect"] = False
     study.pop("evaluation")  # names schemes that are left out here
     study.pop("append")
+    study.pop("kernels")
     return study
 
 

@@ -33,12 +33,14 @@ def outputs(verb: str, given: dict[str, list[str]]) -> list[Path]:
             for seed in given["seeds"]
             for name in ("run.json", "samples.jsonl")
         ]
+    elif verb == "kernels":
+        files += [folder / f"{case}.json" for case in load_study("study.yaml").kernel_cases()]
     elif verb == "tables":
         names = ("summary", "perplexity", "passkey", "ruler", "longbench")
         names += ("statistics", "throughput", "energy", "memory")
         files += [folder / f"{name}.tex" for name in names]
     tables = {
-        "aggregate": ("eval", "samples", "perf", "energy", "append"),
+        "aggregate": ("eval", "samples", "perf", "energy", "append", "kernels"),
         "statistics": ("tests",),
         "pareto": ("pareto",),
     }
@@ -62,7 +64,7 @@ def content(verb: str, given: dict[str, list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    verb, *rest = sys.argv[1:]
+    verb, *rest = sys.argv[2:] if sys.argv[1] == "bench" else sys.argv[1:]
     text = content(verb, options(rest))
     for file in outputs(verb, options(rest)):
         file.parent.mkdir(parents=True, exist_ok=True)

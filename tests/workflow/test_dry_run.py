@@ -19,7 +19,14 @@ COUNTS = {
         "plot": 4,
         "append_cost": 1,
     },
-    "smoke": {"prompts": 2, "evaluate": 12, "throughput": 1, "energy": 1},
+    "smoke": {
+        "prompts": 2,
+        "evaluate": 12,
+        "throughput": 1,
+        "energy": 1,
+        "kernel_cases": 1,
+        "plot": 4,
+    },
 }
 
 
@@ -108,6 +115,7 @@ def test_released_results_rebuild_figures_without_measuring(root: Path, tmp_path
     for kind, cells in (("perf", spec.throughput_cells()), ("energy", spec.energy_cells())):
         for m in spec.models:
             files += [results / f"{kind}/cpu/{m}/{s}/{w}/rep{r}.json" for s, w, r in cells]
+    files += [results / f"kernels/cpu/{case}.json" for case in spec.kernel_cases()]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("{}")
@@ -124,6 +132,19 @@ def test_released_results_rebuild_figures_without_measuring(root: Path, tmp_path
         "energy",
         "fetch_model",
     } & set(found)
+    assert "kernel_cases" not in found
+
+
+def test_kernels_are_one_job_of_a_target(root: Path, tmp_path: Path) -> None:
+    done = study(root, tmp_path, "h100", "kernels", "-p")
+    assert done.returncode == 0, done.stderr[-2000:]
+    output = done.stdout + done.stderr
+    assert jobs(output) == {"kernel_cases": 1, "kernels": 1, "total": 2}
+    assert f"bench kernels --study {tmp_path}/r/study.json --device-name h100-80gb-hbm3" in output
+    assert f"--out-dir {tmp_path}/r/kernels/h100-80gb-hbm3" in output
+    none = study(root, tmp_path, "demo", "kernels")  # has no such section
+    assert none.returncode == 0, none.stderr[-2000:]
+    assert "kernel_cases" not in jobs(none.stdout + none.stderr)
 
 
 def test_the_workflow_imports_no_torch(root: Path) -> None:

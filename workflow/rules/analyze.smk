@@ -6,6 +6,8 @@ COLLECTED = {
 }
 if STUDY.append:
     COLLECTED["append"] = ("3 Throughput", "append: every size")
+if STUDY.kernels:
+    COLLECTED["kernels"] = ("3 Throughput", "kernels: every side")
 
 
 localrules:
@@ -21,6 +23,7 @@ rule aggregate:
         rules.performance.input,
         rules.joules.input,
         rules.appends.input,
+        rules.kernels.input,
     output:
         expand("<results>/tables/{table}.parquet", table=[*COLLECTED, "samples"]),
         "<results>/tables/samples.csv",

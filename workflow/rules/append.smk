@@ -20,7 +20,7 @@ rule append_cost:
     message:
         "Appending to a growing cache on {wildcards.device}"
     shell:
-        "python -m kvquant append --study {params.study} --rep {wildcards.rep}"
+        "python -m kvquant bench append --study {params.study} --rep {wildcards.rep}"
         " --device-name {wildcards.device} --device {params.device} --out {output} > {log} 2>&1"
 
 

@@ -9,6 +9,8 @@ if len({t.length for t in STUDY.tasks.values() if t.suite == "passkey"}) > 1:
 
 if STUDY.append:
     FIGURES["append"] = ("3 Throughput", "cost of an appended token by cache size")
+if STUDY.kernels:
+    FIGURES["kernels"] = ("3 Throughput", "kernels against their floor, fp16 and peers")
 
 
 localrules:

@@ -1,0 +1,131 @@
+"""The panels of the figure `kernels`: share of the copy rate, fp16 and peers over ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+WORDS = {
+    "pack": "quantize and pack",
+    "attention": "decode attention",
+    "steps": "decode step, model",
+    "layer-step": "decode step, layer",
+    "prefill": "prefill",
+    "continue": "continued prefill",
+}
+OURS = ("#000000", "o")
+FP16 = {  # backends of torch's attention; whole models choose one of them
+    "cudnn": ("#0072B2", "s"),
+    "flash": ("#56B4E9", "^"),
+    "efficient": ("#009E73", "v"),
+}
+WHOLE = ("#CC79A7", "D")
+PEERS = (("#D55E00", "D"), ("#E69F00", "P"), ("#0072B2", "X"), ("#009E73", "*"))  # by measurement
+# What is said of a side without a ratio; 'ok': ours has no time.
+MISSING = {"ok": "no time of ours", "oom": "out of memory", "refused": "cannot run"}
+Looks = dict[str, tuple[str, str]]
+
+
+def _labelled(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """(label, sides) of every measurement, all cases of a kind together."""
+    order = list(WORDS)
+    groups = list(rows.groupby(["measure", "case"], sort=False))
+    groups.sort(key=lambda g: order.index(str(g[0][0])))  # stable: cases as the study has them
+    return [(f"{WORDS[str(measure)]}, {case}", sides) for (measure, case), sides in groups]
+
+
+def rates(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Measurements whose bytes are known, without the copies."""
+    return _labelled(rows[(rows.role != "copy") & rows.copy_share.notna()])
+
+
+def ratios(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Measurements that compare ours with fp16."""
+    return _labelled(rows[(rows.role == "fp16") & rows.over_ours_median.notna()])
+
+
+def look(side: str, role: str) -> tuple[str, str]:
+    """Colour and marker of ours or of a 16-bit side."""
+    return OURS if role == "ours" else FP16.get(side, WHOLE)
+
+
+def legend(rows: pd.DataFrame, ours: str) -> Looks:
+    """What the first two panels show: name, colour, marker."""
+    there = set(rows[rows.status == "ok"].side)
+    whole = [s for s in dict.fromkeys(rows[rows.role == "fp16"].side) if s not in FP16]
+    found = {ours: OURS} | {f"fp16, {s}": look for s, look in FP16.items() if s in there}
+    return found | {s if s == "fp16" else f"fp16, {s}": WHOLE for s in whole}
+
+
+def _point(
+    axis: Any, x: float, place: float, ends: list[float], looks: tuple[str, str], size: float = 4
+) -> None:
+    """A median with its whiskers."""
+    error = [[max(0.0, x - min(ends))], [max(0.0, max(ends) - x)]]
+    style = {"color": looks[0], "elinewidth": 0.8, "capsize": size / 2, "ms": size}
+    axis.errorbar(x, place, xerr=error, fmt=looks[1], **style)
+
+
+def _names(axis: Any, labels: list[str]) -> None:
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(len(labels) - 0.4, -0.6)
+    axis.grid(axis="y", visible=False)
+
+
+def rate_panel(axis: Any, found: list[tuple[str, pd.DataFrame]]) -> None:
+    """Share of the rate of a device copy, a row a measurement."""
+    for place, (_, sides) in enumerate(found):
+        for side in sides.itertuples():
+            # a rate is bytes over time: the slowest rounds give the lower end
+            ends = [100 * side.floor_ms / t for t in (side.ms_p90, side.ms_p10)]
+            _point(axis, 100 * side.copy_share, place, ends, look(side.side, side.role))
+    axis.axvline(100, color="#888888", linewidth=0.8, zorder=1)
+    axis.set_xlim(0, max(110.0, axis.get_xlim()[1]))
+    _names(axis, [label for label, _ in found])
+    axis.set_xlabel("bytes a second, % of a device copy (more is better)", loc="right")
+
+
+def _ratio_scale(axis: Any) -> None:
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    axis.set_xlim(min(low, 0.5), max(high, 2.5))
+    axis.axvline(1, color="#888888", linewidth=0.8, zorder=1)
+    wide = axis.get_xlim()[1] / axis.get_xlim()[0] > 100
+    axis.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+
+
+def ratio_panel(axis: Any, found: list[tuple[str, pd.DataFrame]]) -> None:
+    """Time of fp16 over ours on a logarithmic scale, a row a measurement."""
+    for place, (_, sides) in enumerate(found):
+        for side in sides.itertuples():
+            ends = [side.over_ours_p10, side.over_ours_p90]
+            _point(axis, side.over_ours_median, place, ends, look(side.side, side.role))
+    _ratio_scale(axis)
+    _names(axis, [label for label, _ in found])
+    axis.set_xlabel("time of fp16 over ours (right of 1: ours is faster)", loc="right")
+
+
+def peers_panel(axis: Any, peers: pd.DataFrame) -> Looks:
+    """Time of peers over ours, a row a peer, a marker a measurement; returns the markers."""
+    names = list(dict.fromkeys(peers.side))
+    groups = _labelled(peers)
+    looks = {label: PEERS[i % len(PEERS)] for i, (label, _) in enumerate(groups)}
+    for i, (label, sides) in enumerate(groups):
+        shift = (i - (len(groups) - 1) / 2) * min(0.4, 0.8 / len(groups))
+        for side in sides[sides.over_ours_median.notna()].itertuples():
+            ends = [side.over_ours_p10, side.over_ours_p90]
+            place = names.index(side.side) + shift
+            _point(axis, side.over_ours_median, place, ends, looks[label], size=3)
+    for place, name in enumerate(names):
+        without = peers[(peers.side == name) & peers.over_ours_median.isna()]
+        text = ", ".join(dict.fromkeys(MISSING.get(s, s) for s in without.status))
+        style = {"fontsize": 6, "va": "center", "color": "#666666"}
+        axis.annotate(text, (1, place), (3, 0), textcoords="offset points", **style)
+    _ratio_scale(axis)
+    _names(axis, names)
+    axis.set_xlabel("time of peers over ours (right of 1: ours is faster)", loc="right")
+    return looks

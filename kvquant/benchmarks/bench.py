@@ -1,0 +1,25 @@
+"""`kvquant bench WHAT`: costs measured on random data, without a model's weights."""
+
+from __future__ import annotations
+
+import argparse
+
+from kvquant.benchmarks import append, kernels
+
+WHAT = {
+    "append": (append, "cost of appending to a cache as it grows"),
+    "kernels": (kernels, "kernels of ours against copies, fp16 and peers"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `kvquant bench`."""
+    commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    for name, (module, text) in WHAT.items():
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        module.add_arguments(sub)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the benchmark."""
+    WHAT[args.what][0].run(args)

@@ -1,0 +1,361 @@
+"""What a case of the kernel benchmark can measure; each gives a part of its record."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from kvquant.benchmarks.append_stores import append_codec
+from kvquant.benchmarks.decode import BACKENDS, measure_decode
+from kvquant.benchmarks.random_model import RandomModel, head_dim
+from kvquant.benchmarks.timing import Clock
+from kvquant.benchmarks.turns import Role, Side, issue_rate, take_turns, to_records
+from kvquant.cache_size import cache_elements, cache_nbytes
+from kvquant.config import NuqScheme, Study
+from kvquant.config_kernels import SHAPES, WHOLE_MODEL, KernelCase, Measure
+from kvquant.errors import UserError
+from kvquant.models import QuantizedModel
+from kvquant.records import KernelPart, KernelSide, Percentiles
+
+COPIES = 10  # copies before and after decode steps, which are not interrupted
+SETTLE = 5  # decode steps before the timed ones
+
+
+class Prompts:
+    """Random prompts of a case; shorter ones are padded on the left.
+
+    Args:
+        model: Gives the vocabulary and the device.
+        case: Shape.
+    """
+
+    def __init__(self, model: RandomModel, case: KernelCase) -> None:
+        self.ids = model.ids(case.batch, case.tokens)
+        lengths = prompt_lengths(case)
+        self.mask: torch.Tensor | None = None
+        if case.ragged:
+            column = torch.arange(case.tokens)
+            first = case.tokens - torch.tensor(lengths)
+            self.mask = (column[None] >= first[:, None]).long().to(model.device)
+            self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+        else:
+            self.positions = torch.arange(case.tokens, device=model.device)[None]
+            self.positions = self.positions.expand(case.batch, -1)
+
+    def after(self, done: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Mask and positions `[batch_size, 1]` of the token after prompt and `done` tokens."""
+        mask = self.mask
+        if mask is not None:
+            mask = torch.cat((mask, mask.new_ones((mask.shape[0], done + 1))), 1)
+        return mask, self.positions[:, -1:] + 1 + done
+
+
+def prompt_lengths(case: KernelCase) -> list[int]:
+    """Tokens of each prompt: all the same, or evenly down to half."""
+    if not case.ragged or case.batch == 1:
+        return [case.tokens] * case.batch
+    step = case.tokens / 2 / (case.batch - 1)
+    return [round(case.tokens - i * step) for i in range(case.batch)]
+
+
+class Bench:
+    """The measurements, with the models that they need, one at a time.
+
+    Args:
+        study: With a section `kernels` and a headline scheme of kind nuq.
+        device: Where everything lies.
+        clock: Times a region.
+    """
+
+    def __init__(self, study: Study, device: torch.device, clock: Clock | None = None) -> None:
+        headline = study.scheme(study.headline)
+        if not isinstance(headline, NuqScheme):
+            raise UserError(f"headline: '{study.headline}' is not of kind nuq: no kernels of ours")
+        assert study.kernels is not None
+        self.study, self.device, self.spec = study, device, study.kernels
+        self.scheme: NuqScheme = headline
+        self.clock = clock or Clock.of(device)
+        self._model: RandomModel | None = None
+
+    def release(self) -> None:
+        """Gives the model's memory back."""
+        self._model = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def model(self, shape: str) -> RandomModel:
+        """The whole model of a shape, kept for the next case."""
+        if self._model is None or self._model.shape != shape:
+            self.release()
+            self._model = RandomModel(shape, self.device)
+        return self._model
+
+    def measure(self, what: Measure, case: KernelCase) -> KernelPart:
+        """One measurement of a case."""
+        if self._model is not None and (
+            self._model.shape != case.shape or not set(case.measure) & set(WHOLE_MODEL)
+        ):
+            self.release()
+        part: KernelPart = MEASURES[what](self, case)
+        return part
+
+
+def _tensor_side(bench: Bench, name: str, role: Role, work: Callable[[], object]) -> Side:
+    return Side(name, role, lambda: bench.clock.time(work)[1])
+
+
+def _part(
+    bench: Bench, what: Measure, sides: list[Side], *, elements: int | None = None
+) -> KernelPart:
+    lanes = issue_rate(bench.device) if elements is not None else None
+    records = to_records(sides, elements=elements, lanes_per_s=lanes)
+    rate = next((r.gb_per_s for r in records if r.role == "copy"), None)
+    return KernelPart(measure=what, copy_gb_per_s=rate, sides=records)
+
+
+@torch.inference_mode()
+def pack(bench: Bench, case: KernelCase) -> KernelPart:
+    """One layer's quantize-and-pack pass against a copy of its input."""
+    heads, dim = SHAPES[case.shape]["num_key_value_heads"], head_dim(case.shape)
+    size = bench.scheme.block_size
+    codec = append_codec(bench.scheme, heads, dim, bench.device)
+    assert codec is not None
+    shape = (2, case.batch * case.tokens // size, size, heads, dim)
+    source = torch.randn(shape, device=bench.device).half()
+    keys, values = source.transpose(2, 3)
+    target = torch.empty_like(source)
+    ours = _tensor_side(bench, bench.study.headline, "ours", lambda: codec.pack(keys, values))
+    copied = _tensor_side(bench, "copy", "copy", lambda: target.copy_(source))
+    ours.nbytes = source.nbytes + codec.pack(keys, values).nbytes
+    copied.nbytes = 2 * source.nbytes
+    take_turns([copied, ours], bench.spec)
+    return _part(bench, "pack", [copied, ours], elements=source.numel())
+
+
+@torch.inference_mode()
+def attention(bench: Bench, case: KernelCase) -> KernelPart:
+    """One layer's decode attention, as captured graphs, against torch's fp16 backends."""
+    dims, dim, scheme = SHAPES[case.shape], head_dim(case.shape), bench.scheme
+    heads, kv_heads = dims["num_attention_heads"], dims["num_key_value_heads"]
+    codec = append_codec(scheme, kv_heads, dim, bench.device)
+    assert codec is not None and codec.tables is not None
+    found = measure_decode(
+        heads, kv_heads, dim, case.batch, case.tokens, codec.tables, bits=scheme.bits,
+        outliers=scheme.outliers, block_size=scheme.block_size, rounds=bench.spec.rounds,
+    )  # fmt: skip
+    roles: dict[str, tuple[str, Role]] = {name: (name, "fp16") for name in BACKENDS}
+    roles |= {"kvquant": (bench.study.headline, "ours"), "copy": ("copy", "copy")}
+    sides = []
+    for key, (name, role) in roles.items():
+        side = Side(name, role, lambda: 0.0, nbytes=found.nbytes[key])
+        if key in found.ms:
+            side.times = list(found.ms[key])
+        else:
+            side.reason = found.refused[key]
+            side.status = "oom" if "out of memory" in side.reason else "refused"
+        sides.append(side)
+    return _part(bench, "attention", sides, elements=2 * case.batch * case.tokens * heads * dim)
+
+
+class _Scheme:
+    """Caches of a scheme, made when first asked for: a peer may be missing.
+
+    Args:
+        model: Of the case.
+        study: Knows the scheme.
+        name: Scheme.
+    """
+
+    def __init__(self, model: RandomModel, study: Study, name: str) -> None:
+        self._model, self._study, self._name = model, study, name
+        self._made: QuantizedModel | None = None
+
+    def new_cache(self) -> Any:
+        """An empty cache."""
+        if self._made is None:
+            self._made = self._model.with_scheme(self._study.scheme(self._name))
+        return self._made.new_cache("A")
+
+
+def _schemes(bench: Bench, case: KernelCase) -> list[tuple[str, Role]]:
+    names: list[tuple[str, Role]] = [(bench.study.baseline, "fp16"), (bench.study.headline, "ours")]
+    return [*names, *((name, "peer") for name in case.peers)]
+
+
+@torch.inference_mode()
+def prefill(bench: Bench, case: KernelCase) -> KernelPart:
+    """Prompts through the whole model, into an empty cache of each scheme."""
+    model = bench.model(case.shape)
+    prompts = Prompts(model, case)
+    sides: list[Side] = []
+
+    def add(name: str, role: Role) -> None:
+        scheme = _Scheme(model, bench.study, name)
+
+        def run() -> float:
+            cache = scheme.new_cache()
+            taken = bench.clock.time(
+                lambda: model.model(
+                    input_ids=prompts.ids, attention_mask=prompts.mask,
+                    position_ids=prompts.positions, past_key_values=cache, use_cache=True,
+                    logits_to_keep=1,
+                )
+            )[1]  # fmt: skip
+            if side.cache_bytes is None:
+                side.cache_bytes = cache_nbytes(cache)
+                elements = cache_elements(cache, prompts.mask)
+                side.bits_per_element = 8 * side.cache_bytes / elements
+            return taken
+
+        side = Side(name, role, run)
+        sides.append(side)
+
+    for name, role in _schemes(bench, case):
+        add(name, role)
+    take_turns(sides, bench.spec)
+    return _part(bench, "prefill", sides)
+
+
+@torch.inference_mode()
+def layer_step(bench: Bench, case: KernelCase) -> KernelPart:
+    """A decode step of a model of one layer, called from Python, without its output embeddings.
+
+    Every side keeps its cache, which fits for one layer, and appends a token a round.
+    """
+    model = RandomModel(case.shape, bench.device, layers=1)
+    prompts = Prompts(model, case)
+    token = model.ids(case.batch, 1)
+    decoder = model.model.model
+
+    def add(name: str, role: Role) -> Side:
+        scheme = _Scheme(model, bench.study, name)
+        held: list[Any] = []
+        done = itertools.count()
+
+        def run() -> float:
+            if not held:
+                cache = scheme.new_cache()
+                decoder(
+                    input_ids=prompts.ids, attention_mask=prompts.mask,
+                    position_ids=prompts.positions, past_key_values=cache, use_cache=True,
+                )  # fmt: skip
+                side.cache_bytes = cache_nbytes(cache)
+                side.bits_per_element = 8 * side.cache_bytes / cache_elements(cache, prompts.mask)
+                held.append(cache)
+            mask, positions = prompts.after(next(done))
+            return bench.clock.time(
+                lambda: decoder(
+                    input_ids=token, attention_mask=mask, position_ids=positions,
+                    past_key_values=held[0], use_cache=True,
+                )
+            )[1]  # fmt: skip
+
+        side = Side(name, role, run)
+        return side
+
+    sides = [add(name, role) for name, role in _schemes(bench, case)]
+    take_turns(sides, bench.spec)
+    return _part(bench, "layer-step", sides)
+
+
+@torch.inference_mode()
+def steps(bench: Bench, case: KernelCase) -> KernelPart:
+    """Greedy steps of the whole model as a captured graph, packing of full tails included.
+
+    The floor counts the weights and the cache, once each.
+    """
+    from kvquant.graphed import GraphedDecoder
+
+    model = bench.model(case.shape)
+    prompts = Prompts(model, case)
+    cache = model.with_scheme(bench.scheme).new_cache("A")
+    model.model(
+        input_ids=prompts.ids, attention_mask=prompts.mask, position_ids=prompts.positions,
+        past_key_values=cache, use_cache=True, logits_to_keep=1,
+    )  # fmt: skip
+    nbytes = cache_nbytes(cache)
+    bits = 8 * nbytes / cache_elements(cache, prompts.mask)
+    decoder = GraphedDecoder(model.model, cache, case.steps + 64)
+    token = torch.zeros((case.batch, 1), dtype=torch.long, device=bench.device)
+    source = torch.empty(1 << 28, dtype=torch.uint8, device=bench.device)
+    target = torch.empty_like(source)
+    copying = partial(bench.clock.time, lambda: target.copy_(source))
+    for _ in range(SETTLE):
+        token = decoder.step(token).argmax(-1, keepdim=True)
+        copying()
+    copies: list[float | None] = [copying()[1] for _ in range(COPIES)]
+    torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(case.steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        token = decoder.step(token).argmax(-1, keepdim=True)
+        event.record()
+    torch.cuda.synchronize()
+    copies += [copying()[1] for _ in range(COPIES)]
+    ours = Side(bench.study.headline, "ours", lambda: 0.0, model.read_bytes + nbytes, nbytes, bits)
+    ours.times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    copied = Side("copy", "copy", lambda: 0.0, 2 * source.nbytes, times=copies)
+    return _part(bench, "steps", [copied, ours])
+
+
+def continuation(bench: Bench, case: KernelCase) -> KernelPart:
+    """New tokens over a packed past: our kernel, our PyTorch path, fp16."""
+    try:
+        module = importlib.import_module("kvquant.benchmarks.continuation")
+    except ModuleNotFoundError:
+        raise UserError("measure: 'continue' is not part of this version: leave it out") from None
+    dims, dim, scheme = SHAPES[case.shape], head_dim(case.shape), bench.scheme
+    kv_heads = dims["num_key_value_heads"]
+    codec = append_codec(scheme, kv_heads, dim, bench.device)
+    assert codec is not None
+    found: dict[str, Any] = module.measure_continuation(
+        dims["num_attention_heads"], kv_heads, dim, case.batch, case.tokens, case.chunk,
+        codec.tables, scheme.bits, scheme.block_size, bench.spec.rounds,
+    )  # fmt: skip
+    roles: dict[str, tuple[str, Role]] = {
+        "kvquant": (bench.study.headline, "ours"),
+        "fp16": (bench.study.baseline, "fp16"),
+        "pytorch": (f"{bench.study.headline} (PyTorch)", "peer"),
+    }
+    ours = _summary(found["kvquant"])
+    sides = []
+    for key, (name, role) in roles.items():
+        if key not in found:
+            continue
+        times = _summary(found[key])
+        side = KernelSide(side=name, role=role, status="oom" if times is None else "ok", ms=times)
+        if times is not None and ours is not None and role != "ours":
+            side.over_ours = _ratio(times, ours)
+        sides.append(side)
+    return KernelPart(measure="continue", sides=sides)
+
+
+def _summary(found: Any) -> Percentiles | None:
+    """A summary, or None for "oom"."""
+    return Percentiles.model_validate(found) if isinstance(found, dict) else None
+
+
+def _ratio(theirs: Percentiles, ours: Percentiles) -> Percentiles:
+    """Bounds of the ratio from both spreads: the rounds themselves are not known here."""
+    return Percentiles(
+        median=theirs.median / ours.median,
+        p10=theirs.p10 / ours.p90,
+        p90=theirs.p90 / ours.p10,
+        p99=theirs.p99 / ours.p10,
+        n=min(theirs.n, ours.n),
+    )
+
+
+MEASURES: dict[Measure, Callable[[Bench, KernelCase], KernelPart]] = {
+    "pack": pack,
+    "attention": attention,
+    "prefill": prefill,
+    "steps": steps,
+    "layer-step": layer_step,
+    "continue": continuation,
+}

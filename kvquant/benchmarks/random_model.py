@@ -1,0 +1,112 @@
+"""Models of a known shape with random 16-bit weights: speed depends on shapes, not on weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvquant.batched_quant import LayerQuantizer
+from kvquant.config import CalibratedScheme, SchemeSpec
+from kvquant.config_kernels import SHAPES
+from kvquant.models import QuantizedModel, install_attention
+from kvquant.nuq import fit
+from kvquant.schemes.registry import ModelShape, build_caches, build_codecs
+
+SAMPLE = 1024  # tokens from which ranges are taken
+POSITIONS = 1 << 20  # more than any case has; RoPE is not scaled
+
+
+def head_dim(shape: str) -> int:
+    """Elements of a head."""
+    return SHAPES[shape]["hidden_size"] // SHAPES[shape]["num_attention_heads"]
+
+
+class RandomModel:
+    """A Llama of random weights, fp16 on a GPU and fp32 on a CPU.
+
+    Args:
+        shape: Name in :data:`kvquant.config_kernels.SHAPES`.
+        device: Where it lies.
+        layers: Instead of the shape's number.
+    """
+
+    def __init__(self, shape: str, device: torch.device, layers: int | None = None) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        self.shape, self.device = shape, device
+        self.dims = {**SHAPES[shape]}
+        self.dims["num_hidden_layers"] = layers or self.dims["num_hidden_layers"]
+        config = LlamaConfig(
+            **self.dims, max_position_embeddings=POSITIONS, attn_implementation="sdpa"
+        )
+        torch.manual_seed(0)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float16 if device.type == "cuda" else torch.float32)
+        try:
+            with torch.device(device):
+                self.model: Any = LlamaForCausalLM(config).eval()
+        finally:
+            torch.set_default_dtype(before)
+        self.model.requires_grad_(False)
+        install_attention(self.model)
+        self._keys: list[torch.Tensor] | None = None
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return self.dims["num_hidden_layers"]
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the weights that a decode step reads: all but the input embeddings."""
+        embedding = self.model.model.embed_tokens.weight
+        return sum(p.nbytes for p in self.model.parameters()) - int(embedding.nbytes)
+
+    def ids(self, batch: int, tokens: int) -> torch.Tensor:
+        """Random tokens, int64 `[batch_size, tokens]`."""
+        return torch.randint(0, self.dims["vocab_size"], (batch, tokens), device=self.device)
+
+    @torch.inference_mode()
+    def _sample(self) -> list[torch.Tensor]:
+        """Keys before RoPE of a sample, `[tokens, num_kv_heads * head_dim]` a layer."""
+        if self._keys is None:
+            seen: list[torch.Tensor] = []
+            hooks = [
+                layer.self_attn.original.k_proj.register_forward_hook(
+                    lambda module, inputs, output: seen.append(output[0])
+                )
+                for layer in self.model.model.layers
+            ]
+            self.model(input_ids=self.ids(1, SAMPLE), logits_to_keep=1)
+            for hook in hooks:
+                hook.remove()
+            self._keys = seen
+        return self._keys
+
+    def tables(self, scheme: SchemeSpec) -> list[LayerQuantizer] | None:
+        """Tables for schemes that are calibrated: ranges leave `outliers` of the keys outside."""
+        if not isinstance(scheme, CalibratedScheme):
+            return None
+        size = self.dims["num_key_value_heads"], head_dim(self.shape)
+        levels = fit("nf", scheme.bits).to(self.device)
+        ends = scheme.outliers / 2, 1 - scheme.outliers / 2
+        found = []
+        for keys in self._sample():
+            low, high = (torch.quantile(keys.float(), q, dim=0).view(size) for q in ends)
+            found.append(LayerQuantizer((low + high) / 2, (high - low) / 2, levels, levels))
+        return found
+
+    def with_scheme(self, scheme: SchemeSpec) -> QuantizedModel:
+        """The model with caches of a scheme.
+
+        Raises:
+            UserError: The scheme cannot serve this shape, or a package is missing.
+        """
+        size = self.dims["num_key_value_heads"], head_dim(self.shape)
+        tables = self.tables(scheme)
+        caches = build_caches(scheme, ModelShape(self.layers, *size), tables)
+        codecs = build_codecs(scheme, self.layers, tables)
+        for codec in codecs or []:
+            codec.check_model(*size)
+        return QuantizedModel(self.model, None, scheme, codecs, caches)

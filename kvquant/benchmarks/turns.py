@@ -1,0 +1,171 @@
+"""Sides of very different speed in turns: slow ones sit out most rounds, none stops the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kvquant.benchmarks.timing import MIN_ROUNDS, fits_in_memory, summarize
+from kvquant.config_kernels import KernelsSpec
+from kvquant.errors import MissingPackage, UserError
+from kvquant.records import KernelSide, Percentiles
+
+Role = Literal["ours", "copy", "fp16", "peer"]
+Status = Literal["ok", "oom", "not installed", "refused", "failed"]
+
+
+@dataclass
+class Side:
+    """One side of a measurement.
+
+    Attributes:
+        name: As in the record.
+        role: What it is compared as.
+        run: One call; returns its milliseconds. Raises :class:`MissingPackage` or
+            :class:`UserError` in its first call where it cannot be measured.
+        nbytes: Bytes that it has to read and write, if that bounds it.
+        cache_bytes: Bytes of its cache, known after a call.
+        bits_per_element: The same by element.
+        status: Set by :func:`take_turns`, as `reason` and `times`.
+        reason: Why there is no time.
+        times: Milliseconds by counted round, None where it sat out.
+    """
+
+    name: str
+    role: Role
+    run: Callable[[], float]
+    nbytes: int | None = None
+    cache_bytes: int | None = None
+    bits_per_element: float | None = None
+    status: Status = "ok"
+    reason: str = ""
+    times: list[float | None] | None = None
+
+    def call(self) -> float | None:
+        """Milliseconds of a call, or None if there will be no further ones."""
+        got: list[float] = []
+        try:
+            if fits_in_memory(lambda: got.append(self.run())):
+                return got[0]
+            self.status = "oom"
+        except UserError as error:
+            if self.role != "peer":
+                raise
+            self.status = "not installed" if isinstance(error, MissingPackage) else "refused"
+            self.reason = str(error)
+        except Exception as error:
+            # A peer's fault is a result, not the end of a sitting on a GPU.
+            if self.role != "peer":
+                raise
+            self.status, self.reason = "failed", f"{type(error).__name__}: {error}".split("\n")[0]
+        return None
+
+
+def take_turns(
+    sides: list[Side], spec: KernelsSpec, now: Callable[[], float] = time.perf_counter
+) -> None:
+    """Calls the sides in turns (A B C A B C ...) and leaves the times in them.
+
+    A side whose call in the warm-up takes longer than `spec.slow_seconds` takes part in the first
+    `spec.slow_rounds` rounds only. The others end after `spec.rounds` rounds or, once there are 5,
+    after `spec.max_seconds`.
+
+    Args:
+        sides: Each call measures itself.
+        spec: Limits.
+        now: Seconds; for tests.
+    """
+    left = {side.name: spec.rounds for side in sides}
+    for side in sides:
+        side.times = []
+    for _ in range(spec.warmup):
+        for side in sides:
+            if side.status == "ok" and left[side.name] == spec.rounds:
+                taken = side.call()
+                if taken is not None and taken > 1e3 * spec.slow_seconds:
+                    left[side.name] = min(spec.slow_rounds, spec.rounds)
+    start = now()
+    for done in range(spec.rounds):
+        if done >= MIN_ROUNDS and now() - start >= spec.max_seconds:
+            break
+        playing = [s for s in sides if s.status == "ok" and done < left[s.name]]
+        if not playing:
+            break
+        for side in sides:
+            assert side.times is not None
+            side.times.append(side.call() if side in playing else None)
+
+
+def paired(theirs: list[float | None], ours: list[float | None]) -> Percentiles | None:
+    """Their time over ours by round; None without a common round."""
+    both = zip(theirs, ours, strict=False)
+    ratios = [t / o for t, o in both if t is not None and o is not None]
+    return summarize(ratios) if ratios else None
+
+
+def copy_rate(sides: list[Side]) -> float | None:
+    """GB/s of the device copy among the sides, if there is one."""
+    for side in sides:
+        times = [t for t in side.times or [] if t is not None]
+        if side.role == "copy" and side.status == "ok" and side.nbytes and times:
+            return side.nbytes / summarize(times).median / 1e6
+    return None
+
+
+def to_records(
+    sides: list[Side], *, elements: int | None = None, lanes_per_s: float | None = None
+) -> list[KernelSide]:
+    """What the record says of each side.
+
+    Args:
+        sides: After :func:`take_turns`.
+        elements: Key and value elements times query heads of a group, of a call.
+        lanes_per_s: Thread instructions that the device can issue a second.
+    """
+    rate = copy_rate(sides)
+    ours = next((s.times for s in sides if s.role == "ours" and s.status == "ok"), None)
+    records = []
+    for side in sides:
+        record = KernelSide(side=side.name, role=side.role, status=side.status, reason=side.reason)
+        times = [t for t in side.times or [] if t is not None]
+        if side.status == "ok" and times:
+            record.ms = summarize(times)
+            record.cache_bytes = side.cache_bytes
+            record.bits_per_element = side.bits_per_element
+            if ours is not None and side.role in ("fp16", "peer"):
+                record.over_ours = paired(side.times or [], ours)
+            if side.nbytes is not None:
+                record.nbytes = side.nbytes
+                record.gb_per_s = side.nbytes / record.ms.median / 1e6
+                if rate is not None:
+                    record.copy_share = record.gb_per_s / rate
+                    record.floor_ms = side.nbytes / rate / 1e6
+            if elements is not None and lanes_per_s is not None and side.role == "ours":
+                record.slots_per_element = record.ms.median * 1e-3 * lanes_per_s / elements
+        records.append(record)
+    return records
+
+
+def issue_rate(device: torch.device) -> float | None:
+    """Thread instructions a GPU can issue a second at its highest clock; None if not known.
+
+    A multiprocessor of every supported generation has four schedulers of 32 lanes.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+
+        from kvquant.energy.nvml import gpu_handles, visible_uuids
+
+        pynvml.nvmlInit()
+        handle = gpu_handles(pynvml, visible_uuids())[torch.cuda.current_device()]
+        megahertz = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)
+    except Exception:  # no library, or a driver that does not tell
+        return None
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return float(count * 128 * megahertz * 1e6)

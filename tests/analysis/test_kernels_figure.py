@@ -1,0 +1,152 @@
+"""The figure `kernels` from records: what stands where, and what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kvquant.analysis import figures
+from kvquant.analysis.collect import _kernel_rows, write_table
+from kvquant.benchmarks.turns import Role, Side, Status, to_records
+from kvquant.config import Study, load_study
+from kvquant.errors import UserError
+from kvquant.records import KernelPart, KernelRecord, write_record
+from kvquant.specs import kernels_digest
+
+MS = {"ours": 2.0, "fp16": 3.0, "flash": 5.0, "cudnn": 4.0, "efficient": 6.0, "copy": 1.0}
+SLOW = {"hf-hqq-4": 10.0, "kvquant-ref3-1pct": 20.0}
+
+
+def sides(measure: str, peers: list[str]) -> list[Side]:
+    """Sides with times that vary by 10 % from round to round."""
+    whole: list[tuple[str, Role]] = [("fp16", "fp16"), ("nuq3-1pct", "ours")]
+    kernel: list[tuple[str, Role]] = [("copy", "copy"), ("nuq3-1pct", "ours")]
+    backends: list[tuple[str, Role]] = [(n, "fp16") for n in ("flash", "cudnn", "efficient")]
+    by_bytes = measure in ("pack", "attention", "steps")
+    found = [*kernel] if by_bytes else [*whole, *((p, "peer") for p in peers)]
+    made = []
+    for name, role in [*found, *(backends if measure == "attention" else [])]:
+        middle = SLOW.get(name, MS.get(role if role == "ours" else name, 2.2))
+        side = Side(name, role, lambda: 0.0, 4_000_000 if by_bytes else None)
+        side.times = [middle, 1.1 * middle, middle]
+        made.append(side)
+    return made
+
+
+def records(study: Study, folder: Path, broken: dict[str, Status]) -> None:
+    """Records of all cases; `broken` are peers without a time."""
+    for name, case in study.kernel_cases().items():
+        parts = []
+        for measure in case.measure:
+            group = sides(measure, case.peers)
+            for side in group:
+                if side.name in broken:
+                    side.status, side.times = broken[side.name], []
+            parts.append(KernelPart(measure=measure, sides=to_records(group)))
+        record = KernelRecord(
+            study=study.study,
+            spec_digest=kernels_digest(study, name),
+            device="gpu",
+            case=name,
+            shape=case.shape,
+            scheme=study.headline,
+            batch=case.batch,
+            tokens=case.tokens,
+            all_tokens=case.tokens,
+            parts=parts,
+            seconds=1.0,
+        )
+        write_record(folder / "kernels/gpu" / f"{name}.json", record)
+
+
+def drawn(study: Study, folder: Path, broken: dict[str, Status] | None = None) -> Any:
+    """The figure of such records."""
+    records(study, folder, broken or {})
+    problems: list[str] = []
+    write_table(
+        pd.DataFrame(_kernel_rows(study, folder, "gpu", problems)), folder / "kernels.parquet"
+    )
+    assert problems == []
+    with figures.plt.rc_context(figures.STYLE):
+        return figures.kernels(study, folder)
+
+
+@pytest.fixture
+def study(root: Path) -> Study:
+    return load_study(root / "config/h100.yaml")
+
+
+def labels(axis: Any) -> list[str]:
+    return [label.get_text() for label in axis.get_yticklabels()]
+
+
+def points(axis: Any, row: str) -> list[float]:
+    """Where the markers of a row stand."""
+    place = labels(axis).index(row)
+    found = [(c[0].get_xdata()[0], c[0].get_ydata()[0]) for c in axis.containers]
+    return [x for x, y in found if abs(y - place) < 0.5]
+
+
+def test_rows_and_values(study: Study, tmp_path: Path) -> None:
+    figure = drawn(study, tmp_path)
+    above, middle, below = figure.axes
+    attention = "decode attention, 7b-mha-16x16384"
+    assert sorted(points(above, attention)) == pytest.approx([100 / 6, 20, 25, 50])
+    assert points(above, "decode step, model, 7b-mha-4x16384") == pytest.approx([50])
+    assert sorted(points(middle, attention)) == pytest.approx([2.0, 2.5, 3.0])
+    assert points(middle, "prefill, 7b-mha-4x8192-ragged") == pytest.approx([1.5])
+    peers = study.kernel_cases()["7b-mha-1x16384"].peers
+    assert labels(below) == peers
+    assert points(below, "hf-hqq-4") == pytest.approx([5.0, 5.0])  # prefill, step of a layer
+    cases = {label.split(", ")[-1] for axis in (above, middle) for label in labels(axis)}
+    assert cases == set(study.kernel_cases())
+
+
+def test_missing_peers_are_named(study: Study, tmp_path: Path) -> None:
+    broken: dict[str, Status] = {"hf-hqq-4": "not installed", "kvquant-ref3-1pct": "oom"}
+    below = drawn(study, tmp_path, broken).axes[2]
+    said = [text.get_text() for text in below.texts if text.get_text()]
+    assert said == ["not installed", "out of memory"]
+    assert points(below, "hf-hqq-4") == []
+
+
+def test_panels_without_data_are_left_out(study: Study, tmp_path: Path) -> None:
+    raw = study.model_dump(mode="json")
+    raw["kernels"]["cases"] = {"one": {"shape": "tiny", "tokens": 64, "measure": ["pack"]}}
+    one = Study.model_validate(raw)
+    figure = drawn(one, tmp_path / "one")
+    assert [labels(axis) for axis in figure.axes] == [["quantize and pack, one"]]
+    with pytest.raises(UserError, match="no kernel and no comparison"):
+        drawn(one, tmp_path / "none", {"nuq3-1pct": "oom"})
+    raw["kernels"] = None
+    with pytest.raises(UserError, match="no section 'kernels'"):
+        figures.kernels(Study.model_validate(raw), tmp_path)
+
+
+def test_all_text_lies_inside_the_page(study: Study, tmp_path: Path) -> None:
+    figure = drawn(study, tmp_path)
+    figure.canvas.draw()
+    page = figure.bbox
+    for axis in figure.axes:
+        for text in (axis.xaxis.label, *axis.get_yticklabels()):
+            box = text.get_window_extent()
+            assert page.x0 - 1 <= box.x0 and box.x1 <= page.x1 + 1, text.get_text()
+    heights = [axis.get_position().height for axis in figure.axes]
+    assert np.all(np.array(heights) > 0.05)
+
+
+def test_a_record_of_another_configuration_is_refused(study: Study, tmp_path: Path) -> None:
+    records(study, tmp_path, {})
+    raw = study.model_dump(mode="json")
+    raw["kernels"]["cases"]["7b-mha-16x16384"]["batch"] = 8
+    problems: list[str] = []
+    _kernel_rows(Study.model_validate(raw), tmp_path, "gpu", problems)
+    (tmp_path / "kernels/gpu/8b-gqa-1x16384.json").unlink()
+    _kernel_rows(study, tmp_path, "gpu", problems)
+    assert len(problems) == 2
+    assert "7b-mha-16x16384.json: measured with another configuration" in problems[0]
+    assert "missing result" in problems[1]
