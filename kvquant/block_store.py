@@ -265,7 +265,8 @@ class BlockStore:
         count = len(self.arenas)
         if self._arena_table is None or self._arena_table[1].shape[0] < count:
             shape = (max(ARENA_ROOM, 2 * count), len(DENSE) + 4 * len(SPARSE))
-            table = torch.zeros(shape, dtype=torch.int64, device=self.tail[0].device)
+            with torch.inference_mode(False):  # steps outside of that mode write to it, too
+                table = torch.zeros(shape, dtype=torch.int64, device=self.tail[0].device)
             self._arena_table = (0, table)
         done, table = self._arena_table
         if done < count:

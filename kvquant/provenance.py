@@ -71,10 +71,13 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    commit = _git("rev-parse", "HEAD") or os.environ.get("KVQUANT_COMMIT")
+    # A copy of the tree on another machine may have no history, or an older one: then it is told.
+    told = os.environ.get("KVQUANT_COMMIT")
+    commit = told or _git("rev-parse", "HEAD")
+    changes = None if told or not commit else _git("status", "--porcelain", "--untracked-files=no")
     return {
         "commit": commit,
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "dirty": None if changes is None else bool(changes),
         "python": sys.version.split()[0],
         "system": f"{platform.system()} {platform.machine()}",
         "cpus": len(os.sched_getaffinity(0))

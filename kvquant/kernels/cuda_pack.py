@@ -15,7 +15,7 @@ from kvquant.kernels.pack_target import PackTarget
 ROWS = 4  # a thread of keys, as in the source file
 WARP = 32
 PAIRS_A_THREAD = 8  # neighbouring channels, of eight lanes
-WAVES = 8  # programs of values a multiprocessor's room before they take several tokens
+WAVES = 4  # programs of values a multiprocessor's room before they take several tokens
 MOST_TOKENS = 4  # that a program of values takes
 
 
@@ -68,8 +68,9 @@ class PackShape:
 
     @property
     def workers(self) -> int:
-        """Threads a token of values; each takes two units, more where there are many."""
-        return min(512, max(1, -(-self.units // (2 * WARP))) * WARP)
+        """Threads a token of values; each takes four units, more where there are many."""
+        least = -(-(self.per_side + 1) // WARP)  # each offers its largest to the selection
+        return min(512, max(least, -(-self.units // (4 * WARP))) * WARP)
 
     @property
     def key_threads(self) -> int:
@@ -103,9 +104,9 @@ class PackShape:
             "OUTLIERS": int(self.outliers),
             "PER_SIDE": self.per_side,
             "WORKERS": self.workers,
-            "AHEAD": 1,
-            # registers for 768 and 896 threads a multiprocessor
-            "KEY_BLOCKS": max(1, 768 // self.key_threads),
+            "AHEAD": 0,
+            # registers for 640 and 896 threads a multiprocessor
+            "KEY_BLOCKS": max(1, 640 // self.key_threads),
             "VALUE_BLOCKS": max(1, 896 // self.workers),
             "POS32": int(position_dtype(elements) is torch.int32),
             "COUNT32": int(count_dtype(elements) is torch.int32),

@@ -265,7 +265,7 @@ def test_what_the_kernels_do_not_take_is_named() -> None:
     assert replace(shape, head_dim=80).refusal() == "head_dim 80 is none of 64, 128, 256"
     assert "16384 channels" in str(replace(shape, heads=160).refusal())
     assert "block_size 24" in str(replace(shape, block_size=24).refusal())
-    assert "too many" in str(replace(shape, per_side=200).refusal())
+    assert "too many" in str(replace(shape, per_side=300).refusal())
     assert "torch.float32" in str(replace(shape, dtype=torch.float32).refusal())
 
 
