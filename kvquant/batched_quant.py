@@ -115,6 +115,7 @@ class BatchedKVQuantizer:
         self._inverse = fused.inverse_range(self._scale)
         self._key_midpoints = fused.midpoints(tables.key_levels)
         self._value_midpoints = fused.midpoints(tables.value_levels)
+        self.key_room = 1.0  # times what is expected; see key_slots
         self._key_tables: dict[torch.dtype, torch.Tensor] = {}
 
     def _check(self, x: torch.Tensor, name: str) -> None:
@@ -170,7 +171,8 @@ class BatchedKVQuantizer:
         as calibrated, and a little for small inputs."""
         if self.outliers == 0:
             return 0
-        return min(math.ceil(1.5 * self.outliers * elements) + 1024, elements)
+        expected = 1.5 * self.outliers * elements + 1024
+        return min(math.ceil(self.key_room * expected), elements)
 
     def kernel_pack(
         self, keys: torch.Tensor, values: torch.Tensor

@@ -255,6 +255,10 @@ class BlockStore:
             if packed.bad is not None:
                 self.status[1] |= packed.bad[0]
 
+    def crowding(self) -> float:
+        """Outliers over the room for them, of the fullest arena; waits for the device."""
+        return max((s.crowding() for a in self.arenas for s in a.sparse.values()), default=0.0)
+
     def arena_table(self) -> torch.Tensor | None:
         """int64 `[room, fields]`, the addresses that kernels read; None if they can't.
 

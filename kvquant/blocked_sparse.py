@@ -159,10 +159,25 @@ class SparseSlab:
         if valid is None:
             flat.index_copy_(0, index, value)
             return
-        # Empty slots all write to element 0, which then gets its own value again.
-        own = torch.where(valid[0] & (index[0] == 0), value[0], flat[0])
-        flat.index_copy_(0, torch.where(valid, index, 0), value)
-        flat[0] = own
+        put_valid(flat, index, value, valid)
+
+
+def put_valid(
+    flat: torch.Tensor, index: torch.Tensor, value: torch.Tensor, valid: torch.Tensor
+) -> None:
+    """Copies the valid values to their places; the host need not know how many there are.
+
+    Args:
+        flat: `[elements]`, changed.
+        index: int64 `[n]`, distinct where valid, in any order.
+        value: `[n]`.
+        valid: bool `[n]`.
+    """
+    # The others all write to element 0, which then gets its own value again.
+    first = valid & (index == 0)
+    own = torch.where(first.any(), torch.where(first, value, 0.0).sum(), flat[0])
+    flat.index_copy_(0, torch.where(valid, index, 0), value)
+    flat[0] = own
 
 
 class SparseArena:
@@ -177,7 +192,7 @@ class SparseArena:
         count, heads, tokens, dim = first.shape
         like = first.values
         self.shape = (heads, tokens, dim)
-        self._cursor = first.cursor
+        self._cursor, self._excess = first.cursor, first.excess
         if blocks == count:  # full at once: kept as it is, not copied
             self.begin, self.count = first.begin, first.count
             self._positions, self._values = [first.positions], [first.values]
@@ -216,6 +231,13 @@ class SparseArena:
         begin, count = self.begin[blocks], self.count[blocks]
         shape = (begin.shape[0], *self.shape)
         return SparseSlab(begin, count, positions, values, shape, cursor=self._cursor)
+
+    def crowding(self) -> float:
+        """Entries asked for over the room for them; waits for the device."""
+        slots = sum(v.numel() for v in self._values)
+        if self._cursor is not None:
+            return float(self._cursor) / max(slots, 1)
+        return 0.0 if self._excess is None else 1.0 + float(self._excess) / max(slots, 1)
 
     @property
     def addresses(self) -> list[int]:

@@ -20,6 +20,7 @@ from kvquant.block_store import BlockStore
 from kvquant.cache_interface import AttendingCache
 from kvquant.continuation import Past, block_table, range_blocks
 from kvquant.decode_step import StepTables
+from kvquant.errors import OutlierOverflow
 from kvquant.kernels.cuda_decode import DecodeStep
 from kvquant.kernels.dispatch import use_cuda, use_triton_attention
 from kvquant.layout import AppendPlan, Gather, Layout, Span, View
@@ -301,19 +302,42 @@ class KVQuantCache(Cache, AttendingCache):
         """Raises if a GPU append had more outliers than room; learns of it without waiting."""
         if self._watch is not None and self._watch[1].query():
             (lost, bad), self._watch = self._watch[0].tolist(), None
-            if bad:
-                raise ValueError("keys or values: NaN or Inf (fp16 overflows beyond 65504)")
-            if lost:
-                raise RuntimeError(
-                    f"outliers: {lost} found no room in the cache; the text is unlike the "
-                    "calibration text: calibrate on data like it"
-                )
+            self._refuse(lost, bad)
         if self._status is not None and self._watch is None and self._unwatched:
             host = torch.empty(2, dtype=torch.int32, pin_memory=True)
             host.copy_(self._status, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
             self._watch, self._unwatched = (host, event), False
+
+    @staticmethod
+    def _refuse(lost: int, bad: int) -> None:
+        if bad:
+            raise ValueError("keys or values: NaN or Inf (fp16 overflows beyond 65504)")
+        if lost:
+            raise OutlierOverflow(
+                f"outliers: {lost} found no room in the cache; the text is unlike the calibration "
+                "text: calibrate on data like it, or make more room with widen() and fill anew"
+            )
+
+    def settle(self) -> None:
+        """Waits for the device and raises if what it packed so far is not whole.
+
+        Raises:
+            OutlierOverflow: Outliers were lost for want of room.
+            ValueError: The input held NaN or Inf.
+        """
+        self._watch = None
+        if self._status is not None:
+            lost, bad = self._status.tolist()
+            self._refuse(lost, bad)
+
+    def widen(self) -> None:
+        """Gives the next caches of these codecs the room for outliers that this one lacked."""
+        for layer in self.layers:
+            crowding = layer.store.crowding()
+            if crowding > 1.0:
+                layer.codec.widen(1.1 * crowding)
 
     def status(self, device: torch.device) -> torch.Tensor | None:
         """int32 `[2]` on a GPU, where layers report lost outliers and NaN; None on a CPU."""

@@ -14,6 +14,10 @@ class MissingPackage(UserError):
     """What was asked for needs a package, or a release of one, that is not installed."""
 
 
+class OutlierOverflow(RuntimeError):
+    """Outliers found no room in a cache; `KVQuantCache.widen` makes more for the next one."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """An error for an unknown name that offers the nearest known ones.
 

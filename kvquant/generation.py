@@ -11,10 +11,10 @@ import torch
 from kvquant.baseline_cache import Fp16Layer
 from kvquant.cache import KVQuantCache
 from kvquant.cache_size import cache_elements, cache_nbytes
-from kvquant.errors import UserError
+from kvquant.errors import OutlierOverflow, UserError
 from kvquant.fetch.progress import note
 from kvquant.graphed import GraphedDecoder
-from kvquant.memory import in_batches, out_of_memory
+from kvquant.memory import in_batches, out_of_memory, whole
 
 # Looking at tokens makes the host wait for a GPU, so that is done once in so many steps there.
 CHECK_EVERY_CUDA = 8
@@ -205,12 +205,10 @@ def _batch(
     protocol: str,
     graph: bool,
 ) -> GenerationResult:
-    cache = qm.new_cache(protocol)
-    try:
+    def work(cache: Any) -> GenerationResult:
         return _answer(qm, cache, prompts, max_new_tokens, ends, stop, graph)
-    finally:
-        # Layers hold their cache: without this, memory would wait for the garbage collector.
-        cache.layers.clear()
+
+    return whole(lambda: qm.new_cache(protocol), work)
 
 
 def _answer(
@@ -286,6 +284,8 @@ def _replay(decoder: GraphedDecoder, token: torch.Tensor) -> torch.Tensor:
     """A step of a graph. Anything but memory that goes wrong is tried again without one."""
     try:
         return decoder.step(token)
+    except OutlierOverflow:
+        raise
     except RuntimeError as error:
         if out_of_memory(error):
             raise

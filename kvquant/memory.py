@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from kvquant.errors import OutlierOverflow
 from kvquant.fetch.progress import note
 
 T = TypeVar("T")
@@ -45,6 +46,31 @@ def fits_in_memory(work: Callable[[], object]) -> bool:
             raise
     give_back()
     return False
+
+
+def whole(new_cache: Callable[[], Any], work: Callable[[Any], T]) -> T:
+    """What `work` returns for an empty cache that lost no outlier; fills a roomier one if it did.
+
+    The cache is empty afterwards: its layers refer to it, so that its memory would wait for the
+    garbage collector.
+
+    Args:
+        new_cache: Makes one.
+        work: Fills it.
+    """
+    while True:
+        cache = new_cache()
+        settle = getattr(cache, "settle", None)  # others lose nothing
+        try:
+            found = work(cache)
+            if settle is not None:
+                settle()
+            return found
+        except OutlierOverflow as error:
+            note(f"once more with more room: {str(error).partition(';')[0]}")
+            cache.widen()
+        finally:
+            cache.layers.clear()
 
 
 def in_batches(

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvquant.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix, SparseArena, SparseSlab
+from kvquant.blocked_sparse import (
+    BlockedCSCMatrix,
+    BlockedCSRMatrix,
+    SparseArena,
+    SparseSlab,
+    put_valid,
+)
 
 
 def _dense(slabs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -88,3 +94,18 @@ def test_blocks_of_different_shapes_are_refused() -> None:
     ]
     with pytest.raises(ValueError, match="different shapes"):
         BlockedCSCMatrix(slabs)
+
+
+@given(st.integers(1, 40), st.integers(0, 12), st.integers(0, 10**6))
+def test_entries_in_any_order_with_empty_slots(elements: int, empty: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    taken = int(torch.randint(0, elements + 1, (1,), generator=generator))
+    index = torch.randperm(elements, generator=generator)[:taken]
+    order = torch.randperm(taken + empty, generator=generator)
+    padded = torch.cat((index, torch.zeros(empty, dtype=torch.long)))[order]
+    value = torch.cat((index + 1.0, torch.full((empty,), -7.0)))[order]
+    valid = torch.cat((torch.ones(taken), torch.zeros(empty))).bool()[order]
+    flat, expected = torch.full((elements,), 0.5), torch.full((elements,), 0.5)
+    expected[index] = index + 1.0
+    put_valid(flat, padded, value, valid)
+    assert torch.equal(flat, expected)

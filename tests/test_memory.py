@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvquant.memory import in_batches, out_of_memory
+from kvquant.errors import OutlierOverflow
+from kvquant.memory import in_batches, out_of_memory, whole
 
 SIZES = st.lists(st.integers(1, 300), max_size=40)
 
@@ -95,3 +96,27 @@ def test_one_that_does_not_fit_and_other_errors_are_told() -> None:
 )
 def test_which_errors_say_so(error: Exception, expected: bool) -> None:
     assert out_of_memory(error) == expected
+
+
+def test_a_cache_that_lost_outliers_is_filled_anew() -> None:
+    made: list[Lossy] = []
+
+    class Lossy:
+        """Has room from the third on."""
+
+        def __init__(self) -> None:
+            made.append(self)
+            self.layers = [object()]
+            self.widened = False
+
+        def settle(self) -> None:
+            if len(made) < 3:
+                raise OutlierOverflow("outliers: 5 found no room in the cache; and so on")
+
+        def widen(self) -> None:
+            assert self.layers
+            self.widened = True
+
+    assert whole(Lossy, made.index) == 2
+    assert [cache.widened for cache in made] == [True, True, False]
+    assert not any(cache.layers for cache in made)

@@ -27,7 +27,7 @@ from kvquant.cache_size import cache_elements, cache_nbytes, shared_nbytes
 from kvquant.config import PerplexityTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
-from kvquant.memory import in_batches
+from kvquant.memory import in_batches, whole
 
 LOGIT_POSITIONS = 512  # logits of so many positions, of all windows, are in memory at a time
 
@@ -125,24 +125,24 @@ def measure_windows(
         chunk: Tokens a forward pass in protocol A.
         kl: Also run the windows through the unquantized cache, in the same pieces.
     """
-    cache = qm.new_cache(protocol)
-    caches = [cache, qm.baseline_cache()] if kl and qm.quantizes else [cache]
     goals = ids[:, 1:]
     nll = torch.zeros(goals.shape, dtype=torch.float32, device=ids.device)
     kls = torch.zeros_like(nll)  # stays 0 for the unquantized cache itself
-    try:
+
+    def work(cache: Any) -> tuple[int, int]:
+        caches = [cache, qm.baseline_cache()] if kl and qm.quantizes else [cache]
         for logits, where in _pieces(qm, ids, caches, ids.shape[1] if protocol == "B" else chunk):
             flat, goal = logits[0].flatten(0, 1), goals[:, where]
             losses = torch.nn.functional.cross_entropy(flat, goal.flatten(), reduction="none")
             nll[:, where] = losses.view_as(goal)
             if len(caches) == 2:
                 kls[:, where] = divergence(logits[1], logits[0])
-        nbytes = cache_nbytes(cache) + (ids.shape[0] - 1) * shared_nbytes(cache)
-        elements = cache_elements(cache)
-    finally:
-        # Layers hold their cache: without this, memory would wait for the garbage collector.
-        for each in caches:
-            each.layers.clear()
+        for other in caches[1:]:
+            other.layers.clear()
+        shared = (ids.shape[0] - 1) * shared_nbytes(cache)
+        return cache_nbytes(cache) + shared, cache_elements(cache)
+
+    nbytes, elements = whole(lambda: qm.new_cache(protocol), work)
     return WindowLosses(nll.double().cpu(), kls.double().cpu() if kl else None, nbytes, elements)
 
 

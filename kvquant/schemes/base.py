@@ -100,6 +100,10 @@ class Codec(ABC):
         """
         raise NotImplementedError
 
+    def widen(self, factor: float) -> None:
+        """Gives caches made from now on `factor` times the room for outliers."""
+        raise NotImplementedError
+
     def decode_shape(self, head_dim: int, group: int, dtype: torch.dtype) -> DecodeShape | None:
         """What a decode kernel is compiled for, or None if the codec has no kernel."""
         return None

@@ -55,6 +55,10 @@ class NuqCodec(Codec):
             bits, head_dim, group, self.block_size, dtype, outliers > 0, outliers or 0.01
         )
 
+    def widen(self, factor: float) -> None:
+        """See :meth:`Codec.widen`."""
+        self.quantizer.key_room *= factor
+
     def reserve(self, blocks: int, like: torch.Tensor) -> Packed | None:
         """See :meth:`Codec.reserve`; for kernels that pack in place."""
         if not self.quantizer.kernels_apply(like, like):

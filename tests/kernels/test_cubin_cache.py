@@ -105,7 +105,7 @@ def test_nvrtc_compiles_once_for_options_and_source(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
-    constants = DecodeShape(2, 64, 3, 64, torch.float16, True).constants()
+    constants = DecodeShape(2, 64, 3, 64, torch.float16, True).constants(233_472)
     first = compile_cubin("decode.cu", constants, "sm_90")
 
     def never(*args: object) -> bytes:

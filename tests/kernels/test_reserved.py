@@ -62,3 +62,25 @@ def test_same_as_without_kernels(
                 strict=True,
             ):
                 assert torch.equal(mine, theirs)
+
+
+def test_room_is_made_for_more_outliers(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("KVQUANT_KERNELS", "triton")
+    levels = fit("nf", 3)
+    tables = LayerQuantizer(torch.zeros(1, 64), torch.full((1, 64), 1.0), levels, levels)
+    codec = NuqCodec(NuqScheme(kind="nuq", bits=3, block_size=32), tables.to(DEVICE))
+    keys, values = torch.randn(2, 1, 1, 193, 64).half().to(DEVICE)
+
+    def fill() -> BlockStore:
+        store, layout = BlockStore(codec), Layout(codec.sinks, codec.block_size, codec.residual)
+        store.append(layout.append([slice(0, 193)]), keys, values)
+        return store
+
+    first = fill()
+    assert first.status is not None and int(first.status[0]) > 0  # a third is outside the range
+    assert first.crowding() > 1.0
+    codec.widen(1.1 * first.crowding())
+    second = fill()
+    assert second.status is not None and second.status.tolist() == [0, 0]
+    assert 0.0 < second.crowding() <= 1.0
