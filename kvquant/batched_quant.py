@@ -192,40 +192,44 @@ class BatchedKVQuantizer:
         blocks, heads, size, dim = keys.shape
         device = keys.device
         per_side = outliers_per_side(self.outliers, heads * dim)
-        status = torch.zeros((2, 2), dtype=torch.int32, device=device)
+        # One array, since each fill of a few bytes costs a launch: what the kernels report, no
+        # excess (values have a slot for each of their outliers), and the two cursors.
+        words = torch.zeros(5, dtype=torch.int32, device=device)
+        status, none = words[:2], words[2]
 
-        def target(row: int, slots: int) -> PackTarget:
+        def target(cursor: torch.Tensor, slots: int) -> PackTarget:
             room = size * packed_bytes(dim, self.bits)
             codes = torch.empty((blocks, heads, room), dtype=torch.uint8, device=device)
             if not slots:
-                return PackTarget(codes, status[row])
+                return PackTarget(codes, status)
             kind = count_dtype(size * dim)
             return PackTarget(
                 codes,
-                status[row],
+                status,
                 torch.empty((blocks, heads), dtype=torch.int32, device=device),
                 torch.empty((blocks, heads), dtype=kind, device=device),
                 torch.empty(slots, dtype=position_dtype(size * dim), device=device),
                 torch.empty(slots, dtype=keys.dtype, device=device),
-                torch.zeros(1, dtype=torch.int32, device=device),
+                cursor,
             )
 
-        def slab(target: PackTarget) -> SparseSlab | None:
+        def slab(target: PackTarget, excess: torch.Tensor) -> SparseSlab | None:
             if target.begin is None or target.count is None:
                 return None
             assert target.positions is not None and target.values is not None
             return SparseSlab(
                 target.begin, target.count, target.positions, target.values,
-                (blocks, heads, size, dim), target.status[0],
+                (blocks, heads, size, dim), excess,
             )  # fmt: skip
 
-        k, v = target(0, self.key_slots(keys.numel())), target(1, blocks * size * 2 * per_side)
+        k = target(words[3:4], self.key_slots(keys.numel()))
+        v = target(words[4:5], blocks * size * 2 * per_side)
         zero = torch.empty((blocks, size), dtype=values.dtype, device=device)
         scale = torch.empty_like(zero)
         if not self.kernel_pack_into(keys, values, k, v, zero, scale):
             return None
-        bad = status[:, 1].amax().view(1)
-        return PackedKeys(k.codes, slab(k)), PackedValues(v.codes, zero, scale, slab(v)), bad
+        values_packed = PackedValues(v.codes, zero, scale, slab(v, none))
+        return PackedKeys(k.codes, slab(k, status[0])), values_packed, status[1:]
 
     def kernel_pack_into(
         self,

@@ -71,6 +71,17 @@ def _compile(nvrtc: Any, source: str, text: bytes, flags: list[bytes]) -> bytes:
     return cubin
 
 
+def index_of(x: torch.Tensor) -> int:
+    """Number of a tensor's GPU."""
+    return x.device.index if x.device.index is not None else torch.cuda.current_device()
+
+
+def multiprocessors(index: int) -> int:
+    """Of a GPU."""
+    count: int = torch.cuda.get_device_properties(index).multi_processor_count
+    return count
+
+
 @dataclass(frozen=True)
 class Module:
     """A loaded source file.

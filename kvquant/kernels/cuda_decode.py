@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvquant.blocked_sparse import count_dtype, position_dtype
-from kvquant.kernels.cuda_build import Function, load
+from kvquant.kernels.cuda_build import Function, index_of, load, multiprocessors
 
 if TYPE_CHECKING:
     from kvquant.batched_quant import LayerQuantizer
 
+PROGRAMS = int(__import__("os").environ.get("KVD_PROGRAMS", 2))
+KTILES = int(__import__("os").environ.get("KVD_KTILES", 1))
+OVERHEAD = 0.8
 COMBINE = 256  # threads of the second pass, as in the source file
 MOST_ARENAS, MOST_PLACES = 1 << 11, 1 << 20  # bits of a block's number
 Rope = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -43,7 +46,7 @@ class _Args(ctypes.Structure):
             "thetas", "part_out", "part_sum",
         )),
         *((name, ctypes.c_int) for name in (
-            "heads", "table_stride", "sink_room", "tail_room", "chunks_a_split", "outliers",
+            "heads", "table_stride", "sink_room", "tail_room", "chunks_a_split",
         )),
         ("scaling", ctypes.c_float),
     ]  # fmt: skip
@@ -93,7 +96,9 @@ class DecodeShape:
     @property
     def warps(self) -> int:
         """Warps a program; they share its tables, and each has an output of its own."""
-        return 8 if self.group * self.head_dim <= 512 else 4
+        import os
+
+        return int(os.environ.get("KVD_WARPS", 8)) if self.group * self.head_dim <= 512 else 4
 
     def split(self, shared_bytes: int) -> int:
         """Most chunks a program takes; a whole number of blocks.
@@ -102,8 +107,10 @@ class DecodeShape:
             shared_bytes: Shared memory of a multiprocessor, which two programs shall share.
         """
         least = max(self.warps, self.block_size // self.chunk)
-        most = least * (2 if self.warps == 4 else 4)
-        while most > least and self.space_bytes(most) > shared_bytes // 2 - 1024:
+        import os
+
+        most = least * int(os.environ.get("KVD_SPLIT", 8))
+        while most > least and self.space_bytes(most) > shared_bytes // PROGRAMS - 1024:
             most -= least
         return most
 
@@ -115,18 +122,17 @@ class DecodeShape:
 
     def space_bytes(self, split: int) -> int:
         """Room for a program's shared memory, `struct Space` of the source, which checks it."""
-        chunk, half, levels = self.chunk, self.head_dim // 2, 1 << self.bits
-        words, blocks = self.head_dim // 32, split * chunk // self.block_size
-        position = position_dtype(self.block_size * self.head_dim).itemsize
-        per_warp = self.warps * self.group
-        tables = chunk * (half * 4 + 64) + per_warp * (words * 4 + 1) * 16 + split * half * 4
+        chunk, half, dim, group = self.chunk, self.head_dim // 2, self.head_dim, self.group
+        words, blocks, warps = dim // 32, split * self.chunk // self.block_size, self.warps
+        position = position_dtype(self.block_size * dim).itemsize
+        tables = chunk * (half * 4 + 64) + warps * group * (words * 4 + 1) * 16 + split * half * 4
+        outputs = warps * group * dim * 4
         room = self.rounds * 32
         lists = blocks * ((room + 16 // position) * position + (room + 8) * 2)
-        numbers = self.group * self.head_dim * 12 + self.head_dim * 16 + words * 128
-        numbers += per_warp * 16 + blocks * 8 + self.warps * 4 + levels * 4 + 12
-        outputs = per_warp * self.head_dim * 8
-        scores = self.group * chunk * 4 * (self.warps + split)
-        total = max(tables, outputs) + lists + blocks * self.block_size * 4 + scores + numbers
+        scores = group * (split * chunk + 8) * 4
+        queries = dim * (1 << (group - 1).bit_length()) * 4 + dim * 8 + words * 128 + group * dim * 8
+        numbers = warps * group * 12 + blocks * (self.block_size * 4 + 76) + (4 << self.bits) + 80
+        total = max(tables, outputs) + lists + scores + queries + numbers
         return total + 128  # members are aligned
 
     def constants(self, shared_bytes: int) -> dict[str, int]:
@@ -144,8 +150,10 @@ class DecodeShape:
             "POS32": int(position_dtype(elements) is torch.int32),
             "COUNT32": int(count_dtype(elements) is torch.int32),
             "BF16": int(self.dtype is torch.bfloat16),
+            "OUTLIERS": int(self.outliers),
             "WARPS": self.warps,
-            "MIN_BLOCKS": 2,
+            "MIN_BLOCKS": PROGRAMS,
+            "KTILES": KTILES,
             "SPLIT": split,
             "SPACE": self.space_bytes(split),
             "ROUNDS": self.rounds,
@@ -219,14 +227,19 @@ def plan_splits(
 ) -> tuple[int, int]:
     """How the past is cut: `(chunks a split, splits)`, without the split of 16-bit tokens.
 
-    A program takes a multiple of its warps' number of chunks, `most` at most, so that there are
-    programs for about four waves of two a multiprocessor.
+    A program takes a multiple of its warps' number of chunks, `most` at most. Of the possible
+    numbers the one is taken whose waves of programs last the shortest, where beginning and end of
+    a program are taken to last as long as OVERHEAD chunks of each warp.
     """
     step = max(warps, multiple)
     if chunks == 0:
         return step, 0
-    wanted = max(1, 8 * multiprocessors // (batch * heads))
-    each = min(most, max(1, math.ceil(chunks / (wanted * step))) * step)
+
+    def lasts(each: int) -> float:
+        programs = batch * heads * math.ceil(chunks / each)
+        return math.ceil(programs / (PROGRAMS * multiprocessors)) * (each / warps + OVERHEAD)
+
+    each = min(range(most // step * step, 0, -step), key=lasts)
     return each, math.ceil(chunks / each)
 
 
@@ -275,12 +288,11 @@ def decode_attention(
     batch, query_heads, dim = query.shape
     heads = tail[0].shape[1]
     device = query.device
-    index = device.index if device.index is not None else torch.cuda.current_device()
+    index = index_of(query)
     kernel, combine = functions(shape, index)
-    count = torch.cuda.get_device_properties(index).multi_processor_count
     per_block = shape.block_size // shape.chunk
     most = shape.split(shared_memory(index))
-    each, splits = plan_splits(batch, heads, step.chunks, count, most, shape.warps, per_block)
+    each, splits = plan_splits(batch, heads, step.chunks, multiprocessors(index), most, shape.warps, per_block)
     splits += 1
     query, out = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
     part_out = torch.empty(batch * query_heads * splits * dim, dtype=torch.float32, device=device)
@@ -292,7 +304,7 @@ def decode_attention(
         tables.value_levels.data_ptr(), step.rope.places.data_ptr(),
         step.rope.phases.data_ptr(), step.rope.thetas.data_ptr(),
         part_out.data_ptr(), part_sum.data_ptr(), heads, step.table.stride(0), sinks[0].shape[2],
-        tail[0].shape[2], each, int(shape.outliers), scaling * math.log2(math.e),
+        tail[0].shape[2], each, scaling * math.log2(math.e),
     )  # fmt: skip
     kernel((splits, heads, batch), shape.warps * 32, args)
     combine(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kvquant.blocked_sparse import count_dtype, position_dtype
-from kvquant.kernels.cuda_build import Function, load
+from kvquant.kernels.cuda_build import Function, index_of, load, multiprocessors
 from kvquant.kernels.pack_target import PackTarget
 
 ROWS = 4  # a thread of keys, as in the source file
@@ -126,17 +126,6 @@ def functions(shape: PackShape, device: int) -> tuple[Function, Function, Functi
     module = load("pack.cu", tuple(shape.constants().items()), device)
     group = module.function("group_values") if shape.per_side else None
     return module.function("pack_keys"), module.function("pack_values"), group
-
-
-def index_of(x: torch.Tensor) -> int:
-    """Number of a tensor's GPU."""
-    return x.device.index if x.device.index is not None else torch.cuda.current_device()
-
-
-def multiprocessors(index: int) -> int:
-    """Of a GPU."""
-    count: int = torch.cuda.get_device_properties(index).multi_processor_count
-    return count
 
 
 def _source(x: torch.Tensor) -> _Source:

@@ -1,4 +1,4 @@
-"""Runs `cuda/pack.cu` on a CPU: compiled by g++ with coroutines for threads (`emulated.h`)."""
+"""Runs the CUDA kernels on a CPU: compiled by g++ with coroutines for threads (`emulated.h`)."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from typing import Any
 import pytest
 
 from kvquant import batched_quant
-from kvquant.kernels import cuda_pack
+from kvquant.kernels import cuda_decode, cuda_pack
 
 HERE = Path(__file__).parent
+SHARED_BYTES = 228 * 1024  # of a multiprocessor of an H100
 SOURCES = Path(cuda_pack.__file__).parent / "cuda"
 
 
 @functools.cache
-def _library(constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+def _library(name: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "pack.so"
+        out = Path(folder) / f"{name}.so"
         macros = [f"-D{name}={value}" for name, value in constants]
         subprocess.run(
             [
                 "g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-DEMULATED",
-                *macros, f"-I{HERE}", f"-I{SOURCES}", HERE / "emulated_pack.cpp", "-o", out,
+                *macros, f"-I{HERE}", f"-I{SOURCES}", HERE / f"emulated_{name}.cpp", "-o", out,
             ],
             check=True,
         )  # fmt: skip
@@ -42,21 +43,34 @@ def _function(library: ctypes.CDLL, name: str) -> Callable[..., None]:
 
     def call(grid: tuple[int, int, int], threads: int, *arguments: Any) -> None:
         launch(
-            grid[0], threads, (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+            *grid, threads, (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         )
 
     return call
 
 
-def _functions(shape: cuda_pack.PackShape, device: int) -> tuple[Any, Any, Any]:
-    library = _library(tuple(shape.constants().items()))
+def _pack_functions(shape: cuda_pack.PackShape, device: int) -> tuple[Any, Any, Any]:
+    library = _library("pack", tuple(shape.constants().items()))
     group = _function(library, "group_values") if shape.per_side else None
     return _function(library, "pack_keys"), _function(library, "pack_values"), group
 
 
+def _decode_functions(shape: cuda_decode.DecodeShape, device: int) -> tuple[Any, Any]:
+    library = _library("decode", tuple(shape.constants(SHARED_BYTES).items()))
+    return _function(library, "decode"), _function(library, "combine")
+
+
+def emulate_decode(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 1) -> None:
+    """Lets :func:`kvquant.kernels.cuda_decode.decode_attention` take tensors on a CPU."""
+    monkeypatch.setattr(cuda_decode, "functions", _decode_functions)
+    monkeypatch.setattr(cuda_decode, "index_of", lambda x: 0)
+    monkeypatch.setattr(cuda_decode, "multiprocessors", lambda index: multiprocessors)
+    monkeypatch.setattr(cuda_decode, "shared_memory", lambda index: SHARED_BYTES)
+
+
 def emulate(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 1) -> None:
     """Lets the quantizer take the emulated kernels, for tensors on a CPU."""
-    monkeypatch.setattr(cuda_pack, "functions", _functions)
+    monkeypatch.setattr(cuda_pack, "functions", _pack_functions)
     monkeypatch.setattr(cuda_pack, "index_of", lambda x: 0)
     monkeypatch.setattr(cuda_pack, "multiprocessors", lambda index: multiprocessors)
     monkeypatch.setattr(

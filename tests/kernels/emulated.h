@@ -1,9 +1,10 @@
-// What `pack.cu` needs of CUDA, for a CPU: the threads of a program are coroutines that change places
+// What the kernels need of CUDA, for a CPU: the threads of a program are coroutines that change places
 // at barriers and warp collectives. Programs run one after the other.
 
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -15,13 +16,35 @@ typedef uint32_t u32;
 typedef uint16_t u16;
 typedef uint8_t u8;
 typedef long long i64;
+typedef unsigned long long u64;
+struct uint2 {
+  u32 x, y;
+};
 struct uint4 {
   u32 x, y, z, w;
 };
+struct int4 {
+  int x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
+static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 #define DEVICE static inline
+#define MEMBER inline
+#define SEPARATE static
+#define APART static
 #define KERNEL(threads, blocks) static void
 #define SHARED static
+#define CONSTANT static const
+#define DYNAMIC(name, bytes) alignas(16) static u8 name[bytes]
 #define __align__(n) __attribute__((aligned(n)))
 
 using std::max;
@@ -35,11 +58,12 @@ struct Thread {
   State state;
   int operation;
   u32 given, got;
+  u32 shown[6];
   std::vector<char> stack;
 };
 static std::vector<Thread> threads;
 static ucontext_t scheduler;
-static struct { unsigned x; } threadIdx, blockIdx;
+static struct { unsigned x, y, z; } threadIdx, blockIdx, gridDim;
 static std::function<void()> body;
 
 static void leave(State state) {
@@ -61,6 +85,36 @@ static int warp_max(int x) { return (int)collective(MAX, (u32)x); }
 static int warp_min(int x) { return (int)collective(MIN, (u32)x); }
 static u32 from_below(u32 x, int lanes) { return collective(BELOW + lanes, x); }
 
+// What the lanes of a warp show each other: everyone has shown it, and nobody shows the next thing
+// before all have seen it.
+enum { SHOW = 100, SEEN };
+template <typename F> static void exchange(const u32* mine, int count, F see) {
+  Thread& own = threads[threadIdx.x];
+  std::copy(mine, mine + count, own.shown);
+  collective(SHOW, 0);
+  see(&threads[threadIdx.x & ~31u]);
+  collective(SEEN, 0);
+}
+static void __syncwarp() { collective(SEEN, 0); }
+template <typename X> static X from_lane(X x, int lane) {
+  u32 bits, found;
+  static_assert(sizeof(X) == 4, "");
+  memcpy(&bits, &x, 4);
+  exchange(&bits, 1, [&](const Thread* warp) { found = warp[lane].shown[0]; });
+  memcpy(&x, &found, 4);
+  return x;
+}
+template <typename X> static X __shfl_sync(u32, X x, int lane) { return from_lane(x, lane); }
+template <typename X> static X __shfl_xor_sync(u32, X x, int mask) { return from_lane(x, (threadIdx.x % 32) ^ mask); }
+template <typename X> static X __reduce_max_sync(u32, X x) {
+  u32 bits = (u32)x;
+  X most = x;
+  exchange(&bits, 1, [&](const Thread* warp) {
+    for (int i = 0; i < 32; ++i) most = max(most, (X)warp[i].shown[0]);
+  });
+  return most;
+}
+
 static bool finish_warp(Thread* warp) {
   for (int i = 0; i < 32; ++i)
     if (warp[i].state != IN_WARP || warp[i].operation != warp[0].operation) return false;
@@ -73,7 +127,7 @@ static bool finish_warp(Thread* warp) {
     if (operation == MIN) all = (u32)min((int)all, (int)x);
   }
   for (int i = 0; i < 32; ++i) {
-    int from = operation >= BELOW ? i - (operation - BELOW) : i;
+    int from = operation >= BELOW && operation < SHOW ? i - (operation - BELOW) : i;
     warp[i].got = operation < BELOW ? all : warp[from < 0 ? i : from].given;
     warp[i].state = RUNNING;
   }
@@ -123,10 +177,11 @@ static void run_program(int count) {
   }
 }
 
-template <typename F> static void launch(int grid, int count, F f) {
+template <typename F> static void launch(int x, int y, int z, int count, F f) {
   body = f;
-  for (int i = 0; i < grid; ++i) {
-    blockIdx.x = i;
+  gridDim = {(unsigned)x, (unsigned)y, (unsigned)z};
+  for (int i = 0; i < x * y * z; ++i) {
+    blockIdx = {(unsigned)(i % x), (unsigned)(i / x % y), (unsigned)(i / x / y)};
     run_program(count);
   }
 }
@@ -193,6 +248,21 @@ static float __fsub_rn(float a, float b) { return a - b; }
 static float __fdiv_rn(float a, float b) { return a / b; }
 static int __popc(u32 x) { return __builtin_popcount(x); }
 static int __ffs(u32 x) { return __builtin_ffs((int)x); }
+static float as_float(u32 bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+static u32 bits_of(float x) {
+  u32 bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+static float __uint_as_float(u32 x) { return as_float(x); }
+static float __int_as_float(int x) { return as_float((u32)x); }
+static u32 __float_as_uint(float x) { return bits_of(x); }
+static int __float_as_int(float x) { return (int)bits_of(x); }
+template <typename X> static X __ldg(const X* p) { return *p; }
 static u32 __byte_perm(u32 a, u32 b, u32 s) {
   uint64_t both = (uint64_t)b << 32 | a;
   u32 d = 0;
@@ -202,5 +272,10 @@ static u32 __byte_perm(u32 a, u32 b, u32 s) {
 static int atomicAdd(int* p, int x) {
   int old = *p;
   *p += x;
+  return old;
+}
+static u32 atomicMax(u32* p, u32 x) {
+  u32 old = *p;
+  *p = max(old, x);
   return old;
 }

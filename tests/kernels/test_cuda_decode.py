@@ -66,9 +66,9 @@ def run_case(
     factor: float = 1.0,
     spread: float = 1.0,
     seed: int = 0,
+    device: str = "cuda",
 ) -> float:
     """Largest relative error, by sequence and head, of sequences of (blocks, tail) tokens."""
-    device = torch.device("cuda")
     random.seed(seed)
     torch.manual_seed(seed)
     tables = LayerQuantizer(
