@@ -21,9 +21,8 @@ from kvquant.kernels.cuda_build import Function, index_of, load, multiprocessors
 if TYPE_CHECKING:
     from kvquant.batched_quant import LayerQuantizer
 
-PROGRAMS = int(__import__("os").environ.get("KVD_PROGRAMS", 2))
-KTILES = int(__import__("os").environ.get("KVD_KTILES", 1))
-OVERHEAD = 0.8
+PROGRAMS = 2  # that a multiprocessor's registers and shared memory are shared by
+OVERHEAD = 0.8  # chunks of each warp that begin and end of a program last as long as
 COMBINE = 256  # threads of the second pass, as in the source file
 MOST_ARENAS, MOST_PLACES = 1 << 11, 1 << 20  # bits of a block's number
 Rope = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -96,9 +95,7 @@ class DecodeShape:
     @property
     def warps(self) -> int:
         """Warps a program; they share its tables, and each has an output of its own."""
-        import os
-
-        return int(os.environ.get("KVD_WARPS", 8)) if self.group * self.head_dim <= 512 else 4
+        return 8 if self.group * self.head_dim <= 1024 else 4
 
     def split(self, shared_bytes: int) -> int:
         """Most chunks a program takes; a whole number of blocks.
@@ -107,9 +104,7 @@ class DecodeShape:
             shared_bytes: Shared memory of a multiprocessor, which two programs shall share.
         """
         least = max(self.warps, self.block_size // self.chunk)
-        import os
-
-        most = least * int(os.environ.get("KVD_SPLIT", 8))
+        most = 8 * least
         while most > least and self.space_bytes(most) > shared_bytes // PROGRAMS - 1024:
             most -= least
         return most
@@ -130,7 +125,9 @@ class DecodeShape:
         room = self.rounds * 32
         lists = blocks * ((room + 16 // position) * position + (room + 8) * 2)
         scores = group * (split * chunk + 8) * 4
-        queries = dim * (1 << (group - 1).bit_length()) * 4 + dim * 8 + words * 128 + group * dim * 8
+        queries = (
+            dim * (1 << (group - 1).bit_length()) * 4 + dim * 8 + words * 128 + group * dim * 8
+        )
         numbers = warps * group * 12 + blocks * (self.block_size * 4 + 76) + (4 << self.bits) + 80
         total = max(tables, outputs) + lists + scores + queries + numbers
         return total + 128  # members are aligned
@@ -153,7 +150,6 @@ class DecodeShape:
             "OUTLIERS": int(self.outliers),
             "WARPS": self.warps,
             "MIN_BLOCKS": PROGRAMS,
-            "KTILES": KTILES,
             "SPLIT": split,
             "SPACE": self.space_bytes(split),
             "ROUNDS": self.rounds,
@@ -292,7 +288,9 @@ def decode_attention(
     kernel, combine = functions(shape, index)
     per_block = shape.block_size // shape.chunk
     most = shape.split(shared_memory(index))
-    each, splits = plan_splits(batch, heads, step.chunks, multiprocessors(index), most, shape.warps, per_block)
+    each, splits = plan_splits(
+        batch, heads, step.chunks, multiprocessors(index), most, shape.warps, per_block
+    )
     splits += 1
     query, out = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
     part_out = torch.empty(batch * query_heads * splits * dim, dtype=torch.float32, device=device)

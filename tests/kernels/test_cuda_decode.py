@@ -23,6 +23,7 @@ from kvquant.kernels.cuda_decode import (
 )
 from kvquant.nuq import fit
 from kvquant.schemes.nuq import NuqCodec
+from tests.kernels.emulate import emulate_decode
 
 on_gpu = [
     pytest.mark.gpu,
@@ -161,6 +162,32 @@ class TestOnGpu:
         lengths = [(0, 1), (1, size - 1), (7, 0), (40, size)]
         error = run_case(bits, dim, group, size, outliers, torch.float16, lengths)
         assert error < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("bits", "dim", "group", "size", "outliers", "dtype"),
+    [
+        (3, 128, 4, 64, 0.01, torch.float16),
+        (3, 128, 1, 512, 0.02, torch.float16),
+        (2, 64, 3, 32, 0.02, torch.float16),
+        (4, 256, 8, 128, 0.01, torch.bfloat16),
+        (4, 64, 8, 64, 0.0, torch.float16),
+    ],
+)
+def test_source_on_a_cpu(
+    bits: int,
+    dim: int,
+    group: int,
+    size: int,
+    outliers: float,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel's source, compiled for a CPU: no sequence, one block, several splits."""
+    emulate_decode(monkeypatch, multiprocessors=16)
+    lengths = [(0, 1), (1, size - 1), (7, 0), (12 if size < 512 else 2, size)]
+    error = run_case(bits, dim, group, size, outliers, dtype, lengths, heads=2, device="cpu")
+    assert error < TOLERANCE[dtype]
 
 
 @pytest.mark.gpu

@@ -8,7 +8,8 @@ import torch
 from tests.kernels.test_cuda_decode import TOLERANCE, run_case
 
 pytest.importorskip("triton")
-from tests.kernels.test_triton_pack import check, make
+from tests.kernels import test_cuda_pack, test_triton_pack
+from tests.kernels.test_triton_attention import Case, error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,14 +30,22 @@ def test_decode(bits: int, dim: int, group: int, size: int, outliers: float) -> 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("kind", ["normal", "constant tokens", "coarse"])
-def test_pack(bits: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two heads, head_dim 80 (masked lanes) or 128, ties and tokens without a range."""
-    monkeypatch.setenv("KVQUANT_KERNELS", "triton")
-    dim = 80 if bits == 3 else 128
+@pytest.mark.parametrize("kernels", ["auto", "triton"])
+def test_pack(bits: int, kind: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two heads, ties and tokens without a range; for Triton also masked lanes (head_dim 80)."""
+    monkeypatch.setenv("KVQUANT_KERNELS", kernels)
+    dim = 80 if bits == 3 and kernels == "triton" else 128
     generator = torch.Generator().manual_seed(bits)
     keys, values = torch.randn(2, 3, 2, 32, dim, generator=generator)
     if kind == "constant tokens":
         values[:, :, ::3] = 0.25
     if kind == "coarse":
         keys, values = (2 * keys).round() / 2, (2 * values).round() / 2
-    check(make(2, dim, bits, 0.02), keys.half().to("cuda"), values.half().to("cuda"))
+    tests = test_cuda_pack if kernels == "auto" else test_triton_pack
+    tests.check(tests.make(2, dim, bits, 0.02), keys.half().to("cuda"), values.half().to("cuda"))
+
+
+def test_continue() -> None:
+    """A ragged past and several new tokens, grouped queries, an empty sequence."""
+    case = Case([97, 0, 66], 5, heads=2, group=3, dim=64, dtype=torch.float16)
+    assert error(case.attend(2), case.reference()) < 8e-3

@@ -5,7 +5,6 @@
 //   SIZE tokens a block (a multiple of 32)   OUTLIERS: whether there are any
 //   POS32, COUNT32: types of the outliers' index arrays
 //   WARPS: warps a program   MIN_BLOCKS: programs a multiprocessor   SPLIT: most chunks a program
-//   KTILES: tiles of 16 tokens of keys that a warp takes together
 //   ROUNDS: outliers a lane and block whose data wait in shared memory; further ones are read again
 //   SPACE: bytes of shared memory that cuda_decode.py counts
 //   BF16: whether 16-bit numbers of the cache are bfloat16
@@ -171,6 +170,7 @@ DEVICE u16 store16(float x) { return BF16 ? to_bfloat(x) : to_half(x); }
 #define SHARE ((BLOCKS + WARPS - 1) / WARPS)  // most blocks whose outliers a warp takes
 #define CAP (ROUNDS * 32)           // outliers of a block that wait in shared memory
 #define ROOM (GROUP > 4 ? 8 : GROUP == 3 ? 4 : GROUP)  // queries of a group, a power of two
+#define HELD (SIGMA <= 4)           // whether scales and queries fit in registers
 #define MAGIC 12582912.0f           // 1.5 * 2^23: added to a float, its low bits are an integer
 #define MAGIC_BITS 0x4B400000
 #define FIX 0x1p-22f                // of the largest part: the unit of integer sums
@@ -513,16 +513,17 @@ DEVICE void key_outliers(Space& sh, int blocks, int warp, int lane, float streng
       const float low = low_of(ends), high = high_of(ends);
       return x - (x + x > low + high ? high : low);
     };
-    auto add = [&](int at, float d) {
+    auto turned = [&](int at, float d) {
       const int token = at / DIM, c = at % DIM;
       const float angle = fmaf((float)(token % T), sh.channels[c].theta, sh.tables.phases[place * CPB + token / T][c % HALF]);
-      const float dc = d * cosine(angle), ds = d * sine(angle);
-      const Wave wave = sh.wave[c];
+      return make_float2(d * cosine(angle), d * sine(angle));
+    };
+    auto add = [&](int at, float2 d, const Wave& wave) {
 #pragma unroll
       for (int q = 0; q < GROUP; q++) {
         const float a = load16((u16)(wave.query[q] & 0xFFFF)), b = load16((u16)(wave.query[q] >> 16));
-        const int x = __float_as_int(fmaf(b, ds, fmaf(a, dc, MAGIC))) - MAGIC_BITS;
-        atomicAdd(&sh.change[q][place * SIZE + token], x);
+        const int x = __float_as_int(fmaf(b, d.y, fmaf(a, d.x, MAGIC))) - MAGIC_BITS;
+        atomicAdd(&sh.change[q][place * SIZE + at / DIM], x);
       }
     };
     int at[ROUNDS];
@@ -543,13 +544,21 @@ DEVICE void key_outliers(Space& sh, int blocks, int warp, int lane, float streng
       most = fmaxf(most, fabsf(difference(POSITION(__ldg(block.positions + i)), load16(__ldg(block.values + i)))));
     const float unit = warp_max(most) * reach * strength * FIX, inverse = unit > 1e-30f ? strength / unit : 0.0f;
     if (lane == 0) sh.units[place] = unit;
+    // Loads cannot pass the additions, so those of two rounds come before them.
 #pragma unroll
-    for (int r = 0; r < ROUNDS; r++)
-      if (at[r] >= 0) add(at[r], d[r] * inverse);
+    for (int r = 0; r < ROUNDS; r += 2) {
+      if (r * 32 >= block.count) break;
+      const int one = at[r], two = r + 1 < ROUNDS ? at[r + 1] : -1;
+      const float2 first = turned(max(one, 0), d[r] * inverse);
+      const float2 second = turned(max(two, 0), r + 1 < ROUNDS ? d[r + 1] * inverse : 0.0f);
+      const Wave near = sh.wave[max(one, 0) % DIM], next = sh.wave[max(two, 0) % DIM];
+      if (one >= 0) add(one, first, near);
+      if (two >= 0) add(two, second, next);
+    }
 #pragma unroll 1
     for (int i = CAP + lane; i < block.count; i += 32) {
       const int far = POSITION(__ldg(block.positions + i));
-      add(far, difference(far, load16(__ldg(block.values + i))) * inverse);
+      add(far, turned(far, difference(far, load16(__ldg(block.values + i))) * inverse), sh.wave[far % DIM]);
     }
   }
 }
@@ -570,7 +579,9 @@ DEVICE void largest_value(Space& sh, int blocks, int warp, int lane) {
     const int place = warp + j * WARPS;
     if (place >= blocks) break;
     const Outliers block(sh.entries[place], sh.lists[place], VALUES);
-    for (int i = lane; i < min(block.count, CAP); i += 32) largest = max(largest, (u32)(block.near_values[i] & 0x7FFF));
+#pragma unroll
+    for (int r = 0; r < ROUNDS; r++)
+      if (r * 32 + lane < block.count) largest = max(largest, (u32)(block.near_values[r * 32 + lane] & 0x7FFF));
 #pragma unroll 1
     for (int i = CAP + lane; i < block.count; i += 32) largest = max(largest, (u32)(__ldg(block.values + i) & 0x7FFF));
   }
@@ -589,26 +600,44 @@ DEVICE void value_outliers(const Args& p, Space& sh, int blocks, int warp, int l
     if (place >= blocks) break;
     const Outliers block(sh.entries[place], sh.lists[place], VALUES);
     const u16 *zeros = (const u16*)sh.zeros[place], *scales = (const u16*)sh.scales[place];
-    auto add = [&](int at, float x) {
-      const int inside = at / DIM, token = place * SIZE + inside, c = at % DIM;
-      const float zero = load16(zeros[inside]), scale = load16(scales[inside]), away = x - zero;
+    auto difference = [&](int at, float x) {
+      const float zero = load16(zeros[at / DIM]), scale = load16(scales[at / DIM]), away = x - zero;
       float level = away > 0.0f ? high : low;  // almost always: it is outside the others' range
       if (fabsf(away) <= scale * bound) level = exact_level(sh.middles, p.value_levels, away, scale);
-      const float d = (x - fmaf(level, scale, zero)) * inverse;
-#pragma unroll
-      for (int q = 0; q < GROUP; q++) {
-        const float w = from_half(((const u16*)&sh.weight[q][token / 2].y)[token % 2]);
-        atomicAdd(&sh.moved[q][c], __float_as_int(fmaf(w, d, MAGIC)) - MAGIC_BITS);
-      }
+      return (x - fmaf(level, scale, zero)) * inverse;
     };
+    auto look = [&](int at, u32 (&w)[GROUP]) {
+      const int token = place * SIZE + at / DIM;
 #pragma unroll
-    for (int r = 0; r < ROUNDS; r++) {
-      const int i = r * 32 + lane;
-      if (i < block.count) add(POSITION(block.near_positions[i]), load16(block.near_values[i]));
+      for (int q = 0; q < GROUP; q++) w[q] = ((const u16*)&sh.weight[q][token / 2].y)[token % 2];
+    };
+    auto add = [&](int at, float d, const u32 (&w)[GROUP]) {
+#pragma unroll
+      for (int q = 0; q < GROUP; q++)
+        atomicAdd(&sh.moved[q][at % DIM], __float_as_int(fmaf(from_half((u16)w[q]), d, MAGIC)) - MAGIC_BITS);
+    };
+    // Loads cannot pass the additions, so those of two rounds come before them.
+#pragma unroll
+    for (int r = 0; r < ROUNDS; r += 2) {
+      if (r * 32 >= block.count) break;
+      const int i = r * 32 + lane, j = i + 32;
+      const bool one = i < block.count, two = r + 1 < ROUNDS && j < block.count;
+      const int first = one ? POSITION(block.near_positions[i]) : 0, second = two ? POSITION(block.near_positions[j]) : 0;
+      u32 near[GROUP], next[GROUP];
+      look(first, near);
+      look(second, next);
+      const float d = one ? difference(first, load16(block.near_values[i])) : 0.0f;
+      const float e = two ? difference(second, load16(block.near_values[j])) : 0.0f;
+      if (one) add(first, d, near);
+      if (two) add(second, e, next);
     }
 #pragma unroll 1
-    for (int i = CAP + lane; i < block.count; i += 32)
-      add(POSITION(__ldg(block.positions + i)), load16(__ldg(block.values + i)));
+    for (int i = CAP + lane; i < block.count; i += 32) {
+      const int far = POSITION(__ldg(block.positions + i));
+      u32 w[GROUP];
+      look(far, w);
+      add(far, difference(far, load16(__ldg(block.values + i))), w);
+    }
   }
 }
 
@@ -690,42 +719,64 @@ struct ValueCodes {
   }
 };
 
-// Scores of N tiles of 16 tokens: of queries 2t, 2t + 1 and tokens g, g + 8, in the order of an
-// accumulator.
-template <int N>
-DEVICE void key_tiles(float (&scores)[N][4], const Space& sh, const KeyCodes (&codes)[N], const Levels& levels,
-                      const u8* rope, const uint4* query, int t) {
+// What all tiles of keys need of a selector word: in registers, or where there are too many words, in
+// shared memory.
+struct Operands {
+#if HELD
+  uint4 scale[SIGMA], zero[SIGMA], query[SIGMA];
+  MEMBER Operands(const Space& sh, int t) {
 #pragma unroll
-  for (int k = 0; k < N; k++) scores[k][0] = scores[k][1] = scores[k][2] = scores[k][3] = 0.0f;
+    for (int s = 0; s < SIGMA; s++) scale[s] = sh.channel[s][t][0], zero[s] = sh.channel[s][t][1];
+  }
+  MEMBER void turn(const uint4* turned) {
+#pragma unroll
+    for (int s = 0; s < SIGMA; s++) query[s] = turned[s * 4];
+  }
+  MEMBER void get(int s, uint4& scale_of, uint4& zero_of, uint4& query_of) const {
+    scale_of = scale[s], zero_of = zero[s], query_of = query[s];
+  }
+#else
+  const uint4 (*channel)[4][2];
+  const uint4* turned;
+  MEMBER Operands(const Space& sh, int t) : channel((const uint4 (*)[4][2])sh.channel[0][t]) {}
+  MEMBER void turn(const uint4* query) { turned = query; }
+  MEMBER void get(int s, uint4& scale_of, uint4& zero_of, uint4& query_of) const {
+    scale_of = channel[s][0][0], zero_of = channel[s][0][1], query_of = turned[s * 4];
+  }
+#endif
+};
+
+// Scores of 16 tokens: of queries 2t, 2t + 1 and tokens g, g + 8, in the order of an accumulator.
+DEVICE void key_tile(float (&scores)[4], const Operands& operands, const KeyCodes& codes, const Levels& levels,
+                     const u8* rope, int t) {
+  scores[0] = scores[1] = scores[2] = scores[3] = 0.0f;
 #pragma unroll
   for (int w = 0; w < LW; w++)
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       const int sigma = w * 2 + j;
-      const uint4 scale = sh.channel[sigma][t][0], zero = sh.channel[sigma][t][1], turned = query[sigma * 4];
+      uint4 scale, zero, turned;
+      operands.get(sigma, scale, zero, turned);
+      u32 ya[2][2], yb[2][2];
 #pragma unroll
-      for (int k = 0; k < N; k++) {
-        u32 ya[2][2], yb[2][2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const u32 s = codes[k].selector(h, w, j, t);
-          u32 h0, l0, h1, l1;
-          levels.find(s, h0, l0);
-          levels.find(s >> 16, h1, l1);
-          // low nibbles: channels c, c + 1 and c + 2, c + 3; high nibbles: those + DIM / 2
-          const u32 xa = fma2(bytes(l0, h0, 0x6240), scale.x, zero.x);
-          const u32 xb = fma2(bytes(l1, h1, 0x6240), scale.y, zero.y);
-          const u32 za = fma2(bytes(l0, h0, 0x7351), scale.z, zero.z);
-          const u32 zb = fma2(bytes(l1, h1, 0x7351), scale.w, zero.w);
-          const uint4 cs = *(const uint4*)(rope + (16 * k + 8 * h) * ROPE_PITCH + sigma * 64);
-          ya[h][0] = fma2(neg2(za), cs.z, mul2(xa, cs.x));
-          ya[h][1] = fma2(xa, cs.z, mul2(za, cs.x));
-          yb[h][0] = fma2(neg2(zb), cs.w, mul2(xb, cs.y));
-          yb[h][1] = fma2(xb, cs.w, mul2(zb, cs.y));
-        }
-        mma(scores[k], ya[0][0], ya[1][0], ya[0][1], ya[1][1], turned.x, turned.y);
-        mma(scores[k], yb[0][0], yb[1][0], yb[0][1], yb[1][1], turned.z, turned.w);
+      for (int h = 0; h < 2; h++) {
+        const u32 s = codes.selector(h, w, j, t);
+        u32 h0, l0, h1, l1;
+        levels.find(s, h0, l0);
+        levels.find(s >> 16, h1, l1);
+        // low nibbles: channels c, c + 1 and c + 2, c + 3; high nibbles: those + DIM / 2
+        const u32 xa = fma2(bytes(l0, h0, 0x6240), scale.x, zero.x);
+        const u32 xb = fma2(bytes(l1, h1, 0x6240), scale.y, zero.y);
+        const u32 za = fma2(bytes(l0, h0, 0x7351), scale.z, zero.z);
+        const u32 zb = fma2(bytes(l1, h1, 0x7351), scale.w, zero.w);
+        const uint4 cs = *(const uint4*)(rope + 8 * h * ROPE_PITCH + sigma * 64);
+        ya[h][0] = fma2(neg2(za), cs.z, mul2(xa, cs.x));
+        ya[h][1] = fma2(xa, cs.z, mul2(za, cs.x));
+        yb[h][0] = fma2(neg2(zb), cs.w, mul2(xb, cs.y));
+        yb[h][1] = fma2(xb, cs.w, mul2(zb, cs.y));
       }
+      mma(scores, ya[0][0], ya[1][0], ya[0][1], ya[1][1], turned.x, turned.y);
+      mma(scores, yb[0][0], yb[1][0], yb[0][1], yb[1][1], turned.z, turned.w);
     }
 }
 
@@ -758,8 +809,6 @@ DEVICE void value_tile(float (&out)[DIM / 16][4], const ValueCodes& codes, const
     }
 }
 
-#define STEP (2 * KTILES <= MT ? KTILES : MT / 2)  // tiles of keys taken together
-
 // Phase 2. Scores of the warp's chunks; their maxima.
 DEVICE void key_scores(Space& sh, int count, int warp, int lane) {
   const int g = lane / 4, t = lane % 4;
@@ -769,10 +818,10 @@ DEVICE void key_scores(Space& sh, int count, int warp, int lane) {
   const uint4* query = sh.tables.query[warp][g < GROUP ? g : GROUP - 1] + t;
   const u8* rope = sh.tables.rope + g * ROPE_PITCH + t * 16;
   float top[2] = {NONE, NONE};
-  KeyCodes even[STEP], odd[STEP];
+  Operands operands(sh, t);
+  KeyCodes even, odd;
   const u8* at = codes_of(sh, KEYS, warp, count);
-#pragma unroll
-  for (int k = 0; k < STEP; k++) even[k].load(at + 16 * k * ROW, g, t);
+  even.load(at, g, t);
 #pragma unroll 1
   for (int chunk = warp; chunk < count; chunk += WARPS) {
     const u8* next = codes_of(sh, KEYS, chunk + WARPS, count);
@@ -782,41 +831,42 @@ DEVICE void key_scores(Space& sh, int count, int warp, int lane) {
     }
     turn_queries(sh, sh.tables.query[warp], sh.tables.phases[chunk], lane);
     __syncwarp();
+    operands.turn(query);
     float* const scored = &sh.score[2 * t < GROUP ? 2 * t : 0][chunk * T + g];
 #if OUTLIERS
     const float unit = sh.units[chunk / CPB];
 #endif
-    auto put = [&](const float (&scores)[STEP][4], int m) {
-#pragma unroll
-      for (int k = 0; k < STEP; k++)
-#pragma unroll
-        for (int n = 0; n < 2; n++)
-          if (2 * t + n < GROUP)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-              float* const to = scored + n * PITCH + 16 * (m + k) + 8 * h;
-              float x = scores[k][2 * h + n];
+    // Corrections are read before the products, which hide the waiting.
+    int change[4] = {0, 0, 0, 0};
+    auto look = [&](int m) {
 #if OUTLIERS
-              x = fmaf((float)*(const int*)to, unit, x);
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (2 * t + i % 2 < GROUP) change[i] = *(const int*)(scored + i % 2 * PITCH + 16 * m + i / 2 * 8);
 #endif
-              *to = x;
-              top[n] = fmaxf(top[n], x);
-            }
+    };
+    auto put = [&](const float (&scores)[4], int m) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        float x = scores[i];
+#if OUTLIERS
+        x = fmaf((float)change[i], unit, x);
+#endif
+        if (2 * t + i % 2 < GROUP) scored[i % 2 * PITCH + 16 * m + i / 2 * 8] = x;
+        top[i % 2] = fmaxf(top[i % 2], x);
+      }
     };
 #pragma unroll 1
-    for (int m = 0; m < MT; m += 2 * STEP) {
-      float scores[STEP][4];
-#pragma unroll
-      for (int k = 0; k < STEP; k++) odd[k].load(at + 16 * (m + STEP + k) * ROW, g, t);
-      key_tiles(scores, sh, even, levels, rope + 16 * m * ROPE_PITCH, query, t);
+    for (int m = 0; m < MT; m += 2) {
+      float scores[4];
+      odd.load(at + (16 * m + 16) * ROW, g, t);
+      look(m);
+      key_tile(scores, operands, even, levels, rope + 16 * m * ROPE_PITCH, t);
       put(scores, m);
-      if (m + 2 * STEP < MT || chunk + WARPS < count) {
-        const u8* from = m + 2 * STEP < MT ? at + 16 * (m + 2 * STEP) * ROW : next;
-#pragma unroll
-        for (int k = 0; k < STEP; k++) even[k].load(from + 16 * k * ROW, g, t);
-      }
-      key_tiles(scores, sh, odd, levels, rope + 16 * (m + STEP) * ROPE_PITCH, query, t);
-      put(scores, m + STEP);
+      if (m + 2 < MT || chunk + WARPS < count) even.load(m + 2 < MT ? at + (16 * m + 32) * ROW : next, g, t);
+      look(m + 1);
+      key_tile(scores, operands, odd, levels, rope + (16 * m + 16) * ROPE_PITCH, t);
+      put(scores, m + 1);
     }
     __syncwarp();  // the query's place is written again
     at = next;
