@@ -254,10 +254,10 @@ class BatchedKVQuantizer:
         shape = self._cuda_shape(keys, values)
         if shape is not None:
             table = self._key_table(keys.dtype)
-            cuda_pack.pack_keys(shape, keys, table, key_target)
-            cuda_pack.pack_values(
-                shape, values, self._value_midpoints, value_target, zero_out, scale_out
-            )
+            cuda_pack.pack(
+                shape, keys, values, table, self._value_midpoints, key_target, value_target,
+                zero_out, scale_out,
+            )  # fmt: skip
             return True
         if not self._triton_applies(keys, values):
             return False

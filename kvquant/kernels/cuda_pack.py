@@ -16,6 +16,7 @@ ROWS = 4  # a thread of keys, as in the source file
 WARP = 32
 PAIRS_A_THREAD = 8  # neighbouring channels, of eight lanes
 WAVES = 4  # programs of values a multiprocessor's room before they take several tokens
+LONG = 1 << 23  # elements from which keys and values are packed at once
 MOST_TOKENS = 4  # that a program of values takes
 
 
@@ -202,3 +203,45 @@ def pack_values(
     )  # fmt: skip
     if group is not None:
         group((blocks, 1, 1), 256, _target(target), ctypes.c_void_p(found.data_ptr()))
+
+
+@functools.cache
+def _beside(index: int) -> torch.cuda.Stream:
+    """A stream of a GPU for what may run beside the current one."""
+    return torch.cuda.Stream(torch.device("cuda", index))
+
+
+def pack(
+    shape: PackShape,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    midpoints: torch.Tensor,
+    key_target: PackTarget,
+    value_target: PackTarget,
+    zero_out: torch.Tensor,
+    scale_out: torch.Tensor,
+) -> None:
+    """Both; long inputs at once, so that keys use what the last programs of values leave idle.
+
+    Args:
+        shape: Of the cache.
+        keys: As in :func:`pack_keys`.
+        values: As in :func:`pack_values`.
+        table: Of :func:`pack_keys`.
+        midpoints: Of :func:`pack_values`.
+        key_target: Where keys go.
+        value_target: Where values go.
+        zero_out: Of :func:`pack_values`.
+        scale_out: Of :func:`pack_values`.
+    """
+    if keys.device.type != "cuda" or keys.numel() < LONG:
+        pack_keys(shape, keys, table, key_target)
+        pack_values(shape, values, midpoints, value_target, zero_out, scale_out)
+        return
+    main, beside = torch.cuda.current_stream(keys.device), _beside(index_of(keys))
+    beside.wait_stream(main)
+    pack_values(shape, values, midpoints, value_target, zero_out, scale_out)
+    with torch.cuda.stream(beside):
+        pack_keys(shape, keys, table, key_target)
+    main.wait_stream(beside)

@@ -4,6 +4,8 @@
 //   BITS 2, 3 or 4   DIM head_dim (64, 128, 256)   GROUP query heads a kv head (1..8)
 //   SIZE tokens a block (a multiple of 32)   OUTLIERS: whether there are any
 //   POS32, COUNT32: types of the outliers' index arrays
+//   KTILES: tiles of 16 tokens of keys that a warp takes together
+//   HELD: whether the scales and queries of keys are kept in registers
 //   WARPS: warps a program   MIN_BLOCKS: programs a multiprocessor   SPLIT: most chunks a program
 //   ROUNDS: outliers a lane and block whose data wait in shared memory; further ones are read again
 //   SPACE: bytes of shared memory that cuda_decode.py counts
@@ -170,7 +172,6 @@ DEVICE u16 store16(float x) { return BF16 ? to_bfloat(x) : to_half(x); }
 #define SHARE ((BLOCKS + WARPS - 1) / WARPS)  // most blocks whose outliers a warp takes
 #define CAP (ROUNDS * 32)           // outliers of a block that wait in shared memory
 #define ROOM (GROUP > 4 ? 8 : GROUP == 3 ? 4 : GROUP)  // queries of a group, a power of two
-#define HELD (SIGMA <= 4)           // whether scales and queries fit in registers
 #define MAGIC 12582912.0f           // 1.5 * 2^23: added to a float, its low bits are an integer
 #define MAGIC_BITS 0x4B400000
 #define FIX 0x1p-22f                // of the largest part: the unit of integer sums
@@ -544,16 +545,20 @@ DEVICE void key_outliers(Space& sh, int blocks, int warp, int lane, float streng
       most = fmaxf(most, fabsf(difference(POSITION(__ldg(block.positions + i)), load16(__ldg(block.values + i)))));
     const float unit = warp_max(most) * reach * strength * FIX, inverse = unit > 1e-30f ? strength / unit : 0.0f;
     if (lane == 0) sh.units[place] = unit;
-    // Loads cannot pass the additions, so those of two rounds come before them.
+    auto look = [&](int r) { return sh.wave[max(at[r], 0) % DIM]; };
 #pragma unroll
     for (int r = 0; r < ROUNDS; r += 2) {
       if (r * 32 >= block.count) break;
-      const int one = at[r], two = r + 1 < ROUNDS ? at[r + 1] : -1;
-      const float2 first = turned(max(one, 0), d[r] * inverse);
-      const float2 second = turned(max(two, 0), r + 1 < ROUNDS ? d[r + 1] * inverse : 0.0f);
-      const Wave near = sh.wave[max(one, 0) % DIM], next = sh.wave[max(two, 0) % DIM];
-      if (one >= 0) add(one, first, near);
-      if (two >= 0) add(two, second, next);
+      const float2 first = turned(max(at[r], 0), d[r] * inverse);
+      const Wave near = look(r);
+      if (r + 1 < ROUNDS && (r + 1) * 32 < block.count) {
+        // Loads cannot pass the additions, so those of two rounds come before them.
+        const int s = r + 1 < ROUNDS ? r + 1 : r;
+        const float2 second = turned(max(at[s], 0), d[s] * inverse);
+        const Wave next = look(s);
+        if (at[s] >= 0) add(at[s], second, next);
+      }
+      if (at[r] >= 0) add(at[r], first, near);
     }
 #pragma unroll 1
     for (int i = CAP + lane; i < block.count; i += 32) {
@@ -616,20 +621,23 @@ DEVICE void value_outliers(const Args& p, Space& sh, int blocks, int warp, int l
       for (int q = 0; q < GROUP; q++)
         atomicAdd(&sh.moved[q][at % DIM], __float_as_int(fmaf(from_half((u16)w[q]), d, MAGIC)) - MAGIC_BITS);
     };
-    // Loads cannot pass the additions, so those of two rounds come before them.
 #pragma unroll
     for (int r = 0; r < ROUNDS; r += 2) {
       if (r * 32 >= block.count) break;
       const int i = r * 32 + lane, j = i + 32;
-      const bool one = i < block.count, two = r + 1 < ROUNDS && j < block.count;
-      const int first = one ? POSITION(block.near_positions[i]) : 0, second = two ? POSITION(block.near_positions[j]) : 0;
-      u32 near[GROUP], next[GROUP];
+      const int first = i < block.count ? POSITION(block.near_positions[i]) : 0;
+      u32 near[GROUP];
       look(first, near);
-      look(second, next);
-      const float d = one ? difference(first, load16(block.near_values[i])) : 0.0f;
-      const float e = two ? difference(second, load16(block.near_values[j])) : 0.0f;
-      if (one) add(first, d, near);
-      if (two) add(second, e, next);
+      const float d = i < block.count ? difference(first, load16(block.near_values[i])) : 0.0f;
+      if (r + 1 < ROUNDS && (r + 1) * 32 < block.count) {
+        // Loads cannot pass the additions, so those of two rounds come before them.
+        const int second = j < block.count ? POSITION(block.near_positions[j]) : 0;
+        u32 next[GROUP];
+        look(second, next);
+        const float e = j < block.count ? difference(second, load16(block.near_values[j])) : 0.0f;
+        if (j < block.count) add(second, e, next);
+      }
+      if (i < block.count) add(first, d, near);
     }
 #pragma unroll 1
     for (int i = CAP + lane; i < block.count; i += 32) {
@@ -746,10 +754,13 @@ struct Operands {
 #endif
 };
 
-// Scores of 16 tokens: of queries 2t, 2t + 1 and tokens g, g + 8, in the order of an accumulator.
-DEVICE void key_tile(float (&scores)[4], const Operands& operands, const KeyCodes& codes, const Levels& levels,
-                     const u8* rope, int t) {
-  scores[0] = scores[1] = scores[2] = scores[3] = 0.0f;
+// Scores of N tiles of 16 tokens: of queries 2t, 2t + 1 and tokens g, g + 8, in the order of an
+// accumulator.
+template <int N>
+DEVICE void key_tiles(float (&scores)[N][4], const Operands& operands, const KeyCodes (&codes)[N], const Levels& levels,
+                      const u8* rope, int t) {
+#pragma unroll
+  for (int k = 0; k < N; k++) scores[k][0] = scores[k][1] = scores[k][2] = scores[k][3] = 0.0f;
 #pragma unroll
   for (int w = 0; w < LW; w++)
 #pragma unroll
@@ -757,26 +768,29 @@ DEVICE void key_tile(float (&scores)[4], const Operands& operands, const KeyCode
       const int sigma = w * 2 + j;
       uint4 scale, zero, turned;
       operands.get(sigma, scale, zero, turned);
-      u32 ya[2][2], yb[2][2];
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const u32 s = codes.selector(h, w, j, t);
-        u32 h0, l0, h1, l1;
-        levels.find(s, h0, l0);
-        levels.find(s >> 16, h1, l1);
-        // low nibbles: channels c, c + 1 and c + 2, c + 3; high nibbles: those + DIM / 2
-        const u32 xa = fma2(bytes(l0, h0, 0x6240), scale.x, zero.x);
-        const u32 xb = fma2(bytes(l1, h1, 0x6240), scale.y, zero.y);
-        const u32 za = fma2(bytes(l0, h0, 0x7351), scale.z, zero.z);
-        const u32 zb = fma2(bytes(l1, h1, 0x7351), scale.w, zero.w);
-        const uint4 cs = *(const uint4*)(rope + 8 * h * ROPE_PITCH + sigma * 64);
-        ya[h][0] = fma2(neg2(za), cs.z, mul2(xa, cs.x));
-        ya[h][1] = fma2(xa, cs.z, mul2(za, cs.x));
-        yb[h][0] = fma2(neg2(zb), cs.w, mul2(xb, cs.y));
-        yb[h][1] = fma2(xb, cs.w, mul2(zb, cs.y));
+      for (int k = 0; k < N; k++) {
+        u32 ya[2][2], yb[2][2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const u32 s = codes[k].selector(h, w, j, t);
+          u32 h0, l0, h1, l1;
+          levels.find(s, h0, l0);
+          levels.find(s >> 16, h1, l1);
+          // low nibbles: channels c, c + 1 and c + 2, c + 3; high nibbles: those + DIM / 2
+          const u32 xa = fma2(bytes(l0, h0, 0x6240), scale.x, zero.x);
+          const u32 xb = fma2(bytes(l1, h1, 0x6240), scale.y, zero.y);
+          const u32 za = fma2(bytes(l0, h0, 0x7351), scale.z, zero.z);
+          const u32 zb = fma2(bytes(l1, h1, 0x7351), scale.w, zero.w);
+          const uint4 cs = *(const uint4*)(rope + (16 * k + 8 * h) * ROPE_PITCH + sigma * 64);
+          ya[h][0] = fma2(neg2(za), cs.z, mul2(xa, cs.x));
+          ya[h][1] = fma2(xa, cs.z, mul2(za, cs.x));
+          yb[h][0] = fma2(neg2(zb), cs.w, mul2(xb, cs.y));
+          yb[h][1] = fma2(xb, cs.w, mul2(zb, cs.y));
+        }
+        mma(scores[k], ya[0][0], ya[1][0], ya[0][1], ya[1][1], turned.x, turned.y);
+        mma(scores[k], yb[0][0], yb[1][0], yb[0][1], yb[1][1], turned.z, turned.w);
       }
-      mma(scores, ya[0][0], ya[1][0], ya[0][1], ya[1][1], turned.x, turned.y);
-      mma(scores, yb[0][0], yb[1][0], yb[0][1], yb[1][1], turned.z, turned.w);
     }
 }
 
@@ -809,6 +823,8 @@ DEVICE void value_tile(float (&out)[DIM / 16][4], const ValueCodes& codes, const
     }
 }
 
+#define STEP (2 * KTILES <= MT ? KTILES : MT / 2)  // tiles of keys taken together
+
 // Phase 2. Scores of the warp's chunks; their maxima.
 DEVICE void key_scores(Space& sh, int count, int warp, int lane) {
   const int g = lane / 4, t = lane % 4;
@@ -819,9 +835,13 @@ DEVICE void key_scores(Space& sh, int count, int warp, int lane) {
   const u8* rope = sh.tables.rope + g * ROPE_PITCH + t * 16;
   float top[2] = {NONE, NONE};
   Operands operands(sh, t);
-  KeyCodes even, odd;
+  KeyCodes even[STEP], odd[STEP];
+  auto load = [&](KeyCodes (&codes)[STEP], const u8* from) {
+#pragma unroll
+    for (int k = 0; k < STEP; k++) codes[k].load(from + 16 * k * ROW, g, t);
+  };
   const u8* at = codes_of(sh, KEYS, warp, count);
-  even.load(at, g, t);
+  load(even, at);
 #pragma unroll 1
   for (int chunk = warp; chunk < count; chunk += WARPS) {
     const u8* next = codes_of(sh, KEYS, chunk + WARPS, count);
@@ -837,36 +857,41 @@ DEVICE void key_scores(Space& sh, int count, int warp, int lane) {
     const float unit = sh.units[chunk / CPB];
 #endif
     // Corrections are read before the products, which hide the waiting.
-    int change[4] = {0, 0, 0, 0};
+    int change[STEP][4] = {};
     auto look = [&](int m) {
 #if OUTLIERS
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        if (2 * t + i % 2 < GROUP) change[i] = *(const int*)(scored + i % 2 * PITCH + 16 * m + i / 2 * 8);
+      for (int k = 0; k < STEP; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          if (2 * t + i % 2 < GROUP) change[k][i] = *(const int*)(scored + i % 2 * PITCH + 16 * (m + k) + i / 2 * 8);
 #endif
     };
-    auto put = [&](const float (&scores)[4], int m) {
+    auto put = [&](const float (&scores)[STEP][4], int m) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        float x = scores[i];
+      for (int k = 0; k < STEP; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          float x = scores[k][i];
 #if OUTLIERS
-        x = fmaf((float)change[i], unit, x);
+          x = fmaf((float)change[k][i], unit, x);
 #endif
-        if (2 * t + i % 2 < GROUP) scored[i % 2 * PITCH + 16 * m + i / 2 * 8] = x;
-        top[i % 2] = fmaxf(top[i % 2], x);
-      }
+          if (2 * t + i % 2 < GROUP) scored[i % 2 * PITCH + 16 * (m + k) + i / 2 * 8] = x;
+          top[i % 2] = fmaxf(top[i % 2], x);
+        }
     };
 #pragma unroll 1
-    for (int m = 0; m < MT; m += 2) {
-      float scores[4];
-      odd.load(at + (16 * m + 16) * ROW, g, t);
+    for (int m = 0; m < MT; m += 2 * STEP) {
+      const bool last = m + 2 * STEP >= MT;
+      float scores[STEP][4];
+      load(odd, at + 16 * (m + STEP) * ROW);
       look(m);
-      key_tile(scores, operands, even, levels, rope + 16 * m * ROPE_PITCH, t);
+      key_tiles(scores, operands, even, levels, rope + 16 * m * ROPE_PITCH, t);
       put(scores, m);
-      if (m + 2 < MT || chunk + WARPS < count) even.load(m + 2 < MT ? at + (16 * m + 32) * ROW : next, g, t);
-      look(m + 1);
-      key_tile(scores, operands, odd, levels, rope + (16 * m + 16) * ROPE_PITCH, t);
-      put(scores, m + 1);
+      if (!last || chunk + WARPS < count) load(even, last ? next : at + 16 * (m + 2 * STEP) * ROW);
+      look(m + STEP);
+      key_tiles(scores, operands, odd, levels, rope + 16 * (m + STEP) * ROPE_PITCH, t);
+      put(scores, m + STEP);
     }
     __syncwarp();  // the query's place is written again
     at = next;
