@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from kvquant.batched_quant import LayerQuantizer
 
 PROGRAMS = 2  # that a multiprocessor's registers and shared memory are shared by
-KTILES = 2  # tiles of 16 tokens of keys that a warp takes together
-HELD = False  # whether scales and queries of keys stay in registers
+KTILES = 1  # tiles of 16 tokens of keys that a warp takes together
+HELD = True  # whether scales and queries of keys stay in registers
 OVERHEAD = 0.8  # chunks of each warp that begin and end of a program last as long as
 COMBINE = 256  # threads of the second pass, as in the source file
 MOST_ARENAS, MOST_PLACES = 1 << 11, 1 << 20  # bits of a block's number
