@@ -10,9 +10,10 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
+from pydantic import BaseModel
 
 from kvquant.config import Study, load_study
 from kvquant.errors import UserError
@@ -33,6 +34,8 @@ from kvquant.specs import (
     kernels_digest,
     perf_digest,
 )
+
+R = TypeVar("R", bound=BaseModel)
 
 FLOAT_FORMAT = "%.10g"
 # Metrics of some suites that tables show beside the one that statistics use.
@@ -69,13 +72,41 @@ def _stale(file: Path, found: str, expected: str) -> str:
     )
 
 
+class Problems(list[str]):
+    """What is wrong with the records, for one message.
+
+    Args:
+        present: Records that are not there yet are no problem: the study is unfinished.
+    """
+
+    def __init__(self, present: bool = False) -> None:
+        super().__init__()
+        self.present, self.missing = present, 0
+
+    def read(self, file: Path, kind: type[R], digest: str) -> R | None:
+        """A record of the specification with that digest; None where there is none to use."""
+        if self.present and not file.is_file():
+            self.missing += 1
+            return None
+        try:
+            record = read_record(file, kind)
+        except UserError as error:
+            self.append(str(error))
+            return None
+        found: str = record.spec_digest  # type: ignore[attr-defined]
+        if found != digest:
+            self.append(_stale(file, found, digest))
+            return None
+        return record
+
+
 def _sample_score(row: dict[str, Any], suite: str) -> float:
     """A sample's score: mean negative log likelihood for perplexity, else the suite's score."""
     return row["nll"] / row["tokens"] if suite == "perplexity" else float(row["score"])
 
 
 def _eval_rows(
-    study: Study, results: Path, problems: list[str]
+    study: Study, results: Path, problems: Problems
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     rows, samples = [], []
     asked: dict[tuple[str, str, int], tuple[Path, str | None]] = {}
@@ -85,14 +116,9 @@ def _eval_rows(
                 for seed in study.seeds:
                     folder = results / "eval" / model / scheme / task / f"seed{seed}"
                     file = folder / "run.json"
-                    try:
-                        record = read_record(file, EvalRecord)
-                    except UserError as error:
-                        problems.append(str(error))
-                        continue
                     expected = eval_digest(study, model, scheme, task, seed)
-                    if record.spec_digest != expected:
-                        problems.append(_stale(file, record.spec_digest, expected))
+                    record = problems.read(file, EvalRecord, expected)
+                    if record is None:
                         continue
                     mine = (file, record.prompts_sha256)
                     first, prompts = asked.setdefault((model, task, seed), mine)
@@ -147,7 +173,7 @@ def _side(prefix: str, side: Any) -> dict[str, Any]:
 
 
 def _timed_rows(
-    study: Study, results: Path, device: str, problems: list[str]
+    study: Study, results: Path, device: str, problems: Problems
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     perf: list[dict[str, Any]] = []
     energy: list[dict[str, Any]] = []
@@ -155,14 +181,9 @@ def _timed_rows(
     for model in study.models:
         for scheme, workload, rep in study.throughput_cells():
             file = results / "perf" / device / model / scheme / workload / f"rep{rep}.json"
-            try:
-                record = read_record(file, ThroughputRecord)
-            except UserError as error:
-                problems.append(str(error))
-                continue
             expected = perf_digest(study, model, scheme, workload)
-            if record.spec_digest != expected:
-                problems.append(_stale(file, record.spec_digest, expected))
+            record = problems.read(file, ThroughputRecord, expected)
+            if record is None:
                 continue
             row = {name: getattr(record, name) for name in keys}
             row |= {"prompt_tokens": record.prompt_tokens, "batch_size": record.batch_size}
@@ -174,14 +195,9 @@ def _timed_rows(
             )
         for scheme, workload, rep in study.energy_cells():
             file = results / "energy" / device / model / scheme / workload / f"rep{rep}.json"
-            try:
-                joules = read_record(file, EnergyRecord)
-            except UserError as error:
-                problems.append(str(error))
-                continue
             expected = energy_digest(study, model, scheme, workload)
-            if joules.spec_digest != expected:
-                problems.append(_stale(file, joules.spec_digest, expected))
+            joules = problems.read(file, EnergyRecord, expected)
+            if joules is None:
                 continue
             row = {name: getattr(joules, name) for name in keys}
             row |= {"source": joules.source, "method": joules.method}
@@ -200,20 +216,14 @@ def _spread(prefix: str, times: Percentiles | None) -> dict[str, Any]:
 
 
 def _append_rows(
-    study: Study, results: Path, device: str, problems: list[str]
+    study: Study, results: Path, device: str, problems: Problems
 ) -> list[dict[str, Any]]:
     """One row a point; none for a study that does not measure it."""
     rows: list[dict[str, Any]] = []
     for rep in range(study.append.reps if study.append else 0):
         file = results / "append" / device / f"rep{rep}.json"
-        try:
-            record = read_record(file, AppendRecord)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        expected = append_digest(study)
-        if record.spec_digest != expected:
-            problems.append(_stale(file, record.spec_digest, expected))
+        record = problems.read(file, AppendRecord, append_digest(study))
+        if record is None:
             continue
         shape = {name: getattr(record, name) for name in ("batch_size", "kv_heads", "head_dim")}
         for point in record.points:
@@ -227,20 +237,14 @@ def _append_rows(
 
 
 def _kernel_rows(
-    study: Study, results: Path, device: str, problems: list[str]
+    study: Study, results: Path, device: str, problems: Problems
 ) -> list[dict[str, Any]]:
     """One row a side; none for a study that does not measure kernels."""
     rows: list[dict[str, Any]] = []
     for case in study.kernel_cases():
         file = results / "kernels" / device / f"{case}.json"
-        try:
-            record = read_record(file, KernelRecord)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        expected = kernels_digest(study, case)
-        if record.spec_digest != expected:
-            problems.append(_stale(file, record.spec_digest, expected))
+        record = problems.read(file, KernelRecord, kernels_digest(study, case))
+        if record is None:
             continue
         keys = ("device", "case", "shape", "scheme", "batch", "tokens", "all_tokens")
         same = {name: getattr(record, name) for name in keys}
@@ -253,13 +257,21 @@ def _kernel_rows(
     return rows
 
 
-def collect(study: Study, results: Path, device: str) -> dict[str, pd.DataFrame]:
+def collect(
+    study: Study, results: Path, device: str, problems: Problems | None = None
+) -> dict[str, pd.DataFrame]:
     """Tables `eval`, `samples`, `perf`, `energy`; `append` and `kernels` where they are measured.
+
+    Args:
+        study: Says which records there are.
+        results: Its folder.
+        device: In the paths of what is timed.
+        problems: Says whether records may be missing.
 
     Raises:
         UserError: One line for every record that cannot be used.
     """
-    problems: list[str] = []
+    problems = Problems() if problems is None else problems
     evaluations, samples = _eval_rows(study, results, problems)
     perf, energy = _timed_rows(study, results, device, problems)
     appended = _append_rows(study, results, device, problems)
@@ -267,9 +279,10 @@ def collect(study: Study, results: Path, device: str) -> dict[str, pd.DataFrame]
     if problems:
         raise UserError("\n".join(problems))
     order = ["device", "model", "scheme", "workload", "rep"]
+    table = pd.DataFrame(evaluations)
     tables = {
         # as numbers, also where no task has the metric
-        "eval": pd.DataFrame(evaluations).astype(dict.fromkeys(SUITE_METRICS, float)),
+        "eval": table.astype(dict.fromkeys(SUITE_METRICS, float)) if evaluations else table,
         "samples": pd.DataFrame(samples),
         "perf": pd.DataFrame(perf, columns=None if perf else order),
         "energy": pd.DataFrame(energy, columns=None if energy else order),
@@ -287,11 +300,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", required=True, type=Path, help="the study's results folder")
     parser.add_argument("--device-name", required=True, help="device in perf and energy paths")
     parser.add_argument("--out-dir", required=True, type=Path)
+    parser.add_argument(
+        "--present", action="store_true", help="of an unfinished study, what is measured so far"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Collects and writes the tables."""
-    tables = collect(load_study(args.study), args.results, args.device_name)
+    problems = Problems(present=args.present)
+    tables = collect(load_study(args.study), args.results, args.device_name, problems)
     for name, table in tables.items():
+        if args.present and table.empty:
+            print(f"aggregate: {name}: nothing yet")
+            continue
         write_table(table, args.out_dir / f"{name}.parquet")
         print(f"aggregate: {name}: {len(table)} rows")
+    if problems.missing:
+        print(f"aggregate: {problems.missing} records are not there yet")

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,27 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 PIECE_TOKENS, PIECE_SCORES = 4096, 1 << 26  # of the PyTorch path, as in kvquant.cache
+
+
+@dataclass(frozen=True)
+class ContinuationTimes:
+    """What :func:`measure_continuation` finds.
+
+    Attributes:
+        ms: Milliseconds by side and round: "kernels", "expand" (the part of their time that makes
+            16-bit keys and values of codes), "pytorch" and those of BACKENDS. Empty where memory
+            ran out.
+        refused: Why backends did not run.
+        peak_bytes: Most bytes that a side takes above what it starts with.
+        nbytes: Bytes of the past: "packed" and "fp16".
+        largest_difference: Of the kernels' output from the PyTorch path's.
+    """
+
+    ms: dict[str, list[float]]
+    refused: dict[str, str]
+    peak_bytes: dict[str, int]
+    nbytes: dict[str, int]
+    largest_difference: float
 
 
 def _rope(dim: int) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
@@ -121,7 +143,7 @@ def measure_continuation(
     outliers: float = 0.01,
     max_seconds: float = 120.0,
     device: str = "cuda",
-) -> dict[str, Any]:
+) -> ContinuationTimes:
     """One layer, one shape.
 
     Args:
@@ -138,11 +160,6 @@ def measure_continuation(
         outliers: Fraction.
         max_seconds: After which no further round starts.
         device: GPU.
-
-    Returns:
-        Percentiles of each side in ms ("oom" where memory ran out), the most bytes each takes
-        above what it starts with, bytes of both pasts, largest difference of the kernels' output
-        from the PyTorch path's, speed over the fastest fp16 backend and over the PyTorch path.
     """
     where = torch.device(device)
     spec = NuqScheme(kind="nuq", bits=bits, outliers=outliers, block_size=block_size)
@@ -212,32 +229,28 @@ def measure_continuation(
         iterations=rounds,
         max_seconds=max_seconds,
     )
-    found: dict[str, Any] = {}
-    medians = dict.fromkeys([*sides, *BACKENDS], math.nan)
-    for name, fit_ in zip(sides, fits, strict=True):
-        found[name] = "oom"
-        if fit_:
-            summary = summarize(times[name][-counted:])
-            found[name], medians[name] = summary.model_dump(), summary.median
-    ran = [medians[name] for name in BACKENDS if not math.isnan(medians[name])]
+    found = {
+        name: times[name][-counted:] if fit_ else [] for name, fit_ in zip(sides, fits, strict=True)
+    }
+    nbytes = {"packed": store.nbytes, "fp16": full.nbytes}
+    return ContinuationTimes(found, refused, peaks, nbytes, difference)
+
+
+def _report(found: ContinuationTimes) -> dict[str, Any]:
+    """Percentiles, and speed over the fastest fp16 backend and over the PyTorch path."""
+    ms = {name: summarize(times).model_dump() for name, times in found.ms.items() if times}
+    medians = {name: each["median"] for name, each in ms.items()}
+    fp16 = min((medians[name] for name in BACKENDS if name in medians), default=math.nan)
+    ours = medians.get("kernels", math.nan)
     return {
-        "batch": batch,
-        "past": past,
-        "chunk": chunk,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": dim,
-        "bits": bits,
-        "block_size": block_size,
-        "outliers": outliers,
-        "ms": found,
-        "refused": refused,
-        "peak_bytes": peaks,
-        "packed_bytes": store.nbytes,
-        "fp16_bytes": full.nbytes,
-        "largest_difference": difference,
-        "speed_over_fp16": min(ran, default=math.nan) / medians["kernels"],
-        "speed_over_pytorch": medians["pytorch"] / medians["kernels"],
+        "ms": {name: ms.get(name, "oom") for name in found.ms},
+        "refused": found.refused,
+        "peak_bytes": found.peak_bytes,
+        "packed_bytes": found.nbytes["packed"],
+        "fp16_bytes": found.nbytes["fp16"],
+        "largest_difference": found.largest_difference,
+        "speed_over_fp16": fp16 / ours,
+        "speed_over_pytorch": medians.get("pytorch", math.nan) / ours,
     }
 
 
@@ -263,12 +276,13 @@ def main(arguments: list[str] | None = None) -> None:
     shape = (args.kv_heads, args.dim)
     tables = LayerQuantizer(torch.zeros(shape), torch.full(shape, 2.576), levels, levels)
     with torch.inference_mode():
-        result = measure_continuation(
+        found = measure_continuation(
             args.heads, args.kv_heads, args.dim, args.batch, args.past, args.chunk,
             tables.to(args.device), args.bits, args.block_size, args.rounds,
             outliers=args.outliers, device=args.device,
         )  # fmt: skip
-    text = json.dumps(result, indent=2)
+    given = {k: v for k, v in vars(args).items() if k not in ("device", "out", "rounds")}
+    text = json.dumps(given | _report(found), indent=2)
     if args.out:
         args.out.write_text(text + "\n", encoding="utf-8")
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from kvquant.benchmarks.append_stores import append_codec
+from kvquant.benchmarks.continuation import measure_continuation
 from kvquant.benchmarks.decode import BACKENDS, capture, measure_decode
 from kvquant.benchmarks.random_model import RandomModel, head_dim
 from kvquant.benchmarks.timing import Clock
@@ -20,7 +20,7 @@ from kvquant.config import NuqScheme, Study
 from kvquant.config_kernels import SHAPES, WHOLE_MODEL, KernelCase, Measure
 from kvquant.errors import UserError
 from kvquant.models import QuantizedModel
-from kvquant.records import KernelPart, KernelSide, Percentiles
+from kvquant.records import KernelPart
 
 COPIES = 10  # copies before and after decode steps, which are not interrupted
 SETTLE = 5  # decode steps before the timed ones
@@ -315,52 +315,33 @@ def steps(bench: Bench, case: KernelCase) -> KernelPart:
     return _part(bench, "steps", [copied, ours])
 
 
+@torch.inference_mode()
 def continuation(bench: Bench, case: KernelCase) -> KernelPart:
-    """New tokens over a packed past: our kernel, our PyTorch path, fp16."""
-    try:
-        module = importlib.import_module("kvquant.benchmarks.continuation")
-    except ModuleNotFoundError:
-        raise UserError("measure: 'continue' is not part of this version: leave it out") from None
+    """New tokens over a packed past: our kernels, our PyTorch path, torch's fp16 backends."""
     dims, dim, scheme = SHAPES[case.shape], head_dim(case.shape), bench.scheme
     kv_heads = dims["num_key_value_heads"]
     codec = append_codec(scheme, kv_heads, dim, bench.device)
-    assert codec is not None
-    found: dict[str, Any] = module.measure_continuation(
+    assert codec is not None and codec.tables is not None
+    found = measure_continuation(
         dims["num_attention_heads"], kv_heads, dim, case.batch, case.tokens, case.chunk,
         codec.tables, scheme.bits, scheme.block_size, bench.spec.rounds,
+        outliers=scheme.outliers, max_seconds=bench.spec.max_seconds, device=str(bench.device),
     )  # fmt: skip
     roles: dict[str, tuple[str, Role]] = {
-        "kvquant": (bench.study.headline, "ours"),
-        "fp16": (bench.study.baseline, "fp16"),
+        "kernels": (bench.study.headline, "ours"),
         "pytorch": (f"{bench.study.headline} (PyTorch)", "peer"),
+        **{name: (name, "fp16") for name in BACKENDS},
     }
-    ours = _summary(found["kvquant"])
     sides = []
     for key, (name, role) in roles.items():
-        if key not in found:
-            continue
-        times = _summary(found[key])
-        side = KernelSide(side=name, role=role, status="oom" if times is None else "ok", ms=times)
-        if times is not None and ours is not None and role != "ours":
-            side.over_ours = _ratio(times, ours)
+        side = Side(name, role, lambda: 0.0)
+        if found.ms.get(key):
+            side.times = list(found.ms[key])
+        else:
+            side.status = "refused" if key in found.refused else "oom"
+            side.reason = found.refused.get(key, "")
         sides.append(side)
-    return KernelPart(measure="continue", sides=sides)
-
-
-def _summary(found: Any) -> Percentiles | None:
-    """A summary, or None for "oom"."""
-    return Percentiles.model_validate(found) if isinstance(found, dict) else None
-
-
-def _ratio(theirs: Percentiles, ours: Percentiles) -> Percentiles:
-    """Bounds of the ratio from both spreads: the rounds themselves are not known here."""
-    return Percentiles(
-        median=theirs.median / ours.median,
-        p10=theirs.p10 / ours.p90,
-        p90=theirs.p90 / ours.p10,
-        p99=theirs.p99 / ours.p10,
-        n=min(theirs.n, ours.n),
-    )
+    return _part(bench, "continue", sides)
 
 
 MEASURES: dict[Measure, Callable[[Bench, KernelCase], KernelPart]] = {

@@ -81,6 +81,7 @@ def measure(bench: Bench, name: str, device_name: str) -> KernelRecord:
     case = study.kernel_cases()[name]
     parts = []
     for what in case.measure:
+        note(f"kernels: {name}: {what}")
         parts.append(bench.measure(what, case))
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -309,24 +307,16 @@ def test_a_layer_step_goes_on_where_the_prompt_ended(monkeypatch: pytest.MonkeyP
         assert seen[kind][0].get_seq_length() == 32 + 1 + 5, kind
 
 
-def test_continuation_is_taken_as_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Any] = []
-    times = {"median": 2.0, "p10": 1.0, "p90": 4.0, "p99": 4.0, "n": 5}
-
-    def stands_in(*args: Any) -> dict[str, Any]:
-        given.extend(args)
-        return {"kvquant": times, "fp16": {**times, "median": 3.0}, "pytorch": "oom"}
-
-    module = types.SimpleNamespace(measure_continuation=stands_in)
-    monkeypatch.setitem(sys.modules, "kvquant.benchmarks.continuation", module)
-    case = KernelCase.model_validate({**SECOND, "measure": ["continue"], "chunk": 16})
-    part = continuation(Bench(Study.model_validate(study()), CPU), case)
-    assert given[:6] == [2, 1, 64, 1, 32, 16]
+def test_continuation_of_a_small_past() -> None:
+    pytest.importorskip("triton")
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    case = KernelCase.model_validate({**SECOND, "measure": ["continue"], "chunk": 3, "tokens": 96})
+    part = continuation(Bench(Study.model_validate(study()), where), case)
     sides = {side.side: side for side in part.sides}
-    assert sides["nuq3-1pct (PyTorch)"].status == "oom"
-    over = sides["fp16"].over_ours
-    assert over is not None
-    assert (over.median, over.p10, over.p90) == (1.5, 0.25, 4.0)
+    ours, pieces = sides["nuq3-1pct"], sides["nuq3-1pct (PyTorch)"]
+    assert ours.role == "ours" and ours.ms is not None and ours.ms.n >= 5
+    assert pieces.over_ours is not None and pieces.over_ours.median > 0
+    assert any(side.role == "fp16" and side.status == "ok" for side in part.sides)
 
 
 @pytest.mark.gpu
