@@ -77,4 +77,4 @@ class KernelsSpec(Strict):
     max_seconds: float = Field(10.0, gt=0, description="after 5 rounds no round starts later")
     slow_seconds: float = Field(2.0, gt=0, description="a side whose warm-up takes longer is slow")
     slow_rounds: int = Field(2, ge=1, description="rounds of a slow side")
-    minutes: int = Field(20, ge=1, description="expected run time of all cases")
+    minutes: int = Field(10, ge=1, description="expected run time of a case")

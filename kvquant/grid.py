@@ -36,7 +36,7 @@ def request(
     if rule == "append_cost":
         assert study.append is not None
         return Request(study.gpus, BENCH_MEM_MB * attempt, study.append.minutes * attempt)
-    if rule == "kernel_cases":
+    if rule == "kernel_case":
         assert study.kernels is not None
         return Request(study.gpus, BENCH_MEM_MB * attempt, study.kernels.minutes * attempt)
     assert model is not None
@@ -99,7 +99,7 @@ def grid_rows(study: Study) -> list[tuple[str, int, int, str]]:
         what = f"{len(study.append.sizes)} sizes from {first} to {last} tokens"
         rows.append(("append", study.append.reps, study.append.reps, what))
     if cases := study.kernel_cases():
-        rows.append(("kernels", 1, len(cases), ", ".join(cases)))
+        rows.append(("kernels", len(cases), len(cases), ", ".join(cases)))
     return rows
 
 
@@ -130,8 +130,9 @@ def job_rows(study: Study) -> list[tuple[str, int, float]]:
         asked, reps = request(study, "append_cost", None), study.append.reps
         rows.append(("append_cost", reps, reps * asked.gpus * asked.minutes / 60))
     if study.kernels is not None:
-        asked = request(study, "kernel_cases", None)
-        rows.append(("kernel_cases", 1, asked.gpus * asked.minutes / 60))
+        asked = request(study, "kernel_case", None)
+        cases = len(study.kernels.cases)
+        rows.append(("kernel_case", cases, cases * asked.gpus * asked.minutes / 60))
     return rows
 
 

@@ -27,7 +27,7 @@ def test_rows_count_what_the_study_lists(root: Path) -> None:
         assert rows[f"evaluate {task}"] == (schemes, schemes * seeds)
     assert rows["throughput"][0] == len(study.throughput_cells())
     assert rows["energy"][0] == len(study.energy_cells())
-    assert rows["kernels"] == (1, len(study.kernel_cases()))
+    assert rows["kernels"] == (len(study.kernel_cases()),) * 2
 
 
 def test_window_zero_is_told_as_all_positions(root: Path) -> None:
@@ -69,7 +69,7 @@ def test_requests_of_the_cluster_study_fit_its_nodes_on_every_attempt(root: Path
     for attempt in (1, 2, 3):
         for model in study.models:
             jobs = [request(study, "evaluate", model, task, attempt) for task in study.tasks]
-            rules = ("calibrate", "throughput", "energy", "append_cost", "kernel_cases")
+            rules = ("calibrate", "throughput", "energy", "append_cost", "kernel_case")
             jobs += [request(study, rule, model, attempt=attempt) for rule in rules]
             for job in jobs:
                 assert job.gpus in (1, 8)

@@ -29,21 +29,30 @@ Looks = dict[str, tuple[str, str]]
 
 
 def _labelled(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """(label, sides) of every measurement, all cases of a kind together."""
+    """(label, sides) of every measurement, all cases of a kind together.
+
+    Cases that measure the same on the same shape, for the sake of other peers, are one row, named
+    after the first.
+    """
     order = list(WORDS)
-    groups = list(rows.groupby(["measure", "case"], sort=False))
-    groups.sort(key=lambda g: order.index(str(g[0][0])))  # stable: cases as the study has them
-    return [(f"{WORDS[str(measure)]}, {case}", sides) for (measure, case), sides in groups]
+    same = ["measure", "shape", "batch", "tokens", "all_tokens"]
+    groups = [(str(key[0]), sides) for key, sides in rows.groupby(same, sort=False)]
+    groups.sort(key=lambda g: order.index(g[0]))  # stable: cases as the study has them
+    return [(f"{WORDS[measure]}, {sides.case.iloc[0]}", sides) for measure, sides in groups]
+
+
+def _of_first_case(groups: list[tuple[str, pd.DataFrame]]) -> list[tuple[str, pd.DataFrame]]:
+    return [(label, sides[sides.case == sides.case.iloc[0]]) for label, sides in groups]
 
 
 def rates(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Measurements whose bytes are known, without the copies."""
-    return _labelled(rows[(rows.role != "copy") & rows.copy_share.notna()])
+    return _of_first_case(_labelled(rows[(rows.role != "copy") & rows.copy_share.notna()]))
 
 
 def ratios(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Measurements that compare ours with fp16."""
-    return _labelled(rows[(rows.role == "fp16") & rows.over_ours_median.notna()])
+    return _of_first_case(_labelled(rows[(rows.role == "fp16") & rows.over_ours_median.notna()]))
 
 
 def look(side: str, role: str) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """`kvquant bench kernels`: our kernels against copies, fp16 and peers, on random data and weights.
 
 A case is one shape; all sides of a measurement take turns in one process. A finished case is one
-record. Cases of a shape are measured together, so that its model is built once.
+record. Cases of a shape are measured one after the other, so that its model is built once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device-name", required=True, help="checked against the real device")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--out-dir", required=True, type=Path, help="folder of CASE.json")
-    parser.add_argument("--resume-dir", type=Path, help="keeps finished cases, by digest")
 
 
 def order(study: Study, names: list[str]) -> list[str]:
@@ -63,16 +62,6 @@ def finished(file: Path, digest: str) -> KernelRecord | None:
             f"has {digest}): delete it by name to measure again"
         )
     return record
-
-
-def kept(file: Path, digest: str) -> KernelRecord | None:
-    """As :func:`finished` for the resume folder, where what does not fit is told and dropped."""
-    try:
-        return finished(file, digest)
-    except UserError as error:
-        note(f"resume: not used: {str(error).splitlines()[0]}")
-        file.unlink()
-        return None
 
 
 def measure(bench: Bench, name: str, device_name: str) -> KernelRecord:
@@ -162,13 +151,7 @@ def run(args: argparse.Namespace) -> None:
     console = Console(width=140)
     there = {name: finished(args.out_dir / f"{name}.json", digests[name]) for name in names}
     for name in order(study, [name for name in names if there[name] is None]):
-        keep = args.resume_dir / f"{name}-{digests[name]}.json" if args.resume_dir else None
-        record = kept(keep, digests[name]) if keep else None
-        if record is None:
-            note(f"kernels: {name}")
-            record = measure(bench, name, args.device_name)
-            if keep:
-                write_record(keep, record)
+        record = measure(bench, name, args.device_name)
         write_record(args.out_dir / f"{name}.json", record)
         there[name] = record
     for name in names:

@@ -67,7 +67,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kernels")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hf_quantized, "_installed", lambda module: False)
-        assert main(command(folder, study(), "--resume-dir", str(folder / "resume"))) == 0
+        assert main(command(folder, study())) == 0
     return folder
 
 
@@ -113,25 +113,9 @@ def test_pack_has_a_floor_by_bytes(done: Path) -> None:
 def test_finished_cases_are_kept(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A second run measures nothing; a killed one goes on from its resume folder."""
+    """A second run measures nothing; another one only what is missing."""
     text = {name: (done / f"out/{name}.json").read_bytes() for name in ("first", "second")}
-    copies = {n: f"{n}-{kernels_digest(parse_study(study()), n)}.json" for n in text}
-    assert sorted(f.name for f in (done / "resume").iterdir()) == sorted(copies.values())
-
-    def measures(*args: Any) -> KernelRecord:
-        raise AssertionError("measured again")
-
     plain = kernels.measure
-    monkeypatch.setattr(kernels, "measure", measures)
-    assert main(command(done, study())) == 0
-    assert "first on cpu" in capsys.readouterr().out
-    for name, content in text.items():
-        assert (done / f"out/{name}.json").read_bytes() == content
-
-    resume = tmp_path / "resume"
-    resume.mkdir()
-    (resume / copies["first"]).write_bytes(text["first"])
-    (resume / copies["second"]).write_text("{")  # damaged: told and measured again
     asked: list[str] = []
 
     def counted(bench: Bench, name: str, device: str) -> KernelRecord:
@@ -139,11 +123,17 @@ def test_finished_cases_are_kept(
         return plain(bench, name, device)
 
     monkeypatch.setattr(kernels, "measure", counted)
-    assert main(command(tmp_path, study(), "--resume-dir", str(resume))) == 0
+    assert main(command(done, study())) == 0
+    assert "first on cpu" in capsys.readouterr().out and not asked
+    for name, content in text.items():
+        assert (done / f"out/{name}.json").read_bytes() == content
+
+    words = command(tmp_path, study())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/first.json").write_bytes(text["first"])
+    assert main(words) == 0
     assert asked == ["second"]
     assert (tmp_path / "out/first.json").read_bytes() == text["first"]
-    assert "resume: not used" in capsys.readouterr().err
-    assert read_record(resume / copies["second"], KernelRecord).case == "second"
 
 
 def test_a_case_that_fails_leaves_the_finished_ones(
@@ -157,12 +147,11 @@ def test_a_case_that_fails_leaves_the_finished_ones(
         return plain(bench, name, device)
 
     raw = study({"a": SECOND, "b": {**SECOND, "tokens": 64}})
-    words = command(tmp_path, raw, "--resume-dir", str(tmp_path / "resume"))
+    words = command(tmp_path, raw)
     monkeypatch.setattr(kernels, "measure", fails)
     with pytest.raises(RuntimeError):
         main(words)
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["a.json"]
-    assert [f.name[:2] for f in (tmp_path / "resume").iterdir()] == ["a-"]
 
 
 def test_another_configuration_is_not_overwritten(

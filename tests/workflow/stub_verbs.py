@@ -34,7 +34,7 @@ def outputs(verb: str, given: dict[str, list[str]]) -> list[Path]:
             for name in ("run.json", "samples.jsonl")
         ]
     elif verb == "kernels":
-        files += [folder / f"{case}.json" for case in load_study("study.yaml").kernel_cases()]
+        files += [folder / f"{case}.json" for case in given["cases"]]
     elif verb == "tables":
         names = ("summary", "perplexity", "passkey", "ruler", "longbench")
         names += ("statistics", "throughput", "energy", "memory")

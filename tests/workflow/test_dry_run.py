@@ -24,7 +24,7 @@ COUNTS = {
         "evaluate": 12,
         "throughput": 1,
         "energy": 1,
-        "kernel_cases": 1,
+        "kernel_case": 1,
         "plot": 4,
     },
 }
@@ -132,19 +132,23 @@ def test_released_results_rebuild_figures_without_measuring(root: Path, tmp_path
         "energy",
         "fetch_model",
     } & set(found)
-    assert "kernel_cases" not in found
+    assert "kernel_case" not in found
 
 
-def test_kernels_are_one_job_of_a_target(root: Path, tmp_path: Path) -> None:
+def test_each_kernel_case_is_a_job(root: Path, tmp_path: Path) -> None:
     done = study(root, tmp_path, "h100", "kernels", "-p")
     assert done.returncode == 0, done.stderr[-2000:]
     output = done.stdout + done.stderr
-    assert jobs(output) == {"kernel_cases": 1, "kernels": 1, "total": 2}
-    assert f"bench kernels --study {tmp_path}/r/study.json --device-name h100-80gb-hbm3" in output
+    from kvquant.config import load_study
+
+    cases = load_study(root / "config/h100.yaml").kernel_cases()
+    assert jobs(output) == {"kernel_case": len(cases), "kernels": 1, "total": len(cases) + 1}
+    for case in cases:
+        assert f"bench kernels --study {tmp_path}/r/study.json --cases {case} --dev" in output
     assert f"--out-dir {tmp_path}/r/kernels/h100-80gb-hbm3" in output
     none = study(root, tmp_path, "demo", "kernels")  # has no such section
     assert none.returncode == 0, none.stderr[-2000:]
-    assert "kernel_cases" not in jobs(none.stdout + none.stderr)
+    assert "kernel_case" not in jobs(none.stdout + none.stderr)
 
 
 def test_the_workflow_imports_no_torch(root: Path) -> None:

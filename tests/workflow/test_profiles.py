@@ -43,7 +43,7 @@ def test_slurm_profiles_avoid_known_faults(root: Path) -> None:
     athena = profiles(root)["athena"]
     # the GPU's type belongs to GPU rules only: as a default, quantize would ask for a GPU
     assert not any(line.startswith(("gpu", "gres")) for line in athena["default-resources"])
-    for rule in ("calibrate", "evaluate", "throughput", "energy", "append_cost", "kernel_cases"):
+    for rule in ("calibrate", "evaluate", "throughput", "energy", "append_cost", "kernel_case"):
         assert athena["set-resources"][rule] == {"gpu_model": "a100"}
 
 
@@ -51,7 +51,7 @@ def test_a_shared_gpu_is_not_shared_by_what_is_timed(root: Path) -> None:
     shared = profiles(root)["gpu1-shared"]
     places = int(shared["resources"][0].removeprefix("gpu="))
     assert places > 1
-    for rule in ("throughput", "energy", "append_cost", "kernel_cases"):
+    for rule in ("throughput", "energy", "append_cost", "kernel_case"):
         assert shared["set-resources"][rule]["gpu"] > places  # capped to all of them
     assert "evaluate" not in shared["set-resources"]
     single = profiles(root)["gpu1"]

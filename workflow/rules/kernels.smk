@@ -1,39 +1,34 @@
-# Kernels against copies, fp16 and peers; random data and weights. One job, so that the cases of a
-# shape share its model. Its outputs are not write-protected, which would refuse a further case; a
-# copy of every record stays in <results>/resume/kernels, so that no finished case is measured twice.
-KERNEL_RECORDS = [f"<results>/kernels/{DEVICE}/{case}.json" for case in STUDY.kernel_cases()]
+# Kernels against copies, fp16 and peers; random data and weights.
 
 
-rule kernel_cases:
-    """Every case of the study, alone on the device."""
+rule kernel_case:
+    """A case of the study, alone on the device."""
     output:
-        KERNEL_RECORDS,
+        MEASURED("<results>/kernels/{device}/{case}.json"),
     log:
-        f"<logs>/kernels/{DEVICE}.log",
+        "<logs>/kernels/{device}/{case}.log",
     threads: ALONE
     resources:
-        gpu=ask("kernel_cases", "gpus"),
+        gpu=ask("kernel_case", "gpus"),
         nodes=1,
-        mem_mb=ask("kernel_cases", "mem_mb"),
-        runtime=ask("kernel_cases", "minutes"),
+        mem_mb=ask("kernel_case", "mem_mb"),
+        runtime=ask("kernel_case", "minutes"),
     params:
         study=STUDY_FILE,
-        digests=[specs.kernels_digest(STUDY, case) for case in STUDY.kernel_cases()],
-        name=DEVICE,
+        digest=lambda wildcards: specs.kernels_digest(STUDY, wildcards.case),
         device=DEVICE_KIND,
         out=lambda wildcards, output: Path(output[0]).parent,
-        resume=STUDY_FILE.parent / "resume/kernels",
     message:
-        "Kernels on {params.name}"
+        "Kernels, {wildcards.case}, on {wildcards.device}"
     shell:
-        "python -m kvquant bench kernels --study {params.study} --device-name {params.name}"
-        " --device {params.device} --out-dir {params.out} --resume-dir {params.resume}"
+        "python -m kvquant bench kernels --study {params.study} --cases {wildcards.case}"
+        " --device-name {wildcards.device} --device {params.device} --out-dir {params.out}"
         " > {log} 2>&1"
 
 
 rule kernels:
     """All kernel measurements of the study."""
     input:
-        KERNEL_RECORDS,
+        [f"<results>/kernels/{DEVICE}/{case}.json" for case in STUDY.kernel_cases()],
     message:
         "All kernel measurements are complete"
