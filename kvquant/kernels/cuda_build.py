@@ -34,7 +34,7 @@ def compile_cubin(source: str, constants: dict[str, int], architecture: str) -> 
     """Machine code of a source file in `kvquant/kernels/cuda`; needs no GPU.
 
     Args:
-        source: File name.
+        source: File name; it may include those that end with .cuh.
         constants: Macros.
         architecture: For example "sm_90".
 
@@ -45,7 +45,10 @@ def compile_cubin(source: str, constants: dict[str, int], architecture: str) -> 
         from cuda.bindings import nvrtc
     except ImportError as error:
         raise KernelUnavailable(f"cuda-bindings is not installed ({error})") from None
-    text = resources.files("kvquant.kernels").joinpath("cuda", source).read_bytes()
+    folder = resources.files("kvquant.kernels").joinpath("cuda")
+    text = folder.joinpath(source).read_bytes()
+    headers = {f.name: f.read_bytes() for f in folder.iterdir() if f.name.endswith(".cuh")}
+    headers = {name: headers[name] for name in sorted(headers) if name.encode() in text}
     options = [f"--gpu-architecture={architecture}", "--std=c++17", "-default-device"]
     options += [f"-D{name}={value}" for name, value in constants.items()]
     flags = [option.encode() for option in options]
@@ -53,13 +56,16 @@ def compile_cubin(source: str, constants: dict[str, int], architecture: str) -> 
         version = _check(nvrtc.nvrtcVersion(), "NVRTC version")
     except RuntimeError as error:  # the library itself is missing
         raise KernelUnavailable(str(error)) from None
-    key = [source.encode(), text, str(version).encode(), *flags]
-    return cached(key, lambda: _compile(nvrtc, source, text, flags))
+    key = [source.encode(), text, *headers.values(), str(version).encode(), *flags]
+    return cached(key, lambda: _compile(nvrtc, source, text, headers, flags))
 
 
-def _compile(nvrtc: Any, source: str, text: bytes, flags: list[bytes]) -> bytes:
+def _compile(
+    nvrtc: Any, source: str, text: bytes, headers: dict[str, bytes], flags: list[bytes]
+) -> bytes:
     """Machine code by NVRTC, without a cache."""
-    program = _check(nvrtc.nvrtcCreateProgram(text, source.encode(), 0, [], []), "NVRTC")
+    included = (len(headers), list(headers.values()), [name.encode() for name in headers])
+    program = _check(nvrtc.nvrtcCreateProgram(text, source.encode(), *included), "NVRTC")
     status = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
     if int(status[0]) != 0:
         log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program), "NVRTC log")
