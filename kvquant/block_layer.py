@@ -97,7 +97,7 @@ class BlockLayer(CacheLayerMixin):
             rope: Rotary table of the new tokens, `[batch_size, new_len, head_dim]` each.
             scaling: Factor of the scores.
             full: Attention of rotated queries, keys and values of this call alone, causal and
-                masked; used where there is no past to read.
+                masked; used where there is no past to read, or it is what this call just stored.
 
         Returns:
             `[batch_size, new_len, num_heads, head_dim]`.
@@ -123,9 +123,14 @@ class BlockLayer(CacheLayerMixin):
             if not simulated:
                 self._append(plan, stored, values)
             return out
+        if simulated and owner.starts_whole(keys):
+            parts = [self._read(piece, simulated) for piece in owner.pieces(queries.shape)]
+            return full(
+                queries, *(torch.cat(x, 2).to(queries.dtype) for x in zip(*parts, strict=True))
+            )
         attention = BlockwiseAttention(queries, owner.query_positions, keys.shape[1], scaling)
         for piece in owner.pieces(queries.shape):
-            self._add(attention, piece, simulated)
+            attention.add(*self._read(piece, simulated), piece.positions)
         if not simulated:
             attention.add(turned, values, owner.new_positions)
             self._append(plan, stored, values)
@@ -150,7 +155,8 @@ class BlockLayer(CacheLayerMixin):
             store.pack_full(owner.plan)
         return out.to(queries.dtype).unsqueeze(1)
 
-    def _add(self, attention: BlockwiseAttention, piece: Piece, simulated: bool) -> None:
+    def _read(self, piece: Piece, simulated: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated keys and values of a piece, `[batch_size, num_kv_heads, columns, head_dim]`."""
         store, plan = self.store, self._owner.plan
         assert store.sinks is not None
         if piece.part == "sinks":
@@ -162,7 +168,7 @@ class BlockLayer(CacheLayerMixin):
             keys, values = self._blocks(piece)
         if not self.codec.rotated_keys:
             keys = rotate(keys.float(), *piece.rope)
-        attention.add(keys, values, piece.positions)
+        return keys, values
 
     def _blocks(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
         """Dequantized blocks `[batch_size, num_kv_heads, columns, head_dim]`."""

@@ -32,6 +32,8 @@ Rope = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 # A piece of the past holds at most so many tokens, and its scores at most so many numbers.
 MOST_TOKENS = 4096
 MOST_SCORES = 1 << 26
+# Key elements of a layer that protocol B reads back at once (0.5 GB with the values, in 32 bits).
+MOST_READ_BACK = 1 << 26
 
 
 class KVQuantCache(Cache, AttendingCache):
@@ -266,6 +268,12 @@ class KVQuantCache(Cache, AttendingCache):
         columns = slice(0, self.query_positions.shape[1])
         whole = all(isinstance(s, slice) and s == columns for s in self.plan.spans)
         return None if whole else self.new_positions
+
+    def starts_whole(self, keys: torch.Tensor) -> bool:
+        """Whether the current call is the first, has no padding and is small enough to be read
+        back at once; its keys are `[batch_size, num_kv_heads, new_len, head_dim]`."""
+        first = not any(self.plan.before.lengths) and self.token_positions() is None
+        return first and keys.numel() <= MOST_READ_BACK
 
     def past(self, queries: torch.Tensor) -> Past | None:
         """What the Triton kernels need to attend to the past, or None where they do not apply.

@@ -118,6 +118,22 @@ def test_a_sequence_in_a_ragged_batch_equals_itself_alone(spec: Any, side: str, 
             torch.testing.assert_close(a, c, atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kind}{s.bits}")
+def test_a_first_call_is_read_back_at_once_or_in_pieces(
+    spec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qm = quantized(tiny_model(), spec)
+    ids = torch.randint(0, 97, (3, 150))
+    found = []
+    for most in (1 << 26, 0):
+        monkeypatch.setattr("kvquant.cache.MOST_READ_BACK", most)
+        found.append(feed(qm, ids, None, [150], "B"))
+    (at_once, one), (in_pieces, other) = found
+    torch.testing.assert_close(at_once, in_pieces, atol=1e-4, rtol=1e-4)
+    for a, b in zip(stored(one, 2)[:2], stored(other, 2)[:2], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_all_outliers_is_the_unquantized_model(family: str) -> None:
     model = tiny_model(family)
