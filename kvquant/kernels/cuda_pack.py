@@ -163,7 +163,8 @@ def pack_keys(shape: PackShape, x: torch.Tensor, table: torch.Tensor, target: Pa
 def tokens_a_program(spots: int, multiprocessors: int, workers: int) -> int:
     """Tokens that a program of values takes: one while there is room for all, a few at most."""
     at_once = multiprocessors * max(1, 896 // workers)
-    return max(1, min(MOST_TOKENS, spots // (WAVES * at_once)))
+    waves = WAVES if workers > WARP else WAVES // 2  # small programs are mostly beginning and end
+    return max(1, min(MOST_TOKENS, spots // (waves * at_once)))
 
 
 def pack_values(
