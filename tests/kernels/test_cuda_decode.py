@@ -68,8 +68,12 @@ def run_case(
     spread: float = 1.0,
     seed: int = 0,
     device: str = "cuda",
+    column: float = 0.0,
 ) -> float:
-    """Largest relative error, by sequence and head, of sequences of (blocks, tail) tokens."""
+    """Largest relative error, by sequence and head, of sequences of (blocks, tail) tokens.
+
+    With a `column` a channel of all values has that number, and all tokens weigh the same.
+    """
     random.seed(seed)
     torch.manual_seed(seed)
     tables = LayerQuantizer(
@@ -87,6 +91,8 @@ def run_case(
     x[1] *= spread
     x[1, :, :, 3] += 7.0  # a token far from zero
     x[:, :, :, 5] = 0.25  # a constant one
+    if column:
+        x[1, ..., 7] = column
     x = x.to(dtype)
     # Two arenas, filled in disorder.
     order = random.sample(range(max(total, 1)), max(total, 1))
@@ -119,7 +125,7 @@ def run_case(
         lambda p: rope(p, dim, factor), shape.chunk, sinks, chunks + size // shape.chunk, table
     )
     step = DecodeStep(table, numbers, chunks, made)
-    query = torch.randn(batch, heads * group, dim, device=device).to(dtype)
+    query = torch.randn(batch, heads * group, dim, device=device).to(dtype) * (not column)
     scaling = 1 / math.sqrt(dim)
     out = decode_attention(shape, query, sink, tail, rows, step, tables, scaling).double()
     worst = 0.0
@@ -188,6 +194,20 @@ def test_source_on_a_cpu(
     lengths = [(0, 1), (1, size - 1), (7, 0), (12 if size < 512 else 2, size)]
     error = run_case(bits, dim, group, size, outliers, dtype, lengths, heads=2, device="cpu")
     assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_an_outlier_in_every_token_of_a_program(
+    group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of thousands of large parts stay within the integers that they are made of."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        emulate_decode(monkeypatch)  # one multiprocessor: programs as long as they come
+    error = run_case(
+        3, 128, group, 64, 0.01, torch.float16, [(64, 1)], heads=1, device=device, column=60.0
+    )
+    assert error < TOLERANCE[torch.float16]
 
 
 @pytest.mark.gpu

@@ -256,7 +256,7 @@ KERNEL(THREADS, MIN_BLOCKS) decode(const Args p) {
     if (CPB > 1) __syncthreads();
     else __syncwarp();
     // A token's levels lie between its outliers, so no difference is larger than twice the largest.
-    unit = 2.5f * load16((u16)sh.largest) * FIX;
+    unit = 2.5f * load16((u16)sh.largest) * OUTPUT_UNIT;
     value_outliers(p, sh, blocks, warp, lane, unit);
 #endif
     __syncwarp();

@@ -96,7 +96,7 @@ DEVICE void key_outliers(Space& sh, int blocks, int warp, int lane, float streng
 #pragma unroll 1
     for (int i = CAP + lane; i < block.count; i += 32)
       most = fmaxf(most, fabsf(difference(POSITION(__ldg(block.positions + i)), load16(__ldg(block.values + i)))));
-    const float unit = warp_max(most) * reach * strength * FIX, inverse = unit > 1e-30f ? strength / unit : 0.0f;
+    const float unit = warp_max(most) * reach * strength * SCORE_UNIT, inverse = unit > 1e-30f ? strength / unit : 0.0f;
     if (lane == 0) sh.units[place] = unit;
     auto look = [&](int r) { return sh.wave[max(at[r], 0) % DIM]; };
 #pragma unroll

@@ -20,7 +20,10 @@
 #define ROOM (GROUP > 4 ? 8 : GROUP == 3 ? 4 : GROUP)  // queries of a group, a power of two
 #define MAGIC 12582912.0f           // 1.5 * 2^23: added to a float, its low bits are an integer
 #define MAGIC_BITS 0x4B400000
-#define FIX 0x1p-22f                // of the largest part: the unit of integer sums
+// Units of integer sums, of their largest part: a token's score has up to DIM parts, a channel's
+// output one of each token of the program.
+#define SCORE_UNIT 0x1p-22f
+#define OUTPUT_UNIT (SPLIT * T > 256 ? 0x1p-30f * (SPLIT * T) : 0x1p-22f)
 #define NONE (-1e30f)
 
 #if POS32
