@@ -22,7 +22,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from kvquant.attention import BlockwiseAttention
 from kvquant.batched_quant import LayerQuantizer
-from kvquant.benchmarks.decode import packed_layer
+from kvquant.benchmarks.decode import packed_layer, runs
 from kvquant.benchmarks.timing import Clock, interleave, summarize
 from kvquant.block_layer import rotate
 from kvquant.block_store import BlockStore
@@ -201,11 +201,10 @@ def measure_continuation(
                     enable_gqa=heads != kv_heads,
                 )  # fmt: skip
 
-        try:
-            theirs()
+        if reason := runs(theirs):
+            refused[name] = reason
+        else:
             sides[name] = theirs
-        except RuntimeError as error:
-            refused[name] = str(error).splitlines()[0]
     difference = float((kernels().float() - pieces().float()).abs().max())
     clock = Clock.of(where)
     times: dict[str, list[float]] = {name: [] for name in sides}

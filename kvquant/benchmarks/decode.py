@@ -7,6 +7,7 @@ not the host's. Each call reads another layer's memory, as a model does: no cach
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,21 @@ class DecodeTimes:
     ms: dict[str, list[float]]
     nbytes: dict[str, int]
     refused: dict[str, str]
+
+
+def runs(work: Callable[[], object]) -> str | None:
+    """Why a backend of torch's attention does not do `work`, for which it gives reasons in warnings;
+    None if it does."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            work()
+        except RuntimeError as error:
+            first = str(error).splitlines()[0]
+            said = [str(w.message).split(" (Triggered")[0] for w in told]
+            why = [text for text in said if not text.endswith(("because:", "runtime disabled."))]
+            return " ".join([first, *dict.fromkeys(why)])
+    return None
 
 
 def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -185,10 +201,10 @@ def measure_decode(
                         query[:, :, None], keys, values, enable_gqa=heads != kv_heads
                     )
 
-        try:
+        if reason := runs(theirs):
+            refused[name] = reason
+        else:
             graphs[name] = capture(theirs)
-        except RuntimeError as error:
-            refused[name] = str(error).splitlines()[0]
     source = torch.empty(COPIED, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     graphs["copy"] = capture(lambda: target.copy_(source))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from kvquant.benchmarks.continuation import main
+from kvquant.benchmarks.decode import runs
 
 pytest.importorskip("triton")
 
@@ -27,3 +29,13 @@ def test_sides_agree_and_are_timed(chunk: int, tmp_path: Path) -> None:
     assert result["ms"]["kernels"]["median"] > result["ms"]["expand"]["median"] > 0
     assert result["speed_over_pytorch"] > 0
     assert result["packed_bytes"] < result["fp16_bytes"]
+
+
+def test_a_refusal_says_what_the_backend_warns_of() -> None:
+    def refuses() -> None:
+        warnings.warn("Flash attention kernel not used because:", stacklevel=1)
+        warnings.warn("heads differ (Triggered internally at x.cpp:1.)", stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.\nmore")
+
+    assert runs(refuses) == "No available kernel. Aborting execution. heads differ"
+    assert runs(lambda: None) is None
