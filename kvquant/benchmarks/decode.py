@@ -42,8 +42,7 @@ class DecodeTimes:
 
 
 def runs(work: Callable[[], object]) -> str | None:
-    """Why a backend of torch's attention does not do `work`, for which it gives reasons in warnings;
-    None if it does."""
+    """Why a backend of torch's attention does not do `work` (its reasons are warnings), or None."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
