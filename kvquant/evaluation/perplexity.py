@@ -131,14 +131,17 @@ def measure_windows(
 
     def work(cache: Any) -> tuple[int, int]:
         caches = [cache, qm.baseline_cache()] if kl and qm.quantizes else [cache]
-        for logits, where in _pieces(qm, ids, caches, ids.shape[1] if protocol == "B" else chunk):
-            flat, goal = logits[0].flatten(0, 1), goals[:, where]
-            losses = torch.nn.functional.cross_entropy(flat, goal.flatten(), reduction="none")
-            nll[:, where] = losses.view_as(goal)
-            if len(caches) == 2:
-                kls[:, where] = divergence(logits[1], logits[0])
-        for other in caches[1:]:
-            other.layers.clear()
+        pieces = _pieces(qm, ids, caches, ids.shape[1] if protocol == "B" else chunk)
+        try:
+            for logits, where in pieces:
+                flat, goal = logits[0].flatten(0, 1), goals[:, where]
+                losses = torch.nn.functional.cross_entropy(flat, goal.flatten(), reduction="none")
+                nll[:, where] = losses.view_as(goal)
+                if len(caches) == 2:
+                    kls[:, where] = divergence(logits[1], logits[0])
+        finally:  # `whole` empties the other one
+            for other in caches[1:]:
+                other.layers.clear()
         shared = (ids.shape[0] - 1) * shared_nbytes(cache)
         return cache_nbytes(cache) + shared, cache_elements(cache)
 
