@@ -130,6 +130,23 @@ def _part(
     return KernelPart(measure=what, copy_gb_per_s=rate, sides=records)
 
 
+def _timed_sides(
+    roles: dict[str, tuple[str, Role]], ms: dict[str, list[float]], refused: dict[str, str]
+) -> list[Side]:
+    """Sides that a benchmark of its own has timed: name and role by its keys, in order."""
+    sides = []
+    for key, (name, role) in roles.items():
+        side = Side(name, role, lambda: 0.0)
+        if ms.get(key):
+            side.times = list(ms[key])
+        else:
+            side.reason = refused.get(key, "")
+            oom = not side.reason or "out of memory" in side.reason
+            side.status = "oom" if oom else "refused"
+        sides.append(side)
+    return sides
+
+
 @torch.inference_mode()
 def pack(bench: Bench, case: KernelCase) -> KernelPart:
     """One layer's quantize-and-pack pass against a copy of its input."""
@@ -162,15 +179,9 @@ def attention(bench: Bench, case: KernelCase) -> KernelPart:
     )  # fmt: skip
     roles: dict[str, tuple[str, Role]] = {name: (name, "fp16") for name in BACKENDS}
     roles |= {"kvquant": (bench.study.headline, "ours"), "copy": ("copy", "copy")}
-    sides = []
-    for key, (name, role) in roles.items():
-        side = Side(name, role, lambda: 0.0, nbytes=found.nbytes[key])
-        if key in found.ms:
-            side.times = list(found.ms[key])
-        else:
-            side.reason = found.refused[key]
-            side.status = "oom" if "out of memory" in side.reason else "refused"
-        sides.append(side)
+    sides = _timed_sides(roles, found.ms, found.refused)
+    for key, side in zip(roles, sides, strict=True):
+        side.nbytes = found.nbytes[key]
     return _part(bench, "attention", sides, elements=2 * case.batch * case.tokens * heads * dim)
 
 
@@ -332,15 +343,7 @@ def continuation(bench: Bench, case: KernelCase) -> KernelPart:
         "pytorch": (f"{bench.study.headline} (PyTorch)", "peer"),
         **{name: (name, "fp16") for name in BACKENDS},
     }
-    sides = []
-    for key, (name, role) in roles.items():
-        side = Side(name, role, lambda: 0.0)
-        if found.ms.get(key):
-            side.times = list(found.ms[key])
-        else:
-            side.status = "refused" if key in found.refused else "oom"
-            side.reason = found.refused.get(key, "")
-        sides.append(side)
+    sides = _timed_sides(roles, found.ms, found.refused)
     return _part(bench, "continue", sides)
 
 
