@@ -47,8 +47,8 @@ def compile_cubin(source: str, constants: dict[str, int], architecture: str) -> 
         raise KernelUnavailable(f"cuda-bindings is not installed ({error})") from None
     folder = resources.files("kvquant.kernels").joinpath("cuda")
     text = folder.joinpath(source).read_bytes()
-    headers = {f.name: f.read_bytes() for f in folder.iterdir() if f.name.endswith(".cuh")}
-    headers = {name: headers[name] for name in sorted(headers) if name.encode() in text}
+    names = sorted(f.name for f in folder.iterdir() if f.name.endswith(".cuh"))
+    headers = {name: folder.joinpath(name).read_bytes() for name in names}
     options = [f"--gpu-architecture={architecture}", "--std=c++17", "-default-device"]
     options += [f"-D{name}={value}" for name, value in constants.items()]
     flags = [option.encode() for option in options]

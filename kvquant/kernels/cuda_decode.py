@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 PROGRAMS = 2  # that a multiprocessor's registers and shared memory are shared by
 KTILES = 1  # tiles of 16 tokens of keys that a warp takes together
-HELD = True  # whether scales and queries of keys stay in registers
 OVERHEAD = 0.8  # chunks of each warp that begin and end of a program last as long as
 COMBINE = 256  # threads of the second pass, as in the source file
 MOST_ARENAS, MOST_PLACES = 1 << 11, 1 << 20  # bits of a block's number
@@ -153,7 +152,6 @@ class DecodeShape:
             "WARPS": self.warps,
             "MIN_BLOCKS": PROGRAMS,
             "KTILES": KTILES,
-            "HELD": int(HELD and self.head_dim <= 128),
             "SPLIT": split,
             "SPACE": self.space_bytes(split),
             "ROUNDS": self.rounds,

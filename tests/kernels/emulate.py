@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -60,19 +61,31 @@ def _decode_functions(shape: cuda_decode.DecodeShape, device: int) -> tuple[Any,
     return _function(library, "decode"), _function(library, "combine")
 
 
+def _instead(monkeypatch: pytest.MonkeyPatch, module: ModuleType, **given: Any) -> None:
+    for name, value in given.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "index_of", lambda x: 0)
+
+
 def emulate_decode(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 1) -> None:
     """Lets :func:`kvquant.kernels.cuda_decode.decode_attention` take tensors on a CPU."""
-    monkeypatch.setattr(cuda_decode, "functions", _decode_functions)
-    monkeypatch.setattr(cuda_decode, "index_of", lambda x: 0)
-    monkeypatch.setattr(cuda_decode, "multiprocessors", lambda index: multiprocessors)
-    monkeypatch.setattr(cuda_decode, "shared_memory", lambda index: SHARED_BYTES)
+    _instead(
+        monkeypatch,
+        cuda_decode,
+        functions=_decode_functions,
+        multiprocessors=lambda index: multiprocessors,
+        shared_memory=lambda index: SHARED_BYTES,
+    )
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 1) -> None:
     """Lets the quantizer take the emulated kernels, for tensors on a CPU."""
-    monkeypatch.setattr(cuda_pack, "functions", _pack_functions)
-    monkeypatch.setattr(cuda_pack, "index_of", lambda x: 0)
-    monkeypatch.setattr(cuda_pack, "multiprocessors", lambda index: multiprocessors)
+    _instead(
+        monkeypatch,
+        cuda_pack,
+        functions=_pack_functions,
+        multiprocessors=lambda index: multiprocessors,
+    )
     monkeypatch.setattr(
         batched_quant, "use_cuda_pack", lambda shape, device: shape.refusal() is None
     )

@@ -1,7 +1,5 @@
 // The instructions that `decode.cu` names by itself, for a CPU.
 
-#include "emulated.h"
-
 static u32 bytes(u32 a, u32 b, u32 s) { return __byte_perm(a, b, s & 0x7777); }
 static u32 choose(u32 mask, u32 yes, u32 no) { return (yes & mask) | (no & ~mask); }
 static float from_half(u16 x) {

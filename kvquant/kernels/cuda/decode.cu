@@ -5,7 +5,6 @@
 //   SIZE tokens a block (a multiple of 32)   OUTLIERS: whether there are any
 //   POS32, COUNT32: types of the outliers' index arrays
 //   KTILES: tiles of 16 tokens of keys that a warp takes together
-//   HELD: whether the scales and queries of keys are kept in registers
 //   WARPS: warps a program   MIN_BLOCKS: programs a multiprocessor   SPLIT: most chunks a program
 //   ROUNDS: outliers a lane and block whose data wait in shared memory; further ones are read again
 //   SPACE: bytes of shared memory that cuda_decode.py counts

@@ -1,20 +1,13 @@
-// Types and instructions of `decode.cu`.
+// Instructions of `decode.cu`.
+
+#include "types.cuh"
 
 #ifdef EMULATED
 #include "emulated_decode.h"  // tests only: the same functions for a CPU
 #else
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef long long i64;
-typedef unsigned long long u64;
-
-#define DEVICE __device__ __forceinline__
 #define MEMBER DEVICE
 #define SEPARATE __device__
 #define APART __device__ __noinline__
-#define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
-#define SHARED __shared__
 #define CONSTANT extern "C" __constant__
 #define DYNAMIC(name, bytes) extern __shared__ __align__(16) u8 name[]
 

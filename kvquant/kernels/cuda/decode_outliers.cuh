@@ -88,14 +88,14 @@ DEVICE void key_outliers(Space& sh, int blocks, int warp, int lane, float streng
       at[r] = -1;
       d[r] = 0.0f;
       if (i < block.count) {
-        at[r] = POSITION(block.near_positions[i]);
+        at[r] = (int)block.near_positions[i];
         d[r] = difference(at[r], load16(block.near_values[i]));
         most = fmaxf(most, fabsf(d[r]));
       }
     }
 #pragma unroll 1
     for (int i = CAP + lane; i < block.count; i += 32)
-      most = fmaxf(most, fabsf(difference(POSITION(__ldg(block.positions + i)), load16(__ldg(block.values + i)))));
+      most = fmaxf(most, fabsf(difference((int)__ldg(block.positions + i), load16(__ldg(block.values + i)))));
     const float unit = warp_max(most) * reach * strength * SCORE_UNIT, inverse = unit > 1e-30f ? strength / unit : 0.0f;
     if (lane == 0) sh.units[place] = unit;
     auto look = [&](int r) { return sh.wave[max(at[r], 0) % DIM]; };
@@ -115,7 +115,7 @@ DEVICE void key_outliers(Space& sh, int blocks, int warp, int lane, float streng
     }
 #pragma unroll 1
     for (int i = CAP + lane; i < block.count; i += 32) {
-      const int far = POSITION(__ldg(block.positions + i));
+      const int far = (int)__ldg(block.positions + i);
       add(far, turned(far, difference(far, load16(__ldg(block.values + i))) * inverse), sh.wave[far % DIM]);
     }
   }
@@ -178,13 +178,13 @@ DEVICE void value_outliers(const Args& p, Space& sh, int blocks, int warp, int l
     for (int r = 0; r < ROUNDS; r += 2) {
       if (r * 32 >= block.count) break;
       const int i = r * 32 + lane, j = i + 32;
-      const int first = i < block.count ? POSITION(block.near_positions[i]) : 0;
+      const int first = i < block.count ? (int)block.near_positions[i] : 0;
       u32 near[GROUP];
       look(first, near);
       const float d = i < block.count ? difference(first, load16(block.near_values[i])) : 0.0f;
       if (r + 1 < ROUNDS && (r + 1) * 32 < block.count) {
         // Loads cannot pass the additions, so those of two rounds come before them.
-        const int second = j < block.count ? POSITION(block.near_positions[j]) : 0;
+        const int second = j < block.count ? (int)block.near_positions[j] : 0;
         u32 next[GROUP];
         look(second, next);
         const float e = j < block.count ? difference(second, load16(block.near_values[j])) : 0.0f;
@@ -194,7 +194,7 @@ DEVICE void value_outliers(const Args& p, Space& sh, int blocks, int warp, int l
     }
 #pragma unroll 1
     for (int i = CAP + lane; i < block.count; i += 32) {
-      const int far = POSITION(__ldg(block.positions + i));
+      const int far = (int)__ldg(block.positions + i);
       u32 w[GROUP];
       look(far, w);
       add(far, difference(far, load16(__ldg(block.values + i))), w);

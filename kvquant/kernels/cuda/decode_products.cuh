@@ -146,8 +146,7 @@ DEVICE void key_tiles(float (&scores)[N][4], const Operands& operands, const Key
 }
 
 // Adds 16 tokens' weighted values: of channels in rows and queries 2t, 2t + 1 in columns.
-DEVICE void value_tile(float (&out)[DIM / 16][4], const ValueCodes& codes, const Levels& levels,
-                                           u32 w0, u32 w1, int g) {
+DEVICE void value_tile(float (&out)[DIM / 16][4], const ValueCodes& codes, const Levels& levels, u32 w0, u32 w1, int g) {
 #pragma unroll
   for (int w = 0; w < VW; w++)
 #pragma unroll

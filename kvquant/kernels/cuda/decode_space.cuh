@@ -18,6 +18,7 @@
 #define SHARE ((BLOCKS + WARPS - 1) / WARPS)  // most blocks whose outliers a warp takes
 #define CAP (ROUNDS * 32)           // outliers of a block that wait in shared memory
 #define ROOM (GROUP > 4 ? 8 : GROUP == 3 ? 4 : GROUP)  // queries of a group, a power of two
+#define HELD (SIGMA <= 4)            // whether scales and queries of keys fit in registers
 #define MAGIC 12582912.0f           // 1.5 * 2^23: added to a float, its low bits are an integer
 #define MAGIC_BITS 0x4B400000
 // Units of integer sums, of their largest part: a token's score has up to DIM parts, a channel's
@@ -25,19 +26,6 @@
 #define SCORE_UNIT 0x1p-22f
 #define OUTPUT_UNIT (SPLIT * T > 256 ? 0x1p-30f * (SPLIT * T) : 0x1p-22f)
 #define NONE (-1e30f)
-
-#if POS32
-typedef int pos_t;
-#define POSITION(x) (x)
-#else
-typedef u16 pos_t;
-#define POSITION(x) ((int)(x))
-#endif
-#if COUNT32
-typedef int count_t;
-#else
-typedef short count_t;
-#endif
 
 // Pointers of one arena (int64 each), in this order.
 enum { KCODES, VCODES, VZERO, VSCALE, KBEGIN, KCOUNT, KPOS, KVAL, VBEGIN, VCOUNT, VPOS, VVAL, FIELDS };

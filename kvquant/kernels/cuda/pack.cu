@@ -22,18 +22,9 @@
 // that make too many of them are cut off by a search for the exact place. Outliers go to a list of
 // the token, and `group_values` sorts the lists of a block by head.
 
-#ifdef EMULATED
-#include "emulated.h"  // tests only: the same functions for a CPU
-#else
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef long long i64;
+#include "types.cuh"
 
-#define DEVICE __device__ __forceinline__
-#define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
-#define SHARED __shared__
-
+#ifndef EMULATED
 #if BF16
 #define KIND "bf16"
 #else
@@ -109,17 +100,6 @@ DEVICE u32 from_below(u32 x, int lanes) { return __shfl_up_sync(~0u, x, lanes); 
 #define ROW (DIM * BITS / 8)     // bytes of a row
 #define EDGES ((1 << BITS) - 1)  // thresholds
 #define CHANNELS (HEADS * DIM)
-
-#if POS32
-typedef int pos_t;
-#else
-typedef u16 pos_t;
-#endif
-#if COUNT32
-typedef int count_t;
-#else
-typedef short count_t;
-#endif
 
 // Blocks [blocks, HEADS, SIZE, DIM] with steps in elements.
 struct Source {
