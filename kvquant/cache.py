@@ -20,10 +20,10 @@ from kvquant.block_store import BlockStore
 from kvquant.cache_interface import AttendingCache
 from kvquant.continuation import Past, block_table, range_blocks
 from kvquant.decode_step import StepTables
-from kvquant.errors import OutlierOverflow
 from kvquant.kernels.cuda_decode import DecodeStep
 from kvquant.kernels.dispatch import use_cuda, use_triton_attention
 from kvquant.layout import AppendPlan, Gather, Layout, Span, View
+from kvquant.outlier_watch import OutlierWatch, widen_codecs
 from kvquant.schemes.base import Codec
 
 Protocol = Literal["A", "B"]
@@ -81,9 +81,7 @@ class KVQuantCache(Cache, AttendingCache):
         # Of the current call's kernels; False: not asked yet. Block numbers outlive a call.
         self._past: Past | Literal[False] | None = False
         self._block_table: tuple[list[int], torch.Tensor | None] | None = None
-        self._watch: tuple[torch.Tensor, torch.cuda.Event] | None = None
-        self._status: torch.Tensor | None = None
-        self._unwatched = False
+        self._watch = OutlierWatch()
         self.static_rope = static_rope
         # Of a decode step that kernels take: None in other calls.
         self.steps: StepTables | None = None
@@ -109,7 +107,7 @@ class KVQuantCache(Cache, AttendingCache):
         """
         if self.captured:
             return
-        self._check_excess()
+        self._watch.check()
         if self.layout.table and batch != len(self.layout.table):
             raise ValueError(
                 f"input_ids: a batch of {batch}, but the cache holds {len(self.layout.table)}"
@@ -129,7 +127,8 @@ class KVQuantCache(Cache, AttendingCache):
             self.new_positions = torch.where(mask[:, past:].bool(), self.query_positions, NEVER)
         before = self.layout.view()
         self.plan = self.layout.append(spans)
-        self._unwatched |= self.plan.arena >= 0
+        if self.plan.arena >= 0:
+            self._watch.note_packing()
         self._begin_step(before, device)
 
     def step_tables(self, device: torch.device) -> StepTables | None:
@@ -159,10 +158,11 @@ class KVQuantCache(Cache, AttendingCache):
 
     def count_step(self, steps: StepTables) -> None:
         """After a replayed step: the host's side of it, and packing of the tails that it filled."""
-        self._check_excess()
+        self._watch.check()
         batch = len(self.layout.table)
         self.plan = self.layout.append([slice(0, 1)] * batch)
-        self._unwatched |= self.plan.arena >= 0
+        if self.plan.arena >= 0:
+            self._watch.note_packing()
         steps.count_token()
         for layer in self.layers:
             layer.columns += 1
@@ -306,28 +306,6 @@ class KVQuantCache(Cache, AttendingCache):
             shape, self.layout, view, numbers, self._rope, step, causal=simulated
         )  # fmt: skip
 
-    def _check_excess(self) -> None:
-        """Raises if a GPU append had more outliers than room; learns of it without waiting."""
-        if self._watch is not None and self._watch[1].query():
-            (lost, bad), self._watch = self._watch[0].tolist(), None
-            self._refuse(lost, bad)
-        if self._status is not None and self._watch is None and self._unwatched:
-            host = torch.empty(2, dtype=torch.int32, pin_memory=True)
-            host.copy_(self._status, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._watch, self._unwatched = (host, event), False
-
-    @staticmethod
-    def _refuse(lost: int, bad: int) -> None:
-        if bad:
-            raise ValueError("keys or values: NaN or Inf (fp16 overflows beyond 65504)")
-        if lost:
-            raise OutlierOverflow(
-                f"outliers: {lost} found no room in the cache; the text is unlike the calibration "
-                "text: calibrate on data like it, or make more room with widen() and fill anew"
-            )
-
     def settle(self) -> None:
         """Waits for the device and raises if what it packed so far is not whole.
 
@@ -335,23 +313,15 @@ class KVQuantCache(Cache, AttendingCache):
             OutlierOverflow: Outliers were lost for want of room.
             ValueError: The input held NaN or Inf.
         """
-        self._watch = None
-        if self._status is not None:
-            lost, bad = self._status.tolist()
-            self._refuse(lost, bad)
+        self._watch.settle()
 
     def widen(self) -> None:
         """Gives the next caches of these codecs the room for outliers that this one lacked."""
-        for layer in self.layers:
-            crowding = layer.store.crowding()
-            if crowding > 1.0:
-                layer.codec.widen(1.1 * crowding)
+        widen_codecs(layer.store for layer in self.layers)
 
     def status(self, device: torch.device) -> torch.Tensor | None:
-        """int32 `[2]` on a GPU, where layers report lost outliers and NaN; None on a CPU."""
-        if self._status is None and device.type == "cuda":
-            self._status = torch.zeros(2, dtype=torch.int32, device=device)
-        return self._status
+        """See :meth:`OutlierWatch.status`."""
+        return self._watch.status(device)
 
     @property
     def lengths(self) -> list[int]:
@@ -362,7 +332,8 @@ class KVQuantCache(Cache, AttendingCache):
         """Forgets everything."""
         old = self.layout
         self.layout = Layout(old.sinks, old.block_size, old.residual)
-        self._counts = self._pieces = self._step_tables = self._status = self._watch = None
+        self._counts = self._pieces = self._step_tables = None
+        self._watch = OutlierWatch()
         self._past, self._block_table = False, None
         for layer in self.layers:
             layer.columns = 0
