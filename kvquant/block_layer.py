@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -14,7 +13,8 @@ from kvquant.attention import BlockwiseAttention
 from kvquant.block_store import BlockStore
 from kvquant.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix
 from kvquant.kernels.cuda_decode import decode_attention
-from kvquant.layout import AppendPlan, Gather
+from kvquant.layout import AppendPlan
+from kvquant.past_pieces import Piece
 from kvquant.schemes.base import Codec
 
 if TYPE_CHECKING:
@@ -33,25 +33,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """
     first, second = x.chunk(2, dim=-1)
     return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of the past that attention takes at a time; the same for all layers of a call.
-
-    Attributes:
-        part: "sinks", "blocks" or "tail".
-        columns: Keys of the piece, for each sequence.
-        gathers: Where its blocks are.
-        positions: int64 `[batch_size, columns]`, or None if every query sees every key.
-        rope: Rotary table of the keys, `[1 or batch_size, columns, head_dim]` each.
-    """
-
-    part: Literal["sinks", "blocks", "tail"]
-    columns: int
-    gathers: list[Gather]
-    positions: torch.Tensor | None
-    rope: tuple[torch.Tensor, torch.Tensor]
 
 
 class BlockLayer(CacheLayerMixin):

@@ -7,7 +7,6 @@ the cache which columns are tokens (`begin_forward`), so that padding is neither
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,23 +14,21 @@ import torch
 from transformers.cache_utils import Cache
 
 from kvquant.attention import NEVER
-from kvquant.block_layer import BlockLayer, Piece
+from kvquant.block_layer import BlockLayer
 from kvquant.block_store import BlockStore
 from kvquant.cache_interface import AttendingCache
 from kvquant.continuation import Past, block_table, range_blocks
 from kvquant.decode_step import StepTables
 from kvquant.kernels.cuda_decode import DecodeStep
 from kvquant.kernels.dispatch import use_cuda, use_triton_attention
-from kvquant.layout import AppendPlan, Gather, Layout, Span, View
+from kvquant.layout import AppendPlan, Layout, Span, View
 from kvquant.outlier_watch import OutlierWatch, widen_codecs
+from kvquant.past_pieces import Piece, cut_past
 from kvquant.schemes.base import Codec
 
 Protocol = Literal["A", "B"]
 Rope = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-# A piece of the past holds at most so many tokens, and its scores at most so many numbers.
-MOST_TOKENS = 4096
-MOST_SCORES = 1 << 26
 # Key elements of a layer that protocol B reads back at once (0.5 GB with the values, in 32 bits).
 MOST_READ_BACK = 1 << 26
 
@@ -212,56 +209,14 @@ class KVQuantCache(Cache, AttendingCache):
         Args:
             queries: Shape of the queries, `(batch_size, num_heads, q_len, head_dim)`.
         """
-        if self._pieces is not None:
-            return self._pieces
-        simulated = self.protocol == "B"
-        view = self.plan.after if simulated else self.plan.before
-        # A step's queries see all that came before; others need their positions compared.
-        causal = simulated and queries[2] > 1
-        device, layout = self.query_positions.device, self.layout
-        longest, sinks, size = max(view.lengths), layout.sinks, layout.block_size
-        positions = torch.arange(longest, device=device)
-        cos, sin = self._rope(positions[None])
-        lengths = torch.tensor(view.lengths).to(device, non_blocking=True)[:, None]
-        out = []
-
-        def piece(part: Any, first: int, columns: int, gathers: list[Gather], even: bool) -> None:
-            where = slice(first, first + columns)
-            keys: torch.Tensor | None = None
-            if causal or not even:
-                keys = torch.where(positions[where] < lengths, positions[where], NEVER)
-            out.append(Piece(part, columns, gathers, keys, (cos[:, where], sin[:, where])))
-
-        if sinks and longest:
-            columns = min(sinks, longest)
-            piece("sinks", 0, columns, [], min(view.lengths) >= columns)
-        step = max(1, min(MOST_TOKENS, MOST_SCORES // math.prod(queries[:3])) // size)
-        for first in range(0, max(view.blocks), step):
-            stop = min(first + step, max(view.blocks))
-            gathers = layout.gather(view, first, stop, device)
-            even = min(view.blocks) >= stop
-            begin = sinks + first * size
-            if even:
-                piece("blocks", begin, (stop - first) * size, gathers, True)
-                continue
-            where = positions[begin : begin + (stop - first) * size]
-            packed = torch.tensor(view.blocks).to(device, non_blocking=True)[:, None] * size + sinks
-            keys = torch.where(where < packed, where, NEVER)
-            rope = (cos[:, where], sin[:, where])
-            out.append(Piece("blocks", where.numel(), gathers, keys, rope))
-        if max(view.tails):
-            columns = max(view.tails)
-            starts = [n - t for n, t in zip(view.lengths, view.tails, strict=True)]
-            if len(set(starts)) == 1:
-                piece("tail", starts[0], columns, [], len(set(view.tails)) == 1)
-            else:
-                begins = torch.tensor(starts).to(device, non_blocking=True)[:, None]
-                at = begins + torch.arange(columns, device=device)
-                keys = torch.where(at < lengths, at, NEVER)
-                at = at.clamp(max=longest - 1)
-                out.append(Piece("tail", columns, [], keys, (cos[0][at], sin[0][at])))
-        self._pieces = out
-        return out
+        if self._pieces is None:
+            simulated = self.protocol == "B"
+            view = self.plan.after if simulated else self.plan.before
+            # A step's queries see all that came before; others need their positions compared.
+            causal = simulated and queries[2] > 1
+            device = self.query_positions.device
+            self._pieces = cut_past(self.layout, view, self._rope, queries, device, causal=causal)
+        return self._pieces
 
     def token_positions(self) -> torch.Tensor | None:
         """`new_positions`, or None where all of the call's columns are tokens."""

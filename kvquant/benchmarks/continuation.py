@@ -37,7 +37,7 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-PIECE_TOKENS, PIECE_SCORES = 4096, 1 << 26  # of the PyTorch path, as in kvquant.cache
+PIECE_TOKENS, PIECE_SCORES = 4096, 1 << 26  # of the PyTorch path, as in kvquant.past_pieces
 
 
 @dataclass(frozen=True)
