@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from transformers.cache_utils import Cache
 
-from kvquant.attention import NEVER
 from kvquant.block_layer import BlockLayer
 from kvquant.block_store import BlockStore
 from kvquant.cache_interface import AttendingCache
@@ -21,8 +20,9 @@ from kvquant.continuation import Past, block_table, range_blocks
 from kvquant.decode_step import StepTables
 from kvquant.kernels.cuda_decode import DecodeStep
 from kvquant.kernels.dispatch import use_cuda, use_triton_attention
-from kvquant.layout import AppendPlan, Layout, Span, View
+from kvquant.layout import AppendPlan, Layout, View
 from kvquant.outlier_watch import OutlierWatch, widen_codecs
+from kvquant.padding import Padding
 from kvquant.past_pieces import Piece, cut_past
 from kvquant.schemes.base import Codec
 
@@ -73,7 +73,7 @@ class KVQuantCache(Cache, AttendingCache):
         self.query_positions: torch.Tensor
         self.new_positions: torch.Tensor | None = None
         self._rope = rope
-        self._counts: torch.Tensor | None = None
+        self._padding = Padding()
         self._pieces: list[Piece] | None = None
         # Of the current call's kernels; False: not asked yet. Block numbers outlive a call.
         self._past: Past | Literal[False] | None = False
@@ -109,19 +109,12 @@ class KVQuantCache(Cache, AttendingCache):
             raise ValueError(
                 f"input_ids: a batch of {batch}, but the cache holds {len(self.layout.table)}"
             )
-        past = self.get_seq_length()
-        total = past + new_len
-        spans = self._spans(batch, new_len, total, mask)
+        total = self.get_seq_length() + new_len
+        spans = self._padding.spans(batch, new_len, total, mask)
         self._pieces, self._past = None, False
-        if self._counts is None:
-            self.query_positions = torch.arange(past, total, device=device).expand(batch, -1)
-        else:
-            self.query_positions = (self._counts[:, past:] - 1).clamp_(min=0)
-        self.new_positions = self.query_positions
-        if new_len == 1:
-            self.new_positions = None
-        elif mask is not None and self._counts is not None:
-            self.new_positions = torch.where(mask[:, past:].bool(), self.query_positions, NEVER)
+        self.query_positions, self.new_positions = self._padding.positions(
+            batch, new_len, total, mask, device
+        )
         before = self.layout.view()
         self.plan = self.layout.append(spans)
         if self.plan.arena >= 0:
@@ -164,44 +157,7 @@ class KVQuantCache(Cache, AttendingCache):
         for layer in self.layers:
             layer.columns += 1
             layer.store.pack_full(self.plan)
-        if self._counts is not None:
-            last = self._counts[:, -1:] + 1
-            self._counts = torch.cat((self._counts, last), 1)
-
-    def _spans(self, batch: int, new_len: int, total: int, mask: torch.Tensor | None) -> list[Span]:
-        """Which of the new columns are tokens, for each sequence."""
-        everything: list[Span] = [slice(0, new_len)] * batch
-        if mask is None:
-            if self._counts is not None:
-                raise ValueError("attention_mask: needed for every call of a padded batch")
-            return everything
-        if mask.dim() != 2 or tuple(mask.shape) != (batch, total):
-            raise ValueError(
-                f"attention_mask: shape {tuple(mask.shape)}, expected {(batch, total)} "
-                "(tokens so far and new ones)"
-            )
-        if new_len == 1 and total > 1 and mask.is_cuda:
-            # A decode step: every sequence gets one token, and looking would wait for the device.
-            if self._counts is not None:
-                self._counts = mask.long().cumsum(1)
-            return everything
-        host = mask.bool().cpu()
-        if bool(host.all()):
-            self._counts = None
-            return everything
-        if not bool(host.any()):
-            raise ValueError("attention_mask: a batch without a single token")
-        self._counts = mask.long().cumsum(1)
-        spans: list[Span] = []
-        for row in host[:, total - new_len :]:
-            where = row.nonzero().view(-1)
-            if not where.numel():
-                spans.append(slice(0, 0))
-            elif int(where[-1] - where[0]) + 1 == where.numel():
-                spans.append(slice(int(where[0]), int(where[-1]) + 1))
-            else:
-                spans.append(where.to(mask.device))
-        return spans
+        self._padding.count_token()
 
     def pieces(self, queries: torch.Size) -> list[Piece]:
         """The past that the current call reads, cut so that a piece's scores stay small.
@@ -287,8 +243,8 @@ class KVQuantCache(Cache, AttendingCache):
         """Forgets everything."""
         old = self.layout
         self.layout = Layout(old.sinks, old.block_size, old.residual)
-        self._counts = self._pieces = self._step_tables = None
-        self._watch = OutlierWatch()
+        self._pieces = self._step_tables = None
+        self._padding, self._watch = Padding(), OutlierWatch()
         self._past, self._block_table = False, None
         for layer in self.layers:
             layer.columns = 0
@@ -299,8 +255,7 @@ class KVQuantCache(Cache, AttendingCache):
             return
         self.layout.select(indices.tolist())
         self._forget_tables()
-        if self._counts is not None:
-            self._counts = self._counts[indices.to(self._counts.device)]
+        self._padding.select(indices)
         for layer in self.layers:
             layer.store.select(indices)
 
@@ -338,10 +293,7 @@ class KVQuantCache(Cache, AttendingCache):
         if keep <= 0:
             self.reset()
             return
-        lengths = [keep] * len(self.layout.table)
-        if self._counts is not None:
-            lengths = self._counts[:, keep - 1].tolist()
-            self._counts = self._counts[:, :keep]
+        lengths = self._padding.crop(keep) or [keep] * len(self.layout.table)
         cuts = self.layout.crop(lengths)
         self._forget_tables()
         for layer in self.layers:
@@ -353,7 +305,7 @@ class KVQuantCache(Cache, AttendingCache):
         codecs = [layer.codec for layer in self.layers]
         other = KVQuantCache(codecs, self._rope, self.protocol, static_rope=self.static_rope)
         other.layout = self.layout.fork()
-        other._counts = self._counts
+        other._padding = self._padding.fork()
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             theirs.columns = mine.columns
             theirs.store = mine.store.fork()

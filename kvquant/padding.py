@@ -1,0 +1,120 @@
+"""Which columns of a batch are tokens and which padding, and the positions that follow from it."""
+
+from __future__ import annotations
+
+import torch
+
+from kvquant.attention import NEVER
+from kvquant.layout import Span
+
+
+class Padding:
+    """The padding of all columns that a cache has seen; without any, it costs nothing."""
+
+    def __init__(self) -> None:
+        # int64 [batch_size, columns], tokens up to each column; None as long as all are tokens
+        self._counts: torch.Tensor | None = None
+
+    def spans(self, batch: int, new_len: int, total: int, mask: torch.Tensor | None) -> list[Span]:
+        """Takes new columns in and says which of them are tokens, for each sequence.
+
+        Args:
+            batch: Sequences.
+            new_len: New columns.
+            total: All columns, the new ones included.
+            mask: `[batch_size, total]` with 1 = token, 0 = padding, or None for no padding.
+
+        Raises:
+            ValueError: The mask does not cover all columns, or has no token.
+        """
+        everything: list[Span] = [slice(0, new_len)] * batch
+        if mask is None:
+            if self._counts is not None:
+                raise ValueError("attention_mask: needed for every call of a padded batch")
+            return everything
+        if mask.dim() != 2 or tuple(mask.shape) != (batch, total):
+            raise ValueError(
+                f"attention_mask: shape {tuple(mask.shape)}, expected {(batch, total)} "
+                "(tokens so far and new ones)"
+            )
+        if new_len == 1 and total > 1 and mask.is_cuda:
+            # A decode step: every sequence gets one token, and looking would wait for the device.
+            if self._counts is not None:
+                self._counts = mask.long().cumsum(1)
+            return everything
+        host = mask.bool().cpu()
+        if bool(host.all()):
+            self._counts = None
+            return everything
+        if not bool(host.any()):
+            raise ValueError("attention_mask: a batch without a single token")
+        self._counts = mask.long().cumsum(1)
+        spans: list[Span] = []
+        for row in host[:, total - new_len :]:
+            where = row.nonzero().view(-1)
+            if not where.numel():
+                spans.append(slice(0, 0))
+            elif int(where[-1] - where[0]) + 1 == where.numel():
+                spans.append(slice(int(where[0]), int(where[-1]) + 1))
+            else:
+                spans.append(where.to(mask.device))
+        return spans
+
+    def positions(
+        self, batch: int, new_len: int, total: int, mask: torch.Tensor | None, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Positions of the new columns, after :meth:`spans` with the same arguments.
+
+        Args:
+            batch: Sequences.
+            new_len: New columns.
+            total: All columns, the new ones included.
+            mask: See :meth:`spans`.
+            device: Where the positions shall be.
+
+        Returns:
+            int64 `[batch_size, new_len]` as queries, and as keys: `NEVER` for padding, or None for
+            a single column, whose query sees its own key.
+        """
+        past = total - new_len
+        if self._counts is None:
+            queries = torch.arange(past, total, device=device).expand(batch, -1)
+        else:
+            queries = (self._counts[:, past:] - 1).clamp_(min=0)
+        if new_len == 1:
+            return queries, None
+        if mask is not None and self._counts is not None:
+            return queries, torch.where(mask[:, past:].bool(), queries, NEVER)
+        return queries, queries
+
+    def count_token(self) -> None:
+        """Takes in a column that is a token of every sequence."""
+        if self._counts is not None:
+            last = self._counts[:, -1:] + 1
+            self._counts = torch.cat((self._counts, last), 1)
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Keeps (or repeats) the given sequences."""
+        if self._counts is not None:
+            self._counts = self._counts[indices.to(self._counts.device)]
+
+    def crop(self, columns: int) -> list[int] | None:
+        """Keeps the first columns.
+
+        Args:
+            columns: At least 1.
+
+        Returns:
+            Tokens of each sequence in them, or None where they are all tokens.
+        """
+        if self._counts is None:
+            return None
+        lengths: list[int] = self._counts[:, columns - 1].tolist()
+        self._counts = self._counts[:, :columns]
+        return lengths
+
+    def fork(self) -> Padding:
+        """A copy that goes on by itself."""
+        other = Padding()
+        other._counts = self._counts  # never written in place
+        return other
