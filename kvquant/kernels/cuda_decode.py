@@ -129,7 +129,12 @@ class DecodeShape:
         queries = (
             dim * (1 << (group - 1).bit_length()) * 4 + dim * 8 + words * 128 + group * dim * 8
         )
-        numbers = warps * group * 12 + blocks * (self.block_size * 4 + 76) + (4 << self.bits) + 80
+        numbers = (
+            warps * (group * 12 + 8)
+            + blocks * (self.block_size * 4 + 76)
+            + (4 << self.bits)
+            + 80
+        )
         total = max(tables, outputs) + lists + scores + queries + numbers
         return total + 128  # members are aligned
 
@@ -306,7 +311,7 @@ def decode_attention(
         part_out.data_ptr(), part_sum.data_ptr(), heads, step.table.stride(0), sinks[0].shape[2],
         tail[0].shape[2], each, scaling * math.log2(math.e),
     )  # fmt: skip
-    kernel((splits, heads, batch), shape.warps * 32, args)
+    kernel((heads, batch, splits), shape.warps * 32, args)
     combine(
         (batch * query_heads, 1, 1),
         COMBINE,

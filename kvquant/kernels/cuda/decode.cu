@@ -122,35 +122,35 @@ SEPARATE void plain_tokens(const Args& p, Space& sh, int batch, int head, int wa
 #include "decode_outliers.cuh"
 #include "decode_products.cuh"
 
-KERNEL(THREADS, MIN_BLOCKS) decode(const Args p) {
-  DYNAMIC(raw, SPACE);
-  Space& sh = *(Space*)raw;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int splits = gridDim.x, split = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
-  const i64 part = ((i64)(batch * p.heads + head) * splits + split) * GROUP;
-  const int chunks = p.lengths[batch * 3 + 1] * CPB;
-  // Split 0 has the tokens in 16 bits, the others have chunks.
-  const int first = split ? (split - 1) * p.chunks_a_split : 0, count = split ? min(p.chunks_a_split, chunks - first) : 0;
-  if (split > 0 && count <= 0) {
-    if (threadIdx.x < GROUP) {
-      p.part_sum[(part + threadIdx.x) * 2] = NONE;
-      p.part_sum[(part + threadIdx.x) * 2 + 1] = 0.0f;
-    }
-    return;
-  }
+// One part of a head's tokens: a piece of the blocks (`count` chunks from `first` on) or, where `plain`,
+// the tokens in 16 bits.
+DEVICE void take_part(const Args& p, Space& sh, i64 part, bool plain, int first, int count, int batch, int head, int warp, int lane) {
+  const int g = lane / 4, t = lane % 4, blocks = count / CPB;
+  Finder finder;
+  finder.numbers(p.table + (i64)batch * p.table_stride + first / CPB, blocks, warp, lane);
   for (int i = threadIdx.x; i < T * SIGMA * 4; i += THREADS)
     copy16(sh.tables.rope + i / (SIGMA * 4) * ROPE_PITCH + i % (SIGMA * 4) * 16, (const uint4*)p.rope + i);
   for (int i = threadIdx.x; i < count * (HALF / 4); i += THREADS)
     copy16((float4*)sh.tables.phases + i, (const float4*)(p.phases + (i64)(first + 1) * HALF) + i);
-  const int* table = p.table + (i64)batch * p.table_stride + first / CPB;
-  const int blocks = count / CPB;
-  find_blocks(p, sh, table, blocks, head, warp, lane);
   const float strength = __ldg(p.thetas + HALF) * p.scaling;  // of scores
   const u16* const query = p.query + (i64)(batch * p.heads + head) * GROUP * DIM;
+  finder.arenas(p);
   for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) {
     sh.query[i / DIM][i % DIM] = load16(query[i]) * strength;
     sh.moved[i / DIM][i % DIM] = 0;
   }
+#if OUTLIERS
+  float most = 0.0f;
+  for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) {
+    const int q = i / DIM, c = i % DIM, f = c % HALF;
+    const u32 a = query[q * DIM + f], b = query[q * DIM + f + HALF];
+    sh.wave[c].query[q] = c < HALF ? a | b << 16 : b | (a ^ 0x8000) << 16;
+    most = fmaxf(most, load16((u16)a) * load16((u16)a) + load16((u16)b) * load16((u16)b));
+  }
+  most = warp_max(most);
+  if (lane == 0) sh.reach[warp] = most;
+#endif
+  finder.store(p, sh, head, warp, lane);
   if (threadIdx.x < SIGMA * 4) {
     int s = threadIdx.x / 4, tt = threadIdx.x % 4, c = (DIM / 16) * tt + 4 * (s / 2) + (DIM / 4) * (s % 2);
     const float* scale = p.key_scale + head * DIM + c;
@@ -161,16 +161,16 @@ KERNEL(THREADS, MIN_BLOCKS) decode(const Args p) {
                                       pack2(zero[HALF], zero[HALF + 1]), pack2(zero[HALF + 2], zero[HALF + 3]));
   }
 #if OUTLIERS
+  float furthest = 0.0f;
   for (int i = threadIdx.x; i < DIM; i += THREADS) {
     const float scale = from_half(to_half(p.key_scale[head * DIM + i])), zero = from_half(to_half(p.key_zero[head * DIM + i]));
     const float high = from_half(to_half(p.key_levels[LEVELS - 1])), low = from_half(to_half(p.key_levels[0]));
-    sh.channels[i] = {pack2(fmaf(low, scale, zero), fmaf(high, scale, zero)), __ldg(p.thetas + i % HALF)};
+    const u32 ends = pack2(fmaf(low, scale, zero), fmaf(high, scale, zero));
+    sh.channels[i] = {ends, __ldg(p.thetas + i % HALF)};
+    furthest = fmaxf(furthest, fmaxf(fabsf(low_of(ends)), fabsf(high_of(ends))));
   }
-  for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) {
-    const int q = i / DIM, c = i % DIM, f = c % HALF;
-    const u32 a = query[q * DIM + f], b = query[q * DIM + f + HALF];
-    sh.wave[c].query[q] = c < HALF ? a | b << 16 : b | (a ^ 0x8000) << 16;
-  }
+  furthest = warp_max(furthest);
+  if (lane == 0) sh.furthest[warp] = furthest;
   if (threadIdx.x < LEVELS) {
     const int i = threadIdx.x;
     sh.middles[i] = i + 1 < LEVELS ? (p.value_levels[i] + p.value_levels[i + 1]) * 0.5f : 3e38f;
@@ -180,7 +180,7 @@ KERNEL(THREADS, MIN_BLOCKS) decode(const Args p) {
   for (int i = threadIdx.x; i < GROUP * PITCH / 4; i += THREADS) ((int4*)sh.change)[i] = make_int4(0, 0, 0, 0);
 #endif
   if (threadIdx.x == 0) {
-    sh.reach = sh.largest = 0;
+    sh.largest = 0;
     sh.levels[0].read(p.key_levels);
   }
   if (threadIdx.x == 32) sh.levels[1].read(p.value_levels);
@@ -190,24 +190,12 @@ KERNEL(THREADS, MIN_BLOCKS) decode(const Args p) {
     const int place = warp + j * WARPS;
     if (place >= blocks) break;
     const Entry& entry = sh.entries[place];
-    stage<SIZE>((u16*)sh.zeros[place], entry.zeros, SIZE, lane);
-    stage<SIZE>((u16*)sh.scales[place], entry.scales, SIZE, lane);
+    stage<SIZE>((u16*)sh.zeros[place], entry.zeros, (u16*)sh.scales[place], entry.scales, SIZE, lane);
 #if OUTLIERS
     copy_outliers(sh.lists[place], entry, KEYS, lane);
 #endif
   }
-  __syncthreads();
-#if OUTLIERS
-  float most = 0.0f;
-  for (int i = threadIdx.x; i < GROUP * HALF; i += THREADS) {
-    const float a = load16((u16)(sh.wave[i % HALF].query[i / HALF] & 0xFFFF));
-    const float b = load16((u16)(sh.wave[i % HALF].query[i / HALF] >> 16));
-    most = fmaxf(most, a * a + b * b);
-  }
-  most = warp_max(most);
-  if (lane == 0) atomicMax(&sh.reach, __float_as_uint(most));
-#endif
-  if (warp < count) {
+  if (CPB == 1 && warp < count) {  // else the entry is another warp's
     fetch_chunk(codes_of(sh, KEYS, warp, count), lane);
     fetch_chunk(codes_of(sh, VALUES, warp, count), lane);
   }
@@ -215,7 +203,7 @@ KERNEL(THREADS, MIN_BLOCKS) decode(const Args p) {
   __syncthreads();
 
   float unit = 0.0f;  // of `moved`
-  if (split == 0) {
+  if (plain) {
     float top[GROUP], sum[GROUP], out[GROUP][DIM / 32];
     plain_tokens(p, sh, batch, head, warp, lane, top, sum, out);
 #pragma unroll
@@ -247,7 +235,8 @@ KERNEL(THREADS, MIN_BLOCKS) decode(const Args p) {
 #if OUTLIERS
     copies_done();
     __syncwarp();
-    largest_value(sh, blocks, warp, lane);
+    const u32 largest = largest_outlier(sh, VALUES, blocks, warp, lane);
+    if (lane == 0) atomicMax(&sh.largest, largest);
 #endif
     __syncthreads();
     weigh(sh, count, warp, lane);
@@ -295,63 +284,80 @@ KERNEL(THREADS, MIN_BLOCKS) decode(const Args p) {
   }
 }
 
-#define COMBINE 256                   // threads of the second pass
-#define QUADS (DIM / 4)               // threads that hold a part's output, four channels each
-#define AT_ONCE (COMBINE / QUADS)     // parts read at a time
+KERNEL(THREADS, MIN_BLOCKS) decode(const Args p) {
+  DYNAMIC(raw, SPACE);
+  Space& sh = *(Space*)raw;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // Heads first, so that the tokens in 16 bits, which take a short time, come last and fill what
+  // the last wave of programs leaves free.
+  const int head = blockIdx.x, batch = blockIdx.y, split = blockIdx.z, splits = gridDim.z;
+  const int row = batch * p.heads + head;
+  const i64 part = ((i64)row * splits + split) * GROUP;
+  const bool plain = split == splits - 1;
+  const int first = plain ? 0 : split * p.chunks_a_split;
+  const int count = plain ? 0 : min(p.chunks_a_split, p.lengths[batch * 3 + 1] * CPB - first);
+  if (plain || count > 0) {
+    take_part(p, sh, part, plain, first, count, batch, head, warp, lane);
+  } else if (threadIdx.x < GROUP) {
+    p.part_sum[(part + threadIdx.x) * 2] = NONE;
+    p.part_sum[(part + threadIdx.x) * 2 + 1] = 0.0f;
+  }
+}
 
-// One block a (sequence, query head): parts weighted by their maxima. All loads of a turn are
-// independent, so that even many parts cost little more than a few waits for memory.
+#define COMBINE 256        // threads of the second pass
+#define SHARERS (COMBINE / 32)
+#define AHEAD 4            // parts of a warp that are read before their weights are known
+
+// One block a (sequence, query head): parts weighted by their maxima. A block has little to do but to
+// wait for memory, so its warps share the parts, and what it reads first does not depend on the rest.
 KERNEL(COMBINE, 1) combine(
-    const float* __restrict__ part_out, const float* __restrict__ part_sum, u16* __restrict__ out, int splits) {
-  SHARED float4 rows[AT_ONCE][QUADS];
-  SHARED float tops[COMBINE / 32], totals[COMBINE / 32], factors[COMBINE];
-  const int row = blockIdx.x, q = row % GROUP, warp = threadIdx.x / 32;
-  const int quad = threadIdx.x % QUADS, mine = threadIdx.x / QUADS;
-  const i64 part = (i64)(row / GROUP) * splits * GROUP + q;
-  float m = NONE;
-  for (int s = threadIdx.x; s < splits; s += COMBINE) m = fmaxf(m, part_sum[(part + (i64)s * GROUP) * 2]);
-  m = warp_max_signed(m);
-  if (threadIdx.x % 32 == 0) tops[warp] = m;
-  __syncthreads();
+    const float* __restrict__ part_out, const float* __restrict__ part_sum, u16* __restrict__ out, int parts) {
+  SHARED float rows[SHARERS][DIM];
+  const int row = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const i64 first = (i64)(row / GROUP) * parts * GROUP + row % GROUP;
+  const float2* const sums = (const float2*)part_sum + first;
+  const float* const outs = part_out + first * DIM + lane;
+  float ahead[AHEAD][DIM / 32], sum[DIM / 32];
 #pragma unroll
-  for (int w = 0; w < COMBINE / 32; w++) m = fmaxf(m, tops[w]);
-  float total = 0.0f;
-  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  for (int first = 0; first < splits; first += COMBINE) {
-    const int s = first + threadIdx.x;
-    float factor = 0.0f;
-    if (s < splits) {
-      const float2 both = *(const float2*)(part_sum + (part + (i64)s * GROUP) * 2);
-      if (both.y > 0.0f) factor = exp2(both.x - m);  // an empty part wrote no output
-      total = fmaf(factor, both.y, total);
-    }
-    __syncthreads();
-    factors[threadIdx.x] = factor;
-    __syncthreads();
-    const int here = min(COMBINE, splits - first);
-#pragma unroll 4
-    for (int k = mine; k < here; k += AT_ONCE) {
-      const float f = factors[k];
-      if (f > 0.0f) {
-        const float4 x = __ldg((const float4*)(part_out + (part + (i64)(first + k) * GROUP) * DIM) + quad);
-        sum.x = fmaf(f, x.x, sum.x);
-        sum.y = fmaf(f, x.y, sum.y);
-        sum.z = fmaf(f, x.z, sum.z);
-        sum.w = fmaf(f, x.w, sum.w);
-      }
+  for (int k = 0; k < AHEAD; k++)
+#pragma unroll
+    for (int i = 0; i < DIM / 32; i++)
+      if (warp + k * SHARERS < parts) ahead[k][i] = __ldg(outs + (warp + k * SHARERS) * GROUP * DIM + i * 32);
+  const float2 own = lane < parts ? __ldg(sums + lane * GROUP) : make_float2(NONE, 0.0f);
+  float top = own.x;
+  for (int s = lane + 32; s < parts; s += 32) top = fmaxf(top, __ldg(&sums[s * GROUP].x));
+  top = warp_max_signed(top);
+  float factor = own.y > 0.0f ? exp2(own.x - top) : 0.0f;  // an empty part wrote no output
+  float total = factor * own.y;
+#pragma unroll
+  for (int i = 0; i < DIM / 32; i++) sum[i] = 0.0f;
+#pragma unroll
+  for (int k = 0; k < AHEAD; k++) {
+    const float f = __shfl_sync(~0u, factor, warp + k * SHARERS);
+#pragma unroll
+    for (int i = 0; i < DIM / 32; i++)
+      if (f > 0.0f) sum[i] = fmaf(f, ahead[k][i], sum[i]);
+  }
+  for (int begin = 32; begin < parts; begin += 32) {
+    const float2 more = begin + lane < parts ? __ldg(sums + (begin + lane) * GROUP) : make_float2(NONE, 0.0f);
+    factor = more.y > 0.0f ? exp2(more.x - top) : 0.0f;
+    total = fmaf(factor, more.y, total);
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++) {
+      const float f = __shfl_sync(~0u, factor, warp + k * SHARERS);
+#pragma unroll
+      for (int i = 0; i < DIM / 32; i++)
+        if (f > 0.0f) sum[i] = fmaf(f, __ldg(outs + (begin + warp + k * SHARERS) * GROUP * DIM + i * 32), sum[i]);
     }
   }
 #pragma unroll
   for (int d = 16; d; d >>= 1) total += __shfl_xor_sync(~0u, total, d);
-  if (threadIdx.x % 32 == 0) totals[warp] = total;
-  rows[mine][quad] = sum;
+#pragma unroll
+  for (int i = 0; i < DIM / 32; i++) rows[warp][i * 32 + lane] = sum[i];
   __syncthreads();
   if (threadIdx.x >= DIM) return;
-  total = 0.0f;
-#pragma unroll
-  for (int w = 0; w < COMBINE / 32; w++) total += totals[w];
   float value = 0.0f;
 #pragma unroll
-  for (int k = 0; k < AT_ONCE; k++) value += ((const float*)rows[k])[threadIdx.x];
+  for (int w = 0; w < SHARERS; w++) value += rows[w][threadIdx.x];
   out[(i64)row * DIM + threadIdx.x] = store16(total > 0.0f ? value / total : 0.0f);
 }

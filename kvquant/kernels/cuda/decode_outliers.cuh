@@ -3,13 +3,20 @@
 // The elements of a 16-byte piece of memory that stand before `p`.
 template <typename E> DEVICE int before(const E* p) { return (int)((u64)p & 15) / (int)sizeof(E); }
 
-// Begins to copy the 16-byte pieces that hold `count` elements, MOST at most.
-template <int MOST, typename E> DEVICE void stage(E* to, const E* from, int count, int lane) {
-  const u8* begin = (const u8*)((u64)from & ~(u64)15);
-  const int pieces = ((before(from) + count) * (int)sizeof(E) + 15) / 16;
+// Begins to copy the 16-byte pieces that hold the elements of two arrays, MOST of each at most: half of
+// the lanes copy one, the others the other.
+template <int MOST, typename A, typename B>
+DEVICE void stage(A* to_a, const A* from_a, B* to_b, const B* from_b, int count, int lane) {
+  const bool second = lane & 16;
+  const u8* const from = second ? (const u8*)from_b : (const u8*)from_a;
+  u8* const to = second ? (u8*)to_b : (u8*)to_a;
+  const u8* const begin = (const u8*)((u64)from & ~(u64)15);
+  const int bytes = (second ? (int)sizeof(B) : (int)sizeof(A)) * count + (int)(from - begin);
 #pragma unroll
-  for (int i = 0; i < MOST * (int)sizeof(E) / 16 + 1; i += 32)
-    if (i + lane < pieces) copy16((u8*)to + 16 * (i + lane), begin + 16 * (i + lane));
+  for (int i = 0; i < MOST * (int)max(sizeof(A), sizeof(B)) + 15; i += 256) {
+    const int at = i + lane % 16 * 16;
+    if (at < bytes) copy16(to + at, begin + at);
+  }
 }
 
 // A block's outliers of one side: the first CAP in shared memory, the others where they are.
@@ -26,97 +33,111 @@ struct Outliers {
 };
 DEVICE void copy_outliers(List& list, const Entry& entry, int side, int lane) {
   const int near = min(entry.count[side], CAP);
-  stage<CAP>(list.at, entry.positions[side], near, lane);
-  stage<CAP>(list.value, entry.outliers[side], near, lane);
+  stage<CAP>(list.at, entry.positions[side], list.value, entry.outliers[side], near, lane);
 }
 
-// Finds the warp's blocks, a lane a block.
-DEVICE void find_blocks(const Args& p, Space& sh, const int* table, int blocks, int head, int warp, int lane) {
-  const int place = warp + lane * WARPS;
-  if (lane >= SHARE || place >= blocks) return;
-  const u32 number = __ldg(table + place);
-  const i64* arena = p.arenas + (i64)(number >> 20) * FIELDS;
-  const i64 block = number & 0xFFFFF, of_head = block * p.heads + head;
-  Entry& entry = sh.entries[place];
-  entry.codes[KEYS] = (const u8*)__ldg(arena + KCODES) + of_head * SIZE * ROW;
-  entry.codes[VALUES] = (const u8*)__ldg(arena + VCODES) + of_head * SIZE * ROW;
-  entry.zeros = (const u16*)__ldg(arena + VZERO) + block * SIZE;
-  entry.scales = (const u16*)__ldg(arena + VSCALE) + block * SIZE;
+// Finds the warp's blocks, a lane a block. Each step reads what the last one found, so other work
+// between the steps hides the waiting.
+struct Finder {
+  bool there;
+  u32 number;
+  i64 at[FIELDS];
+
+  MEMBER void numbers(const int* table, int blocks, int warp, int lane) {
+    there = lane < SHARE && warp + lane * WARPS < blocks;
+    number = there ? (u32)__ldg(table + warp + lane * WARPS) : 0;
+  }
+  MEMBER void arenas(const Args& p) {
+    if (!there) return;
+    const i64* arena = p.arenas + (i64)(number >> 20) * FIELDS;
+#pragma unroll
+    for (int i = 0; i < (OUTLIERS ? FIELDS : KBEGIN); i++) at[i] = __ldg(arena + i);
+  }
+  MEMBER void store(const Args& p, Space& sh, int head, int warp, int lane) const {
+    if (!there) return;
+    const i64 block = number & 0xFFFFF, of_head = block * p.heads + head;
+    Entry& entry = sh.entries[warp + lane * WARPS];
+    entry.codes[KEYS] = (const u8*)at[KCODES] + of_head * SIZE * ROW;
+    entry.codes[VALUES] = (const u8*)at[VCODES] + of_head * SIZE * ROW;
+    entry.zeros = (const u16*)at[VZERO] + block * SIZE;
+    entry.scales = (const u16*)at[VSCALE] + block * SIZE;
 #if OUTLIERS
-  const int begin[2] = {__ldg((const int*)__ldg(arena + KBEGIN) + of_head), __ldg((const int*)__ldg(arena + VBEGIN) + of_head)};
-  entry.count[KEYS] = __ldg((const count_t*)__ldg(arena + KCOUNT) + of_head);
-  entry.count[VALUES] = __ldg((const count_t*)__ldg(arena + VCOUNT) + of_head);
-  entry.positions[KEYS] = (const pos_t*)__ldg(arena + KPOS) + begin[KEYS];
-  entry.positions[VALUES] = (const pos_t*)__ldg(arena + VPOS) + begin[VALUES];
-  entry.outliers[KEYS] = (const u16*)__ldg(arena + KVAL) + begin[KEYS];
-  entry.outliers[VALUES] = (const u16*)__ldg(arena + VVAL) + begin[VALUES];
+    const int begin[2] = {__ldg((const int*)at[KBEGIN] + of_head), __ldg((const int*)at[VBEGIN] + of_head)};
+    entry.count[KEYS] = __ldg((const count_t*)at[KCOUNT] + of_head);
+    entry.count[VALUES] = __ldg((const count_t*)at[VCOUNT] + of_head);
+    entry.positions[KEYS] = (const pos_t*)at[KPOS] + begin[KEYS];
+    entry.positions[VALUES] = (const pos_t*)at[VPOS] + begin[VALUES];
+    entry.outliers[KEYS] = (const u16*)at[KVAL] + begin[KEYS];
+    entry.outliers[VALUES] = (const u16*)at[VVAL] + begin[VALUES];
 #endif
+  }
+};
+
+// The largest outlier of one side of the warp's blocks, without its sign.
+DEVICE u32 largest_outlier(const Space& sh, int side, int blocks, int warp, int lane) {
+  u32 largest = 0;
+#pragma unroll 1
+  for (int j = 0; j < SHARE; j++) {
+    const int place = warp + j * WARPS;
+    if (place >= blocks) break;
+    const Outliers block(sh.entries[place], sh.lists[place], side);
+#pragma unroll
+    for (int r = 0; r < ROUNDS; r++)
+      if (r * 32 + lane < block.count) largest = max(largest, (u32)(block.near_values[r * 32 + lane] & 0x7FFF));
+#pragma unroll 1
+    for (int i = CAP + lane; i < block.count; i += 32) largest = max(largest, (u32)(__ldg(block.values + i) & 0x7FFF));
+  }
+  return __reduce_max_sync(~0u, largest);
 }
 
-// Phase 1. Corrections of the scores of the warp's blocks, in a unit of each block.
+// Phase 1. Corrections of the scores of the warp's blocks, in a unit of the warp.
 DEVICE void key_outliers(Space& sh, int blocks, int warp, int lane, float strength) {
-  const float reach = sqrtf(__uint_as_float(sh.reach)) * 1.01f;
+  // An outlier differs from its level by no more than the largest of both.
+  const float reach = sqrtf(warp_max(lane < WARPS ? sh.reach[lane] : 0.0f)) * 1.01f;
+  const float most = load16((u16)largest_outlier(sh, KEYS, blocks, warp, lane)) + warp_max(lane < WARPS ? sh.furthest[lane] : 0.0f);
+  const float unit = most * reach * strength * SCORE_UNIT, inverse = unit > 1e-30f ? strength / unit : 0.0f;
 #pragma unroll 1
   for (int j = 0; j < SHARE; j++) {
     const int place = warp + j * WARPS;
     if (place >= blocks) break;
     const Outliers block(sh.entries[place], sh.lists[place], KEYS);
-    // (exact - dequantized): an outlier is outside the range, so its dense code is that of an end.
-    auto difference = [&](int at, float x) {
-      const u32 ends = sh.channels[at % DIM].ends;
-      const float low = low_of(ends), high = high_of(ends);
-      return x - (x + x > low + high ? high : low);
-    };
-    auto turned = [&](int at, float d) {
-      const int token = at / DIM, c = at % DIM;
-      const float angle = fmaf((float)(token % T), sh.channels[c].theta, sh.tables.phases[place * CPB + token / T][c % HALF]);
+    if (lane == 0) sh.units[place] = unit;
+    // (exact - dequantized), turned: an outlier is outside the range, so its dense code is that of an end.
+    auto turned = [&](int at, float x) {
+      const int token = at / DIM, c = at % DIM, chunk = CPB > 1 ? token / T : 0;
+      const Channel channel = sh.channels[c];
+      const float low = low_of(channel.ends), high = high_of(channel.ends);
+      const float d = (x - (x + x > low + high ? high : low)) * inverse;
+      const float angle = fmaf((float)(token - chunk * T), channel.theta, sh.tables.phases[place * CPB + chunk][c % HALF]);
       return make_float2(d * cosine(angle), d * sine(angle));
     };
     auto add = [&](int at, float2 d, const Wave& wave) {
 #pragma unroll
       for (int q = 0; q < GROUP; q++) {
         const float a = load16((u16)(wave.query[q] & 0xFFFF)), b = load16((u16)(wave.query[q] >> 16));
-        const int x = __float_as_int(fmaf(b, d.y, fmaf(a, d.x, MAGIC))) - MAGIC_BITS;
-        atomicAdd(&sh.change[q][place * SIZE + at / DIM], x);
+        atomicAdd(&sh.change[q][place * SIZE + at / DIM], integer(b, d.y, a, d.x));
       }
     };
-    int at[ROUNDS];
-    float d[ROUNDS], most = 0.0f;
-#pragma unroll
-    for (int r = 0; r < ROUNDS; r++) {
-      const int i = r * 32 + lane;
-      at[r] = -1;
-      d[r] = 0.0f;
-      if (i < block.count) {
-        at[r] = (int)block.near_positions[i];
-        d[r] = difference(at[r], load16(block.near_values[i]));
-        most = fmaxf(most, fabsf(d[r]));
-      }
-    }
-#pragma unroll 1
-    for (int i = CAP + lane; i < block.count; i += 32)
-      most = fmaxf(most, fabsf(difference((int)__ldg(block.positions + i), load16(__ldg(block.values + i)))));
-    const float unit = warp_max(most) * reach * strength * SCORE_UNIT, inverse = unit > 1e-30f ? strength / unit : 0.0f;
-    if (lane == 0) sh.units[place] = unit;
-    auto look = [&](int r) { return sh.wave[max(at[r], 0) % DIM]; };
 #pragma unroll
     for (int r = 0; r < ROUNDS; r += 2) {
+      const int i = r * 32 + lane, k = i + 32;
       if (r * 32 >= block.count) break;
-      const float2 first = turned(max(at[r], 0), d[r] * inverse);
-      const Wave near = look(r);
+      const int first = i < block.count ? (int)block.near_positions[i] : 0;
+      const float2 near = turned(first, load16(block.near_values[i]));
+      const Wave near_wave = sh.wave[first % DIM];
       if (r + 1 < ROUNDS && (r + 1) * 32 < block.count) {
         // Loads cannot pass the additions, so those of two rounds come before them.
-        const int s = r + 1 < ROUNDS ? r + 1 : r;
-        const float2 second = turned(max(at[s], 0), d[s] * inverse);
-        const Wave next = look(s);
-        if (at[s] >= 0) add(at[s], second, next);
+        const int second = k < block.count ? (int)block.near_positions[k] : 0;
+        const float2 next = turned(second, load16(block.near_values[k]));
+        const Wave next_wave = sh.wave[second % DIM];
+        if (k < block.count) add(second, next, next_wave);
       }
-      if (at[r] >= 0) add(at[r], first, near);
+      if (i < block.count) add(first, near, near_wave);
     }
 #pragma unroll 1
     for (int i = CAP + lane; i < block.count; i += 32) {
       const int far = (int)__ldg(block.positions + i);
-      add(far, turned(far, difference(far, load16(__ldg(block.values + i))) * inverse), sh.wave[far % DIM]);
+      add(far, turned(far, load16(__ldg(block.values + i))), sh.wave[far % DIM]);
     }
   }
 }
@@ -127,24 +148,6 @@ APART float exact_level(const float* middles, const float* levels, float away, f
   int code = 0;
   for (int k = LEVELS / 2; k; k >>= 1) code += normalized > middles[code + k - 1] ? k : 0;
   return from_half(to_half(levels[code]));
-}
-
-// The largest outlier of values of the warp's blocks, without its sign.
-DEVICE void largest_value(Space& sh, int blocks, int warp, int lane) {
-  u32 largest = 0;
-#pragma unroll 1
-  for (int j = 0; j < SHARE; j++) {
-    const int place = warp + j * WARPS;
-    if (place >= blocks) break;
-    const Outliers block(sh.entries[place], sh.lists[place], VALUES);
-#pragma unroll
-    for (int r = 0; r < ROUNDS; r++)
-      if (r * 32 + lane < block.count) largest = max(largest, (u32)(block.near_values[r * 32 + lane] & 0x7FFF));
-#pragma unroll 1
-    for (int i = CAP + lane; i < block.count; i += 32) largest = max(largest, (u32)(__ldg(block.values + i) & 0x7FFF));
-  }
-  largest = __reduce_max_sync(~0u, largest);
-  if (lane == 0) atomicMax(&sh.largest, largest);
 }
 
 // Phase 4. Corrections of the output by the warp's blocks, in units of all.
@@ -172,7 +175,7 @@ DEVICE void value_outliers(const Args& p, Space& sh, int blocks, int warp, int l
     auto add = [&](int at, float d, const u32 (&w)[GROUP]) {
 #pragma unroll
       for (int q = 0; q < GROUP; q++)
-        atomicAdd(&sh.moved[q][at % DIM], __float_as_int(fmaf(from_half((u16)w[q]), d, MAGIC)) - MAGIC_BITS);
+        atomicAdd(&sh.moved[q][at % DIM], integer(from_half((u16)w[q]), d));
     };
 #pragma unroll
     for (int r = 0; r < ROUNDS; r += 2) {

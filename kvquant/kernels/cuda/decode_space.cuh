@@ -19,8 +19,6 @@
 #define CAP (ROUNDS * 32)           // outliers of a block that wait in shared memory
 #define ROOM (GROUP > 4 ? 8 : GROUP == 3 ? 4 : GROUP)  // queries of a group, a power of two
 #define HELD (SIGMA <= 4)            // whether scales and queries of keys fit in registers
-#define MAGIC 12582912.0f           // 1.5 * 2^23: added to a float, its low bits are an integer
-#define MAGIC_BITS 0x4B400000
 // Units of integer sums, of their largest part: a token's score has up to DIM parts, a channel's
 // output one of each token of the program.
 #define SCORE_UNIT 0x1p-22f
@@ -144,7 +142,8 @@ struct __align__(16) Space {
   float units[BLOCKS];
   float ends_of_levels[2];  // the last and the first level of values
   float middles[LEVELS];    // where values' codes change
-  u32 reach;                // bits of the largest squared length of a query's pairs
+  float reach[WARPS];       // the largest squared lengths of queries' pairs
+  float furthest[WARPS];    // the largest numbers that levels of keys stand for, without sign
   u32 largest;              // outlier of values, without its sign, 16 bits of the cache
 };
 
@@ -174,6 +173,12 @@ DEVICE float warp_max_signed(float x) {
   bits ^= (bits >> 31) & 0x7FFFFFFF;
   bits = __reduce_max_sync(~0u, bits);
   return __int_as_float(bits ^ ((bits >> 31) & 0x7FFFFFFF));
+}
+
+// The integer nearest to a * b + c * d, or near it.
+DEVICE int integer(float a, float b, float c = 0.0f, float d = 0.0f) {
+  // 1.5 * 2^23 leaves no bits for fractions; for numbers below 2^22.
+  return __float_as_int(fmaf(a, b, fmaf(c, d, 12582912.0f))) - 0x4B400000;
 }
 
 struct Args {
