@@ -130,10 +130,7 @@ class DecodeShape:
             dim * (1 << (group - 1).bit_length()) * 4 + dim * 8 + words * 128 + group * dim * 8
         )
         numbers = (
-            warps * (group * 12 + 8)
-            + blocks * (self.block_size * 4 + 76)
-            + (4 << self.bits)
-            + 80
+            warps * (group * 12 + 8) + blocks * (self.block_size * 4 + 76) + (4 << self.bits) + 80
         )
         total = max(tables, outputs) + lists + scores + queries + numbers
         return total + 128  # members are aligned

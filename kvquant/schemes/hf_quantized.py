@@ -29,6 +29,7 @@ from transformers.cache_utils import Cache, QuantizedLayer
 from kvquant.cache_interface import CountedCache, QuantizeClock
 from kvquant.config import HfFp8Scheme, HfHqqScheme, HfQuantoScheme
 from kvquant.errors import MissingPackage, UserError
+from kvquant.schemes import quanto_extension
 
 HfScheme = HfQuantoScheme | HfHqqScheme | HfFp8Scheme
 _BACKENDS = {
@@ -121,6 +122,8 @@ class HfQuantizedCache(Cache, QuantizeClock, CountedCache):
 
     def __init__(self, spec: HfScheme, num_layers: int) -> None:
         QuantizeClock.__init__(self)
+        if spec.kind == "hf-quanto" and torch.cuda.is_available():
+            quanto_extension.build()
         made = _layer_class(_BACKENDS[spec.kind][0])
         layers = [made(**_options(spec)) for _ in range(num_layers)]
         for layer in layers:

@@ -1,0 +1,54 @@
+"""Quanto's CUDA kernels: compiled by one process, even after another was killed while compiling.
+
+Quanto compiles them at their first use, into its own folder and behind a lock that is a file
+(`torch.utils.file_baton`). A process that is killed meanwhile leaves that file, and all later ones
+wait for ever. Here processes take turns by an advisory `flock`, which ends with its holder: who has
+it knows that nobody else of this library is compiling, and removes such a file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import importlib
+import os
+import tempfile
+from pathlib import Path
+
+from kvquant.errors import UserError
+
+NAME = "quanto_cuda"
+
+
+def _turn_file(folder: Path) -> Path:
+    """Of this user, for one installation of quanto; its folder may be read-only."""
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"kvquant-quanto-{os.getuid()}-{name}.lock"
+
+
+@functools.cache
+def build() -> None:
+    """Compiles the kernels if they are not there yet, and loads them; does nothing without them.
+
+    Raises:
+        UserError: They cannot be compiled; with the compiler's last line.
+    """
+    extensions = importlib.import_module("optimum.quanto.library.extensions")
+    if not extensions.is_extension_available(NAME):
+        return
+    extension = extensions.get_extension(NAME)
+    folder = Path(extension.build_directory)
+    with _turn_file(folder).open("a", encoding="utf-8") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        left = folder / "lock"
+        if left.exists() and left.stat().st_uid == os.getuid():
+            left.unlink()
+        try:
+            _ = extension.lib
+        except (RuntimeError, OSError, ImportError) as error:
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(
+                f"scheme kind 'hf-quanto': quanto's CUDA kernels could not be compiled, which "
+                f"needs nvcc and ninja ({said[-1]})"
+            ) from error
