@@ -15,6 +15,7 @@ from kvquant.errors import OutlierOverflow, UserError
 from kvquant.fetch.progress import note
 from kvquant.graphed import GraphedDecoder
 from kvquant.memory import in_batches, out_of_memory, whole
+from kvquant.sdpa import growing_lengths
 
 # Looking at tokens makes the host wait for a GPU, so that is done once in so many steps there.
 CHECK_EVERY_CUDA = 8
@@ -268,14 +269,15 @@ def _answer(
         if decoder is not None:
             logits = _replay(decoder, token)
             continue
-        logits = qm.model(
-            input_ids=token,
-            attention_mask=full_mask[:, : width + step + 1],
-            position_ids=lengths + step,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        with growing_lengths():
+            logits = qm.model(
+                input_ids=token,
+                attention_mask=full_mask[:, : width + step + 1],
+                position_ids=lengths + step,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
     _collect(answers, rows, news, ends, stop, ended)
     return GenerationResult(answers, sum(sizes), row_bytes, row_elements)
 

@@ -51,6 +51,22 @@ def test_equals_transformers_generate(models: dict[str, Any]) -> None:
         assert ours == cut(theirs, end_ids(qm), None)[0]
 
 
+def test_decode_steps_run_without_cudnn(
+    models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qm = models["fp16"]
+    seen: list[bool] = []
+    forward = qm.model.forward
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(qm.model, "forward", watch)
+    greedy(qm, [[3, 4, 5]], 4, batch_size=1, eos_ids=())
+    assert seen == [True, False, False, False]
+
+
 @pytest.mark.parametrize("scheme", ["fp16", "kivi"])
 @pytest.mark.parametrize("batch_size", [2, 3, 5, 8])
 def test_answers_do_not_depend_on_the_batch(

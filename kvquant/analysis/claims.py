@@ -254,8 +254,12 @@ def judge(tables: Tables) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def load_tables(study: Study, folder: Path) -> Tables:
-    """All tables of a study."""
+def load_tables(study: Study, folder: Path, *, accuracy_only: bool = False) -> Tables:
+    """All tables of a study, or only those that its evaluations fill; the others are then empty."""
+    if accuracy_only:
+        none = pd.DataFrame()
+        evaluations, tests = read_table(folder, "eval"), read_table(folder, "tests")
+        return Tables(study, evaluations, none, none, tests, none, none)
     names = ("eval", "perf", "energy", "tests", "pareto")
     evaluations, perf, energy, tests, pareto = (read_table(folder, name) for name in names)
     append = read_table(folder, "append") if study.append else pd.DataFrame()

@@ -298,7 +298,7 @@ def _legend(figure: Any, looks: Looks, where: Literal["upper", "lower"]) -> None
     ]
     place = f"outside {where} center"
     style = {"frameon": False, "handletextpad": 0.2, "columnspacing": 1.0}
-    figure.legend(handles=handles, loc=place, ncols=3 if where == "upper" else 2, **style)
+    figure.legend(handles=handles, loc=place, ncols=3 if where == "upper" else 1, **style)
 
 
 FIGURES: dict[str, Callable[[Study, Path], Any]] = {

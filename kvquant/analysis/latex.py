@@ -15,6 +15,7 @@ from kvquant.analysis.booktabs import HEAD, booktabs, escape, number, p_value, s
 from kvquant.analysis.claims import Tables, append_growth, load_tables
 from kvquant.analysis.pareto import SCORED
 from kvquant.config import load_study
+from kvquant.errors import UserError
 
 DIGITS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
 
@@ -97,6 +98,7 @@ TABLES: dict[str, Callable[[Tables], str]] = {
     "energy": energy,
     "memory": memory,
 }
+ACCURACY = ("perplexity", "passkey", "ruler", "longbench", "statistics")  # of evaluations alone
 
 
 def macro(*words: str) -> str:
@@ -154,14 +156,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--tables", required=True, type=Path, help="folder of collected tables")
     parser.add_argument("--out-dir", required=True, type=Path, help="gets one .tex a table")
-    parser.add_argument("--numbers", required=True, type=Path, help="numbers.tex")
+    parser.add_argument("--numbers", type=Path, help="numbers.tex (not with --present)")
+    parser.add_argument(
+        "--present",
+        action="store_true",
+        help="of an unfinished study, the accuracy tables of what is measured so far",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes every table and the numbers."""
-    tables = load_tables(load_study(args.study), args.tables)
+    if args.present == (args.numbers is not None):
+        raise UserError("--numbers: is needed, and left out with --present")
+    tables = load_tables(load_study(args.study), args.tables, accuracy_only=args.present)
+    chosen = ACCURACY if args.present else tuple(TABLES)
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    for name, make in TABLES.items():
-        (args.out_dir / f"{name}.tex").write_text(make(tables), encoding="utf-8")
-    args.numbers.write_text(numbers(tables), encoding="utf-8")
-    print(f"tables: {', '.join(TABLES)}, numbers")
+    for name in chosen:
+        (args.out_dir / f"{name}.tex").write_text(TABLES[name](tables), encoding="utf-8")
+    if args.numbers is not None:
+        args.numbers.write_text(numbers(tables), encoding="utf-8")
+        chosen += ("numbers",)
+    print(f"tables: {', '.join(chosen)}")

@@ -198,6 +198,8 @@ def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> 
                 ours = group[group["scheme"] == scheme]
                 if scheme == study.baseline or not len(ours):  # it cannot run the task's protocol
                     continue
+                if level == "suite" and ours["tasks"].max() < base["tasks"].max():
+                    continue  # an unfinished study: means of other tasks are not comparable
                 what = f"{model}/{scheme}/{name}" + (" suite" if level == "suite" else "")
                 scored = mine[mine["scheme"] == scheme]
                 pairs = _pair(scored, base_samples[[*keys, "score"]], keys, what)

@@ -6,6 +6,7 @@ of a suite, the table says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -114,10 +115,12 @@ def _scores(t: Tables, suite: str, names: dict[str, str]) -> str:
         model, scheme = str(mine.model.iloc[0]), row["scheme"]
         means = mine.groupby("task", sort=False)["value"].mean()
         cells: dict[str, str] = dict(row)
-        for task, name in names.items():
-            cells[name] = marked(means[task], _test(t, "task", task, model, scheme))
+        for task, name in names.items():  # an unfinished study lacks some
+            value = means.get(task, math.nan)
+            cells[name] = marked(value, _test(t, "task", task, model, scheme))
         if len(names) > 1:
-            cells["mean"] = marked(means.mean(), suite_test(t, suite, model, scheme))
+            mean = means.mean() if len(means) == len(names) else math.nan
+            cells["mean"] = marked(mean, suite_test(t, suite, model, scheme))
         rows.append(cells)
     table = pd.DataFrame(rows, dtype=object)  # keeps `Latex` cells
     labels = table.shape[1] - len(names) - (len(names) > 1)

@@ -21,6 +21,7 @@ from kvquant.config_kernels import SHAPES, WHOLE_MODEL, KernelCase, Measure
 from kvquant.errors import UserError
 from kvquant.models import QuantizedModel
 from kvquant.records import KernelPart
+from kvquant.sdpa import growing_lengths
 
 COPIES = 10  # copies before and after decode steps, which are not interrupted
 SETTLE = 5  # decode steps before the timed ones
@@ -271,12 +272,13 @@ def layer_step(bench: Bench, case: KernelCase) -> KernelPart:
                 side.bits_per_element = 8 * side.cache_bytes / cache_elements(cache, prompts.mask)
                 held.append(cache)
             mask, positions = prompts.after(next(done))
-            return bench.clock.time(
-                lambda: decoder(
-                    input_ids=token, attention_mask=mask, position_ids=positions,
-                    past_key_values=held[0], use_cache=True,
-                )
-            )[1]  # fmt: skip
+            with growing_lengths():
+                return bench.clock.time(
+                    lambda: decoder(
+                        input_ids=token, attention_mask=mask, position_ids=positions,
+                        past_key_values=held[0], use_cache=True,
+                    )
+                )[1]  # fmt: skip
 
         side = Side(name, role, run)
         return side

@@ -17,6 +17,7 @@ from kvquant.devices import alone, visible
 from kvquant.errors import UserError, unknown
 from kvquant.models import QuantizedModel, load_quantized_model, read_manifest, resolve_device
 from kvquant.provenance import device_name
+from kvquant.sdpa import growing_lengths
 from kvquant.specs import needs_calibration
 
 
@@ -92,7 +93,8 @@ class Prepared:
         mask = torch.cat([batch.mask, ones], 1) if batch.padded else None
         for step in range(1, steps + 1):
             seen = None if mask is None else mask[:, : width + step]
-            token = self._forward(token, seen, last + step, cache)
+            with growing_lengths():
+                token = self._forward(token, seen, last + step, cache)
 
     def job(self, new_cache: Callable[[], Any]) -> None:
         """The whole job: prompts and answers."""

@@ -191,3 +191,19 @@ def test_a_missing_pair_and_a_missing_margin_are_told() -> None:
         compare_all(study_of(), evaluations, samples.drop(3))
     with pytest.raises(UserError, match="no margin for the suite 'ruler'"):
         compare_all(study_of(passkey=1.0), evaluations, samples)
+
+
+def test_an_unfinished_scheme_has_no_mean_over_a_suite() -> None:
+    """Its mean would be over other tasks than the baseline's."""
+    evaluations, samples = (
+        pd.concat([table, table[table["task"] == "vt"].assign(task="fwe")], ignore_index=True)
+        for table in measured()
+    )
+    whole = compare_all(study_of(), evaluations, samples)
+    assert (whole["level"] == "suite").sum() == 1
+    evaluations, samples = (
+        table[(table["scheme"] != "kivi-2") | (table["task"] != "fwe")]
+        for table in (evaluations, samples)
+    )
+    table = compare_all(study_of(), evaluations, samples)
+    assert sorted(table["task"]) == ["cwe", "vt"] and set(table["level"]) == {"task"}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from kvquant.analysis import figures, latex, suite_tables
 from kvquant.analysis.booktabs import Latex, booktabs
 from kvquant.analysis.claims import Tables, load_tables
 from kvquant.config import load_study
+from kvquant.errors import UserError
 from tests.analysis.plausible import write_tables
 
 
@@ -103,3 +106,30 @@ def test_every_figure_is_drawn(tables: Tables, folder: Path, name: str, tmp_path
     figure.savefig(tmp_path / "figure.pdf")
     figures.plt.close(figure)
     assert (tmp_path / "figure.pdf").stat().st_size > 3000
+
+
+def test_accuracy_tables_of_an_unfinished_study(root: Path, folder: Path, tmp_path: Path) -> None:
+    """Two tasks of one scheme are missing, and nothing was timed."""
+    study = load_study(root / "config/h100.yaml").model_copy(update={"append": None})
+    write_tables(study, folder)
+    for name in ("eval", "tests"):
+        table = pd.read_parquet(folder / f"{name}.parquet")
+        missing = (table["scheme"] == "kivi-4") & table["task"].isin(["ruler-vt", "ruler-cwe"])
+        if name == "tests":
+            missing |= (table["scheme"] == "kivi-4") & (table["level"] == "suite")
+        table[~missing].to_parquet(tmp_path / f"{name}.parquet")
+    args = argparse.Namespace(
+        study=str(root / "config/h100.yaml"),
+        tables=tmp_path,
+        out_dir=tmp_path / "tex",
+        numbers=None,
+        present=True,
+    )
+    latex.run(args)
+    assert {f.stem for f in (tmp_path / "tex").iterdir()} == set(latex.ACCURACY)
+    cells = rows((tmp_path / "tex/ruler.tex").read_text(encoding="utf-8"))
+    kivi = next(row for row in cells if row[0] == "kivi-4")
+    assert [cell.startswith("-") for cell in kivi[1:]].count(True) == 3  # and the mean
+    args.numbers = tmp_path / "numbers.tex"
+    with pytest.raises(UserError, match="--numbers"):
+        latex.run(args)
