@@ -47,8 +47,8 @@ def _locked(handle: IO[str], *, wait: bool = False) -> bool:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Nobody else counts or takes meanwhile: two processes would choose the same GPU."""
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Inside, no other process is inside with the same folder, which is made if it is missing."""
     folder.mkdir(mode=0o700, exist_ok=True)
     with (folder / "lock").open("a", encoding="utf-8") as handle:
         _locked(handle, wait=True)
@@ -88,7 +88,7 @@ def share(names: Sequence[str], folder: Path | None = None) -> int:
     """
     place = folder or _folder()
     try:
-        with _one_at_a_time(place):
+        with one_at_a_time(place):  # else two processes would choose the same GPU
             loads = []
             for name in names:
                 evaluations, timed = _others(place, name)
@@ -108,7 +108,7 @@ def alone(name: str, folder: Path | None = None) -> None:
     """
     place = folder or _folder()
     try:
-        with _one_at_a_time(place):
+        with one_at_a_time(place):  # else two processes would choose the same GPU
             count = sum(_others(place, name))
             if not count:
                 _hold(place, name, _ALONE)

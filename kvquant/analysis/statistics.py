@@ -131,7 +131,8 @@ def _pair(table: pd.DataFrame, baseline: pd.DataFrame, keys: list[str], what: st
 def _suite_means(evaluations: pd.DataFrame) -> pd.DataFrame:
     """A row a (model, scheme, suite, seed) of scores: the mean over the suite's tasks.
 
-    Perplexities of different windows have no meaningful mean, and one task is its own mean.
+    Perplexities of different windows have no meaningful mean, and one task is its own mean. Where a
+    scheme lacks tasks of the suite (an unfinished study), its mean would be one of other tasks.
     """
     scored = evaluations[evaluations["suite"] != "perplexity"]
     if not len(scored):
@@ -141,7 +142,9 @@ def _suite_means(evaluations: pd.DataFrame) -> pd.DataFrame:
     means = scored.groupby(keys, sort=False, as_index=False).agg(
         value=("value", "mean"), tasks=("task", "nunique"), **shared
     )
-    return means[means["tasks"] > 1].assign(task=means["suite"])
+    most = means.groupby(["model", "suite"])["tasks"].transform("max")
+    whole = (means["tasks"] > 1) & (means["tasks"] == most)
+    return means[whole].assign(task=means["suite"])
 
 
 def _compare(
@@ -198,8 +201,6 @@ def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> 
                 ours = group[group["scheme"] == scheme]
                 if scheme == study.baseline or not len(ours):  # it cannot run the task's protocol
                     continue
-                if level == "suite" and ours["tasks"].max() < base["tasks"].max():
-                    continue  # an unfinished study: means of other tasks are not comparable
                 what = f"{model}/{scheme}/{name}" + (" suite" if level == "suite" else "")
                 scored = mine[mine["scheme"] == scheme]
                 pairs = _pair(scored, base_samples[[*keys, "score"]], keys, what)

@@ -6,7 +6,6 @@ of a suite, the table says so.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -113,13 +112,13 @@ def _scores(t: Tables, suite: str, names: dict[str, str]) -> str:
         if not len(mine):
             continue
         model, scheme = str(mine.model.iloc[0]), row["scheme"]
-        means = mine.groupby("task", sort=False)["value"].mean()
+        # an unfinished study lacks some, and then has no mean of all
+        means = mine.groupby("task", sort=False)["value"].mean().reindex(list(names))
         cells: dict[str, str] = dict(row)
-        for task, name in names.items():  # an unfinished study lacks some
-            value = means.get(task, math.nan)
-            cells[name] = marked(value, _test(t, "task", task, model, scheme))
+        for task, name in names.items():
+            cells[name] = marked(means[task], _test(t, "task", task, model, scheme))
         if len(names) > 1:
-            mean = means.mean() if len(means) == len(names) else math.nan
+            mean = means.mean(skipna=False)
             cells["mean"] = marked(mean, suite_test(t, suite, model, scheme))
         rows.append(cells)
     table = pd.DataFrame(rows, dtype=object)  # keeps `Latex` cells

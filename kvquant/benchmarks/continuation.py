@@ -30,6 +30,7 @@ from kvquant.config import NuqScheme
 from kvquant.continuation import Past, block_table, range_blocks
 from kvquant.layout import Layout
 from kvquant.nuq import fit
+from kvquant.past_pieces import MOST_SCORES, MOST_TOKENS
 from kvquant.schemes.nuq import NuqCodec
 
 BACKENDS = {
@@ -37,7 +38,6 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-PIECE_TOKENS, PIECE_SCORES = 4096, 1 << 26  # of the PyTorch path, as in kvquant.past_pieces
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def _pieces(
         attention.add(rotate(keys.float(), cos[:, where], sin[:, where]), values, None)
 
     add(*store.sinks, 0)
-    scores = PIECE_SCORES // math.prod(queries.shape[:3])
-    step = max(1, min(PIECE_TOKENS, scores) // size)
+    scores = MOST_SCORES // math.prod(queries.shape[:3])
+    step = max(1, min(MOST_TOKENS, scores) // size)
     for first in range(0, view.blocks[0], step):
         stop = min(first + step, view.blocks[0])
         out = queries.new_zeros((2, batch, heads, stop - first, size, dim), dtype=torch.float32)

@@ -91,9 +91,9 @@ class Prepared:
         width, last = batch.ids.shape[1], batch.positions[:, -1:]
         ones = batch.mask.new_ones((batch.mask.shape[0], steps))
         mask = torch.cat([batch.mask, ones], 1) if batch.padded else None
-        for step in range(1, steps + 1):
-            seen = None if mask is None else mask[:, : width + step]
-            with growing_lengths():
+        with growing_lengths():
+            for step in range(1, steps + 1):
+                seen = None if mask is None else mask[:, : width + step]
                 token = self._forward(token, seen, last + step, cache)
 
     def job(self, new_cache: Callable[[], Any]) -> None:

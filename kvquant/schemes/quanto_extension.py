@@ -8,7 +8,6 @@ it knows that nobody else of this library is compiling, and removes such a file.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import importlib
@@ -16,15 +15,16 @@ import os
 import tempfile
 from pathlib import Path
 
+from kvquant.devices import one_at_a_time
 from kvquant.errors import UserError
 
 NAME = "quanto_cuda"
 
 
-def _turn_file(folder: Path) -> Path:
+def _turns(folder: Path) -> Path:
     """Of this user, for one installation of quanto; its folder may be read-only."""
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"kvquant-quanto-{os.getuid()}-{name}.lock"
+    return Path(tempfile.gettempdir()) / f"kvquant-quanto-{os.getuid()}-{name}"
 
 
 @functools.cache
@@ -39,8 +39,7 @@ def build() -> None:
         return
     extension = extensions.get_extension(NAME)
     folder = Path(extension.build_directory)
-    with _turn_file(folder).open("a", encoding="utf-8") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
+    with one_at_a_time(_turns(folder)):
         left = folder / "lock"
         if left.exists() and left.stat().st_uid == os.getuid():
             left.unlink()

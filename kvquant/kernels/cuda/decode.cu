@@ -306,7 +306,7 @@ KERNEL(THREADS, MIN_BLOCKS) decode(const Args p) {
 
 #define COMBINE 256        // threads of the second pass
 #define SHARERS (COMBINE / 32)
-#define AHEAD 4            // parts of a warp that are read before their weights are known
+#define AHEAD (32 / SHARERS)  // of 32 parts a warp's share, which it reads before their weights are known
 
 // One block a (sequence, query head): parts weighted by their maxima. A block has little to do but to
 // wait for memory, so its warps share the parts, and what it reads first does not depend on the rest.

@@ -125,7 +125,7 @@ struct __align__(16) Space {
   List lists[BLOCKS];  // of keys, then of values
   u32 zeros[BLOCKS][SIZE / 2], scales[BLOCKS][SIZE / 2];  // of the tokens' values
   Entry entries[BLOCKS];
-  // Corrections of the scores in their block's unit, then the scores, then of each pair of tokens
+  // Corrections of the scores in their warp's unit, then the scores, then of each pair of tokens
   // the weights times the tokens' scales and the weights alone, fp16.
   union {
     int change[GROUP][PITCH];
