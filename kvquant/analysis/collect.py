@@ -154,6 +154,7 @@ def _eval_rows(
                                 "suite": record.suite,
                                 "seed": seed,
                                 "sample": int(row["index"]),
+                                "row": row.get("row"),  # of a set that seeds share
                                 "score": _sample_score(row, record.suite),
                             }
                         )
@@ -283,7 +284,7 @@ def collect(
     tables = {
         # as numbers, also where no task has the metric
         "eval": table.astype(dict.fromkeys(SUITE_METRICS, float)) if evaluations else table,
-        "samples": pd.DataFrame(samples),
+        "samples": pd.DataFrame(samples).astype({"row": "Int64"} if samples else {}),
         "perf": pd.DataFrame(perf, columns=None if perf else order),
         "energy": pd.DataFrame(energy, columns=None if energy else order),
     }

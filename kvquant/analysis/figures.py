@@ -91,6 +91,8 @@ def _loss_panel(axis: Any, study: Study, pareto: pd.DataFrame, tests: pd.DataFra
 def _loss_scale(axis: Any, which: Literal["x", "y"]) -> None:
     """A scale for losses from nothing to a hundred: linear below 1, logarithmic above."""
     getattr(axis, f"set_{which}scale")("symlog", linthresh=1.0, linscale=0.7)
+    axis.autoscale(axis=which)  # with margins of this scale, not of the linear one
+    axis.margins(**{which: 0.06})
     low, high = getattr(axis, f"get_{which}lim")()
     steps = [0, 0.5, 1, 2, 5, 10, 20, 50, 100]
     ticks = [t for t in (*(-t for t in steps[:0:-1]), *steps) if low <= t <= high]
@@ -130,19 +132,19 @@ def perplexity(study: Study, tables: Path) -> Any:
     """Perplexity increase of every scheme, a panel a task: means with intervals, and each seed."""
     tests, values = read_table(tables, "tests"), read_table(tables, "eval")
     language = tests[tests.suite == "perplexity"]
-    schemes = [s for s in study.schemes if s in set(language.scheme)]
     groups = list(language.groupby(["model", "task"], sort=False))
-    count = max(len(groups), 1)
-    size = (WIDTH, 0.4 + count * (_height(len(schemes)) + 0.1))
-    figure, axes = plt.subplots(count, 1, figsize=size, sharex=True, sharey=True, squeeze=False)
-    for axis, ((model, task), group) in zip(axes.flat, groups, strict=False):
+    # a scheme that cannot run a task's protocol has no row in its panel
+    schemes = [[s for s in study.schemes if s in set(group.scheme)] for _, group in groups] or [[]]
+    sizes = [_height(len(names)) + 0.1 for names in schemes]
+    figure, axes = plt.subplots(
+        len(sizes), 1, figsize=(WIDTH, 0.4 + sum(sizes)), sharex=True, squeeze=False,
+        height_ratios=sizes,
+    )  # fmt: skip
+    for axis, ((model, task), group), names in zip(axes.flat, groups, schemes, strict=False):
         seeds = values[(values.model == model) & (values.task == task)]
         base = seeds[seeds.scheme == study.baseline].set_index("seed")["value"]
-        for i, scheme in enumerate(schemes):
-            found = group[group.scheme == scheme]
-            if not len(found):  # the scheme cannot run this task's protocol
-                continue
-            row = found.iloc[0]
+        for i, scheme in enumerate(names):
+            row = group[group.scheme == scheme].iloc[0]
             color, marker = _look(study, scheme)
             single = seeds[seeds.scheme == scheme].set_index("seed")["value"] - base
             axis.plot(single, [i + 0.3] * len(single), ".", color=color, ms=2.5, alpha=0.6)
@@ -151,9 +153,9 @@ def perplexity(study: Study, tables: Path) -> Any:
             axis.errorbar(row.difference, i, xerr=ends, fmt=marker, **style)
         axis.axvline(0, color="#888888", linewidth=0.6, zorder=1)
         axis.set_title(task if len(study.models) == 1 else f"{model}, {task}", fontsize=7)
-        axis.set_yticks(range(len(schemes)), schemes)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_ylim(len(names) - 0.4, -0.6)
         axis.grid(axis="y", visible=False)
-    axes.flat[0].invert_yaxis()
     _loss_scale(axes.flat[-1], "x")
     axes.flat[-1].set_xlabel("perplexity increase over fp16 (less is better)")
     return figure

@@ -1,7 +1,9 @@
 """`kvquant statistics`: paired tests of every scheme and task against the baseline.
 
 Pairs are seeds: a seed fixes the samples, so both schemes saw the same ones; the samples themselves
-are paired for a bootstrap interval. With all differences equal there is no variance and no t-test:
+are paired for a bootstrap interval. Seeds that draw their samples from one set of rows (LongBench)
+share some and are not independent; there the pairs are the distinct rows, and a row's difference is
+its mean over the seeds that drew it. With all differences equal there is no variance and no t-test:
 if they are all zero the verdict is "identical" (p = 1), otherwise the difference is exact (p = 0,
 an interval of width zero).
 """
@@ -22,6 +24,8 @@ from kvquant.analysis.collect import read_table, write_table
 from kvquant.config import StatisticsSpec, Study, load_study
 from kvquant.errors import UserError
 
+POINTS = 100.0  # in a task's value, of a sample's score of 1
+
 
 @dataclass(frozen=True)
 class PairedTest:
@@ -34,8 +38,9 @@ class PairedTest:
         high: Upper end.
         p: Two-sided paired t-test.
         p_equivalence: TOST: the larger of the two one-sided p values against the margin.
-        effect: Cohen's d of paired differences (mean over standard deviation); infinite if all
-            differences are equal and not zero.
+        effect: Cohen's d of paired differences (mean over standard deviation; of several groups,
+            over the standard error times the root of n); infinite if there is no spread and the
+            mean is not zero.
     """
 
     n: int
@@ -53,28 +58,48 @@ def paired_test(differences: np.ndarray, margin: float, alpha: float) -> PairedT
     Raises:
         ValueError: No difference, or a margin that is not positive.
     """
-    x = np.asarray(differences, dtype=float)
-    n = x.size
-    if n == 0:
+    return grouped_test([differences], margin, alpha)
+
+
+def grouped_test(groups: list[np.ndarray], margin: float, alpha: float) -> PairedTest:
+    """The same of the mean of groups' mean differences, each group with a variance of its own.
+
+    Degrees of freedom are Welch's and Satterthwaite's; with one group all is the paired t-test.
+
+    Args:
+        groups: Differences `[n]` of each group.
+        margin: Of equivalence, in the unit of the differences.
+        alpha: One minus the interval's level.
+
+    Raises:
+        ValueError: A group without a difference, or a margin that is not positive.
+    """
+    x = [np.asarray(group, dtype=float) for group in groups]
+    if not x or min(group.size for group in x) == 0:
         raise ValueError("differences: empty")
     if margin <= 0:
         raise ValueError(f"margin: must be positive, got {margin}")
-    mean = float(x.mean())
-    if n == 1:
+    n = sum(group.size for group in x)
+    mean = float(np.mean([group.mean() for group in x]))
+    if min(group.size for group in x) == 1:
         nan = float("nan")
-        return PairedTest(1, mean, nan, nan, nan, nan, nan)
-    spread = float(x.std(ddof=1))
-    if spread <= 1e-12 * max(1.0, abs(mean)):
+        return PairedTest(n, mean, nan, nan, nan, nan, nan)
+    if all(group.std(ddof=1) <= 1e-12 * max(1.0, abs(group.mean())) for group in x):
         inside = abs(mean) < margin
         same = abs(mean) <= 1e-12
         effect = 0.0 if same else float(np.copysign(np.inf, mean))
         return PairedTest(n, mean, mean, mean, float(same), float(not inside), effect)
-    error = spread / np.sqrt(n)
-    half = float(stats.t.ppf(1 - alpha / 2, n - 1)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
-    above = float(stats.t.sf((mean + margin) / error, n - 1))
-    below = float(stats.t.cdf((mean - margin) / error, n - 1))
-    return PairedTest(n, mean, mean - half, mean + half, p, max(above, below), mean / spread)
+    parts = np.array([group.var(ddof=1) / group.size for group in x])
+    freedom = parts.sum() ** 2 / sum(
+        part**2 / (group.size - 1) for part, group in zip(parts, x, strict=True)
+    )
+    error = float(np.sqrt(parts.sum())) / len(x)
+    half = float(stats.t.ppf(1 - alpha / 2, freedom)) * error
+    p = 2 * float(stats.t.sf(abs(mean) / error, freedom))
+    above = float(stats.t.sf((mean + margin) / error, freedom))
+    below = float(stats.t.cdf((mean - margin) / error, freedom))
+    effect = mean / (error * np.sqrt(n))
+    return PairedTest(n, mean, mean - half, mean + half, p, max(above, below), effect)
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -120,12 +145,25 @@ def verdict(test: PairedTest, p_holm: float, alpha: float, higher_is_better: boo
     return "equivalent" if equivalent else "inconclusive"
 
 
-def _pair(table: pd.DataFrame, baseline: pd.DataFrame, keys: list[str], what: str) -> np.ndarray:
-    joined = table.merge(baseline, on=keys, how="outer", suffixes=("", "_base"), indicator=True)
+def _pair(table: pd.DataFrame, baseline: pd.DataFrame, keys: list[str], what: str) -> pd.DataFrame:
+    """Pairs of two tables by their keys, with columns `ours`, `base` and `difference`."""
+    column = "value" if "value" in table else "score"
+    joined = table[[*keys, column]].merge(
+        baseline[[*keys, column]], on=keys, how="outer", suffixes=("", "_base"), indicator=True
+    )
     if (joined["_merge"] != "both").any():
         raise UserError(f"statistics: {what} is not paired with the baseline on {keys}")
-    column = "value" if "value" in table else "score"
-    return (joined[column] - joined[f"{column}_base"]).to_numpy()
+    ours, base = joined[column], joined[f"{column}_base"]
+    return joined[keys].assign(ours=ours, base=base, difference=ours - base)
+
+
+def _by_row(scored: pd.DataFrame, baseline: pd.DataFrame, what: str) -> list[pd.DataFrame]:
+    """Pairs of a task's distinct rows, a table a task; scores in points."""
+    keys = ["task", "seed", "sample", "row"]
+    pairs = _pair(scored, baseline, keys, what)
+    columns = ["ours", "base", "difference"]
+    means = pairs.groupby(["task", "row"])[columns].mean() * POINTS
+    return [task for _, task in means.groupby(level="task")]
 
 
 def _suite_means(evaluations: pd.DataFrame) -> pd.DataFrame:
@@ -148,23 +186,18 @@ def _suite_means(evaluations: pd.DataFrame) -> pd.DataFrame:
 
 
 def _compare(
-    study: Study, ours: pd.DataFrame, base: pd.DataFrame, pairs: np.ndarray, what: str
+    study: Study, tables: list[pd.DataFrame], samples: np.ndarray, suite: str, what: str
 ) -> dict[str, Any]:
-    """One row: seeds paired, and the mean and interval of paired samples."""
+    """The numbers of a comparison: of pairs, in groups, and of paired samples' differences."""
     spec: StatisticsSpec = study.statistics
-    suite = str(ours["suite"].iloc[0])
     margin = spec.margins.get(suite)
     if margin is None:
         raise UserError(f"statistics.margins: no margin for the suite '{suite}'")
-    differences = _pair(ours, base[["seed", "value"]], ["seed"], what)
-    test = paired_test(differences, margin, spec.alpha)
-    low, high = bootstrap_interval(pairs, spec.bootstrap, spec.alpha, zlib.crc32(what.encode()))
+    test = grouped_test([t["difference"].to_numpy() for t in tables], margin, spec.alpha)
+    low, high = bootstrap_interval(samples, spec.bootstrap, spec.alpha, zlib.crc32(what.encode()))
     return {
-        "suite": suite,
-        "metric": str(ours["metric"].iloc[0]),
-        "higher_is_better": bool(ours["higher_is_better"].iloc[0]),
-        "baseline_mean": float(base["value"].mean()),
-        "mean": float(ours["value"].mean()),
+        "baseline_mean": float(np.mean([t["base"].mean() for t in tables])),
+        "mean": float(np.mean([t["ours"].mean() for t in tables])),
         "difference": test.mean,
         "ci_low": test.low,
         "ci_high": test.high,
@@ -175,8 +208,8 @@ def _compare(
         "p_equivalence": test.p_equivalence,
         "equivalent": bool(test.p_equivalence < spec.alpha),
         "effect_size": test.effect,
-        "sample_pairs": int(pairs.size),
-        "sample_difference": float(pairs.mean()),
+        "sample_pairs": int(samples.size),
+        "sample_difference": float(samples.mean()),
         "sample_ci_low": low,
         "sample_ci_high": high,
         "verdict": "",
@@ -187,7 +220,8 @@ def _compare(
 def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
     """One row a (model, task, scheme), and one a (model, suite of several tasks, scheme).
 
-    `level` tells them apart ("task", "suite"). Holm's family is all rows of a model and level.
+    `level` tells them apart ("task", "suite"), and `paired_by` what is paired ("seed", "row").
+    Holm's family is all rows of a model and level.
     """
     rows = []
     levels = (("task", evaluations), ("suite", _suite_means(evaluations)))
@@ -203,9 +237,19 @@ def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> 
                     continue
                 what = f"{model}/{scheme}/{name}" + (" suite" if level == "suite" else "")
                 scored = mine[mine["scheme"] == scheme]
-                pairs = _pair(scored, base_samples[[*keys, "score"]], keys, what)
-                found = {"model": model, "level": level, "task": name, "scheme": scheme}
-                rows.append(found | _compare(study, ours, base, pairs, what))
+                pairs = _pair(ours, base, ["seed"], what)
+                sampled = _pair(scored, base_samples, keys, what)
+                tables = [pairs]
+                shared = bool(scored["row"].notna().any())
+                if shared:
+                    tables = _by_row(scored, base_samples, what)
+                    sampled = pd.concat(tables) / POINTS
+                first = ours.iloc[0]
+                facts = {fact: first[fact] for fact in ("suite", "metric", "higher_is_better")}
+                found = {"model": model, "level": level, "task": name, "scheme": scheme, **facts}
+                found["paired_by"] = "row" if shared else "seed"
+                differences = sampled["difference"].to_numpy()
+                rows.append(found | _compare(study, tables, differences, first["suite"], what))
     table = pd.DataFrame(rows)
     for _, family in table.groupby(["model", "level"]):
         table.loc[family.index, "p_holm"] = holm(family["p"].to_numpy())

@@ -59,13 +59,15 @@ def accuracy_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
                     rows.append(
                         {**key, "seed": seed, "protocol": "A", "value": value} | size | facts
                     )
+                    rows_of = isinstance(task, LongBenchTask)
                     samples += [
                         {**key, "seed": seed, "sample": at, "score": float(one)}
+                        | {"row": (at + seed) % ROWS if rows_of else None}
                         for at, one in enumerate(score)
                     ]
     extra = dict.fromkeys(("kl", "rows_available", "rows_official"), np.nan)
     return pd.DataFrame([extra | row for row in rows]).astype(dict.fromkeys(extra, float)), (
-        pd.DataFrame(samples)
+        pd.DataFrame(samples).astype({"row": "Int64"})
     )
 
 

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from kvquant.analysis.pareto import dominated
-from kvquant.analysis.statistics import bootstrap_interval, holm, paired_test, verdict
+from kvquant.analysis.statistics import (
+    bootstrap_interval,
+    grouped_test,
+    holm,
+    paired_test,
+    verdict,
+)
 from kvquant.analysis.statistics import test_all as compare_all
 from kvquant.config import Study, parse_study
 from kvquant.errors import UserError
@@ -29,6 +35,19 @@ def test_equals_scipy(n: int, shift: float, seed: int) -> None:
     lower = stats.ttest_1samp(ours - base, -0.5, alternative="greater").pvalue
     upper = stats.ttest_1samp(ours - base, 0.5, alternative="less").pvalue
     assert test.p_equivalence == pytest.approx(max(lower, upper), rel=1e-9, abs=1e-12)
+
+
+def test_groups_by_hand() -> None:
+    """Variances of the means 1/3 and 5/3; Satterthwaite: 2^2 / ((1/3)^2 / 2 + (5/3)^2 / 3)."""
+    test = grouped_test([np.array([1.0, 2, 3]), np.array([2.0, 4, 6, 8])], 10.0, 0.05)
+    error, freedom = np.sqrt(2) / 2, 4 / (1 / 18 + 25 / 27)
+    assert (test.n, test.mean) == (7, 3.5)
+    assert test.p == pytest.approx(2 * stats.t.sf(3.5 / error, freedom))
+    assert test.high - test.mean == pytest.approx(stats.t.ppf(0.975, freedom) * error)
+    assert test.p_equivalence == pytest.approx(stats.t.cdf((3.5 - 10) / error, freedom))
+    assert np.isnan(grouped_test([np.zeros(4), np.zeros(1)], 1.0, 0.05).p)
+    with pytest.raises(ValueError, match="empty"):
+        grouped_test([np.zeros(4), np.zeros(0)], 1.0, 0.05)
 
 
 def test_holm_on_a_worked_example() -> None:
@@ -145,7 +164,7 @@ def measured() -> tuple[pd.DataFrame, pd.DataFrame]:
                 facts = {"metric": "score", "higher_is_better": True}
                 rows.append({**key, **facts, "seed": seed, "value": 25 * sum(right)})
                 samples += [
-                    {**key, "seed": seed, "sample": at, "score": score}
+                    {**key, "seed": seed, "sample": at, "score": score, "row": None}
                     for at, score in enumerate(right)
                 ]
     return pd.DataFrame(rows), pd.DataFrame(samples)
@@ -207,3 +226,38 @@ def test_an_unfinished_scheme_has_no_mean_over_a_suite() -> None:
     )
     table = compare_all(study_of(), evaluations, samples)
     assert sorted(table["task"]) == ["cwe", "vt"] and set(table["level"]) == {"task"}
+
+
+def drawn(seeds: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Two tasks of 6 rows of which each seed draws 4; kivi-2 loses more of later rows."""
+    rows, samples = [], []
+    for scheme in ("fp16", "kivi-2"):
+        for number, task in enumerate(("vt", "cwe")):
+            for seed in range(seeds):
+                picked = [(seed + at) % 6 for at in range(4)]
+                scores = [
+                    0.9 - (scheme == "kivi-2") * (0.1 * row + 0.01 * number) for row in picked
+                ]
+                key = {"model": "tiny", "scheme": scheme, "task": task, "suite": "ruler"}
+                facts = {"metric": "score", "higher_is_better": True}
+                rows.append({**key, **facts, "seed": seed, "value": 100 * float(np.mean(scores))})
+                samples += [
+                    {**key, "seed": seed, "sample": at, "score": score, "row": row}
+                    for at, (row, score) in enumerate(zip(picked, scores, strict=True))
+                ]
+    return pd.DataFrame(rows), pd.DataFrame(samples)
+
+
+def test_rows_that_seeds_share_count_once() -> None:
+    """Twice the seeds draw the same rows again: nothing is more certain for it."""
+    few, many = (compare_all(study_of(), *drawn(seeds)) for seeds in (6, 12))
+    numbers = ["difference", "ci_low", "ci_high", "p", "p_equivalence", "pairs", "sample_pairs"]
+    pd.testing.assert_frame_equal(few[numbers], many[numbers])
+    assert set(few["paired_by"]) == {"row"}
+    vt = few.set_index("task").loc["vt"]
+    expected = paired_test(-10.0 * np.arange(6), 5.0, 0.05)
+    assert (vt.pairs, vt.difference, vt.p) == (6, pytest.approx(-25.0), pytest.approx(expected.p))
+    assert (vt.baseline_mean, vt["mean"]) == pytest.approx((90.0, 65.0))
+    suite = few.set_index("task").loc["ruler"]
+    assert (suite.pairs, suite.difference) == (12, pytest.approx(-25.5))
+    assert suite.p < vt.p
