@@ -2,12 +2,12 @@
 
 Both matrices are token-major and stored in blocks of `block_size` tokens and one kv head: keys as
 the channel x token matrix in CSC form (a token is a column), values as the token x channel matrix
-in CSR form (a token is a row). In memory the two are the same thing: a block's entries, each a 16-bit
-value and its position inside the block (`token * head_dim + channel`, 16 bits while a block has at
-most 65536 elements). Where a block's entries begin, and how many there are, stands beside them.
-Pointers inside a block are not stored: the positions hold them, and a program that reads a block
-reads all of its entries. Their order in a block is the packer's own (PyTorch's is by token, then
-channel; kernels write as their threads come), and the standard forms sort.
+in CSR form (a token is a row). In memory the two are the same thing: a block's entries, each a
+16-bit value and its position inside the block (`token * head_dim + channel`, 16 bits while a block
+has at most 65536 elements). Where a block's entries begin, and how many there are, stands beside
+them. Pointers inside a block are not stored: the positions hold them, and a program that reads a
+block reads all of its entries. Their order in a block is the packer's own (PyTorch's is by token,
+then channel; kernels write as their threads come), and the standard forms sort.
 
 Entries live in arenas that are allocated ahead and never moved; an append writes behind what is
 there and costs O(appended).
