@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kvquant.energy.nvml import gpu_handles, visible_uuids
+
 _PACKAGES = (
     *("torch", "triton", "transformers", "numpy", "lm-eval", "snakemake", "kvquant"),
     *("optimum-quanto", "hqq"),
@@ -30,24 +32,28 @@ def _git(*args: str) -> str | None:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    """Name, memory, driver and limits of every GPU that NVML shows; empty without NVML."""
+    """Name, memory and driver of the GPUs of this process, or of all before it uses any.
+
+    Empty without NVML.
+    """
+    torch = sys.modules.get("torch")
     try:
         import pynvml
 
-        pynvml.nvmlInit()
-    except Exception:  # no driver or no library: a CPU machine
+        # asking torch for its GPUs would make it take memory of them
+        uses = torch is not None and torch.cuda.is_initialized()
+        handles = gpu_handles(pynvml, visible_uuids() if uses else None)
+    except Exception:  # no driver, no library or no GPU: a CPU machine
         return []
-    found = []
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        found.append(
-            {
-                "name": pynvml.nvmlDeviceGetName(handle),
-                "memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-                "driver": pynvml.nvmlSystemGetDriverVersion(),
-            }
-        )
-    return found
+    driver = pynvml.nvmlSystemGetDriverVersion()
+    return [
+        {
+            "name": pynvml.nvmlDeviceGetName(handle),
+            "memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+            "driver": driver,
+        }
+        for handle in handles
+    ]
 
 
 def device_name() -> str:
