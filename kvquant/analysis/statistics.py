@@ -222,7 +222,12 @@ def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> 
 
     `level` tells them apart ("task", "suite"), and `paired_by` what is paired ("seed", "row").
     Holm's family is all rows of a model and level.
+
+    Raises:
+        UserError: Pairs or a margin are missing, or the samples are of an older version.
     """
+    if "row" not in samples:
+        raise UserError("statistics: the table 'samples' has no column 'row': `aggregate` again")
     rows = []
     levels = (("task", evaluations), ("suite", _suite_means(evaluations)))
     for level, values in levels:

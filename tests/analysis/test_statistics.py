@@ -210,6 +210,8 @@ def test_a_missing_pair_and_a_missing_margin_are_told() -> None:
         compare_all(study_of(), evaluations, samples.drop(3))
     with pytest.raises(UserError, match="no margin for the suite 'ruler'"):
         compare_all(study_of(passkey=1.0), evaluations, samples)
+    with pytest.raises(UserError, match=r"no column 'row': `aggregate` again"):
+        compare_all(study_of(), evaluations, samples.drop(columns="row"))
 
 
 def test_an_unfinished_scheme_has_no_mean_over_a_suite() -> None:
