@@ -242,18 +242,18 @@ def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> 
                     continue
                 what = f"{model}/{scheme}/{name}" + (" suite" if level == "suite" else "")
                 scored = mine[mine["scheme"] == scheme]
-                pairs = _pair(ours, base, ["seed"], what)
-                sampled = _pair(scored, base_samples, keys, what)
-                tables = [pairs]
+                tables = [_pair(ours, base, ["seed"], what)]
                 shared = bool(scored["row"].notna().any())
                 if shared:
                     tables = _by_row(scored, base_samples, what)
-                    sampled = pd.concat(tables) / POINTS
+                    differences = pd.concat(tables)["difference"].to_numpy() / POINTS
+                else:
+                    sampled = _pair(scored, base_samples, keys, what)
+                    differences = sampled["difference"].to_numpy()
                 first = ours.iloc[0]
                 facts = {fact: first[fact] for fact in ("suite", "metric", "higher_is_better")}
                 found = {"model": model, "level": level, "task": name, "scheme": scheme, **facts}
                 found["paired_by"] = "row" if shared else "seed"
-                differences = sampled["difference"].to_numpy()
                 rows.append(found | _compare(study, tables, differences, first["suite"], what))
     table = pd.DataFrame(rows)
     for _, family in table.groupby(["model", "level"]):

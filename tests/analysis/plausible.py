@@ -59,10 +59,10 @@ def accuracy_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
                     rows.append(
                         {**key, "seed": seed, "protocol": "A", "value": value} | size | facts
                     )
-                    rows_of = isinstance(task, LongBenchTask)
+                    shares_rows = isinstance(task, LongBenchTask)
                     samples += [
                         {**key, "seed": seed, "sample": at, "score": float(one)}
-                        | {"row": (at + seed) % ROWS if rows_of else None}
+                        | {"row": (at + seed) % ROWS if shares_rows else None}
                         for at, one in enumerate(score)
                     ]
     extra = dict.fromkeys(("kl", "rows_available", "rows_official"), np.nan)
