@@ -122,7 +122,7 @@ class BlockLayer(CacheLayerMixin):
     ) -> torch.Tensor:
         """A token a sequence by the kernel: it joins the tail, and all is read from there."""
         owner, store = self._owner, self.store
-        steps, tables = owner.steps, self.codec.tables
+        steps, tables = owner.steps, self.codec.decode_tables
         assert steps is not None and store.tail is not None and store.sinks is not None
         store.status = owner.status(keys.device)
         arenas = store.arena_table()

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from kvquant.attention import NEVER
-from kvquant.kernels.cuda_decode import Rope
+from kvquant.kernels.decode_tables import Rope
 from kvquant.layout import Gather, Layout, View
 
 # A piece holds at most so many tokens, and its scores at most so many numbers.

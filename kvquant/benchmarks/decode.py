@@ -19,7 +19,8 @@ from kvquant.batched_quant import LayerQuantizer
 from kvquant.benchmarks.timing import summarize
 from kvquant.block_store import Arena
 from kvquant.config import NuqScheme
-from kvquant.kernels.cuda_decode import DecodeShape, DecodeStep, RopeTables, decode_attention
+from kvquant.kernels.cuda_decode import DecodeShape, DecodeStep, decode_attention
+from kvquant.kernels.decode_tables import RopeTables
 from kvquant.schemes.base import Packed
 from kvquant.schemes.nuq import NuqCodec
 
@@ -181,7 +182,14 @@ def measure_decode(
     def ours() -> None:
         for row in rows:
             decode_attention(
-                shape, query, (sinks[0], sinks[1]), (tail[0], tail[1]), row, step, tables, scaling
+                shape,
+                query,
+                (sinks[0], sinks[1]),
+                (tail[0], tail[1]),
+                row,
+                step,
+                codec.decode_tables,
+                scaling,
             )
 
     graphs = {"kvquant": capture(ours)}

@@ -9,24 +9,19 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from kvquant.blocked_sparse import count_dtype, position_dtype
 from kvquant.kernels.cuda_build import Function, index_of, load, multiprocessors
-
-if TYPE_CHECKING:
-    from kvquant.batched_quant import LayerQuantizer
+from kvquant.kernels.decode_tables import HeadTables, RopeTables, head_table_bytes
 
 PROGRAMS = 2  # that a multiprocessor's registers and shared memory are shared by
 KTILES = 1  # tiles of 16 tokens of keys that a warp takes together
 OVERHEAD = 0.8  # chunks of each warp that begin and end of a program last as long as
 COMBINE = 256  # threads of the second pass, as in the source file
 MOST_ARENAS, MOST_PLACES = 1 << 11, 1 << 20  # bits of a block's number
-Rope = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 # Fields of an arena, in the order that the kernel's enumeration has.
 FIELDS = (
@@ -42,8 +37,8 @@ class _Args(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             "query", "sink_keys", "sink_values", "tail_keys", "tail_values", "arenas", "table",
-            "lengths", "key_scale", "key_zero", "key_levels", "value_levels", "rope", "phases",
-            "thetas", "part_out", "part_sum",
+            "lengths", "head_tables", "value_levels", "rope", "phases", "thetas", "part_out",
+            "part_sum",
         )),
         *((name, ctypes.c_int) for name in (
             "heads", "table_stride", "sink_room", "tail_room", "chunks_a_split",
@@ -126,13 +121,10 @@ class DecodeShape:
         room = self.rounds * 32
         lists = blocks * ((room + 16 // position) * position + (room + 8) * 2)
         scores = group * (split * chunk + 8) * 4
-        queries = (
-            dim * (1 << (group - 1).bit_length()) * 4 + dim * 8 + words * 128 + group * dim * 8
-        )
-        numbers = (
-            warps * (group * 12 + 8) + blocks * (self.block_size * 4 + 76) + (4 << self.bits) + 80
-        )
-        total = max(tables, outputs) + lists + scores + queries + numbers
+        queries = dim * (1 << (group - 1).bit_length()) * 4 + dim * 8 + group * dim * 8
+        numbers = warps * (group * 12 + 4) + blocks * (self.block_size * 4 + 76) + 4
+        calibration = head_table_bytes(self.bits, dim)
+        total = max(tables, outputs) + lists + scores + queries + calibration + numbers
         return total + 128  # members are aligned
 
     def constants(self, shared_bytes: int) -> dict[str, int]:
@@ -171,49 +163,6 @@ def functions(shape: DecodeShape, device: int) -> tuple[Function, Function]:
     constants = shape.constants(shared_memory(device))
     module = load("decode.cu", tuple(constants.items()), device)
     return module.function("decode", module.number("space_bytes")), module.function("combine")
-
-
-@dataclass(frozen=True)
-class RopeTables:
-    """Rotary tables of the kernel.
-
-    Attributes:
-        places: fp16 `[chunk, head_dim / 2, 2]` reordered: rotations inside a chunk.
-        phases: fp32 `[1 + chunks, head_dim / 2]`, angles in radians, from -pi to pi, of position 0
-            and of the chunks' first positions.
-        thetas: fp32 `[head_dim / 2 + 1]`, radians a position; behind them the factor that the rope
-            scaling puts on cosine and sine.
-    """
-
-    places: torch.Tensor
-    phases: torch.Tensor
-    thetas: torch.Tensor
-
-    @classmethod
-    def make(
-        cls, rope: Rope, chunk: int, sinks: int, chunks: int, like: torch.Tensor
-    ) -> RopeTables:
-        """Tables for chunks 0 to `chunks` (one more than full: the tail begins there).
-
-        A factor that the rope scaling puts on cosine and sine stays out of them: the kernel turns
-        queries and keys, and multiplies one of the two.
-        """
-        device = like.device
-        firsts = torch.arange(chunks + 1, device=device) * chunk + sinks
-        inside = torch.arange(max(chunk, 2), device=device)
-        cos, sin = rope(torch.cat((firsts.new_zeros(1), firsts, inside))[None])
-        half = cos.shape[-1] // 2
-        cos, sin = cos[0, :, :half].float(), sin[0, :, :half].float()
-        angles = torch.atan2(sin, cos)
-        phases, thetas = angles[: chunks + 2].contiguous(), angles[chunks + 3]
-        both = torch.stack((cos, sin), -1)[chunks + 2 :]
-        factor = both[0, 0, :1]
-        places = (both[:chunk] / factor).half()
-        # frequency f = t * (dim / 16) + 4 w + i + (dim / 4) j, read as [w, j, t, {cos, sin}, i]
-        words = half // 32  # of a thread and row: dim / 64
-        split = places.view(chunk, 2, 4, words, 4, 2)  # token, j, t, w, i, cos/sin
-        ordered = split.permute(0, 3, 1, 2, 5, 4).contiguous()
-        return cls(ordered, phases, torch.cat((thetas, factor)))
 
 
 def plan_splits(
@@ -267,7 +216,7 @@ def decode_attention(
     tail: tuple[torch.Tensor, torch.Tensor],
     arenas: torch.Tensor,
     step: DecodeStep,
-    tables: LayerQuantizer,
+    tables: HeadTables,
     scaling: float,
 ) -> torch.Tensor:
     """Attention of one query a sequence over all its tokens.
@@ -302,8 +251,7 @@ def decode_attention(
     args = _Args(
         query.data_ptr(), sinks[0].data_ptr(), sinks[1].data_ptr(), tail[0].data_ptr(),
         tail[1].data_ptr(), arenas.data_ptr(), step.table.data_ptr(), step.lengths.data_ptr(),
-        tables.key_scale.data_ptr(), tables.key_zero.data_ptr(), tables.key_levels.data_ptr(),
-        tables.value_levels.data_ptr(), step.rope.places.data_ptr(),
+        tables.heads.data_ptr(), tables.value_levels.data_ptr(), step.rope.places.data_ptr(),
         step.rope.phases.data_ptr(), step.rope.thetas.data_ptr(),
         part_out.data_ptr(), part_sum.data_ptr(), heads, step.table.stride(0), sinks[0].shape[2],
         tail[0].shape[2], each, scaling * math.log2(math.e),

@@ -11,6 +11,7 @@ import torch
 from kvquant.batched_quant import LayerQuantizer
 from kvquant.blocked_sparse import SparseSlab
 from kvquant.kernels.cuda_decode import DecodeShape
+from kvquant.kernels.decode_tables import HeadTables
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,11 @@ class Codec(ABC):
     def decode_shape(self, head_dim: int, group: int, dtype: torch.dtype) -> DecodeShape | None:
         """What a decode kernel is compiled for, or None if the codec has no kernel."""
         return None
+
+    @property
+    def decode_tables(self) -> HeadTables:
+        """The calibration as the decode kernel reads it; for codecs that have such a kernel."""
+        raise NotImplementedError
 
     @abstractmethod
     def unpack(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from kvquant.batched_quant import (
@@ -14,6 +16,7 @@ from kvquant.batched_quant import (
 from kvquant.blocked_sparse import SparseSlab
 from kvquant.config import NuqScheme
 from kvquant.kernels.cuda_decode import DecodeShape
+from kvquant.kernels.decode_tables import HeadTables
 from kvquant.kernels.pack_target import PackTarget
 from kvquant.packing import packed_bytes
 from kvquant.schemes.base import Codec, Packed
@@ -54,6 +57,11 @@ class NuqCodec(Codec):
         return DecodeShape(
             bits, head_dim, group, self.block_size, dtype, outliers > 0, outliers or 0.01
         )
+
+    @functools.cached_property
+    def decode_tables(self) -> HeadTables:
+        """See :meth:`Codec.decode_tables`."""
+        return HeadTables.make(self.quantizer.tables)
 
     def widen(self, factor: float) -> None:
         """See :meth:`Codec.widen`."""

@@ -32,6 +32,7 @@ static void copy16(void* to, const void* from) { memcpy(to, from, 16); }
 static void copies_done() {}
 static void fetch(const u8*) {}
 template <int N> static void load_words(u32 (&w)[N], const u8* p) { memcpy(w, p, 4 * N); }
+static void copy4(void* to, const void* from) { memcpy(to, from, 4); }
 static u32 load_short(const u8* p) {
   u16 x;
   memcpy(&x, p, 2);

@@ -16,11 +16,11 @@ from kvquant.kernels.cuda_build import KernelUnavailable, compile_cubin
 from kvquant.kernels.cuda_decode import (
     DecodeShape,
     DecodeStep,
-    RopeTables,
     decode_attention,
     functions,
     plan_splits,
 )
+from kvquant.kernels.decode_tables import RopeTables
 from kvquant.nuq import fit
 from kvquant.schemes.nuq import NuqCodec
 from tests.kernels.emulate import emulate_decode
@@ -127,7 +127,9 @@ def run_case(
     step = DecodeStep(table, numbers, chunks, made)
     query = torch.randn(batch, heads * group, dim, device=device).to(dtype) * (not column)
     scaling = 1 / math.sqrt(dim)
-    out = decode_attention(shape, query, sink, tail, rows, step, tables, scaling).double()
+    out = decode_attention(
+        shape, query, sink, tail, rows, step, codec.decode_tables, scaling
+    ).double()
     worst = 0.0
     for b, (_, t) in enumerate(lengths):
         parts = [(sink[0][b], sink[1][b])]

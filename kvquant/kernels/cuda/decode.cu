@@ -124,66 +124,58 @@ SEPARATE void plain_tokens(const Args& p, Space& sh, int batch, int head, int wa
 
 // One part of a head's tokens: a piece of the blocks (`count` chunks from `first` on) or, where `plain`,
 // the tokens in 16 bits.
-DEVICE void take_part(const Args& p, Space& sh, i64 part, bool plain, int first, int count, int batch, int head, int warp, int lane) {
+DEVICE void take_part(const Args& p, Space& sh, Finder& finder, i64 part, bool plain, int first, int count, int batch, int head,
+                      int warp, int lane) {
   const int g = lane / 4, t = lane % 4, blocks = count / CPB;
-  Finder finder;
-  finder.numbers(p.table + (i64)batch * p.table_stride + first / CPB, blocks, warp, lane);
-  for (int i = threadIdx.x; i < T * SIGMA * 4; i += THREADS)
-    copy16(sh.tables.rope + i / (SIGMA * 4) * ROPE_PITCH + i % (SIGMA * 4) * 16, (const uint4*)p.rope + i);
-  for (int i = threadIdx.x; i < count * (HALF / 4); i += THREADS)
-    copy16((float4*)sh.tables.phases + i, (const float4*)(p.phases + (i64)(first + 1) * HALF) + i);
+  constexpr int TURNS = (GROUP * HALF + THREADS - 1) / THREADS;  // pairs of a query a thread
+  finder.arenas(p);
   const float strength = __ldg(p.thetas + HALF) * p.scaling;  // of scores
   const u16* const query = p.query + (i64)(batch * p.heads + head) * GROUP * DIM;
-  finder.arenas(p);
-  for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) {
-    sh.query[i / DIM][i % DIM] = load16(query[i]) * strength;
-    sh.moved[i / DIM][i % DIM] = 0;
+  u16 first_half[TURNS], second_half[TURNS];
+#pragma unroll
+  for (int k = 0; k < TURNS; k++) {
+    const int i = min(k * THREADS + (int)threadIdx.x, GROUP * HALF - 1);
+    first_half[k] = __ldg(query + i / HALF * DIM + i % HALF);
+    second_half[k] = __ldg(query + i / HALF * DIM + i % HALF + HALF);
+  }
+  const u32* const table = p.head_tables + (i64)head * HEAD_WORDS;
+  shared_loop<T * SIGMA * 4>([&](int i) {
+    copy16(sh.tables.rope + i / (SIGMA * 4) * ROPE_PITCH + i % (SIGMA * 4) * 16, (const uint4*)p.rope + i);
+  });
+  shared_loop<SPLIT * HALF / 4>([&](int i) {
+    if (i < count * (HALF / 4))
+      copy16((float4*)sh.tables.phases + i, (const float4*)(p.phases + (i64)(first + 1) * HALF) + i);
+  });
+  shared_loop<(int)sizeof(HeadTable) / 16>([&](int i) { copy16((uint4*)&sh.table + i, (const uint4*)table + i); });
+#if OUTLIERS
+  shared_loop<2 * DIM>([&](int i) {
+    copy4((u32*)sh.channels + i, i % 2 ? (const u32*)p.thetas + i / 2 % HALF : table + sizeof(HeadTable) / 4 + i / 2);
+  });
+  shared_loop<GROUP * PITCH / 4>([&](int i) { ((int4*)sh.change)[i] = make_int4(0, 0, 0, 0); });
+#endif
+  finder.begins(p, head);
+  float most = 0.0f;
+#pragma unroll
+  for (int k = 0; k < TURNS; k++) {
+    const int i = k * THREADS + threadIdx.x, q = i / HALF, f = i % HALF;
+    if (GROUP * HALF % THREADS && i >= GROUP * HALF) break;
+    const u32 a = first_half[k], b = second_half[k];
+    const float x = load16((u16)a), y = load16((u16)b);
+    sh.query[q][f] = x * strength;
+    sh.query[q][f + HALF] = y * strength;
+    sh.moved[q][f] = sh.moved[q][f + HALF] = 0;
+#if OUTLIERS
+    sh.wave[f].query[q] = a | b << 16;
+    sh.wave[f + HALF].query[q] = b | (a ^ 0x8000) << 16;
+    most = fmaxf(most, x * x + y * y);
+#endif
   }
 #if OUTLIERS
-  float most = 0.0f;
-  for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) {
-    const int q = i / DIM, c = i % DIM, f = c % HALF;
-    const u32 a = query[q * DIM + f], b = query[q * DIM + f + HALF];
-    sh.wave[c].query[q] = c < HALF ? a | b << 16 : b | (a ^ 0x8000) << 16;
-    most = fmaxf(most, load16((u16)a) * load16((u16)a) + load16((u16)b) * load16((u16)b));
-  }
   most = warp_max(most);
   if (lane == 0) sh.reach[warp] = most;
 #endif
+  if (threadIdx.x == 0) sh.largest = 0;
   finder.store(p, sh, head, warp, lane);
-  if (threadIdx.x < SIGMA * 4) {
-    int s = threadIdx.x / 4, tt = threadIdx.x % 4, c = (DIM / 16) * tt + 4 * (s / 2) + (DIM / 4) * (s % 2);
-    const float* scale = p.key_scale + head * DIM + c;
-    const float* zero = p.key_zero + head * DIM + c;
-    sh.channel[s][tt][0] = make_uint4(pack2(scale[0], scale[1]), pack2(scale[2], scale[3]),
-                                      pack2(scale[HALF], scale[HALF + 1]), pack2(scale[HALF + 2], scale[HALF + 3]));
-    sh.channel[s][tt][1] = make_uint4(pack2(zero[0], zero[1]), pack2(zero[2], zero[3]),
-                                      pack2(zero[HALF], zero[HALF + 1]), pack2(zero[HALF + 2], zero[HALF + 3]));
-  }
-#if OUTLIERS
-  float furthest = 0.0f;
-  for (int i = threadIdx.x; i < DIM; i += THREADS) {
-    const float scale = from_half(to_half(p.key_scale[head * DIM + i])), zero = from_half(to_half(p.key_zero[head * DIM + i]));
-    const float high = from_half(to_half(p.key_levels[LEVELS - 1])), low = from_half(to_half(p.key_levels[0]));
-    const u32 ends = pack2(fmaf(low, scale, zero), fmaf(high, scale, zero));
-    sh.channels[i] = {ends, __ldg(p.thetas + i % HALF)};
-    furthest = fmaxf(furthest, fmaxf(fabsf(low_of(ends)), fabsf(high_of(ends))));
-  }
-  furthest = warp_max(furthest);
-  if (lane == 0) sh.furthest[warp] = furthest;
-  if (threadIdx.x < LEVELS) {
-    const int i = threadIdx.x;
-    sh.middles[i] = i + 1 < LEVELS ? (p.value_levels[i] + p.value_levels[i + 1]) * 0.5f : 3e38f;
-    if (i == LEVELS - 1) sh.ends_of_levels[0] = from_half(to_half(p.value_levels[i]));
-    if (i == 0) sh.ends_of_levels[1] = from_half(to_half(p.value_levels[i]));
-  }
-  for (int i = threadIdx.x; i < GROUP * PITCH / 4; i += THREADS) ((int4*)sh.change)[i] = make_int4(0, 0, 0, 0);
-#endif
-  if (threadIdx.x == 0) {
-    sh.largest = 0;
-    sh.levels[0].read(p.key_levels);
-  }
-  if (threadIdx.x == 32) sh.levels[1].read(p.value_levels);
   __syncwarp();  // its entries
 #pragma unroll 1
   for (int j = 0; j < SHARE; j++) {
@@ -270,7 +262,12 @@ DEVICE void take_part(const Args& p, Space& sh, i64 part, bool plain, int first,
     const int q = i / DIM, c = i % DIM;
     float value = (float)sh.moved[q][c] * unit;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) value += sh.out[w][q][c] + sh.zero_sum[q][w];
+    for (int w = 0; w < WARPS; w++) value += sh.out[w][q][c];
+#pragma unroll
+    for (int w = 0; w < WARPS; w += 4) {
+      const float4 zeros = *(const float4*)&sh.zero_sum[q][w];
+      value += zeros.x + zeros.y + (zeros.z + zeros.w);
+    }
     p.part_out[part * DIM + i] = value;
     if (c == 0) {
       float top = NONE, total = 0.0f;
@@ -295,9 +292,12 @@ KERNEL(THREADS, MIN_BLOCKS) decode(const Args p) {
   const i64 part = ((i64)row * splits + split) * GROUP;
   const bool plain = split == splits - 1;
   const int first = plain ? 0 : split * p.chunks_a_split;
+  Finder finder;
+  finder.numbers(p.table + (i64)batch * p.table_stride + first / CPB, p.table_stride - first / CPB, warp, lane);
   const int count = plain ? 0 : min(p.chunks_a_split, p.lengths[batch * 3 + 1] * CPB - first);
+  finder.among(count / CPB, warp, lane);
   if (plain || count > 0) {
-    take_part(p, sh, part, plain, first, count, batch, head, warp, lane);
+    take_part(p, sh, finder, part, plain, first, count, batch, head, warp, lane);
   } else if (threadIdx.x < GROUP) {
     p.part_sum[(part + threadIdx.x) * 2] = NONE;
     p.part_sum[(part + threadIdx.x) * 2 + 1] = 0.0f;

@@ -42,16 +42,29 @@ struct Finder {
   bool there;
   u32 number;
   i64 at[FIELDS];
+  int begin[2], count[2];
 
-  MEMBER void numbers(const int* table, int blocks, int warp, int lane) {
-    there = lane < SHARE && warp + lane * WARPS < blocks;
+  // Of `room` numbers of the table; how many of them are blocks may not be known yet.
+  MEMBER void numbers(const int* table, int room, int warp, int lane) {
+    there = lane < SHARE && warp + lane * WARPS < room;
     number = there ? (u32)__ldg(table + warp + lane * WARPS) : 0;
   }
+  MEMBER void among(int blocks, int warp, int lane) { there = there && warp + lane * WARPS < blocks; }
   MEMBER void arenas(const Args& p) {
     if (!there) return;
     const i64* arena = p.arenas + (i64)(number >> 20) * FIELDS;
 #pragma unroll
     for (int i = 0; i < (OUTLIERS ? FIELDS : KBEGIN); i++) at[i] = __ldg(arena + i);
+  }
+  MEMBER void begins(const Args& p, int head) {
+#if OUTLIERS
+    if (!there) return;
+    const i64 of_head = (i64)(number & 0xFFFFF) * p.heads + head;
+    begin[KEYS] = __ldg((const int*)at[KBEGIN] + of_head);
+    begin[VALUES] = __ldg((const int*)at[VBEGIN] + of_head);
+    count[KEYS] = __ldg((const count_t*)at[KCOUNT] + of_head);
+    count[VALUES] = __ldg((const count_t*)at[VCOUNT] + of_head);
+#endif
   }
   MEMBER void store(const Args& p, Space& sh, int head, int warp, int lane) const {
     if (!there) return;
@@ -62,9 +75,8 @@ struct Finder {
     entry.zeros = (const u16*)at[VZERO] + block * SIZE;
     entry.scales = (const u16*)at[VSCALE] + block * SIZE;
 #if OUTLIERS
-    const int begin[2] = {__ldg((const int*)at[KBEGIN] + of_head), __ldg((const int*)at[VBEGIN] + of_head)};
-    entry.count[KEYS] = __ldg((const count_t*)at[KCOUNT] + of_head);
-    entry.count[VALUES] = __ldg((const count_t*)at[VCOUNT] + of_head);
+    entry.count[KEYS] = count[KEYS];
+    entry.count[VALUES] = count[VALUES];
     entry.positions[KEYS] = (const pos_t*)at[KPOS] + begin[KEYS];
     entry.positions[VALUES] = (const pos_t*)at[VPOS] + begin[VALUES];
     entry.outliers[KEYS] = (const u16*)at[KVAL] + begin[KEYS];
@@ -94,7 +106,7 @@ DEVICE u32 largest_outlier(const Space& sh, int side, int blocks, int warp, int 
 DEVICE void key_outliers(Space& sh, int blocks, int warp, int lane, float strength) {
   // An outlier differs from its level by no more than the largest of both.
   const float reach = sqrtf(warp_max(lane < WARPS ? sh.reach[lane] : 0.0f)) * 1.01f;
-  const float most = load16((u16)largest_outlier(sh, KEYS, blocks, warp, lane)) + warp_max(lane < WARPS ? sh.furthest[lane] : 0.0f);
+  const float most = load16((u16)largest_outlier(sh, KEYS, blocks, warp, lane)) + sh.table.furthest;
   const float unit = most * reach * strength * SCORE_UNIT, inverse = unit > 1e-30f ? strength / unit : 0.0f;
 #pragma unroll 1
   for (int j = 0; j < SHARE; j++) {
@@ -153,8 +165,8 @@ APART float exact_level(const float* middles, const float* levels, float away, f
 // Phase 4. Corrections of the output by the warp's blocks, in units of all.
 DEVICE void value_outliers(const Args& p, Space& sh, int blocks, int warp, int lane, float unit) {
   const float inverse = unit > 1e-30f ? 1.0f / unit : 0.0f;
-  const float high = sh.ends_of_levels[0], low = sh.ends_of_levels[1];
-  const float bound = 1.001f * fmaxf(fmaxf(sh.middles[LEVELS - 2], -sh.middles[0]), 0.0f);
+  const float high = sh.table.ends_of_levels[0], low = sh.table.ends_of_levels[1];
+  const float bound = 1.001f * fmaxf(fmaxf(sh.table.middles[LEVELS - 2], -sh.table.middles[0]), 0.0f);
 #pragma unroll 1
   for (int j = 0; j < SHARE; j++) {
     const int place = warp + j * WARPS;
@@ -164,7 +176,7 @@ DEVICE void value_outliers(const Args& p, Space& sh, int blocks, int warp, int l
     auto difference = [&](int at, float x) {
       const float zero = load16(zeros[at / DIM]), scale = load16(scales[at / DIM]), away = x - zero;
       float level = away > 0.0f ? high : low;  // almost always: it is outside the others' range
-      if (fabsf(away) <= scale * bound) level = exact_level(sh.middles, p.value_levels, away, scale);
+      if (fabsf(away) <= scale * bound) level = exact_level(sh.table.middles, p.value_levels, away, scale);
       return (x - fmaf(level, scale, zero)) * inverse;
     };
     auto look = [&](int at, u32 (&w)[GROUP]) {

@@ -85,7 +85,7 @@ struct Operands {
   uint4 scale[SIGMA], zero[SIGMA], query[SIGMA];
   MEMBER Operands(const Space& sh, int t) {
 #pragma unroll
-    for (int s = 0; s < SIGMA; s++) scale[s] = sh.channel[s][t][0], zero[s] = sh.channel[s][t][1];
+    for (int s = 0; s < SIGMA; s++) scale[s] = sh.table.channel[s][t][0], zero[s] = sh.table.channel[s][t][1];
   }
   MEMBER void turn(const uint4* turned) {
 #pragma unroll
@@ -97,7 +97,7 @@ struct Operands {
 #else
   const uint4 (*channel)[4][2];
   const uint4* turned;
-  MEMBER Operands(const Space& sh, int t) : channel((const uint4 (*)[4][2])sh.channel[0][t]) {}
+  MEMBER Operands(const Space& sh, int t) : channel((const uint4 (*)[4][2])sh.table.channel[0][t]) {}
   MEMBER void turn(const uint4* query) { turned = query; }
   MEMBER void get(int s, uint4& scale_of, uint4& zero_of, uint4& query_of) const {
     scale_of = channel[s][0][0], zero_of = channel[s][0][1], query_of = turned[s * 4];
@@ -179,7 +179,7 @@ DEVICE void value_tile(float (&out)[DIM / 16][4], const ValueCodes& codes, const
 DEVICE void key_scores(Space& sh, int count, int warp, int lane) {
   const int g = lane / 4, t = lane % 4;
   Levels levels;
-  levels.take(sh.levels[0], lane);
+  levels.take(sh.table.levels[0], lane);
   // Columns beyond the group repeat its last query; nobody reads what comes of them.
   const uint4* query = sh.tables.query[warp][g < GROUP ? g : GROUP - 1] + t;
   const u8* rope = sh.tables.rope + g * ROPE_PITCH + t * 16;
@@ -297,7 +297,7 @@ DEVICE void weigh(Space& sh, int count, int warp, int lane) {
 DEVICE void weighted_values(const Space& sh, int count, int warp, int lane, float (&out)[DIM / 16][4]) {
   const int g = lane / 4, t = lane % 4;
   Levels levels;
-  levels.take(sh.levels[1], lane);
+  levels.take(sh.table.levels[1], lane);
   const int low = low_offset(g, t), high = high_offset(g, t);
   const uint2* const queries = sh.weight[g < GROUP ? g : GROUP - 1] + t;
   ValueCodes even, odd;

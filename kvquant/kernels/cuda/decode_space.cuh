@@ -31,17 +31,6 @@ enum { KCODES, VCODES, VZERO, VSCALE, KBEGIN, KCOUNT, KPOS, KVAL, VBEGIN, VCOUNT
 // The levels of a codebook, its high and low bytes apart.
 struct Levels {
   u32 high[LEVELS > 8 ? 4 : 2], low[LEVELS > 8 ? 4 : 2];
-  MEMBER void read(const float* levels) {
-    constexpr int N = LEVELS > 8 ? 4 : 2;
-#pragma unroll
-    for (int i = 0; i < N; i++) high[i] = low[i] = 0;
-#pragma unroll
-    for (int i = 0; i < LEVELS; i++) {
-      u32 x = to_half(levels[i]);
-      high[i / 4] |= (x >> 8) << (8 * (i % 4));
-      low[i / 4] |= (x & 255) << (8 * (i % 4));
-    }
-  }
   // From another copy. Through a shuffle, after which the compiler no longer knows that all lanes have
   // the same: short of registers, it would keep them in uniform ones and copy them for each use.
   MEMBER void take(const Levels& from, int lane) {
@@ -92,10 +81,22 @@ struct Channel {
   float theta;  // radians a token
 };
 
+// What calibration gives a kv head, made by decode_tables.py. Behind it in memory, `ends` of its channels.
+struct __align__(16) HeadTable {
+  uint4 channel[SIGMA][4][2];  // scale and zero: of channels c.. and of c + DIM / 2..
+  Levels levels[2];            // of keys, of values
+  float middles[LEVELS];       // where values' codes change
+  float ends_of_levels[2];     // the last and the first level of values
+  float furthest;              // the largest number that a level of keys stands for, without sign
+  float unused;
+};
+
 // A channel's factors of cosine (low half) and sine for each query, 16-bit numbers of the cache.
 struct __align__(4 * ROOM) Wave {
   u32 query[ROOM];
 };
+
+#define HEAD_WORDS ((int)sizeof(HeadTable) / 4 + DIM)
 
 enum { KEYS, VALUES };
 
@@ -133,17 +134,13 @@ struct __align__(16) Space {
     uint2 weight[GROUP][PITCH / 2];
   };
   Wave wave[DIM];
+  HeadTable table;
   Channel channels[DIM];
-  Levels levels[2];            // of keys, of values
-  uint4 channel[SIGMA][4][2];  // scale and zero: of channels c.. and of c + DIM / 2..
   float query[GROUP][DIM];     // rotated, times the strength of the scores
   int moved[GROUP][DIM];       // the output by outliers, in units
   float top[GROUP][WARPS], sum[GROUP][WARPS], zero_sum[GROUP][WARPS];
   float units[BLOCKS];
-  float ends_of_levels[2];  // the last and the first level of values
-  float middles[LEVELS];    // where values' codes change
   float reach[WARPS];       // the largest squared lengths of queries' pairs
-  float furthest[WARPS];    // the largest numbers that levels of keys stand for, without sign
   u32 largest;              // outlier of values, without its sign, 16 bits of the cache
 };
 
@@ -160,6 +157,15 @@ DEVICE int rope_at(int token, int f) {
 DEVICE int query_at(int c) {
   int f = c % HALF, j = f / (DIM / 4), rest = f % (DIM / 4), t = rest / (DIM / 16), w = rest % (DIM / 16) / 4;
   return ((w * 2 + j) * 4 + t) * 8 + (f % 4) / 2 * 4 + (c / HALF) * 2 + f % 2;
+}
+
+CONSTANT int head_words = HEAD_WORDS;
+
+// Calls f(i) for i < N, each thread of the program some.
+template <int N, typename F> DEVICE void shared_loop(F f) {
+#pragma unroll
+  for (int begin = 0; begin < N; begin += THREADS)
+    if (begin + THREADS <= N || begin + (int)threadIdx.x < N) f(begin + (int)threadIdx.x);
 }
 
 // The largest of the lanes' numbers, none of them negative.
@@ -190,9 +196,7 @@ struct Args {
   const i64* arenas;      // [arenas, FIELDS]
   const int* table;       // [batch, table_stride]: arena << 20 | place
   const int* lengths;     // [batch, 3]: sinks held, blocks, tail
-  const float* key_scale; // [kv heads, DIM]
-  const float* key_zero;
-  const float* key_levels;
+  const u32* head_tables; // [kv heads, HEAD_WORDS]: a HeadTable and the channels' ends
   const float* value_levels;
   const u8* rope;         // [T, SIGMA, 4, {cos x 4, sin x 4}] fp16: places in a chunk
   const float* phases;    // [1 + chunks, HALF] radians: position 0 and chunks' first
