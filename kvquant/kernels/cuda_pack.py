@@ -15,6 +15,8 @@ from kvquant.kernels.pack_target import PackTarget
 ROWS = 4  # a thread of keys, as in the source file
 WARP = 32
 PAIRS_A_THREAD = 8  # neighbouring channels, of eight lanes
+KEY_ROOM = 768  # threads of keys for which a multiprocessor's registers suffice
+VALUE_ROOM, SMALL_VALUE_ROOM = 896, 1024  # of values; where a program has one warp
 WAVES = 4  # programs of values a multiprocessor's room before they take several tokens
 LONG = 1 << 23  # elements from which keys and values are packed at once
 MOST_TOKENS = 4  # that a program of values takes
@@ -106,9 +108,8 @@ class PackShape:
             "PER_SIDE": self.per_side,
             "WORKERS": self.workers,
             "AHEAD": 0,
-            # registers for 640 and 896 threads a multiprocessor
-            "KEY_BLOCKS": max(1, 640 // self.key_threads),
-            "VALUE_BLOCKS": max(1, 896 // self.workers),
+            "KEY_BLOCKS": max(1, KEY_ROOM // self.key_threads),
+            "VALUE_BLOCKS": value_programs(self.workers),
             "POS32": int(position_dtype(elements) is torch.int32),
             "COUNT32": int(count_dtype(elements) is torch.int32),
             "BF16": int(self.dtype is torch.bfloat16),
@@ -160,10 +161,15 @@ def pack_keys(shape: PackShape, x: torch.Tensor, table: torch.Tensor, target: Pa
     )  # fmt: skip
 
 
+def value_programs(workers: int) -> int:
+    """Programs of values that a multiprocessor takes at once."""
+    return max(1, (VALUE_ROOM if workers > WARP else SMALL_VALUE_ROOM) // workers)
+
+
 def tokens_a_program(spots: int, multiprocessors: int, workers: int) -> int:
     """Tokens that a program of values takes: one while there is room for all, a few at most."""
-    at_once = multiprocessors * max(1, 896 // workers)
-    waves = WAVES if workers > WARP else WAVES // 2  # small programs are mostly beginning and end
+    at_once = multiprocessors * value_programs(workers)
+    waves = WAVES if workers > WARP else 1  # small programs are mostly beginning and end
     return max(1, min(MOST_TOKENS, spots // (waves * at_once)))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cmath
 import math
 import random
 
@@ -274,23 +273,6 @@ def test_shared_memory_is_what_the_kernel_takes(dim: int, group: int, size: int)
     compile_cubin("decode.cu", constants, "sm_90")
     with pytest.raises(KernelUnavailable, match="counts other bytes"):
         compile_cubin("decode.cu", constants | {"SPACE": constants["SPACE"] - 256}, "sm_90")
-
-
-def test_rope_tables_add_to_a_position() -> None:
-    dim, chunk, sinks = 128, 64, 3
-    made = RopeTables.make(lambda p: rope(p, dim, 1.5), chunk, sinks, 5, torch.empty(0))
-    places = made.places.double()  # [token, w, j, t, cos/sin, i]
-    assert made.phases.shape == (7, dim // 2)
-    assert float(made.thetas[-1]) == 1.5 and float(made.phases[0].abs().max()) == 0
-    for k, offset, w, j, t, i in [(4, 37, 1, 1, 3, 2), (0, 0, 0, 0, 0, 0), (5, 63, 1, 0, 2, 3)]:
-        f = t * 8 + 4 * w + i + 32 * j
-        theta = 10000.0 ** (-2 * f / dim)
-        angle = (sinks + k * chunk + offset) * theta
-        phase = float(made.phases[k + 1, f])
-        product = cmath.rect(1.0, phase) * torch.complex(*places[offset, w, j, t, :, i])
-        assert abs(complex(product) - cmath.rect(1.0, angle)) < 1e-3
-        found = cmath.rect(1.0, phase + offset * float(made.thetas[f]))
-        assert abs(found - cmath.rect(1.0, angle)) < 1e-4
 
 
 def test_functions_need_a_gpu() -> None:
