@@ -15,24 +15,13 @@ from kvquant.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix
 from kvquant.kernels.cuda_decode import decode_attention
 from kvquant.layout import AppendPlan
 from kvquant.past_pieces import Piece
+from kvquant.rope import rotate
 from kvquant.schemes.base import Codec
 
 if TYPE_CHECKING:
     from kvquant.cache import KVQuantCache
 
 FullAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding in the half-split form of Llama.
-
-    Args:
-        x: `[batch_size, num_heads, seq_len, head_dim]`.
-        cos: `[batch_size or 1, seq_len, head_dim]`.
-        sin: The same shape.
-    """
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
 
 
 class BlockLayer(CacheLayerMixin):

@@ -7,7 +7,6 @@ the cache which columns are tokens (`begin_forward`), so that padding is neither
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -24,10 +23,10 @@ from kvquant.layout import AppendPlan, Layout, View
 from kvquant.outlier_watch import OutlierWatch, widen_codecs
 from kvquant.padding import Padding
 from kvquant.past_pieces import Piece, cut_past
+from kvquant.rope import Rope
 from kvquant.schemes.base import Codec
 
 Protocol = Literal["A", "B"]
-Rope = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 # Key elements of a layer that protocol B reads back at once (0.5 GB with the values, in 32 bits).
 MOST_READ_BACK = 1 << 26

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from kvquant.kernels.cuda_decode import MOST_ARENAS, MOST_PLACES, DecodeShape, DecodeStep
-from kvquant.kernels.decode_tables import Rope, RopeTables
+from kvquant.kernels.decode_tables import RopeTables
 from kvquant.layout import Layout
+from kvquant.rope import Rope
 
 
 class StepTables:

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 
 from kvquant.attention import NEVER
-from kvquant.kernels.decode_tables import Rope
 from kvquant.layout import Gather, Layout, View
+from kvquant.rope import Rope
 
 # A piece holds at most so many tokens, and its scores at most so many numbers.
 MOST_TOKENS = 4096

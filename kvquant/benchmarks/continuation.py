@@ -24,13 +24,13 @@ from kvquant.attention import BlockwiseAttention
 from kvquant.batched_quant import LayerQuantizer
 from kvquant.benchmarks.decode import packed_layer, runs
 from kvquant.benchmarks.timing import Clock, interleave, summarize
-from kvquant.block_layer import rotate
 from kvquant.block_store import BlockStore
 from kvquant.config import NuqScheme
 from kvquant.continuation import Past, block_table, range_blocks
 from kvquant.layout import Layout
 from kvquant.nuq import fit
 from kvquant.past_pieces import MOST_SCORES, MOST_TOKENS
+from kvquant.rope import rotate
 from kvquant.schemes.nuq import NuqCodec
 
 BACKENDS = {

@@ -148,6 +148,7 @@ class DecodeShape:
             "KTILES": KTILES,
             "SPLIT": split,
             "SPACE": self.space_bytes(split),
+            "HEAD_BYTES": head_table_bytes(self.bits, self.head_dim),
             "ROUNDS": self.rounds,
         }
 

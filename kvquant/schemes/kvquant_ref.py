@@ -36,10 +36,11 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvquant.attention import NEVER, BlockwiseAttention
-from kvquant.block_layer import FullAttention, rotate
-from kvquant.cache import Protocol, Rope
+from kvquant.block_layer import FullAttention
+from kvquant.cache import Protocol
 from kvquant.cache_interface import AttendingCache, CountedCache, QuantizeClock
 from kvquant.layout import Span
+from kvquant.rope import Rope, rotate
 from kvquant.schemes.kvquant_store import ReferenceTables, SequenceStore
 
 

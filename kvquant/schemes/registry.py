@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from kvquant.batched_quant import LayerQuantizer
 from kvquant.errors import UserError, unknown
+from kvquant.rope import Rope
 from kvquant.schemes import hf_quantized
 from kvquant.schemes.base import Codec
 from kvquant.schemes.fp8 import Fp8Codec
@@ -22,7 +21,6 @@ from kvquant.schemes.nuq import NuqCodec
 from kvquant.schemes.turboquant import TurboQuantCodec
 
 Tables = list[LayerQuantizer] | None
-Rope = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 CacheFactory = Callable[[Any, Rope], Any]  # (protocol, rotary table) -> an empty cache
 
 

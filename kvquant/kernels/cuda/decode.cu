@@ -8,6 +8,7 @@
 //   WARPS: warps a program   MIN_BLOCKS: programs a multiprocessor   SPLIT: most chunks a program
 //   ROUNDS: outliers a lane and block whose data wait in shared memory; further ones are read again
 //   SPACE: bytes of shared memory that cuda_decode.py counts
+//   HEAD_BYTES: bytes of a HeadTable, as decode_tables.py counts them
 //   BF16: whether 16-bit numbers of the cache are bfloat16
 //
 // A program takes up to SPLIT chunks of T tokens of one kv head, in phases, so that each keeps few
@@ -138,7 +139,7 @@ DEVICE void take_part(const Args& p, Space& sh, Finder& finder, i64 part, bool p
     first_half[k] = __ldg(query + i / HALF * DIM + i % HALF);
     second_half[k] = __ldg(query + i / HALF * DIM + i % HALF + HALF);
   }
-  const u32* const table = p.head_tables + (i64)head * HEAD_WORDS;
+  const u8* const table = p.head_tables + (i64)head * (HEAD_BYTES + DIM * 4);
   shared_loop<T * SIGMA * 4>([&](int i) {
     copy16(sh.tables.rope + i / (SIGMA * 4) * ROPE_PITCH + i % (SIGMA * 4) * 16, (const uint4*)p.rope + i);
   });
@@ -146,10 +147,10 @@ DEVICE void take_part(const Args& p, Space& sh, Finder& finder, i64 part, bool p
     if (i < count * (HALF / 4))
       copy16((float4*)sh.tables.phases + i, (const float4*)(p.phases + (i64)(first + 1) * HALF) + i);
   });
-  shared_loop<(int)sizeof(HeadTable) / 16>([&](int i) { copy16((uint4*)&sh.table + i, (const uint4*)table + i); });
+  shared_loop<HEAD_BYTES / 16>([&](int i) { copy16((uint4*)&sh.table + i, (const uint4*)table + i); });
 #if OUTLIERS
   shared_loop<2 * DIM>([&](int i) {
-    copy4((u32*)sh.channels + i, i % 2 ? (const u32*)p.thetas + i / 2 % HALF : table + sizeof(HeadTable) / 4 + i / 2);
+    copy4((u32*)sh.channels + i, i % 2 ? (const u32*)p.thetas + i / 2 % HALF : (const u32*)(table + HEAD_BYTES) + i / 2);
   });
   shared_loop<GROUP * PITCH / 4>([&](int i) { ((int4*)sh.change)[i] = make_int4(0, 0, 0, 0); });
 #endif

@@ -96,7 +96,7 @@ struct __align__(4 * ROOM) Wave {
   u32 query[ROOM];
 };
 
-#define HEAD_WORDS ((int)sizeof(HeadTable) / 4 + DIM)
+static_assert(sizeof(HeadTable) == HEAD_BYTES, "decode_tables.py makes other tables");
 
 enum { KEYS, VALUES };
 
@@ -138,7 +138,7 @@ struct __align__(16) Space {
   Channel channels[DIM];
   float query[GROUP][DIM];     // rotated, times the strength of the scores
   int moved[GROUP][DIM];       // the output by outliers, in units
-  float top[GROUP][WARPS], sum[GROUP][WARPS], zero_sum[GROUP][WARPS];
+  float top[GROUP][WARPS], sum[GROUP][WARPS], zero_sum[GROUP][WARPS];  // rows of 16 bytes or 32
   float units[BLOCKS];
   float reach[WARPS];       // the largest squared lengths of queries' pairs
   u32 largest;              // outlier of values, without its sign, 16 bits of the cache
@@ -158,8 +158,6 @@ DEVICE int query_at(int c) {
   int f = c % HALF, j = f / (DIM / 4), rest = f % (DIM / 4), t = rest / (DIM / 16), w = rest % (DIM / 16) / 4;
   return ((w * 2 + j) * 4 + t) * 8 + (f % 4) / 2 * 4 + (c / HALF) * 2 + f % 2;
 }
-
-CONSTANT int head_words = HEAD_WORDS;
 
 // Calls f(i) for i < N, each thread of the program some.
 template <int N, typename F> DEVICE void shared_loop(F f) {
@@ -196,7 +194,7 @@ struct Args {
   const i64* arenas;      // [arenas, FIELDS]
   const int* table;       // [batch, table_stride]: arena << 20 | place
   const int* lengths;     // [batch, 3]: sinks held, blocks, tail
-  const u32* head_tables; // [kv heads, HEAD_WORDS]: a HeadTable and the channels' ends
+  const u8* head_tables;  // [kv heads, HEAD_BYTES + DIM * 4]: a HeadTable, ends of the channels
   const float* value_levels;
   const u8* rope;         // [T, SIGMA, 4, {cos x 4, sin x 4}] fp16: places in a chunk
   const float* phases;    // [1 + chunks, HALF] radians: position 0 and chunks' first

@@ -1,0 +1,22 @@
+"""Rotary position embedding in the half-split form of Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+# Positions `[batch_size, seq_len]` to cosine and sine, `[batch_size, seq_len, head_dim]` each.
+Rope = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns pairs of channels by their positions' angles.
+
+    Args:
+        x: `[batch_size, num_heads, seq_len, head_dim]`.
+        cos: `[batch_size or 1, seq_len, head_dim]`.
+        sin: The same shape.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
