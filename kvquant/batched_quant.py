@@ -19,39 +19,8 @@ from kvquant.kernels import pytorch_fused as fused
 from kvquant.kernels.dispatch import use_cuda_pack, use_triton
 from kvquant.kernels.pack_target import PackTarget
 from kvquant.kernels.thresholds import key_table, key_thresholds
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.packing import pack, packed_bytes, unpack
-
-
-@dataclass(frozen=True)
-class LayerQuantizer:
-    """What calibration gives one layer; a row of the quantizer file.
-
-    Attributes:
-        key_zero: fp32 `[num_heads, head_dim]`, middle of each channel's range.
-        key_scale: fp32 `[num_heads, head_dim]`, half of it.
-        key_levels: fp32 `[2**bits]`, sorted, on [-1, 1].
-        value_levels: fp32 `[2**bits]`.
-    """
-
-    key_zero: torch.Tensor
-    key_scale: torch.Tensor
-    key_levels: torch.Tensor
-    value_levels: torch.Tensor
-
-    def to(self, device: torch.device | str) -> LayerQuantizer:
-        """A copy on `device`."""
-        return LayerQuantizer(
-            self.key_zero.to(device),
-            self.key_scale.to(device),
-            self.key_levels.to(device),
-            self.value_levels.to(device),
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the shared tables."""
-        tables = (self.key_zero, self.key_scale, self.key_levels, self.value_levels)
-        return sum(t.nbytes for t in tables)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 import kvquant
-from kvquant.batched_quant import LayerQuantizer
 from kvquant.calibration_statistics import LayerStatistics, load_statistics
 from kvquant.config import CalibratedScheme, load_study
 from kvquant.errors import UserError
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.nuq import Histogram, fit, q_norm
 from kvquant.quantizer_file import QuantizerManifest, save_quantizer
 from kvquant.specs import calibration_digest, quantizer_digest

@@ -10,8 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 
-from kvquant.batched_quant import LayerQuantizer
 from kvquant.errors import UserError
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.records import temporary_name
 
 FIELDS = ("key_zero", "key_scale", "key_levels", "value_levels")

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from kvquant.batched_quant import LayerQuantizer, outliers_per_side
+from kvquant.batched_quant import outliers_per_side
 from kvquant.config import NuqScheme
+from kvquant.layer_quantizer import LayerQuantizer
 
 
 def codes_of(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:

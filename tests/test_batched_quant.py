@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvquant.batched_quant import BatchedKVQuantizer, LayerQuantizer, outliers_per_side
+from kvquant.batched_quant import BatchedKVQuantizer, outliers_per_side
 from kvquant.kernels import reference
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.nuq import fit
 
 

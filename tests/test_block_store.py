@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvquant.batched_quant import LayerQuantizer
 from kvquant.block_store import BlockStore
 from kvquant.config import KiviScheme, NuqScheme
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.layout import Layout, Span
 from kvquant.nuq import fit
 from kvquant.schemes.base import Codec

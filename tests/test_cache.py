@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from kvquant.batched_quant import LayerQuantizer
 from kvquant.cache import KVQuantCache
 from kvquant.cache_size import cache_elements, cache_nbytes
 from kvquant.config import KiviScheme, NuqScheme
 from kvquant.errors import UserError
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.models import QuantizedModel, attention_layers, install_attention
 from kvquant.nuq import fit
 from kvquant.schemes.registry import build_codecs

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from kvquant.batched_quant import LayerQuantizer
 from kvquant.config import NuqScheme
 from kvquant.generation import greedy
 from kvquant.graphed import GraphedDecoder
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.models import QuantizedModel, install_attention
 from kvquant.nuq import fit
 from kvquant.schemes.registry import build_codecs

@@ -16,10 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvquant.batched_quant import LayerQuantizer
 from kvquant.cache import KVQuantCache
 from kvquant.config import NuqScheme
 from kvquant.kernels import reference
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.nuq import fit
 from kvquant.schemes.registry import build_codecs
 from tests import plain

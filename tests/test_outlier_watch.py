@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from kvquant.batched_quant import LayerQuantizer
 from kvquant.cache import KVQuantCache
 from kvquant.config import NuqScheme
 from kvquant.errors import OutlierOverflow
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.models import QuantizedModel, install_attention
 from kvquant.nuq import fit
 from kvquant.outlier_watch import OutlierWatch, widen_codecs

@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 
 from kvquant.baseline_cache import Fp16Layer
-from kvquant.batched_quant import LayerQuantizer
 from kvquant.block_store import BlockStore
 from kvquant.config import NuqScheme, SchemeSpec
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.layout import Layout
 from kvquant.nuq import fit
 from kvquant.schemes.base import Codec

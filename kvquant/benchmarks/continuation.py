@@ -21,12 +21,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from kvquant.attention import BlockwiseAttention
-from kvquant.batched_quant import LayerQuantizer
 from kvquant.benchmarks.decode import packed_layer, runs
 from kvquant.benchmarks.timing import Clock, interleave, summarize
 from kvquant.block_store import BlockStore
 from kvquant.config import NuqScheme
 from kvquant.continuation import Past, block_table, range_blocks
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.layout import Layout
 from kvquant.nuq import fit
 from kvquant.past_pieces import MOST_SCORES, MOST_TOKENS

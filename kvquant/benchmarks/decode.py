@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kvquant.batched_quant import LayerQuantizer
 from kvquant.benchmarks.timing import summarize
 from kvquant.block_store import Arena
 from kvquant.config import NuqScheme
 from kvquant.kernels.cuda_decode import DecodeShape, DecodeStep, decode_attention
 from kvquant.kernels.decode_tables import RopeTables
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.schemes.base import Packed
 from kvquant.schemes.nuq import NuqCodec
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.rope import Rope
-
-if TYPE_CHECKING:
-    from kvquant.batched_quant import LayerQuantizer
 
 
 @dataclass(frozen=True)

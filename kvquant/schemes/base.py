@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kvquant.batched_quant import LayerQuantizer
 from kvquant.blocked_sparse import SparseSlab
 from kvquant.kernels.cuda_decode import DecodeShape
 from kvquant.kernels.decode_tables import HeadTables
+from kvquant.layer_quantizer import LayerQuantizer
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
-from kvquant.batched_quant import LayerQuantizer, outliers_per_side
+from kvquant.batched_quant import outliers_per_side
 from kvquant.config import KvquantRefScheme
 from kvquant.kernels import pytorch_fused as fused
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.packing import pack, unpack
 from kvquant.schemes.growing_sparse import PIECE, Compressed
 

@@ -6,18 +6,13 @@ import functools
 
 import torch
 
-from kvquant.batched_quant import (
-    BatchedKVQuantizer,
-    LayerQuantizer,
-    PackedKeys,
-    PackedValues,
-    outliers_per_side,
-)
+from kvquant.batched_quant import BatchedKVQuantizer, PackedKeys, PackedValues, outliers_per_side
 from kvquant.blocked_sparse import SparseSlab
 from kvquant.config import NuqScheme
 from kvquant.kernels.cuda_decode import DecodeShape
 from kvquant.kernels.decode_tables import HeadTables
 from kvquant.kernels.pack_target import PackTarget
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.packing import packed_bytes
 from kvquant.schemes.base import Codec, Packed
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kvquant.batched_quant import LayerQuantizer
 from kvquant.errors import UserError, unknown
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.rope import Rope
 from kvquant.schemes import hf_quantized
 from kvquant.schemes.base import Codec

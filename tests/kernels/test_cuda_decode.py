@@ -8,7 +8,6 @@ import random
 import pytest
 import torch
 
-from kvquant.batched_quant import LayerQuantizer
 from kvquant.block_store import Arena
 from kvquant.config import NuqScheme
 from kvquant.kernels.cuda_build import KernelUnavailable, compile_cubin
@@ -20,6 +19,7 @@ from kvquant.kernels.cuda_decode import (
     plan_splits,
 )
 from kvquant.kernels.decode_tables import RopeTables
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.nuq import fit
 from kvquant.schemes.nuq import NuqCodec
 from tests.kernels.emulate import emulate_decode

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from kvquant.batched_quant import BatchedKVQuantizer, LayerQuantizer
+from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.blocked_sparse import SparseSlab
 from kvquant.kernels.cuda_build import compile_cubin
 from kvquant.kernels.cuda_pack import PackShape, tokens_a_program
 from kvquant.kernels.pack_target import PackTarget
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.nuq import fit
 from tests.kernels.emulate import emulate
 

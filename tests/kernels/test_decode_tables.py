@@ -8,8 +8,8 @@ import struct
 import pytest
 import torch
 
-from kvquant.batched_quant import LayerQuantizer
 from kvquant.kernels.decode_tables import HeadTables, RopeTables, head_table_bytes
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.nuq import fit
 from tests.kernels.test_cuda_decode import rope
 

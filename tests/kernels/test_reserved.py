@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from kvquant import batched_quant
-from kvquant.batched_quant import LayerQuantizer
 from kvquant.block_store import BlockStore
 from kvquant.config import NuqScheme
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.layout import Layout
 from kvquant.nuq import fit
 from kvquant.schemes.nuq import NuqCodec

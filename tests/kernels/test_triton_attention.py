@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from kvquant import continuation
-from kvquant.batched_quant import LayerQuantizer
 from kvquant.block_store import BlockStore
 from kvquant.config import NuqScheme
 from kvquant.continuation import Past, block_table, range_blocks
 from kvquant.kernels.cuda_decode import DecodeShape
 from kvquant.kernels.dispatch import use_triton_attention
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.layout import Layout
 from kvquant.models import QuantizedModel, install_attention
 from kvquant.nuq import fit

@@ -9,8 +9,9 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from kvquant.batched_quant import BatchedKVQuantizer, LayerQuantizer
+from kvquant.batched_quant import BatchedKVQuantizer
 from kvquant.blocked_sparse import SparseSlab
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.nuq import fit
 
 pytest.importorskip("triton")

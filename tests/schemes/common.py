@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kvquant.batched_quant import LayerQuantizer
+from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.models import QuantizedModel, install_attention
 from kvquant.nuq import fit
 from kvquant.schemes.registry import ModelShape, build_caches, build_codecs

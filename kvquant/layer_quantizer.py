@@ -1,0 +1,39 @@
+"""What calibration gives a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LayerQuantizer:
+    """What calibration gives one layer; a row of the quantizer file.
+
+    Attributes:
+        key_zero: fp32 `[num_heads, head_dim]`, middle of each channel's range.
+        key_scale: fp32 `[num_heads, head_dim]`, half of it.
+        key_levels: fp32 `[2**bits]`, sorted, on [-1, 1].
+        value_levels: fp32 `[2**bits]`.
+    """
+
+    key_zero: torch.Tensor
+    key_scale: torch.Tensor
+    key_levels: torch.Tensor
+    value_levels: torch.Tensor
+
+    def to(self, device: torch.device | str) -> LayerQuantizer:
+        """A copy on `device`."""
+        return LayerQuantizer(
+            self.key_zero.to(device),
+            self.key_scale.to(device),
+            self.key_levels.to(device),
+            self.value_levels.to(device),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the shared tables."""
+        tables = (self.key_zero, self.key_scale, self.key_levels, self.value_levels)
+        return sum(t.nbytes for t in tables)
