@@ -144,10 +144,11 @@ def _run_pip(package: str, scratch: Path) -> Path:
 
     def read() -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line.strip())
-            if size := _SIZE.search(line):
-                total.append(float(size[1]) * _UNITS[size[2]])
+        with process.stdout as output:
+            for line in output:
+                lines.append(line.strip())
+                if size := _SIZE.search(line):
+                    total.append(float(size[1]) * _UNITS[size[2]])
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()

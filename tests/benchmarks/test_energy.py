@@ -73,7 +73,7 @@ def test_record(
     assert record.carbon["error"] == "not installed"
     assert record.carbon["country"] == "POL"
     assert record.telemetry["samples"] >= 1
-    rows = list(csv.DictReader((tmp_path / "rep0.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "rep0.csv").read_text().splitlines()))
     assert len(rows) == record.telemetry["samples"]
     assert {r["label"] for r in rows} <= {"", "fp16", "kivi-4"}
     printed = capsys.readouterr().out
