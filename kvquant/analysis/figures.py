@@ -167,11 +167,13 @@ def throughput(study: Study, tables: Path) -> Any:
     workloads = list(dict.fromkeys(perf["workload"])) if len(perf) else []
     schemes = [s for s in study.schemes if s in set(perf["scheme"])] if len(perf) else []
     size = (WIDTH, max(2.3, 0.5 + _height(len(schemes))))
+    marks = [MARKERS[w % len(MARKERS)] for w in range(len(workloads))]
+    apart = min(0.25, 0.8 / max(1, len(workloads)))  # a scheme's workloads stay in its row
     figure, axes = plt.subplots(1, 2, figsize=size, sharey=True)
     for axis, part in zip(axes, ("prefill", "decode"), strict=True):
         for i, scheme in enumerate(schemes):
             color, _ = _look(study, scheme)
-            for w, workload in enumerate(workloads):
+            for w, (workload, mark) in enumerate(zip(workloads, marks, strict=True)):
                 rows = perf[(perf.scheme == scheme) & (perf.workload == workload)]
                 if not len(rows):
                     continue
@@ -181,12 +183,12 @@ def throughput(study: Study, tables: Path) -> Any:
                     continue
                 base = row[f"base_{part}_ms_median"]
                 ends = [base / row[f"scheme_{part}_ms_{p}"] for p in ("p90", "p10")]
-                place = i + (w - (len(workloads) - 1) / 2) * 0.25
+                place = i + (w - (len(workloads) - 1) / 2) * apart
                 axis.errorbar(
                     ratio,
                     place,
                     xerr=[[max(0.0, ratio - ends[0])], [max(0.0, ends[1] - ratio)]],
-                    fmt=MARKERS[w],
+                    fmt=mark,
                     color=color,
                     capsize=2,
                     elinewidth=0.8,
@@ -197,10 +199,12 @@ def throughput(study: Study, tables: Path) -> Any:
         axis.grid(axis="y", visible=False)
         axis.set_xlim(left=0)
     axes[0].set_yticks(range(len(schemes)), schemes)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(schemes) - 0.5, -0.5)
     handles = [
-        plt.Line2D([], [], color="#444444", marker=MARKERS[w], linestyle="", label=name)
-        for w, name in enumerate(workloads)
+        plt.Line2D(
+            [], [], color="#444444", marker=MARKERS[w % len(MARKERS)], linestyle="", label=name
+        )
+        for name, mark in zip(workloads, marks, strict=True)
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
     return figure

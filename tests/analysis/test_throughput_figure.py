@@ -1,0 +1,51 @@
+"""The throughput figure: every mark lies in its scheme's row, and every row in the figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from kvquant.analysis import figures
+from kvquant.config import parse_study
+
+SCHEMES = ("kivi-4", "kivi-3", "kivi-2")
+
+
+@pytest.mark.parametrize("workloads", [1, 2, 9])
+def test_marks_lie_in_their_rows(
+    workloads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = {s: {"kind": "kivi", "bits": int(s[-1])} for s in SCHEMES}
+    study = parse_study(
+        {
+            "study": "check",
+            "models": {"tiny": {"source": "local", "path": "x"}},
+            "schemes": {"fp16": {"kind": "fp16"}, **named},
+            "headline": "kivi-2",
+            "tasks": {"passkey-1k": {"suite": "passkey", "length": 1024, "samples": 1}},
+        }
+    )
+    # each scheme has a speed of its own, by which its marks are known again
+    speed = {s: 1 + i for i, s in enumerate(SCHEMES)}
+    rows = [
+        {"scheme": s, "workload": f"w{w}"}
+        | {f"{part}_ratio": float(speed[s]) for part in ("prefill", "decode")}
+        | {f"base_{part}_ms_median": 100.0 for part in ("prefill", "decode")}
+        | {f"scheme_{part}_ms_{p}": 100.0 / speed[s] for part in ("prefill", "decode")
+           for p in ("p10", "p90")}
+        for s in SCHEMES for w in range(workloads)
+    ]  # fmt: skip
+    monkeypatch.setattr(figures, "read_table", lambda tables, name: pd.DataFrame(rows))
+    figure = figures.throughput(study, tmp_path)
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    for axis in figure.axes:  # the second shows the first one's names
+        bottom, top = axis.get_ylim()
+        assert (names, top, bottom) == (list(SCHEMES), -0.5, 2.5)
+        marks = [bars.lines[0].get_xydata()[0] for bars in axis.containers]
+        assert len(marks) == len(rows)
+        for x, y in marks:
+            assert names[round(y)] == SCHEMES[int(x) - 1] and abs(y - round(y)) < 0.5
+    figure.savefig(tmp_path / "throughput.pdf")
+    figures.plt.close(figure)
