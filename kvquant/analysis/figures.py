@@ -201,9 +201,7 @@ def throughput(study: Study, tables: Path) -> Any:
     axes[0].set_yticks(range(len(schemes)), schemes)
     axes[0].set_ylim(len(schemes) - 0.5, -0.5)
     handles = [
-        plt.Line2D(
-            [], [], color="#444444", marker=MARKERS[w % len(MARKERS)], linestyle="", label=name
-        )
+        plt.Line2D([], [], color="#444444", marker=mark, linestyle="", label=name)
         for name, mark in zip(workloads, marks, strict=True)
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)

@@ -40,11 +40,20 @@ def test_marks_lie_in_their_rows(
     monkeypatch.setattr(figures, "read_table", lambda tables, name: pd.DataFrame(rows))
     figure = figures.throughput(study, tmp_path)
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    legend = figure.legends[0]
+    shown = {
+        text.get_text(): handle.get_marker()
+        for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)
+    }
+    assert list(shown) == [f"w{w}" for w in range(workloads)]
+    assert len(set(shown.values())) == min(workloads, len(figures.MARKERS))
     for axis in figure.axes:  # the second shows the first one's names
         bottom, top = axis.get_ylim()
         assert (names, top, bottom) == (list(SCHEMES), -0.5, 2.5)
         marks = [bars.lines[0].get_xydata()[0] for bars in axis.containers]
         assert len(marks) == len(rows)
+        drawn = [bars.lines[0].get_marker() for bars in axis.containers]
+        assert drawn == [shown[row["workload"]] for row in rows]
         for x, y in marks:
             assert names[round(y)] == SCHEMES[int(x) - 1] and abs(y - round(y)) < 0.5
     figure.savefig(tmp_path / "throughput.pdf")
