@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from kvquant.batched_quant import outliers_per_side
 from kvquant.errors import UserError
+from kvquant.files import temporary_name
 from kvquant.kernels.pytorch_fused import inverse_range, split_outliers
-from kvquant.records import temporary_name
 
 VALUE_BINS = 1024
 

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 
 from kvquant.errors import UserError
+from kvquant.files import temporary_name
 from kvquant.layer_quantizer import LayerQuantizer
-from kvquant.records import temporary_name
 
 FIELDS = ("key_zero", "key_scale", "key_levels", "value_levels")
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import platform
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvquant.config_kernels import Measure
 from kvquant.errors import UserError
+from kvquant.files import sha256_text, write_new
 
 SCHEMA_VERSION = 1
 
@@ -214,48 +212,8 @@ class KernelRecord(_Record):
 R = TypeVar("R", bound=BaseModel)
 
 
-def sha256_text(text: str) -> str:
-    """sha256 of a text, hexadecimal."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def temporary_name(path: Path) -> Path:
-    """A name beside `path` that no other process uses, be it on another node."""
-    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-
-
-def write_new(path: str | Path, content: str | bytes) -> None:
-    """Creates `path` with `content`, whole or not at all; never replaces other content.
-
-    It goes to a temporary file in the same folder, is flushed to disk and then linked to its
-    final name, which fails if the name exists. The same content a second time is accepted.
-
-    Raises:
-        UserError: `path` exists with other content.
-    """
-    target = Path(path)
-    raw = content.encode() if isinstance(content, str) else content
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(target)
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(raw)
-            stream.flush()
-            os.fsync(stream.fileno())
-        try:
-            os.link(temporary, target)
-        except FileExistsError:
-            if target.read_bytes() != raw:
-                raise UserError(
-                    f"{target} exists with other content and is not overwritten: "
-                    "delete it by name to measure again"
-                ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_record(path: str | Path, record: BaseModel) -> None:
-    """Writes a record as indented JSON through :func:`write_new`."""
+    """Writes a record as indented JSON through :func:`kvquant.files.write_new`."""
     write_new(path, record.model_dump_json(indent=2) + "\n")
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from kvquant.errors import UserError
-from kvquant.records import EvalRecord, Percentiles, read_record, write_new, write_record
+from kvquant.files import write_new
+from kvquant.records import EvalRecord, Percentiles, read_record, write_record
 
 
 def test_written_once_and_never_replaced(tmp_path: Path) -> None:

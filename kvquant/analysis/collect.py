@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from kvquant.config import Study, load_study
 from kvquant.errors import UserError
+from kvquant.files import sha256_text
 from kvquant.records import (
     AppendRecord,
     EnergyRecord,
@@ -25,7 +26,6 @@ from kvquant.records import (
     Percentiles,
     ThroughputRecord,
     read_record,
-    sha256_text,
 )
 from kvquant.specs import (
     append_digest,

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from kvquant.errors import UserError
 from kvquant.evaluation.base import encode
 from kvquant.evaluation.generated import Prompt, SeedPrompts
-from kvquant.records import write_new
+from kvquant.files import write_new
 
 SCHEMA_VERSION = 1
 AGAIN = "make it with `kvquant prompts`"

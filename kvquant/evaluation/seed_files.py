@@ -7,14 +7,8 @@ from pathlib import Path
 from kvquant.errors import UserError
 from kvquant.evaluation.base import SuiteResult
 from kvquant.fetch.progress import note
-from kvquant.records import (
-    EvalRecord,
-    read_record,
-    sha256_text,
-    write_new,
-    write_record,
-    write_samples,
-)
+from kvquant.files import sha256_text, write_new
+from kvquant.records import EvalRecord, read_record, write_record, write_samples
 
 RECORD, SAMPLES = "run.json", "samples.jsonl"
 

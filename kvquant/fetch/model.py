@@ -22,7 +22,7 @@ from kvquant.config import ModelSpec, load_study
 from kvquant.errors import UserError
 from kvquant.fetch.progress import Progress, note
 from kvquant.fetch.wheel import get_wheel, sha256_file
-from kvquant.records import write_new
+from kvquant.files import write_new
 from kvquant.specs import weights_digest
 
 SCHEMA_VERSION = 1
