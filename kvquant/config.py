@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from kvquant.config_append import AppendSpec
 from kvquant.config_kernels import KernelCase as KernelCase
 from kvquant.config_kernels import KernelsSpec as KernelsSpec
+from kvquant.config_paths import NAME, DeviceKey, PathVars
 from kvquant.config_schemes import KINDS, MAX_SEED, AnyScheme, CalibratedScheme, SchemeSpec, Strict
 from kvquant.config_schemes import Fp8Scheme as Fp8Scheme
 from kvquant.config_schemes import Fp16Scheme as Fp16Scheme
@@ -40,8 +40,6 @@ from kvquant.config_tasks import RulerTask as RulerTask
 from kvquant.config_tasks import TaskSpec as TaskSpec
 from kvquant.config_tasks import task_dataset as task_dataset
 from kvquant.errors import UserError, unknown
-
-NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
 class ModelSpec(Strict):
@@ -135,7 +133,9 @@ class Study(Strict):
 
     study: str
     title: str = ""
-    device: str = Field("auto", description="name in perf and energy paths; 'auto' asks the GPU")
+    device: DeviceKey = Field(
+        "auto", description="name in perf and energy paths; 'auto' asks the GPU"
+    )
     gpus: int = Field(0, ge=0, description="GPUs of a throughput or energy job; 0: CPU study")
     protect: bool = Field(False, description="write-protect measured results")
     seeds: list[int] = Field([0, 1, 2, 3, 4], min_length=1)
@@ -152,7 +152,7 @@ class Study(Strict):
     append: AppendSpec | None = Field(None, description="absent: not measured")
     kernels: KernelsSpec | None = Field(None, description="absent: not measured")
     statistics: StatisticsSpec = StatisticsSpec()
-    pathvars: dict[str, str] = Field(default_factory=dict, description="results, paper, logs")
+    pathvars: PathVars = Field(default_factory=dict, description="results, paper, logs, cache")
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:

@@ -6,20 +6,17 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from kvquant.config import load_study
 from kvquant.grid import place_in_line
+from tests.workflow.stubbed import Run, stubbed
 
 pytestmark = pytest.mark.slow
 MEASURED = {"prompts", "evaluate", "throughput", "energy", "calibrate", "quantize", "fetch-model"}
-STUB = '#!/bin/sh\nif [ "$1 $2" = "-m kvquant" ]; then shift 2; exec {python} {stub} "$@"; fi\n'
-STUB += 'exec {python} "$@"\n'
 
 
 @pytest.fixture(scope="module")
@@ -29,34 +26,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(root: Path, work: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def run(root: Path, work: Path) -> Run:
     """Runs Snakemake on the finished smoke study; keyword `changes` edits the study's text."""
-    stub = work / "bin/python"
-    stub.parent.mkdir()
-    stub.write_text(STUB.format(python=sys.executable, stub=root / "tests/workflow/stub_verbs.py"))
-    stub.chmod(0o755)
-    env = {**os.environ, "PATH": f"{stub.parent}:{os.environ['PATH']}", "PYTHONPATH": str(root)}
-
-    def call(
-        *args: str, changes: Sequence[tuple[str, str]] = ()
-    ) -> subprocess.CompletedProcess[str]:
-        text = (root / "config/smoke.yaml").read_text()
-        for old, new in changes:
-            assert old in text
-            text = text.replace(old, new, 1)
-        (work / "study.yaml").write_text(text)
-        command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile")]
-        command += ["--directory", str(work), "--configfile", str(work / "study.yaml")]
-        command += ["--replace-workflow-config", "--cores", "2"]
-        return subprocess.run(
-            [*command, *args],
-            cwd=work,
-            env=env,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
+    call = stubbed(root, work)
     done = call("--no-hooks", "--quiet")  # no report of stub files
     assert done.returncode == 0, done.stderr[-3000:]
     return call
@@ -74,14 +46,12 @@ def planned(done: subprocess.CompletedProcess[str]) -> list[tuple[str, dict[str,
     return [(verb, dict(re.findall(r"--(\S+) (\S+)", rest))) for verb, rest in commands]
 
 
-def test_second_run_has_nothing_to_do(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_second_run_has_nothing_to_do(run: Run) -> None:
     done = run("-n", "-p")
     assert "Nothing to be done" in done.stdout + done.stderr
 
 
-def test_evaluations_go_task_by_task(
-    root: Path, run: Callable[..., subprocess.CompletedProcess[str]], work: Path
-) -> None:
+def test_evaluations_go_task_by_task(root: Path, run: Run, work: Path) -> None:
     study = load_study(root / "config/smoke.yaml")
     made = sorted(work.glob("results/smoke/eval/*/*/*/seed0/run.json"), key=mtime)
     places = [place_in_line(study, *file.parts[-5:-2]) for file in made]
@@ -94,9 +64,7 @@ def test_evaluations_go_task_by_task(
         assert mine.index(scheme) < mine.index(12 - count + scheme), places
 
 
-def test_copied_inputs_measure_nothing_again(
-    run: Callable[..., subprocess.CompletedProcess[str]], work: Path
-) -> None:
+def test_copied_inputs_measure_nothing_again(run: Run, work: Path) -> None:
     folders = [work / name for name in ("resources", "results/smoke/calib", "results/smoke/models")]
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     assert len(files) >= 8 and sum(file.suffix == ".gz" for file in files) == 2
@@ -140,7 +108,7 @@ def test_copied_inputs_measure_nothing_again(
     ],
 )
 def test_a_change_measures_its_dependents_only(
-    run: Callable[..., subprocess.CompletedProcess[str]],
+    run: Run,
     changes: list[tuple[str, str]],
     expected: dict[str, int],
 ) -> None:
@@ -151,7 +119,7 @@ def test_a_change_measures_its_dependents_only(
 
 
 def test_another_calibration_leaves_uncalibrated_schemes_alone(
-    run: Callable[..., subprocess.CompletedProcess[str]],
+    run: Run,
 ) -> None:
     jobs = planned(run("-n", "-p", changes=[("windows: 4", "windows: 5")]))
     evaluated = {w["scheme"] for rule, w in jobs if rule == "evaluate"}
@@ -160,7 +128,7 @@ def test_another_calibration_leaves_uncalibrated_schemes_alone(
 
 
 def test_another_model_is_fetched_and_measured(
-    run: Callable[..., subprocess.CompletedProcess[str]],
+    run: Run,
 ) -> None:
     jobs = planned(run("-n", "-p", changes=[("    sha256: bcc8", "    sha256: 1cc8")]))
     verbs = Counter(verb for verb, _ in jobs if verb in MEASURED)
@@ -168,9 +136,7 @@ def test_another_model_is_fetched_and_measured(
     assert verbs["prompts"] == 2  # its tokens may be others
 
 
-def test_prompts_that_were_carried_are_not_made_again(
-    run: Callable[..., subprocess.CompletedProcess[str]], work: Path
-) -> None:
+def test_prompts_that_were_carried_are_not_made_again(run: Run, work: Path) -> None:
     os.utime(work / "resources/models/smollm2-135m/manifest.json")  # as if made here, later
     texts = list(work.glob("resources/data/*/manifest.json"))
     lost = [file.rename(file.with_suffix(".lost")) for file in texts]
@@ -189,16 +155,14 @@ def test_prompts_that_were_carried_are_not_made_again(
 
 
 def test_one_artifact_asks_for_no_other(
-    run: Callable[..., subprocess.CompletedProcess[str]],
+    run: Run,
 ) -> None:
     target = "results/smoke/paper/figures/pareto.pdf"
     jobs = planned(run("-n", "-p", "--forcerun", "plot", "--", target))
     assert [verb for verb, _ in jobs] == ["plot"]
 
 
-def test_a_lost_result_is_measured_again_when_its_stage_is_asked_for(
-    run: Callable[..., subprocess.CompletedProcess[str]], work: Path
-) -> None:
+def test_a_lost_result_is_measured_again_when_its_stage_is_asked_for(run: Run, work: Path) -> None:
     record = work / "results/smoke/eval/smollm2-135m/fp16/ppl-b/seed0/run.json"
     lost = record.rename(record.with_suffix(".lost"))
     try:

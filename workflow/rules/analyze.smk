@@ -47,8 +47,8 @@ rule aggregate:
     message:
         "Collecting all records"
     shell:
-        "python -m kvquant aggregate --study {params.study} --results {params.results}"
-        " --device-name {params.device} --out-dir {params.out} > {log} 2>&1"
+        "python -m kvquant aggregate --study {params.study:q} --results {params.results:q}"
+        " --device-name {params.device:q} --out-dir {params.out:q} > {log:q} 2>&1"
 
 
 rule statistics:
@@ -73,8 +73,8 @@ rule statistics:
     message:
         "Paired tests"
     shell:
-        "python -m kvquant statistics --study {params.study} --tables {params.tables}"
-        " --out-dir {params.tables} > {log} 2>&1"
+        "python -m kvquant statistics --study {params.study:q} --tables {params.tables:q}"
+        " --out-dir {params.tables:q} > {log:q} 2>&1"
 
 
 rule pareto:
@@ -99,5 +99,5 @@ rule pareto:
     message:
         "Pareto front"
     shell:
-        "python -m kvquant pareto --study {params.study} --tables {params.tables}"
-        " --out-dir {params.tables} > {log} 2>&1"
+        "python -m kvquant pareto --study {params.study:q} --tables {params.tables:q}"
+        " --out-dir {params.tables:q} > {log:q} 2>&1"

@@ -20,8 +20,8 @@ rule append_cost:
     message:
         "Appending to a growing cache on {wildcards.device}"
     shell:
-        "python -m kvquant bench append --study {params.study} --rep {wildcards.rep}"
-        " --device-name {wildcards.device} --device {params.device} --out {output} > {log} 2>&1"
+        "python -m kvquant bench append --study {params.study:q} --rep {wildcards.rep:q}"
+        " --device-name {wildcards.device:q} --device {params.device:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule appends:

@@ -26,6 +26,6 @@ rule calibrate:
     message:
         "Calibrating {wildcards.model}"
     shell:
-        "OMP_NUM_THREADS={threads} python -m kvquant calibrate --study {params.study}"
-        " --model {wildcards.model} --model-manifest {input.model} --data-manifest {input.data}"
-        " --device {params.device} --out {output.stats} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} python -m kvquant calibrate --study {params.study:q}"
+        " --model {wildcards.model:q} --model-manifest {input.model:q} --data-manifest {input.data:q}"
+        " --device {params.device:q} --out {output.stats:q} > {log:q} 2>&1"

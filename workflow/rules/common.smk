@@ -1,5 +1,7 @@
 # The validated study, and the few functions that say what a rule's wildcards need.
 import json
+import os
+import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -11,6 +13,11 @@ from kvquant.grid import CPUS_PER_GPU, grid_lines, place_in_line, request
 from kvquant.provenance import device_name
 from kvquant.run_lock import hold
 from kvquant.slurm import prepare
+
+# `python` of the rules is the one that runs Snakemake, also where its environment is not active.
+FOLDER, FOLDERS = str(Path(sys.executable).parent), os.environ.get("PATH", "").split(os.pathsep)
+if FOLDER not in FOLDERS:
+    os.environ["PATH"] = os.pathsep.join([FOLDER, *FOLDERS])
 
 try:
     STUDY = parse_study(config)
@@ -46,6 +53,11 @@ def eval_digests(wildcards):
         specs.eval_digest(STUDY, wildcards.model, wildcards.scheme, wildcards.task, seed)
         for seed in STUDY.seeds
     ]
+
+
+def option(flag, file):
+    """An option of a command line as words, or none where a job lacks the file."""
+    return [flag, str(file)] if file else []
 
 
 def ask(rule, field):

@@ -22,16 +22,14 @@ rule energy:
             STUDY, wildcards.model, wildcards.scheme, wildcards.workload
         ),
         device=DEVICE_KIND,
-        quantizer=lambda wildcards, input: (
-            f" --quantizer {input.quantizer}" if input.quantizer else ""
-        ),
+        quantizer=lambda wildcards, input: option("--quantizer", input.quantizer),
     message:
         "Energy of {wildcards.scheme} against the baseline: {wildcards.workload} on {wildcards.device}"
     shell:
-        "python -m kvquant energy --study {params.study} --model {wildcards.model}"
-        " --scheme {wildcards.scheme} --workload {wildcards.workload} --rep {wildcards.rep}"
-        " --device-name {wildcards.device} --device {params.device}"
-        " --model-manifest {input.model}{params.quantizer} --out {output} > {log} 2>&1"
+        "python -m kvquant energy --study {params.study:q} --model {wildcards.model:q}"
+        " --scheme {wildcards.scheme:q} --workload {wildcards.workload:q} --rep {wildcards.rep:q}"
+        " --device-name {wildcards.device:q} --device {params.device:q}"
+        " --model-manifest {input.model:q} {params.quantizer:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule joules:

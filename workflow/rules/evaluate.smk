@@ -35,19 +35,17 @@ rule evaluate:
         device=DEVICE_KIND,
         out=lambda wildcards, output: Path(output[0]).parents[1],
         resume=STUDY_FILE.parent / "resume",
-        prompts=lambda wildcards, input: f" --prompts {input.prompts}" if input.prompts else "",
-        data=lambda wildcards, input: f" --data-manifest {input.data}" if input.data else "",
-        quantizer=lambda wildcards, input: (
-            f" --quantizer {input.quantizer}" if input.quantizer else ""
-        ),
+        prompts=lambda wildcards, input: option("--prompts", input.prompts),
+        data=lambda wildcards, input: option("--data-manifest", input.data),
+        quantizer=lambda wildcards, input: option("--quantizer", input.quantizer),
     message:
         "Evaluating {wildcards.scheme} on {wildcards.task} ({wildcards.model})"
     shell:
-        "OMP_NUM_THREADS={threads} python -m kvquant evaluate --study {params.study}"
-        " --model {wildcards.model} --scheme {wildcards.scheme} --task {wildcards.task}"
-        " --seeds {params.seeds} --model-manifest {input.model}{params.prompts}{params.data}"
-        "{params.quantizer} --device {params.device} --out-dir {params.out} --resume-dir {params.resume}"
-        " > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} python -m kvquant evaluate --study {params.study:q}"
+        " --model {wildcards.model:q} --scheme {wildcards.scheme:q} --task {wildcards.task:q}"
+        " --seeds {params.seeds:q} --model-manifest {input.model:q} {params.prompts:q} {params.data:q}"
+        " {params.quantizer:q} --device {params.device:q} --out-dir {params.out:q} --resume-dir {params.resume:q}"
+        " > {log:q} 2>&1"
 
 
 rule accuracy:

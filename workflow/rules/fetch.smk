@@ -18,8 +18,8 @@ rule fetch_model:
     message:
         "Fetching model {wildcards.model}"
     shell:
-        "python -m kvquant fetch-model --study {params.study} --model {wildcards.model}"
-        " --out {output} 2>&1 | tee {log}"
+        "python -m kvquant fetch-model --study {params.study:q} --model {wildcards.model:q}"
+        " --out {output:q} 2>&1 | tee {log:q}"
 
 
 rule fetch_data:
@@ -33,5 +33,5 @@ rule fetch_data:
     message:
         "Fetching text {wildcards.dataset}"
     shell:
-        "python -m kvquant fetch-data --study {params.study} --dataset {wildcards.dataset}"
-        " --out {output} 2>&1 | tee {log}"
+        "python -m kvquant fetch-data --study {params.study:q} --dataset {wildcards.dataset:q}"
+        " --out {output:q} 2>&1 | tee {log:q}"

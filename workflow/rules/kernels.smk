@@ -21,9 +21,9 @@ rule kernel_case:
     message:
         "Kernels, {wildcards.case}, on {wildcards.device}"
     shell:
-        "python -m kvquant bench kernels --study {params.study} --cases {wildcards.case}"
-        " --device-name {wildcards.device} --device {params.device} --out-dir {params.out}"
-        " > {log} 2>&1"
+        "python -m kvquant bench kernels --study {params.study:q} --cases {wildcards.case:q}"
+        " --device-name {wildcards.device:q} --device {params.device:q} --out-dir {params.out:q}"
+        " > {log:q} 2>&1"
 
 
 rule kernels:

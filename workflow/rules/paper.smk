@@ -42,8 +42,8 @@ rule plot:
     message:
         "Drawing {wildcards.figure}"
     shell:
-        "python -m kvquant plot --study {params.study} --tables {params.tables}"
-        " --figure {wildcards.figure} --out {output} > {log} 2>&1"
+        "python -m kvquant plot --study {params.study:q} --tables {params.tables:q}"
+        " --figure {wildcards.figure:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule figures:
@@ -74,8 +74,8 @@ rule tables:
     message:
         "Writing LaTeX tables"
     shell:
-        "python -m kvquant tables --study {params.study} --tables {params.tables}"
-        " --out-dir {params.out} --numbers {output.numbers} > {log} 2>&1"
+        "python -m kvquant tables --study {params.study:q} --tables {params.tables:q}"
+        " --out-dir {params.out:q} --numbers {output.numbers:q} > {log:q} 2>&1"
 
 
 rule claims:
@@ -99,8 +99,8 @@ rule claims:
     message:
         "Judging the claims"
     shell:
-        "python -m kvquant claims --study {params.study} --tables {params.tables}"
-        " --out {output.csv} --tex {output.tex} > {log} 2>&1"
+        "python -m kvquant claims --study {params.study:q} --tables {params.tables:q}"
+        " --out {output.csv:q} --tex {output.tex:q} > {log:q} 2>&1"
 
 
 onsuccess:

@@ -21,13 +21,13 @@ rule prompts:
     params:
         study=STUDY_FILE,
         seeds=STUDY.seeds,
-        data=lambda wildcards, input: f" --data-manifest {input.data}" if input.data else "",
+        data=lambda wildcards, input: option("--data-manifest", input.data),
     message:
         "Preparing the prompts of {wildcards.task} ({wildcards.model})"
     shell:
-        "OMP_NUM_THREADS={threads} python -m kvquant prompts --study {params.study}"
-        " --model {wildcards.model} --task {wildcards.task} --seeds {params.seeds}"
-        " --model-manifest {input.model}{params.data} --out {output} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} python -m kvquant prompts --study {params.study:q}"
+        " --model {wildcards.model:q} --task {wildcards.task:q} --seeds {params.seeds:q}"
+        " --model-manifest {input.model:q} {params.data:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule questions:

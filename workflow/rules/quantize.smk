@@ -25,6 +25,6 @@ rule quantize:
     message:
         "Building quantizer {wildcards.scheme} of {wildcards.model}"
     shell:
-        "OMP_NUM_THREADS={threads} python -m kvquant quantize --study {params.study}"
-        " --model {wildcards.model} --scheme {wildcards.scheme} --stats {input.stats}"
-        " --out {output.manifest} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} python -m kvquant quantize --study {params.study:q}"
+        " --model {wildcards.model:q} --scheme {wildcards.scheme:q} --stats {input.stats:q}"
+        " --out {output.manifest:q} > {log:q} 2>&1"

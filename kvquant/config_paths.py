@@ -1,0 +1,73 @@
+"""Strings of a study that become parts of paths: rules quote them, and none may mean anything else.
+
+A path that a shell, a glob or Snakemake's wildcards would read in their own way is refused, because
+users paste printed commands and other programs (Slurm's scripts, LaTeX) see the same paths.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
+PATHVARS = ("results", "paper", "logs", "cache")
+# Letters and digits of any language, and these:
+PLAIN = set("_./ @+=:,-")
+
+
+def plain_path(value: str) -> str:
+    """Checks a relative or absolute folder of a study.
+
+    Args:
+        value: As it stands in the study.
+
+    Returns:
+        The same text.
+
+    Raises:
+        ValueError: It is empty, or holds a character that shells or Snakemake act on.
+    """
+    if not value.strip() or value != value.strip():
+        raise ValueError("must be a folder, without spaces at its ends")
+    for character in value:
+        if not (character.isalnum() or character in PLAIN):
+            shown = character if character.isprintable() else unicodedata.name(character, "?")
+            shown = shown if shown != "?" else f"U+{ord(character):04X}"
+            raise ValueError(
+                f"'{shown}' is not allowed in a path of the study: use letters, digits, spaces "
+                f"and {' '.join(sorted(PLAIN - {' '}))}"
+            )
+    if value.startswith("-"):
+        raise ValueError("must not start with '-', which commands read as an option")
+    return value
+
+
+def device_key(value: str) -> str:
+    """Checks the name under which timed results are filed.
+
+    Raises:
+        ValueError: It is not kebab case.
+    """
+    if not NAME.fullmatch(value):
+        raise ValueError(f"must be kebab case ({NAME.pattern}), like 'a100-sxm4-40gb', or 'auto'")
+    return value
+
+
+def known_pathvars(value: dict[str, str]) -> dict[str, str]:
+    """Checks the names of the workflow's folders.
+
+    Raises:
+        ValueError: A name is unknown.
+    """
+    for name in value:
+        if name not in PATHVARS:
+            raise ValueError(f"unknown folder '{name}'; known: {', '.join(PATHVARS)}")
+    return value
+
+
+PlainPath = Annotated[str, AfterValidator(plain_path)]
+DeviceKey = Annotated[str, AfterValidator(device_key)]
+PathVars = Annotated[dict[str, PlainPath], AfterValidator(known_pathvars)]

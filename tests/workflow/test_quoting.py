@@ -1,0 +1,92 @@
+"""No configured string means anything to a shell: paths with spaces work, others are refused."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kvquant.config import parse_study
+from kvquant.errors import UserError
+from tests.workflow.stubbed import stubbed
+
+PLACEHOLDER = re.compile(r"\{((?:params|wildcards|input|output|log|resources|threads)[^}]*)\}")
+EVIL = ["$(touch hacked)", "`touch hacked`", "a;touch hacked", "a|b", "a>b", "a'b", 'a"b', "a\nb"]
+EVIL += ["a*b", "a&b", "{wildcards.x}", "a\\b", "~/a", "-x", " a", "", "a\u2028b", "a\x1b[0mb"]
+
+
+@pytest.fixture()
+def raw(root: Path) -> dict[str, Any]:
+    return yaml.safe_load((root / "config/smoke.yaml").read_text())
+
+
+def test_every_path_in_every_rule_is_quoted(root: Path) -> None:
+    count = 0
+    for file in sorted((root / "workflow/rules").glob("*.smk")):
+        for block in re.findall(r"shell:\n((?: +\"[^\n]*\n)+)", file.read_text()):
+            for name in PLACEHOLDER.findall(block):
+                count += 1
+                assert name.endswith(":q") or name == "threads", f"{file.name}: {{{name}}}"
+    assert count > 60
+
+
+@pytest.mark.parametrize("value", EVIL)
+def test_characters_that_shells_act_on_are_refused_by_name(raw: dict[str, Any], value: str) -> None:
+    for change, field in (
+        ({"device": value}, "device"),
+        ({"pathvars": {"results": value}}, "pathvars.results"),
+    ):
+        with pytest.raises(UserError) as caught:
+            parse_study(raw | change)
+        assert f"{field}: " in str(caught.value)
+
+
+def test_unknown_folders_are_refused(raw: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="pathvars: unknown folder 'result'"):
+        parse_study(raw | {"pathvars": {"result": "a"}})
+
+
+def test_paths_of_any_language_and_with_spaces_are_taken(raw: dict[str, Any]) -> None:
+    paths = {"results": "My Results/größe_1", "cache": "/tmp/a-b, c=d@e:f+g"}
+    assert parse_study(raw | {"pathvars": paths}).pathvars == paths
+
+
+@pytest.mark.parametrize(
+    "setting", ["device=$(touch hacked)", "pathvars={cache: '$(touch hacked)'}"]
+)
+def test_nothing_is_executed_while_planning(root: Path, tmp_path: Path, setting: str) -> None:
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "-n"]
+    command += ["--directory", str(tmp_path), "--configfile", str(root / "config/smoke.yaml")]
+    done = subprocess.run(
+        [*command, "--replace-workflow-config", "--config", setting],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert setting.partition("=")[0].split(":")[0] in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.slow
+def test_a_study_runs_in_folders_with_spaces(root: Path, tmp_path: Path) -> None:
+    work = tmp_path / "the work"
+    work.mkdir()
+    names = ("results", "paper", "logs", "cache")
+    folders = "pathvars:\n" + "".join(f"  {name}: out put/{name} of mine\n" for name in names)
+    text = (root / "config/smoke.yaml").read_text()
+    old = text[text.index("pathvars:") : text.index("models:")]
+    done = stubbed(root, work)("--no-hooks", "--quiet", changes=[(old, folders)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = {path.name for path in work.iterdir()} - {"bin", "study.yaml", ".snakemake"}
+    assert made == {"out put"}
+    assert {path.name for path in (work / "out put").iterdir()} == {f"{n} of mine" for n in names}
+    logs = [path.name for path in (work / "out put/logs of mine").rglob("*.log")]
+    assert "aggregate.log" in logs and len(logs) > 15
