@@ -218,6 +218,15 @@ def sweep(folder: str | Path, name: str = "*") -> int:
     return count
 
 
+def sweep_tree(folder: str | Path) -> int:
+    """Removes the temporary files of ended processes in a folder and all below it.
+
+    Returns:
+        How many were removed.
+    """
+    return sum(sweep(place) for place, _, _ in os.walk(folder))
+
+
 def _fail(target: Path, error: OSError) -> UserError:
     return UserError(f"{target}: cannot be written ({error.strerror or error})")
 

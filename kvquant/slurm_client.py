@@ -16,9 +16,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ATTEMPTS, PAUSE = 60, 20.0  # about 20 minutes, as the profiles grant to status checks
-# No connection was made, so nothing was accepted and asking again is safe.
-UNREACHABLE = ("unable to contact slurm controller", "connection refused")
-UNCERTAIN = "timed out"  # the job may have been accepted and its id lost on the way
+# What the commands of a busy, restarting or unreachable controller print, in lower case. A request
+# may have been carried out all the same, with the answer lost on its way back.
+PASSING = (
+    "unable to contact slurm controller",
+    "connection refused",
+    "timed out",
+    "unexpected message received",
+    "zero bytes were transmitted or received",
+    "transport endpoint is not connected",
+    "resource temporarily unavailable",
+    "temporarily unable to accept job",
+    "connection reset by peer",
+    "broken pipe",
+    "communication connection failure",
+    "communications connection failure",
+    "controller in standby mode",
+)
+
+
+class Silent(Exception):
+    """The controller did not answer, so nobody knows."""
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -30,12 +48,17 @@ def accepted(sbatch: Sequence[str], squeue: str) -> str | None:
 
     Snakemake names all jobs of a run alike and tells them apart by their comments; one of each is
     active at a time.
+
+    Raises:
+        Silent: `squeue` has no answer either.
     """
     given = dict(itertools.pairwise(sbatch))
     name, comment = given.get("--job-name"), given.get("--comment")
     if name is None or comment is None:
         return None
     listed = _run([squeue, "--noheader", "--format=%i|%k", "--name", name])
+    if listed.returncode:
+        raise Silent
     found = [line.split("|", 1) for line in listed.stdout.splitlines() if "|" in line]
     return next((job for job, said in found if said.strip() == comment), None)
 
@@ -43,20 +66,26 @@ def accepted(sbatch: Sequence[str], squeue: str) -> str | None:
 def patient(
     command: Sequence[str], attempts: int = ATTEMPTS, pause: float = PAUSE
 ) -> subprocess.CompletedProcess[str]:
-    """Repeats a command while its daemon cannot be reached; any other answer is the answer."""
+    """Repeats a command while its daemon has passing trouble; any other answer is the answer.
+
+    A submission is repeated only once `squeue` says that the last one left no job.
+    """
     submits = Path(command[0]).name == "sbatch"
+    done = _run(command)
     for _ in range(attempts - 1):
-        done = _run(command)
         error = done.stderr.lower()
-        if done.returncode == 0:
-            return done
-        uncertain = submits and UNCERTAIN in error
-        if not uncertain and not any(text in error for text in UNREACHABLE):
-            return done
+        if done.returncode == 0 or not any(text in error for text in PASSING):
+            break
         time.sleep(pause)
-        if uncertain and (job := accepted(command, str(Path(command[0]).with_name("squeue")))):
-            return subprocess.CompletedProcess(command, 0, job + "\n", "")
-    return _run(command)
+        if submits:
+            try:
+                job = accepted(command, str(Path(command[0]).with_name("squeue")))
+            except Silent:
+                continue
+            if job is not None:
+                return subprocess.CompletedProcess(command, 0, f"{job}\n", "")
+        done = _run(command)
+    return done
 
 
 def ended(listing: str) -> str:

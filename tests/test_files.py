@@ -17,6 +17,7 @@ from kvquant.files import (
     replace,
     replacing,
     sweep,
+    sweep_tree,
     temporary_name,
     write_new,
 )
@@ -124,6 +125,10 @@ def test_temporary_files_of_ended_processes_are_swept(tmp_path: Path) -> None:
     os.utime(old, (0, 0))
     assert sweep(tmp_path) == 2
     assert {file for file in tmp_path.iterdir()} == {new, mine, foreign}
+    below = tmp_path / "a" / "b" / dead.name
+    below.parent.mkdir(parents=True)
+    below.write_text("")
+    assert sweep_tree(tmp_path) == 1 and not below.exists()
     dead.write_text("")
     write_new(tmp_path / "a.json", "text")
     assert not dead.exists()

@@ -54,6 +54,7 @@ def test_only_an_unreachable_daemon_is_asked_again(tmp_path: Path) -> None:
         tmp_path / "sbatch",
         f"echo >>{tmp_path}/n; [ $(wc -l <{tmp_path}/n) -gt 2 ] || {{ {refused}; }}; echo 7",
     )
+    stand_in(tmp_path / "squeue", ":")
     done = slurm_client.patient([command], pause=0.01)
     assert (done.returncode, done.stdout) == (0, "7\n")
     command = stand_in(tmp_path / "sbatch", "echo 'invalid account' >&2; exit 1")
@@ -74,6 +75,40 @@ def test_a_submission_without_an_answer_is_looked_for(tmp_path: Path) -> None:
     assert (tmp_path / "n").read_text() == "x\n"
     stand_in(tmp_path / "squeue", ":")
     assert slurm_client.patient(words, attempts=2, pause=0.01).returncode == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "Batch job submission failed: Unexpected message received",
+        "Batch job submission failed: Zero Bytes were transmitted or received",
+        "slurm_receive_msg: Transport endpoint is not connected",
+        "Batch job submission failed: Resource temporarily unavailable",
+        "Unable to contact slurm controller (receive failure)",
+        "slurm_send_node_msg: Connection reset by peer",
+        "Socket timed out on send/recv operation",
+    ],
+)
+def test_passing_errors_of_a_busy_controller_are_asked_again(tmp_path: Path, error: str) -> None:
+    count = f"echo >>{tmp_path}/n; [ $(wc -l <{tmp_path}/n) -gt 2 ] ||"
+    fail = f"{{ echo 'sbatch: error: {error}' >&2; exit 1; }}"
+    command = stand_in(tmp_path / "sbatch", f"{count} {fail}; echo 7")
+    stand_in(tmp_path / "squeue", ":")
+    words = [command, "--job-name", "run", "--comment", "rule_b"]
+    done = slurm_client.patient(words, pause=0.01)
+    assert (done.returncode, done.stdout) == (0, "7\n")
+
+
+def test_nothing_is_submitted_again_while_nobody_knows(tmp_path: Path) -> None:
+    lost = f"echo x >>{tmp_path}/n; echo 'Zero Bytes were transmitted or received' >&2; exit 1"
+    command = stand_in(tmp_path / "sbatch", lost)
+    # accepted, but the controller answers nobody for a while
+    silent = f"echo >>{tmp_path}/q; [ $(wc -l <{tmp_path}/q) -gt 3 ] || exit 1"
+    stand_in(tmp_path / "squeue", f"{silent}; printf '12|rule_b\\n'")
+    words = [command, "--job-name", "run", "--comment", "rule_b"]
+    done = slurm_client.patient(words, pause=0.01)
+    assert (done.returncode, done.stdout) == (0, "12\n")
+    assert (tmp_path / "n").read_text() == "x\n"
 
 
 def test_a_preempted_job_has_ended() -> None:

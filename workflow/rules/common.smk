@@ -9,6 +9,7 @@ from snakemake.exceptions import WorkflowError
 from kvquant import specs
 from kvquant.config import parse_study
 from kvquant.errors import UserError
+from kvquant.files import sweep_tree
 from kvquant.grid import CPUS_PER_GPU, grid_lines, place_in_line, request
 from kvquant.provenance import device_name
 from kvquant.run_lock import hold
@@ -78,6 +79,8 @@ onstart:
             prepare(Path.cwd())
     except UserError as error:
         raise WorkflowError(str(error))
+    for folder in (STUDY_FILE.parent, STUDY.pathvars.get("cache", "resources")):
+        sweep_tree(folder)  # what killed jobs left
     STUDY_FILE.write_text(STUDY.model_dump_json(indent=2) + "\n", encoding="utf-8")
     for line in grid_lines(STUDY):
         print(line, file=sys.stderr)
