@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
     spec = study.calibration
     manifest = read_manifest(args.model_manifest)
     device = resolve_device(args.device)
-    model, tokenizer = load_base_model(manifest.directory, device=str(device))
+    model, tokenizer = load_base_model(manifest, device=str(device))
     limit = int(model.config.max_position_embeddings)
     if spec.window > limit:
         raise UserError(f"calibration.window: {spec.window} exceeds the model's {limit} positions")
@@ -161,6 +161,7 @@ def run(args: argparse.Namespace) -> None:
     info = {
         "model": args.model,
         "weights_sha256": manifest.weights_sha256,
+        "model_identity": manifest.identity,
         "calibration": spec.model_dump(mode="json"),
         "spec_digest": calibration_digest(study, args.model),
         "version": VERSIONS["calibrate"],

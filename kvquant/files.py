@@ -27,8 +27,8 @@ STALE_SECONDS = 7 * 24 * 3600.0  # a temporary file of another machine is swept 
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
-def _message(field: str, path: Path, what: str, again: str) -> UserError:
-    return UserError(f"{field}: {path}: {what}" + (f": {again}" if again else ""))
+def _message(field: str, what: str, again: str) -> UserError:
+    return UserError(f"{field}: {what}" + (f": {again}" if again else ""))
 
 
 def read_bytes(path: str | Path, field: str, again: str = "") -> bytes:
@@ -46,14 +46,16 @@ def read_bytes(path: str | Path, field: str, again: str = "") -> bytes:
     try:
         return file.read_bytes()
     except FileNotFoundError:
-        what = "a link to nothing" if file.is_symlink() else "no such file"
+        if not file.is_symlink():
+            raise _message(field, f"no such file: {file}", again) from None
+        what = "a link to nothing"
     except IsADirectoryError:
         what = "a folder, not a file"
     except NotADirectoryError:
         what = "a file stands where a folder of its path should be"
-    except OSError as error:
-        what = f"cannot be read ({error.strerror or error})"
-    raise _message(field, file, what, again)
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        what = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    raise _message(field, f"{file}: {what}", again)
 
 
 def read_text(path: str | Path, field: str, again: str = "") -> str:
@@ -67,7 +69,7 @@ def read_text(path: str | Path, field: str, again: str = "") -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         what = f"damaged: byte {error.start} is not UTF-8"
-        raise _message(field, Path(path), what, again) from None
+        raise _message(field, f"{path}: {what}", again) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -131,7 +133,7 @@ def read_json(path: str | Path, field: str, again: str = "") -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise _message(field, Path(path), str(error), again) from None
+        raise _message(field, f"{path}: {error}", again) from None
 
 
 def canonical_json(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,40 +14,13 @@ from kvquant.cache import KVQuantCache, Protocol
 from kvquant.cache_interface import AttendingCache
 from kvquant.config import Fp16Scheme, SchemeSpec
 from kvquant.errors import UserError
+from kvquant.model_manifest import ModelManifest as ModelManifest
+from kvquant.model_manifest import read_manifest as read_manifest
+from kvquant.model_manifest import verify_model
 from kvquant.prefill_quant import SUPPORTED, PrefillQuantizedAttention
 from kvquant.quantizer_file import load_quantizer
 from kvquant.schemes.base import Codec
 from kvquant.schemes.registry import CacheFactory, ModelShape, build_caches, build_codecs
-
-
-@dataclass(frozen=True)
-class ModelManifest:
-    """A fetched model: its name, origin, the hash of its weights and its directory."""
-
-    model: str
-    source: str
-    revision: str | None
-    weights_sha256: str
-    directory: Path
-
-
-def read_manifest(path: str | Path) -> ModelManifest:
-    """Reads `manifest.json` as written by `kvquant fetch-model`."""
-    file = Path(path)
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        directory = Path(raw["directory"])
-        return ModelManifest(
-            model=raw["model"],
-            source=raw["source"],
-            revision=raw.get("revision"),
-            weights_sha256=raw["weights_sha256"],
-            directory=directory if directory.is_absolute() else (file.parent / directory),
-        )
-    except FileNotFoundError:
-        raise UserError(f"--model-manifest: no such file: {file}") from None
-    except (KeyError, ValueError) as error:
-        raise UserError(f"--model-manifest: {file} is damaged ({error}): fetch it again") from None
 
 
 def resolve_device(device: str) -> torch.device:
@@ -60,48 +32,82 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def _read_pretrained(kind: Any, directory: str | Path, **options: Any) -> Any:
+    """What a transformers class makes of a folder or hub id; never the folder's own code.
+
+    Raises:
+        UserError: In one line, whatever is wrong with a file.
+    """
+    try:
+        # Left out, transformers asks on standard input whether it may run the folder's code.
+        return kind.from_pretrained(str(directory), trust_remote_code=False, **options)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        # A damaged file raises a different type in each of the libraries that may read it.
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model: cannot load '{directory}': {told}") from None
+
+
 def load_base_model(
-    directory: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None
+    model: str | Path | ModelManifest, *, device: str = "auto", dtype: torch.dtype | None = None
 ) -> tuple[Any, Any]:
-    """Model and tokenizer from a local directory or hub id; never remote code.
+    """Model and tokenizer from a local directory or hub id; never remote code, never a pickle.
 
     Args:
-        directory: Directory or hub id.
+        model: Directory or hub id; or a manifest, whose files are then verified.
         device: "cpu", "cuda" or "auto".
         dtype: Default: fp32 on a CPU, fp16 on a GPU.
 
     Returns:
         The model in evaluation mode with frozen weights, and its tokenizer.
+
+    Raises:
+        UserError: A file is damaged, lacks weights, or is not the manifest's.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = resolve_device(device)
     kind = dtype or (torch.float32 if where.type == "cpu" else torch.float16)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(directory), dtype=kind, attn_implementation="sdpa"
-        )
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: cannot load '{directory}': {str(error).splitlines()[0]}") from None
-    model.requires_grad_(False)
-    return model.to(where).eval(), tokenizer
+    if isinstance(model, ModelManifest):
+        verify_model(model)
+    directory = model.directory if isinstance(model, ModelManifest) else model
+    found, info = _read_pretrained(
+        AutoModelForCausalLM,
+        directory,
+        dtype=kind,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    # transformers fills these with random numbers and goes on.
+    for key, what in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of")):
+        if wrong := sorted(map(str, info[key])):
+            raise UserError(
+                f"model: cannot load '{directory}': its weights {what} {wrong[0]} "
+                f"({len(wrong)} in all)"
+            )
+    tokenizer = _read_pretrained(AutoTokenizer, directory)
+    found.requires_grad_(False)
+    return found.to(where).eval(), tokenizer
 
 
-def load_tokenizer(directory: str | Path) -> tuple[Any, int]:
+def load_tokenizer(model: str | Path | ModelManifest) -> tuple[Any, int]:
     """The tokenizer of a local model and its longest sequence, without its weights.
 
+    Args:
+        model: Directory; or a manifest, whose files other than the weights are then verified.
+
     Raises:
-        UserError: They cannot be read.
+        UserError: They cannot be read, or are not the manifest's.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    try:
-        config = AutoConfig.from_pretrained(str(directory))
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: cannot load '{directory}': {str(error).splitlines()[0]}") from None
-    return tokenizer, position_limit(config)
+    if isinstance(model, ModelManifest):
+        verify_model(model, weights=False)
+    directory = model.directory if isinstance(model, ModelManifest) else model
+    config = _read_pretrained(AutoConfig, directory)
+    return _read_pretrained(AutoTokenizer, directory), position_limit(config)
 
 
 def position_limit(config: Any) -> int:
@@ -266,14 +272,14 @@ def load_quantized_model(
     """
     spec = scheme or Fp16Scheme(kind="fp16")
     manifest = model if isinstance(model, ModelManifest) else None
-    directory = manifest.directory if manifest else model
-    base, tokenizer = load_base_model(str(directory), device=device, dtype=dtype)
-    where = next(base.parameters()).device
-    layers = attention_layers(base)
     tables = None
-    if quantizer is not None:
+    if quantizer is not None:  # first: the cheapest check
         expected = manifest.weights_sha256 if manifest else None
+        where = resolve_device(device)
         info, tables = load_quantizer(Path(quantizer), weights_sha256=expected, device=where)
+    base, tokenizer = load_base_model(model, device=device, dtype=dtype)
+    layers = attention_layers(base)
+    if tables is not None:
         shape = (len(layers), *_kv_shape(base))
         if (info.num_layers, info.num_kv_heads, info.head_dim) != shape:
             raise UserError(

@@ -25,6 +25,7 @@ from kvquant.config import (
 from kvquant.errors import UserError, unknown
 
 VERSIONS = {
+    "fetch": 2,  # 2: manifests with hashes of every file
     **{"calibrate": 1, "quantize": 1, "prompts": 1, "evaluate": 1},
     **{"throughput": 1, "energy": 1, "append": 1, "kernels": 1},
 }

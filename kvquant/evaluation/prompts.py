@@ -63,7 +63,7 @@ def make_prompts(
     from kvquant.models import load_tokenizer, read_manifest
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    tokenizer, limit = load_tokenizer(read_manifest(model_manifest).directory)
+    tokenizer, limit = load_tokenizer(read_manifest(model_manifest))
 
     def text(part: Part) -> str:
         assert data_manifest is not None

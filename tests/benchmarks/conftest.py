@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from kvquant.config import ModelSpec
+from kvquant.fetch.model import fetch_model
 from tests.conftest import tiny_model
 
 
@@ -22,8 +24,7 @@ def model_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(folder)
     manifest = folder / "manifest.json"
-    fields = {"model": "tiny", "source": "local", "weights_sha256": "0" * 64}
-    manifest.write_text(json.dumps({**fields, "directory": str(folder)}))
+    fetch_model("tiny", ModelSpec(source="local", path=str(folder)), manifest)
     return manifest
 
 

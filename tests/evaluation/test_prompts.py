@@ -12,11 +12,12 @@ import pytest
 
 from kvquant import specs
 from kvquant.cli import main
-from kvquant.config import Study, parse_study
+from kvquant.config import ModelSpec, Study, parse_study
 from kvquant.errors import UserError
 from kvquant.evaluation.prompt_file import PromptFile
 from kvquant.evaluation.prompts import make_prompts
 from kvquant.evaluation.run import evaluate
+from kvquant.fetch.model import fetch_model
 from kvquant.records import EvalRecord, read_record
 from kvquant.specs import eval_digest, prompts_digest, prompts_name
 from tests.evaluation.test_longbench import lines, row
@@ -156,9 +157,8 @@ def test_prompts_of_another_tokenizer_are_refused(
     inner = json.loads(file.read_text())
     inner["model"]["merges"] = inner["model"]["merges"][:20]
     file.write_text(json.dumps(inner))
-    facts = json.loads(manifest.read_text())
     changed = tmp_path / "manifest.json"
-    changed.write_text(json.dumps({**facts, "directory": str(folder)}))
+    fetch_model("tiny", ModelSpec(source="local", path=str(folder)), changed)
     prompts = prepare(study, manifest, tmp_path / "p", [0])
     with pytest.raises(UserError, match="another tokenizer than the model's"):
         measure(study, changed, prompts, tmp_path / "out")

@@ -15,6 +15,7 @@ rule fetch_model:
     params:
         study=STUDY_FILE,
         spec=lambda wildcards: specs.weights_digest(STUDY.models[wildcards.model]),
+        version=specs.VERSIONS["fetch"],
     message:
         "Fetching model {wildcards.model}"
     shell:
