@@ -200,6 +200,17 @@ class Study(Strict):
                 raise ValueError(f"evaluation.schemes: '{name}' is not among the schemes")
         if self.evaluation.schemes and self.baseline not in self.evaluation.schemes:
             raise ValueError(f"evaluation.schemes: the baseline '{self.baseline}' is missing")
+        for name, limited in self.evaluation.tasks.items():
+            if not self._chosen(name):
+                raise ValueError(f"evaluation.tasks: '{name}' is not among the evaluated schemes")
+            if name == self.baseline:
+                raise ValueError(
+                    f"evaluation.tasks: the baseline '{name}' runs all tasks; remove its line"
+                )
+            for wanted in limited:
+                if wanted not in self.tasks:
+                    reason = unknown("task", wanted, self.tasks)
+                    raise ValueError(f"evaluation.tasks.{name}: {reason}")
         fractions = self.calibration.outlier_fractions
         for name, scheme in self.schemes.items():
             if isinstance(scheme, CalibratedScheme) and scheme.outliers not in fractions:
@@ -227,9 +238,12 @@ class Study(Strict):
             raise unknown("task", name, self.tasks)
         return self.tasks[name]
 
+    def _chosen(self, scheme: str) -> bool:
+        return scheme in (self.evaluation.schemes or self.schemes)
+
     def evaluates(self, scheme: str, task: str) -> bool:
         """Whether a scheme is evaluated on a task: chosen, and able to run its protocol."""
-        if self.evaluation.schemes and scheme not in self.evaluation.schemes:
+        if not self._chosen(scheme) or task not in self.evaluation.tasks.get(scheme, [task]):
             return False
         spec = self.task(task)
         protocol = spec.protocol if isinstance(spec, PerplexityTask) else "A"

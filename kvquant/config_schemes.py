@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
 MAX_SEED = 2**31 - 1
 
@@ -21,6 +28,17 @@ class _Scheme(Strict):
     quantizes: ClassVar[bool] = True
     # Whether what a sequence reads back is the same in every batch.
     batches: ClassVar[bool] = True
+    # Options that came after results were published: at their default they are not written, so
+    # that the digest of what was measured before them stays.
+    later: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = plain(self)
+        for name in self.later:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                written.pop(name, None)
+        return written
 
 
 class Fp16Scheme(_Scheme):
@@ -54,10 +72,12 @@ class NuqScheme(_Scheme):
 class KiviScheme(_Scheme):
     """KIVI (arXiv 2402.02750): keys per channel, values per token, in groups, with a residual."""
 
+    later: ClassVar[tuple[str, ...]] = ("sinks",)
     kind: Literal["kivi"]
     bits: Literal[2, 3, 4]
     group: int = Field(32, ge=8, description="elements that share a scale and a zero")
     residual: int = Field(128, ge=0, description="most recent tokens kept in fp16")
+    sinks: int = Field(0, ge=0, description="first tokens of each sequence kept in 16 bits")
 
 
 class _TokenScheme(_Scheme):

@@ -97,6 +97,10 @@ class EvaluationSpec(Strict):
     """Which schemes are evaluated on the tasks, and how much of a GPU one job takes."""
 
     schemes: list[str] = Field(default_factory=list, description="empty: all schemes of the study")
+    tasks: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="tasks of single schemes; a scheme that is not named here runs all",
+    )
     batch_tokens: int | None = Field(
         None, ge=1, description="most tokens of a batch, padding included; absent: no limit"
     )

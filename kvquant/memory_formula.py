@@ -100,7 +100,7 @@ def layer_footprint(
     batch, channels = len(calls[0]), heads * dim
     if isinstance(scheme, KiviScheme):
         size = scheme.group
-        blocks = plan_blocks(0, size, scheme.residual, calls)
+        blocks = plan_blocks(scheme.sinks, size, scheme.residual, calls)
         capacity = blocks.at_once + blocks.grown
         elements = capacity * size * channels
         return Footprint(
@@ -108,7 +108,7 @@ def layer_footprint(
             scales=2 * 2 * HALF * elements // scheme.group,
             outliers=0,
             pointers=0,
-            window=2 * HALF * batch * channels * (size + scheme.residual),
+            window=2 * HALF * batch * channels * (scheme.sinks + size + scheme.residual),
             tables=0,
         )
     size = scheme.block_size

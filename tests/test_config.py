@@ -43,6 +43,9 @@ def test_schema_has_not_drifted(root: Path) -> None:
         ({"tasks": {"p": {"suite": "perplexty"}}}, r"tasks\.p"),
         ({"schemes": {"fp16": {"kind": "fp16"}, "x": {"kind": "nuk"}}}, r"schemes\.x"),
         ({"models": {"m": {"source": "hub"}}}, "needs the field 'repo'"),
+        ({"evaluation": {"tasks": {"kivi-3": []}}}, r"evaluation\.tasks: 'kivi-3' is not among"),
+        ({"evaluation": {"tasks": {"fp16": ["ppl-b"]}}}, "the baseline 'fp16' runs all tasks"),
+        ({"evaluation": {"tasks": {"kivi-2": ["ppl-c"]}}}, "'ppl-c': did you mean ppl-b"),
     ],
 )
 def test_mistakes_name_their_field(
@@ -72,3 +75,11 @@ def test_digests_change_only_with_what_they_depend_on(raw: dict[str, Any]) -> No
     assert specs.calibration_digest(study, "smollm2-135m") == specs.calibration_digest(
         other, "smollm2-135m"
     )
+
+
+def test_a_scheme_may_run_some_of_the_tasks(raw: dict[str, Any]) -> None:
+    every = parse_study(raw).eval_cells()
+    raw["evaluation"] = {"tasks": {"kivi-2": ["ppl-b"]}}
+    cells = parse_study(raw).eval_cells()
+    gone = {("kivi-2", task) for task in raw["tasks"] if task != "ppl-b"}
+    assert gone and set(every) - set(cells) == gone and set(cells) < set(every)

@@ -132,8 +132,9 @@ def test_formula_is_what_the_store_allocates(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("residual", [0, 40])
-def test_kivi(bits: int, residual: int) -> None:
-    spec = KiviScheme(kind="kivi", bits=bits, group=16, residual=residual)
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_kivi(bits: int, residual: int, sinks: int) -> None:
+    spec = KiviScheme(kind="kivi", bits=bits, group=16, residual=residual, sinks=sinks)
     calls = [[300, 7], [100, 31]] + [[1, 1]] * 50
     store = fill(spec, 2, 64, calls)
     assert store.nbytes == layer_footprint(spec, 2, 64, calls).total

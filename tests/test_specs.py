@@ -132,3 +132,18 @@ def test_a_fetched_model_does_not_depend_on_the_machine(root: Path) -> None:
     assert specs.weights_digest(demo) == specs.weights_digest(h100)
     other = demo.model_copy(update={"sha256": "0" * 64})
     assert specs.weights_digest(other) != specs.weights_digest(demo)
+
+
+def test_an_option_added_later_leaves_older_digests(raw: dict[str, Any]) -> None:
+    raw["schemes"]["kivi-2"].pop("sinks", None)
+    named = yaml.safe_load(yaml.safe_dump(raw))
+    named["schemes"]["kivi-2"]["sinks"] = 0
+    assert digests(parse_study(raw)) == digests(parse_study(named))
+    # as the published records of KIVI have it
+    scheme = {"kind": "kivi", "bits": 2, "group": 32, "residual": 32}
+    assert parse_study(raw).scheme("kivi-2").model_dump(mode="json") == scheme
+    found = changed(raw, "schemes", "kivi-2", "sinks", value=1)
+    assert {n.split("/")[1] for n in found} == {"kivi-2"}
+    named["schemes"]["kivi-2"]["sinks"] = 1
+    kept = parse_study(parse_study(named).model_dump(mode="json"))
+    assert kept.scheme("kivi-2") == parse_study(named).scheme("kivi-2")

@@ -4,7 +4,8 @@ Keys (after RoPE) are quantized asymmetrically per channel in groups of `group` 
 token in groups of `group` channels, with a 16-bit scale and minimum a group; the most recent
 `residual` tokens stay 16-bit. Here a group of keys is packed as soon as all of its tokens are older
 than the residual window, which keeps between `residual` and `residual + group - 1` tokens; the
-paper flushes keys `residual` tokens at a time.
+paper flushes keys `residual` tokens at a time. With `sinks` the first tokens of each sequence stay
+16-bit as well and groups begin behind them; the published method has none (`sinks: 0`).
 """
 
 from __future__ import annotations
@@ -52,8 +53,7 @@ class KiviCodec(Codec):
     def __init__(self, spec: KiviScheme) -> None:
         self.bits = spec.bits
         self.group = spec.group
-        self.block_size = spec.group
-        self.residual = spec.residual
+        self.sinks, self.block_size, self.residual = spec.sinks, spec.group, spec.residual
 
     def _split_values(self, values: torch.Tensor) -> torch.Tensor:
         dim = values.shape[-1]

@@ -36,12 +36,17 @@ OURS: list[Any] = [
     Fp16StaticScheme(kind="fp16-static", room=5),
     NuqScheme(kind="nuq", bits=4, block_size=32),
     NuqScheme(kind="nuq", bits=3, block_size=32, datatype="nf"),
+    NuqScheme(kind="nuq", bits=2, block_size=32, sinks=0),
     KiviScheme(kind="kivi", bits=4, group=16, residual=16),
+    KiviScheme(kind="kivi", bits=4, group=16, residual=16, sinks=1),
+    KiviScheme(kind="kivi", bits=2, group=16, residual=0, sinks=3),
     Fp8Scheme(kind="fp8", block_size=16),
     Fp8Scheme(kind="fp8", block_size=32, scale="none", residual=7),
     TurboQuantScheme(kind="turboquant", bits=4, block_size=16, sinks=1),
     TurboQuantScheme(kind="turboquant", bits=2, block_size=32),
     Int4HadamardScheme(kind="int4-hadamard", block_size=16),
+    Int4HadamardScheme(kind="int4-hadamard", block_size=16, sinks=1),
+    Fp8Scheme(kind="fp8", block_size=16, sinks=4),
     KvquantRefScheme(kind="kvquant-ref", bits=4, room=5),
     KvquantRefScheme(kind="kvquant-ref", bits=3, outliers=0.0, sinks=0),
     KvquantRefScheme(kind="kvquant-ref", bits=2, sinks=5),
@@ -72,7 +77,41 @@ HF = [
 
 
 def name(spec: Any) -> str:
-    return f"{spec.kind}{getattr(spec, 'bits', '')}"
+    return f"{spec.kind}{getattr(spec, 'bits', '')}-{getattr(spec, 'sinks', 0)}"
+
+
+SINKING: list[Any] = [
+    NuqScheme(kind="nuq", bits=3, block_size=32, outliers=0.0),
+    KiviScheme(kind="kivi", bits=2, group=16, residual=16),
+    Fp8Scheme(kind="fp8", block_size=16),
+    TurboQuantScheme(kind="turboquant", bits=3, block_size=16),
+    Int4HadamardScheme(kind="int4-hadamard", block_size=16),
+]
+
+
+@pytest.mark.parametrize("spec", SINKING, ids=lambda spec: spec.kind)
+@pytest.mark.parametrize("protocol", ["A", "B"])
+def test_sinks_are_exact_and_their_bits_are_counted(spec: Any, protocol: str) -> None:
+    """Of equal numbers of quantized tokens: 16 bits an element more for each sink, none less."""
+    ids = torch.randint(1, 97, (1, 83), generator=torch.Generator().manual_seed(3))
+    found = []
+    for sinks in (0, 3):
+        qm = with_scheme(spec.model_copy(update={"sinks": sinks}))
+        _, cache = feed(qm, ids[:, : 80 + sinks], None, [80 + sinks], protocol)
+        found.append((cache_nbytes(cache), cache_elements(cache)))
+        held = cache.layers[0].store.sinks[1]
+        assert held.shape[2] == sinks and held.dtype is torch.float16
+        if sinks:  # the first layer's values depend on the token alone
+            exact = with_scheme(Fp16StaticScheme(kind="fp16-static", room=1))
+            _, plain = feed(exact, ids[:, :83], None, [83], protocol)
+            assert torch.equal(held, plain.layers[0].values[:, :, :3].half())
+    elements = 2 * 2 * 2 * DIM * 3
+    assert found[1][1] - found[0][1] == elements
+    assert found[1][0] - found[0][0] == 2 * elements
+
+
+def test_every_scheme_that_packs_blocks_takes_sinks() -> None:
+    assert {s.kind for s in SINKING} == set(CODECS)
 
 
 def test_every_kind_is_registered() -> None:
