@@ -15,6 +15,7 @@ from kvquant.errors import OutlierOverflow, UserError
 from kvquant.fetch.progress import note
 from kvquant.graphed import GraphedDecoder
 from kvquant.memory import in_batches, out_of_memory, whole
+from kvquant.model_call import cache_argument
 from kvquant.sdpa import growing_lengths
 
 # Looking at tokens makes the host wait for a GPU, so that is done once in so many steps there.
@@ -234,7 +235,7 @@ def _answer(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
+        **cache_argument(qm.model, cache),
         use_cache=True,
         logits_to_keep=1,
     ).logits[:, -1]
@@ -274,7 +275,7 @@ def _answer(
                 input_ids=token,
                 attention_mask=full_mask[:, : width + step + 1],
                 position_ids=lengths + step,
-                past_key_values=cache,
+                **cache_argument(qm.model, cache),
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]

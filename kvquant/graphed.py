@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kvquant.cache import KVQuantCache
+from kvquant.model_call import cache_argument
 
 
 class GraphedDecoder:
@@ -48,7 +49,7 @@ class GraphedDecoder:
         output = self._model(
             input_ids=self._tokens,
             position_ids=self._positions,
-            past_key_values=cache,
+            **cache_argument(self._model, cache),
             use_cache=True,
             logits_to_keep=1,
         )

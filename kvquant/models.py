@@ -11,13 +11,13 @@ from torch import nn
 
 from kvquant.baseline_cache import new_baseline_cache
 from kvquant.cache import KVQuantCache, Protocol
-from kvquant.cache_interface import AttendingCache
 from kvquant.config import Fp16Scheme, SchemeSpec
 from kvquant.errors import UserError
+from kvquant.model_call import CACHE_NAMES, arguments, find_cache, parameters, refuse_unknown
 from kvquant.model_manifest import ModelManifest as ModelManifest
 from kvquant.model_manifest import read_manifest as read_manifest
 from kvquant.model_manifest import verify_model
-from kvquant.prefill_quant import SUPPORTED, PrefillQuantizedAttention
+from kvquant.prefill_quant import SUPPORTED, PrefillQuantizedAttention, original_class
 from kvquant.quantizer_file import load_quantizer
 from kvquant.schemes.base import Codec
 from kvquant.schemes.registry import CacheFactory, ModelShape, build_caches, build_codecs
@@ -123,7 +123,7 @@ def position_limit(config: Any) -> int:
 
 
 def attention_layers(model: Any) -> list[Any]:
-    """The self-attention modules in order, unwrapped; refuses what is not supported.
+    """The self-attention modules in order; refuses what is not supported.
 
     Raises:
         UserError: The architecture or an attention kind is not supported.
@@ -131,8 +131,7 @@ def attention_layers(model: Any) -> list[Any]:
     found: list[Any] = []
     for layer in model.model.layers:
         module = layer.self_attn
-        module = module.original if isinstance(module, PrefillQuantizedAttention) else module
-        name = type(module).__name__
+        name = original_class(module).__name__
         if name not in SUPPORTED:
             raise UserError(
                 f"model: attention '{name}' is not supported; supported: " + ", ".join(SUPPORTED)
@@ -148,31 +147,55 @@ def attention_layers(model: Any) -> list[Any]:
     return found
 
 
+# Arguments of a decoder that are understood, or that say nothing about its attention.
+_KNOWN = (
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", *CACHE_NAMES, "use_cache",
+    "output_attentions", "output_hidden_states", "return_dict",
+)  # fmt: skip
+
+
 @torch.compiler.disable(reason="looks at the mask on the host, once a forward call")
-def _announce_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _begin_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before each forward of the decoder: tells the cache which columns are tokens."""
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, AttendingCache):
+    given = arguments(parameters(type(module).forward), args, kwargs)
+    cache = find_cache(given)
+    if cache is None:
         return
-    inputs = kwargs.get("input_ids")
+    if getattr(module.config, "output_attentions", False):
+        given.setdefault("output_attentions", True)
+    refuse_unknown(given, _KNOWN)
+    inputs = given.get("input_ids")
     if inputs is None:
-        inputs = kwargs.get("inputs_embeds", args[0] if args else None)
+        inputs = given.get("inputs_embeds")
     if inputs is None:
         raise ValueError("input_ids: missing")
-    mask = kwargs.get("attention_mask")
+    mask = given.get("attention_mask")
     cache.begin_forward(inputs.shape[0], inputs.shape[1], mask, inputs.device)
 
 
 def install_attention(model: Any) -> None:
-    """Wraps every attention module once; harmless for other caches."""
+    """Makes every attention module a drop-in, once; other caches work as before.
+
+    Names, weights and everything else that a checkpoint holds stay the model's own.
+    """
     attention_layers(model)
     decoder = model.model
     for layer in decoder.layers:
-        if not isinstance(layer.self_attn, PrefillQuantizedAttention):
-            layer.self_attn = PrefillQuantizedAttention(layer.self_attn)
-    if not getattr(decoder, "_kvquant_hook", False):
-        decoder.register_forward_pre_hook(_announce_mask, with_kwargs=True)
-        decoder._kvquant_hook = True
+        PrefillQuantizedAttention(layer.self_attn)
+    if _begin_forward not in decoder._forward_pre_hooks.values():
+        decoder.register_forward_pre_hook(_begin_forward, with_kwargs=True)
+
+
+def uninstall_attention(model: Any) -> None:
+    """Undoes :func:`install_attention`."""
+    decoder = model.model
+    for layer in decoder.layers:
+        if isinstance(layer.self_attn, PrefillQuantizedAttention):
+            layer.self_attn.restore()
+    for key, hook in list(decoder._forward_pre_hooks.items()):
+        if hook is _begin_forward:
+            del decoder._forward_pre_hooks[key]
+            decoder._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 @dataclass

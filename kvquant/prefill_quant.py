@@ -8,9 +8,13 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvquant.cache_interface import AttendingCache
+from kvquant.errors import UserError
+from kvquant.model_call import CACHE_NAMES, arguments, find_cache, parameters, refuse_unknown
 
 SUPPORTED = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
+# Arguments of the attention that are used, or that say nothing about it.
+_USED = ("hidden_states", "position_embeddings", "attention_mask", *CACHE_NAMES)
+_KNOWN = (*_USED, "position_ids", "use_cache", "output_attentions", "output_hidden_states")
 
 
 @torch.compiler.disable(reason="the cache plans on the host and changes its shapes as it grows")
@@ -30,33 +34,59 @@ class PrefillQuantizedAttention(nn.Module):
     Keys are taken before RoPE (after Qwen3's key norm), stored by the cache, and rotated when read,
     so one calibration per channel holds at every position.
 
+    `PrefillQuantizedAttention(module)` changes the class of the attention module and returns it:
+    weights, their names, hooks and references stay as they are. :meth:`restore` undoes it.
+
     Args:
-        original: The attention module to wrap; its weights are shared, not copied.
+        original: The attention module.
+
+    Attributes:
+        original_class: Class of the module before.
+        parameters_of_forward: Names of its parameters, in order.
     """
 
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.original = original
+    original_class: type[nn.Module]
+    parameters_of_forward: tuple[str, ...]
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention of `[batch_size, new_len, hidden_size]` over the cache and the new tokens."""
-        module: Any = self.original
-        if not isinstance(past_key_values, AttendingCache):
-            return module(
-                hidden_states=hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
+    def __new__(cls, original: nn.Module | None = None) -> PrefillQuantizedAttention:
+        """Turns `original` into a drop-in (copies of one are made without it)."""
+        if original is None:
+            return super().__new__(cls)
+        if not isinstance(original, PrefillQuantizedAttention):
+            _take_over(original)
+        return original  # type: ignore[return-value]
+
+    def __init__(self, original: nn.Module) -> None:
+        """Nothing is left to do: the module has been initialized as what it was."""
+
+    def restore(self) -> None:
+        """Makes the module what it was before."""
+        self.__class__ = self.original_class  # type: ignore[assignment]
+        hooked = self.__dict__.get("_old_forward")
+        if hooked is not None:
+            self.__dict__["_old_forward"] = type(self).forward.__get__(self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of `[batch_size, new_len, hidden_size]` over the cache and the new tokens.
+
+        Raises:
+            UserError: The call asks for what the cache cannot give, or has an unknown argument.
+        """
+        module: Any = self
+        original = self.original_class.forward
+        given = arguments(self.parameters_of_forward, args, kwargs)
+        cache = find_cache(given)
+        if cache is None:
+            plain: tuple[torch.Tensor, torch.Tensor | None] = original(self, *args, **kwargs)
+            return plain
+        refuse_unknown(given, _KNOWN)
+        dropout: float = getattr(module, "attention_dropout", 0.0)
+        if self.training and dropout:
+            raise UserError(
+                "attention_dropout: not applied over a quantized cache; call model.eval(), or set "
+                "it to 0 in the model's configuration"
             )
-        assert position_embeddings is not None
+        hidden_states, rope = given["hidden_states"], given["position_embeddings"]
         shape = (*hidden_states.shape[:-1], -1, module.head_dim)
         queries = module.q_proj(hidden_states).view(shape)
         keys = module.k_proj(hidden_states).view(shape)
@@ -66,14 +96,51 @@ class PrefillQuantizedAttention(nn.Module):
         queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
         implementation = module.config._attn_implementation
         function = ALL_ATTENTION_FUNCTIONS.get(implementation, ALL_ATTENTION_FUNCTIONS["sdpa"])
+        mask = given.get("attention_mask")
+        others = {name: value for name, value in given.items() if name not in _USED}
 
         def full(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             out: torch.Tensor = function(
-                module, q, k, v, attention_mask, dropout=0.0, scaling=module.scaling, **kwargs
+                module, q, k, v, mask, dropout=0.0, scaling=module.scaling, **others
             )[0]
             return out
 
-        rest = (position_embeddings, module.scaling, full)
-        output = _attend(module, past_key_values, queries, keys, values, *rest)
+        output = _attend(module, cache, queries, keys, values, rope, module.scaling, full)
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         return module.o_proj(output), None
+
+
+_CLASSES: dict[type[nn.Module], type[PrefillQuantizedAttention]] = {}
+
+
+def _take_over(module: nn.Module) -> None:
+    """Gives an attention module the class that is both its own and a drop-in."""
+    own = type(module)
+    if own not in _CLASSES:
+        _CLASSES[own] = type(
+            f"PrefillQuantized{own.__name__}",
+            (PrefillQuantizedAttention, own),
+            {
+                "__module__": __name__,
+                "__doc__": PrefillQuantizedAttention.__doc__,
+                "original_class": own,
+                "parameters_of_forward": parameters(own.forward),
+            },
+        )
+    patched = module.__dict__.get("forward")
+    hooked = module.__dict__.get("_old_forward")
+    if patched is not None and hooked is None:
+        raise UserError(
+            f"model: the forward method of a {own.__name__} was replaced ({patched!r}); load the "
+            "model without what replaced it"
+        )
+    module.__class__ = _CLASSES[own]
+    if hooked is not None:  # accelerate keeps the method that its hooks surround in the instance
+        module.__dict__["_old_forward"] = _CLASSES[own].forward.__get__(module)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Class of an attention module before it was made a drop-in, or its class."""
+    if isinstance(module, PrefillQuantizedAttention):
+        return module.original_class
+    return type(module)

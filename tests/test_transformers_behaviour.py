@@ -192,7 +192,7 @@ def test_what_transformers_asks_a_cache() -> None:
 def test_generate_refuses_what_it_cannot_do_by_name() -> None:
     """A cache that is passed in and a cache that `generate` should make exclude each other."""
     qm = quantized(tiny_model(), LOSSY)
-    with pytest.raises(ValueError, match="past_key_values"):
+    with pytest.raises(ValueError, match="cache_implementation"):
         qm.model.generate(
             ids(1, 10),
             past_key_values=qm.new_cache(),

@@ -19,6 +19,7 @@ from kvquant.cache_size import cache_elements, cache_nbytes
 from kvquant.config import NuqScheme, Study
 from kvquant.config_kernels import SHAPES, WHOLE_MODEL, KernelCase, Measure
 from kvquant.errors import UserError
+from kvquant.model_call import cache_argument
 from kvquant.models import QuantizedModel
 from kvquant.records import KernelPart
 from kvquant.sdpa import growing_lengths
@@ -226,8 +227,8 @@ def prefill(bench: Bench, case: KernelCase) -> KernelPart:
             taken = bench.clock.time(
                 lambda: model.model(
                     input_ids=prompts.ids, attention_mask=prompts.mask,
-                    position_ids=prompts.positions, past_key_values=cache, use_cache=True,
-                    logits_to_keep=1,
+                    position_ids=prompts.positions, **cache_argument(model.model, cache),
+                    use_cache=True, logits_to_keep=1,
                 )
             )[1]  # fmt: skip
             if side.cache_bytes is None:
@@ -266,7 +267,8 @@ def layer_step(bench: Bench, case: KernelCase) -> KernelPart:
                 cache = scheme.new_cache()
                 decoder(
                     input_ids=prompts.ids, attention_mask=prompts.mask,
-                    position_ids=prompts.positions, past_key_values=cache, use_cache=True,
+                    position_ids=prompts.positions, **cache_argument(decoder, cache),
+                    use_cache=True,
                 )  # fmt: skip
                 side.cache_bytes = cache_nbytes(cache)
                 side.bits_per_element = 8 * side.cache_bytes / cache_elements(cache, prompts.mask)
@@ -276,7 +278,7 @@ def layer_step(bench: Bench, case: KernelCase) -> KernelPart:
                 return bench.clock.time(
                     lambda: decoder(
                         input_ids=token, attention_mask=mask, position_ids=positions,
-                        past_key_values=held[0], use_cache=True,
+                        **cache_argument(decoder, held[0]), use_cache=True,
                     )
                 )[1]  # fmt: skip
 
@@ -301,7 +303,7 @@ def steps(bench: Bench, case: KernelCase) -> KernelPart:
     cache = model.with_scheme(bench.scheme).new_cache("A")
     model.model(
         input_ids=prompts.ids, attention_mask=prompts.mask, position_ids=prompts.positions,
-        past_key_values=cache, use_cache=True, logits_to_keep=1,
+        **cache_argument(model.model, cache), use_cache=True, logits_to_keep=1,
     )  # fmt: skip
     nbytes = cache_nbytes(cache)
     bits = 8 * nbytes / cache_elements(cache, prompts.mask)

@@ -15,6 +15,7 @@ from kvquant.benchmarks.timing import synchronize
 from kvquant.config import Study, Workload, load_study
 from kvquant.devices import alone, visible
 from kvquant.errors import UserError, unknown
+from kvquant.model_call import cache_argument
 from kvquant.models import QuantizedModel, load_quantized_model, read_manifest, resolve_device
 from kvquant.provenance import device_name
 from kvquant.sdpa import growing_lengths
@@ -70,7 +71,7 @@ class Prepared:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            **cache_argument(self.qm.model, cache),
             use_cache=True,
             logits_to_keep=1,
         ).logits

@@ -29,6 +29,7 @@ from kvquant.cache import Protocol
 from kvquant.config import SchemeSpec, load_study
 from kvquant.errors import UserError
 from kvquant.generation import end_ids, greedy
+from kvquant.model_call import cache_argument
 from kvquant.models import load_quantized_model
 from kvquant.quantizer_file import QuantizerManifest
 from kvquant.specs import needs_calibration
@@ -180,9 +181,10 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
         with torch.inference_mode():
             # The last token of the context asks for the first of the continuation.
             past = ids.shape[1] - count if self.protocol == "A" else 0
+            given = {**cache_argument(decoder, cache), "use_cache": True}
             if past > 0:
-                decoder(input_ids=ids[:, :past], past_key_values=cache, use_cache=True)
-            hidden = decoder(input_ids=ids[:, past:], past_key_values=cache, use_cache=True)
+                decoder(input_ids=ids[:, :past], **given)
+            hidden = decoder(input_ids=ids[:, past:], **given)
             head = self.qm.model.get_output_embeddings()
             logits = head(hidden.last_hidden_state[0, -count:]).float().log_softmax(-1)
             chosen = logits.gather(1, goal[:, None]).sum()

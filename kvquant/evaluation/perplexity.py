@@ -28,6 +28,7 @@ from kvquant.config import PerplexityTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
 from kvquant.memory import in_batches, whole
+from kvquant.model_call import cache_argument
 
 LOGIT_POSITIONS = 512  # logits of so many positions, of all windows, are in memory at a time
 
@@ -86,13 +87,15 @@ def _pieces(
     Yields:
         One fp32 tensor `[windows, positions, vocabulary]` a cache, and the positions.
     """
-    head = qm.model.get_output_embeddings()
+    decoder, head = qm.model.model, qm.model.get_output_embeddings()
     windows, window = ids.shape
     size = max(1, LOGIT_POSITIONS // windows)
     for first in range(0, window, step):
         piece = ids[:, first : first + step]
         hidden = [
-            qm.model.model(input_ids=piece, past_key_values=cache, use_cache=True).last_hidden_state
+            decoder(
+                input_ids=piece, **cache_argument(decoder, cache), use_cache=True
+            ).last_hidden_state
             for cache in caches
         ]
         stop = min(first + step, window - 1)  # the last token has no next one
