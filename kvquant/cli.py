@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "energy": ("kvquant.benchmarks.energy", "energy of one workload"),
     "bench": ("kvquant.benchmarks.bench", "costs on random data: append, kernels"),
     "aggregate": ("kvquant.analysis.collect", "verify all records and collect tidy tables"),
+    "seal": ("kvquant.seal", "give records of an older schema their seal, once"),
     "statistics": ("kvquant.analysis.statistics", "paired tests of every scheme and task"),
     "pareto": ("kvquant.analysis.pareto", "accuracy, speed, energy and bits of every scheme"),
     "plot": ("kvquant.analysis.figures", "draw one figure from the tables"),

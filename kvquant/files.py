@@ -12,6 +12,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -85,6 +86,13 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is beyond every number that can be stored")
+    return number
+
+
 def _depth(text: str) -> int:
     """Deepest nesting of brackets outside strings."""
     depth = deepest = 0
@@ -108,17 +116,19 @@ def _depth(text: str) -> int:
 
 
 def parse_json(text: str) -> Any:
-    """Parses JSON strictly: no key twice in an object, no NaN or Infinity, no deep nesting.
+    """Parses JSON strictly: no key twice in an object, nothing infinite, no deep nesting.
 
     Raises:
         ValueError: The text is not such JSON; the message is one line.
     """
     if not text.strip():
-        raise ValueError("empty")
+        raise ValueError("empty JSON")
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(text) > MAX_JSON_DEPTH:
         raise ValueError(f"nested more than {MAX_JSON_DEPTH} levels deep")
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
     except json.JSONDecodeError as error:
         raise ValueError(f"truncated or damaged JSON at character {error.pos}") from None
 

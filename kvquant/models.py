@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,8 @@ class QuantizedModel:
         scheme: The scheme of `new_cache`.
         codecs: One codec a layer, or None for a scheme without codecs.
         caches: Makes the caches of a scheme that brings a cache of its own, else None.
+        inputs: Hashes of the files that results depend on, by what they are (model, quantizer);
+            records hold them.
     """
 
     model: Any
@@ -215,6 +217,7 @@ class QuantizedModel:
     scheme: SchemeSpec
     codecs: list[Codec] | None
     caches: CacheFactory | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
 
     @property
     def quantizes(self) -> bool:

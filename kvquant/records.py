@@ -1,249 +1,129 @@
-"""What a job leaves behind: typed records, written once and atomically, verified when read."""
+"""Records and samples on disk: sealed and written once and atomically, verified when read."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from kvquant.config_kernels import Measure
 from kvquant.errors import UserError
-from kvquant.files import sha256_text, write_new
+from kvquant.files import parse_json, read_text, sha256_text, write_new
+from kvquant.record_types import (
+    SCHEMA_VERSION,
+    AppendPoint,
+    AppendRecord,
+    EnergyRecord,
+    EnergySide,
+    EvalRecord,
+    KernelPart,
+    KernelRecord,
+    KernelSide,
+    Percentiles,
+    PerfSide,
+    Record,
+    ThroughputRecord,
+)
+from kvquant.sealing import SEAL, check_seal, seal_of
 
-SCHEMA_VERSION = 1
+__all__ = [
+    "SCHEMA_VERSION",
+    "AppendPoint",
+    "AppendRecord",
+    "EnergyRecord",
+    "EnergySide",
+    "EvalRecord",
+    "KernelPart",
+    "KernelRecord",
+    "KernelSide",
+    "Percentiles",
+    "PerfSide",
+    "Record",
+    "ThroughputRecord",
+    "absent",
+    "parse_record",
+    "read_record",
+    "record_text",
+    "write_record",
+    "write_samples",
+]
 
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    schema_version: Literal[1] = 1
-    study: str
-    spec_digest: str = Field(description="digest of the specs that this result depends on")
-    environment: dict[str, Any] = Field(default_factory=dict)
-
-
-class EvalRecord(_Record):
-    """Accuracy of one (model, scheme, task, seed): ``run.json``."""
-
-    kind: Literal["eval"] = "eval"
-    model: str
-    scheme: str
-    task: str
-    seed: int
-    suite: str
-    protocol: Literal["A", "B"]
-    metric: str = Field(description="name of the metric that statistics use")
-    higher_is_better: bool
-    value: float = Field(description="the metric over all samples of this seed")
-    metrics: dict[str, float] = Field(description="every metric, the named one included")
-    samples: int
-    tokens: int = Field(description="prompt or text tokens that went through the cache")
-    cache_bytes: int = Field(description="bytes allocated by the cache, summed over samples")
-    cache_elements: int = Field(description="key and value elements held by those bytes")
-    bits_per_element: float
-    samples_sha256: str
-    prompts_sha256: str | None = Field(
-        None, description="of the seed's prompts; None where a suite reads its text itself"
-    )
-    seconds: float = Field(
-        description="wall time, shared equally by seeds measured together; not part of any table"
-    )
-
-
-class Percentiles(BaseModel):
-    """Over `n` rounds; milliseconds unless the field says otherwise."""
-
-    median: float
-    p10: float
-    p90: float
-    p99: float
-    n: int
-
-
-class PerfSide(BaseModel):
-    """One scheme's side of an interleaved throughput job."""
-
-    scheme: str
-    status: Literal["ok", "oom"]
-    prefill_ms: Percentiles | None = None
-    decode_ms: Percentiles | None = Field(None, description="one decode step")
-    quantize_ms: Percentiles | None = Field(
-        None, description="quantize and pack of the whole prompt, measured inside the prefill"
-    )
-    prefill_tokens_per_s: float | None = None
-    decode_tokens_per_s: float | None = None
-    peak_bytes: int | None = Field(None, description="peak memory of a prefill (GPU) or None")
-    cache_bytes: int | None = None
-    cache_elements: int | None = None
-    bits_per_element: float | None = None
-
-
-class ThroughputRecord(_Record):
-    """Latency of one (device, model, scheme, workload, rep), interleaved with the baseline."""
-
-    kind: Literal["throughput"] = "throughput"
-    device: str
-    model: str
-    scheme: str
-    workload: str
-    rep: int
-    prompt_tokens: int = Field(description="tokens of all prompts, padding not counted")
-    batch_size: int
-    scheme_side: PerfSide
-    baseline_side: PerfSide
-    prefill_ratio: float | None = Field(
-        None, description="scheme over baseline prefill tokens/s, median of paired rounds"
-    )
-    quantize_share: float | None = Field(
-        None, description="quantize+pack time over the baseline's prefill time"
-    )
-
-
-class EnergySide(BaseModel):
-    """One scheme's side of an interleaved energy job; a list holds one value a trial."""
-
-    scheme: str
-    joules: list[float]
-    joules_above_idle: list[float]
-    seconds: list[float]
-    tokens: list[int]
-    joules_per_token: float
-    joules_per_token_above_idle: float
-
-
-class EnergyRecord(_Record):
-    """Energy of one (device, model, scheme, workload, rep), interleaved with the baseline."""
-
-    kind: Literal["energy"] = "energy"
-    device: str
-    model: str
-    scheme: str
-    workload: str
-    rep: int
-    source: Literal["nvml", "estimated"]
-    method: str = Field(description="which counter or model of power gave the numbers")
-    idle_watts: float
-    scheme_side: EnergySide
-    baseline_side: EnergySide
-    energy_ratio: float = Field(description="scheme over baseline joules per token")
-    carbon: dict[str, Any] = Field(default_factory=dict, description="CodeCarbon bookkeeping")
-    telemetry: dict[str, Any] = Field(default_factory=dict, description="clocks, temperature")
-
-
-class AppendPoint(BaseModel):
-    """One cache at one size, appended to `chunk` tokens a call."""
-
-    series: str = Field(description="scheme, or 'concatenation'")
-    chunk: int = Field(description="tokens a sequence and call")
-    tokens: int = Field(description="tokens a sequence held before the timed calls")
-    status: Literal["ok", "oom"]
-    token_ms: Percentiles | None = Field(
-        None, description="a token's share of a round, which fills whole blocks"
-    )
-    call_ms: Percentiles | None = Field(None, description="single calls")
-    cache_bytes: int | None = Field(None, description="bytes held after the timed calls")
-
-
-class AppendRecord(_Record):
-    """Cost of appending to one layer's cache as it grows, all series in turns in one process."""
-
-    kind: Literal["append"] = "append"
-    device: str
-    rep: int
-    batch_size: int
-    kv_heads: int
-    head_dim: int
-    round_tokens: dict[str, int] = Field(description="tokens a sequence gets in a round, by chunk")
-    points: list[AppendPoint]
-
-
-class KernelSide(BaseModel):
-    """One side of an interleaved measurement."""
-
-    side: str = Field(description="a scheme, 'copy', or a backend of torch's fp16 attention")
-    role: Literal["ours", "copy", "fp16", "peer"]
-    status: Literal["ok", "oom", "not installed", "refused", "failed"]
-    reason: str = Field("", description="why there is no time")
-    ms: Percentiles | None = None
-    over_ours: Percentiles | None = Field(
-        None, description="its time over ours in the same round, no unit; above 1 ours is faster"
-    )
-    nbytes: int | None = Field(None, description="bytes that it has to read and write")
-    gb_per_s: float | None = Field(None, description="those bytes over the median time")
-    copy_share: float | None = Field(None, description="that rate over the rate of a device copy")
-    floor_ms: float | None = Field(None, description="those bytes at the rate of a device copy")
-    slots_per_element: float | None = Field(
-        None,
-        description="thread instructions that the GPU, at its highest clock, can issue in the "
-        "median time for each key or value element and query head of its group",
-    )
-    cache_bytes: int | None = Field(None, description="bytes held by the cache after the prompts")
-    bits_per_element: float | None = None
-
-
-class KernelPart(BaseModel):
-    """One measurement of a case: sides in turns in one process."""
-
-    measure: Measure
-    copy_gb_per_s: float | None = Field(
-        None, description="read and written by a copy on the device, timed in the same rounds"
-    )
-    sides: list[KernelSide]
-
-
-class KernelRecord(_Record):
-    """Kernels of the headline scheme at one shape."""
-
-    kind: Literal["kernels"] = "kernels"
-    device: str
-    case: str
-    shape: str
-    scheme: str
-    batch: int
-    tokens: int = Field(description="of the longest sequence")
-    all_tokens: int = Field(description="of all sequences in prefill, steps and layer-step")
-    parts: list[KernelPart]
-    seconds: float = Field(description="wall time of the case; not part of any table")
-
-
+AGAIN = "delete it by name and run again to measure it again"
 R = TypeVar("R", bound=BaseModel)
 
 
+def record_text(record: BaseModel) -> str:
+    """A record as it is written: indented JSON with its seal."""
+    if isinstance(record, Record):
+        content = json.loads(record.model_dump_json(exclude={SEAL}))
+        record = record.model_copy(update={SEAL: seal_of(content)})
+    return record.model_dump_json(indent=2) + "\n"
+
+
 def write_record(path: str | Path, record: BaseModel) -> None:
-    """Writes a record as indented JSON through :func:`kvquant.files.write_new`."""
-    write_new(path, record.model_dump_json(indent=2) + "\n")
+    """Seals a record and writes it through :func:`kvquant.files.write_new`."""
+    write_new(path, record_text(record))
 
 
 def write_samples(path: str | Path, rows: Iterable[dict[str, Any]]) -> str:
-    """Writes per-sample rows as JSON Lines and returns the sha256 of the text."""
-    text = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+    """Writes per-sample rows as JSON Lines and returns the sha256 of the text.
+
+    Raises:
+        ValueError: A row holds NaN or an infinity.
+    """
+    text = "".join(
+        json.dumps(row, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n" for row in rows
+    )
     write_new(path, text)
     return sha256_text(text)
 
 
-def read_record(path: str | Path, model: type[R]) -> R:
-    """Reads and validates a record.
+def absent(path: Path) -> bool:
+    """Whether nothing at all has this name: no file, no folder, no link to nothing."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
-    Raises:
-        UserError: The file is missing, truncated, not JSON, or of another schema; the message
-            names the file and says how to get it measured again.
-    """
-    file = Path(path)
-    again = "delete it by name and run again to measure it anew"
-    if not file.is_file():
-        raise UserError(f"missing result: {file}")
-    text = file.read_text(encoding="utf-8")
+
+def parse_record(text: str, model: type[R], where: str | Path) -> R:
+    """A record from its text; see :func:`read_record`."""
     try:
-        raw = json.loads(text)
-    except json.JSONDecodeError as error:
-        state = "empty" if not text.strip() else "truncated or damaged"
-        raise UserError(f"{file}: {state} JSON at character {error.pos}: {again}") from None
-    try:
-        return model.model_validate(raw)
+        raw = parse_json(text)
+        if (
+            isinstance(raw, dict)
+            and raw.get("schema_version") == 1
+            and "schema_version" in (model.model_fields)
+        ):
+            raise UserError(
+                f"{where}: field 'schema_version': is 1, of before records were sealed, now it is "
+                f"{SCHEMA_VERSION}: seal what is there once with `kvquant seal --results FOLDER`"
+            )
+        record = model.model_validate(raw)
+        if SEAL in model.model_fields:
+            check_seal(raw)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(p) for p in first["loc"]) or "record"
-        raise UserError(f"{file}: field '{field}': {first['msg']}: {again}") from None
+        raise UserError(f"{where}: field '{field}': {first['msg']}: {AGAIN}") from None
+    except ValueError as error:
+        raise UserError(f"{where}: {error}: {AGAIN}") from None
+    return record
+
+
+def read_record(path: str | Path, model: type[R]) -> R:
+    """Reads and verifies a record.
+
+    Raises:
+        UserError: The file is missing, truncated, not JSON, of another schema, or was changed after
+            it was written; the message names the file and says how to get it measured again.
+    """
+    file = Path(path)
+    if absent(file):
+        raise UserError(f"missing result: {file}")
+    return parse_record(read_text(file, "record", AGAIN), model, file)

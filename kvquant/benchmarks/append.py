@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -122,7 +123,7 @@ class Series:
 
     def point(self, name: str, fits: bool) -> AppendPoint:
         """The record's point."""
-        here = {"series": name, "chunk": self._chunk, "tokens": self._size}
+        here: dict[str, Any] = {"series": name, "chunk": self._chunk, "tokens": self._size}
         if not fits or not self.times:
             return AppendPoint(**here, status="oom")
         share = [sum(row) / (self._calls * self._chunk) for row in self.times]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvquant.config import PerplexityTask, Study, TaskSpec, load_study
-from kvquant.data import Part, load_text
+from kvquant.data import Part, load_text, read_data_manifest
 from kvquant.devices import claim
 from kvquant.errors import UserError
 from kvquant.evaluation import seed_files
@@ -181,9 +181,15 @@ def _loader(
         assert data_manifest is not None
         return load_text(data_manifest, part)
 
+    read = (
+        {}
+        if asked is not None or data_manifest is None
+        else {"text": read_data_manifest(data_manifest).sha256}
+    )
+
     def record(seed: int, digest: str, result: SuiteResult, seconds: float) -> EvalRecord:
-        prompts = asked.sha256(seed) if asked else None
-        return _record(study, model, scheme, task, seed, digest, prompts, result, seconds)
+        inputs = qm.inputs | read | ({"prompts": asked.sha256(seed)} if asked else {})
+        return _record(study, model, scheme, task, seed, digest, inputs, result, seconds)
 
     def measure(seeds: dict[int, str]) -> list[tuple[EvalRecord, SuiteResult]]:
         start = time.monotonic()
@@ -213,7 +219,7 @@ def _record(
     task: str,
     seed: int,
     digest: str,
-    prompts_sha256: str | None,
+    inputs: dict[str, str],
     result: SuiteResult,
     seconds: float,
 ) -> EvalRecord:
@@ -221,6 +227,7 @@ def _record(
         study=study.study,
         spec_digest=digest,
         environment=environment(),
+        inputs=inputs,
         model=model,
         scheme=scheme,
         task=task,
@@ -237,7 +244,7 @@ def _record(
         cache_elements=result.cache_elements,
         bits_per_element=8.0 * result.cache_bytes / result.cache_elements,
         samples_sha256="",
-        prompts_sha256=prompts_sha256,
+        prompts_sha256=inputs.get("prompts"),
         seconds=seconds,
     )
 

@@ -72,7 +72,8 @@ def content(out: Path, seed: int) -> tuple[str, dict[str, Any]]:
     """Samples, and the record without what differs between two measurements."""
     folder = out / f"seed{seed}"
     record = json.loads((folder / "run.json").read_text())
-    record.pop("seconds")
+    for name in ("seconds", "seal"):
+        record.pop(name)
     return (folder / "samples.jsonl").read_text(), record
 
 
@@ -99,6 +100,7 @@ def test_writes_a_checked_record_a_seed(study: Study, manifest: Path, tmp_path: 
         assert record.bits_per_element == 8 * record.cache_bytes / record.cache_elements
         assert 4 < record.bits_per_element < 16
         assert record.environment["packages"]["torch"]
+        assert record.inputs["prompts"] == record.prompts_sha256
     assert sorted(p.name for p in tmp_path.iterdir()) == ["seed0", "seed2"]
 
 
