@@ -24,7 +24,8 @@ from torch import nn
 
 from kvquant.calibration_statistics import LayerStatistics, save_statistics
 from kvquant.config import CalibrationSpec, load_study
-from kvquant.errors import UserError
+from kvquant.errors import NonFinite, UserError
+from kvquant.finite import remedy
 from kvquant.models import attention_layers, load_base_model, read_manifest, resolve_device
 from kvquant.specs import VERSIONS, calibration_digest
 
@@ -37,6 +38,8 @@ class _Collector:
         self.layers = attention_layers(model)
         self.statistics: list[LayerStatistics | None] = [None] * len(self.layers)
         self._late: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # Of the window at hand: what -> whether it is finite, on the device.
+        self._finite: dict[str, torch.Tensor] = {}
         self.handles = []
         for i, module in enumerate(self.layers):
             keys: Any = getattr(module, "k_norm", None) or module.k_proj
@@ -49,6 +52,9 @@ class _Collector:
             if not output.requires_grad:
                 output = output.requires_grad_()  # weights are frozen: the graph starts here
             data = output.detach()
+            name = f"layer {layer}: {'keys' if is_key else 'values'}"
+            # Values are coded from 16 bits.
+            self._finite[name] = (data if is_key else data.half()).isfinite().all()
             output.register_hook(lambda grad: self._receive(layer, is_key, data, grad))
             return output
 
@@ -56,6 +62,8 @@ class _Collector:
 
     @torch.no_grad()
     def _receive(self, layer: int, is_key: bool, data: torch.Tensor, grad: torch.Tensor) -> None:
+        name = f"layer {layer}: gradients of the {'keys' if is_key else 'values'}"
+        self._finite[name] = grad.isfinite().all()
         skip = self.spec.sinks
         # the loss is a mean over the window's tokens; undo it so that windows weigh alike
         tokens = data.shape[1]
@@ -74,24 +82,44 @@ class _Collector:
             statistics.add_values(x, fisher, fractions)
 
     def run(self, model: Any, windows: list[list[int]], device: torch.device) -> None:
-        """One forward and backward pass a window."""
-        for number, window in enumerate(windows):
-            self._late = {}
-            ids = torch.tensor([window], device=device)
-            with torch.enable_grad():
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-                loss.backward()
-            for layer, (x, fisher) in self._late.items():
-                statistics = self.statistics[layer]
-                assert statistics is not None
-                statistics.add_values(x, fisher, self.spec.outlier_fractions)
-            print(
-                f"calibrate: window {number + 1}/{len(windows)}, loss {loss.item():.3f}",
-                file=sys.stderr,
-                flush=True,
-            )
-        for handle in self.handles:
-            handle.remove()
+        """One forward and backward pass a window.
+
+        Raises:
+            NonFinite: A window's loss, activations or gradients are NaN or infinite.
+        """
+        try:
+            for number, window in enumerate(windows):
+                where = f"window {number + 1}/{len(windows)}"
+                loss = self._window(model, torch.tensor([window], device=device), where)
+                print(f"calibrate: {where}, loss {loss:.3f}", file=sys.stderr, flush=True)
+        finally:
+            for handle in self.handles:
+                handle.remove()
+
+    def _window(self, model: Any, ids: torch.Tensor, where: str) -> float:
+        """The loss of one window, whose statistics are added."""
+        self._late, self._finite = {}, {}
+        with torch.enable_grad():
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            # Before the backward pass, which adds what it meets to the statistics.
+            self._finite["the loss"] = loss.isfinite().all()
+            self._check(model, where)
+            loss.backward()
+        self._check(model, where)
+        for layer, (x, fisher) in self._late.items():
+            statistics = self.statistics[layer]
+            assert statistics is not None
+            statistics.add_values(x, fisher, self.spec.outlier_fractions)
+        return float(loss.item())
+
+    def _check(self, model: Any, where: str) -> None:
+        """Looks at what a pass found, all of it at once."""
+        finite = torch.stack(list(self._finite.values())).tolist()
+        if not all(finite):
+            what = list(self._finite)[finite.index(False)]
+            dtype = next(model.parameters()).dtype
+            raise NonFinite(f"calibration: {where}: {what}: not finite: {remedy(dtype)}")
+        self._finite.clear()
 
 
 def draw_windows(ids: list[int], spec: CalibrationSpec) -> list[list[int]]:
@@ -120,7 +148,16 @@ def calibrate(model: Any, windows: list[list[int]], spec: CalibrationSpec) -> li
         model: A causal LM with frozen weights, in evaluation mode.
         windows: Token ids, one list a window.
         spec: Sinks, bins and outlier fractions.
+
+    Raises:
+        UserError: There is no window, or one has no token behind the sinks.
+        NonFinite: A window's loss, activations or gradients are NaN or infinite.
     """
+    if not windows or min(map(len, windows)) < max(spec.sinks + 1, 2):
+        raise UserError(
+            f"calibration: needs windows of at least {max(spec.sinks + 1, 2)} tokens, got "
+            f"{min(map(len, windows), default=0)}"
+        )
     collector = _Collector(model, spec)
     collector.run(model, windows, next(model.parameters()).device)
     found = []

@@ -14,6 +14,10 @@ class MissingPackage(UserError):
     """What was asked for needs a package, or a release of one, that is not installed."""
 
 
+class NonFinite(UserError):
+    """Logits, losses or gradients that are NaN or infinite; nothing is scored from them."""
+
+
 class OutlierOverflow(RuntimeError):
     """Outliers found no room in a cache; `KVQuantCache.widen` makes more for the next one."""
 

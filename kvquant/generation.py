@@ -13,6 +13,7 @@ from kvquant.cache import KVQuantCache
 from kvquant.cache_size import cache_elements, cache_nbytes
 from kvquant.errors import OutlierOverflow, UserError
 from kvquant.fetch.progress import note
+from kvquant.finite import not_finite
 from kvquant.graphed import GraphedDecoder
 from kvquant.memory import in_batches, out_of_memory, whole
 from kvquant.model_call import cache_argument
@@ -131,6 +132,7 @@ def greedy(
 
     Raises:
         UserError: A prompt is empty or does not fit the model's positions.
+        NonFinite: Logits that decide a token are NaN or infinite.
     """
     for index, prompt in enumerate(prompts):
         if not prompt:
@@ -250,13 +252,15 @@ def _answer(
     ended = [False] * len(prompts)
     rows = list(range(len(prompts)))  # those in the cache, in its order
     news: list[torch.Tensor] = []  # their tokens since they were last brought to the host
+    tops: list[torch.Tensor] = []  # and the logits of these, `[rows, 1]`
     for step in range(max_new_tokens):
         token = logits.argmax(-1, keepdim=True)
         news.append(token)
+        tops.append(logits.gather(-1, token))  # NaN is the greatest to argmax
         if step + 1 == max_new_tokens:
             break
         if (step + 1) % check_every == 0:
-            _collect(answers, rows, news, ends, stop, ended)
+            _collect(qm, answers, rows, news, tops, ends, stop, ended)
             going = [i for i, row in enumerate(rows) if not ended[row]]
             if not going:
                 break
@@ -279,7 +283,7 @@ def _answer(
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-    _collect(answers, rows, news, ends, stop, ended)
+    _collect(qm, answers, rows, news, tops, ends, stop, ended)
     return GenerationResult(answers, sum(sizes), row_bytes, row_elements)
 
 
@@ -296,18 +300,31 @@ def _replay(decoder: GraphedDecoder, token: torch.Tensor) -> torch.Tensor:
 
 
 def _collect(
+    qm: Any,
     answers: list[list[int]],
     rows: list[int],
     news: list[torch.Tensor],
+    tops: list[torch.Tensor],
     ends: frozenset[int],
     stop: Stop | None,
     ended: list[bool],
 ) -> None:
-    """Brings new tokens to the host, behind the answers of their rows, and cuts what has ended."""
+    """Brings new tokens to the host, behind the answers of their rows, and cuts what has ended.
+
+    Raises:
+        NonFinite: The greatest logit of a token that counts is NaN or infinite. What a row that has
+            ended goes on with does not count.
+    """
     if not news:
         return
-    for row, tokens in zip(rows, torch.cat(news, dim=1).tolist(), strict=True):
-        if not ended[row]:
-            known = len(answers[row])
-            answers[row], ended[row] = cut(answers[row] + tokens, ends, stop, known)
+    finite = torch.cat(tops, dim=1).isfinite().tolist()
+    for at, (row, tokens) in enumerate(zip(rows, torch.cat(news, dim=1).tolist(), strict=True)):
+        if ended[row]:
+            continue
+        known = len(answers[row])
+        answers[row], ended[row] = cut(answers[row] + tokens, ends, stop, known)
+        counted = finite[at][: len(answers[row]) - known + 1]  # the end token, if any, is one more
+        if not all(counted):
+            raise not_finite(qm, f"logits of step {known + counted.index(False)} of an answer")
     news.clear()
+    tops.clear()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult
 from kvquant.generation import Stop, greedy
 
@@ -63,7 +64,17 @@ class Rules:
 def answer_seeds(
     context: Context, seeds: Sequence[SeedPrompts], rules: Rules, batch_size: int
 ) -> list[SuiteResult]:
-    """The results of seeds of one task, answered together."""
+    """The results of seeds of one task, answered together.
+
+    Raises:
+        UserError: A seed has no prompts, or its answers no room.
+        NonFinite: Logits that decide a token are NaN or infinite.
+    """
+    for seed in seeds:
+        if not seed.prompts:
+            raise UserError(f"tasks.{context.task}: a seed has no prompts, so there is no score")
+        if seed.max_new_tokens < 1:
+            raise UserError(f"tasks.{context.task}.max_new_tokens: answers need at least 1 token")
     asked = [prompt.tokens for seed in seeds for prompt in seed.prompts]
     found = greedy(
         context.qm,

@@ -27,6 +27,7 @@ from kvquant.cache_size import cache_elements, cache_nbytes, shared_nbytes
 from kvquant.config import PerplexityTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
+from kvquant.finite import not_finite
 from kvquant.memory import in_batches, whole
 from kvquant.model_call import cache_argument
 
@@ -127,6 +128,9 @@ def measure_windows(
         protocol: "A" or "B".
         chunk: Tokens a forward pass in protocol A.
         kl: Also run the windows through the unquantized cache, in the same pieces.
+
+    Raises:
+        NonFinite: A loss or divergence is NaN or infinite.
     """
     goals = ids[:, 1:]
     nll = torch.zeros(goals.shape, dtype=torch.float32, device=ids.device)
@@ -149,7 +153,12 @@ def measure_windows(
         return cache_nbytes(cache) + shared, cache_elements(cache)
 
     nbytes, elements = whole(lambda: qm.new_cache(protocol), work)
-    return WindowLosses(nll.double().cpu(), kls.double().cpu() if kl else None, nbytes, elements)
+    found = WindowLosses(nll.double().cpu(), kls.double().cpu() if kl else None, nbytes, elements)
+    for losses, what in ((found.nll, "losses"), (found.kl, "divergences")):
+        if losses is not None and not losses.isfinite().all():
+            window, at = (~losses.isfinite()).nonzero()[0].tolist()
+            raise not_finite(qm, f"{what} from token {at + 1} of window {window} on")
+    return found
 
 
 def run_perplexity(context: Context, spec: PerplexityTask, seed: int) -> SuiteResult:
