@@ -2,7 +2,8 @@
 
 What goes where is decided by :mod:`kvquant.layout` for all layers at once; this module moves data.
 An append writes into memory that is already there or into a new arena: nothing stored is copied or
-moved, and the host never waits for the device.
+moved, and the host never waits for the device. What no sequence needs any more is given back when
+sequences are cut or chosen (:meth:`BlockStore.reclaim`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 
 from kvquant.blocked_sparse import Index, SparseArena, SparseSlab
 from kvquant.layout import AppendPlan, View
+from kvquant.reclaim import Reclaim
 from kvquant.schemes.base import Codec, Packed
 
 # Columns of a kernel's table of arenas: addresses of these tensors, then those of the outliers.
@@ -53,10 +55,34 @@ class Arena:
             {name: s.view(blocks) for name, s in self.sparse.items()},
         )
 
+    def rewind(self, used: int) -> None:
+        """Forgets what was put at place `used` or later."""
+        for sparse in self.sparse.values():
+            sparse.rewind(used)
+
+    @classmethod
+    def gather(cls, sources: list[tuple[Arena, list[int]]]) -> Arena:
+        """Copies some blocks to an arena that they fill; waits for the device for outliers."""
+        first = sources[0][0]
+        device = next(iter(first.dense.values())).device
+        blocks = sum(len(places) for _, places in sources)
+        dense = {name: t.new_empty((blocks, *t.shape[1:])) for name, t in first.dense.items()}
+        slabs: dict[str, list[SparseSlab]] = {name: [] for name in first.sparse}
+        at = 0
+        for arena, places in sources:
+            chosen = torch.tensor(places).to(device, non_blocking=True)
+            for name, t in dense.items():
+                t[at : at + len(places)] = arena.dense[name][chosen]
+            for name, found in slabs.items():
+                found.append(arena.sparse[name].view(chosen))
+            at += len(places)
+        sparse = {name: SparseSlab.gather(found) for name, found in slabs.items()}
+        return cls(blocks, Packed(dense, sparse, reserved=first.reserved))
+
     @property
     def addresses(self) -> list[int]:
         """A row of the kernels' table of arenas (reserved room only)."""
-        row = [self.dense[name].data_ptr() for name in DENSE]
+        row = [self.dense[name].data_ptr() if self.dense else 0 for name in DENSE]
         for name in SPARSE:
             row += self.sparse[name].addresses if name in self.sparse else [0] * 4
         return row
@@ -66,6 +92,10 @@ class Arena:
         """Bytes allocated."""
         dense = sum(t.nbytes for t in self.dense.values())
         return dense + sum(s.nbytes for s in self.sparse.values())
+
+
+# In the place of an arena that was returned, whose number waits for another.
+NO_ARENA = Arena(0, Packed({}, {}, reserved=True))
 
 
 def _fill(blocks: torch.Tensor, at: int, tokens: torch.Tensor) -> None:
@@ -234,11 +264,11 @@ class BlockStore:
     ) -> None:
         """Packs blocks `[blocks, num_kv_heads, block_size, head_dim]` into the plan's arena."""
         packed = None
-        if plan.capacity and len(self.arenas) == plan.arena:
+        if plan.capacity and not offset:  # the plan's first blocks
             first = self.codec.reserve(plan.capacity, keys)
             if first is None:
                 first = packed = self.codec.pack(keys, values)
-            self.arenas.append(Arena(plan.capacity, first))
+            self._set_arena(plan.arena, Arena(plan.capacity, first))
         arena, at = self.arenas[plan.arena], plan.at + offset
         if arena.reserved:
             if self.status is None:  # a store of its own, without a cache
@@ -254,6 +284,27 @@ class BlockStore:
                     self.status[0] += slab.excess
             if packed.bad is not None:
                 self.status[1] |= packed.bad[0]
+
+    def _set_arena(self, number: int, arena: Arena) -> None:
+        self.arenas += [NO_ARENA] * (number - len(self.arenas))
+        self.arenas[number : number + 1] = [arena]
+        if self._arena_table is not None:  # its row is written before it is read
+            self._arena_table = (min(number, self._arena_table[0]), self._arena_table[1])
+
+    @torch.inference_mode()
+    def reclaim(self, change: Reclaim) -> None:
+        """Returns and compacts arenas.
+
+        Args:
+            change: From :meth:`kvquant.layout.Layout.reclaim`.
+        """
+        for number, used in change.rewound:
+            self.arenas[number].rewind(used)
+        for move in change.moves:
+            sources = [(self.arenas[number], places) for number, places in move.sources]
+            self._set_arena(move.arena, Arena.gather(sources))
+        for number in change.freed:
+            self._set_arena(number, NO_ARENA)
 
     def crowding(self) -> float:
         """Outliers over the room for them, of the fullest arena; waits for the device."""

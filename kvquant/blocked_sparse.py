@@ -9,8 +9,9 @@ them. Pointers inside a block are not stored: the positions hold them, and a pro
 block reads all of its entries. Their order in a block is the packer's own (PyTorch's is by token,
 then channel; kernels write as their threads come), and the standard forms sort.
 
-Entries live in arenas that are allocated ahead and never moved; an append writes behind what is
-there and costs O(appended).
+Entries live in arenas that are allocated ahead; an append writes behind what is there, moves
+nothing and costs O(appended). Entries of dead blocks are given back with the blocks
+(:mod:`kvquant.reclaim`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from kvquant.errors import UserError
 
 Shape = tuple[int, int, int, int]
 Index = slice | torch.Tensor
@@ -32,6 +35,20 @@ def position_dtype(block_elements: int) -> torch.dtype:
 def count_dtype(block_elements: int) -> torch.dtype:
     """int16 while the count of a full block fits, else int32."""
     return torch.int16 if block_elements <= 32767 else torch.int32
+
+
+def check_entries(number: int) -> int:
+    """Returns a number of entries of one arena.
+
+    Raises:
+        UserError: Offsets, which have 32 bits, cannot count them.
+    """
+    if number >= 1 << 31:
+        raise UserError(
+            f"outliers: {number} of one layer in one call are more than 32-bit offsets can count; "
+            "feed the prompt in smaller chunks or fewer sequences, or keep fewer outliers"
+        )
+    return number
 
 
 @dataclass(frozen=True)
@@ -109,6 +126,40 @@ class SparseSlab:
         counts = counts.to(count_dtype(tokens * dim))
         table, shape = (blocks, heads), (blocks, heads, tokens, dim)
         return cls(begin.view(table), counts.view(table), inside.to(kind), values, shape, excess)
+
+    @classmethod
+    def gather(cls, slabs: Sequence[SparseSlab]) -> SparseSlab:
+        """Copies the entries of some blocks, and no others, to arrays of their own.
+
+        Waits for the device once, as the room is what the entries need.
+
+        Args:
+            slabs: Views of the blocks (:meth:`SparseArena.view`), all of one kind.
+        """
+        first, device = slabs[0], slabs[0].values.device
+        totals = torch.stack([s.count.sum(dtype=torch.int64) for s in slabs]).tolist()
+        slots = check_entries(sum(totals))
+        count = torch.cat([s.count for s in slabs])
+        ends = count.reshape(-1).cumsum(0, dtype=torch.int32)
+        # never without memory: kernels take the address
+        positions, values = (
+            first.positions.new_empty(max(slots, 1)),
+            first.values.new_empty(max(slots, 1)),
+        )
+        at = 0
+        for slab, total in zip(slabs, totals, strict=True):
+            numbers = slab.count.reshape(-1).long()
+            groups = torch.arange(numbers.numel(), device=device)
+            group = torch.repeat_interleave(groups, numbers, output_size=total)
+            shift = slab.begin.reshape(-1) - (numbers.cumsum(0) - numbers)
+            entry = shift[group] + torch.arange(total, device=device)
+            positions[at : at + total] = slab.positions[entry]
+            values[at : at + total] = slab.values[entry]
+            at += total
+        cursor = None if first.cursor is None else first.cursor.new_full((1,), slots)
+        begin = (ends - count.reshape(-1)).view(count.shape)
+        shape = (count.shape[0], *first.shape[1:])
+        return cls(begin, count, positions, values, shape, cursor=cursor)
 
     @property
     def nbytes(self) -> int:
@@ -194,6 +245,8 @@ class SparseArena:
         like = first.values
         self.shape = (heads, tokens, dim)
         self._cursor, self._excess = first.cursor, first.excess
+        # Of each put: place, segments and entries of the last one before it.
+        self._puts: list[tuple[int, int, int]] = []
         if blocks == count:  # full at once: kept as it is, not copied
             self.begin, self.count = first.begin, first.count
             self._positions, self._values = [first.positions], [first.values]
@@ -213,6 +266,8 @@ class SparseArena:
         n = slab.values.numel()
         if slab.begin is self.begin:
             return
+        check_entries(sum(v.numel() for v in self._values) + n)
+        self._puts.append((at, len(self._values), self._used))
         if self._used + n > self._values[-1].numel():
             # More outliers than foreseen: another segment behind the others.
             self._positions.append(slab.positions.new_empty(n))
@@ -224,6 +279,21 @@ class SparseArena:
         self._used += n
         self.begin[at : at + slab.shape[0]] = slab.begin + offset
         self.count[at : at + slab.shape[0]] = slab.count
+
+    def rewind(self, used: int) -> None:
+        """Forgets the entries of what was put at place `used` or later; the host does not wait.
+
+        Args:
+            used: At least 1, the first place of an append.
+        """
+        if self._cursor is not None:
+            # A kernel's cursor: behind the last entry of what is left.
+            ends = self.begin[:used] + self.count[:used]
+            self._cursor.copy_(ends.amax().view(1))
+            return
+        while self._puts and self._puts[-1][0] >= used:
+            _, segments, self._used = self._puts.pop()
+            del self._positions[segments:], self._values[segments:]
 
     def view(self, blocks: Index) -> SparseSlab:
         """The given blocks; entries are not copied unless there is more than one segment."""

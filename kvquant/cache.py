@@ -7,6 +7,8 @@ the cache which columns are tokens (`begin_forward`), so that padding is neither
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -85,6 +87,7 @@ class KVQuantCache(Cache, AttendingCache):
         self.step_places: torch.Tensor
         self.captured = False  # a graph plans its calls itself (kvquant.graphed)
         self.query_heads = 0  # learnt from the first call
+        self._broken = False  # layers hold their blocks in different places
         self._step_tables: StepTables | None = None
 
     def begin_forward(
@@ -101,6 +104,8 @@ class KVQuantCache(Cache, AttendingCache):
         Raises:
             ValueError: The mask does not cover all columns.
         """
+        if self._broken:
+            raise RuntimeError("cache: choosing or cutting its sequences failed; reset() it")
         if self.captured:
             return
         self._watch.check()
@@ -245,6 +250,7 @@ class KVQuantCache(Cache, AttendingCache):
         self._pieces = self._step_tables = None
         self._padding, self._watch = Padding(), OutlierWatch()
         self._past, self._block_table = False, None
+        self._broken = False
         for layer in self.layers:
             layer.columns = 0
             layer.store = BlockStore(layer.codec)
@@ -252,11 +258,33 @@ class KVQuantCache(Cache, AttendingCache):
     def _select(self, indices: torch.Tensor) -> None:
         if not self.layout.table:
             return
-        self.layout.select(indices.tolist())
-        self._forget_tables()
-        self._padding.select(indices)
-        for layer in self.layers:
-            layer.store.select(indices)
+        order, before = indices.tolist(), len(self.layout.table)
+        if not order:
+            raise ValueError("indices: no sequence is kept; empty the cache by reset()")
+        if not all(-before <= i < before for i in order):
+            raise ValueError(f"indices: {order}, but the cache holds {before} sequences")
+        with self._changing():
+            self.layout.select(order)
+            self._forget_tables()
+            self._padding.select(indices)
+            for layer in self.layers:
+                layer.store.select(indices)
+            if len(set(order)) < before:
+                self._reclaim()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Refuses further calls if what follows ends in an error, as for want of memory."""
+        self._broken = True
+        yield
+        self._broken = False
+
+    def _reclaim(self) -> None:
+        """Returns the memory of blocks that no sequence has any more."""
+        change = self.layout.reclaim()
+        if change is not None:
+            for layer in self.layers:
+                layer.store.reclaim(change)
 
     def _forget_tables(self) -> None:
         self._block_table = None
@@ -293,11 +321,13 @@ class KVQuantCache(Cache, AttendingCache):
             self.reset()
             return
         lengths = self._padding.crop(keep) or [keep] * len(self.layout.table)
-        cuts = self.layout.crop(lengths)
-        self._forget_tables()
-        for layer in self.layers:
-            layer.store.uncut(cuts)
-            layer.columns = keep
+        with self._changing():
+            cuts = self.layout.crop(lengths)
+            self._forget_tables()
+            for layer in self.layers:
+                layer.store.uncut(cuts)
+                layer.columns = keep
+            self._reclaim()
 
     def copy(self) -> KVQuantCache:
         """A cache that goes on from here, to reuse a prompt; packed blocks are shared."""
@@ -305,6 +335,8 @@ class KVQuantCache(Cache, AttendingCache):
         other = KVQuantCache(codecs, self._rope, self.protocol, static_rope=self.static_rope)
         other.layout = self.layout.fork()
         other._padding = self._padding.fork()
+        other._watch = self._watch.fork()
+        other.query_heads = self.query_heads
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             theirs.columns = mine.columns
             theirs.store = mine.store.fork()

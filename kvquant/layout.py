@@ -4,15 +4,18 @@ A sequence of `n` tokens is held as: its first `sinks` tokens, then as many full
 than the last `residual` tokens, then a tail of `residual` to `residual + block_size - 1` tokens (or
 fewer while the sequence is short). That state depends on the sequence alone, not on the batch or on
 the chunks in which it came. Blocks are numbered; a sequence's table lists its blocks in order, so
-beams and copies of a prefix share blocks, and reordering moves no data.
+beams and copies of a prefix share blocks, and reordering moves no data. Blocks that no table lists
+any more are given back by :meth:`Layout.reclaim`.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+
+from kvquant.reclaim import ArenaRecord, Reclaim, free_number, reclaim
 
 Span = slice | torch.Tensor
 # Arenas after the first grow a cache by one part in so many: at most that much is unused, and a
@@ -56,12 +59,6 @@ class AppendPlan:
         return self.after.blocks[sequence] - self.before.blocks[sequence]
 
 
-@dataclass
-class _Arena:
-    capacity: int
-    used: int
-
-
 @dataclass(frozen=True)
 class Gather:
     """Blocks of one arena and their places among (sequence, ordinal).
@@ -95,7 +92,7 @@ class Layout:
     lengths: list[int] = field(default_factory=list)
     tails: list[int] = field(default_factory=list)
     table: list[list[tuple[int, int]]] = field(default_factory=list)
-    arenas: list[_Arena] = field(default_factory=list)
+    arenas: list[ArenaRecord] = field(default_factory=list)
 
     def view(self) -> View:
         """The state now."""
@@ -133,13 +130,16 @@ class Layout:
         """(arena, place, capacity if new) for consecutive blocks."""
         if not blocks:
             return -1, 0, 0
-        if self.arenas and self.arenas[-1].capacity - self.arenas[-1].used >= blocks:
-            last = self.arenas[-1]
-            last.used += blocks
-            return len(self.arenas) - 1, last.used - blocks, 0
-        capacity = max(blocks, sum(a.used for a in self.arenas) // GROWTH)
-        self.arenas.append(_Arena(capacity, blocks))
-        return len(self.arenas) - 1, 0, capacity
+        # The youngest first: a step's blocks follow each other.
+        for number in range(len(self.arenas) - 1, -1, -1):
+            if self.arenas[number].room >= blocks:
+                return number, self.arenas[number].take(blocks), 0
+        used = sum(arena.used for arena in self.arenas)
+        spare = sum(arena.room for arena in self.arenas)
+        new = ArenaRecord(max(blocks, used // GROWTH - spare))
+        number = free_number(self.arenas)
+        self.arenas[number : number + 1] = [new]
+        return number, new.take(blocks), new.capacity
 
     def gather(self, view: View, first: int, stop: int, device: torch.device) -> list[Gather]:
         """Where the blocks `[first, stop)` of all sequences of a state are."""
@@ -189,8 +189,28 @@ class Layout:
             self.lengths[b] = length
         return cut
 
+    def reclaim(self) -> Reclaim | None:
+        """Takes back blocks that no sequence lists any more, after :meth:`select` or :meth:`crop`.
+
+        Returns:
+            What every store has to do (:meth:`kvquant.block_store.BlockStore.reclaim`), or None.
+        """
+        return reclaim(self.arenas, self.table)
+
     def fork(self) -> Layout:
-        """A copy that shares all blocks; neither writes again into the arenas they share."""
+        """A copy that shares all blocks; each takes places of its own in the arenas they share."""
         for arena in self.arenas:
-            arena.used = arena.capacity
-        return copy.deepcopy(self)
+            arena.shared = True
+        return Layout(
+            self.sinks,
+            self.block_size,
+            self.residual,
+            list(self.lengths),
+            list(self.tails),
+            [list(blocks) for blocks in self.table],
+            list(self.arenas),
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
+        """See :meth:`fork`: places must not be given out twice."""
+        return self.fork()

@@ -49,6 +49,13 @@ class OutlierWatch:
         if self._status is not None and self._copy is None and self._packed:
             self._copy, self._packed = _copy_to_host(self._status), False
 
+    def fork(self) -> OutlierWatch:
+        """The watch of a copy of the cache: what the blocks that it shares lost, it lost too."""
+        other = OutlierWatch()
+        if self._status is not None:
+            other._status, other._packed = self._status.clone(), True
+        return other
+
     def settle(self) -> None:
         """Waits for the device and raises if what it packed so far is not whole.
 

@@ -33,7 +33,7 @@ class Packed:
     @property
     def blocks(self) -> int:
         """Number of blocks."""
-        return next(iter(self.dense.values())).shape[0]
+        return next((t.shape[0] for t in self.dense.values()), 0)
 
     @property
     def nbytes(self) -> int:
