@@ -13,10 +13,14 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
+from kvquant.energy.gpus import load_nvml, torch_uuid, visible_gpus
 from kvquant.errors import UserError
 from kvquant.fetch.progress import note
+
+if TYPE_CHECKING:
+    import torch
 
 _ALONE = ".alone"
 _BUSY = 1000  # a timed process counts as so many others
@@ -28,14 +32,32 @@ def _folder() -> Path:
 
 
 def visible() -> list[str]:
-    """Names of the GPUs that this process may use, in torch's order."""
+    """Names of the devices that this process may use, in torch's order.
+
+    They are UUIDs, so that another CUDA_VISIBLE_DEVICES gives the same device the same name; of a
+    MIG slice its own.
+    """
     import torch
 
-    names = []
-    for index in range(torch.cuda.device_count()):
-        uuid = getattr(torch.cuda.get_device_properties(index), "uuid", index)
-        names.append(str(uuid))
-    return names
+    count = torch.cuda.device_count()
+    return [torch_uuid(torch.device("cuda", i)) or _planned(i) for i in range(count)]
+
+
+def _planned(index: int) -> str:
+    """The UUID of a device whose UUID torch does not tell; its number if NVML does neither."""
+    try:
+        return visible_gpus(load_nvml())[index].uuid or str(index)
+    except Exception:  # no NVML, or fewer GPUs
+        return str(index)
+
+
+def use(device: torch.device) -> torch.device:
+    """Makes a CUDA device torch's current one, where kernels are launched; returns it."""
+    import torch
+
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device.index)
+    return device
 
 
 def _locked(handle: IO[str], *, wait: bool = False) -> bool:
@@ -124,13 +146,19 @@ def alone(name: str, folder: Path | None = None) -> None:
 def claim(device: str) -> str:
     """The device of an evaluation: for "cuda" and "auto" the visible GPU with the fewest processes.
 
-    It becomes torch's current device, where kernels are launched. "cpu" and "cuda:N" are kept.
+    It becomes torch's current device, where kernels are launched. "cpu" and "cuda:N" are kept; a
+    named GPU has a place taken on it, too, so that timed jobs see that it is in use.
     """
     import torch  # here and not above: places are taken and counted without it
 
-    if device not in ("auto", "cuda") or not torch.cuda.is_available():
+    if not device.startswith(("auto", "cuda")) or not torch.cuda.is_available():
         return device
     names = visible()
+    if device not in ("auto", "cuda"):
+        index = torch.device(device).index
+        if index < len(names):
+            share(names[index : index + 1])
+        return device
     index = share(names)
     torch.cuda.set_device(index)
     if len(names) > 1:

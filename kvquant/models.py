@@ -27,9 +27,20 @@ def resolve_device(device: str) -> torch.device:
     """'auto' is the GPU if there is one; asking for a missing GPU is an error."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = torch.device("meta")
+    if found.type == "meta":
+        raise UserError(f"--device: '{device}' is none of auto, cpu, cuda and cuda:N")
+    if found.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device: '{device}' asked for, but torch sees no GPU")
-    return torch.device(device)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device: '{device}' asked for, but torch sees "
+            f"{torch.cuda.device_count()} GPU(s), numbered from 0"
+        )
+    return found
 
 
 def _read_pretrained(kind: Any, directory: str | Path, **options: Any) -> Any:

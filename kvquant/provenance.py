@@ -6,13 +6,25 @@ import functools
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvquant.energy.nvml import gpu_handles, visible_uuids
+from kvquant.energy.gpus import (
+    Gpu,
+    by_uuid,
+    cuda_index,
+    gpu_of,
+    load_nvml,
+    short_name,
+    visible_gpus,
+    visible_uuids,
+)
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = (
     *("torch", "triton", "transformers", "numpy", "lm-eval", "snakemake", "kvquant"),
@@ -31,46 +43,86 @@ def _git(*args: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _gpus() -> list[dict[str, Any]]:
-    """Name, memory and driver of the GPUs of this process, or of all before it uses any.
+def _seen(nvml: Any) -> list[Gpu]:
+    """The GPUs of this process: those of torch once it uses any, before that by the environment.
 
-    Empty without NVML.
+    Asking torch earlier would make it take memory of a GPU.
     """
     torch = sys.modules.get("torch")
-    try:
-        import pynvml
+    if torch is not None and torch.cuda.is_initialized():
+        uuids = visible_uuids()
+        if uuids is not None:
+            return [by_uuid(nvml, uuid) for uuid in uuids]
+    return visible_gpus(nvml)
 
-        # asking torch for its GPUs would make it take memory of them
-        uses = torch is not None and torch.cuda.is_initialized()
-        handles = gpu_handles(pynvml, visible_uuids() if uses else None)
-    except Exception:  # no driver, no library or no GPU: a CPU machine
+
+def _gpus(devices: Sequence[torch.device] | None = None) -> list[dict[str, Any]]:
+    """Name, memory and driver of GPUs, empty without NVML.
+
+    Args:
+        devices: Those that were worked on; None is all that this process sees.
+    """
+    on_gpu = [device for device in devices or () if device.type == "cuda"]
+    if devices is not None and not on_gpu:
         return []
-    driver = pynvml.nvmlSystemGetDriverVersion()
+    try:
+        nvml = load_nvml()
+        found = _seen(nvml) if devices is None else [gpu_of(nvml, device) for device in on_gpu]
+        driver = nvml.nvmlSystemGetDriverVersion()
+    except Exception:  # no driver or no library: a CPU machine, or what torch says of its devices
+        return [_by_torch(device) for device in on_gpu]
     return [
-        {
-            "name": pynvml.nvmlDeviceGetName(handle),
-            "memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-            "driver": driver,
-        }
-        for handle in handles
+        {"name": gpu.name, "memory_bytes": _memory(nvml, gpu), "driver": driver} for gpu in found
     ]
 
 
-def device_name() -> str:
-    """The kebab-case name of the first GPU, or 'cpu' without one.
+def _memory(nvml: Any, gpu: Gpu) -> int | None:
+    try:
+        return int(nvml.nvmlDeviceGetMemoryInfo(gpu.handle).total)
+    except Exception:  # GPUs that share the processor's memory do not say
+        return None
 
-    Example: "NVIDIA H100 80GB HBM3" gives "h100-80gb-hbm3".
+
+def _by_torch(device: torch.device) -> dict[str, Any]:
+    import torch
+
+    found = torch.cuda.get_device_properties(cuda_index(device))
+    return {"name": found.name, "memory_bytes": int(found.total_memory), "driver": None}
+
+
+def device_name(device: torch.device | None = None) -> str:
+    """The kebab-case name of a GPU, or 'cpu' without one.
+
+    Example: "NVIDIA H100 80GB HBM3" gives "h100-80gb-hbm3". A slice of a GPU has its profile in
+    the name, as "a100-sxm4-40gb-mig-3g-20gb".
+
+    Args:
+        device: A device of torch that work runs on, known by its UUID. None is the first GPU that
+            CUDA will see by CUDA_VISIBLE_DEVICES: neither torch nor CUDA is started for that.
     """
-    gpus = _gpus()
-    if not gpus:
+    if device is None:
+        gpus = _gpus()
+        return short_name(str(gpus[0]["name"])) if gpus else "cpu"
+    if device.type != "cuda":
         return "cpu"
-    name = re.sub(r"[^a-z0-9]+", "-", str(gpus[0]["name"]).lower()).strip("-")
-    return name.removeprefix("nvidia-")
+    try:
+        return short_name(gpu_of(load_nvml(), device).name)
+    except Exception:  # no NVML: torch knows the name of its device, too
+        return short_name(str(_by_torch(device)["name"]))
+
+
+def environment(devices: Sequence[torch.device] | None = None) -> dict[str, Any]:
+    """Versions, hardware and the state of the source tree (no host names, no paths).
+
+    Args:
+        devices: The devices that were worked on, whose GPUs are listed; None lists those that this
+            process sees.
+    """
+    return {**_software(), "gpus": _gpus(devices), "slurm_job": os.environ.get("SLURM_JOB_ID")}
 
 
 @functools.cache
-def environment() -> dict[str, Any]:
-    """Versions, hardware and the state of the source tree (no host names, no paths)."""
+def _software() -> dict[str, Any]:
     versions = {}
     for package in _PACKAGES:
         try:
@@ -90,6 +142,4 @@ def environment() -> dict[str, Any]:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "packages": versions,
-        "gpus": _gpus(),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }

@@ -27,7 +27,8 @@ from kvquant.errors import UserError, unknown
 VERSIONS = {
     "fetch": 2,  # 2: manifests with hashes of every file
     **{"calibrate": 1, "quantize": 1, "prompts": 1, "evaluate": 1},
-    **{"throughput": 1, "energy": 1, "append": 1, "kernels": 1},
+    **{"throughput": 1, "append": 1, "kernels": 1},
+    "energy": 2,  # 2: of the model's own GPUs; each processor socket once; settled averages
 }
 
 

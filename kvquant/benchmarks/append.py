@@ -30,9 +30,9 @@ from kvquant.benchmarks.timing import MIN_ROUNDS, Clock, interleave, summarize
 from kvquant.benchmarks.workload import check_device
 from kvquant.config import NuqScheme, Study, load_study
 from kvquant.config_append import AppendSpec
+from kvquant.devices import use
 from kvquant.errors import UserError
 from kvquant.memory import fits_in_memory
-from kvquant.models import resolve_device
 from kvquant.provenance import environment
 from kvquant.records import AppendPoint, AppendRecord, write_record
 from kvquant.schemes.base import Codec
@@ -193,7 +193,7 @@ def measure(study: Study, device: torch.device, clock: Clock, rep: int) -> Appen
     return AppendRecord(
         study=study.study,
         spec_digest=digest,
-        environment=environment(),
+        environment=environment([device]),
         device=device.type,
         rep=rep,
         batch_size=spec.batch_size,
@@ -228,8 +228,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--rep: must not be negative (got {args.rep})")
     if args.out.exists():  # told before minutes of measuring, not after
         raise UserError(f"--out: {args.out} exists; delete it by name to measure again")
-    check_device(args)
-    device = resolve_device(args.device)
+    device = use(check_device(args))
     if device.type == "cpu":
         # A token is too little work for threads: their barriers would be what is timed.
         torch.set_num_threads(1)

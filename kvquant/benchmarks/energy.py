@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from kvquant.benchmarks.timing import synchronize
 from kvquant.benchmarks.workload import Prepared, add_common_arguments, prepare
-from kvquant.energy.monitor import EnergyMonitor, open_meter
+from kvquant.energy.monitor import EnergyMonitor, Meter, not_metered, open_meter
 from kvquant.energy.profiler import DetailedEnergyProfiler
 from kvquant.errors import UserError
 from kvquant.memory import fits_in_memory
@@ -38,7 +39,8 @@ def run_trial(
 ) -> Trial:
     """Repeats `job` for at least `seconds`, at least once.
 
-    The counters refresh about every 100 ms, so a trial must be long against that.
+    The counters refresh about every 100 ms, so a trial must be long against that: a GPU's is made
+    as long as its meter needs (5 s), whatever `seconds` says.
 
     Args:
         job: One job; ends when its device has finished.
@@ -46,6 +48,7 @@ def run_trial(
         monitor: Measures the trial.
         seconds: Shortest duration.
     """
+    seconds = max(seconds, monitor.min_seconds)
     monitor.start()
     total = 0
     while True:
@@ -60,12 +63,12 @@ def side(name: str, trials: list[Trial], idle_watts: float) -> EnergySide:
     """The record's side: raw joules and joules above the idle machine.
 
     Raises:
-        UserError: The meter counted nothing.
+        UserError: The meter counted nothing in a trial.
     """
     joules = [t.joules for t in trials]
     above = [t.joules - idle_watts * t.seconds for t in trials]
     tokens = [t.tokens for t in trials]
-    if sum(joules) <= 0:
+    if not all(math.isfinite(j) and j > 0 for j in joules):
         raise UserError("energy.seconds: the meter counted nothing in this time; make it longer")
     return EnergySide(
         scheme=name,
@@ -78,6 +81,12 @@ def side(name: str, trials: list[Trial], idle_watts: float) -> EnergySide:
     )
 
 
+def meter_report(meter: Meter) -> dict[str, Any]:
+    """What the meter says of its readings: samples, errors, gaps."""
+    report = getattr(meter, "quality", None)
+    return {"meter": report()} if report else {}
+
+
 def measure(prepared: Prepared, scheme_name: str, monitor: EnergyMonitor) -> dict[str, Any]:
     """Measures idle power, then both caches in turns.
 
@@ -88,6 +97,7 @@ def measure(prepared: Prepared, scheme_name: str, monitor: EnergyMonitor) -> dic
         UserError: The workload does not fit in memory with one of the caches.
     """
     spec, workload = prepared.study.energy, prepared.workload
+    unused = not_metered(monitor.meter)
     idle = monitor.idle_watts(spec.idle_seconds)
     sides = [(prepared.study.baseline, prepared.baseline), (scheme_name, prepared.scheme)]
     per_job = prepared.prompt_tokens + workload.batch_size * workload.answer
@@ -121,7 +131,7 @@ def measure(prepared: Prepared, scheme_name: str, monitor: EnergyMonitor) -> dic
         "baseline_side": baseline,
         "energy_ratio": scheme.joules_per_token / baseline.joules_per_token,
         "carbon": profiler.carbon | {"covers": "all trials of both caches"},
-        "telemetry": profiler.summary(),
+        "telemetry": profiler.summary() | meter_report(monitor.meter) | unused,
         "profiler": profiler,
     }
 
@@ -151,10 +161,10 @@ def show(record: EnergyRecord, console: Console) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measures one workload and writes its record, with all samples in a CSV file beside it."""
     prepared = prepare(args, lambda study: study.energy.workloads)
-    device = prepared.qm.device
-    meter = open_meter(device.type)
+    devices = prepared.devices
+    meter = open_meter(devices)
     try:
-        monitor = EnergyMonitor(meter, wait=lambda: synchronize(device))
+        monitor = EnergyMonitor(meter, wait=lambda: synchronize(*devices))
         measured = measure(prepared, args.scheme, monitor)
     finally:
         meter.close()
@@ -162,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
     record = EnergyRecord(
         study=prepared.study.study,
         spec_digest=energy_digest(prepared.study, args.model, args.scheme, args.workload),
-        environment=environment(),
+        environment=environment(devices),
         inputs=prepared.qm.inputs,
         device=args.device_name,
         model=args.model,

@@ -13,7 +13,7 @@ from kvquant.benchmarks.append_stores import append_codec
 from kvquant.benchmarks.continuation import measure_continuation
 from kvquant.benchmarks.decode import BACKENDS, capture, measure_decode
 from kvquant.benchmarks.random_model import RandomModel, head_dim
-from kvquant.benchmarks.timing import Clock
+from kvquant.benchmarks.timing import Clock, synchronize
 from kvquant.benchmarks.turns import Role, Side, issue_rate, take_turns, to_records
 from kvquant.cache_size import cache_elements, cache_nbytes
 from kvquant.config import NuqScheme, Study
@@ -316,13 +316,13 @@ def steps(bench: Bench, case: KernelCase) -> KernelPart:
         token = decoder.step(token).argmax(-1, keepdim=True)
         copying()
     copies: list[float | None] = [copying()[1] for _ in range(COPIES)]
-    torch.cuda.synchronize()
+    synchronize(bench.device)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(case.steps + 1)]
     events[0].record()
     for event in events[1:]:
         token = decoder.step(token).argmax(-1, keepdim=True)
         event.record()
-    torch.cuda.synchronize()
+    synchronize(bench.device)
     copies += [copying()[1] for _ in range(COPIES)]
     ours = Side(bench.study.headline, "ours", lambda: 0.0, model.read_bytes + nbytes, nbytes, bits)
     ours.times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]

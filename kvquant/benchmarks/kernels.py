@@ -18,9 +18,9 @@ from kvquant.benchmarks.kernel_measures import Bench, prompt_lengths
 from kvquant.benchmarks.workload import check_device
 from kvquant.config import Study, load_study
 from kvquant.config_kernels import ON_GPU, WHOLE_MODEL
+from kvquant.devices import use
 from kvquant.errors import UserError
 from kvquant.fetch.progress import note
-from kvquant.models import resolve_device
 from kvquant.provenance import environment
 from kvquant.records import KernelPart, KernelRecord, KernelSide, read_record, write_record
 from kvquant.specs import kernels_digest
@@ -77,7 +77,7 @@ def measure(bench: Bench, name: str, device_name: str) -> KernelRecord:
     return KernelRecord(
         study=study.study,
         spec_digest=kernels_digest(study, name),
-        environment=environment(),
+        environment=environment([bench.device]),
         device=device_name,
         case=name,
         shape=case.shape,
@@ -134,8 +134,7 @@ def run(args: argparse.Namespace) -> None:
     digests = {name: kernels_digest(study, name) for name in names}
     if not names:
         raise UserError("kernels: this study has no such section")
-    check_device(args)
-    device = resolve_device(args.device)
+    device = use(check_device(args))
     block = getattr(study.scheme(study.headline), "block_size", 1)
     for name in names:
         case = study.kernel_cases()[name]

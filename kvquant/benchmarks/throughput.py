@@ -6,7 +6,6 @@ import argparse
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -14,6 +13,8 @@ from kvquant.benchmarks.timing import (
     MIN_ROUNDS,
     Clock,
     interleave,
+    peak_bytes,
+    reset_peak,
     summarize,
 )
 from kvquant.benchmarks.workload import Prepared, add_common_arguments, prepare
@@ -49,15 +50,12 @@ class Side:
 
     def __call__(self) -> None:
         """One round: prefill, then the answer on the same cache."""
-        p, device = self.prepared, self.prepared.qm.device
-        cuda = device.type == "cuda"
+        p, cuda = self.prepared, self.prepared.qm.device.type == "cuda"
         cache = p.scheme() if self.own else p.baseline()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
+        reset_peak(p.devices)
         token, elapsed = self.clock.time(lambda: p.prefill(cache))
         self.prefill.append(elapsed)
-        if cuda:
-            self.peak = max(self.peak, torch.cuda.max_memory_allocated(device))
+        self.peak = max(self.peak, peak_bytes(p.devices))
         self.cache_bytes = cache_nbytes(cache)
         self.elements = cache_elements(cache, p.batch.mask)
         if self.quantized and not cuda:
@@ -174,11 +172,11 @@ def show(record: ThroughputRecord, console: Console) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measures one workload and writes its record."""
     prepared = prepare(args, lambda study: study.throughput.workloads)
-    measured = measure(prepared, args.scheme, Clock.of(prepared.qm.device))
+    measured = measure(prepared, args.scheme, Clock.of(*prepared.devices))
     record = ThroughputRecord(
         study=prepared.study.study,
         spec_digest=perf_digest(prepared.study, args.model, args.scheme, args.workload),
-        environment=environment(),
+        environment=environment(prepared.devices),
         inputs=prepared.qm.inputs,
         device=args.device_name,
         model=args.model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -16,10 +16,23 @@ MIN_ROUNDS = 5
 T = TypeVar("T")
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits for the device; nothing on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def synchronize(*devices: torch.device) -> None:
+    """Waits for the devices; nothing on a CPU."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+def reset_peak(devices: Sequence[torch.device]) -> None:
+    """Peaks of allocated memory count from here."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(devices: Sequence[torch.device]) -> int:
+    """Most bytes that torch has held on these devices, the sum of their peaks; 0 on a CPU."""
+    return sum(torch.cuda.max_memory_allocated(d) for d in devices if d.type == "cuda")
 
 
 class Clock:
@@ -42,9 +55,9 @@ class Clock:
         self._now = now
 
     @classmethod
-    def of(cls, device: torch.device) -> Clock:
-        """The clock for work on `device`."""
-        return cls(wait=lambda: synchronize(device))
+    def of(cls, *devices: torch.device) -> Clock:
+        """The clock for work on `devices`."""
+        return cls(wait=lambda: synchronize(*devices))
 
     def time(self, region: Callable[[], T]) -> tuple[T, float]:
         """Runs the region; returns its result and its milliseconds."""

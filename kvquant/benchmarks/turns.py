@@ -158,13 +158,11 @@ def issue_rate(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     try:
-        import pynvml
+        from kvquant.energy.gpus import gpu_of, load_nvml
 
-        from kvquant.energy.nvml import gpu_handles, visible_uuids
-
-        pynvml.nvmlInit()
-        handle = gpu_handles(pynvml, visible_uuids())[torch.cuda.current_device()]
-        megahertz = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)
+        nvml = load_nvml()
+        handle = gpu_of(nvml, device).board
+        megahertz = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)
     except Exception:  # no library, or a driver that does not tell
         return None
     count = torch.cuda.get_device_properties(device).multi_processor_count

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from kvquant.benchmarks.prompts import PromptBatch, prompt_batch
 from kvquant.benchmarks.timing import synchronize
 from kvquant.config import Study, Workload, load_study
-from kvquant.devices import alone, visible
+from kvquant.devices import alone, use, visible
+from kvquant.energy.gpus import cuda_index, devices_of
 from kvquant.errors import UserError, unknown
 from kvquant.model_call import cache_argument
 from kvquant.models import QuantizedModel, load_quantized_model, read_manifest, resolve_device
@@ -44,6 +46,11 @@ class Prepared:
     qm: QuantizedModel
     workload: Workload
     batch: PromptBatch
+
+    @cached_property
+    def devices(self) -> list[torch.device]:
+        """All devices that the model lies on."""
+        return devices_of(self.qm.model.parameters())
 
     @property
     def prompt_tokens(self) -> int:
@@ -102,24 +109,39 @@ class Prepared:
         cache = new_cache()
         token = self.prefill(cache)
         self.decode(cache, token, self.workload.answer)
-        synchronize(self.qm.device)
+        synchronize(*self.devices)
 
 
-def check_device(args: argparse.Namespace) -> None:
-    """The named device must be the one that the work will run on, and a GPU must be free.
+def check_device(args: argparse.Namespace) -> torch.device:
+    """The device of the work, which must be the one that is named; a GPU must be free.
+
+    The name was planned without CUDA. Here it is checked against the device that torch works on,
+    known by its UUID.
 
     Raises:
         UserError: It is another, or other processes of kvquant work on it.
     """
     where = resolve_device(args.device)
-    real = "cpu" if where.type == "cpu" else device_name()
-    if args.device_name != real:
-        raise UserError(
-            f"--device-name: this is '{real}', not '{args.device_name}'; set `device: {real}` in "
-            "the study, so that results of different hardware are never mixed"
-        )
+    check_name([where], args.device_name)
     if where.type == "cuda":
-        alone(visible()[where.index or 0])
+        alone(visible()[cuda_index(where)])
+    return where
+
+
+def check_name(devices: Sequence[torch.device], name: str) -> None:
+    """Work on `devices` is recorded under `name`, so each of them must have it.
+
+    Raises:
+        UserError: One has another.
+    """
+    for device in devices:
+        real = "cpu" if device.type == "cpu" else device_name(device)
+        if name != real:
+            raise UserError(
+                f"--device-name: this is '{real}', not '{name}'; set `device: {real}` in the "
+                "study, so that results of different hardware are never mixed (on a host of "
+                "different GPUs CUDA_DEVICE_ORDER=PCI_BUS_ID numbers them as the workflow does)"
+            )
 
 
 def prepare(
@@ -152,7 +174,7 @@ def prepare(
         raise UserError(f"--rep: must not be negative (got {args.rep})")
     if args.out.exists():  # told before minutes of measuring, not after
         raise UserError(f"--out: {args.out} exists; delete it by name to measure again")
-    check_device(args)
+    use(check_device(args))
     workload = known[args.workload]
     qm = load_quantized_model(
         read_manifest(args.model_manifest),
@@ -160,6 +182,8 @@ def prepare(
         quantizer=args.quantizer if needs_calibration(scheme) else None,
         device=args.device,
     )
+    prepared_on = devices_of(qm.model.parameters())
+    check_name([d for d in prepared_on if d.type != "cpu"] or prepared_on, args.device_name)
     longest = workload.prompt + workload.answer
     if longest > qm.max_positions:
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -20,10 +21,13 @@ class CarbonTracker:
 
     Args:
         country: ISO code of three letters.
+        gpus: NVML's numbers of the GPUs to count, none for work on a processor. By number, as
+            CodeCarbon 3.3 finds no GPU by a UUID that begins with "GPU-".
     """
 
-    def __init__(self, country: str) -> None:
+    def __init__(self, country: str, gpus: Sequence[int] | None = ()) -> None:
         self._country = country
+        self._gpus = gpus
         self._tracker: Any = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._error: str | None = None
@@ -32,6 +36,7 @@ class CarbonTracker:
         """Starts tracking; a failure is kept for `stop()`."""
         try:
             self._tracker = self._open()
+            self._check_gpus()
             self._tracker.start()
         except Exception as error:
             self._error, self._tracker = _first_line(error), None
@@ -41,6 +46,8 @@ class CarbonTracker:
         from codecarbon.input import DataSource
 
         logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
+        if self._gpus is None:
+            raise ValueError("NVML does not number its GPUs, so CodeCarbon cannot be told which")
         if self._country not in DataSource().get_global_energy_mix_data():
             raise ValueError(f"CodeCarbon knows no country '{self._country}'")
         self._folder = tempfile.TemporaryDirectory(prefix="kvquant-carbon-")
@@ -48,6 +55,7 @@ class CarbonTracker:
             warnings.simplefilter("ignore", DeprecationWarning)  # save_to_*: 3.0 knows no other way
             return OfflineEmissionsTracker(
                 country_iso_code=self._country,
+                gpu_ids=list(self._gpus),
                 output_dir=self._folder.name,
                 save_to_file=False,
                 save_to_api=False,
@@ -55,9 +63,18 @@ class CarbonTracker:
                 log_level="critical",
             )
 
+    def _check_gpus(self) -> None:
+        """CodeCarbon must count these GPUs and no other."""
+        for hardware in getattr(self._tracker, "_hardware", []):
+            counted = getattr(hardware, "gpu_ids", ())
+            if counted is None or {int(i) for i in counted} - set(self._gpus or ()):
+                raise ValueError("CodeCarbon counts other GPUs than those of this job")
+
     def stop(self) -> dict[str, Any]:
         """What CodeCarbon counted, or `error`."""
         found: dict[str, Any] = {"tool": "codecarbon, offline", "country": self._country}
+        if self._gpus:
+            found["gpus"] = len(self._gpus)
         try:
             if self._tracker is not None:
                 kg = self._tracker.stop()

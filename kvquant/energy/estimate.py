@@ -13,23 +13,11 @@ from typing import Any, Literal
 
 import psutil
 
-POWERCAP = Path("/sys/class/powercap")
+from kvquant.energy.cpu import cpu_telemetry
+from kvquant.energy.rapl import POWERCAP, RaplMeter, open_rapl
+
 WATTS_PER_CORE = 4.0  # thermal design power over cores of a server processor, say 280 W / 64
 IDLE_SHARE = 0.3  # of that power when nothing runs
-
-
-def _cpu_telemetry() -> list[dict[str, Any]]:
-    try:
-        clock = psutil.cpu_freq()
-    except Exception:  # not told to a virtual machine
-        clock = None
-    return [
-        {
-            "device": "cpu",
-            "clock_mhz": clock.current if clock else None,
-            "utilization_percent": psutil.cpu_percent(),
-        }
-    ]
 
 
 class EstimatedMeter:
@@ -79,58 +67,17 @@ class EstimatedMeter:
 
     def telemetry(self) -> list[dict[str, Any]]:
         """The processor's clock and utilisation."""
-        return _cpu_telemetry()
-
-    def close(self) -> None:
-        """Nothing to release."""
-
-
-class RaplMeter:
-    """Package energy counters of the processor, read from the powercap file system.
-
-    They count everything that runs on the machine and neither memory nor power supply, which is
-    why the source says `estimated`.
-
-    Args:
-        zones: Folders with `energy_uj` and `max_energy_range_uj`, one a package.
-    """
-
-    source: Literal["nvml", "estimated"] = "estimated"
-
-    def __init__(self, zones: list[Path]) -> None:
-        self._zones = zones
-        self._ranges = [int((z / "max_energy_range_uj").read_text()) for z in zones]
-        self._last = [int((z / "energy_uj").read_text()) for z in zones]
-        self._total = 0
-        self.method = (
-            f"rapl: energy counters of {len(zones)} processor package(s), whole machine; "
-            "not the job alone, so marked estimated"
-        )
-
-    def read(self) -> float:
-        """Joules since the meter was opened; counters that wrapped are unwrapped."""
-        for i, zone in enumerate(self._zones):
-            value = int((zone / "energy_uj").read_text())
-            step = value - self._last[i]
-            self._total += step if step >= 0 else step + self._ranges[i]
-            self._last[i] = value
-        return self._total / 1e6
-
-    def telemetry(self) -> list[dict[str, Any]]:
-        """The processor's clock and utilisation."""
-        return _cpu_telemetry()
+        return cpu_telemetry()
 
     def close(self) -> None:
         """Nothing to release."""
 
 
 def open_cpu_meter(powercap: Path = POWERCAP) -> EstimatedMeter | RaplMeter:
-    """RAPL if every package's counter can be read, else the estimate."""
-    # Packages only: their sub-zones ("intel-rapl:0:0") are part of them.
-    zones = [z for z in sorted(powercap.glob("*-rapl:*")) if z.name.count(":") == 1]
-    if zones:
-        try:
-            return RaplMeter(zones)
-        except (OSError, ValueError):  # usually readable by root only
-            pass
-    return EstimatedMeter()
+    """RAPL if every package's counter can be read, else the estimate, whose method says why."""
+    found = open_rapl(powercap)
+    if isinstance(found, RaplMeter):
+        return found
+    meter = EstimatedMeter()
+    meter.method += f" ({found})"
+    return meter

@@ -26,28 +26,43 @@ class DetailedEnergyProfiler:
     Attributes:
         label: Written into every sample; set it to say what runs now.
         samples: One mapping a sample and device, with `seconds` and `joules` since the start.
+        errors: Readings that failed; the next ones go on.
+        last_error: What the last of them said.
         carbon: What CodeCarbon reported, or why it did not.
     """
 
     def __init__(self, meter: Meter, *, interval: float = 0.5, country: str | None = None) -> None:
         self._meter = meter
         self._interval = interval
-        self._tracker = CarbonTracker(country) if country else None
+        gpus = getattr(meter, "indices", ())
+        self._tracker = CarbonTracker(country, gpus) if country else None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
+        self.errors = 0
+        self.last_error = ""
         self.label = ""
         self.samples: list[dict[str, Any]] = []
         self.carbon: dict[str, Any] = {}
 
+    def _sample(self, start: float, first: float) -> None:
+        joules = self._meter.read()
+        now = {
+            "seconds": round(time.monotonic() - start, 3),
+            "label": self.label,
+            "joules": round(joules - first, 3),
+        }
+        self.samples += [now | row for row in self._meter.telemetry()]
+
     def _loop(self) -> None:
-        start, first = time.monotonic(), self._meter.read()
+        start = time.monotonic()
+        first: float | None = None
         while True:
-            now = {
-                "seconds": round(time.monotonic() - start, 3),
-                "label": self.label,
-                "joules": round(self._meter.read() - first, 3),
-            }
-            self.samples += [now | row for row in self._meter.telemetry()]
+            try:
+                first = self._meter.read() if first is None else first
+                self._sample(start, first)
+            except Exception as error:  # counted; the sampling goes on
+                self.errors += 1
+                self.last_error = (str(error).splitlines() or [type(error).__name__])[0]
             if self._stop.wait(self._interval):
                 return
 
@@ -71,6 +86,8 @@ class DetailedEnergyProfiler:
     def summary(self) -> dict[str, Any]:
         """Of each numeric field its smallest, median and largest sample, all devices together."""
         found: dict[str, Any] = {"samples": len(self.samples)}
+        if self.errors:
+            found |= {"errors": self.errors, "last_error": self.last_error}
         for field in self.samples[0] if self.samples else []:
             values = [s[field] for s in self.samples if isinstance(s[field], int | float)]
             if values and field not in ("seconds", "joules", "throttle_reasons"):

@@ -14,11 +14,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvquant.config import PerplexityTask, Study, TaskSpec, load_study
 from kvquant.data import Part, load_text, read_data_manifest
 from kvquant.devices import claim
+from kvquant.energy.gpus import devices_of
 from kvquant.errors import UserError
 from kvquant.evaluation import seed_files
 from kvquant.evaluation.base import Context, SuiteResult
@@ -189,7 +190,8 @@ def _loader(
 
     def record(seed: int, digest: str, result: SuiteResult, seconds: float) -> EvalRecord:
         inputs = qm.inputs | read | ({"prompts": asked.sha256(seed)} if asked else {})
-        return _record(study, model, scheme, task, seed, digest, inputs, result, seconds)
+        where = environment(devices_of(qm.model.parameters()))
+        return _record(study, model, scheme, task, seed, digest, inputs, result, seconds, where)
 
     def measure(seeds: dict[int, str]) -> list[tuple[EvalRecord, SuiteResult]]:
         start = time.monotonic()
@@ -222,11 +224,12 @@ def _record(
     inputs: dict[str, str],
     result: SuiteResult,
     seconds: float,
+    where: dict[str, Any],
 ) -> EvalRecord:
     return EvalRecord(
         study=study.study,
         spec_digest=digest,
-        environment=environment(),
+        environment=where,
         inputs=inputs,
         model=model,
         scheme=scheme,
