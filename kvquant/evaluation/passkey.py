@@ -25,6 +25,7 @@ FACT = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 MAX_KEY = 50_000
 MAX_NEW_TOKENS = 10
+MAX_CHARACTERS = 1000  # of filler per token; real tokenizers have about 4
 _NUMBER = re.compile(r"\d+")
 _ENDED = re.compile(r"\d\D")
 
@@ -70,6 +71,11 @@ def make_sample(tokenizer: Any, length: int, samples: int, index: int, seed: int
     while tokens(low) > length:
         low, high = max(0, 2 * low - high), low
     while tokens(high) <= length:
+        if high > MAX_CHARACTERS * length:
+            raise UserError(
+                f"length: {length} tokens are not reached by {high} characters: the tokenizer "
+                "drops the filler"
+            )
         low, high = high, 2 * high - low + 64
     while high - low > 1:
         middle = (low + high) // 2

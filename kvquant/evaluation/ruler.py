@@ -64,7 +64,10 @@ def _fitting(
         if excess <= 0:
             return samples, prompts
         overhead += excess
-    raise UserError(f"length: {spec.length} tokens are too few for {task.name}")
+    raise UserError(
+        f"length: {spec.length} tokens are too few for {task.name}: its prompts exceed it by "
+        f"{excess} tokens after {ATTEMPTS} attempts: give it a longer `length`"
+    )
 
 
 def prepare_ruler(source: Source, spec: RulerTask, seed: int) -> SeedPrompts:

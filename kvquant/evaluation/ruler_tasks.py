@@ -30,6 +30,7 @@ from unittest import mock
 
 from kvquant.errors import UserError, unknown
 from kvquant.evaluation.lm_eval_files import file_module, task_files, without_manager
+from kvquant.evaluation.ruler_limits import TokenCounter, bounded, flaw
 
 PACKAGE = "lm_eval.tasks.ruler"
 # Names of RULER's paper -> lm-eval's, where they differ.
@@ -50,6 +51,9 @@ GENERATORS = {
     "fwe_utils": "sys_kwext",
     "qa_utils": "generate_samples",
 }
+
+SMALLEST = "the smallest prompt does not fit"
+EXAMPLE = "its worked example has 500 tokens at most in lm-eval, too few with this tokenizer"
 
 
 @dataclass(frozen=True)
@@ -212,31 +216,6 @@ def split_sentences(text: str) -> list[str]:
     return list(PunktSentenceTokenizer().tokenize(text))
 
 
-class _Counter:
-    """Stands in for the tokenizer: lm-eval only asks how many tokens a text has.
-
-    Some of its generators shrink a text until it fits, for ever if even the smallest does not.
-    After far more questions than a sample can need, every text is said to be empty, which ends the
-    loop, and `gave_up` tells that the samples are void.
-    """
-
-    def __init__(self, count_tokens: Callable[[str], int], overhead: int, limit: int) -> None:
-        self._count_tokens = count_tokens
-        self._overhead = overhead
-        self._left = limit
-        self.gave_up = False
-
-    def tick(self) -> None:
-        """Counts one question or failure."""
-        self._left -= 1
-        self.gave_up = self.gave_up or self._left < 0
-
-    def __call__(self, text: str) -> Any:
-        self.tick()
-        length = 0 if self.gave_up else self._count_tokens(text) + self._overhead
-        return SimpleNamespace(input_ids=range(length))
-
-
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seeds the global generators of `random` and numpy and puts their state back."""
@@ -254,7 +233,12 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _offline(
-    module: ModuleType, counter: _Counter, samples: int, seed: int, text: Callable[[], str]
+    module: ModuleType,
+    counter: TokenCounter,
+    length: int,
+    samples: int,
+    seed: int,
+    text: Callable[[], str],
 ) -> Iterator[None]:
     """lm-eval's module with our tokenizer, sample count, texts and silence, for one call."""
     name = module.__name__.rsplit(".", 1)[-1]
@@ -269,10 +253,17 @@ def _offline(
             if questions < samples:
                 raise ValueError(f"{samples} samples, but the data set has {questions} questions")
             kwargs["pre_samples"] = seed * samples % (questions - samples + 1)
-        found = generator(*args, **{**kwargs, "num_samples": wanted})
+        bound = bounded(kwargs["max_seq_length"], counter)
+        try:
+            found = generator(*args, **{**kwargs, "num_samples": wanted, "max_seq_length": bound})
+        except Exception:  # of any kind, once texts are said to be empty
+            if not counter.gave_up:
+                raise
         if counter.gave_up:
-            raise ValueError("gave up")
-        return found
+            if name == "vt_utils" and "icl_example" not in kwargs:
+                raise ValueError(EXAMPLE)
+            raise ValueError(SMALLEST)
+        return [{**row, "max_length": int(bound)} for row in found]
 
     def quiet(items: Any, **kwargs: Any) -> Any:
         return items
@@ -290,7 +281,14 @@ def _offline(
             def haystack(type_haystack: str) -> Any:
                 if type_haystack != "essay":
                     return source.get_haystack(type_haystack)
-                return re.sub(r"\s+", " ", text()).split(" ")
+                words = re.sub(r"\s+", " ", text()).split(" ")
+                # A word is a token at least. With too few, lm-eval makes a shorter prompt, unsaid.
+                if len(words) < length and counter.measure(" ".join(words)) < length:
+                    raise UserError(
+                        f"length: {length} tokens, but the essays have fewer: shorten it or give "
+                        "the task a longer text"
+                    )
+                return words
 
             patch(module, "get_haystack", haystack)
             patch(source, "cached_sent_tokenize", split_sentences)
@@ -308,14 +306,16 @@ def _offline(
             build = module.generate_input_output
 
             def build_or_give_up(*args: Any, **kwargs: Any) -> tuple[str, list[str]]:
-                # Without room for its noise this fails, and lm-eval tries the same for ever.
-                try:
-                    return build(*args, **kwargs)
-                except ValueError:
-                    counter.tick()
-                    if counter.gave_up:
-                        return "", []
-                    raise
+                while not counter.gave_up:
+                    try:
+                        return build(*args, **kwargs)
+                    except IndexError:  # it drew a variable's name twice: it draws others
+                        counter.tick()
+                    except ValueError:  # no room for its noise: lm-eval tries the same for ever
+                        counter.tick()
+                        if not counter.gave_up:
+                            raise
+                return "", []
 
             patch(module, "generate_input_output", build_or_give_up)
         if name == "cwe_utils":
@@ -353,10 +353,10 @@ def make_samples(
     if task.module == "fwe_utils":
         overhead += task.max_new_tokens  # the one generator that leaves no room for the answer
     # Sizing steps are of 100 tokens and more; a sample shrinks a few times.
-    counter = _Counter(count_tokens, overhead, limit=200 + length // 50 + 50 * samples)
+    counter = TokenCounter(count_tokens, overhead, limit=200 + length // 50 + 50 * samples)
     module = _import(task.module)
     try:
-        with _offline(module, counter, samples, seed, text):
+        with _offline(module, counter, length, samples, seed, text):
             found = getattr(module, task.function)(max_seq_lengths=[length])["test"]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         if task.function not in READERS:
@@ -365,16 +365,23 @@ def make_samples(
             f"task: the documents of {task.name} are not of the known form "
             f"({type(error).__name__} {error}): fetch them again"
         ) from None
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        if counter.gave_up:
-            reason = "the smallest prompt does not fit"
-        raise UserError(f"length: {length} tokens are too few for {task.name}: {reason}") from None
+    except (ValueError, RuntimeError) as error:
+        raise _too_short(task, length, (str(error) or SMALLEST).splitlines()[0]) from None
     rows = []
     for row in found:
         # cwe's worked example stands before the question, as in RULER.
         example = row["input_example"] + "\n" if row.get("input_example") else ""
         rows.append(RulerSample(example + row["input"], row["gen_prefix"], list(row["outputs"])))
     if len(rows) != samples:
-        raise UserError(f"length: {length} tokens leave no room for every sample of {task.name}")
+        raise _too_short(task, length, "there is no room for every sample")
+    if task.function not in READERS:  # answers to questions on documents may be "yes"
+        for index, sample in enumerate(rows):
+            ranked = task.module == "fwe_utils"
+            if wrong := flaw(sample.question, sample.references, ranked=ranked):
+                raise _too_short(task, length, f"sample {index} {wrong}")
     return rows
+
+
+def _too_short(task: RulerDefinition, length: int, reason: str) -> UserError:
+    fix = "leave the task out" if reason == EXAMPLE else "give it a longer `length`"
+    return UserError(f"length: {length} tokens are too few for {task.name}: {reason}: {fix}")

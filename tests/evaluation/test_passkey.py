@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,3 +86,11 @@ def test_wording_is_the_published_one(data_dir: Path) -> None:
     assert passkey.FACT.replace("{key}", "{pass_key}") == facts["information_line"]
     assert facts["final_question"] == passkey.QUESTION
     assert facts["max_new_tokens"] == passkey.MAX_NEW_TOKENS
+
+
+def test_a_tokenizer_that_drops_the_filler_is_refused() -> None:
+    def drops(text: str, **options: Any) -> Any:
+        return SimpleNamespace(input_ids=[1, 2])
+
+    with pytest.raises(UserError, match=r"length: 256 tokens are not reached.*drops the filler"):
+        make_sample(drops, 256, 1, 0, 0)

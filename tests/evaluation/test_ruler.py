@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import random
 import sys
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from kvquant.config import RULER_TASKS, RulerTask
 from kvquant.errors import UserError
 from kvquant.evaluation.ruler import prompt_text
+from kvquant.evaluation.ruler_limits import flaw
 from kvquant.evaluation.ruler_tasks import (
     RulerSample,
     WordPairs,
@@ -210,6 +212,84 @@ def test_too_short_a_length_ends_with_its_name(name: str) -> None:
             text=lambda: ESSAYS,
         )
     assert len(str(error.value).splitlines()) == 1
+
+
+TOKENIZERS = {
+    "words": count,  # a large vocabulary
+    "pairs": lambda text: len(text) // 2,
+    "characters": len,
+    "none": lambda text: 0,  # broken: a tokenizer that drops everything
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("name", [*NAMES, "qa_1"])
+def test_every_length_ends(name: str, tokenizer: str) -> None:
+    """Every task at small lengths: a sample that fits and can be answered, or its name."""
+    measure = TOKENIZERS[tokenizer]
+    faulthandler.dump_traceback_later(120, exit=True)  # lm-eval's loops catch every exception
+    try:
+        for length in (256, 300, 390, 500, 700):
+            try:
+                found = make_samples(
+                    definition(name),
+                    measure,
+                    length=length,
+                    overhead=30,
+                    samples=2,
+                    seed=0,
+                    text=lambda: DOCUMENTS if name == "qa_1" else ESSAYS * 4,
+                )
+            except UserError as error:
+                assert str(error).startswith(f"length: {length} tokens are too few for {name}: ")
+                assert len(str(error).splitlines()) == 1
+                assert "longer `length`" in str(error) or "leave the task out" in str(error)
+                continue
+            for sample in found:
+                assert measure(sample.question) <= length
+                held = [reference in sample.question for reference in sample.references]
+                assert all(held) or (name == "qa_1" and held[0])
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["", "Too short. " * 40])
+def test_a_text_that_is_too_short_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="length: 1500 tokens, but the essays have fewer"):
+        make_samples(
+            definition("niah_single_2"),
+            count,
+            length=1500,
+            overhead=10,
+            samples=1,
+            seed=0,
+            text=lambda: text,
+        )
+
+
+@pytest.mark.slow
+def test_a_name_drawn_twice_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, calls = random.choices, iter(range(10**6))
+
+    def twice(population: Any, **kwargs: Any) -> Any:
+        at = next(calls)
+        return ["A", "B", "C"] if at in (0, 1) else draw(population, **kwargs)
+
+    monkeypatch.setattr(random, "choices", twice)
+    for sample in make("vt", 0):
+        assert len(set(sample.references)) == len(sample.references) == 5
+
+
+def test_the_most_frequent_words_must_be_three() -> None:
+    words = "aaaaaa aaaaaa bbbbbb bbbbbb cccccc"
+    named = ["aaaaaa", "bbbbbb", "cccccc"]
+    assert flaw(words, named, ranked=True) == ""
+    assert "third most frequent" in flaw(f"{words} dddddd", named, ranked=True)
+    assert flaw(f"{words} dddddd", named, ranked=False) == ""
+    assert "lacks 'cccccc'" in flaw("aaaaaa bbbbbb", named, ranked=True)
+    assert "asks for nothing" in flaw(words, [], ranked=False)
 
 
 WORDS = st.lists(st.text(alphabet="ab-", min_size=1, max_size=3), min_size=1, max_size=6)
