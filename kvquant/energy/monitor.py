@@ -187,8 +187,7 @@ class EnergyMonitor:
         joules = self.meter.read()
         if self._averaged is not None:
             self._idle = self._averaged.power()
-        if isinstance(self.meter, NvmlPowerMeter):
-            self.meter.take_fault()  # of the time before
+        self._fault()  # of the time before
         self._started = (self._now(), joules)
 
     @property
@@ -209,10 +208,15 @@ class EnergyMonitor:
         else:
             seconds = self.elapsed
             joules = self._settled(self._averaged, seconds)
-        if isinstance(self.meter, NvmlPowerMeter) and (fault := self.meter.take_fault()):
+        if fault := self._fault():
             raise UserError(fault)
         self._check(joules, seconds)
         return Reading(joules, seconds)
+
+    def _fault(self) -> str | None:
+        """What the meter lost since it was last asked."""
+        take = getattr(self.meter, "take_fault", None)
+        return take() if take is not None else None
 
     def _settled(self, meter: NvmlPowerMeter, seconds: float) -> float:
         """Joules of the stretch from power that is averaged over `window`.

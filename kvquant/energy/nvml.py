@@ -150,8 +150,14 @@ class _NvmlBase:
         return rows
 
     def quality(self) -> dict[str, Any]:
-        """What the record says of the readings: errors that were survived."""
+        """What the record says: errors that were survived, and processes on the busiest GPU.
+
+        More processes than this one share a board, and its energy.
+        """
         found: dict[str, Any] = {"errors": self._errors}
+        running = [self._ask("nvmlDeviceGetComputeRunningProcesses", h) for h in self._handles]
+        if None not in running:
+            found["processes"] = max(map(len, running))
         return found | ({"last_error": self._last_error} if self._last_error else {})
 
     def close(self) -> None:

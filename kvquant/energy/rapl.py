@@ -52,11 +52,10 @@ class _Counter:
         """Reads the counter.
 
         Raises:
-            UserError: It was set back, or may have wrapped unseen.
+            UserError: It was set back.
         """
         value = _microjoules(self.zone / "energy_uj")
         gained = value - self.last
-        unseen = seconds > 10 and seconds * MAX_WATTS * 1e6 > self.wraps_at
         if gained < 0:
             gained += self.wraps_at
             if not 0 <= gained <= MAX_WATTS * 1e6 * max(seconds, 1.0):
@@ -65,11 +64,6 @@ class _Counter:
                     "which is no wrap: it was set back (sleep, or the driver was loaded again); "
                     "run the job again"
                 )
-        if unseen:
-            raise UserError(
-                f"{self.zone.name}: {seconds:.0f} s without a reading, in which the energy counter "
-                "may have wrapped; run the job again"
-            )
         self.last = value
         self.total += gained
 
@@ -127,6 +121,7 @@ class RaplMeter:
     ) -> None:
         self._now = now
         self._lock = threading.Lock()
+        self._fault: str | None = None
         self._counters: list[_Counter] = []
         for zone, domain in zones:
             wraps_at = _microjoules(zone / "max_energy_range_uj")
@@ -171,14 +166,30 @@ class RaplMeter:
             )
         counter.repeats = agree
 
+    def _note_unseen(self, seconds: float) -> None:
+        """After so long without a reading a counter may have wrapped more than once."""
+        for counter in self._counters:
+            if seconds > 10 and seconds * MAX_WATTS * 1e6 > counter.wraps_at:
+                self._fault = (
+                    f"{counter.zone.name}: {seconds:.0f} s without a reading, in which the energy "
+                    "counter may have wrapped more than once; run the job again"
+                )
+
+    def take_fault(self) -> str | None:
+        """Why joules since the last call may not be true, or None."""
+        with self._lock:
+            fault, self._fault = self._fault, None
+            return fault
+
     def read(self) -> float:
         """Joules since the meter was opened; counters that wrapped are unwrapped.
 
         Raises:
-            UserError: A counter cannot be read, was set back, or may have wrapped unseen.
+            UserError: A counter cannot be read or was set back.
         """
         with self._lock:
             moment = self._now()
+            self._note_unseen(moment - self._moment)
             before = [counter.total for counter in self._counters]
             for counter in self._counters:
                 try:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
+import torch
 
-from kvquant.energy.monitor import EnergyMonitor, open_meter
+from kvquant.benchmarks.energy import run_trial
+from kvquant.energy.monitor import EnergyMonitor, not_metered, open_meter
 from kvquant.energy.nvml import NvmlMeter, NvmlPowerMeter, gpu_handles, refresh_seconds
-from tests.energy.fakes import FakeNvml, FakeTime
+from kvquant.errors import UserError
+from tests.energy.fakes import Board, FakeHost, FakeNvml, FakeTime, torch_sees
 
 
 def monitor_of(meter: Any, time: FakeTime, **more: Any) -> EnergyMonitor:
@@ -117,10 +121,70 @@ def test_idle_of_no_time_is_zero() -> None:
     assert monitor_of(meter, time).idle_watts(0) == 0.0
 
 
+def node(time: FakeTime) -> FakeHost:
+    """GPU 1 works at 350 W, the others idle."""
+    boards = [Board(f"GPU-{i}", "NVIDIA H100", watts=350.0 if i == 1 else 55.0) for i in range(8)]
+    return FakeHost(boards, time)
+
+
+@pytest.mark.parametrize(
+    ("devices", "watts", "count"),
+    [
+        ("cuda:1", 350, 1),
+        ("cuda", 350, 1),  # the current device
+        (torch.device("cuda", 0), 55, 1),
+        ([torch.device("cuda", 0), torch.device("cuda", 1)], 405, 2),  # a model over two
+        (["cuda:1", "cuda:1"], 350, 1),
+        (["cpu", "cuda:1"], 350, 1),
+    ],
+)
+def test_the_gpus_of_the_model_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, devices: Any, watts: float, count: int
+) -> None:
+    time = FakeTime()
+    defaults = {"now": time, "sleep": time.sleep}
+    monkeypatch.setattr(NvmlMeter.__init__, "__kwdefaults__", defaults)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    nvml = node(time)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    torch_sees(monkeypatch, ["0", "1", "2", "3"], current=1)
+    meter = open_meter(devices)
+    assert f"of {count} GPU(s)" in meter.method
+    assert ("processor is not counted" in meter.method) is (devices == ["cpu", "cuda:1"])
+    assert monitor_of(meter, time).idle_watts(10.0) == pytest.approx(watts, rel=0.02)
+    assert meter.indices == ([0, 1] if count == 2 else [1 if watts == 350 else 0])  # type: ignore[attr-defined]
+    unused = not_metered(meter)["idle_gpus"]
+    assert unused["names"] == {"NVIDIA H100": 4 - count}  # of those that the job may use
+    assert unused["watts"] == pytest.approx(3 * 55 + 350 - watts)
+
+
+def test_energy_of_a_slice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = FakeHost([Board("GPU-e", "NVIDIA A100", [("MIG-1", "NVIDIA A100 MIG 1g.5gb")])])
+    torch_sees(monkeypatch, ["1"], current=0)
+    with pytest.raises(UserError, match=r"NVIDIA A100 MIG 1g\.5gb is a MIG slice, .* whole board"):
+        open_meter("cuda", nvml=host)
+
+
+def test_a_gpu_that_nvml_does_not_know_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Better no measurement than that of another GPU."""
+    torch_sees(monkeypatch, ["other"], current=0)
+    meter = open_meter("cuda", nvml=node(FakeTime()))
+    assert meter.source == "estimated"
+    assert "NVML knows no GPU with torch's UUID 'other'" in meter.method
+
+
+def test_a_trial_is_as_long_as_its_meter_needs() -> None:
+    time = FakeTime()
+    meter = NvmlMeter(FakeNvml(time), [0], now=time, sleep=time.sleep)
+    trial = run_trial(lambda: time.sleep(0.05), 1, monitor_of(meter, time), 0.05)
+    assert trial.seconds >= 5.0
+    assert trial.joules == pytest.approx(300 * trial.seconds, rel=0.02)
+    meter.refresh = 0.3
+    assert monitor_of(meter, time).idle_watts(0.1) == pytest.approx(300, rel=0.05)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
-    import torch
-
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     meter = open_meter("cuda")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,3 +107,40 @@ def test_a_failing_tracker_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         pass
     assert "final_emissions_data" in profiler.carbon["error"]
     assert profiler.samples
+
+
+@pytest.mark.parametrize(
+    ("counted", "error"), [([1], None), (None, "counts other GPUs"), ([0, 1], "counts other GPUs")]
+)
+def test_carbon_is_of_the_same_gpus(
+    monkeypatch: pytest.MonkeyPatch, counted: list[int] | None, error: str | None
+) -> None:
+    """By NVML's number: CodeCarbon 3.3 cuts the G off a UUID and then finds no GPU."""
+    codecarbon = pytest.importorskip("codecarbon")
+    asked: list[Any] = []
+
+    class Tracker:
+        final_emissions_data = SimpleNamespace(energy_consumed=0.5, duration=2.0)
+
+        def __init__(self, **options: Any) -> None:
+            asked.append(options["gpu_ids"])
+            self._hardware = [object(), SimpleNamespace(gpu_ids=counted)]
+
+        def start(self) -> None: ...
+
+        def stop(self) -> float:
+            return 0.1
+
+    class Meter(FakeMeter):
+        indices = [1]  # noqa: RUF012
+
+    monkeypatch.setattr(codecarbon, "OfflineEmissionsTracker", Tracker)
+    with DetailedEnergyProfiler(Meter(), country="POL") as profiler:  # type: ignore[arg-type]
+        pass
+    assert asked == [[1]]
+    assert profiler.carbon["gpus"] == 1
+    if error is None:
+        assert profiler.carbon["kwh"] == 0.5
+    else:
+        assert error in profiler.carbon["error"]
+        assert "kwh" not in profiler.carbon
