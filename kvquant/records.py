@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from kvquant.errors import UserError
 from kvquant.files import parse_json, read_text, sha256_text, write_new
+from kvquant.record_checks import check_record
 from kvquant.record_types import (
     SCHEMA_VERSION,
     AppendPoint,
@@ -50,7 +51,7 @@ __all__ = [
     "write_samples",
 ]
 
-AGAIN = "delete it by name and run again to measure it again"
+AGAIN = "delete it by name to measure it again"
 R = TypeVar("R", bound=BaseModel)
 
 
@@ -63,8 +64,18 @@ def record_text(record: BaseModel) -> str:
 
 
 def write_record(path: str | Path, record: BaseModel) -> None:
-    """Seals a record and writes it through :func:`kvquant.files.write_new`."""
-    write_new(path, record_text(record))
+    """Seals a record and writes it through :func:`kvquant.files.write_new`.
+
+    Raises:
+        UserError: A derived field is not what the others give; or the file is there with other
+            content, or cannot be written.
+    """
+    try:
+        check_record(record)
+        text = record_text(record)
+    except ValueError as error:
+        raise UserError(f"{path}: not written: {error}") from None
+    write_new(path, text)
 
 
 def write_samples(path: str | Path, rows: Iterable[dict[str, Any]]) -> str:
@@ -107,6 +118,7 @@ def parse_record(text: str, model: type[R], where: str | Path) -> R:
         record = model.model_validate(raw)
         if SEAL in model.model_fields:
             check_seal(raw)
+        check_record(record)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(p) for p in first["loc"]) or "record"

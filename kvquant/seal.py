@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kvquant.errors import UserError
-from kvquant.files import parse_json, read_json, replace
+from kvquant.evaluation.samples import verified_samples
+from kvquant.files import parse_json, read_json, read_text, replace
 from kvquant.record_types import (
     AppendRecord,
     EnergyRecord,
@@ -20,7 +21,7 @@ from kvquant.record_types import (
     Record,
     ThroughputRecord,
 )
-from kvquant.records import parse_record, read_record, record_text
+from kvquant.records import AGAIN, parse_record, read_record, record_text
 
 KINDS: dict[str, type[Record]] = {
     "eval": EvalRecord,
@@ -63,7 +64,10 @@ def sealed(file: Path) -> str | None:
     except ValueError as error:
         first = str(error).splitlines()
         raise UserError(f"{file}: {' '.join(line.strip() for line in first[:3])}") from None
-    parse_record(text, kind, file)
+    record = parse_record(text, kind, file)
+    if isinstance(record, EvalRecord):
+        samples = file.with_name("samples.jsonl")
+        verified_samples(record, read_text(samples, "samples", AGAIN), samples, AGAIN)
     content = parse_json(text)
     # Nothing but the version, the inputs and the seal may differ from what was measured.
     if {k: v for k, v in content.items() if k != "seal"} != raw:

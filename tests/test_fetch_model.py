@@ -119,8 +119,8 @@ def test_gguf_wheel_becomes_a_loadable_model(
     qm = load_quantized_model(read_manifest(out), device="cpu")
     layer = qm.model.model.layers[0]
     pairs = {
-        "attn_v": layer.self_attn.original.v_proj,
-        "attn_output": layer.self_attn.original.o_proj,
+        "attn_v": layer.self_attn.v_proj,
+        "attn_output": layer.self_attn.o_proj,
         "ffn_up": layer.mlp.up_proj,
         "ffn_down": layer.mlp.down_proj,
         "token_embd": qm.model.model.embed_tokens,

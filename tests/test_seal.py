@@ -11,14 +11,16 @@ from kvquant.cli import main
 from kvquant.files import sha256_file
 from kvquant.records import EvalRecord, read_record
 from kvquant.seal import record_files
-from tests.test_records import eval_record
+from tests.plausible_records import study_of, write_evaluation
 
 
 def old(results: Path, seed: int, **changed: object) -> Path:
-    """A record as it was before there were seals."""
-    raw = json.loads(eval_record(seed=seed).model_dump_json(exclude={"seal", "inputs"}))
+    """A seed as it was before there were seals."""
+    write_evaluation(study_of(), results, "tiny", "fp16", "passkey", seed)
     file = results / "eval/tiny/fp16/passkey" / f"seed{seed}" / "run.json"
-    file.parent.mkdir(parents=True)
+    raw = json.loads(file.read_text())
+    for name in ("inputs", "seal"):
+        raw.pop(name)
     file.write_text(json.dumps(raw | {"schema_version": 1} | changed, indent=2) + "\n")
     return file
 
@@ -30,7 +32,7 @@ def test_sealed_once_with_nothing_else_changed(
     before = files[0].read_text().splitlines()
     assert main(["seal", "--results", str(tmp_path)]) == 0
     assert "2 records sealed, 0 had their seal" in capsys.readouterr().out
-    assert read_record(files[0], EvalRecord).value == 50.0
+    assert read_record(files[0], EvalRecord).samples == 4
     after = files[0].read_text().splitlines()
     assert set(before) - set(after) == {'  "schema_version": 1,'}
     assert {line.split(":")[0] for line in set(after) - set(before)} == {
@@ -46,6 +48,9 @@ def test_sealed_once_with_nothing_else_changed(
     ("changed", "word"),
     [
         ({"value": "50"}, "value"),
+        ({"value": 99.0, "metrics": {"accuracy": 99.0}}, "its samples give"),
+        ({"cache_bytes": 1}, "field 'bits_per_element'"),
+        ({"samples_sha256": "0" * 64}, "samples.jsonl: missing, truncated or changed"),
         ({"kind": "other"}, "field 'kind'"),
         ({"more": 1}, "more"),
     ],
@@ -57,7 +62,7 @@ def test_a_folder_with_a_wrong_record_is_left_as_it_is(
     hashes = [sha256_file(file) for file in files]
     assert main(["seal", "--results", str(tmp_path)]) == 2
     told = capsys.readouterr().err.strip()
-    assert "seed1/run.json" in told and word in told and "\n" not in told
+    assert "/seed1/" in told and word in told and "\n" not in told
     assert [sha256_file(file) for file in files] == hashes
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kvquant.analysis.collect import read_table
+from kvquant.analysis.tables import read_table
 from kvquant.config import Study, load_study
 
 SUPPORTED, NOT_SUPPORTED, NOT_MEASURED = "supported", "not supported", "not measured here"

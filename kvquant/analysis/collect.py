@@ -7,25 +7,34 @@ a finite value stops the collection, and all such files are named at once.
 from __future__ import annotations
 
 import argparse
-import json
-import math
+from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel
 
+from kvquant.analysis.problems import Problems
+from kvquant.analysis.spec_checks import (
+    check_append,
+    check_energy,
+    check_evaluation,
+    check_kernels,
+    check_throughput,
+)
+from kvquant.analysis.tables import read_table, write_table
 from kvquant.config import Study, load_study
 from kvquant.errors import UserError
-from kvquant.files import sha256_text
+from kvquant.evaluation.samples import verified_samples
+from kvquant.files import read_text
 from kvquant.records import (
+    AGAIN,
     AppendRecord,
     EnergyRecord,
     EvalRecord,
     KernelRecord,
     Percentiles,
     ThroughputRecord,
-    read_record,
+    absent,
 )
 from kvquant.specs import (
     append_digest,
@@ -35,69 +44,11 @@ from kvquant.specs import (
     perf_digest,
 )
 
-R = TypeVar("R", bound=BaseModel)
+__all__ = ["Problems", "collect", "read_table", "write_table"]
 
-FLOAT_FORMAT = "%.10g"
 # Metrics of some suites that tables show beside the one that statistics use.
 SUITE_METRICS = ("kl", "rows_available", "rows_official")
-
-
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Writes `path` (.parquet) and its CSV twin, both atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    twin = path.with_suffix(".csv")
-    temporary = path.with_suffix(".tmp")
-    table.to_parquet(temporary, index=False)
-    temporary.replace(path)
-    table.to_csv(temporary, index=False, float_format=FLOAT_FORMAT)
-    temporary.replace(twin)
-
-
-def read_table(folder: Path, name: str) -> pd.DataFrame:
-    """A collected table.
-
-    Raises:
-        UserError: It does not exist.
-    """
-    file = folder / f"{name}.parquet"
-    if not file.is_file():
-        raise UserError(f"--tables: no {name}.parquet in {folder}: run `aggregate` first")
-    return pd.read_parquet(file)
-
-
-def _stale(file: Path, found: str, expected: str) -> str:
-    return (
-        f"{file}: measured with another configuration (digest {found}, the study has {expected}): "
-        "delete it by name and run again, or rename the changed entry"
-    )
-
-
-class Problems(list[str]):
-    """What is wrong with the records, for one message.
-
-    Args:
-        present: Records that are not there yet are no problem: the study is unfinished.
-    """
-
-    def __init__(self, present: bool = False) -> None:
-        super().__init__()
-        self.present, self.missing = present, 0
-
-    def read(self, file: Path, kind: type[R], digest: str) -> R | None:
-        """A record of the specification with that digest; None where there is none to use."""
-        if self.present and not file.is_file():
-            self.missing += 1
-            return None
-        try:
-            record = read_record(file, kind)
-        except UserError as error:
-            self.append(str(error))
-            return None
-        found: str = record.spec_digest  # type: ignore[attr-defined]
-        if found != digest:
-            self.append(_stale(file, found, digest))
-            return None
-        return record
+MEASURE_BOTH = "delete it and run.json beside it to measure the seed again"
 
 
 def _sample_score(row: dict[str, Any], suite: str) -> float:
@@ -105,59 +56,65 @@ def _sample_score(row: dict[str, Any], suite: str) -> float:
     return row["nll"] / row["tokens"] if suite == "perplexity" else float(row["score"])
 
 
+def _verified(
+    study: Study, file: Path, record: EvalRecord, problems: Problems
+) -> list[dict[str, Any]] | None:
+    """The samples of a record that is what the study asks for; None if one of them is not."""
+    lines = file.with_name("samples.jsonl")
+    try:
+        check_evaluation(study, record)
+        text = "" if absent(lines) else read_text(lines, "samples", MEASURE_BOTH)
+        return verified_samples(record, text, lines, MEASURE_BOTH)
+    except UserError as error:
+        problems.append(str(error))
+    except ValueError as error:
+        problems.append(f"{file}: {error}: {AGAIN}")
+    return None
+
+
 def _eval_rows(
     study: Study, results: Path, problems: Problems
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     rows, samples = [], []
     asked: dict[tuple[str, str, int], tuple[Path, str | None]] = {}
-    for model in study.models:
-        for scheme in study.schemes:
-            for task in (t for t in study.tasks if study.evaluates(scheme, t)):
-                for seed in study.seeds:
-                    folder = results / "eval" / model / scheme / task / f"seed{seed}"
-                    file = folder / "run.json"
-                    expected = eval_digest(study, model, scheme, task, seed)
-                    record = problems.read(file, EvalRecord, expected)
-                    if record is None:
-                        continue
-                    mine = (file, record.prompts_sha256)
-                    first, prompts = asked.setdefault((model, task, seed), mine)
-                    if record.prompts_sha256 != prompts:
-                        problems.append(
-                            f"{file}: answers other prompts than {first}: delete the older one and "
-                            "run again"
-                        )
-                        continue
-                    if not math.isfinite(record.value):
-                        problems.append(f"{file}: field 'value' is {record.value}")
-                        continue
-                    keep = ["model", "scheme", "task", "suite", "seed", "protocol", "metric"]
-                    keep += ["higher_is_better", "value", "samples", "tokens"]
-                    keep += ["cache_bytes", "cache_elements", "bits_per_element"]
-                    row = {name: getattr(record, name) for name in keep}
-                    rows.append(row | {name: record.metrics.get(name) for name in SUITE_METRICS})
-                    lines = folder / "samples.jsonl"
-                    text = lines.read_text(encoding="utf-8") if lines.is_file() else ""
-                    if sha256_text(text) != record.samples_sha256:
-                        problems.append(
-                            f"{lines}: not the samples of run.json: delete both and run again"
-                        )
-                        continue
-                    # not splitlines(), which also cuts at U+2028 inside an answer
-                    for line in filter(None, text.split("\n")):
-                        row = json.loads(line)
-                        samples.append(
-                            {
-                                "model": model,
-                                "scheme": scheme,
-                                "task": task,
-                                "suite": record.suite,
-                                "seed": seed,
-                                "sample": int(row["index"]),
-                                "row": row.get("row"),  # of a set that seeds share
-                                "score": _sample_score(row, record.suite),
-                            }
-                        )
+    cells = product(study.models, study.schemes, study.tasks, study.seeds)
+    for model, scheme, task, seed in cells:
+        if not study.evaluates(scheme, task):
+            continue
+        names: dict[str, Any] = {"model": model, "scheme": scheme, "task": task, "seed": seed}
+        file = results / "eval" / model / scheme / task / f"seed{seed}" / "run.json"
+        expected = eval_digest(study, model, scheme, task, seed)
+        record = problems.read(file, EvalRecord, expected, names)
+        if record is None:
+            continue
+        mine = (file, record.prompts_sha256)
+        first, prompts = asked.setdefault((model, task, seed), mine)
+        if record.prompts_sha256 != prompts:
+            problems.append(
+                f"{file}: answers other prompts than {first}: delete the older one and run again"
+            )
+            continue
+        found = _verified(study, file, record, problems)
+        if found is None:
+            continue
+        keep = ["model", "scheme", "task", "suite", "seed", "protocol", "metric"]
+        keep += ["higher_is_better", "value", "samples", "tokens"]
+        keep += ["cache_bytes", "cache_elements", "bits_per_element"]
+        row = {name: getattr(record, name) for name in keep}
+        rows.append(row | {name: record.metrics.get(name) for name in SUITE_METRICS})
+        for row in found:
+            samples.append(
+                {
+                    "model": model,
+                    "scheme": scheme,
+                    "task": task,
+                    "suite": record.suite,
+                    "seed": seed,
+                    "sample": int(row["index"]),
+                    "row": row.get("row"),  # of a set that seeds share
+                    "score": _sample_score(row, record.suite),
+                }
+            )
     return rows, samples
 
 
@@ -183,9 +140,12 @@ def _timed_rows(
         for scheme, workload, rep in study.throughput_cells():
             file = results / "perf" / device / model / scheme / workload / f"rep{rep}.json"
             expected = perf_digest(study, model, scheme, workload)
-            record = problems.read(file, ThroughputRecord, expected)
-            if record is None:
+            names = {"device": device, "model": model, "scheme": scheme, "workload": workload}
+            record = problems.read(file, ThroughputRecord, expected, names | {"rep": rep})
+            if record is None or not problems.fits(file, check_throughput, study, record):
                 continue
+            measured = [record.scheme_side.prefill_ms, record.baseline_side.prefill_ms]
+            problems.once(file, "perf", [m.model_dump() for m in measured if m is not None])
             row = {name: getattr(record, name) for name in keys}
             row |= {"prompt_tokens": record.prompt_tokens, "batch_size": record.batch_size}
             row |= {"prefill_ratio": record.prefill_ratio, "quantize_share": record.quantize_share}
@@ -197,9 +157,12 @@ def _timed_rows(
         for scheme, workload, rep in study.energy_cells():
             file = results / "energy" / device / model / scheme / workload / f"rep{rep}.json"
             expected = energy_digest(study, model, scheme, workload)
-            joules = problems.read(file, EnergyRecord, expected)
-            if joules is None:
+            names = {"device": device, "model": model, "scheme": scheme, "workload": workload}
+            joules = problems.read(file, EnergyRecord, expected, names | {"rep": rep})
+            if joules is None or not problems.fits(file, check_energy, study, joules):
                 continue
+            both = (joules.scheme_side, joules.baseline_side)
+            problems.once(file, "energy", [[s.joules, s.seconds] for s in both])
             row = {name: getattr(joules, name) for name in keys}
             row |= {"source": joules.source, "method": joules.method}
             row |= {"idle_watts": joules.idle_watts, "energy_ratio": joules.energy_ratio}
@@ -223,9 +186,11 @@ def _append_rows(
     rows: list[dict[str, Any]] = []
     for rep in range(study.append.reps if study.append else 0):
         file = results / "append" / device / f"rep{rep}.json"
-        record = problems.read(file, AppendRecord, append_digest(study))
-        if record is None:
+        names = {"device": device, "rep": rep}
+        record = problems.read(file, AppendRecord, append_digest(study), names)
+        if record is None or not problems.fits(file, check_append, study, record):
             continue
+        problems.once(file, "append", [p.call_ms.model_dump() for p in record.points if p.call_ms])
         shape = {name: getattr(record, name) for name in ("batch_size", "kv_heads", "head_dim")}
         for point in record.points:
             row: dict[str, Any] = {"device": record.device, "rep": rep, **shape}
@@ -244,8 +209,9 @@ def _kernel_rows(
     rows: list[dict[str, Any]] = []
     for case in study.kernel_cases():
         file = results / "kernels" / device / f"{case}.json"
-        record = problems.read(file, KernelRecord, kernels_digest(study, case))
-        if record is None:
+        names = {"device": device, "case": case}
+        record = problems.read(file, KernelRecord, kernels_digest(study, case), names)
+        if record is None or not problems.fits(file, check_kernels, study, record):
             continue
         keys = ("device", "case", "shape", "scheme", "batch", "tokens", "all_tokens")
         same = {name: getattr(record, name) for name in keys}

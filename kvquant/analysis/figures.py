@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 
 from kvquant.analysis.append_figure import append_panels
-from kvquant.analysis.collect import read_table
 from kvquant.analysis.kernels_figure import (
     Looks,
     legend,
@@ -22,6 +21,7 @@ from kvquant.analysis.kernels_figure import (
     ratio_panel,
     ratios,
 )
+from kvquant.analysis.tables import read_table
 from kvquant.config import PasskeyTask, Study, load_study
 from kvquant.errors import UserError, unknown
 

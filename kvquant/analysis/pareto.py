@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kvquant.analysis.collect import read_table, write_table
+from kvquant.analysis.tables import read_table, write_table
 from kvquant.config import Study, load_study
 
 SCORED = ("passkey", "ruler", "longbench")  # suites of a score in percent
@@ -113,8 +113,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes pareto.parquet and pareto.csv."""
-    tables = [read_table(args.tables, name) for name in ("eval", "perf", "energy")]
+    names = ("eval", "perf", "energy")
+    tables = [read_table(args.tables, name) for name in names]
     table = pareto_table(load_study(args.study), *tables)
-    write_table(table, args.out_dir / "pareto.parquet")
+    sources = [args.tables / f"{name}.parquet" for name in names]
+    write_table(table, args.out_dir / "pareto.parquet", sources)
     for row in table.itertuples():
         print(f"{row.model} {row.scheme}: {row.bits_per_element:.2f} bits per element")

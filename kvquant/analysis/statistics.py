@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from kvquant.analysis.collect import read_table, write_table
+from kvquant.analysis.tables import read_table, write_table
 from kvquant.config import StatisticsSpec, Study, load_study
 from kvquant.errors import UserError
 
@@ -277,5 +277,6 @@ def run(args: argparse.Namespace) -> None:
     table = test_all(
         load_study(args.study), read_table(args.tables, "eval"), read_table(args.tables, "samples")
     )
-    write_table(table, args.out_dir / "tests.parquet")
+    sources = [args.tables / f"{name}.parquet" for name in ("eval", "samples")]
+    write_table(table, args.out_dir / "tests.parquet", sources)
     print(f"statistics: {len(table)} comparisons")

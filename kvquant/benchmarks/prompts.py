@@ -6,20 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from kvquant.benchmarks.lengths import prompt_lengths
 from kvquant.config import Workload
 from kvquant.generation import left_pad
 
-
-def prompt_lengths(workload: Workload) -> list[int]:
-    """Tokens of each prompt: all equal, or falling evenly from `prompt` to half of it.
-
-    Example: prompt 512, batch 3, ragged: 512, 384, 256.
-    """
-    n, longest = workload.batch_size, workload.prompt
-    if not workload.ragged or n == 1:
-        return [longest] * n
-    shortest = max(1, longest // 2)
-    return [longest - round(i * (longest - shortest) / (n - 1)) for i in range(n)]
+__all__ = ["PromptBatch", "prompt_batch", "prompt_lengths"]
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class RandomModel:
         if self._keys is None:
             seen: list[torch.Tensor] = []
             hooks = [
-                layer.self_attn.original.k_proj.register_forward_hook(
+                layer.self_attn.k_proj.register_forward_hook(
                     lambda module, inputs, output: seen.append(output[0])
                 )
                 for layer in self.model.model.layers

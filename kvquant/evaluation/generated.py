@@ -13,6 +13,7 @@ from typing import Any
 
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult
+from kvquant.evaluation.samples import score_summary
 from kvquant.generation import Stop, greedy
 
 
@@ -96,16 +97,16 @@ def answer_seeds(
             answer = str(context.qm.tokenizer.decode(tokens, skip_special_tokens=True))
             facts = {"index": index, "prompt_tokens": len(prompt.tokens), **prompt.record}
             rows.append({**facts, "answer": answer, "score": rules.score(prompt, answer)})
-        value = 100.0 * sum(row["score"] for row in rows) / len(rows)
+        summary = score_summary(rules.metric)(rows)
         results.append(
             SuiteResult(
                 metric=rules.metric,
                 higher_is_better=True,
-                value=value,
-                metrics={rules.metric: value, **seed.metrics},
+                value=summary.metrics[rules.metric],
+                metrics=summary.metrics | seed.metrics,
                 protocol="A",
                 rows=rows,
-                tokens=sum(len(prompt.tokens) for prompt in seed.prompts),
+                tokens=summary.tokens,
                 cache_bytes=sum(found.row_bytes[mine]),
                 cache_elements=sum(found.row_elements[mine]),
             )

@@ -27,6 +27,7 @@ from kvquant.cache_size import cache_elements, cache_nbytes, shared_nbytes
 from kvquant.config import PerplexityTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
+from kvquant.evaluation.samples import perplexity_summary
 from kvquant.finite import not_finite
 from kvquant.memory import in_batches, whole
 from kvquant.model_call import cache_argument
@@ -195,19 +196,15 @@ def run_perplexity(context: Context, spec: PerplexityTask, seed: int) -> SuiteRe
                 row["kl"] = math.fsum(found.kl[at].tolist())
             rows.append(row)
         context.progress(len(rows), len(starts))
-    scored = sum(row["tokens"] for row in rows)
-    mean = math.fsum(row["nll"] for row in rows) / scored
-    metrics = {"perplexity": math.exp(mean), "nll": mean, "window": float(window)}
-    if spec.kl:
-        metrics["kl"] = math.fsum(row["kl"] for row in rows) / scored
+    summary = perplexity_summary(rows)
     return SuiteResult(
         metric="perplexity",
         higher_is_better=False,
-        value=metrics["perplexity"],
-        metrics=metrics,
+        value=summary.metrics["perplexity"],
+        metrics=summary.metrics,
         protocol=spec.protocol,
         rows=rows,
-        tokens=window * len(starts),
+        tokens=summary.tokens,
         cache_bytes=nbytes,
         cache_elements=elements,
     )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from kvquant.errors import UserError
 from kvquant.evaluation.base import SuiteResult
+from kvquant.evaluation.samples import verified_samples
 from kvquant.fetch.progress import note
-from kvquant.files import sha256_text, write_new
-from kvquant.records import EvalRecord, read_record, write_record, write_samples
+from kvquant.files import read_text, write_new
+from kvquant.records import EvalRecord, absent, read_record, write_record, write_samples
 
 RECORD, SAMPLES = "run.json", "samples.jsonl"
+AGAIN = "delete it and run.json beside it to measure the seed again"
 
 
 def read_pair(folder: Path, digest: str, prompts: str | None) -> tuple[EvalRecord, str] | None:
@@ -25,7 +28,7 @@ def read_pair(folder: Path, digest: str, prompts: str | None) -> tuple[EvalRecor
         UserError: The record or its samples are damaged, or belong to another specification or to
             other prompts.
     """
-    if not (folder / RECORD).is_file():
+    if absent(folder / RECORD):
         return None
     record = read_record(folder / RECORD, EvalRecord)
     if record.spec_digest != digest:
@@ -39,36 +42,52 @@ def read_pair(folder: Path, digest: str, prompts: str | None) -> tuple[EvalRecor
             f"{record.prompts_sha256}, expected {prompts}): delete it by name to measure again"
         )
     samples = folder / SAMPLES
-    text = samples.read_text(encoding="utf-8") if samples.is_file() else ""
-    if sha256_text(text) != record.samples_sha256:
-        raise UserError(
-            f"{samples}: missing, truncated or changed (sha256 differs from the record's): "
-            "delete it and run.json beside it and run again to measure it anew"
-        )
+    text = "" if absent(samples) else read_text(samples, "samples", AGAIN)
+    verified_samples(record, text, samples, AGAIN)
     return record, text
 
 
+def _discard(path: Path) -> None:
+    """Removes whatever has that name.
+
+    Raises:
+        UserError: It cannot be removed.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        if path.parent.is_file():  # where the seed's folder should be
+            path.parent.unlink()
+            return
+        raise UserError(f"{path}: cannot be removed ({error.strerror or error})") from None
+
+
 def kept(folder: Path, digest: str, prompts: str | None) -> tuple[EvalRecord, str] | None:
-    """As :func:`read_pair` for the resume folder, where what is damaged is told and dropped."""
+    """As :func:`read_pair` for the resume folder, where what is damaged is reported and removed."""
     try:
         return read_pair(folder, digest, prompts)
     except UserError as error:
         note(f"resume: not used: {str(error).splitlines()[0]}")
         for name in (RECORD, SAMPLES):
-            (folder / name).unlink(missing_ok=True)
+            _discard(folder / name)
         return None
 
 
 def copy(record: EvalRecord, samples: str, folder: Path) -> None:
-    """Writes a finished seed into another folder."""
+    """Writes a finished seed into another folder; samples without a record are a killed job's."""
+    if absent(folder / RECORD):
+        _discard(folder / SAMPLES)
     write_new(folder / SAMPLES, samples)
     write_record(folder / RECORD, record)
 
 
 def store(folder: Path, record: EvalRecord, result: SuiteResult) -> tuple[EvalRecord, str]:
     """Writes a measured seed; samples without a record are what a killed job left."""
-    if not (folder / RECORD).is_file():
-        (folder / SAMPLES).unlink(missing_ok=True)
+    if absent(folder / RECORD):
+        _discard(folder / SAMPLES)
     digest = write_samples(folder / SAMPLES, result.rows)
     record = record.model_copy(update={"samples_sha256": digest})
     write_record(folder / RECORD, record)

@@ -13,6 +13,7 @@ import pytest
 from kvquant.analysis import figures, latex, suite_tables
 from kvquant.analysis.booktabs import Latex, booktabs
 from kvquant.analysis.claims import Tables, load_tables
+from kvquant.analysis.tables import write_table
 from kvquant.config import load_study
 from kvquant.errors import UserError
 from tests.analysis.plausible import write_tables
@@ -117,7 +118,7 @@ def test_accuracy_tables_of_an_unfinished_study(root: Path, folder: Path, tmp_pa
         missing = (table["scheme"] == "kivi-4") & table["task"].isin(["ruler-vt", "ruler-cwe"])
         if name == "tests":
             missing |= (table["scheme"] == "kivi-4") & (table["level"] == "suite")
-        table[~missing].to_parquet(tmp_path / f"{name}.parquet")
+        write_table(table[~missing], tmp_path / f"{name}.parquet")
     args = argparse.Namespace(
         study=str(root / "config/h100.yaml"),
         tables=tmp_path,

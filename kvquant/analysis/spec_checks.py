@@ -1,0 +1,113 @@
+"""Whether a record is what its study asks for: what the digest alone does not tell of it.
+
+All functions raise ValueError with the field's name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvquant.benchmarks.lengths import prompt_lengths
+from kvquant.config import LongBenchTask, PerplexityTask, Study
+from kvquant.records import (
+    AppendRecord,
+    EnergyRecord,
+    EvalRecord,
+    KernelRecord,
+    ThroughputRecord,
+)
+
+
+def _are(record: Any, expected: dict[str, Any]) -> None:
+    for field, right in expected.items():
+        found: Any = record
+        for part in field.split("."):
+            found = getattr(found, part)
+        if found != right:
+            raise ValueError(f"field '{field}': is {found!r}, but the study's is {right!r}")
+
+
+def check_evaluation(study: Study, record: EvalRecord) -> None:
+    """Suite, protocol, samples and what is measured besides."""
+    task = study.task(record.task)
+    protocol = task.protocol if isinstance(task, PerplexityTask) else "A"
+    _are(record, {"suite": task.suite, "protocol": protocol})
+    if isinstance(task, PerplexityTask):
+        asked = task.windows
+        _are(record, {"prompts_sha256": None})
+        if ("kl" in record.metrics) != task.kl:
+            raise ValueError(f"field 'metrics.kl': the study says kl: {str(task.kl).lower()}")
+        if task.window and record.metrics.get("window") != task.window:
+            raise ValueError(f"field 'metrics.window': the study's is {task.window}")
+    else:
+        asked = task.samples
+        if record.prompts_sha256 is None:
+            raise ValueError("field 'prompts_sha256': is missing")
+    if isinstance(task, LongBenchTask):
+        rows = record.metrics.get("rows_available", 0.0)
+        asked = int(min(asked or rows, rows))
+    if asked and record.samples != asked:
+        raise ValueError(f"field 'samples': is {record.samples}, but the study asks for {asked}")
+    if not isinstance(task, PerplexityTask) and record.tokens > record.samples * task.length:
+        raise ValueError(f"field 'tokens': prompts are longer than the task's {task.length}")
+
+
+def check_throughput(study: Study, record: ThroughputRecord) -> None:
+    """Both sides and the prompts."""
+    workload = study.throughput.workloads[record.workload]
+    _are(
+        record,
+        {
+            "scheme_side.scheme": record.scheme,
+            "baseline_side.scheme": study.baseline,
+            "batch_size": workload.batch_size,
+            "prompt_tokens": sum(prompt_lengths(workload)),
+        },
+    )
+    for name in ("scheme_side", "baseline_side"):
+        side = getattr(record, name)
+        if side.status == "ok" and (side.decode_ms is None) != (workload.answer == 0):
+            raise ValueError(f"field '{name}.decode_ms': answers have {workload.answer} tokens")
+
+
+def check_energy(study: Study, record: EnergyRecord) -> None:
+    """Both sides, their trials and the tokens of whole jobs."""
+    workload = study.energy.workloads[record.workload]
+    _are(
+        record,
+        {"scheme_side.scheme": record.scheme, "baseline_side.scheme": study.baseline},
+    )
+    job = sum(prompt_lengths(workload)) + workload.batch_size * workload.answer
+    for name in ("scheme_side", "baseline_side"):
+        side = getattr(record, name)
+        if len(side.joules) != study.energy.trials:
+            raise ValueError(
+                f"field '{name}.joules': {len(side.joules)} trials, not {study.energy.trials}"
+            )
+        if any(tokens % job for tokens in side.tokens):
+            raise ValueError(f"field '{name}.tokens': are not whole jobs of {job} tokens")
+
+
+def check_append(study: Study, record: AppendRecord) -> None:
+    """The shape, and every size of every chunk."""
+    spec = study.append
+    assert spec is not None
+    _are(record, {n: getattr(spec, n) for n in ("batch_size", "kv_heads", "head_dim")})
+    if {p.chunk for p in record.points} != set(spec.chunks):
+        raise ValueError(f"field 'points.chunk': the study's are {spec.chunks}")
+    if {p.tokens for p in record.points} != set(spec.sizes):
+        raise ValueError(f"field 'points.tokens': the study's are {spec.sizes}")
+    series = len({p.series for p in record.points})
+    if series != len(study.append_schemes()) + spec.concatenation:
+        raise ValueError("field 'points.series': are not the study's schemes")
+    if len(record.points) != series * len(spec.chunks) * len(spec.sizes):
+        raise ValueError("field 'points': one of a series, chunk and size is missing")
+
+
+def check_kernels(study: Study, record: KernelRecord) -> None:
+    """The case's shape and measurements."""
+    case = study.kernel_cases()[record.case]
+    shape = {name: getattr(case, name) for name in ("shape", "batch", "tokens")}
+    _are(record, {**shape, "scheme": study.headline})
+    if [part.measure for part in record.parts] != case.measure:
+        raise ValueError(f"field 'parts.measure': the study's are {', '.join(case.measure)}")
