@@ -26,7 +26,8 @@ from kvquant.calibration_statistics import LayerStatistics, save_statistics
 from kvquant.config import CalibrationSpec, load_study
 from kvquant.errors import NonFinite, UserError
 from kvquant.finite import remedy
-from kvquant.models import attention_layers, load_base_model, read_manifest, resolve_device
+from kvquant.model_manifest import study_manifest
+from kvquant.models import attention_layers, load_base_model, resolve_device
 from kvquant.specs import VERSIONS, calibration_digest
 
 
@@ -184,7 +185,7 @@ def run(args: argparse.Namespace) -> None:
     study = load_study(args.study)
     study.model(args.model)
     spec = study.calibration
-    manifest = read_manifest(args.model_manifest)
+    manifest = study_manifest(args.model_manifest, study, args.model)
     device = resolve_device(args.device)
     model, tokenizer = load_base_model(manifest, device=str(device))
     limit = int(model.config.max_position_embeddings)

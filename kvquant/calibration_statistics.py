@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from kvquant.batched_quant import outliers_per_side
 from kvquant.errors import UserError
-from kvquant.files import temporary_name
 from kvquant.kernels.pytorch_fused import inverse_range, split_outliers
+from kvquant.tensor_file import read_info, read_tensors, save_pair
 
 VALUE_BINS = 1024
+MAX_LAYERS = 4096
+FIELD = "--stats"
+AGAIN = "calibrate again"
 
 
 @dataclass
@@ -58,6 +59,23 @@ class LayerStatistics:
             zeros(fractions, VALUE_BINS),
             zeros(fractions, VALUE_BINS),
             zeros(fractions, VALUE_BINS),
+        )
+
+    def consistent(self, channels: int | None = None) -> bool:
+        """Whether the tables have the shapes and signs that they can have together."""
+        if self.low.dim() != 1 or self.counts.dim() != 2 or self.value_counts.dim() != 2:
+            return False
+        keys = (len(self.low), self.counts.shape[1])
+        values = (self.value_counts.shape[0], VALUE_BINS)
+        tables = (self.counts, self.fisher, self.value_counts, self.value_fisher)
+        return (
+            channels in (None, keys[0])
+            and self.width.shape == self.low.shape
+            and all(tuple(t.shape) == keys for t in (self.counts, self.fisher))
+            and tuple(self.value_counts.shape) == tuple(self.value_fisher.shape) == values
+            and tuple(self.value_fisher_range2.shape) == values
+            and bool((self.width > 0).all())
+            and all(bool((t >= 0).all()) for t in (*tables, self.value_fisher_range2))
         )
 
     def _cover(self, keys: torch.Tensor) -> None:
@@ -103,29 +121,42 @@ class LayerStatistics:
 
 
 def save_statistics(path: Path, layers: list[LayerStatistics], info: dict[str, Any]) -> None:
-    """Writes stats.safetensors and stats.json (the JSON last)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes stats.safetensors and stats.json (the JSON last), each with its hash in the JSON."""
     tensors = {
-        f"layers.{i}.{name}": tensor.cpu().contiguous()
+        f"layers.{i}.{name}": tensor
         for i, layer in enumerate(layers)
         for name, tensor in vars(layer).items()
     }
-    temporary = temporary_name(path)
-    save_file(tensors, temporary)
-    temporary.replace(path)
-    temporary.write_text(json.dumps(info, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path.with_suffix(".json"))
+    save_pair(path.with_suffix(".json"), path, info, tensors)
 
 
 def load_statistics(path: Path) -> tuple[list[LayerStatistics], dict[str, Any]]:
-    """Reads what :func:`save_statistics` wrote."""
-    if not path.is_file():
-        raise UserError(f"--stats: no such file: {path}")
-    info = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    tensors = load_file(path)
+    """Reads what :func:`save_statistics` wrote.
+
+    Raises:
+        UserError: A file is missing, damaged, was edited, or is not of the other.
+    """
+    manifest = path.with_suffix(".json")
+    info = read_info(manifest, FIELD, AGAIN)
+    count = info.get("num_layers")
+    if type(count) is not int or not 1 <= count <= MAX_LAYERS:
+        raise UserError(f"{FIELD}: {manifest} is damaged (num_layers: {count}): {AGAIN}")
     names = list(LayerStatistics.__dataclass_fields__)
-    layers = [
-        LayerStatistics(**{name: tensors[f"layers.{i}.{name}"] for name in names})
-        for i in range(info["num_layers"])
-    ]
+    wanted = {f"layers.{i}.{name}": None for i in range(count) for name in names}
+    tensors = read_tensors(path, info["tensors_sha256"], wanted, FIELD, AGAIN)
+    layers = []
+    for i in range(count):
+        layer = LayerStatistics(**{name: tensors[f"layers.{i}.{name}"] for name in names})
+        if not layer.consistent(_channels(info)):
+            raise UserError(
+                f"{FIELD}: {path}: the tables of layer {i} do not fit one another or "
+                f"{manifest.name}: {AGAIN}"
+            )
+        layers.append(layer)
     return layers, info
+
+
+def _channels(info: dict[str, Any]) -> int | None:
+    """Key channels of a layer, where the JSON tells them."""
+    heads, dim = info.get("num_kv_heads"), info.get("head_dim")
+    return heads * dim if type(heads) is int and type(dim) is int else None

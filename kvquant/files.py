@@ -157,6 +157,11 @@ def canonical_json(value: Any) -> str:
     )
 
 
+def write_json(value: Any) -> str:
+    """A JSON value as the text of a file: indented, sorted keys, no NaN."""
+    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
 def sha256_text(text: str) -> str:
     """sha256 of a text, hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()

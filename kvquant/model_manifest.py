@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from kvquant.config import Study
 from kvquant.errors import UserError
 from kvquant.file_hashes import FileHashes
 from kvquant.files import canonical_json, inside, read_json, sha256_text
+from kvquant.specs import weights_digest
 
 FIELD = "--model-manifest"
 AGAIN = "fetch it again"
@@ -53,6 +55,7 @@ class ModelManifest:
         directory: Where its files are.
         files: File name to sha256 of all that decides what the model computes.
         identity: One sha256 over `files` and `weights_sha256`.
+        spec_digest: Of the study's entry that it was fetched for.
     """
 
     model: str
@@ -62,6 +65,7 @@ class ModelManifest:
     directory: Path
     files: dict[str, str]
     identity: str
+    spec_digest: str | None = None
 
 
 def model_files(folder: Path) -> list[str]:
@@ -121,6 +125,8 @@ def _files(raw: Any) -> dict[str, str]:
             raise ValueError(f"files: '{name}' is not a file of a model's folder")
         if not isinstance(digest, str) or not SHA256.fullmatch(digest):
             raise ValueError(f"files: '{name}' has no sha256")
+        if "\0" in name or not name.isprintable():
+            raise ValueError("files: a name has characters that no name of a model's file has")
     return dict(raw)
 
 
@@ -159,11 +165,30 @@ def read_manifest(path: str | Path) -> ModelManifest:
             directory=_directory(file, text["source"], text["directory"]),
             files=_files(raw["files"]),
             identity=str(raw["identity"]),
+            spec_digest=raw.get("spec_digest"),
         )
     except KeyError as error:
         raise UserError(f"{FIELD}: {file} is damaged ({error} is missing): {AGAIN}") from None
     except ValueError as error:
         raise UserError(f"{FIELD}: {file} is damaged ({error}): {AGAIN}") from None
+
+
+def study_manifest(path: str | Path, study: Study, model: str) -> ModelManifest:
+    """Reads the manifest of a study's model; see :func:`read_manifest`.
+
+    Raises:
+        UserError: Also if it is of another model, or was fetched from elsewhere than the study's
+            entry says.
+    """
+    found = read_manifest(path)
+    if found.model != model:
+        raise UserError(f"{FIELD}: {path} is of model '{found.model}', not of '{model}'")
+    if found.spec_digest not in (None, weights_digest(study.model(model))):
+        raise UserError(
+            f"{FIELD}: {path} was fetched for another entry than the study's models.{model} "
+            f"(another source, revision, path or package): {AGAIN}"
+        )
+    return found
 
 
 def verify_model(manifest: ModelManifest, *, weights: bool = True) -> None:

@@ -13,12 +13,13 @@ from kvquant.baseline_cache import new_baseline_cache
 from kvquant.cache import KVQuantCache, Protocol
 from kvquant.config import Fp16Scheme, SchemeSpec
 from kvquant.errors import UserError
+from kvquant.file_hashes import FileHashes
 from kvquant.model_call import CACHE_NAMES, arguments, find_cache, parameters, refuse_unknown
 from kvquant.model_manifest import ModelManifest as ModelManifest
+from kvquant.model_manifest import model_files, verify_model, weight_files
 from kvquant.model_manifest import read_manifest as read_manifest
-from kvquant.model_manifest import verify_model
 from kvquant.prefill_quant import SUPPORTED, PrefillQuantizedAttention, original_class
-from kvquant.quantizer_file import load_quantizer
+from kvquant.quantizer_file import check_scheme, load_quantizer, scheme_of
 from kvquant.schemes.base import Codec
 from kvquant.schemes.registry import CacheFactory, ModelShape, build_caches, build_codecs
 
@@ -299,7 +300,7 @@ def load_quantized_model(
     Args:
         model: Directory, hub id, or the manifest of a fetched model (then the quantizer is checked
             against the weights' hash).
-        scheme: The scheme; None is the unquantized cache.
+        scheme: The scheme; None is the quantizer's, or the unquantized cache without one.
         quantizer: quantizer.json, for schemes that need calibration.
         device: "cpu", "cuda" or "auto".
         dtype: Default: fp32 on a CPU, fp16 on a GPU.
@@ -308,12 +309,14 @@ def load_quantized_model(
         UserError: A file or the architecture does not fit; the message says which.
     """
     spec = scheme or Fp16Scheme(kind="fp16")
-    manifest = model if isinstance(model, ModelManifest) else None
+    inputs = {"model": model.identity} if isinstance(model, ModelManifest) else {}
     tables = None
     if quantizer is not None:  # first: the cheapest check
-        expected = manifest.weights_sha256 if manifest else None
-        where = resolve_device(device)
-        info, tables = load_quantizer(Path(quantizer), weights_sha256=expected, device=where)
+        file, where = Path(quantizer), resolve_device(device)
+        info, tables = load_quantizer(file, weights_sha256=_weights_sha256(model), device=where)
+        spec = scheme or scheme_of(file, info)
+        check_scheme(file, info, spec)
+        inputs["quantizer"] = info.tensors_sha256
     base, tokenizer = load_base_model(model, device=device, dtype=dtype)
     layers = attention_layers(base)
     if tables is not None:
@@ -329,7 +332,21 @@ def load_quantized_model(
         codec.check_model(heads, dim)
     caches = build_caches(spec, ModelShape(len(layers), heads, dim), tables)
     install_attention(base)
-    return QuantizedModel(base, tokenizer, spec, codecs, caches)
+    return QuantizedModel(base, tokenizer, spec, codecs, caches, inputs)
+
+
+def _weights_sha256(model: str | Path | ModelManifest) -> str | None:
+    """Hash of a model's weights; None for one that is not a folder of safetensors."""
+    if isinstance(model, ModelManifest):
+        return model.weights_sha256
+    folder = Path(model)
+    names = weight_files(model_files(folder)) if folder.is_dir() else []
+    if not names:
+        return None
+    hashes = FileHashes(folder, "model")
+    found, _ = hashes.of_all(names)
+    hashes.remember()
+    return found
 
 
 def _kv_shape(model: Any) -> tuple[int, int]:

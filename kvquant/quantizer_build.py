@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import kvquant
 from kvquant.calibration_statistics import LayerStatistics, load_statistics
-from kvquant.config import CalibratedScheme, load_study
+from kvquant.config import CalibratedScheme, CalibrationSpec, load_study
 from kvquant.errors import UserError
 from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.nuq import Histogram, fit, q_norm
@@ -124,6 +125,32 @@ def coding_error(histogram: Histogram, levels: np.ndarray) -> float:
     return float(error.sum() / total) if total > 0 else 0.0
 
 
+class StatisticsInfo(BaseModel):
+    """What stats.json tells of the statistics beside it."""
+
+    model_config = ConfigDict(strict=True)
+
+    weights_sha256: str
+    model_identity: str
+    calibration: CalibrationSpec
+    spec_digest: str
+    num_layers: int
+    num_kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+
+
+def _info(stats: Path, raw: dict[str, object]) -> StatisticsInfo:
+    try:
+        return StatisticsInfo.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"--stats: {stats.with_suffix('.json')} is damaged ({where}: {first['msg']}): "
+            "calibrate again"
+        ) from None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `kvquant quantize`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
@@ -140,15 +167,16 @@ def run(args: argparse.Namespace) -> None:
     spec = study.scheme(args.scheme)
     if not isinstance(spec, CalibratedScheme):
         raise UserError(f"--scheme: '{args.scheme}' (kind {spec.kind}) needs no quantizer")
-    layers, info = load_statistics(args.stats)
-    if info["spec_digest"] != calibration_digest(study, args.model):
+    layers, found = load_statistics(args.stats)
+    info = _info(args.stats, found)
+    if info.spec_digest != calibration_digest(study, args.model):
         raise UserError(
             f"--stats: {args.stats} is of another calibration or model: calibrate again"
         )
-    fractions = info["calibration"]["outlier_fractions"]
+    fractions = info.calibration.outlier_fractions
     if spec.outliers < 1 and spec.outliers not in fractions:
         raise UserError(f"schemes.{args.scheme}.outliers: not calibrated, known: {fractions}")
-    built = [build_layer(layer, spec, fractions, info["num_kv_heads"]) for layer in layers]
+    built = [build_layer(layer, spec, fractions, info.num_kv_heads) for layer in layers]
     errors = {
         "keys": float(np.mean([b[1] for b in built])),
         "values": float(np.mean([b[2] for b in built])),
@@ -156,14 +184,15 @@ def run(args: argparse.Namespace) -> None:
     manifest = QuantizerManifest(
         library_version=kvquant.__version__,
         model=args.model,
-        weights_sha256=info["weights_sha256"],
+        weights_sha256=info.weights_sha256,
+        model_identity=info.model_identity,
         scheme=args.scheme,
         spec=spec.model_dump(mode="json"),
-        calibration=info["calibration"],
+        calibration=info.calibration.model_dump(mode="json"),
         spec_digest=quantizer_digest(study, args.model, args.scheme),
-        num_layers=info["num_layers"],
-        num_kv_heads=info["num_kv_heads"],
-        head_dim=info["head_dim"],
+        num_layers=info.num_layers,
+        num_kv_heads=info.num_kv_heads,
+        head_dim=info.head_dim,
         calibration_error=errors,
     )
     save_quantizer(args.out, manifest, [b[0] for b in built])

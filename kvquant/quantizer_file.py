@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from kvquant.config import (
+    AnyScheme,
+    CalibratedScheme,
+    KvquantRefScheme,
+    NuqScheme,
+    SchemeSpec,
+)
 from kvquant.errors import UserError
-from kvquant.files import temporary_name
 from kvquant.layer_quantizer import LayerQuantizer
+from kvquant.tensor_file import read_info, read_tensors, save_pair
 
 FIELDS = ("key_zero", "key_scale", "key_levels", "value_levels")
+FIELD = "quantizer"
+AGAIN = "build it again (`kvquant quantize`)"
+MAX_LAYERS = 4096
 
 
 class QuantizerManifest(BaseModel):
-    """What the tables were built from and for."""
+    """What the tables were built from and for.
 
-    model_config = ConfigDict(extra="forbid")
+    Attributes:
+        spec: The scheme's options.
+        weights_sha256: Of the model's weights.
+        model_identity: Of all files of the model (see :mod:`kvquant.model_manifest`).
+        tensors_sha256: Of the safetensors file; set when it is written.
+        seal: sha256 over everything else here; set when it is written.
+    """
 
-    schema_version: int = 1
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    schema_version: int = 2
     library_version: str
     model: str
     weights_sha256: str
+    model_identity: str | None = None
     scheme: str
     spec: dict[str, Any]
     calibration: dict[str, Any]
     spec_digest: str
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
+    num_layers: int = Field(ge=1, le=MAX_LAYERS)
+    num_kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
     calibration_error: dict[str, float]
+    tensors_sha256: str = ""
+    seal: str = ""
 
 
 def tensors_path(manifest: Path) -> Path:
@@ -43,24 +62,85 @@ def tensors_path(manifest: Path) -> Path:
 
 def save_quantizer(path: Path, manifest: QuantizerManifest, layers: list[LayerQuantizer]) -> None:
     """Writes both files; the JSON last, so that its presence means a whole artifact."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"layers.{i}.{field}": getattr(layer, field).contiguous()
+        f"layers.{i}.{field}": getattr(layer, field)
         for i, layer in enumerate(layers)
         for field in FIELDS
     }
-    temporary = temporary_name(path)
-    save_file(tensors, temporary)
-    temporary.replace(tensors_path(path))
-    text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    save_pair(path, tensors_path(path), manifest.model_dump(mode="json"), tensors)
+
+
+def read_quantizer(path: Path) -> QuantizerManifest:
+    """The JSON of a quantizer, without its tensors.
+
+    Raises:
+        UserError: It is missing, damaged, was edited, or is of an older version.
+    """
+    raw = read_info(path, FIELD, AGAIN)
+    try:
+        return QuantizerManifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{FIELD}: {path} is damaged ({where}: {first['msg']}): {AGAIN}") from None
+
+
+def scheme_of(path: Path, manifest: QuantizerManifest) -> NuqScheme | KvquantRefScheme:
+    """The scheme that a quantizer was built for.
+
+    Raises:
+        UserError: The file tells none that takes a quantizer.
+    """
+    try:
+        found: AnyScheme = TypeAdapter(SchemeSpec).validate_python(manifest.spec)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{FIELD}: {path} is damaged ({where}: {first['msg']}): {AGAIN}") from None
+    if not isinstance(found, CalibratedScheme):
+        raise UserError(f"{FIELD}: {path} is damaged (kind '{found.kind}' takes none): {AGAIN}")
+    return found
+
+
+def check_scheme(path: Path, manifest: QuantizerManifest, scheme: AnyScheme) -> None:
+    """A quantizer serves the scheme that it was built for and no other.
+
+    Raises:
+        UserError: An option differs; the message names it.
+    """
+    built = scheme_of(path, manifest).model_dump(mode="json")
+    asked = scheme.model_dump(mode="json")
+    for name in ("kind", *asked, *built):
+        if built.get(name) != asked.get(name):
+            raise UserError(
+                f"{FIELD}: {path} was built for scheme '{manifest.scheme}' with {name}: "
+                f"{built.get(name)}, not for {name}: {asked.get(name)}: build one for this scheme, "
+                "or leave the scheme to the file"
+            )
+
+
+def check_digest(path: Path, digest: str) -> None:
+    """A quantizer of a study is the one that the study's entries make.
+
+    Args:
+        path: quantizer.json.
+        digest: Of model, calibration and scheme (:func:`kvquant.specs.quantizer_digest`).
+
+    Raises:
+        UserError: It was built from other entries.
+    """
+    if (found := read_quantizer(path)).spec_digest != digest:
+        raise UserError(
+            f"--quantizer: {path} was built for scheme '{found.scheme}' of model '{found.model}' "
+            f"from other entries of a study than these (digest {found.spec_digest}, not {digest}): "
+            "build it again"
+        )
 
 
 def load_quantizer(
     path: Path, *, weights_sha256: str | None, device: torch.device | str = "cpu"
 ) -> tuple[QuantizerManifest, list[LayerQuantizer]]:
-    """Reads a quantizer and checks that it was built for the model at hand.
+    """Reads a quantizer and checks that it is whole and was built for the model at hand.
 
     Args:
         path: quantizer.json.
@@ -68,24 +148,29 @@ def load_quantizer(
         device: Where the tables go.
 
     Raises:
-        UserError: A file is missing or damaged, or the quantizer belongs to another model.
+        UserError: A file is missing or damaged, its tables are not those of its JSON, or the
+            quantizer belongs to another model.
     """
-    if not path.is_file():
-        raise UserError(f"quantizer: no such file: {path}")
-    try:
-        manifest = QuantizerManifest.model_validate_json(path.read_text(encoding="utf-8"))
-        tensors = load_file(tensors_path(path), device=str(device))
-    except Exception as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"quantizer: {path} is damaged ({first}): build it again") from None
+    manifest = read_quantizer(path)
     if weights_sha256 is not None and manifest.weights_sha256 != weights_sha256:
         raise UserError(
-            f"quantizer: {path} was built for model '{manifest.model}' "
+            f"{FIELD}: {path} was built for model '{manifest.model}' "
             f"(weights {manifest.weights_sha256[:12]}), not for weights {weights_sha256[:12]}: "
             "build one for this model"
         )
+    entries = 2 ** scheme_of(path, manifest).bits
+    channels = (manifest.num_kv_heads, manifest.head_dim)
+    shapes = dict(zip(FIELDS, (channels, channels, (entries,), (entries,)), strict=True))
+    wanted = {f"layers.{i}.{f}": shapes[f] for i in range(manifest.num_layers) for f in FIELDS}
+    file = tensors_path(path)
+    tensors = read_tensors(file, manifest.tensors_sha256, wanted, FIELD, AGAIN)
+    for name, tensor in tensors.items():
+        if name.endswith("_levels") and bool((tensor.diff() < 0).any()):
+            raise UserError(f"{FIELD}: {file}: {name} is not sorted: {AGAIN}")
+        if name.endswith("_scale") and bool((tensor < 0).any()):
+            raise UserError(f"{FIELD}: {file}: {name} has a negative range: {AGAIN}")
     layers = [
-        LayerQuantizer(*(tensors[f"layers.{i}.{field}"] for field in FIELDS))
+        LayerQuantizer(*(tensors[f"layers.{i}.{field}"].to(device) for field in FIELDS))
         for i in range(manifest.num_layers)
     ]
     return manifest, layers

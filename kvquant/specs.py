@@ -25,7 +25,8 @@ from kvquant.config import (
 from kvquant.errors import UserError, unknown
 
 VERSIONS = {
-    "fetch": 2,  # 2: manifests with hashes of every file
+    # Of files' forms, not of what they hold: 2 has hashes. A bump makes the files again.
+    **{"fetch": 2, "statistics-file": 2, "quantizer-file": 2},
     **{"calibrate": 1, "quantize": 1, "prompts": 1, "evaluate": 1},
     **{"throughput": 1, "append": 1, "kernels": 1},
     "energy": 2,  # 2: of the model's own GPUs; each processor socket once; settled averages

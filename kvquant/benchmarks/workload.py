@@ -18,10 +18,12 @@ from kvquant.devices import alone, use, visible
 from kvquant.energy.gpus import cuda_index, devices_of
 from kvquant.errors import UserError, unknown
 from kvquant.model_call import cache_argument
-from kvquant.models import QuantizedModel, load_quantized_model, read_manifest, resolve_device
+from kvquant.model_manifest import study_manifest
+from kvquant.models import QuantizedModel, load_quantized_model, resolve_device
 from kvquant.provenance import device_name
+from kvquant.quantizer_file import check_digest
 from kvquant.sdpa import growing_lengths
-from kvquant.specs import needs_calibration
+from kvquant.specs import needs_calibration, quantizer_digest
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,9 +177,11 @@ def prepare(
     if args.out.exists():  # told before minutes of measuring, not after
         raise UserError(f"--out: {args.out} exists; delete it by name to measure again")
     use(check_device(args))
+    if needs_calibration(scheme):
+        check_digest(args.quantizer, quantizer_digest(study, args.model, args.scheme))
     workload = known[args.workload]
     qm = load_quantized_model(
-        read_manifest(args.model_manifest),
+        study_manifest(args.model_manifest, study, args.model),
         scheme,
         quantizer=args.quantizer if needs_calibration(scheme) else None,
         device=args.device,

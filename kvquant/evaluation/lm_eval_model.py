@@ -31,7 +31,7 @@ from kvquant.errors import UserError
 from kvquant.generation import end_ids, greedy
 from kvquant.model_call import cache_argument
 from kvquant.models import load_quantized_model
-from kvquant.quantizer_file import QuantizerManifest
+from kvquant.quantizer_file import read_quantizer, scheme_of
 from kvquant.specs import needs_calibration
 
 NAME = "kvquant"
@@ -39,26 +39,23 @@ DEFAULT_NEW_TOKENS = 256
 GREEDY_ONLY = "model kvquant: answers are greedy; do_sample and temperature must not ask for more"
 
 
-def find_scheme(scheme: str, quantizer: str | None, study: str | None) -> SchemeSpec:
+def find_scheme(scheme: str | None, quantizer: str | None, study: str | None) -> SchemeSpec:
     """A scheme by name: of a study file, of a quantizer.json, or `fp16` and `kivi-BITS`.
 
     Raises:
         UserError: The name is not known there, or the scheme needs a quantizer and has none.
     """
-    if study is not None:
+    if scheme is None and quantizer is None:
+        scheme = "fp16"
+    if study is not None and scheme is not None:
         found: SchemeSpec = load_study(study).scheme(scheme)
     elif quantizer is not None:
-        try:
-            text = Path(quantizer).read_text(encoding="utf-8")
-            built = QuantizerManifest.model_validate_json(text)
-        except OSError:
-            raise UserError(f"quantizer: no such file: {quantizer}") from None
-        except ValidationError:
-            raise UserError(f"quantizer: {quantizer} is damaged: build it again") from None
-        if built.scheme != scheme:
+        built = read_quantizer(Path(quantizer))
+        if scheme not in (None, built.scheme):
             raise UserError(f"scheme: '{scheme}', but {quantizer} is for '{built.scheme}'")
-        found = TypeAdapter(SchemeSpec).validate_python(built.spec)
+        found = scheme_of(Path(quantizer), built)
     else:
+        assert scheme is not None
         kind, _, bits = scheme.partition("-")
         raw = {"kind": kind, "bits": int(bits)} if bits.isdigit() else {"kind": kind}
         try:
@@ -78,7 +75,7 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
     def __init__(
         self,
         pretrained: str,
-        scheme: str = "fp16",
+        scheme: str | None = None,
         quantizer: str | None = None,
         study: str | None = None,
         protocol: Protocol = "A",
@@ -91,7 +88,7 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
 
         Args:
             pretrained: Directory or hub id.
-            scheme: Name of the scheme (see :func:`find_scheme`).
+            scheme: Name of the scheme (see :func:`find_scheme`); None: the quantizer's, else fp16.
             quantizer: quantizer.json, for schemes that need calibration.
             study: A study file that holds the scheme.
             protocol: "A" or "B", for the scoring of continuations; answers are always A.

@@ -60,10 +60,11 @@ def make_prompts(
     from kvquant.evaluation.base import Source
     from kvquant.evaluation.prompt_file import probe, write_prompts
     from kvquant.evaluation.registry import ANSWERED
-    from kvquant.models import load_tokenizer, read_manifest
+    from kvquant.model_manifest import study_manifest
+    from kvquant.models import load_tokenizer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    tokenizer, limit = load_tokenizer(read_manifest(model_manifest))
+    tokenizer, limit = load_tokenizer(study_manifest(model_manifest, study, model))
 
     def text(part: Part) -> str:
         assert data_manifest is not None

@@ -32,6 +32,7 @@ from kvquant.specs import (
     eval_digest,
     needs_calibration,
     prompts_digest,
+    quantizer_digest,
 )
 
 if TYPE_CHECKING:
@@ -159,7 +160,9 @@ def _loader(
     """Loads the model once; returns the function that measures seeds, given with digests."""
     # Late, so that a job whose seeds are all finished, or whose names are wrong, needs no torch.
     from kvquant.evaluation.registry import run_suite
-    from kvquant.models import load_quantized_model, read_manifest
+    from kvquant.model_manifest import study_manifest
+    from kvquant.models import load_quantized_model
+    from kvquant.quantizer_file import check_digest
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
@@ -169,8 +172,10 @@ def _loader(
     task_spec = study.task(task)
     if asked is None and dataset_of(task_spec) and data_manifest is None:
         raise UserError(f"--data-manifest: task '{task}' reads '{dataset_of(task_spec)}'")
+    if quantizer is not None and needs_calibration(study.scheme(scheme)):
+        check_digest(Path(quantizer), quantizer_digest(study, model, scheme))
     qm = load_quantized_model(
-        read_manifest(model_manifest),
+        study_manifest(model_manifest, study, model),
         study.scheme(scheme),
         quantizer=quantizer,
         device=claim(device),

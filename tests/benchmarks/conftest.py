@@ -29,7 +29,7 @@ def model_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def raw_study() -> dict[str, Any]:
+def raw_study(model_manifest: Path) -> dict[str, Any]:
     """The study; tests change it before they save it."""
     workloads = {
         "p64": {"prompt": 64, "batch_size": 3, "answer": 2, "ragged": True},
@@ -39,7 +39,7 @@ def raw_study() -> dict[str, Any]:
     return {
         "study": "tiny",
         "device": "cpu",
-        "models": {"tiny": {"source": "local", "path": "unused"}},
+        "models": {"tiny": {"source": "local", "path": str(model_manifest.parent)}},
         "schemes": {
             "fp16": {"kind": "fp16"},
             "nuq3": {"kind": "nuq", "bits": 3},

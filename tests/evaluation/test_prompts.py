@@ -153,13 +153,18 @@ def test_prompts_of_another_tokenizer_are_refused(
     tmp_path: Path,
 ) -> None:
     folder = save_tiny(tmp_path / "model")
+    spec = ModelSpec(source="local", path=str(folder))
+    first, changed = tmp_path / "first.json", tmp_path / "changed.json"
+    fetch_model("tiny", spec, first)
+    with pytest.raises(UserError, match=r"another entry than the study's models\.tiny"):
+        prepare(study, first, tmp_path / "p", [0])
+    study = study.model_copy(update={"models": {"tiny": spec}})
+    prompts = prepare(study, first, tmp_path / "p", [0])
     file = folder / "tokenizer.json"
     inner = json.loads(file.read_text())
     inner["model"]["merges"] = inner["model"]["merges"][:20]
     file.write_text(json.dumps(inner))
-    changed = tmp_path / "manifest.json"
-    fetch_model("tiny", ModelSpec(source="local", path=str(folder)), changed)
-    prompts = prepare(study, manifest, tmp_path / "p", [0])
+    fetch_model("tiny", spec, changed)
     with pytest.raises(UserError, match="another tokenizer than the model's"):
         measure(study, changed, prompts, tmp_path / "out")
 

@@ -22,6 +22,7 @@ rule calibrate:
     params:
         study=STUDY_FILE,
         digest=lambda wildcards: specs.calibration_digest(STUDY, wildcards.model),
+        version=specs.VERSIONS["statistics-file"],
         device=DEVICE_KIND,
     message:
         "Calibrating {wildcards.model}"

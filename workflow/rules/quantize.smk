@@ -22,6 +22,7 @@ rule quantize:
         digest=lambda wildcards: specs.quantizer_digest(
             STUDY, wildcards.model, wildcards.scheme
         ),
+        version=specs.VERSIONS["quantizer-file"],
     message:
         "Building quantizer {wildcards.scheme} of {wildcards.model}"
     shell:
