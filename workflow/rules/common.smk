@@ -27,8 +27,10 @@ try:
 except UserError as error:
     raise WorkflowError(str(error))
 
-DEVICE = device_name() if STUDY.device == "auto" else STUDY.device
 DEVICE_KIND = "cuda" if STUDY.gpus else "cpu"
+# A study on the processor has its name also where there is a GPU.
+PLANNED = device_name() if STUDY.gpus else "cpu"
+DEVICE = PLANNED if STUDY.device == "auto" else STUDY.device
 CPU_STUDY = not STUDY.gpus
 STUDY_FILE = Path(STUDY.pathvars.get("results", "results/paper")) / "study.json"
 # Timed jobs share their machine with nobody. `workflow.cores` fails where jobs run on a cluster.
