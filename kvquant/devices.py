@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING
 from kvquant.energy.gpus import load_nvml, torch_uuid, visible_gpus
 from kvquant.errors import UserError
 from kvquant.fetch.progress import note
+from kvquant.private_folder import private_folder
 
 if TYPE_CHECKING:
     import torch
@@ -70,8 +71,13 @@ def _locked(handle: IO[str], *, wait: bool = False) -> bool:
 
 @contextlib.contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Inside, no other process is inside with the same folder, which is made if it is missing."""
-    folder.mkdir(mode=0o700, exist_ok=True)
+    """Inside, no other process is inside with the same folder, which is made if it is missing.
+
+    Raises:
+        OSError: It cannot be made, or another user can write it, who could put links in it.
+    """
+    if private_folder(folder) is None:
+        raise OSError(f"{folder} is not a folder of this user alone")
     with (folder / "lock").open("a", encoding="utf-8") as handle:
         _locked(handle, wait=True)
         yield

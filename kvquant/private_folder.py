@@ -33,7 +33,7 @@ def _owned(found: os.stat_result) -> bool:
 
 
 def private_folder(folder: Path) -> Path | None:
-    """Makes a folder of mode 0700 if it is missing.
+    """A folder of this user alone, made with mode 0700 if it is missing.
 
     Args:
         folder: Where; its parents get the umask's mode.
@@ -48,7 +48,12 @@ def private_folder(folder: Path) -> Path | None:
         found = folder.lstat()
     except (OSError, ValueError):
         return None
-    return folder if stat.S_ISDIR(found.st_mode) and _owned(found) else None
+    if not stat.S_ISDIR(found.st_mode) or not _owned(found):
+        return None
+    if found.st_mode & 0o077:  # others could only read: nothing in it is theirs
+        with contextlib.suppress(OSError):
+            folder.chmod(0o700)
+    return folder
 
 
 def read_private(file: Path) -> bytes | None:
@@ -61,11 +66,13 @@ def read_private(file: Path) -> bytes | None:
         handle = os.open(file, flags)
     except (OSError, ValueError):
         return None
-    with os.fdopen(handle, "rb") as stream:
+    try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode) or not _owned(found) or found.st_size > MAX_BYTES:
             return None
-        try:
+        with os.fdopen(handle, "rb", closefd=False) as stream:
             return stream.read()
-        except OSError:
-            return None
+    except OSError:
+        return None
+    finally:
+        os.close(handle)

@@ -1,7 +1,8 @@
 """Compiled kernels on disk, so that each process need not compile them again.
 
-The folder is `$KVQUANT_CACHE`, else `kvquant` in `$XDG_CACHE_HOME` or `~/.cache`. Whatever is wrong
-with it, kernels are compiled as without it.
+They are machine code that is run as it is found, so that they are read from a folder and from files
+that this user alone can write (:mod:`kvquant.private_folder`), and each proves its own content.
+Whatever is wrong with the folder, kernels are compiled as without it.
 """
 
 from __future__ import annotations
@@ -13,18 +14,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-
-def folder() -> Path:
-    """Where compiled kernels are kept.
-
-    Raises:
-        RuntimeError: No variable names a folder and the user has no home.
-    """
-    chosen = os.environ.get("KVQUANT_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "kvquant"
+from kvquant.private_folder import cache_folder as folder
+from kvquant.private_folder import private_folder, read_private
 
 
 def cached(key: list[bytes], make: Callable[[], bytes]) -> bytes:
@@ -39,12 +30,13 @@ def cached(key: list[bytes], make: Callable[[], bytes]) -> bytes:
     # Lengths go in too, so that two lists with the same concatenation differ.
     parts = b"".join(len(part).to_bytes(8, "little") + part for part in key)
     try:
-        file = folder() / f"{hashlib.sha256(parts).hexdigest()}.cubin"
-        found = file.read_bytes()
-    except FileNotFoundError:
-        found = b""
-    except (OSError, RuntimeError):
+        place = private_folder(folder())
+    except RuntimeError:  # no home
+        place = None
+    if place is None:
         return make()
+    file = place / f"{hashlib.sha256(parts).hexdigest()}.cubin"
+    found = read_private(file) or b""
     if len(found) > 32 and hashlib.sha256(found[32:]).digest() == found[:32]:
         return found[32:]
     made = make()
@@ -55,7 +47,6 @@ def cached(key: list[bytes], make: Callable[[], bytes]) -> bytes:
 
 def _write(file: Path, content: bytes) -> None:
     """Writes a file as a whole: other processes see all of it or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=".new-", dir=file.parent)
     try:
         with os.fdopen(handle, "wb") as stream:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kvquant.devices import one_at_a_time
 from kvquant.errors import UserError
+from kvquant.private_folder import private_folder
 
 NAME = "quanto_cuda"
 
@@ -39,7 +40,13 @@ def build() -> None:
         return
     extension = extensions.get_extension(NAME)
     folder = Path(extension.build_directory)
-    with one_at_a_time(_turns(folder)):
+    turns = _turns(folder)
+    if private_folder(turns) is None:
+        raise UserError(
+            f"scheme kind 'hf-quanto': {turns}, where processes take turns to compile, is not a "
+            "folder of this user alone: remove it, or set TMPDIR"
+        )
+    with one_at_a_time(turns):
         left = folder / "lock"
         if left.exists() and left.stat().st_uid == os.getuid():
             left.unlink()
