@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,17 +26,18 @@ FLOAT_FORMAT = "%.10g"
 AGAIN = "make it again (`kvquant aggregate`, then what follows)"
 UNSEALED = "{}: note: has no seal and no CSV twin (not written by kvquant), taken as it is"
 _MARK, _EMPTY = b"kvquant-seal:", b"0" * 64
+_SEAL = re.compile(rb"kvquant-seal:([0-9a-f]{64})")
 _KEY = b"kvquant"
 
 
 def _seal_of(raw: bytes) -> tuple[str, str] | None:
     """The seal that a file holds and the one that it should hold; None for a file without one."""
-    at = raw.find(_MARK)
-    if at < 0 or raw.find(_MARK, at + 1) >= 0:
+    found = list(_SEAL.finditer(raw))
+    if len(found) != 1:
         return None
-    start = at + len(_MARK)
-    found, blank = raw[start : start + 64], raw[:start] + _EMPTY + raw[start + 64 :]
-    return found.decode("latin-1"), hashlib.sha256(blank).hexdigest()
+    start, end = found[0].span(1)
+    blank = raw[:start] + _EMPTY + raw[end:]
+    return found[0][1].decode(), hashlib.sha256(blank).hexdigest()
 
 
 def _sealed(raw: bytes) -> bytes:

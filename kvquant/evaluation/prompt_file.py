@@ -1,8 +1,8 @@
 """The file of a task's prompts: made once for a model, read by the evaluation of every scheme.
 
-Gzipped JSON Lines. The first line tells what the prompts are (:class:`Header`), each further line
-is one prompt: its seed, its index, its tokens and what its answer is held against. The same prompts
-are the same bytes.
+Gzipped JSON Lines. The first line tells what the prompts are (:class:`Header`); it is sealed and
+holds a hash of each seed's prompts. Each further line is one prompt: its seed, its index, its
+tokens and what its answer is held against. The same prompts are the same bytes.
 """
 
 from __future__ import annotations
@@ -12,48 +12,56 @@ import hashlib
 import json
 import zlib
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from kvquant.errors import UserError
 from kvquant.evaluation.base import encode
 from kvquant.evaluation.generated import Prompt, SeedPrompts
-from kvquant.files import write_new
+from kvquant.files import parse_json, read_bytes, write_new
+from kvquant.record_types import Strict
+from kvquant.sealing import check_seal, seal_of
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 AGAIN = "make it with `kvquant prompts`"
 # Tokenizers that differ in what matters here (words, digits, blanks, accents) differ in this text.
 PROBE = "The pass key is 40718. Zürich\n\n  x = [1, 22];\tLe 3ème été naïf"
 
 
-class SeedHeader(BaseModel):
+class SeedHeader(Strict):
     """A seed's share of the file: so many lines with this hash, and the seed's metrics."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    seed: int
-    prompts: int
+    seed: int = Field(ge=0)
+    prompts: int = Field(ge=1)
     sha256: str
-    max_new_tokens: int
+    max_new_tokens: int = Field(ge=1)
     metrics: dict[str, float]
 
 
-class Header(BaseModel):
+class Header(Strict):
     """The first line: what the prompts were made from; `probe` is :data:`PROBE` in tokens."""
 
-    model_config = ConfigDict(extra="forbid")
-
     kind: Literal["prompts"] = "prompts"
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     spec_digest: str
     spec: dict[str, Any]
     data_sha256: str | None
     packages: dict[str, str]
     probe: list[int]
     seeds: list[SeedHeader]
+    seal: str = Field("", description="hash of all other fields (kvquant.sealing)")
+
+
+class _Line(Strict):
+    """A prompt's line."""
+
+    seed: int
+    index: int
+    tokens: list[int] = Field(min_length=1)
+    record: dict[str, Any]
+    scoring: dict[str, Any]
 
 
 def probe(tokenizer: Any) -> list[int]:
@@ -112,7 +120,8 @@ def write_prompts(
         probe=probe,
         seeds=headers,
     )
-    content = b"".join([_line(header.model_dump(mode="json")).encode(), *blocks])
+    facts = header.model_dump(mode="json", exclude={"seal"})
+    content = b"".join([_line(facts | {"seal": seal_of(facts)}).encode(), *blocks])
     write_new(path, gzip.compress(content, compresslevel=6, mtime=0))
     return header
 
@@ -132,13 +141,23 @@ class PromptFile:
             UserError: It is missing, damaged, of another specification, or lacks a seed.
         """
         self.path = Path(path)
-        if not self.path.is_file():
+        if not self.path.exists() and not self.path.is_symlink():
             raise UserError(f"--prompts: no such file: {self.path}: {AGAIN}")
+        raw = read_bytes(self.path, "--prompts", AGAIN)
         try:
-            with gzip.open(self.path, "rb") as stream:
-                self.header = Header.model_validate_json(stream.readline())
-        except (OSError, EOFError, zlib.error, ValidationError):
-            raise self._damaged() from None
+            # All of it, which checks gzip's own sum and that nothing follows.
+            first, *lines = gzip.decompress(raw).splitlines(keepends=True)
+            head = parse_json(first.decode("utf-8"))
+            if isinstance(head, dict) and head.get("schema_version") == 1:
+                raise UserError(
+                    f"--prompts: {self.path} was made before files of prompts were sealed: delete "
+                    f"it by name and {AGAIN}"
+                )
+            self.header = Header.model_validate(head)
+            check_seal(head)
+            self._lines = self._shares(lines)
+        except (OSError, EOFError, zlib.error, ValueError) as error:
+            raise self._damaged(error) from None
         if self.header.spec_digest != spec_digest:
             raise UserError(
                 f"--prompts: {self.path} holds the prompts of another specification (digest "
@@ -151,8 +170,34 @@ class PromptFile:
                 f"{', '.join(map(str, self._seeds))}: {AGAIN}"
             )
 
-    def _damaged(self) -> UserError:
-        return UserError(f"--prompts: {self.path} is damaged: delete it by name and {AGAIN}")
+    def _damaged(self, error: Exception) -> UserError:
+        what = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            what = f"field '{'.'.join(map(str, first['loc']))}': {first['msg']}"
+        return UserError(
+            f"--prompts: {self.path} is damaged: delete it by name and {AGAIN} ({what})"
+        )
+
+    def _shares(self, lines: list[bytes]) -> dict[int, list[bytes]]:
+        """Each seed's lines, which must be those of its hash; nothing else may be there.
+
+        Raises:
+            ValueError: They are others.
+        """
+        shares: dict[int, list[bytes]] = {}
+        at = 0
+        for entry in self.header.seeds:
+            share = lines[at : at + entry.prompts]
+            at += entry.prompts
+            if hashlib.sha256(b"".join(share)).hexdigest() != entry.sha256:
+                raise ValueError(f"the prompts of seed {entry.seed} are others")
+            if entry.seed in shares:
+                raise ValueError(f"seed {entry.seed} stands twice")
+            shares[entry.seed] = share
+        if at != len(lines):
+            raise ValueError("more prompts than the first line says")
+        return shares
 
     def sha256(self, seed: int) -> str:
         """Hash of a seed's prompts."""
@@ -170,24 +215,22 @@ class PromptFile:
             )
 
     def read(self, seeds: Sequence[int]) -> list[SeedPrompts]:
-        """The prompts of some seeds, each checked against its hash.
+        """The prompts of some seeds.
 
         Raises:
-            UserError: The file is truncated or was changed.
+            UserError: A line is no prompt of its seed.
         """
-        found: dict[int, SeedPrompts] = {}
+        return [self._seed(self._seeds[seed]) for seed in seeds]
+
+    def _seed(self, entry: SeedHeader) -> SeedPrompts:
+        prompts = []
         try:
-            with gzip.open(self.path, "rb") as stream:
-                stream.readline()
-                for entry in self.header.seeds:
-                    lines = list(islice(stream, entry.prompts))
-                    if entry.seed not in seeds:
-                        continue
-                    if hashlib.sha256(b"".join(lines)).hexdigest() != entry.sha256:
-                        raise self._damaged()
-                    rows = [json.loads(line) for line in lines]
-                    prompts = [Prompt(r["tokens"], r["record"], r["scoring"]) for r in rows]
-                    found[entry.seed] = SeedPrompts(prompts, entry.max_new_tokens, entry.metrics)
-        except (OSError, EOFError, zlib.error):
-            raise self._damaged() from None
-        return [found[seed] for seed in seeds]
+            for index, line in enumerate(self._lines[entry.seed]):
+                row = parse_json(line.decode("utf-8"))
+                found = _Line.model_validate(row)
+                if (found.seed, found.index) != (entry.seed, index):
+                    raise ValueError(f"prompt {index} of seed {entry.seed} is another's")
+                prompts.append(Prompt(row["tokens"], row["record"], row["scoring"]))
+        except ValueError as error:
+            raise self._damaged(error) from None
+        return SeedPrompts(prompts, entry.max_new_tokens, entry.metrics)

@@ -14,7 +14,7 @@ from kvquant import specs
 from kvquant.cli import main
 from kvquant.config import ModelSpec, Study, parse_study
 from kvquant.errors import UserError
-from kvquant.evaluation.prompt_file import PromptFile
+from kvquant.evaluation.prompt_file import PromptFile, write_prompts
 from kvquant.evaluation.prompts import make_prompts
 from kvquant.evaluation.run import evaluate
 from kvquant.fetch.model import fetch_model
@@ -183,6 +183,11 @@ def test_damage_is_told(
         b"no gzip",
         gzip.compress(plain.replace(b'"tokens":[', b'"tokens":[9,')),
         gzip.compress(plain[:prompts]),
+        gzip.compress(plain + plain.splitlines(keepends=True)[-1]),
+        gzip.compress(plain.replace(b'"max_new_tokens":10', b'"max_new_tokens":1')),
+        gzip.compress(plain.replace(b'"seed":1', b'"seed":2', 1)),
+        raw[:-8] + bytes([raw[-8] ^ 1]) + raw[-7:],  # gzip's own sum
+        raw[:-1] + b"\xff",  # the length
     ):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match="is damaged: delete it by name"):
@@ -213,15 +218,17 @@ def test_answers_to_other_prompts_are_not_taken(
     digest = prompts_digest(study, "tiny", "passkey")
     assert record.prompts_sha256 == PromptFile(prompts, digest, [0]).sha256(0)
     # the same specification made from other data: what is there is not its result
-    head, [first, *rest] = content(prompts)
+    [asked] = PromptFile(prompts, digest, [0]).read([0])
+    head, _ = content(prompts)
+    prompts.unlink()
+    asked.prompts[0].tokens[5] += 1
+    facts = {name: head[name] for name in ("spec_digest", "spec", "data_sha256", "packages")}
+    write_prompts(prompts, {0: asked}, **facts, probe=head["probe"])
     old = record.prompts_sha256
-    head["seeds"][0]["sha256"] = "1" * 64
-    text = "".join(json.dumps(part) + "\n" for part in (head, first, *rest))
-    prompts.write_bytes(gzip.compress(text.encode()))
     with pytest.raises(UserError, match=rf"answers to other prompts \(sha256 {old}"):
         measure(study, manifest, prompts, out)
-    with pytest.raises(UserError, match="is damaged"):  # so the kept seed was not taken either
-        measure(study, manifest, prompts, tmp_path / "again", resume_dir=resume)
+    [again] = measure(study, manifest, prompts, tmp_path / "again", resume_dir=resume)
+    assert again.prompts_sha256 != old  # the kept seed was not taken
     assert "resume: not used" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,66 @@ def test_damaged_resume_is_told_and_measured_anew(
     assert "truncated or damaged JSON" in told and "sha256 differs" in told
     for seed in (0, 1):
         assert content(tmp_path / "b", seed) == content(tmp_path / "a", seed)
+
+
+@pytest.mark.parametrize(
+    ("what", "word"),
+    [
+        ("value", "was changed after it was written"),
+        ("bytes", "is not UTF-8"),
+        ("folder", "a folder, not a file"),
+        ("link", "a link to nothing"),
+        ("samples-folder", "a folder, not a file"),
+        ("samples-bytes", "is not UTF-8"),
+        ("old", "kvquant seal"),
+        ("place", "a file stands where a folder of its path should be"),
+    ],
+)
+def test_no_damage_to_a_resume_file_ends_a_job(
+    study: Study,
+    manifest: Path,
+    tmp_path: Path,
+    counted: list[int],
+    capsys: pytest.CaptureFixture[str],
+    what: str,
+    word: str,
+) -> None:
+    resume = tmp_path / "resume"
+    measure(study, manifest, tmp_path / "a", [0], resume_dir=resume)
+    place = resume / eval_digest(study, "tiny", "kivi-4", "passkey", 0)
+    file = place / ("samples.jsonl" if what.startswith("samples") else "run.json")
+    raw, record = file.read_bytes(), read_record(place / "run.json", EvalRecord)
+    file.unlink()
+    if what == "value":
+        file.write_bytes(raw.replace(b'"value": ', b'"value": 1'))
+    elif what == "old":
+        plain = json.loads(record.model_dump_json(exclude={"seal", "inputs"}))
+        file.write_text(json.dumps(plain | {"schema_version": 1}))
+    elif what.endswith("bytes"):
+        file.write_bytes(raw[:40] + b"\xff" + raw[40:])
+    elif what.endswith("folder"):
+        file.mkdir()
+        (file / "more").write_text("x")
+    elif what == "link":
+        file.symlink_to("nowhere")
+    else:
+        shutil.rmtree(place)
+        place.write_text("x")
+    counted.clear()
+    for out in ("b", "c"):  # measured once again, then kept
+        measure(study, manifest, tmp_path / out, [0], resume_dir=resume)
+        assert content(tmp_path / out, 0) == content(tmp_path / "a", 0)
+    assert counted == [0]
+    assert word in capsys.readouterr().err
+
+
+def test_samples_of_a_killed_job_are_replaced(study: Study, manifest: Path, tmp_path: Path) -> None:
+    resume = tmp_path / "resume"
+    measure(study, manifest, tmp_path / "a", [0], resume_dir=resume)
+    (tmp_path / "b/seed0").mkdir(parents=True)
+    (tmp_path / "b/seed0/samples.jsonl").write_text('{"half": ')
+    measure(study, manifest, tmp_path / "b", [0], resume_dir=resume)
+    assert content(tmp_path / "b", 0) == content(tmp_path / "a", 0)
 
 
 def test_damaged_results_are_not_overwritten(study: Study, manifest: Path, tmp_path: Path) -> None:
