@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -17,6 +17,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from kvquant.config_append import AppendSpec
 from kvquant.config_kernels import KernelCase as KernelCase
 from kvquant.config_kernels import KernelsSpec as KernelsSpec
+from kvquant.config_models import CHAT_OPTIONS as CHAT_OPTIONS
+from kvquant.config_models import ModelSpec as ModelSpec
 from kvquant.config_paths import NAME, DeviceKey, PathVars
 from kvquant.config_schemes import KINDS, MAX_SEED, AnyScheme, CalibratedScheme, SchemeSpec, Strict
 from kvquant.config_schemes import Fp8Scheme as Fp8Scheme
@@ -40,27 +42,6 @@ from kvquant.config_tasks import RulerTask as RulerTask
 from kvquant.config_tasks import TaskSpec as TaskSpec
 from kvquant.config_tasks import task_dataset as task_dataset
 from kvquant.errors import UserError, unknown
-
-
-class ModelSpec(Strict):
-    """Where a causal language model comes from."""
-
-    source: Literal["pypi-gguf", "hub", "local"]
-    repo: str | None = Field(None, description="hub id (source: hub)")
-    revision: str | None = Field(None, description="hub revision or commit (source: hub)")
-    path: str | None = Field(None, description="directory with config.json (source: local)")
-    package: str | None = Field(None, description="PyPI wheel 'name==version' (source: pypi-gguf)")
-    sha256: str | None = Field(None, description="sha256 of that wheel (source: pypi-gguf)")
-    gpus: int = Field(1, ge=0, le=64, description="GPUs the model needs in an evaluation job")
-    mem_gb: int = Field(8, ge=1, description="host memory of a job with this model, GB")
-
-    @model_validator(mode="after")
-    def _complete(self) -> ModelSpec:
-        needed = {"pypi-gguf": ("package", "sha256"), "hub": ("repo",), "local": ("path",)}
-        for field in needed[self.source]:
-            if not getattr(self, field):
-                raise ValueError(f"source '{self.source}' needs the field '{field}'")
-        return self
 
 
 class CalibrationSpec(Strict):

@@ -20,14 +20,6 @@ class Strict(BaseModel):
     """Base of everything in a study file: no unknown keys, no changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Scheme(Strict):
-    # Protocols that the scheme's cache can be measured under, and whether it quantizes at all.
-    protocols: ClassVar[tuple[str, ...]] = ("A", "B")
-    quantizes: ClassVar[bool] = True
-    # Whether what a sequence reads back is the same in every batch.
-    batches: ClassVar[bool] = True
     # Options that came after results were published: at their default they are not written, so
     # that the digest of what was measured before them stays.
     later: ClassVar[tuple[str, ...]] = ()
@@ -39,6 +31,14 @@ class _Scheme(Strict):
             if getattr(self, name) == type(self).model_fields[name].default:
                 written.pop(name, None)
         return written
+
+
+class _Scheme(Strict):
+    # Protocols that the scheme's cache can be measured under, and whether it quantizes at all.
+    protocols: ClassVar[tuple[str, ...]] = ("A", "B")
+    quantizes: ClassVar[bool] = True
+    # Whether what a sequence reads back is the same in every batch.
+    batches: ClassVar[bool] = True
 
 
 class Fp16Scheme(_Scheme):

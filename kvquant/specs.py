@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 from kvquant.config import (
+    CHAT_OPTIONS,
     CalibratedScheme,
     EnergySpec,
     ModelSpec,
@@ -23,6 +25,8 @@ from kvquant.config import (
     task_dataset,
 )
 from kvquant.errors import UserError, unknown
+
+CHAT_SUITES = ("longbench", "ruler")  # whose prompts are turns of the model's chat template
 
 VERSIONS = {
     # Of files' forms, not of what they hold: 2 has hashes. A bump makes the files again.
@@ -60,26 +64,41 @@ def settled(file: str, digest: str) -> bool:
 
 def weights_digest(model: ModelSpec) -> str:
     """Of what a fetched model depends on: not on the machines that will use it."""
-    return digest(model.model_dump(mode="json", exclude={"gpus", "mem_gb"}))
+    return digest(model.model_dump(mode="json", exclude={"gpus", "mem_gb", *CHAT_OPTIONS}))
+
+
+def _weights(model: ModelSpec) -> dict[str, Any]:
+    """A model without the options that its chat template alone depends on."""
+    return model.model_dump(mode="json", exclude=set(CHAT_OPTIONS))
+
+
+def _chat(study: Study, model: str, task: TaskSpec) -> list[dict[str, Any]]:
+    """What a task's prompts owe to the model's chat template; nothing at the defaults."""
+    if task.suite not in CHAT_SUITES:
+        return []
+    chosen = study.model(model).model_dump(mode="json", include=set(CHAT_OPTIONS))
+    return [chosen] if chosen else []
 
 
 def calibration_digest(study: Study, model: str) -> str:
     """Digest of a model's calibration statistics."""
-    return digest(study.model(model), study.calibration, VERSIONS["calibrate"])
+    return digest(_weights(study.model(model)), study.calibration, VERSIONS["calibrate"])
 
 
 def quantizer_digest(study: Study, model: str, scheme: str) -> str:
     """Digest of a scheme as built for a model; without calibration, of the scheme alone."""
     spec = study.scheme(scheme)
     if not needs_calibration(spec):
-        return digest(study.model(model), spec)
+        return digest(_weights(study.model(model)), spec)
     return digest(calibration_digest(study, model), spec, VERSIONS["quantize"])
 
 
 def prompts_digest(study: Study, model: str, task: str) -> str:
     """Digest of what a task asks a model, whatever the seeds."""
-    spec = study.task(task).model_dump(mode="json", exclude={"minutes", "batch_size"})
-    return digest(weights_digest(study.model(model)), spec, VERSIONS["prompts"])
+    chosen = study.task(task)
+    spec = chosen.model_dump(mode="json", exclude={"minutes", "batch_size"})
+    chat = _chat(study, model, chosen)
+    return digest(weights_digest(study.model(model)), spec, VERSIONS["prompts"], *chat)
 
 
 def prompts_name(study: Study, model: str, task: str) -> str:
@@ -95,7 +114,8 @@ def eval_digest(study: Study, model: str, scheme: str, task: str, seed: int) -> 
     versions = [VERSIONS["evaluate"]]
     if asks_prompts(chosen):
         versions.append(VERSIONS["prompts"])
-    return digest(quantizer_digest(study, model, scheme), spec, seed, versions)
+    chat = _chat(study, model, chosen)
+    return digest(quantizer_digest(study, model, scheme), spec, seed, versions, *chat)
 
 
 def _timing(spec: TimingSpec | EnergySpec, workload: str) -> dict[str, object]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from kvquant.errors import UserError
+from kvquant.evaluation.chat import DEFAULT_CHAT, Chat
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,14 @@ class Source:
         position_limit: Longest sequence of the model.
         task: The task's name in the study, for messages.
         text: part -> text of the task's data set; raises a UserError if none was given.
+        chat: How the model's chat template is filled in.
     """
 
     tokenizer: Any
     position_limit: int
     task: str
     text: Callable[[Literal["all", "calibration", "test"]], str]
+    chat: Chat = DEFAULT_CHAT
 
 
 class Limited(Protocol):

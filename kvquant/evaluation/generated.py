@@ -13,7 +13,9 @@ from typing import Any
 
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult
+from kvquant.evaluation.chat import spoken
 from kvquant.evaluation.samples import score_summary
+from kvquant.fetch.progress import note
 from kvquant.generation import Stop, greedy
 
 
@@ -94,10 +96,17 @@ def answer_seeds(
         for index, (prompt, tokens) in enumerate(
             zip(seed.prompts, found.tokens[mine], strict=True)
         ):
-            answer = str(context.qm.tokenizer.decode(tokens, skip_special_tokens=True))
+            answer = spoken(context.qm.tokenizer, tokens)
             facts = {"index": index, "prompt_tokens": len(prompt.tokens), **prompt.record}
-            rows.append({**facts, "answer": answer, "score": rules.score(prompt, answer)})
+            rows.append({**facts, "answer": answer.text, "score": rules.score(prompt, answer.text)})
+            if answer.thought is not None:
+                rows[-1] |= {"thought": answer.thought, "thought_finished": answer.finished}
         summary = score_summary(rules.metric)(rows)
+        if lost := summary.metrics.get("thought_unfinished_share"):
+            note(
+                f"{100 * lost:.0f} % of the answers are thoughts that did not end and count as "
+                "empty: turn thinking off (models: thinking) or raise max_new_tokens"
+            )
         results.append(
             SuiteResult(
                 metric=rules.metric,

@@ -13,6 +13,7 @@ from typing import Any
 from kvquant.config import LongBenchTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Source, check_length, encode
+from kvquant.evaluation.chat import DEFAULT_CHAT, Chat, has_template
 from kvquant.evaluation.generated import Prompt, Rules, SeedPrompts
 from kvquant.evaluation.longbench_tasks import (
     LongBenchDefinition,
@@ -46,18 +47,26 @@ def cut_middle(tokenizer: Any, text: str, limit: int) -> tuple[str, bool]:
     return "".join(str(tokenizer.decode(e, skip_special_tokens=True)) for e in ends), True
 
 
-def as_tokens(tokenizer: Any, text: str, chat: bool) -> list[int]:
-    """Token ids of a prompt; a tokenizer without a chat template gets it as plain text."""
-    if not chat or not getattr(tokenizer, "chat_template", None):
+def as_tokens(tokenizer: Any, text: str, turn: bool, chat: Chat = DEFAULT_CHAT) -> list[int]:
+    """Token ids of a prompt; a tokenizer without a chat template gets it as plain text.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The prompt.
+        turn: Whether it is a user's turn of the chat template.
+        chat: How the template is filled in.
+    """
+    if not turn or not has_template(tokenizer):
         return encode(tokenizer, text, special=True)
-    turn = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-    )
-    return encode(tokenizer, turn, special=False)
+    return encode(tokenizer, chat.turn(tokenizer, text), special=False)
 
 
 def fit_prompt(
-    tokenizer: Any, task: LongBenchDefinition, row: dict[str, Any], limit: int
+    tokenizer: Any,
+    task: LongBenchDefinition,
+    row: dict[str, Any],
+    limit: int,
+    chat: Chat = DEFAULT_CHAT,
 ) -> tuple[list[int], bool]:
     """A row's prompt of at most `limit` tokens, chat template included, and whether it was cut.
 
@@ -67,12 +76,12 @@ def fit_prompt(
     from lm_eval.utils import apply_template
 
     whole = apply_template(task.template, row)
-    room = limit - len(as_tokens(tokenizer, "", task.chat))
+    room = limit - len(as_tokens(tokenizer, "", task.chat, chat))
     for _ in range(ATTEMPTS):
         if room < 2:
             break
         text, cut = cut_middle(tokenizer, whole, room)
-        tokens = as_tokens(tokenizer, text, task.chat)
+        tokens = as_tokens(tokenizer, text, task.chat, chat)
         if len(tokens) <= limit:
             return tokens, cut
         # Tokens at the seam may come out otherwise when the text is encoded again.
@@ -95,7 +104,7 @@ def prepare_longbench(source: Source, spec: LongBenchTask, seed: int) -> SeedPro
             raise UserError("longbench-trec: the field 'all_classes' is missing")
         chosen = choose(len(rows), spec.samples, seed)
         limit = spec.length - answer_room
-        fitted = [fit_prompt(source.tokenizer, task, rows[at], limit) for at in chosen]
+        fitted = [fit_prompt(source.tokenizer, task, rows[at], limit, source.chat) for at in chosen]
     except UserError as error:
         text = str(error)
         raise UserError(

@@ -58,6 +58,7 @@ def make_prompts(
         raise UserError(f"--data-manifest: task '{task}' reads '{dataset_of(spec)}'")
     # Late, so that wrong names are told at once.
     from kvquant.evaluation.base import Source
+    from kvquant.evaluation.chat import Chat
     from kvquant.evaluation.prompt_file import probe, write_prompts
     from kvquant.evaluation.registry import ANSWERED
     from kvquant.model_manifest import study_manifest
@@ -70,7 +71,7 @@ def make_prompts(
         assert data_manifest is not None
         return load_text(data_manifest, part)
 
-    source = Source(tokenizer, limit, task, text)
+    source = Source(tokenizer, limit, task, text, Chat.of(study.model(model)))
     start, found = time.monotonic(), {}
     with Progress(f"{model} {task} prompts", len(seeds), unit="seeds") as progress:
         for seed in seeds:

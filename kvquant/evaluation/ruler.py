@@ -12,6 +12,7 @@ from typing import Any
 from kvquant.config import RulerTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Source, check_length, encode
+from kvquant.evaluation.chat import DEFAULT_CHAT, Chat, has_template
 from kvquant.evaluation.generated import Prompt, Rules, SeedPrompts
 from kvquant.evaluation.ruler_tasks import (
     RulerDefinition,
@@ -25,14 +26,11 @@ PREFIX_ROOM = 48  # tokens kept free for the answer's prefix, which is known onl
 ATTEMPTS = 5
 
 
-def prompt_text(tokenizer: Any, sample: RulerSample) -> tuple[str, bool]:
+def prompt_text(tokenizer: Any, sample: RulerSample, chat: Chat = DEFAULT_CHAT) -> tuple[str, bool]:
     """The prompt, and whether the tokenizer still has to add its own special tokens."""
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_template(tokenizer):
         return f"{sample.question} {sample.prefix}", True
-    turn = tokenizer.apply_chat_template(
-        [{"role": "user", "content": sample.question}], add_generation_prompt=True, tokenize=False
-    )
-    return turn + sample.prefix, False
+    return chat.turn(tokenizer, sample.question) + sample.prefix, False
 
 
 def _fitting(
@@ -44,7 +42,7 @@ def _fitting(
     room is left for them; where it was not enough, the samples are made anew with what was missing.
     """
     tokenizer = source.tokenizer
-    empty, special = prompt_text(tokenizer, RulerSample("", "", []))
+    empty, special = prompt_text(tokenizer, RulerSample("", "", []), source.chat)
     overhead = len(encode(tokenizer, empty, special=special)) + PREFIX_ROOM
     for _ in range(ATTEMPTS):
         samples = make_samples(
@@ -58,7 +56,7 @@ def _fitting(
         )
         prompts = []
         for sample in samples:
-            text, special = prompt_text(tokenizer, sample)
+            text, special = prompt_text(tokenizer, sample, source.chat)
             prompts.append(encode(tokenizer, text, special=special))
         excess = max(map(len, prompts)) + task.max_new_tokens - spec.length
         if excess <= 0:

@@ -37,6 +37,8 @@ class AnsweredSample(Strict):
     prompt_tokens: int = Field(ge=1)
     answer: str
     score: float = Field(ge=0, le=1)
+    thought: str | None = Field(None, description="what the model wrote before the answer")
+    thought_finished: bool | None = Field(None, description="else the answer is empty")
 
 
 class PasskeySample(AnsweredSample):
@@ -80,11 +82,14 @@ def perplexity_summary(rows: Sequence[dict[str, Any]]) -> Summary:
 
 
 def score_summary(metric: str) -> Callable[[Sequence[dict[str, Any]]], Summary]:
-    """The mean score in percent, under a name."""
+    """The mean score in percent, under a name, and shares of thoughts where there is any."""
 
     def summary(rows: Sequence[dict[str, Any]]) -> Summary:
-        value = 100.0 * sum(row["score"] for row in rows) / len(rows)
-        return Summary({metric: value}, sum(row["prompt_tokens"] for row in rows))
+        metrics = {metric: 100.0 * sum(row["score"] for row in rows) / len(rows)}
+        if thoughts := [row["thought_finished"] for row in rows if row.get("thought") is not None]:
+            metrics["thought_share"] = len(thoughts) / len(rows)
+            metrics["thought_unfinished_share"] = thoughts.count(False) / len(rows)
+        return Summary(metrics, sum(row["prompt_tokens"] for row in rows))
 
     return summary
 
