@@ -161,9 +161,9 @@ def claim(device: str) -> str:
         return device
     names = visible()
     if device not in ("auto", "cuda"):
-        index = torch.device(device).index
-        if index < len(names):
-            share(names[index : index + 1])
+        number = device.removeprefix("cuda:")  # what is none, `resolve_device` refuses
+        if number.isdecimal() and int(number) < len(names):
+            share([names[int(number)]])
         return device
     index = share(names)
     torch.cuda.set_device(index)

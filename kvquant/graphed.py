@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kvquant.cache import KVQuantCache
+from kvquant.energy.gpus import devices_of
 from kvquant.model_call import cache_argument
 
 
@@ -24,12 +25,16 @@ class GraphedDecoder:
         new_tokens: Steps for which there should be room without capturing again.
 
     Raises:
-        ValueError: The decode kernel does not take this cache (`KVQuantCache.step_tables`).
+        ValueError: The decode kernel does not take this cache (`KVQuantCache.step_tables`), or the
+            model lies on several devices.
     """
 
     def __init__(self, model: Any, cache: KVQuantCache, new_tokens: int = 1024) -> None:
         self._model, self._cache = model, cache
-        device = next(model.parameters()).device
+        devices = devices_of(model.parameters())
+        if len(devices) > 1:
+            raise ValueError("model: a graph holds the work of one GPU; call the model instead")
+        device = devices[0]
         steps = cache.step_tables(device) if device.type == "cuda" else None
         if steps is None or min(cache.lengths) < cache.layout.sinks:
             raise ValueError("cache: the decode kernel does not take it; call the model instead")
@@ -102,10 +107,11 @@ class GraphedDecoder:
         cache = self._cache
         cache.captured = True
         try:
-            self._prepare()
-            assert self._graph is not None
-            self._tokens.copy_(tokens)
-            self._graph.replay()
+            with torch.cuda.device_of(self._tokens):  # where the graph is captured and runs
+                self._prepare()
+                assert self._graph is not None
+                self._tokens.copy_(tokens)
+                self._graph.replay()
         finally:
             cache.captured, cache.steps = False, None
         cache.count_step(self._steps)

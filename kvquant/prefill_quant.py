@@ -22,9 +22,11 @@ def _attend(module: Any, cache: Any, *args: Any) -> torch.Tensor:
     """See :meth:`kvquant.block_layer.BlockLayer.attend`.
 
     In a compiled model the graph ends here and goes on after. The layer is looked up in here, so
-    that compiled code serves all layers.
+    that compiled code serves all layers. Kernels are launched on the layer's own GPU, whichever is
+    the process's current one.
     """
-    output: torch.Tensor = cache.layers[module.layer_idx].attend(*args)
+    with torch.cuda.device_of(args[0]):
+        output: torch.Tensor = cache.layers[module.layer_idx].attend(*args)
     return output
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvquant.config import PerplexityTask, Study, TaskSpec, load_study
 from kvquant.data import Part, load_text, read_data_manifest
-from kvquant.devices import claim
+from kvquant.devices import claim, use
 from kvquant.energy.gpus import devices_of
 from kvquant.errors import UserError
 from kvquant.evaluation import seed_files
@@ -161,7 +161,7 @@ def _loader(
     # Late, so that a job whose seeds are all finished, or whose names are wrong, needs no torch.
     from kvquant.evaluation.registry import run_suite
     from kvquant.model_manifest import study_manifest
-    from kvquant.models import load_quantized_model
+    from kvquant.models import load_quantized_model, resolve_device
     from kvquant.quantizer_file import check_digest
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -178,7 +178,7 @@ def _loader(
         study_manifest(model_manifest, study, model),
         study.scheme(scheme),
         quantizer=quantizer,
-        device=claim(device),
+        device=str(use(resolve_device(claim(device)))),
     )
     if asked is not None:
         asked.check_tokenizer(qm.tokenizer)

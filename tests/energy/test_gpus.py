@@ -13,9 +13,11 @@ import torch
 
 from kvquant import devices, provenance
 from kvquant.benchmarks import workload
-from kvquant.energy.gpus import by_uuid, short_name, visible_gpus
+from kvquant.energy.gpus import by_uuid, devices_of, short_name, visible_gpus
 from kvquant.errors import UserError
+from kvquant.graphed import GraphedDecoder
 from kvquant.models import resolve_device
+from kvquant.prefill_quant import _attend
 from kvquant.provenance import device_name, environment
 from tests.energy.fakes import Board, FakeHost, torch_sees
 
@@ -232,3 +234,27 @@ def test_a_device_that_is_not_there_is_one_line(
     torch_sees(monkeypatch, ["aa", "bb"], current=0)
     with pytest.raises(UserError, match=f"--device: '{device}' .*{message}"):
         resolve_device(device)
+
+
+def test_kernels_are_launched_on_the_layers_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the current one: a model on cuda:1, or over several, is where its tensors are."""
+    entered: list[Any] = []
+    plain = torch.cuda.device_of
+
+    def of(tensor: torch.Tensor) -> Any:
+        entered.append(tensor.device)
+        return plain(tensor)
+
+    monkeypatch.setattr(torch.cuda, "device_of", of)
+    layer = Namespace(attend=lambda *args: args[0] + len(entered))
+    found = _attend(Namespace(layer_idx=0), Namespace(layers=[layer]), torch.zeros(1), 0)
+    assert float(found) == 1.0  # inside
+    assert entered == [torch.device("cpu")]
+
+
+def test_a_graph_is_of_one_gpu() -> None:
+    parts = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta")]
+    assert devices_of(p for m in parts for p in m.parameters()) == [torch.device("cpu")]
+    fake = Namespace(parameters=lambda: [Namespace(device=torch.device("cuda", i)) for i in (0, 1)])
+    with pytest.raises(ValueError, match="one GPU"):
+        GraphedDecoder(fake, Namespace())  # type: ignore[arg-type]
