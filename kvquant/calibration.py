@@ -181,6 +181,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Calibrates one model and writes its statistics."""
     from kvquant.data import load_text
+    from kvquant.text_overlap import calibrated_text
 
     study = load_study(args.study)
     study.model(args.model)
@@ -192,7 +193,7 @@ def run(args: argparse.Namespace) -> None:
     if spec.window > limit:
         raise UserError(f"calibration.window: {spec.window} exceeds the model's {limit} positions")
     ids = tokenizer(
-        load_text(args.data_manifest, "calibration"), add_special_tokens=False
+        load_text(args.data_manifest, "calibration", spec.dataset), add_special_tokens=False
     ).input_ids
     layers = calibrate(model, draw_windows(ids, spec), spec)
     heads = int(model.config.num_key_value_heads)
@@ -200,6 +201,7 @@ def run(args: argparse.Namespace) -> None:
         "model": args.model,
         "weights_sha256": manifest.weights_sha256,
         "model_identity": manifest.identity,
+        "text": calibrated_text(args.data_manifest).model_dump(mode="json"),
         "calibration": spec.model_dump(mode="json"),
         "spec_digest": calibration_digest(study, args.model),
         "version": VERSIONS["calibrate"],

@@ -17,6 +17,7 @@ from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.nuq import Histogram, fit, q_norm
 from kvquant.quantizer_file import QuantizerManifest, save_quantizer
 from kvquant.specs import calibration_digest, quantizer_digest
+from kvquant.text_overlap import CalibratedText
 
 GRID = 1024
 
@@ -132,6 +133,7 @@ class StatisticsInfo(BaseModel):
 
     weights_sha256: str
     model_identity: str
+    text: CalibratedText
     calibration: CalibrationSpec
     spec_digest: str
     num_layers: int
@@ -186,6 +188,7 @@ def run(args: argparse.Namespace) -> None:
         model=args.model,
         weights_sha256=info.weights_sha256,
         model_identity=info.model_identity,
+        text=info.text,
         scheme=args.scheme,
         spec=spec.model_dump(mode="json"),
         calibration=info.calibration.model_dump(mode="json"),

@@ -18,6 +18,7 @@ from kvquant.config import (
 from kvquant.errors import UserError
 from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.tensor_file import read_info, read_tensors, save_pair
+from kvquant.text_overlap import CalibratedText
 
 FIELDS = ("key_zero", "key_scale", "key_levels", "value_levels")
 FIELD = "quantizer"
@@ -32,6 +33,7 @@ class QuantizerManifest(BaseModel):
         spec: The scheme's options.
         weights_sha256: Of the model's weights.
         model_identity: Of all files of the model (see :mod:`kvquant.model_manifest`).
+        text: What calibration read, which perplexity must not be measured on.
         tensors_sha256: Of the safetensors file; set when it is written.
         seal: sha256 over everything else here; set when it is written.
     """
@@ -43,6 +45,7 @@ class QuantizerManifest(BaseModel):
     model: str
     weights_sha256: str
     model_identity: str | None = None
+    text: CalibratedText | None = None
     scheme: str
     spec: dict[str, Any]
     calibration: dict[str, Any]
@@ -119,8 +122,8 @@ def check_scheme(path: Path, manifest: QuantizerManifest, scheme: AnyScheme) -> 
             )
 
 
-def check_digest(path: Path, digest: str) -> None:
-    """A quantizer of a study is the one that the study's entries make.
+def check_digest(path: Path, digest: str) -> QuantizerManifest:
+    """A quantizer of a study is the one that the study's entries make; returns its JSON.
 
     Args:
         path: quantizer.json.
@@ -135,6 +138,7 @@ def check_digest(path: Path, digest: str) -> None:
             f"from other entries of a study than these (digest {found.spec_digest}, not {digest}): "
             "build it again"
         )
+    return found
 
 
 def load_quantizer(

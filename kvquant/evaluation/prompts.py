@@ -69,7 +69,7 @@ def make_prompts(
 
     def text(part: Part) -> str:
         assert data_manifest is not None
-        return load_text(data_manifest, part)
+        return load_text(data_manifest, part, dataset_of(spec))
 
     source = Source(tokenizer, limit, task, text, Chat.of(study.model(model)))
     start, found = time.monotonic(), {}

