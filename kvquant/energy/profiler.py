@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import statistics
 import threading
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 from kvquant.energy.carbon import CarbonTracker
 from kvquant.energy.monitor import Meter
+from kvquant.files import replacing
 
 
 class DetailedEnergyProfiler:
@@ -108,10 +108,10 @@ class DetailedEnergyProfiler:
         """Writes the samples, whole or not at all."""
         if not self.samples:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with open(temporary, "w", newline="", encoding="utf-8") as stream:
+        with (
+            replacing(path) as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as stream,
+        ):
             writer = csv.DictWriter(stream, fieldnames=list(self.samples[0]))
             writer.writeheader()
             writer.writerows(self.samples)
-        temporary.replace(path)

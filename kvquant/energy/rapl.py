@@ -87,15 +87,15 @@ def _apart(a: int, b: int, wraps_at: int) -> int:
     return min((a - b) % wraps_at, (b - a) % wraps_at)
 
 
-def package_zones(powercap: Path) -> list[tuple[Path, str]]:
-    """(zone, domain) of the processor packages and their dies, each domain once."""
+def package_zones(powercap: Path) -> list[Path]:
+    """Zones of the processor packages and their dies, each domain once."""
     found: dict[str, Path] = {}
     for zone in sorted(powercap.glob("*-rapl*:*"), key=lambda z: (len(z.name), z.name)):
         if _ZONE.fullmatch(zone.name):
             domain = _domain(zone)
             if domain == zone.name or _PACKAGE.fullmatch(domain):
                 found.setdefault(domain, zone)
-    return [(zone, domain) for domain, zone in found.items()]
+    return list(found.values())
 
 
 class RaplMeter:
@@ -105,8 +105,8 @@ class RaplMeter:
     why the source says `estimated`. Several threads may read it.
 
     Args:
-        zones: Folders with `energy_uj` and `max_energy_range_uj` and their domains, as
-            :func:`package_zones` finds them.
+        zones: Folders with `energy_uj` and `max_energy_range_uj`, as :func:`package_zones` finds
+            them.
         now: Seconds; for tests.
 
     Raises:
@@ -116,18 +116,17 @@ class RaplMeter:
     source: Literal["nvml", "estimated"] = "estimated"
     refresh = 0.001
 
-    def __init__(
-        self, zones: list[tuple[Path, str]], now: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, zones: list[Path], now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._lock = threading.Lock()
         self._fault: str | None = None
         self._counters: list[_Counter] = []
-        for zone, domain in zones:
+        for zone in zones:
             wraps_at = _microjoules(zone / "max_energy_range_uj")
             value = _microjoules(zone / "energy_uj")
             if not value <= wraps_at or not wraps_at:
                 raise ValueError(f"{zone.name}: {value} is beyond the counter's range {wraps_at}")
+            domain = _domain(zone)
             match = _PACKAGE.fullmatch(domain)
             package = match[1] if match else domain
             self._counters.append(_Counter(zone, package, wraps_at, value, value))
@@ -223,7 +222,7 @@ def open_rapl(powercap: Path = POWERCAP) -> RaplMeter | str:
         return f"RAPL: {error.strerror}"
     if not zones:
         return "RAPL: no processor package has a counter"
-    for zone, _ in zones:
+    for zone in zones:
         for name in ("max_energy_range_uj", "energy_uj"):
             try:
                 _microjoules(zone / name)

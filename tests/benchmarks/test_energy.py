@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from kvquant.benchmarks.energy import Trial, run_trial, side
 from kvquant.benchmarks.workload import Prepared
 from kvquant.cli import main
 from kvquant.energy.monitor import EnergyMonitor
-from kvquant.energy.nvml import NvmlMeter
+from kvquant.energy.nvml import NvmlMeter, NvmlPowerMeter
 from kvquant.errors import UserError
 from kvquant.records import EnergyRecord, read_record
 from tests.energy.fakes import FakeNvml, FakeTime
@@ -111,4 +113,76 @@ def test_out_of_memory_is_one_line(
     monkeypatch.setattr(Prepared, "job", job)
     assert main(command("energy")) == 2
     assert "out of memory with the cache of 'kivi-4'" in capsys.readouterr().err
+    assert not (tmp_path / "rep0.json").exists()
+
+
+class OneGpu(FakeNvml):
+    """A GPU of 300 W without an energy counter, whose every fourth reading fails."""
+
+    def __init__(self) -> None:
+        super().__init__(FakeTime(), (300.0,), counter=False)
+        self.count = 0
+
+    def nvmlDeviceGetPowerUsage(self, handle: int) -> int:
+        self.count += 1
+        if self.count % 4 == 0:
+            raise RuntimeError("Timeout")
+        return super().nvmlDeviceGetPowerUsage(handle)
+
+    def nvmlDeviceGetFieldValues(self, handle: int, fields: list[int]) -> Any:
+        watts = self.nvmlDeviceGetPowerUsage(handle)
+        return [SimpleNamespace(nvmlReturn=0, value=SimpleNamespace(uiVal=watts))]
+
+
+def test_a_job_meters_the_devices_of_its_model_and_says_what_failed(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_carbon: None
+) -> None:
+    asked: list[Any] = []
+
+    def open_meter(devices: Any) -> NvmlPowerMeter:
+        asked.append(devices)
+        meter = NvmlPowerMeter(OneGpu(), [0], interval=0.01)
+        meter.min_seconds = 0.2
+        meter.source, meter.method = "estimated", "of a test"  # the record is of a processor
+        return meter
+
+    monkeypatch.setattr("kvquant.benchmarks.energy.open_meter", open_meter)
+    assert main(command("energy")) == 0
+    assert asked == [[torch.device("cpu")]]  # where the weights are
+    record = read_record(tmp_path / "rep0.json", EnergyRecord)
+    assert record.idle_watts == pytest.approx(300, rel=0.01)
+    for one in (record.scheme_side, record.baseline_side):
+        assert min(one.seconds) >= 0.2  # as the meter needs, not the 0.05 s of the study
+        watts = [j / s for j, s in zip(one.joules, one.seconds, strict=True)]
+        assert watts == pytest.approx([300] * 2, rel=0.01)
+    meter = record.telemetry["meter"]
+    assert meter["errors"] >= 10 and meter["last_error"] == "Timeout"
+    assert meter["samples"] > 2 * meter["errors"]
+
+
+def test_a_meter_that_fails_for_long_ends_the_job_in_one_line(
+    command: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_carbon: None,
+) -> None:
+    monkeypatch.setattr("kvquant.energy.nvml.MAX_GAP", 0.05)
+    gpu = OneGpu()
+    plain = Prepared.job
+
+    def job(self: Prepared, new_cache: Any) -> None:
+        plain(self, new_cache)
+        if new_cache == self.scheme:
+            gpu.watts = ()  # every reading fails from here
+
+    monkeypatch.setattr(Prepared, "job", job)
+    monkeypatch.setattr(NvmlPowerMeter, "min_seconds", 0.2)
+    monkeypatch.setattr(
+        "kvquant.benchmarks.energy.open_meter",
+        lambda devices: NvmlPowerMeter(gpu, [0], interval=0.01),
+    )
+    assert main(command("energy")) == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("kvquant: error")]
+    assert len(lines) == 1 and "NVML gave no power for" in lines[0]
     assert not (tmp_path / "rep0.json").exists()
