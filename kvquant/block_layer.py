@@ -32,12 +32,12 @@ class BlockLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, codec: Codec, owner: KVQuantCache) -> None:
+    def __init__(self, codec: Codec, owner: KVQuantCache, number: int) -> None:
         super().__init__()
+        self.number = number
         self.store = BlockStore(codec)
         self.codec = codec
         self._owner = owner
-        self.columns = 0
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: the store allocates on its first append."""
@@ -72,9 +72,22 @@ class BlockLayer(CacheLayerMixin):
         Returns:
             `[batch_size, new_len, num_heads, head_dim]`.
         """
+        rope = self._owner.enter(self.number, queries, keys, rope)
+        out = self._attend(queries, keys, values, rope, scaling, full)
+        self._owner.leave(self.number)
+        return out
+
+    def _attend(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        scaling: float,
+        full: FullAttention,
+    ) -> torch.Tensor:
+        """See :meth:`attend`."""
         owner, plan = self._owner, self._owner.plan
-        owner.query_heads = queries.shape[1]
-        self.columns += keys.shape[2]
         turned = rotate(keys, *rope)
         stored = turned if self.codec.rotated_keys else keys
         queries = rotate(queries, *rope)
@@ -116,6 +129,7 @@ class BlockLayer(CacheLayerMixin):
         store.status = owner.status(keys.device)
         arenas = store.arena_table()
         assert arenas is not None and tables is not None
+        owner.calls.store()
         store.write_token(keys, values, owner.step_places)
         out = decode_attention(
             steps.shape, queries[:, :, 0].to(store.tail[0].dtype), store.sinks, store.tail, arenas,
@@ -160,6 +174,8 @@ class BlockLayer(CacheLayerMixin):
 
     def _append(self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
         owner = self._owner
+        owner.calls.store()
+        keys, values = keys.detach(), values.detach()
         self.store.status = owner.status(keys.device)
         if owner.timed and keys.is_cuda:
             torch.cuda.synchronize(keys.device)
@@ -172,11 +188,11 @@ class BlockLayer(CacheLayerMixin):
     @property
     def batch_size(self) -> int:
         """Sequences; -1 before the first call."""
-        return len(self._owner.layout.table) or -1
+        return self._owner.batch_size
 
     def get_seq_length(self) -> int:
         """Columns seen so far, padding included, as transformers counts."""
-        return self.columns
+        return self._owner.columns
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -190,7 +206,7 @@ class BlockLayer(CacheLayerMixin):
         """Key length and offset for the attention mask of a call with `query_length` columns."""
         if isinstance(query_length, torch.Tensor):
             query_length = query_length.shape[0]
-        return self.columns + query_length, 0
+        return self._owner.columns + query_length, 0
 
     def offload(self) -> None:
         """Refused: packed blocks are small and stay on their device."""

@@ -20,7 +20,7 @@ def cache_nbytes(cache: Cache) -> int:
             total += layer.store.nbytes
         elif layer.keys is not None:
             total += layer.keys.nbytes + layer.values.nbytes
-    return total
+    return total + (cache.kept_nbytes if isinstance(cache, KVQuantCache) else 0)
 
 
 def shared_nbytes(cache: Cache) -> int:

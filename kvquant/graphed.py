@@ -73,14 +73,11 @@ class GraphedDecoder:
         if self._graph is not None and now == self._captured:
             return
         cache.step, cache.steps = self._steps.step(whole=True), self._steps
-        columns = [layer.columns for layer in cache.layers]
         lengths, positions = self._steps.lengths.clone(), self._positions.clone()
 
         def undo() -> None:  # what a step wrote into the tails is written again
             self._steps.lengths.copy_(lengths)
             self._positions.copy_(positions)
-            for layer, n in zip(cache.layers, columns, strict=True):
-                layer.columns = n
 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -33,6 +33,14 @@ class View:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """A state that a layout can go back to, before anything that came later is stored."""
+
+    view: View
+    arenas: list[tuple[ArenaRecord, int]]
+
+
+@dataclass(frozen=True)
 class AppendPlan:
     """What every layer does in one call.
 
@@ -97,6 +105,20 @@ class Layout:
     def view(self) -> View:
         """The state now."""
         return View(list(self.lengths), list(self.tails), [len(t) for t in self.table])
+
+    def snapshot(self) -> Snapshot:
+        """The state now, for :meth:`restore`."""
+        return Snapshot(self.view(), [(arena, arena.used) for arena in self.arenas])
+
+    def restore(self, before: Snapshot) -> None:
+        """Takes back what was appended since, of which nothing was stored."""
+        view = before.view
+        self.table = [t[:n] for t, n in zip(self.table, view.blocks, strict=False)]
+        self.lengths, self.tails = list(view.lengths), list(view.tails)
+        self.arenas = [arena for arena, _ in before.arenas]
+        for arena, used in before.arenas:
+            if not arena.shared:  # forks may have taken places after ours
+                arena.rewind(used)
 
     def append(self, spans: list[Span]) -> AppendPlan:
         """Takes tokens in and says where they go.

@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from kvquant.baseline_cache import new_baseline_cache
 from kvquant.cache import KVQuantCache, Protocol
+from kvquant.cache_interface import AttendingCache
 from kvquant.config import Fp16Scheme, SchemeSpec
 from kvquant.errors import UserError
 from kvquant.file_hashes import FileHashes
-from kvquant.model_call import CACHE_NAMES, arguments, find_cache, parameters, refuse_unknown
+from kvquant.model_hooks import attention_layers as attention_layers
+from kvquant.model_hooks import install_attention as install_attention
+from kvquant.model_hooks import uninstall_attention as uninstall_attention
 from kvquant.model_manifest import ModelManifest as ModelManifest
 from kvquant.model_manifest import model_files, verify_model, weight_files
 from kvquant.model_manifest import read_manifest as read_manifest
-from kvquant.prefill_quant import SUPPORTED, PrefillQuantizedAttention, original_class
 from kvquant.quantizer_file import check_scheme, load_quantizer, scheme_of
 from kvquant.schemes.base import Codec
 from kvquant.schemes.registry import CacheFactory, ModelShape, build_caches, build_codecs
@@ -134,82 +135,6 @@ def position_limit(config: Any) -> int:
     return max(positions, int(base * float(rope.get("factor") or 1.0)))
 
 
-def attention_layers(model: Any) -> list[Any]:
-    """The self-attention modules in order; refuses what is not supported.
-
-    Raises:
-        UserError: The architecture or an attention kind is not supported.
-    """
-    found: list[Any] = []
-    for layer in model.model.layers:
-        module = layer.self_attn
-        name = original_class(module).__name__
-        if name not in SUPPORTED:
-            raise UserError(
-                f"model: attention '{name}' is not supported; supported: " + ", ".join(SUPPORTED)
-            )
-        if getattr(module, "sliding_window", None) is not None or (
-            name == "MistralAttention" and getattr(model.config, "sliding_window", None) is not None
-        ):
-            raise UserError(
-                f"model: layer {len(found)} uses sliding-window attention, which the "
-                "quantized cache does not support"
-            )
-        found.append(module)
-    return found
-
-
-# Arguments of a decoder that are understood, or that say nothing about its attention.
-_KNOWN = (
-    "input_ids", "inputs_embeds", "attention_mask", "position_ids", *CACHE_NAMES, "use_cache",
-    "output_attentions", "output_hidden_states", "return_dict",
-)  # fmt: skip
-
-
-@torch.compiler.disable(reason="looks at the mask on the host, once a forward call")
-def _begin_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before each forward of the decoder: tells the cache which columns are tokens."""
-    given = arguments(parameters(type(module).forward), args, kwargs)
-    cache = find_cache(given)
-    if cache is None:
-        return
-    if getattr(module.config, "output_attentions", False):
-        given.setdefault("output_attentions", True)
-    refuse_unknown(given, _KNOWN)
-    inputs = given.get("input_ids")
-    if inputs is None:
-        inputs = given.get("inputs_embeds")
-    if inputs is None:
-        raise ValueError("input_ids: missing")
-    mask = given.get("attention_mask")
-    cache.begin_forward(inputs.shape[0], inputs.shape[1], mask, inputs.device)
-
-
-def install_attention(model: Any) -> None:
-    """Makes every attention module a drop-in, once; other caches work as before.
-
-    Names, weights and everything else that a checkpoint holds stay the model's own.
-    """
-    attention_layers(model)
-    decoder = model.model
-    for layer in decoder.layers:
-        PrefillQuantizedAttention(layer.self_attn)
-    if _begin_forward not in decoder._forward_pre_hooks.values():
-        decoder.register_forward_pre_hook(_begin_forward, with_kwargs=True)
-
-
-def uninstall_attention(model: Any) -> None:
-    """Undoes :func:`install_attention`."""
-    decoder = model.model
-    for layer in decoder.layers:
-        if isinstance(layer.self_attn, PrefillQuantizedAttention):
-            layer.self_attn.restore()
-    for key, hook in list(decoder._forward_pre_hooks.items()):
-        if hook is _begin_forward:
-            del decoder._forward_pre_hooks[key]
-            decoder._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
 @dataclass
 class QuantizedModel:
     """A model whose attention works with quantized caches.
@@ -273,14 +198,20 @@ class QuantizedModel:
                 "first call attends in full precision whatever it stores, so one forward pass "
                 "measures nothing; use protocol A with chunks"
             )
+        static = _static_rope(self.model)
         if self.caches is not None:
-            return self.caches(protocol, self._rope)
+            cache = self.caches(protocol, self._rope)
+            if isinstance(cache, AttendingCache) and not static:
+                raise UserError(
+                    f"scheme: '{self.scheme.kind}' rotates keys when it reads them, which a rope "
+                    "scaling that changes with the length does not allow"
+                )
+            return cache
         if self.codecs is None:
             return new_baseline_cache()
-        # Dynamic scaling turns all past keys anew when a sequence grows.
-        kind = str(getattr(self.model.model.rotary_emb, "rope_type", "default"))
-        static = "dynamic" not in kind and kind != "longrope"
-        return KVQuantCache(self.codecs, self._rope, protocol, static_rope=static)
+        return KVQuantCache(
+            self.codecs, self._rope, protocol, static_rope=static, keep_rope=not static
+        )
 
     def baseline_cache(self) -> Any:
         """An empty unquantized 16-bit cache for the same model."""
@@ -347,6 +278,12 @@ def _weights_sha256(model: str | Path | ModelManifest) -> str | None:
     found, _ = hashes.of_all(names)
     hashes.remember()
     return found
+
+
+def _static_rope(model: Any) -> bool:
+    """Whether a position's rotation is the same in calls of any length."""
+    kind = str(getattr(model.model.rotary_emb, "rope_type", "default"))
+    return "dynamic" not in kind and kind != "longrope"
 
 
 def _kv_shape(model: Any) -> tuple[int, int]:

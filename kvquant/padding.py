@@ -1,4 +1,9 @@
-"""Which columns of a batch are tokens and which padding, and the positions that follow from it."""
+"""Which columns of a batch are tokens and which padding, and the positions that follow from it.
+
+What a column is, is said once, by the mask of the call that brings it; a later mask that says
+otherwise is refused. A decode step on a GPU cannot be looked at without waiting for the device:
+there `wrong` says on the device whether its mask fits, which the cache looks at in a later call.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,8 @@ class Padding:
     def __init__(self) -> None:
         # int64 [batch_size, columns], tokens up to each column; None as long as all are tokens
         self._counts: torch.Tensor | None = None
+        # bool [] on a GPU: whether the last call's mask does not fit what it could not be asked
+        self.wrong: torch.Tensor | None = None
 
     def spans(self, batch: int, new_len: int, total: int, mask: torch.Tensor | None) -> list[Span]:
         """Takes new columns in and says which of them are tokens, for each sequence.
@@ -25,9 +32,11 @@ class Padding:
             mask: `[batch_size, total]` with 1 = token, 0 = padding, or None for no padding.
 
         Raises:
-            ValueError: The mask does not cover all columns, or has no token.
+            ValueError: The mask does not cover all columns, has no token, or says of an earlier
+                column what its own call did not.
         """
         everything: list[Span] = [slice(0, new_len)] * batch
+        self.wrong = None
         if mask is None:
             if self._counts is not None:
                 raise ValueError("attention_mask: needed for every call of a padded batch")
@@ -37,18 +46,27 @@ class Padding:
                 f"attention_mask: shape {tuple(mask.shape)}, expected {(batch, total)} "
                 "(tokens so far and new ones)"
             )
+        tokens = mask.bool()
         if new_len == 1 and total > 1 and mask.is_cuda:
             # A decode step: every sequence gets one token, and looking would wait for the device.
-            if self._counts is not None:
-                self._counts = mask.long().cumsum(1)
+            if self._counts is None:
+                self.wrong = ~tokens.all()
+            else:
+                counts = tokens.long().cumsum(1)
+                expected = torch.cat((self._counts, self._counts[:, -1:] + 1), 1)
+                self.wrong = (counts != expected).any()
+                self._counts = counts
             return everything
-        host = mask.bool().cpu()
+        if mask.dtype is not torch.bool and bool(((mask != 0) & (mask != 1)).any()):
+            raise ValueError("attention_mask: must be 1 for tokens and 0 for padding")
+        host = tokens.cpu()
+        self._refuse_changes(host[:, : total - new_len])
         if bool(host.all()):
             self._counts = None
             return everything
         if not bool(host.any()):
             raise ValueError("attention_mask: a batch without a single token")
-        self._counts = mask.long().cumsum(1)
+        self._counts = tokens.long().cumsum(1)
         spans: list[Span] = []
         for row in host[:, total - new_len :]:
             where = row.nonzero().view(-1)
@@ -59,6 +77,21 @@ class Padding:
             else:
                 spans.append(where.to(mask.device))
         return spans
+
+    def _refuse_changes(self, past: torch.Tensor) -> None:
+        """Refuses a mask of the earlier columns, bool on the host, that is not theirs."""
+        known = torch.ones_like(past)
+        if self._counts is not None:
+            counts = self._counts.cpu()
+            known = counts.diff(dim=1, prepend=torch.zeros_like(counts[:, :1])) > 0
+        if torch.equal(past, known):
+            return
+        row, column = (past != known).nonzero()[0].tolist()
+        now, then = ("padding", "a token") if known[row, column] else ("a token", "padding")
+        raise ValueError(
+            f"attention_mask: column {column} of sequence {row} was {then} in an earlier call and "
+            f"is {now} now; what is stored cannot be hidden or shown: keep the earlier columns"
+        )
 
     def positions(
         self, batch: int, new_len: int, total: int, mask: torch.Tensor | None, device: torch.device
@@ -80,11 +113,11 @@ class Padding:
         if self._counts is None:
             queries = torch.arange(past, total, device=device).expand(batch, -1)
         else:
-            queries = (self._counts[:, past:] - 1).clamp_(min=0)
+            queries = (self._counts[:, past:] - 1).clamp_(min=0).to(device)
         if new_len == 1:
             return queries, None
         if mask is not None and self._counts is not None:
-            return queries, torch.where(mask[:, past:].bool(), queries, NEVER)
+            return queries, torch.where(mask[:, past:].bool().to(queries.device), queries, NEVER)
         return queries, queries
 
     def count_token(self) -> None:

@@ -52,7 +52,8 @@ def cut_past(
     Args:
         layout: Of the cache.
         view: The state that is read.
-        rope: Positions `[1, n]` to the rotary table `(cos, sin)`, each `[1, n, head_dim]`.
+        rope: Positions `[1, n]` to the rotary table `(cos, sin)`, each
+            `[1 or batch_size, n, head_dim]`.
         queries: Shape of the queries, `(batch_size, num_heads, q_len, head_dim)`.
         device: Where the tables of the pieces shall be.
         causal: Whether a query sees only keys at its position or before, so that positions are
@@ -98,5 +99,8 @@ def cut_past(
             at = begins + torch.arange(columns, device=device)
             keys = torch.where(at < lengths, at, NEVER)
             at = at.clamp(max=longest - 1)
-            out.append(Piece("tail", columns, [], keys, (cos[0][at], sin[0][at])))
+            turned = [
+                x.expand(len(starts), -1, -1).take_along_dim(at[..., None], 1) for x in (cos, sin)
+            ]
+            out.append(Piece("tail", columns, [], keys, (turned[0], turned[1])))
     return out

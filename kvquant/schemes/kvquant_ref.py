@@ -38,8 +38,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvquant.attention import NEVER, BlockwiseAttention
 from kvquant.block_layer import FullAttention
 from kvquant.cache import Protocol
-from kvquant.cache_interface import AttendingCache, CountedCache, QuantizeClock
+from kvquant.cache_interface import (
+    AttendingCache,
+    CountedCache,
+    QuantizeClock,
+    sequence_indices,
+)
+from kvquant.forward_call import CallRecord, ForwardCall
 from kvquant.layout import Span
+from kvquant.positions import Shifts, shifts
 from kvquant.rope import Rope, rotate
 from kvquant.schemes.kvquant_store import ReferenceTables, SequenceStore
 
@@ -52,12 +59,12 @@ class ReferenceLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, tables: ReferenceTables, owner: ReferenceCache) -> None:
+    def __init__(self, tables: ReferenceTables, owner: ReferenceCache, number: int) -> None:
         super().__init__()
+        self.number = number
         self.tables = tables
         self._owner = owner
         self.stores: list[SequenceStore] = []
-        self.columns = 0
 
     def attend(
         self,
@@ -69,8 +76,26 @@ class ReferenceLayer(CacheLayerMixin):
         full: FullAttention,
     ) -> torch.Tensor:
         """See :meth:`kvquant.block_layer.BlockLayer.attend`."""
+        calls = self._owner.calls
+        calls.enter(self.number, keys.shape[2])
+        out = self._attend(queries, keys, values, rope, scaling, full)
+        if calls.leave(self.number):
+            self._owner.end_forward()
+        return out
+
+    def _attend(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        scaling: float,
+        full: FullAttention,
+    ) -> torch.Tensor:
+        """See :meth:`attend`."""
         owner = self._owner
-        self.columns += keys.shape[2]
+        if owner.counted_rope is not None:
+            rope = (owner.counted_rope[0].to(keys.dtype), owner.counted_rope[1].to(keys.dtype))
         turned, queries = rotate(keys, *rope), rotate(queries, *rope)
         simulated = owner.protocol == "B"
         if not simulated and not any(store.length for store in self.stores):
@@ -100,6 +125,7 @@ class ReferenceLayer(CacheLayerMixin):
     def _append(self, keys: torch.Tensor, turned: torch.Tensor, values: torch.Tensor) -> None:
         """Packs the call's tokens, one sequence after the other."""
         kind = keys.dtype if keys.dtype is torch.bfloat16 else torch.float16
+        self._owner.calls.store()
         with self._owner.measure(keys.device):
             for b, span in enumerate(self._owner.spans):
                 k, r, v = (x[b][:, span].to(kind) for x in (keys, turned, values))
@@ -124,7 +150,7 @@ class ReferenceLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Columns seen so far, padding included, as transformers counts."""
-        return self.columns
+        return self._owner.columns
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -138,7 +164,7 @@ class ReferenceLayer(CacheLayerMixin):
         """Key length and offset for the attention mask of a call with `query_length` columns."""
         if isinstance(query_length, torch.Tensor):
             query_length = query_length.shape[0]
-        return self.columns + query_length, 0
+        return self._owner.columns + query_length, 0
 
 
 class ReferenceCache(Cache, AttendingCache, QuantizeClock, CountedCache):
@@ -150,6 +176,8 @@ class ReferenceCache(Cache, AttendingCache, QuantizeClock, CountedCache):
         protocol: As of :class:`kvquant.cache.KVQuantCache`.
 
     Attributes:
+        columns: Seen so far in whole calls, padding included.
+        calls: Which call runs, and whether one ended early.
         spans: Columns of the current call that are tokens, of each sequence.
     """
 
@@ -157,7 +185,9 @@ class ReferenceCache(Cache, AttendingCache, QuantizeClock, CountedCache):
         if protocol not in ("A", "B"):
             raise ValueError(f"protocol: must be 'A' or 'B', got {protocol!r}")
         QuantizeClock.__init__(self)
-        Cache.__init__(self, layers=[ReferenceLayer(t, self) for t in tables])
+        Cache.__init__(self, layers=[ReferenceLayer(t, self, i) for i, t in enumerate(tables)])
+        self.columns = 0
+        self.calls = CallRecord()
         self.protocol = protocol
         self._rope = rope
         self.spans: list[Span] = []
@@ -165,35 +195,102 @@ class ReferenceCache(Cache, AttendingCache, QuantizeClock, CountedCache):
         self.new_positions: torch.Tensor
         self.key_positions: torch.Tensor
         self.rope_table: tuple[torch.Tensor, torch.Tensor]
-        self._padded = False
+        # bool [batch_size, columns] on the host; None as long as all are tokens
+        self._mask: torch.Tensor | None = None
+        self._new_mask: torch.Tensor | None = None
+        self._shifts: Shifts | None = None  # of positions, before the first call
+        self._new_shifts: Shifts | None = None
+        # Of the current call, where the model's positions are shifted
+        self.counted_rope: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def begin_forward(
-        self, batch: int, new_len: int, mask: torch.Tensor | None, device: torch.device
+        self,
+        batch: int,
+        new_len: int,
+        mask: torch.Tensor | None,
+        device: torch.device,
+        positions: torch.Tensor | None = None,
+        *,
+        given: bool = True,
+        held: bool = False,
     ) -> None:
-        """See :meth:`AttendingCache.begin_forward`."""
-        past = self.get_seq_length()
+        """See :meth:`AttendingCache.begin_forward`; waits for the device, as the public code does.
+
+        Raises:
+            ValueError: The mask contradicts an earlier one, or positions are not counted.
+            UserError: An earlier call ended early.
+        """
+        self.calls.check()
+        past = self.columns
+        self._new_mask = None
+        lengths = [store.length for store in self.layers[0].stores] or [0] * batch
+        if len(lengths) != batch:
+            raise ValueError(f"input_ids: a batch of {batch}, but the cache holds {len(lengths)}")
         total = past + new_len
-        positions = torch.arange(past, total, device=device).expand(batch, -1)
-        self.query_positions = self.new_positions = positions
+        counted = torch.arange(past, total, device=device).expand(batch, -1)
+        self.query_positions = self.new_positions = counted
         self.spans = [slice(0, new_len)] * batch
-        if mask is None and self._padded:
+        if mask is None and self._mask is not None:
             raise ValueError("attention_mask: needed for every call of a padded batch")
         if mask is not None:
             if mask.dim() != 2 or tuple(mask.shape) != (batch, total):
                 raise ValueError(
                     f"attention_mask: shape {tuple(mask.shape)}, expected {(batch, total)}"
                 )
-            counts = mask.long().cumsum(1)
+            host = mask.bool().cpu()
+            known = torch.ones_like(host[:, :past]) if self._mask is None else self._mask
+            if not torch.equal(host[:, :past], known):
+                raise ValueError(
+                    "attention_mask: an earlier column was a token and is padding now, or was "
+                    "padding and is a token now; keep the earlier columns"
+                )
+            self._new_mask = None if bool(host.all()) else host
+            counts = mask.bool().long().cumsum(1)
             self.query_positions = (counts[:, past:] - 1).clamp(min=0)
             new = mask[:, past:].bool()
             self.new_positions = torch.where(new, self.query_positions, NEVER)
-            if new_len > 1 or not mask.is_cuda:  # a decode step has one token a sequence
-                self.spans = [_span(row) for row in new.cpu()]
-                self._padded |= not bool(new.all())
+            self.spans = [_span(row) for row in host[:, past:]]
+        self._take_positions(positions, given, lengths)
+        self.calls.begin(ForwardCall(len(self.layers), new_len, held, lambda: None))
         self.key_positions = torch.arange(total, device=device)[None]
         self.rope_table = self._rope(self.key_positions)
 
+    def _take_positions(
+        self, positions: torch.Tensor | None, given: bool, lengths: list[int]
+    ) -> None:
+        old = self._shifts or Shifts([0] * len(lengths), True)
+        self._new_shifts, self.counted_rope = old, None
+        if positions is None:
+            return
+        new = shifts(positions, self.spans, lengths)
+        followed = None if new is None else old.follow(new, lengths, given)
+        if new is None or followed is None:
+            raise ValueError(
+                "position_ids: KVQuant's cache counts the tokens of a sequence and takes no "
+                "positions that jump; pass attention_mask.cumsum(1) - 1 of the new columns"
+            )
+        self._new_shifts = followed
+        if any(new):
+            self.counted_rope = self._rope(self.query_positions)
+
+    def end_forward(self) -> None:
+        """See :meth:`AttendingCache.end_forward`."""
+        if self.calls.end():
+            self.columns += self.query_positions.shape[1]
+            self._mask, self._shifts = self._new_mask, self._new_shifts
+            self.calls.close()
+
     def _choose(self, order: list[int]) -> None:
+        if not self.layers[0].stores:
+            return
+        with self.calls.changing("a choice of sequences"):
+            if self._mask is not None:
+                self._mask = self._mask[order]
+            if self._shifts is not None:
+                self._shifts = self._shifts.select(order)
+            self._choose_stores(order)
+
+    def _choose_stores(self, order: list[int]) -> None:
         for layer in self.layers:
             used: set[int] = set()
             stores = []
@@ -202,17 +299,27 @@ class ReferenceCache(Cache, AttendingCache, QuantizeClock, CountedCache):
                 used.add(i)
             layer.stores = stores
 
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.columns, self.calls = 0, CallRecord()
+        self._mask = self._new_mask = self._shifts = self._new_shifts = None
+        for layer in self.layers:
+            layer.stores = []
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorders the sequences for beam search."""
-        self._choose(beam_idx.tolist())
+        count = len(self.layers[0].stores) or -1
+        self._choose(sequence_indices("beam_idx", beam_idx, count, whole=True).tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the given sequences (int64 indices or a bool mask)."""
-        chosen = indices.nonzero().view(-1) if indices.dtype is torch.bool else indices
-        self._choose(chosen.tolist())
+        count = len(self.layers[0].stores) or -1
+        self._choose(sequence_indices("indices", indices, count).tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence."""
+        if repeats < 1:
+            raise ValueError(f"repeats: must be at least 1, got {repeats}")
         count = len(self.layers[0].stores)
         self._choose([i for i in range(count) for _ in range(repeats)])
 
