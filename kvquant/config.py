@@ -32,6 +32,8 @@ from kvquant.config_schemes import KiviScheme as KiviScheme
 from kvquant.config_schemes import KvquantRefScheme as KvquantRefScheme
 from kvquant.config_schemes import NuqScheme as NuqScheme
 from kvquant.config_schemes import TurboQuantScheme as TurboQuantScheme
+from kvquant.config_statistics import Margin as Margin
+from kvquant.config_statistics import StatisticsSpec as StatisticsSpec
 from kvquant.config_tasks import LONGBENCH_TASKS as LONGBENCH_TASKS
 from kvquant.config_tasks import RULER_TASKS as RULER_TASKS
 from kvquant.config_tasks import EvaluationSpec as EvaluationSpec
@@ -91,22 +93,6 @@ class EnergySpec(Strict):
     seconds: float = Field(5.0, gt=0)
     idle_seconds: float = Field(5.0, ge=0)
     country: str = Field("POL", description="ISO code for CodeCarbon's offline carbon intensity")
-
-
-class StatisticsSpec(Strict):
-    """The family of tests."""
-
-    alpha: float = Field(0.05, gt=0, lt=1)
-    margins: dict[str, float] = Field(
-        default_factory=lambda: {
-            "perplexity": 0.1,
-            "passkey": 5.0,
-            "ruler": 2.0,
-            "longbench": 2.0,
-        },
-        description="TOST equivalence margin per suite, in the unit of its metric",
-    )
-    bootstrap: int = Field(2000, ge=100)
 
 
 class Study(Strict):
@@ -290,8 +276,9 @@ def parse_study(raw: Any, where: str = "config") -> Study:
         lines = []
         for item in error.errors():
             tags = {*KINDS, "perplexity", "passkey", "ruler", "longbench"}
+            tagged = item["loc"][:1] in (("schemes",), ("tasks",))  # their third part is the kind
             path = ".".join(
-                str(p) for p in item["loc"] if str(p) not in tags or len(item["loc"]) < 3
+                str(p) for i, p in enumerate(item["loc"]) if not (tagged and i == 2 and p in tags)
             )
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":

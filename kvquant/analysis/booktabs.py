@@ -75,7 +75,7 @@ def number(value: float | None, digits: int = 2) -> str:
 def signed(value: float, low: float, high: float) -> str:
     """A difference and its interval, without one where it is not known."""
     if np.isnan(low):
-        return f"{value:+.2f}"
+        return f"{value:+.2f} [no interval]"
     return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 

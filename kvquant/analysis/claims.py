@@ -68,7 +68,11 @@ def _ordering(t: Tables) -> Outcome:
     by_bits = {
         s.bits: name
         for name, s in t.study.schemes.items()
-        if s.kind == "nuq" and s.datatype == "nuq" and name in set(t.tests.scheme)
+        if s.kind == "nuq"
+        and s.datatype == "nuq"
+        and name in set(t.tests.scheme)
+        # on the headline's terms: variants with other 16-bit tokens are compared elsewhere
+        and s.sinks == getattr(t.study.scheme(t.study.headline), "sinks", s.sinks)
     }
     language = t.tests[t.tests.suite == "perplexity"]
     if len(by_bits) < 2 or not len(language):

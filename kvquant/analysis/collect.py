@@ -112,6 +112,8 @@ def _eval_rows(
                     "seed": seed,
                     "sample": int(row["index"]),
                     "row": row.get("row"),  # of a set that seeds share
+                    "start": row.get("start"),  # of a window, in the text's tokens
+                    "tokens": row.get("tokens"),  # of a window that are scored
                     "score": _sample_score(row, record.suite),
                 }
             )
@@ -250,7 +252,9 @@ def collect(
     tables = {
         # as numbers, also where no task has the metric
         "eval": table.astype(dict.fromkeys(SUITE_METRICS, float)) if evaluations else table,
-        "samples": pd.DataFrame(samples).astype({"row": "Int64"} if samples else {}),
+        "samples": pd.DataFrame(samples).astype(
+            dict.fromkeys(("row", "start", "tokens"), "Int64") if samples else {}
+        ),
         "perf": pd.DataFrame(perf, columns=None if perf else order),
         "energy": pd.DataFrame(energy, columns=None if energy else order),
     }

@@ -21,21 +21,32 @@ DIGITS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight"
 
 
 def statistics(t: Tables) -> str:
-    """Differences with intervals, p values and verdicts: of suites' means first, then of tasks."""
+    """Both tests of every comparison, its family and margin, and the verdict: suites' means first.
+
+    The interval, the pairs won and lost and the first p are of prompts (rows, windows), which give
+    the verdict; the second p is the t-test over seeds, where seeds are independent.
+    """
     ordered = t.tests.sort_values("level", kind="stable", key=lambda level: level != "suite")
+    several = len(t.study.models) > 1
     rows = [
-        {
+        ({"model": r.model} if several else {})
+        | {
             "task": f"{r.task} (mean)" if r.level == "suite" else r.task,
             "scheme": r.scheme,
-            "difference [95 % CI]": signed(r.difference, r.ci_low, r.ci_high),
-            "effect": number(r.effect_size),
-            "p (Holm)": p_value(r.p_holm),
-            "p (TOST)": p_value(r.p_equivalence),
+            "16-bit": suite_tables.kept_tokens(t.study, str(r.scheme)),
+            "base": number(r.baseline_mean, 1),
+            "difference [95 % CI]": signed(r.difference, r.sample_ci_low, r.sample_ci_high),
+            "margin": number(r.margin),
+            "won:lost/n": f"{r.won}:{r.lost}/{r.sample_pairs}",
+            "p (pairs)": p_value(r.p_sample_holm),
+            "p (seeds)": p_value(r.p_holm) if r.paired_by == "seed" else "-",
+            "family": r.family_size,
             "verdict": r.verdict,
         }
         for r in ordered.itertuples()
     ]
-    return booktabs(pd.DataFrame(rows), "llrrrrl", size="footnotesize", pages=True)
+    columns = "l" * (3 + several) + "rrrrrrrl"
+    return booktabs(pd.DataFrame(rows), columns, size="tiny", pages=True, tight=True)
 
 
 def throughput(t: Tables) -> str:

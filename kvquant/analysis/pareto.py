@@ -61,6 +61,9 @@ def pareto_table(
                 (evaluations.model == model) & (evaluations.scheme == study.baseline)
             ]
             row: dict[str, object] = {"model": model, "scheme": scheme}
+            spec = study.schemes[scheme]
+            for kept in ("sinks", "residual"):  # first and most recent tokens in 16 bits
+                row[kept] = getattr(spec, kept, 0) if spec.quantizes else np.nan
             for suite in ("perplexity", *SCORED):
                 values = mine[mine.suite == suite].groupby("task")["value"].mean()
                 reference = base[base.suite == suite].groupby("task")["value"].mean()

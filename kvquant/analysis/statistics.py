@@ -1,169 +1,181 @@
 """`kvquant statistics`: paired tests of every scheme and task against the baseline.
 
-Pairs are seeds: a seed fixes the samples, so both schemes saw the same ones; the samples themselves
-are paired for a bootstrap interval. Seeds that draw their samples from one set of rows (LongBench)
-share some and are not independent; there the pairs are the distinct rows, and a row's difference is
-its mean over the seeds that drew it. With all differences equal there is no variance and no t-test:
-if they are all zero the verdict is "identical" (p = 1), otherwise the difference is exact (p = 0,
-an interval of width zero).
+Two tests stand side by side. Over seeds: a paired t-test with Cohen's d and TOST, as studies of few
+seeds report. Over prompts (windows of text, for perplexity): which asks every pair that was
+measured, and gives the verdict (:mod:`kvquant.analysis.sample_tests`). docs/evaluation.md says why,
+and what each column is.
+
+Seeds that draw their samples from one set of rows (LongBench) share some and are not independent;
+there the pairs of both tests are the distinct rows, and a row's difference is its mean over the
+seeds that drew it. Seeds whose windows of text overlap are cuts of one text; there the pairs of
+both tests are windows that do not overlap.
 """
 
 from __future__ import annotations
 
 import argparse
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
+from kvquant.analysis.paired import PairedTest, grouped_test, holm
+from kvquant.analysis.paired import paired_test as paired_test
+from kvquant.analysis.sample_tests import (
+    SampleTest,
+    mean_interval,
+    score_test,
+    separate_windows,
+    series_inflation,
+    window_test,
+)
 from kvquant.analysis.tables import read_table, write_table
-from kvquant.config import StatisticsSpec, Study, load_study
+from kvquant.config import Margin, Study, load_study
 from kvquant.errors import UserError
 
 POINTS = 100.0  # in a task's value, of a sample's score of 1
+FAMILY = ["model", "level", "suite"]  # comparisons that Holm adjusts together
+PLACES = ("row", "start", "tokens")  # columns of samples that older tables lack
 
 
-@dataclass(frozen=True)
-class PairedTest:
-    """One comparison.
+def verdict(
+    test: SampleTest, p_holm: float, alpha: float, higher_is_better: bool, margin: float,
+    informative: bool = True,
+) -> str:  # fmt: skip
+    """identical, worse, better, equivalent, not informative or inconclusive.
 
-    Attributes:
-        n: Pairs.
-        mean: Mean difference (scheme minus baseline).
-        low: Lower end of the confidence interval of the mean.
-        high: Upper end.
-        p: Two-sided paired t-test.
-        p_equivalence: TOST: the larger of the two one-sided p values against the margin.
-        effect: Cohen's d of paired differences (mean over standard deviation; of several groups,
-            over the standard error times the root of n); infinite if there is no spread and the
-            mean is not zero.
-    """
-
-    n: int
-    mean: float
-    low: float
-    high: float
-    p: float
-    p_equivalence: float
-    effect: float
-
-
-def paired_test(differences: np.ndarray, margin: float, alpha: float) -> PairedTest:
-    """Paired t-test, interval, TOST and effect size of differences `[n]`.
-
-    Raises:
-        ValueError: No difference, or a margin that is not positive.
-    """
-    return grouped_test([differences], margin, alpha)
-
-
-def grouped_test(groups: list[np.ndarray], margin: float, alpha: float) -> PairedTest:
-    """The same of the mean of groups' mean differences, each group with a variance of its own.
-
-    Degrees of freedom are Welch's and Satterthwaite's; with one group all is the paired t-test.
+    A difference is worse or better if its adjusted p is below alpha and the interval of the mean
+    lies on that side of zero. One that is equivalent besides has "(within margin)" behind it.
 
     Args:
-        groups: Differences `[n]` of each group.
-        margin: Of equivalence, in the unit of the differences.
-        alpha: One minus the interval's level.
-
-    Raises:
-        ValueError: A group without a difference, or a margin that is not positive.
-    """
-    x = [np.asarray(group, dtype=float) for group in groups]
-    if not x or min(group.size for group in x) == 0:
-        raise ValueError("differences: empty")
-    if margin <= 0:
-        raise ValueError(f"margin: must be positive, got {margin}")
-    n = sum(group.size for group in x)
-    mean = float(np.mean([group.mean() for group in x]))
-    if min(group.size for group in x) == 1:
-        nan = float("nan")
-        return PairedTest(n, mean, nan, nan, nan, nan, nan)
-    if all(group.std(ddof=1) <= 1e-12 * max(1.0, abs(group.mean())) for group in x):
-        inside = abs(mean) < margin
-        same = abs(mean) <= 1e-12
-        effect = 0.0 if same else float(np.copysign(np.inf, mean))
-        return PairedTest(n, mean, mean, mean, float(same), float(not inside), effect)
-    parts = np.array([group.var(ddof=1) / group.size for group in x])
-    freedom = parts.sum() ** 2 / sum(
-        part**2 / (group.size - 1) for part, group in zip(parts, x, strict=True)
-    )
-    error = float(np.sqrt(parts.sum())) / len(x)
-    half = float(stats.t.ppf(1 - alpha / 2, freedom)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, freedom))
-    above = float(stats.t.sf((mean + margin) / error, freedom))
-    below = float(stats.t.cdf((mean - margin) / error, freedom))
-    effect = mean / (error * np.sqrt(n))
-    return PairedTest(n, mean, mean - half, mean + half, p, max(above, below), effect)
-
-
-def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's step-down adjustment (Scandinavian J. Statistics 6, 1979); NaN stays NaN."""
-    values = np.asarray(p, dtype=float)
-    out = np.full(values.shape, np.nan)
-    known = np.flatnonzero(~np.isnan(values))
-    order = known[np.argsort(values[known], kind="stable")]
-    running = 0.0
-    for rank, index in enumerate(order):
-        running = max(running, min(1.0, (len(order) - rank) * values[index]))
-        out[index] = running
-    return out
-
-
-def bootstrap_interval(
-    differences: np.ndarray, draws: int, alpha: float, seed: int
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of sample-level differences `[n]`."""
-    x = np.asarray(differences, dtype=float)
-    if x.size == 0:
-        return float("nan"), float("nan")
-    generator = np.random.default_rng(seed)
-    means = x[generator.integers(0, x.size, (draws, x.size))].mean(1)
-    low, high = np.percentile(means, [100 * alpha / 2, 100 * (1 - alpha / 2)])
-    return float(low), float(high)
-
-
-def verdict(test: PairedTest, p_holm: float, alpha: float, higher_is_better: bool) -> str:
-    """identical, worse, better, equivalent, or inconclusive.
-
-    A difference that is significant after Holm's adjustment and equivalent within the margin is
-    called by its direction with "(within margin)".
+        test: Of the units.
+        p_holm: Its adjusted p.
+        alpha: Level.
+        higher_is_better: Direction of the scores.
+        margin: Of equivalence, in the unit of the test's mean.
+        informative: Whether the baseline is far enough from chance to lose anything.
     """
     if test.n < 2:
         return "inconclusive"
-    if test.mean == 0 and test.low == test.high == 0:
+    sign = 1 if higher_is_better else -1
+    low, high = sorted((sign * test.low, sign * test.high))
+    inside = -margin < test.inner_low and test.inner_high < margin
+    if p_holm < alpha and (low > 0 or high < 0):
+        side = "better" if low > 0 else "worse"
+        return f"{side} (within margin)" if inside else side
+    if not informative:
+        return "not informative"
+    if test.tied == test.n:
         return "identical"
-    equivalent = test.p_equivalence < alpha
-    if p_holm < alpha:
-        side = "better" if (test.mean > 0) == higher_is_better else "worse"
-        return f"{side} (within margin)" if equivalent else side
-    return "equivalent" if equivalent else "inconclusive"
+    return "equivalent" if inside else "inconclusive"
 
 
 def _pair(table: pd.DataFrame, baseline: pd.DataFrame, keys: list[str], what: str) -> pd.DataFrame:
     """Pairs of two tables by their keys, with columns `ours`, `base` and `difference`."""
     column = "value" if "value" in table else "score"
+    for side, name in ((table, what), (baseline, f"{what}: the baseline")):
+        twice = side[side.duplicated(keys)]
+        if len(twice):
+            at = ", ".join(f"{k} {twice.iloc[0][k]}" for k in keys)
+            raise UserError(f"statistics: {name} is there twice ({at}): `aggregate` again")
     joined = table[[*keys, column]].merge(
         baseline[[*keys, column]], on=keys, how="outer", suffixes=("", "_base"), indicator=True
     )
-    if (joined["_merge"] != "both").any():
-        raise UserError(f"statistics: {what} is not paired with the baseline on {keys}")
+    alone = joined[joined["_merge"] != "both"]
+    if len(alone):
+        at = ", ".join(f"{k} {alone.iloc[0][k]}" for k in keys)
+        raise UserError(
+            f"statistics: {what} is not paired with the baseline on {keys}: {len(table)} against "
+            f"{len(baseline)}, the first alone is {at}; measure both on the same samples"
+        )
     ours, base = joined[column], joined[f"{column}_base"]
     return joined[keys].assign(ours=ours, base=base, difference=ours - base)
 
 
-def _by_row(scored: pd.DataFrame, baseline: pd.DataFrame, what: str) -> list[pd.DataFrame]:
-    """Pairs of a task's distinct rows, a table a task; scores in points."""
-    keys = ["task", "seed", "sample", "row"]
-    pairs = _pair(scored, baseline, keys, what)
-    columns = ["ours", "base", "difference"]
-    means = pairs.groupby(["task", "row"])[columns].mean() * POINTS
-    return [task for _, task in means.groupby(level="task")]
+@dataclass(frozen=True)
+class _Compared:
+    """What a comparison found, in the unit of the metric."""
+
+    seeds: PairedTest
+    paired_by: str
+    samples: SampleTest
+    unit: str
+    chance_like: bool
+    note: str
+    of_samples: Callable[[float], float]  # from the unit of the samples' scores to the metric's
+    of_seeds: Callable[[float], float]
+
+
+def _seed(what: str) -> int:
+    return zlib.crc32(what.encode())
+
+
+def _windows(
+    study: Study, by_seed: pd.DataFrame, pairs: pd.DataFrame, margin: Margin, what: str
+) -> _Compared:
+    """Perplexity: over seeds if their windows share no token, else over windows; and windows."""
+    alpha, base = study.statistics.alpha, float(by_seed["base"].mean())
+    kept = separate_windows(pairs)
+    differences = kept.sort_values("start")["difference"].to_numpy()
+    windows = grouped_test(
+        [differences], margin.in_nats(base), alpha, inflation=series_inflation(differences)
+    )
+    whole = len(kept) == len(pairs)
+    note = "" if whole else f"one text: {len(kept)} of {len(pairs)} windows share no token"
+
+    def nats(value: float) -> float:
+        return base * float(np.expm1(value))
+
+    seeds = windows
+    if whole:
+        differences_by_seed = by_seed["difference"].to_numpy()
+        seeds = grouped_test([differences_by_seed], margin.half_width(base), alpha)
+    return _Compared(
+        seeds, "seed" if whole else "window", window_test(differences, windows), "window",
+        False, note, nats, (lambda value: value) if whole else nats,
+    )  # fmt: skip
+
+
+def _scores(
+    study: Study, by_seed: pd.DataFrame, pairs: pd.DataFrame, margin: Margin, what: str
+) -> _Compared:
+    """Scores of prompts: of a task, or of all tasks of a suite."""
+    spec = study.statistics
+    base_mean = float(by_seed["base"].mean())
+    shared = bool(pairs["row"].notna().any())
+    if shared:
+        drawn = len(pairs)
+        pairs = pairs.groupby(["task", "row"])[["base", "difference"]].mean().reset_index()
+        base_mean = float(pairs.groupby("task")["base"].mean().mean()) * POINTS
+        groups = [task["difference"].to_numpy() * POINTS for _, task in pairs.groupby("task")]
+        seeds = grouped_test(groups, margin.half_width(base_mean), spec.alpha)
+        note = f"{len(pairs)} distinct rows of {drawn} drawn"
+        clusters = ["task"]
+    else:
+        differences = by_seed["difference"].to_numpy()
+        seeds = grouped_test([differences], margin.half_width(base_mean), spec.alpha)
+        note = ""
+        clusters = ["task", "seed"]
+
+    def strata(column: str) -> list[list[np.ndarray]]:
+        tasks: dict[Any, list[np.ndarray]] = {}
+        for key, part in pairs.groupby(clusters):
+            tasks.setdefault(key[0], []).append(part[column].to_numpy(dtype=float))
+        return list(tasks.values())
+
+    test = score_test(strata("difference"), spec.alpha, spec.bootstrap, _seed(what))
+    low, *_ = mean_interval(
+        strata("base"), spec.alpha, spec.bootstrap, _seed(f"{what} baseline"), (0.0, 1.0)
+    )
+    chance_like = base_mean < margin.floor or not low * POINTS > margin.chance
+    return _Compared(
+        seeds, "row" if shared else "seed", test, "row" if shared else "prompt", chance_like,
+        note, lambda value: value * POINTS, lambda value: value,
+    )  # fmt: skip
 
 
 def _suite_means(evaluations: pd.DataFrame) -> pd.DataFrame:
@@ -185,49 +197,67 @@ def _suite_means(evaluations: pd.DataFrame) -> pd.DataFrame:
     return means[whole].assign(task=means["suite"])
 
 
-def _compare(
-    study: Study, tables: list[pd.DataFrame], samples: np.ndarray, suite: str, what: str
-) -> dict[str, Any]:
-    """The numbers of a comparison: of pairs, in groups, and of paired samples' differences."""
-    spec: StatisticsSpec = study.statistics
-    margin = spec.margins.get(suite)
-    if margin is None:
-        raise UserError(f"statistics.margins: no margin for the suite '{suite}'")
-    test = grouped_test([t["difference"].to_numpy() for t in tables], margin, spec.alpha)
-    low, high = bootstrap_interval(samples, spec.bootstrap, spec.alpha, zlib.crc32(what.encode()))
+def _row(study: Study, found: _Compared, by_seed: pd.DataFrame, margin: Margin) -> dict[str, Any]:
+    """The numbers of a comparison in the unit of its metric."""
+    seeds, samples = found.seeds, found.samples
+    base, mean = (float(by_seed[side].mean()) for side in ("base", "ours"))
+    difference = mean - base
+    if found.paired_by == "row":  # whose means weigh a row once, however often it was drawn
+        difference = seeds.mean
+    width = margin.half_width(base)
+    to_unit = found.of_samples
     return {
-        "baseline_mean": float(np.mean([t["base"].mean() for t in tables])),
-        "mean": float(np.mean([t["ours"].mean() for t in tables])),
-        "difference": test.mean,
-        "ci_low": test.low,
-        "ci_high": test.high,
-        "pairs": test.n,
-        "p": test.p,
+        "paired_by": found.paired_by,
+        "baseline_mean": base,
+        "mean": mean,
+        "difference": difference,
+        "ci_low": found.of_seeds(seeds.low),
+        "ci_high": found.of_seeds(seeds.high),
+        "pairs": seeds.n,
+        "p": seeds.p,
         "p_holm": float("nan"),
-        "margin": margin,
-        "p_equivalence": test.p_equivalence,
-        "equivalent": bool(test.p_equivalence < spec.alpha),
-        "effect_size": test.effect,
-        "sample_pairs": int(samples.size),
-        "sample_difference": float(samples.mean()),
-        "sample_ci_low": low,
-        "sample_ci_high": high,
+        "margin": width,
+        "p_equivalence": seeds.p_equivalence,
+        "effect_size": seeds.effect,
+        "unit": found.unit,
+        "sample_pairs": samples.n,
+        "won": samples.won,
+        "lost": samples.lost,
+        "tied": samples.tied,
+        "sample_difference": to_unit(samples.mean),
+        "sample_ci_low": to_unit(samples.low),
+        "sample_ci_high": to_unit(samples.high),
+        "sample_inner_low": to_unit(samples.inner_low),
+        "sample_inner_high": to_unit(samples.inner_high),
+        "p_sample": samples.p,
+        "p_sample_holm": float("nan"),
+        "informative": not found.chance_like,
+        "family": "",
+        "family_size": 0,
+        "equivalent": bool(-width < to_unit(samples.inner_low))
+        and bool(to_unit(samples.inner_high) < width),
         "verdict": "",
-        "_test": test,
+        "note": found.note,
+        "_test": samples,
+        "_margin": margin.in_nats(base) if found.unit == "window" else width / POINTS,
     }
 
 
 def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
     """One row a (model, task, scheme), and one a (model, suite of several tasks, scheme).
 
-    `level` tells them apart ("task", "suite"), and `paired_by` what is paired ("seed", "row").
-    Holm's family is all rows of a model and level.
+    `level` tells them apart ("task", "suite"). Holm's family is all rows of a model, level and
+    suite.
 
     Raises:
-        UserError: Pairs or a margin are missing, or the samples are of an older version.
+        UserError: Pairs or a margin are missing, samples are there twice or in other numbers than
+            the baseline's, or the table is of an older version.
     """
-    if "row" not in samples:
-        raise UserError("statistics: the table 'samples' has no column 'row': `aggregate` again")
+    for column in PLACES:
+        if column not in samples:
+            raise UserError(
+                f"statistics: the table 'samples' has no column '{column}': `aggregate` again"
+            )
     rows = []
     levels = (("task", evaluations), ("suite", _suite_means(evaluations)))
     for level, values in levels:
@@ -235,34 +265,44 @@ def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> 
             base = group[group["scheme"] == study.baseline]
             mine = samples[(samples["model"] == model) & (samples[level] == name)]
             base_samples = mine[mine["scheme"] == study.baseline]
-            keys = ["seed", "sample"] if level == "task" else ["task", "seed", "sample"]
             for scheme in study.schemes:
                 ours = group[group["scheme"] == scheme]
                 if scheme == study.baseline or not len(ours):  # it cannot run the task's protocol
                     continue
                 what = f"{model}/{scheme}/{name}" + (" suite" if level == "suite" else "")
-                scored = mine[mine["scheme"] == scheme]
-                tables = [_pair(ours, base, ["seed"], what)]
-                shared = bool(scored["row"].notna().any())
-                if shared:
-                    tables = _by_row(scored, base_samples, what)
-                    differences = pd.concat(tables)["difference"].to_numpy() / POINTS
-                else:
-                    sampled = _pair(scored, base_samples, keys, what)
-                    differences = sampled["difference"].to_numpy()
                 first = ours.iloc[0]
+                suite = str(first["suite"])
+                margin = study.statistics.margins.get(suite)  # type: ignore[call-overload]
+                if margin is None:
+                    raise UserError(f"statistics.margins: no margin for the suite '{suite}'")
+                by_seed = _pair(ours, base, ["seed"], what)
+                scored = mine[mine["scheme"] == scheme]
+                keys = ["seed", "sample"] if level == "task" else ["task", "seed", "sample"]
+                pairs = _pair(scored, base_samples, keys, what)
+                places = scored[list(dict.fromkeys([*keys, "task", *PLACES]))]
+                pairs = pairs.merge(places, on=keys)
+                compare = _windows if suite == "perplexity" else _scores
+                found = compare(study, by_seed, pairs, margin, what)
                 facts = {fact: first[fact] for fact in ("suite", "metric", "higher_is_better")}
-                found = {"model": model, "level": level, "task": name, "scheme": scheme, **facts}
-                found["paired_by"] = "row" if shared else "seed"
-                rows.append(found | _compare(study, tables, differences, first["suite"], what))
+                row = {"model": model, "level": level, "task": name, "scheme": scheme, **facts}
+                row["sinks"] = getattr(study.schemes[scheme], "sinks", 0)
+                rows.append(row | _row(study, found, by_seed, margin))
     table = pd.DataFrame(rows)
-    for _, family in table.groupby(["model", "level"]):
-        table.loc[family.index, "p_holm"] = holm(family["p"].to_numpy())
+    if not rows:
+        return table
+    for key, family in table.groupby(FAMILY):
+        table.loc[family.index, "family"] = " / ".join(key)
+        table.loc[family.index, "family_size"] = int(family["p_sample"].notna().sum())
+        for p in ("p", "p_sample"):
+            table.loc[family.index, f"{p}_holm"] = holm(family[p].to_numpy())
     table["verdict"] = [
-        verdict(row["_test"], row["p_holm"], study.statistics.alpha, row["higher_is_better"])
+        verdict(
+            row["_test"], row["p_sample_holm"], study.statistics.alpha, row["higher_is_better"],
+            row["_margin"], row["informative"],
+        )
         for _, row in table.iterrows()
-    ]
-    return table.drop(columns="_test")
+    ]  # fmt: skip
+    return table.drop(columns=["_test", "_margin"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ import pandas as pd
 from kvquant.analysis.booktabs import HEAD, Latex, booktabs, number, p_value, signed
 from kvquant.analysis.claims import Tables
 from kvquant.analysis.pareto import SCORED
-from kvquant.config import PasskeyTask
+from kvquant.config import PasskeyTask, Study
 
 # Shown behind a score; the captions of the paper explain them.
 MARKS = {
@@ -24,7 +24,19 @@ MARKS = {
     "better": r"$\uparrow$",
     "worse (within margin)": r"$\searrow$",
     "better (within margin)": r"$\nearrow$",
+    "not informative": r"$\circ$",
 }
+
+
+def kept_tokens(study: Study, scheme: str) -> str:
+    """Tokens of a sequence that a scheme keeps in 16 bits: the first + the most recent ones.
+
+    What does not fill a block or a group comes on top with every scheme.
+    """
+    spec = study.schemes[scheme]
+    if not spec.quantizes:
+        return "all"
+    return f"{getattr(spec, 'sinks', 0)} + {getattr(spec, 'residual', 0)}"
 
 
 def longbench_name(t: Tables) -> str:
@@ -89,19 +101,21 @@ def perplexity(t: Tables) -> str:
             test = _test(t, "task", str(task), str(model), str(scheme))
             row = {"model": model} if len(t.study.models) > 1 else {}
             row |= {"task": task, "scheme": scheme}
+            row["16-bit"] = kept_tokens(t.study, str(scheme))
             row["bits"] = number(8 * mine.cache_bytes.sum() / mine.cache_elements.sum())
             row["perplexity"] = number(mine.value.mean())
             row["KL, nats"] = number(mine.kl.mean(), 4)
             if test is None:
-                row |= dict.fromkeys(("change [95 % CI]", "p (Holm)", "p (TOST)", "verdict"), "-")
+                row |= dict.fromkeys(("change [95 % CI]", "margin", "p (Holm)", "verdict"), "-")
             else:
-                row["change [95 % CI]"] = signed(test.difference, test.ci_low, test.ci_high)
-                row["p (Holm)"] = p_value(test.p_holm)
-                row["p (TOST)"] = p_value(test.p_equivalence)
+                low, high = test.sample_ci_low, test.sample_ci_high
+                row["change [95 % CI]"] = signed(test.difference, low, high)
+                row["margin"] = number(test.margin)
+                row["p (Holm)"] = p_value(test.p_sample_holm)
                 row["verdict"] = test.verdict
             rows.append(row)
     table = pd.DataFrame(rows, dtype=object)  # keeps `Latex` cells
-    return booktabs(table, "l" * (table.shape[1] - 7) + "rrrrrrl", size="scriptsize", tight=True)
+    return booktabs(table, "l" * (table.shape[1] - 8) + "rrrrrrrl", size="scriptsize", tight=True)
 
 
 def _scores(t: Tables, suite: str, names: dict[str, str]) -> str:
@@ -169,6 +183,7 @@ def summary(t: Tables) -> str:
         model, scheme = str(mine.model.iloc[0]), row["scheme"]
         front = t.pareto[(t.pareto.model == model) & (t.pareto.scheme == scheme)].iloc[0]
         cells: dict[str, str] = dict(row)
+        cells["16-bit"] = kept_tokens(t.study, scheme)
         cells["bits"] = number(front.bits_per_element)
         if len(tasks):
             first = mine[mine.task == tasks[0]]

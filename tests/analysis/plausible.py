@@ -60,14 +60,17 @@ def accuracy_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
                         {**key, "seed": seed, "protocol": "A", "value": value} | size | facts
                     )
                     shares_rows = isinstance(task, LongBenchTask)
+                    cut = isinstance(task, PerplexityTask)
                     samples += [
                         {**key, "seed": seed, "sample": at, "score": float(one)}
                         | {"row": (at + seed) % ROWS if shares_rows else None}
+                        | {"start": 2048 * (8 * seed + at) if cut else None}
+                        | {"tokens": 2047 if cut else None}
                         for at, one in enumerate(score)
                     ]
     extra = dict.fromkeys(("kl", "rows_available", "rows_official"), np.nan)
     return pd.DataFrame([extra | row for row in rows]).astype(dict.fromkeys(extra, float)), (
-        pd.DataFrame(samples).astype({"row": "Int64"})
+        pd.DataFrame(samples).astype(dict.fromkeys(("row", "start", "tokens"), "Int64"))
     )
 
 

@@ -9,14 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from kvquant.analysis.paired import grouped_test, holm, paired_test
 from kvquant.analysis.pareto import dominated
-from kvquant.analysis.statistics import (
-    bootstrap_interval,
-    grouped_test,
-    holm,
-    paired_test,
-    verdict,
-)
 from kvquant.analysis.statistics import test_all as compare_all
 from kvquant.config import Study, parse_study
 from kvquant.errors import UserError
@@ -56,29 +50,37 @@ def test_holm_on_a_worked_example() -> None:
     assert np.isnan(adjusted[4])
 
 
-def test_degenerate_cases() -> None:
+def test_without_spread_p_is_that_of_exchanged_signs() -> None:
+    """Of n equal differences 2 of 2^n choices of signs are as extreme; 1 lies inside the margin."""
     same = paired_test(np.zeros(5), 0.1, 0.05)
-    assert (same.p, same.p_equivalence, same.effect) == (1.0, 0.0, 0.0)
-    assert verdict(same, 1.0, 0.05, True) == "identical"
+    assert (same.p, same.p_equivalence, same.effect) == (1.0, 1 / 32, 0.0)
     constant = paired_test(np.full(5, 0.3), 0.1, 0.05)
-    assert (constant.p, constant.low, constant.high) == pytest.approx((0.0, 0.3, 0.3))
-    assert constant.p_equivalence == 1.0
-    assert verdict(constant, 0.0, 0.05, True) == "better"
-    assert verdict(constant, 0.0, 0.05, False) == "worse"
+    assert (constant.p, constant.low, constant.high) == pytest.approx((1 / 16, 0.3, 0.3))
+    assert constant.p_equivalence == 1.0 and np.isposinf(constant.effect)
+    exchanged = stats.permutation_test(
+        (np.full(5, 0.3),), np.mean, permutation_type="samples", n_resamples=np.inf
+    )
+    assert constant.p == pytest.approx(exchanged.pvalue)
+    assert 0 < paired_test(np.full(5000, 0.3), 0.1, 0.05).p < 1e-300
     single = paired_test(np.array([0.3]), 0.1, 0.05)
-    assert np.isnan(single.p)
-    assert verdict(single, float("nan"), 0.05, True) == "inconclusive"
+    assert np.isnan([single.p, single.low, single.high, single.p_equivalence]).all()
     with pytest.raises(ValueError, match="empty"):
         paired_test(np.array([]), 0.1, 0.05)
-    with pytest.raises(ValueError, match="margin"):
-        paired_test(np.zeros(3), 0.0, 0.05)
+    for margin in (-1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="margin"):
+            paired_test(np.zeros(3), margin, 0.05)
+    with pytest.raises(ValueError, match="finite"):
+        paired_test(np.array([0.0, np.nan]), 0.1, 0.05)
 
 
-def test_bootstrap_is_deterministic_and_covers_the_mean() -> None:
-    x = np.random.default_rng(0).normal(1.0, 0.1, 200)
-    first = bootstrap_interval(x, 500, 0.05, 7)
-    assert first == bootstrap_interval(x, 500, 0.05, 7)
-    assert first[0] < x.mean() < first[1]
+@given(n=st.integers(2, 12), shift=st.floats(-1, 1), margin=st.floats(0.01, 2))
+def test_tost_is_the_inner_interval_inside_the_margin(n: int, shift: float, margin: float) -> None:
+    x = np.random.default_rng(n).normal(shift, 0.5, n)
+    test = paired_test(x, margin, 0.05)
+    inside = -margin < test.inner_low and test.inner_high < margin
+    assert inside == (test.p_equivalence < 0.05)
+    other = paired_test(-x, margin, 0.05)
+    assert (other.low, other.high, other.p) == pytest.approx((-test.high, -test.low, test.p))
 
 
 def test_dominance_with_missing_values() -> None:
@@ -99,7 +101,6 @@ def test_known_data_by_hand() -> None:
     assert test.effect == pytest.approx(4.0621277 / np.sqrt(10))  # t over the root of n
     # TOST by hand: t = (3 - 1.58) / 0.388959 with 9 degrees of freedom
     assert test.p_equivalence == pytest.approx(stats.t.sf(1.42 / 0.3889587, 9), rel=1e-5)
-    assert verdict(test, test.p, 0.05, True) == "better (within margin)"
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
@@ -124,18 +125,10 @@ def test_holm_and_tost_agree_with_statsmodels() -> None:
     assert paired_test(x, 0.5, 0.05).p_equivalence == pytest.approx(expected)
 
 
-def test_bootstrap_agrees_with_scipy() -> None:
-    x = np.random.default_rng(3).exponential(1.0, 60)
-    low, high = bootstrap_interval(x, 20_000, 0.05, 0)
-    other = stats.bootstrap(
-        (x,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
-    ).confidence_interval
-    assert (low, high) == pytest.approx((other.low, other.high), abs=0.02)
-    assert bootstrap_interval(np.full(5, 0.25), 100, 0.05, 0) == (0.25, 0.25)
-    assert np.isnan(bootstrap_interval(np.array([]), 100, 0.05, 0)).all()
+PLACE: dict[str, Any] = {"row": None, "start": None, "tokens": None}
 
 
-def study_of(**margins: float) -> Study:
+def study_of(**margins: Any) -> Study:
     def task(name: str) -> dict[str, Any]:
         return {"suite": "ruler", "task": name, "length": 512, "samples": 4}
 
@@ -164,7 +157,7 @@ def measured() -> tuple[pd.DataFrame, pd.DataFrame]:
                 facts = {"metric": "score", "higher_is_better": True}
                 rows.append({**key, **facts, "seed": seed, "value": 25 * sum(right)})
                 samples += [
-                    {**key, "seed": seed, "sample": at, "score": score, "row": None}
+                    {**key, **PLACE, "seed": seed, "sample": at, "score": score}
                     for at, score in enumerate(right)
                 ]
     return pd.DataFrame(rows), pd.DataFrame(samples)
@@ -176,23 +169,26 @@ def test_seeds_and_samples_are_paired_by_name_not_by_place() -> None:
     assert len(table) == 3
     found = table.set_index(["level", "task"])
     vt, cwe, mean = (found.loc[k] for k in (("task", "vt"), ("task", "cwe"), ("suite", "ruler")))
-    # degenerate: every seed loses exactly one of four
-    assert (vt.difference, vt.p, vt.verdict) == (-25.0, 0.0, "worse")
+    # degenerate over seeds: every seed loses exactly one of four
+    assert (vt.difference, vt.p) == (-25.0, 1 / 16)
     assert np.isneginf(vt.effect_size) and vt.ci_low == vt.ci_high == -25.0
-    assert (vt.sample_pairs, vt.sample_difference) == (20, -0.25)
-    assert vt.sample_ci_low < -0.25 < vt.sample_ci_high < 0
+    # by samples, 5 of 20 are lost: 2 of 2^5 ways
+    assert (vt.sample_pairs, vt.sample_difference) == (20, -25.0)
+    assert (vt.won, vt.lost, vt.tied, vt.p_sample) == (0, 5, 15, 1 / 16)
+    assert vt.sample_ci_low < -25 < vt.sample_ci_high < 0
+    assert (vt.p_sample_holm, vt.verdict) == (1 / 8, "inconclusive")  # of a family of two
     assert (cwe.verdict, cwe.p, cwe.sample_difference) == ("identical", 1.0, 0.0)
-    assert (mean.difference, mean.verdict, mean.sample_pairs) == (-12.5, "worse", 40)
+    assert (mean.difference, mean.sample_pairs, mean.family_size) == (-12.5, 40, 1)
     shuffled = compare_all(
         study_of(),
         evaluations.sample(frac=1, random_state=0),
         samples.sample(frac=1, random_state=0),
     ).set_index(["level", "task"])
-    columns = ["difference", "p", "p_holm", "sample_difference", "verdict"]
+    columns = ["difference", "p", "p_holm", "sample_difference", "p_sample_holm", "verdict"]
     assert shuffled.loc[found.index, columns].equals(found[columns])
 
 
-def test_holms_family_is_a_level() -> None:
+def test_holms_family_is_a_suite_of_a_level() -> None:
     evaluations, samples = measured()
     noise = np.random.default_rng(0).normal(0, 9, len(evaluations))
     table = compare_all(study_of(), evaluations.assign(value=evaluations["value"] + noise), samples)
@@ -210,8 +206,15 @@ def test_a_missing_pair_and_a_missing_margin_are_told() -> None:
         compare_all(study_of(), evaluations, samples.drop(3))
     with pytest.raises(UserError, match="no margin for the suite 'ruler'"):
         compare_all(study_of(passkey=1.0), evaluations, samples)
-    with pytest.raises(UserError, match=r"no column 'row': `aggregate` again"):
-        compare_all(study_of(), evaluations, samples.drop(columns="row"))
+    for column in PLACE:
+        with pytest.raises(UserError, match=rf"no column '{column}': `aggregate` again"):
+            compare_all(study_of(), evaluations, samples.drop(columns=column))
+    fewer = samples[(samples["scheme"] != "kivi-2") | (samples["sample"] < 3)]
+    with pytest.raises(UserError, match=r"kivi-2/vt .*: 15 against 20, the first alone is seed 0"):
+        compare_all(study_of(), evaluations, fewer)
+    twice = pd.concat([samples, samples.iloc[[45]]], ignore_index=True)
+    with pytest.raises(UserError, match=r"kivi-2/vt is there twice \(seed 1, sample 1\)"):
+        compare_all(study_of(), evaluations, twice)
 
 
 def test_an_unfinished_scheme_has_no_mean_over_a_suite() -> None:
@@ -244,7 +247,7 @@ def drawn(seeds: int) -> tuple[pd.DataFrame, pd.DataFrame]:
                 facts = {"metric": "score", "higher_is_better": True}
                 rows.append({**key, **facts, "seed": seed, "value": 100 * float(np.mean(scores))})
                 samples += [
-                    {**key, "seed": seed, "sample": at, "score": score, "row": row}
+                    {**key, **PLACE, "seed": seed, "sample": at, "score": score, "row": row}
                     for at, (row, score) in enumerate(zip(picked, scores, strict=True))
                 ]
     return pd.DataFrame(rows), pd.DataFrame(samples)
@@ -254,6 +257,7 @@ def test_rows_that_seeds_share_count_once() -> None:
     """Twice the seeds draw the same rows again: nothing is more certain for it."""
     few, many = (compare_all(study_of(), *drawn(seeds)) for seeds in (6, 12))
     numbers = ["difference", "ci_low", "ci_high", "p", "p_equivalence", "pairs", "sample_pairs"]
+    numbers += ["won", "lost", "p_sample", "sample_ci_low", "sample_ci_high", "verdict"]
     pd.testing.assert_frame_equal(few[numbers], many[numbers])
     assert set(few["paired_by"]) == {"row"}
     vt = few.set_index("task").loc["vt"]

@@ -77,7 +77,7 @@ def test_a_suite_without_tasks_is_told(tables: Tables) -> None:
     less = replace(tables, evaluations=kept)
     for name in ("passkey", "ruler", "longbench"):
         assert latex.TABLES[name](less).splitlines()[1].startswith("This study has no")
-    assert len(rows(suite_tables.summary(less))[0]) == 4
+    assert len(rows(suite_tables.summary(less))[0]) == 5
 
 
 def test_kl_and_verdicts_are_macros(tables: Tables) -> None:
