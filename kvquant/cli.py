@@ -62,4 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"kvquant: error: {line}", file=sys.stderr)
         return 2
+    except OSError as error:
+        # A full disk, a read-only folder, a file that went: nothing that a traceback explains.
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"kvquant: error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     return 0

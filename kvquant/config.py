@@ -44,6 +44,7 @@ from kvquant.config_tasks import RulerTask as RulerTask
 from kvquant.config_tasks import TaskSpec as TaskSpec
 from kvquant.config_tasks import task_dataset as task_dataset
 from kvquant.errors import UserError, unknown
+from kvquant.files import read_text
 
 
 class CalibrationSpec(Strict):
@@ -296,10 +297,9 @@ def parse_study(raw: Any, where: str = "config") -> Study:
 def load_study(path: str | Path) -> Study:
     """Reads a study from YAML or JSON."""
     file = Path(path)
-    if not file.is_file():
-        raise UserError(f"--study: no such file: {file}")
+    text = read_text(file, "--study")
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{file}: not valid YAML: {str(error).splitlines()[0]}") from None
     return parse_study(raw, where=str(file))

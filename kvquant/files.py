@@ -186,6 +186,34 @@ def inside(folder: str | Path, name: str, field: str) -> Path:
     return path
 
 
+def expand(path: str, field: str) -> Path:
+    """A path of a study, with `~` and `~USER` replaced by the home folder.
+
+    Raises:
+        UserError: There is no such user, or this one has no home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{field}: '{path}': no home folder is known: write the path out") from None
+
+
+def make_folder(path: str | Path, field: str) -> Path:
+    """Makes a folder and those above it.
+
+    Raises:
+        UserError: A file stands in its way, or it may not be written there.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{field}: {folder}: a file stands where a folder should be") from None
+    except OSError as error:
+        raise UserError(f"{field}: {folder}: cannot be made ({error.strerror or error})") from None
+    return folder
+
+
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from kvquant.errors import UserError
+from kvquant.files import make_folder
 
 _held: list[IO[str]] = []  # open files, so that the locks live as long as this process
 
@@ -25,8 +26,11 @@ def hold(folder: str | Path) -> None:
         UserError: Another run holds the folder.
     """
     file = Path(folder) / ".lock"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle = file.open("a", encoding="utf-8")
+    make_folder(folder, "pathvars.results")
+    try:
+        handle = file.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror or error})") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

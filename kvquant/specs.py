@@ -7,7 +7,6 @@ before it. Comments and speed-ups do not bump it.
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from kvquant.config import (
     task_dataset,
 )
 from kvquant.errors import UserError, unknown
+from kvquant.files import parse_json
 
 CHAT_SUITES = ("longbench", "ruler")  # whose prompts are turns of the model's chat template
 
@@ -56,7 +56,7 @@ def asks_prompts(task: TaskSpec) -> bool:
 def settled(file: str, digest: str) -> bool:
     """Whether a JSON file is there and records `digest`: it need not be made again."""
     try:
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        found = parse_json(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and found.get("spec_digest") == digest

