@@ -76,12 +76,13 @@ class BatchedKVQuantizer:
             raise ValueError(f"outliers: must be between 0 and 1, got {outliers}")
         if tables.key_levels.numel() != 2**bits:
             raise ValueError(f"key_levels: {tables.key_levels.numel()} levels for {bits} bits")
+        tables.check()
         self.tables = tables
         self.bits = bits
         self.outliers = outliers
         self._zero = tables.key_zero.unsqueeze(1)  # [num_heads, 1, head_dim]
         self._scale = tables.key_scale.unsqueeze(1)
-        self._inverse = fused.inverse_range(self._scale)
+        self._inverse = fused.channel_inverse(self._scale)
         self._key_midpoints = fused.midpoints(tables.key_levels)
         self._value_midpoints = fused.midpoints(tables.value_levels)
         self.key_room = 1.0  # times what is expected; see key_slots

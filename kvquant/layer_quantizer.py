@@ -13,7 +13,8 @@ class LayerQuantizer:
 
     Attributes:
         key_zero: fp32 `[num_heads, head_dim]`, middle of each channel's range.
-        key_scale: fp32 `[num_heads, head_dim]`, half of it.
+        key_scale: fp32 `[num_heads, head_dim]`, half of it. 0 for a channel that was constant:
+            whatever differs from its zero is an outlier.
         key_levels: fp32 `[2**bits]`, sorted, on [-1, 1].
         value_levels: fp32 `[2**bits]`.
     """
@@ -22,6 +23,18 @@ class LayerQuantizer:
     key_scale: torch.Tensor
     key_levels: torch.Tensor
     value_levels: torch.Tensor
+
+    def check(self) -> None:
+        """Refuses numbers that would make every key NaN.
+
+        Raises:
+            ValueError: Names the table.
+        """
+        for name in ("key_zero", "key_scale", "key_levels", "value_levels"):
+            if not bool(getattr(self, name).isfinite().all()):
+                raise ValueError(f"{name}: NaN or infinite; calibrate again")
+        if bool((self.key_scale < 0).any()):
+            raise ValueError("key_scale: negative; calibrate again")
 
     def to(self, device: torch.device | str) -> LayerQuantizer:
         """A copy on `device`."""

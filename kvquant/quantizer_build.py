@@ -46,15 +46,49 @@ def percentile(
     return (low.double() + (index + fraction).squeeze(1) * width.double()).float()
 
 
+def key_ranges(
+    statistics: LayerStatistics, outliers: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Zero and scale of each key channel, and which channels have no range to speak of.
+
+    A quantile that falls into a bin with half of a channel's elements, as of a constant, says
+    nothing about where in it they are. Such a bin is inside the range whole, with what rounding may
+    have moved, so that the constant is no outlier and whatever differs from it is one.
+
+    Returns:
+        fp32 `[channels]`, fp32 `[channels]`, bool `[channels]`.
+    """
+    tail = outliers / 2 if outliers < 1 else 0.0
+    counts, left, width = statistics.counts, statistics.low, statistics.width
+    low = percentile(counts, left, width, tail)
+    high = percentile(counts, left, width, 1.0 - tail)
+    most = counts.max(1)
+    crowded = most.values * 2 >= counts.sum(1)
+    begin = left.double() + most.indices * width.double()
+    end = begin + width.double()
+    rounding = 4 * torch.finfo(torch.float32).eps * torch.maximum(begin.abs(), end.abs())
+    low = torch.where(crowded, torch.minimum(low, (begin - rounding).float()), low)
+    high = torch.where(crowded, torch.maximum(high, (end + rounding).float()), high)
+    constant = crowded & (high - low <= 2 * (width + 2 * rounding.float()))
+    return (low + high) / 2, (high - low) / 2, constant
+
+
 def key_histogram(
-    statistics: LayerStatistics, zero: torch.Tensor, scale: torch.Tensor, weighting: str
+    statistics: LayerStatistics,
+    zero: torch.Tensor,
+    scale: torch.Tensor,
+    constant: torch.Tensor,
+    weighting: str,
 ) -> Histogram:
-    """The layer's keys normalized by `(x - zero) / scale`, inliers only, all channels together."""
+    """The layer's keys normalized by `(x - zero) / scale`, inliers only, all channels together.
+
+    Constant channels are left out: any level is as good for them.
+    """
     bins = statistics.counts.shape[1]
     centers = statistics.low[:, None] + (torch.arange(bins) + 0.5) * statistics.width[:, None]
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
     normalized = (centers - zero[:, None]) / safe[:, None]
-    inlier = (normalized.abs() <= 1.0) & (scale > 0)[:, None]
+    inlier = (normalized.abs() <= 1.0) & ((scale > 0) & ~constant)[:, None]
     if weighting == "none":
         weights = statistics.counts
     elif weighting == "fisher":
@@ -93,15 +127,26 @@ def build_layer(
     Returns:
         The tables, and the weighted mean squared error of coding the normalized keys and values.
     """
-    tail = spec.outliers / 2 if spec.outliers < 1 else 0.0
-    low = percentile(statistics.counts, statistics.low, statistics.width, tail)
-    high = percentile(statistics.counts, statistics.low, statistics.width, 1.0 - tail)
-    zero, scale = (low + high) / 2, (high - low) / 2
-    keys = key_histogram(statistics, zero, scale, spec.weighting)
+    zero, scale, constant = key_ranges(statistics, spec.outliers)
+    if spec.outliers == 0 and bool(constant.any()):
+        raise UserError(
+            f"outliers: 0, but {int(constant.sum())} key channels of a layer were constant in "
+            "calibration, and nothing would be left of what differs from them later; choose "
+            "outliers > 0, which keeps that exactly, or a longer calibration text"
+        )
+    keys = key_histogram(statistics, zero, scale, constant, spec.weighting)
     values = value_histogram(statistics, _fraction(spec, fractions), spec.weighting)
     levels, errors = [], []
-    for histogram in (keys, values):
-        level = fit(spec.datatype, spec.bits, histogram)
+    for name, histogram in (("keys", keys), ("values", values)):
+        datatype = spec.datatype
+        if not histogram.counts.any():  # all constant: any levels will do
+            datatype = "uniform"
+        elif not histogram.weights.any():
+            raise UserError(
+                f"weighting: '{spec.weighting}', but all gradients of the {name} of a layer were "
+                "0 in calibration; calibrate in 32 bits, or choose weighting: none"
+            )
+        level = fit(datatype, spec.bits, histogram)
         if spec.q_norm:
             level = torch.from_numpy(q_norm(level.double().numpy(), histogram)).float()
         levels.append(level)

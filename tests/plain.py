@@ -33,8 +33,10 @@ def quantize_keys(
         outliers: 0: none; 1: all; else those outside the calibrated range.
     """
     zero, scale = tables.key_zero, tables.key_scale
-    inverse = torch.where(scale == 0, torch.zeros(()), 1.0 / scale)
-    normal = (x.float() - zero) * inverse
+    away = x.float() - zero
+    normal = away * torch.where(scale == 0, torch.zeros(()), 1.0 / scale)
+    # what differs from a channel that was constant in calibration is outside its range
+    normal = torch.where((scale == 0) & (away != 0), away.sign() * torch.inf, normal)
     aside = torch.zeros(x.shape, dtype=torch.bool)
     if outliers >= 1:
         aside |= True

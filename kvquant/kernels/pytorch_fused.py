@@ -41,6 +41,16 @@ def inverse_range(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale == 0, torch.zeros_like(scale), 1.0 / scale)
 
 
+def channel_inverse(scale: torch.Tensor) -> torch.Tensor:
+    """1 / scale of static channels, infinity for an empty range.
+
+    Of a channel that was constant in calibration, `(x - zero) * inverse` is then infinite for all
+    that differs from the constant, which makes it an outlier, and NaN for the constant itself,
+    which no comparison takes for one; its code is 0 and stands for `level * 0 + zero`.
+    """
+    return 1.0 / (scale + 0.0)  # of -0 as well
+
+
 def order_keys(x: torch.Tensor) -> torch.Tensor:
     """Distinct int32 sort keys along the last dimension of 16-bit floats.
 

@@ -58,8 +58,11 @@ def quantize_keys(
     out = torch.empty(x.shape, dtype=torch.float32)
     for t in range(x.shape[0]):
         for c in range(x.shape[1]):
-            inverse = torch.tensor(0.0) if scale[c] == 0 else 1.0 / scale[c]
-            normalized = (x[t, c].float() - zero[c]) * inverse
+            away = x[t, c].float() - zero[c]
+            # A channel that was constant: its value has code 0, all else is outside its range.
+            normalized = torch.tensor(0.0) if away == 0 else away / scale[c]
+            if scale[c] > 0:
+                normalized = away * (1.0 / scale[c])
             if outliers and abs(float(normalized)) > 1.0:
                 out[t, c] = x[t, c].float()
             else:

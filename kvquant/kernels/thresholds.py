@@ -4,8 +4,6 @@ With a channel's zero and scale fixed, the code of an element grows with the ele
 the number of *thresholds* at or below the element, where a threshold is the smallest 16-bit number
 that the fp32 arithmetic `(x - zero) * inverse` puts above a midpoint. A kernel then needs no
 arithmetic, and compares two elements at a time.
-
-(The one exception is a channel of scale 0 in bf16 whose distance from the zero overflows fp32.)
 """
 
 from __future__ import annotations
@@ -53,7 +51,7 @@ def key_thresholds(
 
     Args:
         zero: fp32 `[num_heads, head_dim]`.
-        inverse: fp32 `[num_heads, head_dim]`, 1 / scale.
+        inverse: fp32 `[num_heads, head_dim]`, 1 / scale, or infinity.
         midpoints: fp32 `[edges]`, sorted.
         dtype: Of the elements.
         outliers: Add the bounds of what is kept exactly.

@@ -307,7 +307,7 @@ def pack_keys(
     Args:
         x: fp16/bf16 `[blocks, num_heads, block_size, head_dim]`, any strides but the last.
         zero: fp32 `[num_heads, head_dim]`.
-        inverse: fp32 `[num_heads, head_dim]`, 1 / scale.
+        inverse: fp32 `[num_heads, head_dim]`, 1 / scale, or infinity.
         midpoints: fp32 `[2**bits - 1]`.
         bits: 2, 3 or 4.
         target: Where to; no outliers are kept apart if it has no `values`.

@@ -27,7 +27,7 @@ class ReferenceTables:
         self.bits, self.sinks, self.room = spec.bits, spec.sinks, spec.room
         self.heads, self.dim = tables.key_zero.shape
         self.zero, self.scale = tables.key_zero.reshape(-1), tables.key_scale.reshape(-1)
-        self.inverse = fused.inverse_range(self.scale)
+        self.inverse = fused.channel_inverse(self.scale)
         self.key_levels, self.value_levels = tables.key_levels, tables.value_levels
         # [channels, 2**bits]: the table of every channel, written out.
         self.key_table = self.key_levels * self.scale[:, None] + self.zero[:, None]

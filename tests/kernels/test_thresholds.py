@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvquant.kernels.pytorch_fused import encode, inverse_range, midpoints
+from kvquant.kernels.pytorch_fused import channel_inverse, encode, midpoints
 from kvquant.kernels.thresholds import from_order, key_table, key_thresholds, largest
 from kvquant.nuq import fit
 
@@ -27,7 +27,7 @@ def test_thresholds_give_the_codes_of_all_numbers(
     z = torch.tensor([[zero * (1 + jitter / 8)]])
     s = torch.tensor([[scale * (1 + jitter / 8)]])
     levels = fit("nf", bits)
-    inverse = inverse_range(s)
+    inverse = channel_inverse(s)
     t = key_thresholds(z, inverse, midpoints(levels), dtype, outliers=True)[0, 0].float()
     order = torch.arange(-largest(dtype), largest(dtype) + 1, dtype=torch.int32)
     x = torch.cat((from_order(order, dtype), torch.tensor([-0.0], dtype=dtype))).float()
