@@ -31,7 +31,6 @@ from unittest import mock
 from kvquant.errors import UserError, unknown
 from kvquant.evaluation.lm_eval_files import file_module, task_files, without_manager
 from kvquant.evaluation.ruler_limits import TokenCounter, bounded, flaw
-from kvquant.files import parse_json
 
 PACKAGE = "lm_eval.tasks.ruler"
 # Names of RULER's paper -> lm-eval's, where they differ.
@@ -232,18 +231,6 @@ def seeded(seed: int) -> Iterator[None]:
         numpy.random.set_state(before_numpy)
 
 
-def _documents(text: str, name: str) -> Any:
-    """The questions and documents of a qa task.
-
-    Raises:
-        UserError: They are no JSON.
-    """
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise UserError(f"--data-manifest: the text of {name}: {error}: fetch it again") from None
-
-
 @contextlib.contextmanager
 def _offline(
     module: ModuleType,
@@ -311,7 +298,7 @@ def _offline(
         if name == "qa_utils":
             logger = module.eval_logger
             stack.enter_context(mock.patch.object(logger, "warning", lambda *args: None))
-            patch(module, "download_json", lambda url: _documents(text(), name))
+            patch(module, "download_json", lambda url: json.loads(text()))
             for reader in READERS.values():
                 # The function behind the cache: another text must not give the first one's rows.
                 patch(module, reader, getattr(module, reader).__wrapped__)
