@@ -161,26 +161,48 @@ def test_excess_is_what_neither_cache_nor_activations_explain() -> None:
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+def gpu_bytes() -> tuple[int, int]:
+    """Bytes asked of the allocator and not returned, and those of the blocks it gave for them."""
+    statistics = torch.cuda.memory_stats()
+    return statistics["requested_bytes.all.current"], statistics["allocated_bytes.all.current"]
+
+
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("batch", [[16384], [16384, 12288, 8192, 10240]], ids=["one", "ragged"])
 @pytest.mark.parametrize("heads", [32, 8], ids=["mha", "gqa"])
 def test_what_torch_allocated_on_a_gpu(heads: int, batch: list[int]) -> None:
-    """Allocator, `nbytes` and formula within 2 % after a prefill and 130 steps; 3.6 bits."""
+    """Bytes asked of the allocator, `nbytes` and formula within 2 % after a prefill and 130 steps.
+
+    `memory_allocated` counts the allocator's blocks instead. Beyond 1 MiB it hands out a block
+    that is up to 1 MiB larger than asked for rather than split it, which depends on what the
+    process freed before; that is bounded here and is no part of the cache.
+    """
     calls = [batch] + [[1] * len(batch)] * 130
     fill(HEADLINE, heads, 128, [[128]], "cuda")  # kernels are built
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before, blocks_before = gpu_bytes()
     store = fill(HEADLINE, heads, 128, calls, "cuda")
     torch.cuda.synchronize()
-    allocated = torch.cuda.memory_allocated() - before
+    requested, blocks = gpu_bytes()
+    requested, blocks = requested - before, blocks - blocks_before
     formula = layer_footprint(HEADLINE, heads, 128, calls, key_room=1.5).total
     elements = 2 * heads * 128 * (sum(batch) + 130 * len(batch))
-    print(f"\n{heads=} {batch=}: torch {allocated}, nbytes {store.nbytes}, formula {formula}")
-    print(f"bits per element {8 * allocated / elements:.3f}")
-    assert allocated == pytest.approx(store.nbytes, rel=0.02)
-    assert allocated == pytest.approx(formula, rel=0.02)
-    assert 8 * allocated / elements <= 3.6
+    print(f"\n{heads=} {batch=}: asked for {requested} in blocks of {blocks}, nbytes "
+          f"{store.nbytes}, formula {formula}")  # fmt: skip
+    print(f"bits per element {8 * requested / elements:.3f}")
+    assert requested == pytest.approx(store.nbytes, rel=0.02)
+    assert requested == pytest.approx(formula, rel=0.02)
+    assert 8 * requested / elements <= 3.6
+    tensors = [*(store.sinks or ()), *(store.tail or ())]
+    for arena in store.arenas:
+        tensors += arena.dense.values()
+        for s in arena.sparse.values():
+            tensors += [s.begin, s.count, *s._positions, *s._values]
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    large = sum(size > 1 << 20 for size in sizes.values())
+    # 512 bytes for each small tensor, those of the codec included
+    assert 0 <= blocks - requested <= (large << 20) + 512 * (len(sizes) + 64)
 
 
 @pytest.mark.gpu
