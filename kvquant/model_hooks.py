@@ -28,7 +28,13 @@ def attention_layers(model: Any) -> list[Any]:
         UserError: The architecture or an attention kind is not supported.
     """
     found: list[Any] = []
-    for layer in model.model.layers:
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if layers is None:
+        raise UserError(
+            f"model: '{type(model).__name__}' is not supported; it must be a causal language model "
+            "of transformers whose attention is one of " + ", ".join(SUPPORTED)
+        )
+    for layer in layers:
         module = layer.self_attn
         name = original_class(module).__name__
         if name not in SUPPORTED:

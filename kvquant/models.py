@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kvquant.baseline_cache import new_baseline_cache
 from kvquant.cache import KVQuantCache, Protocol
@@ -62,15 +63,33 @@ def _read_pretrained(kind: Any, directory: str | Path, **options: Any) -> Any:
         raise UserError(f"model: cannot load '{directory}': {told}") from None
 
 
+def default_dtype(config: Any, device: torch.device) -> torch.dtype:
+    """Type of the weights that a model is loaded with unless another is asked for.
+
+    fp32 on a CPU; on a GPU 16 bits: bf16 for a checkpoint in bf16, whose activations may exceed
+    what fp16 holds, else fp16.
+    """
+    if device.type == "cpu":
+        return torch.float32
+    saved = getattr(config, "dtype", None)
+    return torch.bfloat16 if saved in (torch.bfloat16, "bfloat16") else torch.float16
+
+
 def load_base_model(
-    model: str | Path | ModelManifest, *, device: str = "auto", dtype: torch.dtype | None = None
+    model: str | Path | ModelManifest,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    device_map: Any = None,
 ) -> tuple[Any, Any]:
     """Model and tokenizer from a local directory or hub id; never remote code, never a pickle.
 
     Args:
         model: Directory or hub id; or a manifest, whose files are then verified.
         device: "cpu", "cuda" or "auto".
-        dtype: Default: fp32 on a CPU, fp16 on a GPU.
+        dtype: Default: see :func:`default_dtype`.
+        device_map: As of transformers, in the place of `device`; all layers must come to be on one
+            device.
 
     Returns:
         The model in evaluation mode with frozen weights, and its tokenizer.
@@ -78,13 +97,14 @@ def load_base_model(
     Raises:
         UserError: A file is damaged, lacks weights, or is not the manifest's.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where = resolve_device(device)
-    kind = dtype or (torch.float32 if where.type == "cpu" else torch.float16)
     if isinstance(model, ModelManifest):
         verify_model(model)
     directory = model.directory if isinstance(model, ModelManifest) else model
+    kind = dtype or default_dtype(_read_pretrained(AutoConfig, directory), where)
+    placed = {} if device_map is None else {"device_map": device_map}
     found, info = _read_pretrained(
         AutoModelForCausalLM,
         directory,
@@ -92,6 +112,7 @@ def load_base_model(
         attn_implementation="sdpa",
         use_safetensors=True,
         output_loading_info=True,
+        **placed,
     )
     # transformers fills these with random numbers and goes on.
     for key, what in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of")):
@@ -102,7 +123,7 @@ def load_base_model(
             )
     tokenizer = _read_pretrained(AutoTokenizer, directory)
     found.requires_grad_(False)
-    return found.to(where).eval(), tokenizer
+    return (found if placed else found.to(where)).eval(), tokenizer
 
 
 def load_tokenizer(model: str | Path | ModelManifest) -> tuple[Any, int]:
@@ -164,12 +185,12 @@ class QuantizedModel:
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return next(self.model.parameters()).device
+        return _embedding(self.model).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return next(self.model.parameters()).dtype
+        """Type of the activations, which that of quantized weights is not."""
+        return _embedding(self.model).dtype
 
     @property
     def max_positions(self) -> int:
@@ -219,37 +240,57 @@ class QuantizedModel:
 
 
 def load_quantized_model(
-    model: str | Path | ModelManifest,
+    model: str | Path | ModelManifest | nn.Module,
     scheme: SchemeSpec | None = None,
     *,
     quantizer: str | Path | None = None,
     device: str = "auto",
     dtype: torch.dtype | None = None,
+    device_map: Any = None,
+    tokenizer: Any = None,
 ) -> QuantizedModel:
     """Loads a model with the cache of a scheme, in one call.
 
     Args:
         model: Directory, hub id, or the manifest of a fetched model (then the quantizer is checked
-            against the weights' hash).
+            against the weights' hash); or a loaded transformers model, which is taken as it is,
+            with quantized weights too, and set to evaluation mode (a quantizer is then checked
+            against its shape alone).
         scheme: The scheme; None is the quantizer's, or the unquantized cache without one.
         quantizer: quantizer.json, for schemes that need calibration.
         device: "cpu", "cuda" or "auto".
-        dtype: Default: fp32 on a CPU, fp16 on a GPU.
+        dtype: Default: fp32 on a CPU; on a GPU bf16 for a checkpoint in bf16, else fp16.
+        device_map: As of transformers, in the place of `device`; all layers must come to be on one
+            device.
+        tokenizer: Of a loaded model; None takes the folder's, or none for a loaded model.
 
     Raises:
         UserError: A file or the architecture does not fit; the message says which.
     """
+    loaded = isinstance(model, nn.Module)
+    if loaded and (device != "auto" or dtype is not None or device_map is not None):
+        raise UserError("model: is loaded; move or convert it before it is given, not by options")
+    if device_map is not None and device != "auto":
+        raise UserError("device_map: says where the model goes; leave device out")
     spec = scheme or Fp16Scheme(kind="fp16")
     inputs = {"model": model.identity} if isinstance(model, ModelManifest) else {}
     tables = None
     if quantizer is not None:  # first: the cheapest check
-        file, where = Path(quantizer), resolve_device(device)
-        info, tables = load_quantizer(file, weights_sha256=_weights_sha256(model), device=where)
+        file, elsewhere = Path(quantizer), loaded or device_map is not None
+        where = torch.device("cpu") if elsewhere else resolve_device(device)
+        sha256 = None if isinstance(model, nn.Module) else _weights_sha256(model)
+        info, tables = load_quantizer(file, weights_sha256=sha256, device=where)
         spec = scheme or scheme_of(file, info)
         check_scheme(file, info, spec)
         inputs["quantizer"] = info.tensors_sha256
-    base, tokenizer = load_base_model(model, device=device, dtype=dtype)
+    base: Any = model
+    if isinstance(model, nn.Module):
+        model.eval()
+    else:
+        base, own = load_base_model(model, device=device, dtype=dtype, device_map=device_map)
+        tokenizer = own if tokenizer is None else tokenizer
     layers = attention_layers(base)
+    where = _one_device(base)
     if tables is not None:
         shape = (len(layers), *_kv_shape(base))
         if (info.num_layers, info.num_kv_heads, info.head_dim) != shape:
@@ -257,6 +298,7 @@ def load_quantized_model(
                 f"quantizer: {quantizer} is for {info.num_layers} layers of {info.num_kv_heads} x "
                 f"{info.head_dim}, the model has {shape[0]} of {shape[1]} x {shape[2]}"
             )
+        tables = [table.to(where) for table in tables]
     heads, dim = _kv_shape(base)
     codecs = build_codecs(spec, len(layers), tables)
     for codec in codecs or []:
@@ -278,6 +320,27 @@ def _weights_sha256(model: str | Path | ModelManifest) -> str | None:
     found, _ = hashes.of_all(names)
     hashes.remember()
     return found
+
+
+def _embedding(model: Any) -> torch.Tensor:
+    """Weights of the token embeddings, which are where inputs go and are not quantized."""
+    weight: torch.Tensor = model.get_input_embeddings().weight
+    return weight
+
+
+def _one_device(model: Any) -> torch.device:
+    """Where a model is.
+
+    Raises:
+        UserError: Its layers are on several devices, or offloaded.
+    """
+    found = {p.device for p in model.model.parameters()}
+    if len(found) > 1 or any(device.type == "meta" for device in found):
+        raise UserError(
+            f"device_map: the model is on {', '.join(sorted(map(str, found)))}; the quantized "
+            "cache needs all of it on one device (meta: weights that are offloaded)"
+        )
+    return next(iter(found))
 
 
 def _static_rope(model: Any) -> bool:
