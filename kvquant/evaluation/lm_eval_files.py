@@ -30,6 +30,16 @@ class _Lenient(yaml.SafeLoader):
 _Lenient.add_constructor("!function", lambda loader, node: str(node.value))
 
 
+def check_version() -> None:
+    """Refuses another version of lm-eval than the one that results are from.
+
+    Raises:
+        UserError: Names both.
+    """
+    if version("lm-eval") != PINNED:
+        raise UserError(f"lm-eval: version {version('lm-eval')} is installed, {PINNED} is needed")
+
+
 @functools.cache
 def task_folder(package: str) -> Path:
     """The folder of a package of tasks such as "lm_eval.tasks.ruler".
@@ -37,8 +47,7 @@ def task_folder(package: str) -> Path:
     Raises:
         UserError: Another version of lm-eval is installed than the one that results are from.
     """
-    if version("lm-eval") != PINNED:
-        raise UserError(f"lm-eval: version {version('lm-eval')} is installed, {PINNED} is needed")
+    check_version()
     parent, _, folder = package.rpartition(".")
     spec = importlib.util.find_spec(parent)
     assert spec is not None and spec.submodule_search_locations

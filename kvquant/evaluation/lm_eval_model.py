@@ -15,62 +15,44 @@ every token attends to quantized keys and values.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
-from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import model_registry, register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from pydantic import TypeAdapter, ValidationError
 
 from kvquant.cache import Protocol
-from kvquant.config import SchemeSpec, load_study
+from kvquant.config_models import DATE_STRING, parse_day
 from kvquant.errors import UserError
+from kvquant.evaluation.chat import has_template, with_fixed_day
+from kvquant.evaluation.likelihood import score
+from kvquant.evaluation.lm_eval_files import check_version
+from kvquant.evaluation.lm_eval_options import (
+    AnswerOptions,
+    checkpoint_dtype,
+    find_scheme,
+    finish,
+    read_answer_options,
+    read_batch_size,
+    read_dtype,
+    read_mapping,
+    read_tokenizer,
+    refuse_unknown,
+)
+from kvquant.fetch.progress import note
 from kvquant.generation import end_ids, greedy
-from kvquant.model_call import cache_argument
 from kvquant.models import load_quantized_model
-from kvquant.quantizer_file import read_quantizer, scheme_of
 from kvquant.specs import needs_calibration
 
 NAME = "kvquant"
-DEFAULT_NEW_TOKENS = 256
-GREEDY_ONLY = "model kvquant: answers are greedy; do_sample and temperature must not ask for more"
-
-
-def find_scheme(scheme: str | None, quantizer: str | None, study: str | None) -> SchemeSpec:
-    """A scheme by name: of a study file, of a quantizer.json, or `fp16` and `kivi-BITS`.
-
-    Raises:
-        UserError: The name is not known there, or the scheme needs a quantizer and has none.
-    """
-    if scheme is None and quantizer is None:
-        scheme = "fp16"
-    if study is not None and scheme is not None:
-        found: SchemeSpec = load_study(study).scheme(scheme)
-    elif quantizer is not None:
-        built = read_quantizer(Path(quantizer))
-        if scheme not in (None, built.scheme):
-            raise UserError(f"scheme: '{scheme}', but {quantizer} is for '{built.scheme}'")
-        found = scheme_of(Path(quantizer), built)
-    else:
-        assert scheme is not None
-        kind, _, bits = scheme.partition("-")
-        raw = {"kind": kind, "bits": int(bits)} if bits.isdigit() else {"kind": kind}
-        try:
-            found = TypeAdapter(SchemeSpec).validate_python(raw)
-        except ValidationError:
-            raise UserError(
-                f"scheme: '{scheme}' is only known with study=FILE or quantizer=FILE"
-            ) from None
-    if needs_calibration(found) and quantizer is None:
-        raise UserError(f"quantizer: scheme '{scheme}' needs quantizer=FILE")
-    return found
 
 
 class KVQuantLM(TemplateLM):  # type: ignore[misc]
-    """One model with the cache of one scheme."""
+    """One model with the cache of one scheme; its options mean what they mean to lm-eval's `hf`."""
 
     def __init__(
         self,
@@ -83,49 +65,125 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
         batch_size: int | str | None = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
+        *,
+        tokenizer: Any = None,
+        truncation: bool | None = False,
+        logits_cache: bool = True,
+        dtype: str | torch.dtype | None = None,
+        softmax_dtype: str | torch.dtype | None = None,
+        use_fast_tokenizer: bool | None = True,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        think_end_token: str | int | None = None,
+        enable_thinking: bool | None = None,
+        chat_template_args: dict[str, Any] | None = None,
+        **others: Any,
     ) -> None:
         """Loads the model.
 
         Args:
             pretrained: Directory or hub id.
-            scheme: Name of the scheme (see :func:`find_scheme`); None: the quantizer's, else fp16.
+            scheme: Name of the scheme (see :func:`find_scheme`).
             quantizer: quantizer.json, for schemes that need calibration.
             study: A study file that holds the scheme.
             protocol: "A" or "B", for the scoring of continuations; answers are always A.
-            max_length: Longest prompt and answer; default: the model's positions.
-            batch_size: Prompts that are answered together.
-            max_batch_size: Given by lm-eval, not used.
+            max_length: Longest prompt and answer; default: the model's positions, scaled ones
+                included.
+            batch_size: Prompts that are answered together; "auto" takes `max_batch_size` and is
+                halved where memory runs out.
+            max_batch_size: For "auto"; default 64.
             device: "cpu", "cuda" or "auto".
+            tokenizer: Another one: directory, hub id or object.
+            truncation: Whether the tokenizer cuts prompts to its own `model_max_length`.
+            logits_cache: Accepted; every continuation is scored by itself.
+            dtype: Of the weights; default: the library's own, "auto": the checkpoint's.
+            softmax_dtype: Of the log likelihoods; default fp32.
+            use_fast_tokenizer: Whether the tokenizer is the fast one.
+            add_bos_token: Whether texts get the tokenizer's special tokens; default: its own habit.
+            prefix_token_id: What stands before a text without context; default: BOS, else EOS.
+            think_end_token: Answers begin behind its last occurrence.
+            enable_thinking: Given to the chat template; True needs `think_end_token`.
+            chat_template_args: Further variables of the chat template.
+            others: Options of `hf` that this model lacks, at their defaults.
+
+        Raises:
+            UserError: An option is unknown, of a wrong value, or does not fit the model.
         """
+        check_version()
         super().__init__()
+        refuse_unknown(others, KNOWN)
         if protocol not in ("A", "B"):
             raise UserError(f"protocol: must be A or B (got '{protocol}')")
-        if not str(batch_size or 1).isdigit() or int(batch_size or 1) < 1:
-            raise UserError(f"batch_size: must be a positive number (got '{batch_size}')")
+        if enable_thinking and think_end_token is None:
+            raise UserError("enable_thinking: needs think_end_token, where answers begin")
+        self.batch_size = read_batch_size(batch_size, max_batch_size)
+        self.softmax_dtype = read_dtype("softmax_dtype", softmax_dtype) or torch.float32
+        self.chat_template_args = read_mapping("chat_template_args", chat_template_args)
+        if enable_thinking is not None:
+            self.chat_template_args["enable_thinking"] = enable_thinking
+        self.enable_thinking = enable_thinking
+        digits = isinstance(think_end_token, str) and think_end_token.isdigit()
+        self.think_end_token = int(think_end_token) if digits else think_end_token  # type: ignore[arg-type]
         spec = find_scheme(scheme, quantizer, study)
-        self._name = pretrained
+        self._name = str(pretrained)
         self.qm = load_quantized_model(
             pretrained,
             spec,
             quantizer=quantizer if needs_calibration(spec) else None,
             device=device or "auto",
+            dtype=checkpoint_dtype(pretrained) if dtype == "auto" else read_dtype("dtype", dtype),
         )
         self.tokenizer = self.qm.tokenizer
-        self.protocol = protocol
-        self.batch_size = int(batch_size or 1)
-        self.max_length = min(int(max_length or self.qm.max_positions), self.qm.max_positions)
+        if tokenizer or add_bos_token is not None or not use_fast_tokenizer:
+            chosen = {"use_fast": bool(use_fast_tokenizer)}
+            if add_bos_token is not None:
+                chosen["add_bos_token"] = add_bos_token
+            self.tokenizer = read_tokenizer(tokenizer or pretrained, chosen)
+        self.protocol, self.add_bos_token = protocol, add_bos_token
+        self.truncation, self.custom_prefix_token_id = bool(truncation), prefix_token_id
+        limit = self.qm.position_limit
+        self.max_length = limit if max_length is None else int(max_length)
+        if not 1 <= self.max_length <= limit:
+            raise UserError(f"max_length: {max_length}, but the model has {limit} positions")
+        penalty = getattr(self.qm.model.generation_config, "repetition_penalty", None)
+        if penalty not in (None, 1.0):
+            note(f"generation_config.json: repetition_penalty {penalty} is not applied")
 
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
-        ids = end_ids(self.qm)
-        return ids[0] if ids else 0
+        ids = [self.tokenizer.eos_token_id, *end_ids(self.qm)]
+        found = [int(token) for token in ids if token is not None]
+        if not found:
+            raise UserError(f"{self._name}: neither tokenizer nor model has an end token")
+        return found[0]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
-        first = self.tokenizer.bos_token_id
-        return self.eot_token_id if first is None else int(first)
+        """What stands before a text without context.
+
+        Raises:
+            UserError: Nothing does: the tokenizer has neither BOS nor EOS.
+        """
+        own = (
+            self.custom_prefix_token_id,
+            self.tokenizer.bos_token_id,
+            self.tokenizer.eos_token_id,
+        )
+        found = next((token for token in own if token is not None), None)
+        if found is None:
+            raise UserError(
+                f"prefix_token_id: the tokenizer of {self._name} has neither BOS nor EOS: give it"
+            )
+        return found
+
+    def _prefix(self) -> int | None:
+        ids = (
+            self.custom_prefix_token_id,
+            self.tokenizer.bos_token_id,
+            self.tokenizer.eos_token_id,
+        )
+        return next((int(token) for token in ids if token is not None), None)
 
     @property
     def tokenizer_name(self) -> str:
@@ -138,72 +196,117 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
         return self.qm.device
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
     ) -> list[int]:
-        """Token ids; a text that starts with the BOS token, as a chat turn may, gets no second."""
+        """Token ids; a text that starts with the prefix token, as turns may, gets no second."""
         special = add_special_tokens
         if special is None:
-            bos = self.tokenizer.bos_token
-            special = not (bos and string.startswith(bos))
-        found = self.tokenizer(string, add_special_tokens=special, verbose=False)
-        return list(found.input_ids)
+            special = self.add_bos_token is not False and not self._starts_with_prefix(string)
+        found = list(self.tokenizer(string, add_special_tokens=special, verbose=False).input_ids)
+        return found[-left_truncate_len:] if left_truncate_len else found
+
+    def _starts_with_prefix(self, string: str) -> bool:
+        ids = (
+            self.custom_prefix_token_id,
+            self.tokenizer.bos_token_id,
+            self.tokenizer.eos_token_id,
+        )
+        prefix = next((token for token in ids if token is not None), None)
+        return prefix is not None and string.startswith(str(self.tokenizer.decode([prefix])))
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as one prompt."""
-        if not getattr(self.tokenizer, "chat_template", None):
+        """A conversation as one prompt; templates that write a day write a fixed one."""
+        if not has_template(self.tokenizer):
             raise UserError(f"{self._name}: the tokenizer has no chat template")
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
+        day = parse_day(self.chat_template_args.get("date_string", DATE_STRING))
+        template = with_fixed_day(self.tokenizer.get_chat_template(), day)
 
-    def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template in use, for lm-eval's record; None where none is asked for."""
-        return self.tokenizer.chat_template if chat_template else None
+        def render(turns: list[dict[str, str]]) -> str:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    turns,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                    **self.chat_template_args,
+                )
+            )
+
+        try:
+            return render(chat_history)
+        except jinja2.exceptions.TemplateError:
+            note("the chat template takes no system turn: it is left out")
+            return render([turn for turn in chat_history if turn["role"] != "system"])
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Log likelihoods of continuations, and whether greedy decoding would give them.
+
+        Raises:
+            UserError: A continuation is empty, or the model thinks.
+        """
+        if self.enable_thinking:
+            raise UserError("enable_thinking: is for tasks with generated answers only")
+        for request in requests:
+            if not request.args[1]:
+                raise UserError("loglikelihood: a continuation is empty, so there is no score")
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return found
 
     def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
         """Log likelihood of a continuation, and whether greedy decoding would give it."""
+        count = len(continuation)
+        if not context or not count:
+            raise UserError("loglikelihood: a continuation adds no token, so there is no score")
+        if count > self.max_length:
+            raise UserError(
+                f"max_length: {self.max_length}, but a continuation alone has {count} tokens"
+            )
         tokens = (context + continuation)[-(self.max_length + 1) :]
-        count = min(len(continuation), len(tokens) - 1)
-        ids = torch.tensor([tokens[:-1]], device=self.qm.device)
-        goal = torch.tensor(tokens[-count:], device=self.qm.device)
-        cache = self.qm.new_cache(self.protocol)
-        decoder = self.qm.model.model
-        with torch.inference_mode():
-            # The last token of the context asks for the first of the continuation.
-            past = ids.shape[1] - count if self.protocol == "A" else 0
-            given = {**cache_argument(decoder, cache), "use_cache": True}
-            if past > 0:
-                decoder(input_ids=ids[:, :past], **given)
-            hidden = decoder(input_ids=ids[:, past:], **given)
-            head = self.qm.model.get_output_embeddings()
-            logits = head(hidden.last_hidden_state[0, -count:]).float().log_softmax(-1)
-            chosen = logits.gather(1, goal[:, None]).sum()
-        return float(chosen), bool((logits.argmax(-1) == goal).all())
+        return score(self.qm, self.protocol, tokens, count, self.softmax_dtype)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Scores of (texts, context tokens, continuation tokens)."""
         found = []
+        lengths = [len(context) + len(continuation) - 1 for _, context, continuation in requests]
+        self._note_cut(lengths, self.max_length)
         for texts, context, continuation in requests:
             found.append(self._score(context, continuation))
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, found[-1])
         return found
 
+    def _note_cut(self, lengths: list[int], limit: int) -> None:
+        """Says which prompts lose their beginning."""
+        if cut := [length for length in lengths if length > limit]:
+            note(
+                f"{len(cut)} of {len(lengths)} prompts, of up to {max(cut)} tokens, keep their "
+                f"last {limit} (max_length {self.max_length})"
+            )
+
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log likelihood of whole texts, in lm-eval's windows."""
+        """Log likelihood of whole texts, in lm-eval's windows.
+
+        The windows give each text its prefix token, so it is encoded without one: as by `hf` with
+        `add_bos_token=False`, which otherwise predicts BOS from BOS and counts it.
+        """
         totals = []
         for request in requests:
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            if tokens[:1] == [self.prefix_token_id]:  # the text brings its own
+                tokens = tokens[1:]
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
+                token_list=tokens,
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
@@ -213,45 +316,65 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
         return totals
 
+    def _encode_prompt(self, text: str) -> list[int]:
+        """A prompt's tokens, as `hf` encodes what is to be answered."""
+        bos = self.tokenizer.bos_token
+        own = True if self.add_bos_token is None else self.add_bos_token
+        special = own and not (bos and text.startswith(bos))
+        found = self.tokenizer(
+            text, add_special_tokens=special, truncation=self.truncation, verbose=False
+        )
+        return list(found.input_ids) or [self.prefix_token_id]
+
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy answers up to the first stop text, left out; prompts keep their last tokens."""
-        groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        """Greedy answers up to the first stop text, left out; prompts keep their last tokens.
+
+        Raises:
+            UserError: A request's options ask for something else.
+        """
+        end = self.tokenizer.eos_token
+        groups: dict[AnswerOptions, list[int]] = {}
         for index, request in enumerate(requests):
-            options = request.args[1]
-            if options.get("do_sample") and options.get("temperature", 1.0):
-                raise UserError(GREEDY_ONLY)
-            until = options.get("until") or []
-            stops = tuple([until] if isinstance(until, str) else until)
-            room = int(options.get("max_gen_toks") or DEFAULT_NEW_TOKENS)
-            groups.setdefault((room, stops), []).append(index)
+            groups.setdefault(read_answer_options(request.args[1], end), []).append(index)
         answers = [""] * len(requests)
-        for (room, stops), members in groups.items():
-            limit = self.max_length - room
+        for options, members in groups.items():
+            limit = self.max_length - options.new_tokens
             if limit < 1:
-                raise UserError(f"max_gen_toks: {room}, but the longest text is {self.max_length}")
-            members.sort(key=lambda index: len(requests[index].args[0]))
-            prompts = [self.tok_encode(requests[i].args[0])[-limit:] for i in members]
+                raise UserError(
+                    f"max_gen_toks: {options.new_tokens}, but the longest text is {self.max_length}"
+                )
+            prompts = [self._encode_prompt(requests[index].args[0]) for index in members]
+            self._note_cut([len(prompt) for prompt in prompts], limit)
             found = greedy(
                 self.qm,
-                [prompt or [self.prefix_token_id] for prompt in prompts],
-                room,
+                [prompt[-limit:] for prompt in prompts],
+                options.new_tokens,
                 batch_size=self.batch_size,
-                stop=functools.partial(self._stopped, stops),
+                eos_ids={*end_ids(self.qm), self.tokenizer.eos_token_id} - {None},
+                stop=functools.partial(self._stopped, options.stops),
             )
             for index, tokens in zip(members, found.tokens, strict=True):
-                text = self._decode(tokens)
-                for stop in filter(None, stops):
-                    text = text.split(stop)[0]
-                answers[index] = text
-                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                answers[index] = finish(self._decode, tokens, options.stops, self.think_end_token)
+                request = requests[index]
+                self.cache_hook.add_partial("generate_until", request.args, answers[index])
         return answers
 
     def _stopped(self, stops: tuple[str, ...], tokens: list[int]) -> bool:
-        return any(stop in self._decode(tokens) for stop in stops if stop)
+        """Whether an answer holds a stop text, which may be that of a special token."""
+        if not stops:
+            return False
+        text = str(self.tokenizer.decode(tokens, skip_special_tokens=False))
+        return any(stop in text for stop in stops)
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
+
+KNOWN = tuple(
+    name
+    for name, parameter in inspect.signature(KVQuantLM.__init__).parameters.items()
+    if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+)
 
 if NAME not in model_registry:
     register_model(NAME)(KVQuantLM)

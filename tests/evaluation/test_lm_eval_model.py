@@ -105,8 +105,6 @@ def test_bad_input_is_named(tiny_dir: Path, tmp_path: Path, model: Any) -> None:
         lm.KVQuantLM(str(tiny_dir), scheme="nuq3-1pct", device="cpu")
     with pytest.raises(UserError, match="no such file"):
         lm.KVQuantLM(str(tiny_dir), scheme="nuq3-1pct", quantizer=str(tmp_path / "q.json"))
-    with pytest.raises(UserError, match="batch_size"):
-        lm.KVQuantLM(str(tiny_dir), batch_size="auto", device="cpu")
     with pytest.raises(UserError, match="greedy"):
         model.generate_until([ask("a", {"do_sample": True, "temperature": 0.7})])
     with pytest.raises(UserError, match="max_gen_toks"):

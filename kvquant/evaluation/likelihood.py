@@ -1,0 +1,45 @@
+"""Log likelihood of the end of a text, read through a scheme's cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvquant.cache import Protocol
+from kvquant.finite import not_finite
+from kvquant.model_call import cache_argument
+
+
+@torch.inference_mode()
+def score(
+    qm: Any, protocol: Protocol, tokens: list[int], count: int, dtype: torch.dtype = torch.float32
+) -> tuple[float, bool]:
+    """Log likelihood of the last tokens of a text, and whether greedy decoding would give them.
+
+    Args:
+        qm: A `QuantizedModel`.
+        protocol: "A": what stands before fills the cache, the end reads it; "B": one forward pass.
+        tokens: Ids of the whole text.
+        count: How many of them are scored; at least one stands before.
+        dtype: Of the log likelihoods.
+
+    Raises:
+        NonFinite: A logit is NaN, or a scored one infinite.
+    """
+    ids = torch.tensor([tokens[:-1]], device=qm.device)
+    goal = torch.tensor(tokens[-count:], device=qm.device)
+    decoder, head = qm.model.model, qm.model.get_output_embeddings()
+    given = {**cache_argument(decoder, qm.new_cache(protocol)), "use_cache": True}
+    # The last token before the end asks for the first of the end.
+    past = ids.shape[1] - count if protocol == "A" else 0
+    if past > 0:
+        decoder(input_ids=ids[:, :past], **given)
+    hidden = decoder(input_ids=ids[:, past:], **given).last_hidden_state
+    logits = head(hidden[0, -count:]).float().log_softmax(-1, dtype=dtype)
+    chosen = logits.gather(1, goal[:, None])[:, 0]
+    good = chosen.isfinite() & ~logits.isnan().any(1)
+    if not good.all():
+        at = int((~good).int().argmax())
+        raise not_finite(qm, f"logits of token {at} of a continuation")
+    return float(chosen.sum()), bool((logits.argmax(-1) == goal).all())
