@@ -173,6 +173,17 @@ def read_manifest(path: str | Path) -> ModelManifest:
         raise UserError(f"{FIELD}: {file} is damaged ({error}): {AGAIN}") from None
 
 
+def manifest_beside(folder: str | Path) -> ModelManifest | None:
+    """The manifest that `fetch-model` left in a model's own folder, if it did."""
+    file = Path(folder) / "manifest.json"
+    if not file.is_file():
+        return None
+    raw = read_json(file, FIELD, AGAIN)
+    if not isinstance(raw, dict) or raw.get("directory") != "." or "files" not in raw:
+        return None  # another program's, or of a model elsewhere
+    return read_manifest(file)
+
+
 def study_manifest(path: str | Path, study: Study, model: str) -> ModelManifest:
     """Reads the manifest of a study's model; see :func:`read_manifest`.
 

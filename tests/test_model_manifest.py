@@ -213,6 +213,20 @@ def test_manifest_that_points_outside_or_is_of_wrong_types(
     assert len(str(error.value).splitlines()) == 1 and "manifest.json" in str(error.value)
 
 
+def test_a_fetched_folder_is_verified_without_its_manifest_being_named(
+    home: Path, manifest: Path
+) -> None:
+    facts = {**json.loads(manifest.read_text()), "source": "hub", "directory": "."}
+    (home / "manifest.json").write_text(json.dumps(facts))
+    assert load_quantized_model(home, device="cpu").inputs == {"model": facts["identity"]}
+    flip(home / "tokenizer.json")
+    for load in (load_base_model, load_quantized_model, load_tokenizer):
+        with pytest.raises(UserError, match=r"tokenizer\.json changed"):
+            load(str(home))
+    (home / "manifest.json").write_text("[]")  # another program's
+    load_tokenizer(save_tiny(home.parent / "plain"))
+
+
 def test_identity_follows_every_file_and_no_place(saved: Path, home: Path, tmp_path: Path) -> None:
     def fetched(folder: Path, name: str) -> str:
         found = fetch_model("m", ModelSpec(source="local", path=str(folder)), tmp_path / name)

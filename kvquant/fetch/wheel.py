@@ -176,10 +176,10 @@ def _run_pip(package: str, scratch: Path) -> Path:
     return wheels[0]
 
 
-def _sweep(folder: Path) -> None:
-    """Removes what a killed download left behind."""
-    for old in folder.glob(".download-*"):
-        owner = old.name.removeprefix(".download-")
+def sweep_scratch(folder: Path, prefix: str) -> None:
+    """Removes the scratch folders, named by process, of processes that ended before they did."""
+    for old in folder.glob(f"{prefix}*"):
+        owner = old.name.removeprefix(prefix)
         try:
             os.kill(int(owner), 0)
         except ProcessLookupError:
@@ -209,7 +209,7 @@ def get_wheel(package: str, sha256: str, folder: str | Path) -> Path:
         raise UserError(f"sha256: '{sha256}' must be 64 lower-case hexadecimal digits")
     store = Path(folder)
     make_folder(store, f"package {package}")
-    _sweep(store)
+    sweep_scratch(store, ".download-")
     stem = re.sub(r"[-_.]+", "_", match[1]).lower()
     for kept in sorted(store.glob("*.whl")):
         parts = kept.name.split("-")
