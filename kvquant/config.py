@@ -11,16 +11,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from kvquant.config_append import AppendSpec
+from kvquant.config_checks import problems
 from kvquant.config_kernels import KernelCase as KernelCase
 from kvquant.config_kernels import KernelsSpec as KernelsSpec
 from kvquant.config_models import CHAT_OPTIONS as CHAT_OPTIONS
 from kvquant.config_models import ModelSpec as ModelSpec
-from kvquant.config_paths import NAME, DeviceKey, PathVars
-from kvquant.config_schemes import KINDS, MAX_SEED, AnyScheme, CalibratedScheme, SchemeSpec, Strict
+from kvquant.config_numbers import (
+    MAX_BATCH,
+    MAX_NAMES,
+    MAX_REPS,
+    MAX_ROUNDS,
+    MAX_SAMPLES,
+    MAX_SECONDS,
+    MAX_TOKENS,
+)
+from kvquant.config_paths import DeviceKey, PathVars
+from kvquant.config_schemes import KINDS, MAX_SEED, AnyScheme, SchemeSpec, Strict
+from kvquant.config_schemes import CalibratedScheme as CalibratedScheme
 from kvquant.config_schemes import Fp8Scheme as Fp8Scheme
 from kvquant.config_schemes import Fp16Scheme as Fp16Scheme
 from kvquant.config_schemes import Fp16StaticScheme as Fp16StaticScheme
@@ -44,18 +54,22 @@ from kvquant.config_tasks import RulerTask as RulerTask
 from kvquant.config_tasks import TaskSpec as TaskSpec
 from kvquant.config_tasks import task_dataset as task_dataset
 from kvquant.errors import UserError, unknown
-from kvquant.files import read_text
+from kvquant.study_file import read_mapping
 
 
 class CalibrationSpec(Strict):
     """The text and the statistics from which non-uniform codebooks are built."""
 
     dataset: str = "essays"
-    windows: int = Field(16, ge=1, description="number of calibration windows")
-    window: int = Field(2048, ge=32, description="tokens in a window")
+    windows: int = Field(16, ge=1, le=MAX_SAMPLES, description="number of calibration windows")
+    window: int = Field(2048, ge=32, le=MAX_TOKENS, description="tokens in a window")
     seed: int = Field(0, ge=0, le=MAX_SEED)
-    sinks: int = Field(1, ge=0, description="first tokens of a window that are left out")
-    bins: int = Field(1024, ge=64, multiple_of=4, description="histogram bins per key channel")
+    sinks: int = Field(
+        1, ge=0, le=MAX_TOKENS, description="first tokens of a window that are left out"
+    )
+    bins: int = Field(
+        1024, ge=64, le=MAX_BATCH, multiple_of=4, description="histogram bins per key channel"
+    )
     outlier_fractions: list[float] = Field(
         [0.0, 0.01, 0.02], description="value outlier fractions that schemes may use"
     )
@@ -64,9 +78,9 @@ class CalibrationSpec(Strict):
 class Workload(Strict):
     """One throughput or energy workload."""
 
-    prompt: int = Field(ge=1, description="tokens of the longest prompt")
-    batch_size: int = Field(1, ge=1)
-    answer: int = Field(16, ge=0, description="decoded tokens")
+    prompt: int = Field(ge=1, le=MAX_TOKENS, description="tokens of the longest prompt")
+    batch_size: int = Field(1, ge=1, le=MAX_BATCH)
+    answer: int = Field(16, ge=0, le=MAX_TOKENS, description="decoded tokens")
     ragged: bool = Field(False, description="prompt lengths fall evenly to half of `prompt`")
     schemes: list[str] = Field(
         default_factory=list, description="empty: all that the stage measures"
@@ -78,10 +92,12 @@ class TimingSpec(Strict):
 
     workloads: dict[str, Workload] = Field(default_factory=dict)
     schemes: list[str] = Field(default_factory=list, description="empty: all schemes of the study")
-    reps: int = Field(1, ge=1, description="independent jobs per cell")
-    warmup: int = Field(5, ge=0)
-    iterations: int = Field(100, ge=1)
-    max_seconds: float = Field(120.0, gt=0, description="stop after this long (at least 5 rounds)")
+    reps: int = Field(1, ge=1, le=MAX_REPS, description="independent jobs per cell")
+    warmup: int = Field(5, ge=0, le=MAX_ROUNDS)
+    iterations: int = Field(100, ge=1, le=MAX_ROUNDS)
+    max_seconds: float = Field(
+        120.0, gt=0, le=MAX_SECONDS, description="stop after this long (at least 5 rounds)"
+    )
 
 
 class EnergySpec(Strict):
@@ -89,10 +105,10 @@ class EnergySpec(Strict):
 
     workloads: dict[str, Workload] = Field(default_factory=dict)
     schemes: list[str] = Field(default_factory=list, description="empty: all schemes of the study")
-    reps: int = Field(1, ge=1)
-    trials: int = Field(5, ge=1)
-    seconds: float = Field(5.0, gt=0)
-    idle_seconds: float = Field(5.0, ge=0)
+    reps: int = Field(1, ge=1, le=MAX_REPS)
+    trials: int = Field(5, ge=1, le=MAX_ROUNDS)
+    seconds: float = Field(5.0, gt=0, le=MAX_SECONDS)
+    idle_seconds: float = Field(5.0, ge=0, le=MAX_SECONDS)
     country: str = Field("POL", description="ISO code for CodeCarbon's offline carbon intensity")
 
 
@@ -104,9 +120,11 @@ class Study(Strict):
     device: DeviceKey = Field(
         "auto", description="name in perf and energy paths; 'auto' asks the GPU"
     )
-    gpus: int = Field(0, ge=0, description="GPUs of a throughput or energy job; 0: CPU study")
+    gpus: int = Field(
+        0, ge=0, le=64, description="GPUs of a throughput or energy job; 0: CPU study"
+    )
     protect: bool = Field(False, description="write-protect measured results")
-    seeds: list[int] = Field([0, 1, 2, 3, 4], min_length=1)
+    seeds: list[int] = Field([0, 1, 2, 3, 4], min_length=1, max_length=MAX_NAMES)
     baseline: str = "fp16"
     headline: str = Field("nuq3-1pct", description="the scheme whose claims are made")
     data_dir: str | None = None
@@ -124,68 +142,9 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:
-        groups: dict[str, Any] = {
-            "models": self.models,
-            "schemes": self.schemes,
-            "tasks": self.tasks,
-            "throughput.workloads": self.throughput.workloads,
-            "energy.workloads": self.energy.workloads,
-            "kernels.cases": self.kernel_cases(),
-            "study": [self.study],
-        }
-        for field, names in groups.items():
-            for name in names:
-                if not NAME.fullmatch(name):
-                    raise ValueError(f"{field}: '{name}' must be kebab case ({NAME.pattern})")
-        if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError("seeds: must be distinct and not negative")
-        if self.baseline not in self.schemes:
-            raise ValueError(f"baseline: '{self.baseline}' is not among the schemes")
-        for name, task in self.tasks.items():
-            if isinstance(task, RulerTask | LongBenchTask):
-                known = RULER_TASKS if isinstance(task, RulerTask) else LONGBENCH_TASKS
-                if task.task not in known:
-                    reason = unknown(f"{task.suite} task", task.task, known)
-                    raise ValueError(f"tasks.{name}.task: {reason}")
-        appended = self.append.schemes if self.append else []
-        for name in appended:
-            if name not in self.schemes:
-                raise ValueError(f"append.schemes: '{name}' is not among the schemes")
-        for label, case in self.kernel_cases().items():
-            for name in case.peers:
-                if name not in self.schemes or name in (self.baseline, self.headline):
-                    what = "measured anyway" if name in self.schemes else "not among the schemes"
-                    raise ValueError(f"kernels.cases.{label}.peers: '{name}' is {what}")
-        for field, chosen in (("throughput", self.throughput), ("energy", self.energy)):
-            named = [(f"{field}.schemes", name) for name in chosen.schemes]
-            for label, workload in chosen.workloads.items():
-                named += [(f"{field}.workloads.{label}.schemes", n) for n in workload.schemes]
-            for where, name in named:
-                if name not in self.schemes:
-                    raise ValueError(f"{where}: '{name}' is not among the schemes")
-        for name in self.evaluation.schemes:
-            if name not in self.schemes:
-                raise ValueError(f"evaluation.schemes: '{name}' is not among the schemes")
-        if self.evaluation.schemes and self.baseline not in self.evaluation.schemes:
-            raise ValueError(f"evaluation.schemes: the baseline '{self.baseline}' is missing")
-        for name, limited in self.evaluation.tasks.items():
-            if not self._chosen(name):
-                raise ValueError(f"evaluation.tasks: '{name}' is not among the evaluated schemes")
-            if name == self.baseline:
-                raise ValueError(
-                    f"evaluation.tasks: the baseline '{name}' runs all tasks; remove its line"
-                )
-            for wanted in limited:
-                if wanted not in self.tasks:
-                    reason = unknown("task", wanted, self.tasks)
-                    raise ValueError(f"evaluation.tasks.{name}: {reason}")
-        fractions = self.calibration.outlier_fractions
-        for name, scheme in self.schemes.items():
-            if isinstance(scheme, CalibratedScheme) and scheme.outliers not in fractions:
-                raise ValueError(
-                    f"schemes.{name}.outliers: {scheme.outliers} is not in "
-                    f"calibration.outlier_fractions {fractions}; add it there"
-                )
+        found = list(problems(self))
+        if found:
+            raise ValueError("\n".join(found))
         return self
 
     def model(self, name: str) -> ModelSpec:
@@ -282,6 +241,11 @@ def parse_study(raw: Any, where: str = "config") -> Study:
                 str(p) for i, p in enumerate(item["loc"]) if not (tagged and i == 2 and p in tags)
             )
             message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "lossy":
+                path = ".".join(filter(None, (path, str(item["ctx"]["field"]))))
+            if not path:  # of the study as a whole, a line a problem
+                lines += [f"{where}: {line}" for line in message.splitlines()]
+                continue
             if item["type"] == "extra_forbidden":
                 message = (
                     f"unknown key; known keys: {', '.join(sorted(Study.model_fields))}"
@@ -296,13 +260,7 @@ def parse_study(raw: Any, where: str = "config") -> Study:
 
 def load_study(path: str | Path) -> Study:
     """Reads a study from YAML or JSON."""
-    file = Path(path)
-    text = read_text(file, "--study")
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: not valid YAML: {str(error).splitlines()[0]}") from None
-    return parse_study(raw, where=str(file))
+    return parse_study(read_mapping(path), where=str(path))
 
 
 def json_schema() -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from kvquant.config_numbers import MAX_BATCH, MAX_MINUTES, MAX_ROUNDS, MAX_SECONDS, MAX_TOKENS
 from kvquant.config_schemes import Strict
 
 Measure = Literal["pack", "attention", "prefill", "steps", "layer-step", "continue"]
@@ -47,15 +48,17 @@ class KernelCase(Strict):
     """One shape of a model with random weights, and what is timed on it."""
 
     shape: ShapeName
-    batch: int = Field(1, ge=1, description="sequences")
-    tokens: int = Field(ge=32, multiple_of=32, description="tokens of the longest sequence")
+    batch: int = Field(1, ge=1, le=MAX_BATCH, description="sequences")
+    tokens: int = Field(
+        ge=32, le=MAX_TOKENS, multiple_of=32, description="tokens of the longest sequence"
+    )
     ragged: bool = Field(False, description="lengths of whole models' prompts fall to half")
     measure: list[Measure] = Field(min_length=1)
     peers: list[str] = Field(
         default_factory=list, description="schemes beside ours, in prefill and layer-step"
     )
-    steps: int = Field(1000, ge=20, description="decode steps of the whole model")
-    chunk: int = Field(512, ge=1, description="new tokens a sequence, in 'continue'")
+    steps: int = Field(1000, ge=20, le=MAX_ROUNDS, description="decode steps of the whole model")
+    chunk: int = Field(512, ge=1, le=MAX_TOKENS, description="new tokens a sequence, in 'continue'")
 
     @model_validator(mode="after")
     def _distinct(self) -> KernelCase:
@@ -72,9 +75,13 @@ class KernelsSpec(Strict):
     """Kernels of the headline scheme against copies, fp16 and peers; needs no model's weights."""
 
     cases: dict[str, KernelCase] = Field(min_length=1)
-    rounds: int = Field(20, ge=5, description="most rounds that count")
-    warmup: int = Field(1, ge=1, description="rounds before, which do not count")
-    max_seconds: float = Field(10.0, gt=0, description="after 5 rounds no round starts later")
-    slow_seconds: float = Field(2.0, gt=0, description="a side whose warm-up takes longer is slow")
-    slow_rounds: int = Field(2, ge=1, description="rounds of a slow side")
-    minutes: int = Field(10, ge=1, description="expected run time of a case")
+    rounds: int = Field(20, ge=5, le=MAX_ROUNDS, description="most rounds that count")
+    warmup: int = Field(1, ge=1, le=MAX_ROUNDS, description="rounds before, which do not count")
+    max_seconds: float = Field(
+        10.0, gt=0, le=MAX_SECONDS, description="after 5 rounds no round starts later"
+    )
+    slow_seconds: float = Field(
+        2.0, gt=0, le=MAX_SECONDS, description="a side whose warm-up takes longer is slow"
+    )
+    slow_rounds: int = Field(2, ge=1, le=MAX_ROUNDS, description="rounds of a slow side")
+    minutes: int = Field(10, ge=1, le=MAX_MINUTES, description="expected run time of a case")

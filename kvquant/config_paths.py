@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
+NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 PATHVARS = ("results", "paper", "logs", "cache")
 # Letters and digits of any language, and these:
 PLAIN = set("_./ @+=:,-")

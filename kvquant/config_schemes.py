@@ -5,21 +5,42 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     field_validator,
     model_serializer,
+    model_validator,
 )
+from pydantic_core import PydanticCustomError
+
+from kvquant.config_numbers import MAX_TOKENS, refuse_lossy
+from kvquant.errors import unknown
 
 MAX_SEED = 2**31 - 1
+# Names in the registry of kvquant.nuq, which this module cannot import; a test holds them together.
+DATATYPES = ("nuq", "nf", "uniform")
 
 
 class Strict(BaseModel):
     """Base of everything in a study file: no unknown keys, no changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written(cls, raw: Any) -> Any:
+        for name, value in raw.items() if isinstance(raw, dict) else ():
+            if name in cls.model_fields:
+                try:
+                    refuse_lossy(value, cls.model_fields[name].annotation)
+                except ValueError as error:
+                    context = {"field": name, "reason": str(error)}
+                    raise PydanticCustomError("lossy", "{reason}", context) from None
+        return raw
+
     # Options that came after results were published: at their default they are not written, so
     # that the digest of what was measured before them stays.
     later: ClassVar[tuple[str, ...]] = ()
@@ -31,6 +52,15 @@ class Strict(BaseModel):
             if getattr(self, name) == type(self).model_fields[name].default:
                 written.pop(name, None)
         return written
+
+
+def _known_datatype(name: str) -> str:
+    if name not in DATATYPES:
+        raise ValueError(str(unknown("datatype", name, DATATYPES)))
+    return name
+
+
+Datatype = Annotated[str, AfterValidator(_known_datatype)]
 
 
 class _Scheme(Strict):
@@ -53,7 +83,9 @@ class Fp16StaticScheme(_Scheme):
 
     quantizes: ClassVar[bool] = False
     kind: Literal["fp16-static"]
-    room: int = Field(256, ge=1, description="tokens allocated beyond the first call's")
+    room: int = Field(
+        256, ge=1, le=MAX_TOKENS, description="tokens allocated beyond the first call's"
+    )
 
 
 class NuqScheme(_Scheme):
@@ -62,9 +94,11 @@ class NuqScheme(_Scheme):
     kind: Literal["nuq"]
     bits: Literal[2, 3, 4]
     outliers: float = Field(0.01, ge=0.0, le=1.0, description="fraction of exact outliers")
-    sinks: int = Field(1, ge=0, description="first tokens of each sequence kept in fp16")
+    sinks: int = Field(
+        1, ge=0, le=MAX_TOKENS, description="first tokens of each sequence kept in fp16"
+    )
     block_size: Literal[32, 64, 128, 256, 512, 1024] = 64
-    datatype: str = Field("nuq", description="name in the registry of kvquant.nuq")
+    datatype: Datatype = Field("nuq", description="name in the registry of kvquant.nuq")
     weighting: Literal["fisher-range2", "fisher", "none"] = "fisher-range2"
     q_norm: bool = Field(False, description="match mean and variance of the quantized data")
 
@@ -75,17 +109,23 @@ class KiviScheme(_Scheme):
     later: ClassVar[tuple[str, ...]] = ("sinks",)
     kind: Literal["kivi"]
     bits: Literal[2, 3, 4]
-    group: int = Field(32, ge=8, description="elements that share a scale and a zero")
-    residual: int = Field(128, ge=0, description="most recent tokens kept in fp16")
-    sinks: int = Field(0, ge=0, description="first tokens of each sequence kept in 16 bits")
+    group: int = Field(
+        32, ge=8, le=MAX_TOKENS, description="elements that share a scale and a zero"
+    )
+    residual: int = Field(128, ge=0, le=MAX_TOKENS, description="most recent tokens kept in fp16")
+    sinks: int = Field(
+        0, ge=0, le=MAX_TOKENS, description="first tokens of each sequence kept in 16 bits"
+    )
 
 
 class _TokenScheme(_Scheme):
     """Options of schemes that quantize each token by itself."""
 
-    sinks: int = Field(0, ge=0, description="first tokens of each sequence kept in 16 bits")
+    sinks: int = Field(
+        0, ge=0, le=MAX_TOKENS, description="first tokens of each sequence kept in 16 bits"
+    )
     block_size: Literal[16, 32, 64, 128, 256] = Field(64, description="tokens packed at a time")
-    residual: int = Field(0, ge=0, description="most recent tokens kept in 16 bits")
+    residual: int = Field(0, ge=0, le=MAX_TOKENS, description="most recent tokens kept in 16 bits")
 
 
 class Fp8Scheme(_TokenScheme):
@@ -115,9 +155,13 @@ class KvquantRefScheme(_Scheme):
     kind: Literal["kvquant-ref"]
     bits: Literal[2, 3, 4]
     outliers: float = Field(0.01, ge=0.0, lt=0.5, description="fraction of exact outliers")
-    sinks: int = Field(1, ge=0, description="first tokens of each sequence kept in fp16")
-    room: int = Field(256, ge=1, description="tokens of dense codes allocated beyond the prompt's")
-    datatype: str = Field("nuq", description="name in the registry of kvquant.nuq")
+    sinks: int = Field(
+        1, ge=0, le=MAX_TOKENS, description="first tokens of each sequence kept in fp16"
+    )
+    room: int = Field(
+        256, ge=1, le=MAX_TOKENS, description="tokens of dense codes allocated beyond the prompt's"
+    )
+    datatype: Datatype = Field("nuq", description="name in the registry of kvquant.nuq")
     weighting: Literal["fisher-range2", "fisher", "none"] = "fisher-range2"
     q_norm: bool = Field(False, description="match mean and variance of the quantized data")
 
@@ -128,8 +172,12 @@ class HfQuantoScheme(_Scheme):
     protocols: ClassVar[tuple[str, ...]] = ("A",)
     kind: Literal["hf-quanto"]
     bits: Literal[2, 4]
-    group: int = Field(64, ge=8, description="elements that share a scale and a zero")
-    residual: int = Field(128, ge=1, description="16-bit tokens at which all is quantized again")
+    group: int = Field(
+        64, ge=8, le=MAX_TOKENS, description="elements that share a scale and a zero"
+    )
+    residual: int = Field(
+        128, ge=1, le=MAX_TOKENS, description="16-bit tokens at which all is quantized again"
+    )
 
 
 class HfHqqScheme(_Scheme):
@@ -139,9 +187,13 @@ class HfHqqScheme(_Scheme):
     batches: ClassVar[bool] = False  # groups run across sequences, levels are fitted to all
     kind: Literal["hf-hqq"]
     bits: int = Field(json_schema_extra={"enum": [2, 4, 8]}, description="2, 4 or 8")
-    group: int = Field(64, ge=8, description="elements that share a scale and a zero")
+    group: int = Field(
+        64, ge=8, le=MAX_TOKENS, description="elements that share a scale and a zero"
+    )
     axis: Literal[0, 1] = Field(0, description="0: groups of strided elements; 1: of neighbours")
-    residual: int = Field(128, ge=1, description="16-bit tokens at which all is quantized again")
+    residual: int = Field(
+        128, ge=1, le=MAX_TOKENS, description="16-bit tokens at which all is quantized again"
+    )
 
     @field_validator("bits")
     @classmethod

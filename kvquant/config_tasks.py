@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from kvquant.config_numbers import MAX_BATCH, MAX_MINUTES, MAX_SAMPLES, MAX_TOKENS, MAX_WINDOWS
 from kvquant.config_schemes import Strict
 
 # The tasks of the pinned lm-eval that the suites can run; tests hold these lists against it.
@@ -21,18 +22,30 @@ LONGBENCH_TASKS = (
 )
 
 
+TEXTS = ("essays", "wikitext2", "squad", "hotpotqa")  # of kvquant.fetch.data, beside LongBench's
+MIN_RULER_LENGTH = {"vt": 400}  # its shortest chain with instruction and answer
+
+
 class PerplexityTask(Strict):
     """Perplexity over non-overlapping windows; the seed moves the first window's offset."""
 
     suite: Literal["perplexity"]
     dataset: str = "wikitext2"
-    window: int = Field(2048, ge=0, description="tokens; 0 takes all positions of the model")
-    windows: int = Field(0, ge=0, description="windows a seed; 0 takes the whole text")
+    window: int = Field(
+        2048, ge=0, le=MAX_TOKENS, description="tokens; 0 takes all positions of the model"
+    )
+    windows: int = Field(
+        0, ge=0, le=MAX_WINDOWS, description="windows a seed; 0 takes the whole text"
+    )
     protocol: Literal["A", "B"] = "B"
-    chunk: int = Field(256, ge=1, description="tokens a chunk (protocol A)")
-    batch_size: int = Field(1, ge=1, description="most windows that go through the model together")
+    chunk: int = Field(256, ge=1, le=MAX_TOKENS, description="tokens a chunk (protocol A)")
+    batch_size: int = Field(
+        1, ge=1, le=MAX_BATCH, description="most windows that go through the model together"
+    )
     kl: bool = Field(True, description="also the KL divergence to the unquantized cache")
-    minutes: int = Field(30, ge=1, description="expected run time of one seed on one GPU")
+    minutes: int = Field(
+        30, ge=1, le=MAX_MINUTES, description="expected run time of one seed on one GPU"
+    )
 
     @model_validator(mode="after")
     def _window(self) -> PerplexityTask:
@@ -45,10 +58,14 @@ class PasskeyTask(Strict):
     """Passkey retrieval (Mohtashami and Jaggi, arXiv 2305.16300); the seed draws key and place."""
 
     suite: Literal["passkey"]
-    length: int = Field(1024, ge=128, description="prompt tokens")
-    samples: int = Field(10, ge=1, description="prompts a seed, their depths spread evenly")
-    batch_size: int = Field(4, ge=1)
-    minutes: int = Field(30, ge=1, description="expected run time of one seed on one GPU")
+    length: int = Field(1024, ge=128, le=MAX_TOKENS, description="prompt tokens")
+    samples: int = Field(
+        10, ge=1, le=MAX_SAMPLES, description="prompts a seed, their depths spread evenly"
+    )
+    batch_size: int = Field(4, ge=1, le=MAX_BATCH)
+    minutes: int = Field(
+        30, ge=1, le=MAX_MINUTES, description="expected run time of one seed on one GPU"
+    )
 
 
 class RulerTask(Strict):
@@ -56,11 +73,15 @@ class RulerTask(Strict):
 
     suite: Literal["ruler"]
     task: str = Field(description="niah_single_1, niah_single_2, niah_multikey_1, vt, ...")
-    length: int = Field(4096, ge=256, description="prompt plus answer tokens")
-    samples: int = Field(20, ge=1)
-    batch_size: int = Field(4, ge=1)
-    max_new_tokens: int = Field(0, ge=0, description="0 keeps RULER's own generation length")
-    minutes: int = Field(30, ge=1, description="expected run time of one seed on one GPU")
+    length: int = Field(4096, ge=256, le=MAX_TOKENS, description="prompt plus answer tokens")
+    samples: int = Field(20, ge=1, le=MAX_SAMPLES)
+    batch_size: int = Field(4, ge=1, le=MAX_BATCH)
+    max_new_tokens: int = Field(
+        0, ge=0, le=MAX_TOKENS, description="0 keeps RULER's own generation length"
+    )
+    minutes: int = Field(
+        30, ge=1, le=MAX_MINUTES, description="expected run time of one seed on one GPU"
+    )
 
 
 class LongBenchTask(Strict):
@@ -69,12 +90,21 @@ class LongBenchTask(Strict):
     suite: Literal["longbench"]
     task: str = Field(description="qasper, hotpotqa, gov_report, triviaqa, lcc, ...")
     length: int = Field(
-        8192, ge=256, description="prompt plus answer tokens; longer prompts lose their middle"
+        8192,
+        ge=256,
+        le=MAX_TOKENS,
+        description="prompt plus answer tokens; longer prompts lose their middle",
     )
-    samples: int = Field(0, ge=0, description="rows a seed draws; 0, or more than all, takes all")
-    batch_size: int = Field(4, ge=1)
-    max_new_tokens: int = Field(0, ge=0, description="0 keeps LongBench's own generation length")
-    minutes: int = Field(30, ge=1, description="expected run time of one seed on one GPU")
+    samples: int = Field(
+        0, ge=0, le=MAX_SAMPLES, description="rows a seed draws; 0, or more than all, takes all"
+    )
+    batch_size: int = Field(4, ge=1, le=MAX_BATCH)
+    max_new_tokens: int = Field(
+        0, ge=0, le=MAX_TOKENS, description="0 keeps LongBench's own generation length"
+    )
+    minutes: int = Field(
+        30, ge=1, le=MAX_MINUTES, description="expected run time of one seed on one GPU"
+    )
 
 
 TaskSpec = Annotated[

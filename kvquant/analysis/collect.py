@@ -30,6 +30,7 @@ from kvquant.records import (
     AGAIN,
     AppendRecord,
     EnergyRecord,
+    EnergySide,
     EvalRecord,
     KernelRecord,
     Percentiles,
@@ -132,6 +133,14 @@ def _side(prefix: str, side: Any) -> dict[str, Any]:
     return row
 
 
+def _trial_ratios(ours: EnergySide, base: EnergySide) -> dict[str, float | None]:
+    """Lowest and highest energy ratio of two trials that followed each other."""
+    sides = ([j / n for j, n in zip(s.joules, s.tokens, strict=True) if n] for s in (ours, base))
+    ratios = [a / b for a, b in zip(*sides, strict=False) if b > 0]
+    return {f"energy_ratio_{end}": f(ratios) if ratios else None
+            for end, f in (("low", min), ("high", max))}  # fmt: skip
+
+
 def _timed_rows(
     study: Study, results: Path, device: str, problems: Problems
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -168,6 +177,7 @@ def _timed_rows(
             row = {name: getattr(joules, name) for name in keys}
             row |= {"source": joules.source, "method": joules.method}
             row |= {"idle_watts": joules.idle_watts, "energy_ratio": joules.energy_ratio}
+            row |= _trial_ratios(joules.scheme_side, joules.baseline_side)
             for prefix, side in (("scheme", joules.scheme_side), ("base", joules.baseline_side)):
                 row[f"{prefix}_joules_per_token"] = side.joules_per_token
                 row[f"{prefix}_joules_per_token_above_idle"] = side.joules_per_token_above_idle

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
-import numpy as np
 import pandas as pd
 
+from kvquant.analysis import figure_list, pareto_figure
 from kvquant.analysis.append_figure import append_panels
 from kvquant.analysis.kernels_figure import (
     Looks,
@@ -21,6 +21,7 @@ from kvquant.analysis.kernels_figure import (
     ratio_panel,
     ratios,
 )
+from kvquant.analysis.labels import scheme_labels
 from kvquant.analysis.tables import read_table
 from kvquant.config import PasskeyTask, Study, load_study
 from kvquant.errors import UserError, unknown
@@ -58,36 +59,6 @@ def _look(study: Study, scheme: str) -> tuple[str, str]:
     return COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
 
 
-def _loss_panel(axis: Any, study: Study, pareto: pd.DataFrame, tests: pd.DataFrame, x: str) -> None:
-    """Perplexity increase against one cost axis, with confidence intervals over seeds."""
-    language = tests[tests.suite == "perplexity"]
-    for row in pareto.itertuples():
-        color, marker = _look(study, row.scheme)
-        cost = getattr(row, x)
-        if np.isnan(cost) or np.isnan(row.perplexity_change):
-            continue
-        mine = language[(language.scheme == row.scheme) & (language.model == row.model)]
-        error = None
-        if len(mine):
-            low = (mine.difference - mine.ci_low).mean()
-            high = (mine.ci_high - mine.difference).mean()
-            error = [[low], [high]]
-        axis.errorbar(
-            cost,
-            row.perplexity_change,
-            yerr=error,
-            fmt=marker,
-            color=color,
-            mfc="white" if row.dominated else color,
-            elinewidth=0.8,
-            capsize=2,
-            label=row.scheme,
-            zorder=3,
-        )
-    axis.axhline(0, color="#888888", linewidth=0.6, zorder=1)
-    _loss_scale(axis, "y")
-
-
 def _loss_scale(axis: Any, which: Literal["x", "y"]) -> None:
     """A scale for losses from nothing to a hundred: linear below 1, logarithmic above."""
     getattr(axis, f"set_{which}scale")("symlog", linthresh=1.0, linscale=0.7)
@@ -101,24 +72,47 @@ def _loss_scale(axis: Any, which: Literal["x", "y"]) -> None:
 
 
 def pareto(study: Study, tables: Path) -> Any:
-    """Perplexity loss against bits, prefill speed and energy."""
-    frame, tests = read_table(tables, "pareto"), read_table(tables, "tests")
-    figure, axes = plt.subplots(3, 1, figsize=(WIDTH, 5.2), sharey=True)
-    source = frame["energy_source"].iloc[0]
-    note = ", estimated" if "estimated" in str(source) else ""
-    panels = (
-        ("bits_per_element", "bits per element, all included (less is better)"),
-        ("prefill_ratio", "prefill speed over fp16 (more is better)"),
-        ("energy_ratio", f"energy per token over fp16{note} (less is better)"),
+    """Accuracy lost against bits, speed and energy: a column per model, a row per workload."""
+    names = ("eval", "tests", "perf", "energy")
+    found = pareto_figure.panels(study, *(read_table(tables, name) for name in names))
+    if not found:
+        raise UserError("figure pareto: no scheme has a finite difference to the baseline")
+    models = list(study.models)
+    wide = max(WIDTH, 2.7 * len(models))
+    labels = scheme_labels(study)
+    seen = set(pd.concat([panel.points for panel in found]).scheme)
+    looks = {s: _look(study, s) for s in study.schemes}
+    handles = [
+        plt.Line2D([], [], color=looks[s][0], marker=looks[s][1], linestyle="", label=labels[s])
+        for s in study.schemes
+        if s in seen
+    ]
+    columns = max(1, int(wide / (0.35 + 0.052 * max(len(h.get_label()) for h in handles))))
+    legend_rows = -(-len(handles) // columns)
+    height = 0.5 + 1.85 * len(found) + 0.14 * legend_rows
+    figure, axes = plt.subplots(
+        len(found), len(models), figsize=(wide, height), sharey=True, squeeze=False
     )
-    for axis, (column, label) in zip(axes, panels, strict=True):
-        _loss_panel(axis, study, frame, tests, column)
-        axis.set_xlabel(label)
-        axis.margins(x=0.08)
-    axes[1].set_ylabel("perplexity increase over fp16 (less is better)")
-    handles, labels = axes[0].get_legend_handles_labels()
+    for row, panel in zip(axes, found, strict=True):
+        for axis, model in zip(row, models, strict=True):
+            pareto_figure.draw(axis, panel, model, looks)
+            _loss_scale(axis, "y")
+            better = "more" if panel.more_is_better else "less"
+            axis.set_xlabel(f"{panel.label}; {better} is better")
+    if len(models) > 1:
+        for axis, model in zip(axes[0], models, strict=True):
+            axis.set_title(model, fontsize=7.5)
+    task = pareto_figure.quality_task(study)
+    assert task is not None
+    label = pareto_figure.quality_label(study, task)
+    figure.supylabel(f"{label} (less is better)", fontsize=7.5)
     figure.legend(
-        handles, labels, loc="outside upper center", ncols=3, frameon=False, handletextpad=0.2
+        handles=handles,
+        loc="outside upper center",
+        ncols=columns,
+        frameon=False,
+        handletextpad=0.2,
+        columnspacing=1.0,
     )
     return figure
 
@@ -161,48 +155,73 @@ def perplexity(study: Study, tables: Path) -> Any:
     return figure
 
 
+def _speed_marks(
+    axis: Any, study: Study, perf: pd.DataFrame, part: str, schemes: list[str], workloads: list[str]
+) -> None:
+    """One part of the speed of a model's schemes: all repetitions of a cell are one mark."""
+    apart = min(0.25, 0.8 / max(1, len(workloads)))  # a scheme's workloads stay in its row
+    for i, scheme in enumerate(schemes):
+        color, _ = _look(study, scheme)
+        for w, workload in enumerate(workloads):
+            rows = perf[(perf.scheme == scheme) & (perf.workload == workload)]
+            if not len(rows):
+                continue
+            place = i + (w - (len(workloads) - 1) / 2) * apart
+            ratios = rows[f"{part}_ratio"].astype(float)
+            timed = rows[ratios.notna()]
+            if not len(timed):
+                if "scheme_status" in rows and (rows.scheme_status == "oom").any():
+                    style = {"fontsize": 5.5, "va": "center", "color": "#666666"}
+                    axis.annotate(
+                        "out of memory", (0, place), (3, 0), textcoords="offset points", **style
+                    )
+                continue
+            ratio = ratios.median()
+            base = timed[f"base_{part}_ms_median"].astype(float)
+            low, high = (base / timed[f"scheme_{part}_ms_{p}"] for p in ("p90", "p10"))
+            low, high = min(low.min(), ratios.min()), max(high.max(), ratios.max())
+            axis.errorbar(
+                ratio,
+                place,
+                xerr=[[max(0.0, ratio - low)], [max(0.0, high - ratio)]],
+                fmt=MARKERS[w % len(MARKERS)],
+                color=color,
+                capsize=2,
+                elinewidth=0.8,
+                ms=4,
+            )
+    axis.axvline(1, color="#888888", linewidth=0.8)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlim(left=0)
+
+
 def throughput(study: Study, tables: Path) -> Any:
-    """Prefill and decode speed over the baseline, by workload."""
+    """Prefill and decode speed over the baseline, by workload, a row of panels per model."""
     perf = read_table(tables, "perf")
     workloads = list(dict.fromkeys(perf["workload"])) if len(perf) else []
     schemes = [s for s in study.schemes if s in set(perf["scheme"])] if len(perf) else []
-    size = (WIDTH, max(2.3, 0.5 + _height(len(schemes))))
-    marks = [MARKERS[w % len(MARKERS)] for w in range(len(workloads))]
-    apart = min(0.25, 0.8 / max(1, len(workloads)))  # a scheme's workloads stay in its row
-    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True)
-    for axis, part in zip(axes, ("prefill", "decode"), strict=True):
-        for i, scheme in enumerate(schemes):
-            color, _ = _look(study, scheme)
-            for w, (workload, mark) in enumerate(zip(workloads, marks, strict=True)):
-                rows = perf[(perf.scheme == scheme) & (perf.workload == workload)]
-                if not len(rows):
-                    continue
-                row = rows.iloc[0]
-                ratio = row[f"{part}_ratio"]
-                if ratio is None or np.isnan(ratio):
-                    continue
-                base = row[f"base_{part}_ms_median"]
-                ends = [base / row[f"scheme_{part}_ms_{p}"] for p in ("p90", "p10")]
-                place = i + (w - (len(workloads) - 1) / 2) * apart
-                axis.errorbar(
-                    ratio,
-                    place,
-                    xerr=[[max(0.0, ratio - ends[0])], [max(0.0, ends[1] - ratio)]],
-                    fmt=mark,
-                    color=color,
-                    capsize=2,
-                    elinewidth=0.8,
-                    ms=4,
-                )
-        axis.axvline(1, color="#888888", linewidth=0.8)
-        axis.set_xlabel(f"{part} speed over fp16")
-        axis.grid(axis="y", visible=False)
-        axis.set_xlim(left=0)
-    axes[0].set_yticks(range(len(schemes)), schemes)
-    axes[0].set_ylim(len(schemes) - 0.5, -0.5)
+    models = list(study.models)
+    several = len(models) > 1
+    one = max(1.9, 0.2 + _height(len(schemes)))
+    size = (WIDTH, 0.4 + (one + 0.2) * len(models))
+    figure, axes = plt.subplots(
+        len(models), 2, figsize=size, sharey=True, sharex="col", squeeze=False
+    )
+    for row, model in zip(axes, models, strict=True):
+        mine = perf[perf.model == model] if several else perf
+        for axis, part in zip(row, ("prefill", "decode"), strict=True):
+            _speed_marks(axis, study, mine, part, schemes, workloads)
+            if axis is axes[-1][0] or axis is axes[-1][1]:
+                axis.set_xlabel(f"{part} speed over fp16")
+        if several:
+            row[0].set_title(model, fontsize=7, loc="left")
+        row[0].set_yticks(range(len(schemes)), schemes)
+    axes[0][0].set_ylim(len(schemes) - 0.5, -0.5)
     handles = [
-        plt.Line2D([], [], color="#444444", marker=mark, linestyle="", label=name)
-        for name, mark in zip(workloads, marks, strict=True)
+        plt.Line2D(
+            [], [], color="#444444", marker=MARKERS[w % len(MARKERS)], linestyle="", label=name
+        )
+        for w, name in enumerate(workloads)
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
     return figure
@@ -213,11 +232,10 @@ def passkey(study: Study, tables: Path) -> Any:
 
     A task of n samples a seed puts key `i` into the i-th of n equal parts of its filler.
     """
+    figure_list.check(study, "passkey")
     samples = read_table(tables, "samples")
     tasks = {name: t for name, t in study.tasks.items() if isinstance(t, PasskeyTask)}
     lengths = sorted({task.length for task in tasks.values()})
-    if len(lengths) < 2:
-        raise UserError("figure passkey: the study has passkey tasks of fewer than two lengths")
     depths = min(DEPTHS, *(task.samples for task in tasks.values()))
     found = samples[samples.task.isin(tasks)]
     count = found.task.map(lambda name: tasks[name].samples).astype(int)
@@ -254,8 +272,8 @@ def passkey(study: Study, tables: Path) -> Any:
 
 def append(study: Study, tables: Path) -> Any:
     """Cost of an appended token against the tokens already in the cache."""
-    if study.append is None:
-        raise UserError("figure append: this study has no section 'append'")
+    figure_list.check(study, "append")
+    assert study.append is not None
     points = read_table(tables, "append")
     looks = {scheme: _look(study, scheme) for scheme in study.append_schemes()}
     chunks = study.append.chunks
@@ -273,8 +291,7 @@ def append(study: Study, tables: Path) -> Any:
 
 def kernels(study: Study, tables: Path) -> Any:
     """Kernels against the rate of a copy, against fp16, and against peers."""
-    if study.kernels is None:
-        raise UserError("figure kernels: this study has no section 'kernels'")
+    figure_list.check(study, "kernels")
     rows = read_table(tables, "kernels")
     above, middle, peers = rates(rows), ratios(rows), rows[rows.role == "peer"]
     counts = [n for n in (len(above), len(middle), peers.side.nunique()) if n]
@@ -328,6 +345,7 @@ def run(args: argparse.Namespace) -> None:
     if args.figure not in FIGURES:
         raise unknown("figure", args.figure, FIGURES)
     study = load_study(args.study)
+    figure_list.check(study, args.figure)
     with plt.rc_context(STYLE):
         figure = FIGURES[args.figure](study, args.tables)
         for file in args.out:

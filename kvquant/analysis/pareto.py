@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from kvquant.analysis.tables import read_table, write_table
-from kvquant.config import Study, load_study
+from kvquant.config import EnergySpec, Study, TimingSpec, load_study
 
 SCORED = ("passkey", "ruler", "longbench")  # suites of a score in percent
 
@@ -39,6 +39,22 @@ def dominated(costs: np.ndarray) -> np.ndarray:
     return out
 
 
+def first_workload(spec: TimingSpec | EnergySpec, *, answered: bool = False) -> str | None:
+    """The workload that stands for a stage where one number is asked for: the study's first.
+
+    Args:
+        spec: The stage.
+        answered: Of those that decode an answer.
+    """
+    names = [name for name, w in spec.workloads.items() if w.answer > 0 or not answered]
+    return names[0] if names else None
+
+
+def counted(energy: pd.DataFrame) -> pd.DataFrame:
+    """Energy rows that were measured by counters; an estimate may be off by more than schemes."""
+    return energy[energy["source"] != "estimated"] if "source" in energy else energy
+
+
 def _bits(rows: pd.DataFrame) -> float:
     """Bits an element; NaN for a scheme that is timed only."""
     return 8 * rows.cache_bytes.sum() / rows.cache_elements.sum() if len(rows) else np.nan
@@ -52,7 +68,13 @@ def pareto_table(
     `bits_per_element` is that of the first perplexity task, or of all tasks without one: contexts
     of one length, so that schemes are compared under the same share of 16-bit tokens. `kl` is the
     mean over perplexity tasks; it does not count for dominance, as perplexity shows that damage.
+    Speeds are of the study's first throughput workload (decode: of the first with an answer),
+    energy is of the first energy workload and only where counters measured it; medians over
+    repetitions.
     """
+    prefill, energy_of = first_workload(study.throughput), first_workload(study.energy)
+    decode = first_workload(study.throughput, answered=True)
+    measured = counted(energy)
     rows = []
     for model in study.models:
         for scheme in study.schemes:
@@ -74,20 +96,25 @@ def pareto_table(
             sized = language if len(language) else mine
             row["bits_per_element"] = _bits(sized)
             row["bits_all_tasks"] = _bits(mine)
-            for name, table, column in (
-                ("prefill_ratio", perf, "prefill_ratio"),
-                ("decode_ratio", perf, "decode_ratio"),
-                ("quantize_share", perf, "quantize_share"),
-                ("energy_ratio", energy, "energy_ratio"),
+            for column, table, workload in (
+                ("prefill_ratio", perf, prefill),
+                ("decode_ratio", perf, decode),
+                ("quantize_share", perf, prefill),
+                ("energy_ratio", measured, energy_of),
             ):
-                value = np.nan
-                if scheme == study.baseline:
-                    value = 0.0 if column == "quantize_share" else 1.0
-                elif column in table:
-                    chosen = table[(table.model == model) & (table.scheme == scheme)][column]
-                    value = chosen.dropna().median() if len(chosen.dropna()) else np.nan
-                row[name] = value
-            sources: list[str] = list(energy["source"].unique()) if "source" in energy else []
+                row[column] = np.nan
+                if column not in table:
+                    continue
+                there = table[(table.model == model) & (table.workload == workload)]
+                if scheme == study.baseline and there[column].notna().any():
+                    row[column] = 0.0 if column == "quantize_share" else 1.0
+                chosen = there[there.scheme == scheme][column].astype(float).dropna()
+                if len(chosen):
+                    row[column] = chosen.median()
+            row["prefill_workload"] = prefill or ""
+            row["energy_workload"] = energy_of or ""
+            there = energy[energy.model == model] if "source" in energy else energy
+            sources: list[str] = list(there["source"].unique()) if len(there) else []
             row["energy_source"] = ",".join(sorted(sources)) or "not measured"
             rows.append(row)
     table = pd.DataFrame(rows)

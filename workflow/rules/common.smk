@@ -14,6 +14,7 @@ from kvquant.grid import CPUS_PER_GPU, grid_lines, place_in_line, request
 from kvquant.provenance import device_name
 from kvquant.run_lock import hold
 from kvquant.slurm import prepare
+from kvquant.study_file import read_mapping
 
 # `python` of the rules is the one that runs Snakemake, also where its environment is not active.
 FOLDER, FOLDERS = str(Path(sys.executable).parent), os.environ.get("PATH", "").split(os.pathsep)
@@ -21,6 +22,9 @@ if FOLDER not in FOLDERS:
     os.environ["PATH"] = os.pathsep.join([FOLDER, *FOLDERS])
 
 try:
+    # Snakemake has read them leniently: of a key that stands twice it takes the last.
+    for file in workflow.configfiles:
+        read_mapping(file, "--configfile")
     STUDY = parse_study(config)
     if STUDY.data_dir is not None and not Path(STUDY.data_dir).is_dir():
         raise UserError(f"data_dir: no such folder: {STUDY.data_dir}")

@@ -1,0 +1,224 @@
+"""The paper of several models and repetitions: it compiles, and every table tells rows apart."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+import pytest
+import yaml
+
+from kvquant.analysis import claims, figure_list, figures, latex
+from kvquant.analysis.claims import load_tables
+from kvquant.config import Study, load_study, parse_study
+from tests.analysis.plausible import write_tables
+
+REPS = 2
+TITLE = r"50 % of #1 & $2 {x} a_b \ ~ ^ é ß µ 中 <>"
+
+
+def two_models(root: Path, **changes: Any) -> dict[str, Any]:
+    """The paper's own study with two repetitions of all that is timed."""
+    raw = yaml.safe_load((root / "config/config.yaml").read_text(encoding="utf-8"))
+    for stage in ("throughput", "energy"):
+        raw[stage] = {**raw[stage], "reps": REPS}
+    raw["energy"]["schemes"] = ["nuq3-1pct", "kivi-4"]
+    del raw["append"], raw["kernels"]
+    return {**raw, "title": TITLE, **changes}
+
+
+def build(study: Study, folder: Path) -> Path:
+    """All that the rules of the paper make, from plausible tables."""
+    tables, paper = folder / "tables", folder / "paper"
+    write_tables(study, tables)
+    file = folder / "study.json"
+    file.write_text(study.model_dump_json(), encoding="utf-8")
+    common = {"study": str(file), "tables": tables}
+    claims.run(
+        argparse.Namespace(**common, out=tables / "claims.csv", tex=paper / "tables/claims.tex")
+    )
+    latex.run(
+        argparse.Namespace(
+            **common, out_dir=paper / "tables", numbers=paper / "numbers.tex", present=False
+        )
+    )
+    for name in figure_list.shown(study):
+        out = [paper / f"figures/{name}.pdf"]
+        figures.run(argparse.Namespace(**common, figure=name, out=out))
+    return paper
+
+
+def compiled(root: Path, paper: Path) -> str:
+    """The text of the compiled paper; fails on an error and on a box that leaves the page."""
+    for tool in ("latexmk", "pdflatex", "pdftotext"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    shutil.copy(root / "paper/main.tex", paper)
+    done = subprocess.run(
+        ["latexmk", "-pdf", "-interaction=nonstopmode", "-halt-on-error", "main.tex"],
+        cwd=paper,
+        capture_output=True,
+        check=False,
+        timeout=180,
+    )
+    log = (paper / "main.log").read_text(encoding="latin-1")
+    assert done.returncode == 0, log[-3000:]
+    assert "undefined" not in log.split("LaTeX Font Info")[-1]
+    wide = [float(w) for w in re.findall(r"Overfull \\hbox \(([\d.]+)pt too wide", log)]
+    assert not [w for w in wide if w > 3], wide
+    high = [float(w) for w in re.findall(r"Overfull \\vbox \(([\d.]+)pt too high", log)]
+    assert not [w for w in high if w > 3], high
+    text = subprocess.run(
+        ["pdftotext", "-layout", "main.pdf", "-"], cwd=paper, capture_output=True, check=True
+    )
+    return text.stdout.decode()
+
+
+@pytest.fixture(scope="module")
+def study(root: Path) -> Study:
+    return parse_study(two_models(root))
+
+
+@pytest.fixture(scope="module")
+def paper(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(study, tmp_path_factory.mktemp("paper"))
+
+
+def cells(file: Path) -> list[list[str]]:
+    """Cells of every line of a table, its head first."""
+    lines = [x for x in file.read_text(encoding="utf-8").splitlines() if x.endswith(r"\\")]
+    return [[c.strip() for c in line.removesuffix(r"\\").split(" & ")] for line in lines]
+
+
+def test_it_compiles_and_shows_every_model(root: Path, study: Study, paper: Path) -> None:
+    text = compiled(root, paper)
+    for name in (*study.models, *study.throughput.workloads):
+        assert name in text
+    for words in ("50 % of #1 & $2 {x} a", "(U+4E2D)", "Energy of whole jobs", "All comparisons"):
+        assert words in text
+
+
+@pytest.mark.parametrize("name", sorted(latex.TABLES))
+def test_rows_are_told_apart(study: Study, paper: Path, name: str) -> None:
+    """In every table the model is a column, and no two rows have the same labels."""
+    head, *rows = cells(paper / f"tables/{name}.tex")
+    assert head[0] == "model" and {row[0] for row in rows} == set(study.models)
+    labels = [i for i, h in enumerate(head) if h in ("model", "task", "workload", "scheme", "rep")]
+    keys = [tuple(row[i] for i in labels) for row in rows]
+    assert len(keys) == len(set(keys)), name
+
+
+def test_every_repetition_has_its_row(study: Study, paper: Path) -> None:
+    for name, measured in (
+        ("throughput", study.throughput_cells()),
+        ("energy", study.energy_cells()),
+    ):
+        head, *rows = cells(paper / f"tables/{name}.tex")
+        assert "rep" in head and len(rows) == len(study.models) * len(measured)
+        assert {row[head.index("rep")] for row in rows} == {"1", "2"}
+
+
+def test_headline_macros_name_every_model(study: Study, paper: Path) -> None:
+    text = (paper / "numbers.tex").read_text(encoding="utf-8")
+    for word in ("Bits", "Loss", "Prefill", "Kl"):
+        (value,) = re.findall(rf"\\newcommand{{\\kvHeadline{word}}}{{(.*)}}", text)
+        assert all(f"({model})" in value for model in study.models), value
+    names = re.findall(r"\\newcommand{\\(\w+)}", text)
+    assert len(names) == len(set(names)) and all(name.isalpha() for name in names)
+
+
+def test_claims_are_judged_per_model(study: Study, paper: Path) -> None:
+    table = pd.read_csv(paper.parent / "tables/claims.csv")
+    for _, rows in table.groupby("claim", sort=False):
+        assert set(rows.model) in ({*study.models}, {"any"}), rows
+    assert table.groupby(["claim", "model"]).size().max() == 1
+
+
+def axes_of(figure: matplotlib.figure.Figure) -> dict[str, int]:
+    """Marks of every panel that has a title."""
+    return {a.get_title() or a.get_title("left"): len(a.containers) for a in figure.axes}
+
+
+def test_throughput_draws_every_model_and_repetition(study: Study, paper: Path) -> None:
+    """A mark spans all repetitions: the medians of one rep alone give another picture."""
+    perf = pd.read_parquet(paper.parent / "tables/perf.parquet")
+    figure = figures.throughput(study, paper.parent / "tables")
+    assert len(figure.axes) == 2 * len(study.models)
+    for axes, model in zip(zip(*[iter(figure.axes)] * 2, strict=True), study.models, strict=True):
+        assert axes[0].get_title("left") == model
+        mine = perf[perf.model == model]
+        drawn = sorted(float(bars.lines[0].get_xdata()[0]) for bars in axes[0].containers)
+        expected = mine.groupby(["scheme", "workload"]).prefill_ratio.median().dropna()
+        assert drawn == pytest.approx(sorted(expected))
+    figures.plt.close(figure)
+
+
+def test_pareto_tells_models_and_workloads_apart(study: Study, paper: Path) -> None:
+    figure = figures.pareto(study, paper.parent / "tables")
+    rows = 1 + len(study.throughput.workloads) + len(study.energy.workloads)
+    assert len(figure.axes) == rows * len(study.models)
+    titles = [axis.get_title() for axis in figure.axes[: len(study.models)]]
+    assert titles == list(study.models)
+    named = [axis.get_xlabel() for axis in figure.axes]
+    for workload in (*study.throughput.workloads, *study.energy.workloads):
+        assert sum(f"({workload})" in label for label in named) >= len(study.models)
+    legend = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert "NUQ 3-bit + 1 % outliers" in legend and not legend & set(study.schemes)
+    for axis in figure.axes:
+        for bars in axis.containers:
+            assert bars.has_yerr and bars.has_xerr
+    figures.plt.close(figure)
+
+
+def test_estimated_energy_is_not_in_the_pareto(study: Study, paper: Path, tmp_path: Path) -> None:
+    shutil.copytree(paper.parent / "tables", tmp_path, dirs_exist_ok=True)
+    energy = pd.read_parquet(tmp_path / "energy.parquet").assign(source="estimated")
+    energy.to_parquet(tmp_path / "energy.parquet")
+    figure = figures.pareto(study, tmp_path)
+    assert not any("energy" in axis.get_xlabel() for axis in figure.axes)
+    figures.plt.close(figure)
+    tables = load_tables(study, tmp_path)
+    assert all(r[-3] == "-" for r in _rows(latex.energy(tables))[1:])
+
+
+def _rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    return [[c.strip() for c in line.removesuffix(r"\\").split(" & ")] for line in lines]
+
+
+def test_keys_that_spell_the_same_macro(root: Path, tmp_path: Path) -> None:
+    raw = two_models(root)
+    raw["schemes"] |= {"nuq.4-1pct": raw["schemes"]["nuq4-1pct"], "headline": {"kind": "fp8"}}
+    raw["evaluation"]["schemes"] += ["nuq.4-1pct", "headline"]
+    raw["models"] = {"m": next(iter(raw["models"].values()))}
+    study = parse_study(raw)
+    write_tables(study, tmp_path)
+    text = latex.numbers(load_tables(study, tmp_path))
+    names = re.findall(r"\\newcommand{\\(\w+)}", text)
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.slow
+def test_many_schemes_and_long_names(root: Path, tmp_path: Path) -> None:
+    """Fifteen schemes with names of the greatest length stay on the page."""
+    raw = two_models(root)
+    long = "a-scheme-with-a-name-that-is-quite-long-"
+    for n in range(8):
+        raw["schemes"][f"{long}{n}"] = {"kind": "kivi", "bits": 2, "group": 8 * (n + 1)}
+        raw["evaluation"]["schemes"].append(f"{long}{n}")
+    names = dict(
+        zip(("a-model-" * 4 + "one", "b-model-" * 4 + "two"), raw["models"].values(), strict=True)
+    )
+    study = parse_study({**raw, "models": names})
+    compiled(root, build(study, tmp_path))
+
+
+def test_the_demo_has_no_figure_of_nothing(root: Path) -> None:
+    study = load_study(root / "config/demo.yaml")
+    assert figure_list.shown(study) == ["pareto", "perplexity", "throughput", "append"]
