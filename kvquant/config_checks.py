@@ -67,8 +67,6 @@ def _not_among(field: str, names: Iterable[str], known: Iterable[str], what: str
 def _schemes(study: Study) -> Iterator[str]:
     yield from _not_among("baseline", [study.baseline], study.schemes, "scheme")
     yield from _not_among("headline", [study.headline], study.schemes, "scheme")
-    if study.headline == study.baseline:
-        yield f"headline: '{study.headline}' is the baseline, which is compared with nothing"
     fractions = study.calibration.outlier_fractions
     if len(set(fractions)) != len(fractions) or not all(0 <= f < 1 for f in fractions):
         yield "calibration.outlier_fractions: must be distinct, from 0 to below 1"

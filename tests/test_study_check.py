@@ -40,7 +40,6 @@ def changed(raw: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 MISTAKES = [
     ("headline", "nuq3-1pc", "headline: 'nuq3-1pc' is not among the schemes; did you mean nuq3"),
-    ("headline", "fp16", "headline: 'fp16' is the baseline"),
     ("baseline", "fp61", "baseline: 'fp61' is not among the schemes; did you mean fp16"),
     ("evaluation/schemes", ["fp16", "kivi-2"], ""),  # nuq3-1pct is timed
     ("tasks/ppl-b/dataset", "wikitext", "tasks.ppl-b.dataset: unknown dataset 'wikitext': did you"),

@@ -1,16 +1,16 @@
 # Figures, LaTeX tables, numbers and claims; all read tables only.
-FIGURES = {
-    "pareto": ("1 Accuracy against cost", "accuracy, bits and speed"),
+# A figure that has nothing to show is not asked for.
+from kvquant.analysis import figure_list
+
+SECTIONS = {
+    "pareto": ("1 Accuracy against cost", "accuracy, bits, speed and energy"),
     "perplexity": ("2 Accuracy by task", "perplexity"),
     "throughput": ("3 Throughput", "prefill and decode against the baseline"),
+    "passkey": ("2 Accuracy by task", "passkey by length and depth"),
+    "append": ("3 Throughput", "cost of an appended token by cache size"),
+    "kernels": ("3 Throughput", "kernels against their floor, fp16 and peers"),
 }
-if len({t.length for t in STUDY.tasks.values() if t.suite == "passkey"}) > 1:
-    FIGURES["passkey"] = ("2 Accuracy by task", "passkey by length and depth")
-
-if STUDY.append:
-    FIGURES["append"] = ("3 Throughput", "cost of an appended token by cache size")
-if STUDY.kernels:
-    FIGURES["kernels"] = ("3 Throughput", "kernels against their floor, fp16 and peers")
+FIGURES = {name: SECTIONS[name] for name in figure_list.shown(STUDY)}
 
 
 localrules:
@@ -35,7 +35,7 @@ rule plot:
     log:
         "<logs>/paper/{figure}.log",
     wildcard_constraints:
-        figure="|".join(FIGURES),
+        figure="|".join(FIGURES) or "none",
     params:
         study=STUDY_FILE,
         tables=lambda wildcards, input: Path(input[0]).parent,
