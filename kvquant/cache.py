@@ -23,7 +23,7 @@ from kvquant.forward_call import CallRecord, ForwardCall
 from kvquant.kept_rope import KeptRope
 from kvquant.kernels.cuda_decode import DecodeStep
 from kvquant.kernels.dispatch import use_cuda, use_triton_attention
-from kvquant.late_check import LateCheck
+from kvquant.late_check import LateCheck, on_device
 from kvquant.layout import AppendPlan, Layout, Snapshot, Span, View
 from kvquant.outlier_watch import OutlierWatch, widen_codecs
 from kvquant.padding import Padding
@@ -201,7 +201,7 @@ class KVQuantCache(Cache, AttendingCache):
         lengths = self.layout.lengths or [0] * len(spans)
         old = self._shifts or Shifts([0] * len(spans), True)
         if (
-            positions.is_cuda
+            on_device(positions)
             and positions.shape[1] == 1
             and all(lengths)
             and (old.zero or not old.open)

@@ -14,6 +14,11 @@ _WRONG = (
 )
 
 
+def on_device(tensor: torch.Tensor) -> bool:
+    """Whether looking at a tensor waits for a GPU."""
+    return tensor.is_cuda
+
+
 class LateCheck:
     """Of one cache."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,18 @@ _KNOWN = (
 )  # fmt: skip
 
 Arguments = dict[str, Any]
+
+
+def position_limit(config: Any) -> int:
+    """Longest sequence that is not refused: more than the positions where RoPE is scaled.
+
+    Some configurations state the scaled length as `max_position_embeddings`, others the one
+    that the factor multiplies; the larger reading counts.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    positions = int(config.max_position_embeddings)
+    base = int(rope.get("original_max_position_embeddings") or positions)
+    return max(positions, int(base * float(rope.get("factor") or 1.0)))
 
 
 def attention_layers(model: Any) -> list[Any]:
@@ -99,10 +112,17 @@ def _enter_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) 
     if inputs is None:
         raise ValueError("input_ids: missing")
     batch, new_len = inputs.shape[:2]
+    past = cache.get_seq_length()
+    limit = position_limit(config)
+    if past <= limit < past + new_len:  # once per sequence
+        warnings.warn(
+            f"{past + new_len} columns, but the model is made for {limit} positions: what it gives "
+            "beyond them is not to be relied on",
+            stacklevel=2,
+        )
     positions = given.get("position_ids")
     left_out = positions is None
     if positions is None:  # what the decoder then takes
-        past = cache.get_seq_length()
         positions = torch.arange(past, past + new_len)[None]
     cache.within = cache.outer is inputs
     cache.outer = None

@@ -17,6 +17,7 @@ from kvquant.errors import UserError
 from kvquant.file_hashes import FileHashes
 from kvquant.model_hooks import attention_layers as attention_layers
 from kvquant.model_hooks import install_attention as install_attention
+from kvquant.model_hooks import position_limit as position_limit
 from kvquant.model_hooks import uninstall_attention as uninstall_attention
 from kvquant.model_manifest import ModelManifest as ModelManifest
 from kvquant.model_manifest import manifest_beside, model_files, verify_model, weight_files
@@ -145,18 +146,6 @@ def load_tokenizer(model: str | Path | ModelManifest) -> tuple[Any, int]:
     directory = model.directory if isinstance(model, ModelManifest) else model
     config = _read_pretrained(AutoConfig, directory)
     return _read_pretrained(AutoTokenizer, directory), position_limit(config)
-
-
-def position_limit(config: Any) -> int:
-    """Longest sequence that is not refused: more than the positions where RoPE is scaled.
-
-    Some configurations state the scaled length as `max_position_embeddings`, others the one
-    that the factor multiplies; the larger reading counts.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    positions = int(config.max_position_embeddings)
-    base = int(rope.get("original_max_position_embeddings") or positions)
-    return max(positions, int(base * float(rope.get("factor") or 1.0)))
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from kvquant.attention import NEVER
+from kvquant.late_check import on_device
 from kvquant.layout import Span
 
 
@@ -47,7 +48,7 @@ class Padding:
                 "(tokens so far and new ones)"
             )
         tokens = mask.bool()
-        if new_len == 1 and total > 1 and mask.is_cuda:
+        if new_len == 1 and total > 1 and on_device(mask):
             # A decode step: every sequence gets one token, and looking would wait for the device.
             if self._counts is None:
                 self.wrong = ~tokens.all()

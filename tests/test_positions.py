@@ -296,3 +296,74 @@ def test_shifts() -> None:
     assert default.follow([0, 2], [9, 5], given=True) is None
     assert Shifts([0, 0], False).follow([0, 4], [9, 5], given=False) is None
     assert Shifts([1, 2], False).select([1, 1]) == Shifts([2, 2], False)
+
+
+def test_beyond_the_positions_of_the_model_is_warned_of() -> None:
+    cache = QM.new_cache()
+    step(MODEL, cache, ids(1, 500))
+    with pytest.warns(UserWarning, match="520 columns, but the model is made for 512 positions"):
+        step(MODEL, cache, ids(1, 20))
+
+
+class TestStepsThatAreNotLookedAt:
+    """A decode step on a GPU: what is wrong with it is told later, without waiting for it.
+
+    On a CPU the same arithmetic runs where the cache is made to believe that looking would wait.
+    """
+
+    @pytest.fixture(autouse=True)
+    def _pretend(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("kvquant.padding.on_device", lambda tensor: True)
+        monkeypatch.setattr("kvquant.cache.on_device", lambda tensor: True)
+        monkeypatch.setattr("kvquant.late_check.LateCheck.check", lambda self: None)
+
+    def steps(self, how: str) -> tuple[KVQuantCache, torch.Tensor, torch.Tensor]:
+        tokens, mask = ids(2, 40), torch.ones(2, 40, dtype=torch.long)
+        if how != "unpadded":
+            mask[1, :9] = 0
+        where = (mask.cumsum(1) - 1).clamp(min=0) + (50 if how == "shifted" else 0)
+        cuts = [30, *range(31, 41)]
+        positions = [where[:, a:b] for a, b in pairwise([0, *cuts])]
+        cache = QM.new_cache()
+        got = run(cache, tokens, mask, positions, cuts, MODEL)
+        right = run(DynamicCache(), tokens, mask, positions, cuts, MODEL)
+        seen = mask.bool()
+        assert float((got[seen] - right[seen]).norm() / right[seen].norm()) < 0.01
+        assert isinstance(cache, KVQuantCache)
+        assert cache.kept_nbytes == 0
+        cache.settle()
+        return cache, mask, where
+
+    @pytest.mark.parametrize("how", ["unpadded", "padded", "shifted"])
+    def test_right_steps(self, how: str) -> None:
+        self.steps(how)
+
+    @pytest.mark.parametrize("how", ["unpadded", "padded", "shifted"])
+    @pytest.mark.parametrize("row", [0, 1])
+    def test_wrong_masks(self, how: str, row: int) -> None:
+        for column in (12, 40):  # a stored token, and the new column itself
+            cache, mask, where = self.steps(how)
+            longer = torch.cat([mask, mask[:, -1:]], 1)
+            longer[row, column] = 0
+            with torch.inference_mode():
+                MODEL(
+                    ids(2, 1),
+                    attention_mask=longer,
+                    position_ids=where[:, -1:] + 1,
+                    past_key_values=cache,
+                )
+            with pytest.raises(ValueError, match="attention_mask: a decode step"):
+                cache.settle()
+
+    @pytest.mark.parametrize("how", ["unpadded", "padded", "shifted"])
+    def test_wrong_positions(self, how: str) -> None:
+        cache, mask, where = self.steps(how)
+        with torch.inference_mode():
+            MODEL(
+                ids(2, 1),
+                attention_mask=torch.cat([mask, mask[:, -1:]], 1),
+                position_ids=where[:, -1:] + 3,
+                past_key_values=cache,
+            )
+        with pytest.raises(ValueError, match="position_ids: a decode step"):
+            cache.settle()
