@@ -22,6 +22,11 @@ class OutlierOverflow(RuntimeError):
     """Outliers found no room in a cache; `KVQuantCache.widen` makes more for the next one."""
 
 
+def printable(text: object) -> str:
+    """A text on one line: line ends and other characters that cannot be shown are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """An error for an unknown name that offers the nearest known ones.
 

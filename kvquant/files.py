@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kvquant.errors import UserError
+from kvquant.errors import UserError, printable
 
 MAX_JSON_DEPTH = 64
 STALE_SECONDS = 7 * 24 * 3600.0  # a temporary file of another machine is swept after that time
@@ -78,7 +78,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         doubled = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key '{doubled}' stands twice")
+        raise ValueError(f"key '{printable(doubled)}' stands twice")
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from kvquant.errors import UserError
+from kvquant.errors import UserError, printable
 from kvquant.files import parse_json, read_text, sha256_text, write_new
 from kvquant.record_checks import check_record
 from kvquant.record_types import (
@@ -122,10 +122,12 @@ def parse_record(text: str, model: type[R], where: str | Path) -> R:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(p) for p in first["loc"]) or "record"
-        raise UserError(f"{where}: field '{field}': {first['msg']}: {AGAIN}") from None
-    except ValueError as error:
-        raise UserError(f"{where}: {error}: {AGAIN}") from None
-    return record
+        what = f"field '{field}': {first['msg']}"
+    except (ValueError, ArithmeticError) as error:  # numbers that cannot be divided or stored
+        what = str(error)
+    else:
+        return record
+    raise UserError(f"{where}: {printable(what)}: {AGAIN}")
 
 
 def read_record(path: str | Path, model: type[R]) -> R:

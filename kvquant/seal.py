@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kvquant.errors import UserError
+from kvquant.errors import UserError, printable
 from kvquant.evaluation.samples import verified_samples
 from kvquant.files import parse_json, read_json, read_text, replace
 from kvquant.record_types import (
@@ -62,8 +62,8 @@ def sealed(file: Path) -> str | None:
     try:
         text = record_text(kind.model_validate(raw))
     except ValueError as error:
-        first = str(error).splitlines()
-        raise UserError(f"{file}: {' '.join(line.strip() for line in first[:3])}") from None
+        first = " ".join(line.strip() for line in str(error).splitlines()[:3])
+        raise UserError(f"{file}: {printable(first)}") from None
     record = parse_record(text, kind, file)
     if isinstance(record, EvalRecord):
         samples = file.with_name("samples.jsonl")

@@ -23,7 +23,7 @@ from kvquant.analysis.spec_checks import (
 )
 from kvquant.analysis.tables import read_table, write_table
 from kvquant.config import Study, load_study
-from kvquant.errors import UserError
+from kvquant.errors import UserError, printable
 from kvquant.evaluation.samples import verified_samples
 from kvquant.files import read_text
 from kvquant.records import (
@@ -69,7 +69,7 @@ def _verified(
     except UserError as error:
         problems.append(str(error))
     except ValueError as error:
-        problems.append(f"{file}: {error}: {AGAIN}")
+        problems.append(f"{file}: {printable(error)}: {AGAIN}")
     return None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvquant.config import Study
-from kvquant.errors import UserError
+from kvquant.errors import UserError, printable
 from kvquant.files import canonical_json, sha256_text
 from kvquant.records import AGAIN, Record, absent, read_record
 
@@ -24,8 +24,8 @@ SCOPES: dict[str, tuple[str, ...]] = {
 
 def _stale(file: Path, found: str, expected: str) -> str:
     return (
-        f"{file}: measured with another configuration (digest {found}, the study has {expected}): "
-        "delete it by name and run again, or rename the changed entry"
+        f"{file}: measured with another configuration (digest {printable(found)}, the study has "
+        f"{expected}): delete it by name and run again, or rename the changed entry"
     )
 
 
@@ -68,8 +68,8 @@ class Problems(list[str]):
         for name, value in (names or {}).items():
             if (found := getattr(record, name)) != value:
                 self.append(
-                    f"{file}: field '{name}': is '{found}', but the file lies under '{value}': "
-                    f"{AGAIN}"
+                    f"{file}: field '{name}': is '{printable(found)}', but the file lies under "
+                    f"'{value}': {AGAIN}"
                 )
                 return None
         if not self._same_inputs(file, record):
@@ -87,7 +87,8 @@ class Problems(list[str]):
             if found != expected:
                 self.append(
                     f"{file}: field 'inputs.{what}': was measured with another {what} than {first} "
-                    f"({found[:12]}, not {expected[:12]}): delete the older one and run again"
+                    f"({printable(found[:12])}, not {printable(expected[:12])}): delete the older "
+                    "one and run again"
                 )
                 return False
         return True
@@ -98,8 +99,8 @@ class Problems(list[str]):
         """Whether a record is what the study asks for."""
         try:
             check(study, record)
-        except ValueError as error:
-            self.append(f"{file}: {error}: {AGAIN}")
+        except (ValueError, ArithmeticError) as error:
+            self.append(f"{file}: {printable(error)}: {AGAIN}")
             return False
         return True
 

@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kvquant.errors import UserError
+from kvquant.errors import UserError, printable
 from kvquant.files import read_bytes, replace
 
 FLOAT_FORMAT = "%.10g"
@@ -114,7 +114,7 @@ def read_table(folder: Path, name: str) -> pd.DataFrame:
         facts = _facts(table) if seal else {"made_from": {}}
         frame: pd.DataFrame = table.to_pandas()
     except Exception as error:  # whatever a parser makes of bytes that are not its own
-        first = (str(error) or type(error).__name__).splitlines()[0]
+        first = printable((str(error) or type(error).__name__).splitlines()[0])
         raise UserError(f"--tables: {file}: cannot be read ({first}): {AGAIN}") from None
     twin = file.with_suffix(".csv")
     if seal and twin.exists():

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from kvquant.errors import UserError
+from kvquant.errors import UserError, printable
 from kvquant.evaluation.base import encode
 from kvquant.evaluation.generated import Prompt, SeedPrompts
 from kvquant.files import parse_json, read_bytes, write_new
@@ -161,7 +161,7 @@ class PromptFile:
         if self.header.spec_digest != spec_digest:
             raise UserError(
                 f"--prompts: {self.path} holds the prompts of another specification (digest "
-                f"{self.header.spec_digest}, expected {spec_digest}): {AGAIN}"
+                f"{printable(self.header.spec_digest)}, expected {spec_digest}): {AGAIN}"
             )
         self._seeds = {entry.seed: entry for entry in self.header.seeds}
         if lacking := [str(seed) for seed in seeds if seed not in self._seeds]:

@@ -24,6 +24,8 @@ from kvquant.errors import UserError
 from kvquant.evaluation import seed_files
 from kvquant.evaluation.base import Context, SuiteResult
 from kvquant.fetch.progress import Progress, note
+from kvquant.files import read_json
+from kvquant.model_manifest import study_manifest
 from kvquant.provenance import environment
 from kvquant.records import EvalRecord
 from kvquant.specs import (
@@ -95,9 +97,10 @@ def evaluate(
     finished: dict[int, tuple[EvalRecord, str]] = {}
     digests = {seed: eval_digest(study, model, scheme, task, seed) for seed in seeds}
     keep = Path(resume_dir) if resume_dir is not None else None
+    now = _inputs(study, model, task, model_manifest, data_manifest, quantizer)
     for seed in seeds:
         folder = Path(out_dir) / f"seed{seed}"
-        wanted = (digests[seed], asked.sha256(seed) if asked else None)
+        wanted = (digests[seed], asked.sha256(seed) if asked else None, now)
         found, where = seed_files.read_pair(folder, *wanted), ", already there"
         if found is None and keep is not None:
             found, where = seed_files.kept(keep / digests[seed], *wanted), ", kept from before"
@@ -122,6 +125,31 @@ def evaluate(
                     finished[seed] = seed_files.store(folder, record, result)
                 note(_line(finished[seed][0], ""))
     return [finished[seed][0] for seed in seeds]
+
+
+def _inputs(
+    study: Study,
+    model: str,
+    task: str,
+    model_manifest: str | Path,
+    data_manifest: str | Path | None,
+    quantizer: str | Path | None,
+) -> dict[str, str]:
+    """Hashes of the files that seeds would be measured with, from their manifests, without torch.
+
+    What is missing is not needed if all seeds are finished, and is named when it is.
+    """
+    found = {}
+    if Path(model_manifest).exists():
+        found["model"] = study_manifest(model_manifest, study, model).identity
+    if quantizer is not None and Path(quantizer).exists():
+        hashes = read_json(quantizer, "quantizer", "build it again (`kvquant quantize`)")
+        if isinstance(hashes, dict) and isinstance(hashes.get("tensors_sha256"), str):
+            found["quantizer"] = hashes["tensors_sha256"]
+    reads = isinstance(study.task(task), PerplexityTask)
+    if reads and data_manifest is not None and Path(data_manifest).exists():
+        found["text"] = read_data_manifest(data_manifest).sha256
+    return found
 
 
 def _asked(
@@ -160,7 +188,6 @@ def _loader(
     """Loads the model once; returns the function that measures seeds, given with digests."""
     # Late, so that a job whose seeds are all finished, or whose names are wrong, needs no torch.
     from kvquant.evaluation.registry import run_suite
-    from kvquant.model_manifest import study_manifest
     from kvquant.models import load_quantized_model, resolve_device
     from kvquant.quantizer_file import check_digest
     from kvquant.text_overlap import check_apart

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from kvquant.errors import UserError
+from kvquant.errors import UserError, printable
 from kvquant.files import parse_json, sha256_text
 from kvquant.record_types import EvalRecord, Strict
 
@@ -214,6 +214,6 @@ def verified_samples(
     try:
         rows = parse_samples(text, record.suite)
         check_against_samples(record, rows)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}: {again}") from None
+    except (ValueError, ArithmeticError) as error:
+        raise UserError(f"{where}: {printable(error)}: {again}") from None
     return rows

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
-from kvquant.errors import UserError
+from kvquant.errors import UserError, printable
 from kvquant.evaluation.base import SuiteResult
 from kvquant.evaluation.samples import verified_samples
 from kvquant.fetch.progress import note
@@ -16,17 +17,21 @@ RECORD, SAMPLES = "run.json", "samples.jsonl"
 AGAIN = "delete it and run.json beside it to measure the seed again"
 
 
-def read_pair(folder: Path, digest: str, prompts: str | None) -> tuple[EvalRecord, str] | None:
+def read_pair(
+    folder: Path, digest: str, prompts: str | None, inputs: Mapping[str, str] | None = None
+) -> tuple[EvalRecord, str] | None:
     """A finished seed: its record and the text of its samples; None where there is no record.
 
     Args:
         folder: Where it is.
         digest: Of the specification.
         prompts: Hash of the seed's prompts, for suites that have them.
+        inputs: Hashes of the files that a seed would be measured with now; of those that its record
+            holds, none may differ.
 
     Raises:
-        UserError: The record or its samples are damaged, or belong to another specification or to
-            other prompts.
+        UserError: The record or its samples are damaged, or belong to another specification, to
+            other prompts or to other files.
     """
     if absent(folder / RECORD):
         return None
@@ -34,13 +39,21 @@ def read_pair(folder: Path, digest: str, prompts: str | None) -> tuple[EvalRecor
     if record.spec_digest != digest:
         raise UserError(
             f"{folder / RECORD}: is the result of another specification "
-            f"(digest {record.spec_digest}, expected {digest}): delete it by name"
+            f"(digest {printable(record.spec_digest)}, expected {digest}): delete it by name"
         )
     if record.prompts_sha256 != prompts:
         raise UserError(
             f"{folder / RECORD}: holds the answers to other prompts (sha256 "
-            f"{record.prompts_sha256}, expected {prompts}): delete it by name to measure again"
+            f"{printable(record.prompts_sha256)}, expected {prompts}): delete it by name to "
+            "measure it again"
         )
+    for what, now in (inputs or {}).items():
+        if record.inputs.get(what, now) != now:
+            raise UserError(
+                f"{folder / RECORD}: was measured with another {what} than the one given (sha256 "
+                f"{printable(record.inputs[what][:12])}, not {now[:12]}): delete it by name to "
+                "measure it again"
+            )
     samples = folder / SAMPLES
     text = "" if absent(samples) else read_text(samples, "samples", AGAIN)
     verified_samples(record, text, samples, AGAIN)
@@ -65,10 +78,12 @@ def _discard(path: Path) -> None:
         raise UserError(f"{path}: cannot be removed ({error.strerror or error})") from None
 
 
-def kept(folder: Path, digest: str, prompts: str | None) -> tuple[EvalRecord, str] | None:
+def kept(
+    folder: Path, digest: str, prompts: str | None, inputs: Mapping[str, str] | None = None
+) -> tuple[EvalRecord, str] | None:
     """As :func:`read_pair` for the resume folder, where what is damaged is reported and removed."""
     try:
-        return read_pair(folder, digest, prompts)
+        return read_pair(folder, digest, prompts, inputs)
     except UserError as error:
         note(f"resume: not used: {str(error).splitlines()[0]}")
         for name in (RECORD, SAMPLES):

@@ -16,7 +16,7 @@ from kvquant.evaluation import registry, run
 from kvquant.evaluation.prompts import make_prompts
 from kvquant.evaluation.run import evaluate
 from kvquant.fetch.model import fetch_model
-from kvquant.records import EvalRecord, read_record
+from kvquant.records import EvalRecord, read_record, write_record
 from kvquant.specs import eval_digest, prompts_digest
 
 
@@ -221,6 +221,24 @@ def test_no_damage_to_a_resume_file_ends_a_job(
         assert content(tmp_path / out, 0) == content(tmp_path / "a", 0)
     assert counted == [0]
     assert word in capsys.readouterr().err
+
+
+def test_a_seed_measured_with_other_weights_is_not_taken(
+    study: Study, manifest: Path, tmp_path: Path, counted: list[int]
+) -> None:
+    resume, out = tmp_path / "resume", tmp_path / "a"
+    measure(study, manifest, out, [0], resume_dir=resume)
+    place = resume / eval_digest(study, "tiny", "kivi-4", "passkey", 0)
+    for file in (place / "run.json", out / "seed0/run.json"):
+        record = read_record(file, EvalRecord)
+        file.unlink()
+        inputs = record.inputs | {"model": "0" * 64}
+        write_record(file, record.model_copy(update={"inputs": inputs}))
+    with pytest.raises(UserError, match="was measured with another model than the one given"):
+        measure(study, manifest, out, [0], resume_dir=resume)
+    counted.clear()
+    measure(study, manifest, tmp_path / "b", [0], resume_dir=resume)
+    assert counted == [0]
 
 
 def test_samples_of_a_killed_job_are_replaced(study: Study, manifest: Path, tmp_path: Path) -> None:
