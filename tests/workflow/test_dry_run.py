@@ -13,7 +13,7 @@ import pytest
 COUNTS = {
     "demo": {
         "prompts": 2,
-        "evaluate": 15,
+        "evaluate": 18,
         "calibrate": 1,
         "quantize": 3,
         "plot": 4,
