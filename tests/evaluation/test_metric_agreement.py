@@ -89,7 +89,7 @@ def references(task: str, rng: random.Random) -> list[str]:
 
 @pytest.mark.parametrize("name", LONGBENCH_TASKS)
 def test_longbench(name: str) -> None:
-    package = {"rouge_score": "rouge", "code_sim_score": "fuzzywuzzy"}.get(METRICS[name])
+    package = {"rouge_score": "rouge"}.get(METRICS[name])
     if package and importlib.util.find_spec(package) is None:
         pytest.skip(f"the package {package} is not installed (lm_eval[longbench])")
     task = longbench_tasks.definition(name)
