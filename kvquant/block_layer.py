@@ -130,6 +130,7 @@ class BlockLayer(CacheLayerMixin):
         arenas = store.arena_table()
         assert arenas is not None and tables is not None
         owner.calls.store()
+        store.check(keys, values)
         store.write_token(keys, values, owner.step_places)
         out = decode_attention(
             steps.shape, queries[:, :, 0].to(store.tail[0].dtype), store.sinks, store.tail, arenas,

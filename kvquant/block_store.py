@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from kvquant.blocked_sparse import Index, SparseArena, SparseSlab
+from kvquant.errors import UserError
 from kvquant.layout import AppendPlan, View
 from kvquant.reclaim import Reclaim
 from kvquant.schemes.base import Codec, Packed
@@ -132,6 +133,34 @@ class BlockStore:
         # int32 [2], shared by the layers of a cache on a GPU: outliers lost, NaN or Inf seen
         self.status: torch.Tensor | None = None
         self._arena_table: tuple[int, torch.Tensor] | None = None
+        self._kinds: tuple[torch.dtype, torch.dtype] | None = None  # of the first call's input
+
+    def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Refuses what is unlike the tokens that are stored.
+
+        Raises:
+            UserError: Names what differs; nothing is converted without a word.
+        """
+        if keys.shape != values.shape:
+            raise UserError(
+                f"values: shape {tuple(values.shape)}, but keys have {tuple(keys.shape)}; a cache "
+                "of packed blocks needs heads of one size"
+            )
+        kinds = (keys.dtype, values.dtype)
+        if self._kinds is None:
+            self._kinds = kinds
+        if self.tail is None:
+            return
+        batch, heads, _, dim = self.tail[0].shape
+        found = (keys.shape[0], keys.shape[1], keys.shape[3], keys.device, *kinds)
+        held = (batch, heads, dim, self.tail[0].device, *self._kinds)
+        names = ("sequences", "kv heads", "head_dim", "device", "dtype of keys", "dtype of values")
+        for name, mine, theirs in zip(names, held, found, strict=True):
+            if mine != theirs:
+                raise UserError(
+                    f"cache: {name} {theirs} in this call, but it holds {mine}; go on as it began, "
+                    "or begin with a new cache"
+                )
 
     def _allocate(self, keys: torch.Tensor) -> None:
         batch, heads, _, dim = keys.shape
@@ -157,6 +186,7 @@ class BlockStore:
                 RoPE as the codec says.
             values: The same shape.
         """
+        self.check(keys, values)
         if self.tail is None:
             self._allocate(keys)
         assert self.tail is not None and self.sinks is not None
@@ -389,7 +419,7 @@ class BlockStore:
     def fork(self) -> BlockStore:
         """A copy that shares packed blocks."""
         other = BlockStore(self.codec)
-        other.arenas = list(self.arenas)
+        other.arenas, other._kinds = list(self.arenas), self._kinds
         if self.tail is not None and self.sinks is not None:
             other.sinks = (self.sinks[0].clone(), self.sinks[1].clone())
             other.tail = (self.tail[0].clone(), self.tail[1].clone())

@@ -126,6 +126,8 @@ class Layout:
         Args:
             spans: For each sequence, the new columns that are tokens.
         """
+        if not spans:
+            raise ValueError("input_ids: a batch of 0 sequences")
         if not self.table:
             self.lengths = [0] * len(spans)
             self.tails = [0] * len(spans)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvquant.block_store import BlockStore
 from kvquant.config import KiviScheme, NuqScheme
+from kvquant.errors import UserError
 from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.layout import Layout, Span
 from kvquant.nuq import fit
@@ -212,3 +213,69 @@ def test_forks_share_blocks_and_go_their_own_ways() -> None:
         for got, want in zip(contents(s, y, 0), expected(c, *joined), strict=True):
             assert torch.equal(got, want)
     assert store.arenas[0] is other.arenas[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda x: x.float(),
+            "dtype of keys torch.float32 in this call, but it holds torch.float1",
+        ),
+        (lambda x: x.bfloat16(), "dtype of keys torch.bfloat16"),
+        (lambda x: x.to("meta"), "device meta in this call, but it holds cpu"),
+        (lambda x: x.repeat(2, 1, 1, 1), "sequences 2 in this call, but it holds 1"),
+        (lambda x: x[:, :1], "kv heads 1 in this call, but it holds 2"),
+        (lambda x: x[..., :8], "head_dim 8 in this call, but it holds 16"),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 40])
+def test_what_is_unlike_the_first_call_is_refused(change: Any, message: str, count: int) -> None:
+    c = codec(SPECS[0], 16)
+    store, layout = feed(c, tokens([50], 16, 1), "left", [])
+    for one in (store, store.fork()):
+        x = change(torch.randn(1, HEADS, count, 16).half())
+        plan = layout.fork().append([slice(0, count)])
+        with pytest.raises(UserError, match=f"cache: {message}"):
+            one.append(plan, x, x)
+    with pytest.raises(UserError, match=r"values: shape .* heads of one size"):
+        store.append(
+            layout.append([slice(0, 1)]), torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 8)
+        )
+
+
+def test_nothing_and_strided_input() -> None:
+    """Calls without tokens, sequences without tokens, and views give what copies give."""
+    c = codec(SPECS[0], 16)
+    (keys, values), *_ = tokens([120], 16, 2)
+    store, layout = BlockStore(c), Layout(c.sinks, c.block_size, c.residual)
+    none = torch.zeros(2, HEADS, 0, 16).half()
+    store.append(layout.append([slice(0, 0)] * 2), none, none)
+    # heads last in memory, every second channel of something wider, a gap between the sequences
+    wide = torch.full((2, 2, 130, HEADS, 32), torch.nan).half()
+    for place, x in zip(wide, (keys, values), strict=True):
+        place[1, 5:125, :, ::2] = x.transpose(0, 1)
+    for first, stop in ((0, 40), (40, 41), (41, 130)):
+        low, high = max(5 - first, 0), min(125, stop) - first
+        part = wide[:, :, first:stop, :, ::2].transpose(2, 3)
+        store.append(layout.append([slice(0, 0), slice(low, high)]), part[0], part[1])
+    store.append(layout.append([slice(0, 0)] * 2), none, none)
+    assert layout.lengths == [0, 120]
+    for got, want in zip(contents(store, layout, 1), expected(c, keys, values), strict=True):
+        assert torch.equal(got, want)
+    assert contents(store, layout, 0)[0].shape[1] == 0
+    with pytest.raises(ValueError, match="input_ids: a batch of 0 sequences"):
+        layout.append([])
+
+
+def test_models_that_a_codec_cannot_serve_are_refused() -> None:
+    c = codec(SPECS[0], 16)
+    c.check_model(HEADS, 16)
+    with pytest.raises(UserError, match="quantizer: made for 2 kv heads of 16, the model has 4"):
+        c.check_model(4, 16)
+    with pytest.raises(UserError, match="head_dim: 20 is not a multiple of 8"):
+        c.check_model(HEADS, 20)
+    with pytest.raises(UserError, match="num_kv_heads: 1024 of 128 are more than 65536"):
+        c.check_model(1024, 128)
+    with pytest.raises(UserError, match="group: 8 does not divide head_dim 20"):
+        codec(KiviScheme(kind="kivi", bits=2, group=8, residual=8), 16).check_model(2, 20)

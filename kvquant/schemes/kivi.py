@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from kvquant.config import KiviScheme
+from kvquant.errors import UserError
 from kvquant.packing import pack, unpack
 from kvquant.schemes.base import Codec, Packed
 
@@ -54,6 +55,11 @@ class KiviCodec(Codec):
         self.bits = spec.bits
         self.group = spec.group
         self.sinks, self.block_size, self.residual = spec.sinks, spec.group, spec.residual
+
+    def check_model(self, num_kv_heads: int, head_dim: int) -> None:
+        """See :meth:`Codec.check_model`."""
+        if head_dim % self.group:
+            raise UserError(f"group: {self.group} does not divide head_dim {head_dim}")
 
     def _split_values(self, values: torch.Tensor) -> torch.Tensor:
         dim = values.shape[-1]

@@ -9,12 +9,15 @@ import torch
 from kvquant.batched_quant import BatchedKVQuantizer, PackedKeys, PackedValues, outliers_per_side
 from kvquant.blocked_sparse import SparseSlab
 from kvquant.config import NuqScheme
+from kvquant.errors import UserError
 from kvquant.kernels.cuda_decode import DecodeShape
 from kvquant.kernels.decode_tables import HeadTables
 from kvquant.kernels.pack_target import PackTarget
 from kvquant.layer_quantizer import LayerQuantizer
 from kvquant.packing import packed_bytes
 from kvquant.schemes.base import Codec, Packed
+
+MAX_CHANNELS = 1 << 16  # that the order of a token's elements is found among
 
 
 class NuqCodec(Codec):
@@ -29,6 +32,22 @@ class NuqCodec(Codec):
         # Decode kernels read zeros and scales as fp16.
         furthest = tables.key_zero.abs() + tables.key_scale
         self._narrow = bool((furthest <= torch.finfo(torch.float16).max).all())
+
+    def check_model(self, num_kv_heads: int, head_dim: int) -> None:
+        """See :meth:`Codec.check_model`."""
+        if head_dim % 8:
+            raise UserError(f"head_dim: {head_dim} is not a multiple of 8, as packed codes need")
+        if num_kv_heads * head_dim > MAX_CHANNELS:
+            raise UserError(
+                f"num_kv_heads: {num_kv_heads} of {head_dim} are more than {MAX_CHANNELS} channels"
+            )
+        assert self.tables is not None
+        found = tuple(self.tables.key_zero.shape)
+        if found != (num_kv_heads, head_dim):
+            raise UserError(
+                f"quantizer: made for {found[0]} kv heads of {found[1]}, the model has "
+                f"{num_kv_heads} of {head_dim}; calibrate this model"
+            )
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
         """See :meth:`Codec.pack`."""
