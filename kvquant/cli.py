@@ -32,6 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "pareto": ("kvquant.analysis.pareto", "accuracy, speed, energy and bits of every scheme"),
     "plot": ("kvquant.analysis.figures", "draw one figure from the tables"),
     "tables": ("kvquant.analysis.latex", "write the paper's LaTeX tables and numbers"),
+    "html": ("kvquant.analysis.html_tables", "claims and tables as HTML pages, for the report"),
     "claims": ("kvquant.analysis.claims", "the claims table: measured value and verdict"),
 }
 

@@ -1,13 +1,9 @@
 # From records to tables.
-COLLECTED = {
-    "eval": ("2 Accuracy by task", "every seed"),
-    "perf": ("3 Throughput", "every job"),
-    "energy": ("4 Energy", "every job"),
-}
+COLLECTED = ["eval", "perf", "energy"]
 if STUDY.append:
-    COLLECTED["append"] = ("3 Throughput", "append: every size")
+    COLLECTED.append("append")
 if STUDY.kernels:
-    COLLECTED["kernels"] = ("3 Throughput", "kernels: every side")
+    COLLECTED.append("kernels")
 
 
 localrules:
@@ -26,16 +22,7 @@ rule aggregate:
         rules.kernels.input,
     output:
         expand("<results>/tables/{table}.parquet", table=[*COLLECTED, "samples"]),
-        "<results>/tables/samples.csv",
-        [
-            report(
-                f"<results>/tables/{table}.csv",
-                caption="../report/collected.rst",
-                category=category,
-                labels={"table": label},
-            )
-            for table, (category, label) in COLLECTED.items()
-        ],
+        expand("<results>/tables/{table}.csv", table=[*COLLECTED, "samples"]),
     log:
         "<logs>/analyze/aggregate.log",
     params:
@@ -58,12 +45,7 @@ rule statistics:
         "<results>/tables/samples.parquet",
     output:
         "<results>/tables/tests.parquet",
-        report(
-            "<results>/tables/tests.csv",
-            caption="../report/tests.rst",
-            category="5 Statistics",
-            labels={"table": "paired tests"},
-        ),
+        "<results>/tables/tests.csv",
     log:
         "<logs>/analyze/statistics.log",
     params:
@@ -85,12 +67,7 @@ rule pareto:
         "<results>/tables/energy.parquet",
     output:
         "<results>/tables/pareto.parquet",
-        report(
-            "<results>/tables/pareto.csv",
-            caption="../report/pareto_table.rst",
-            category="1 Accuracy against cost",
-            labels={"table": "all axes"},
-        ),
+        "<results>/tables/pareto.csv",
     log:
         "<logs>/analyze/pareto.log",
     params:

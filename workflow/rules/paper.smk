@@ -1,6 +1,9 @@
 # Figures, LaTeX tables, numbers and claims; all read tables only.
 # A figure that has nothing to show is not asked for.
+import subprocess
+
 from kvquant.analysis import figure_list
+from kvquant.run_end import claim_lines, product_lines, whole
 
 SECTIONS = {
     "pareto": ("1 Accuracy against cost", "accuracy, bits, speed and energy"),
@@ -84,12 +87,7 @@ rule claims:
         "<results>/tables/pareto.parquet",
         "<results>/tables/tests.parquet",
     output:
-        csv=report(
-            "<results>/tables/claims.csv",
-            caption="../report/claims.rst",
-            category="0 Claims",
-            labels={"table": "claims"},
-        ),
+        csv="<results>/tables/claims.csv",
         tex="<paper>/tables/claims.tex",
     log:
         "<logs>/paper/claims.log",
@@ -103,17 +101,71 @@ rule claims:
         " --out {output.csv:q} --tex {output.tex:q} > {log:q} 2>&1"
 
 
+PAGES = {
+    "claims": ("0 Claims", "claims", "claims"),
+    "summary": ("1 Accuracy against cost", "all axes", "pareto_table"),
+    "accuracy": ("2 Accuracy by task", "every seed", "collected"),
+    "throughput": ("3 Throughput", "every job", "collected"),
+    "energy": ("4 Energy", "every job", "collected"),
+    "tests": ("5 Statistics", "paired tests", "tests"),
+}
+
+
+localrules:
+    html,
+
+
+rule html:
+    """The claims and tables as pages of the report."""
+    input:
+        "<results>/tables/pareto.parquet",
+        "<results>/tables/tests.parquet",
+    output:
+        [
+            report(
+                f"<results>/report/{name}.html",
+                caption=f"../report/{caption}.rst",
+                category=category,
+                labels={"table": label},
+            )
+            for name, (category, label, caption) in PAGES.items()
+        ],
+    log:
+        "<logs>/paper/html.log",
+    params:
+        study=STUDY_FILE,
+        tables=lambda wildcards, input: Path(input[0]).parent,
+    message:
+        "Writing the tables of the report"
+    shell:
+        "python -m kvquant html --study {params.study:q} --tables {params.tables:q}"
+        " --out {output:q} > {log:q} 2>&1"
+
+
 onsuccess:
-    # The HTML report, once all that it shows is there. `report-after-run` would fail on a dry run
-    # and on a run of one artifact.
-    shown = [*rules.figures.input, *rules.claims.output]
-    if all(Path(str(f)).exists() for f in shown):
-        made = subprocess.run(
-            [sys.executable, "-m", "snakemake", "--snakefile", workflow.main_snakefile, "--nolock"]
-            + ["--quiet", "--configfile", STUDY_FILE, "--replace-workflow-config", "--cores", "1"]
-            + ["--report", STUDY_FILE.with_name("report.html")],
-            env={k: v for k, v in os.environ.items() if k != "SNAKEMAKE_PROFILE"},
-            check=False,
-        )
-        if made.returncode:
-            print("The results are complete, but report.html could not be made.", file=sys.stderr)
+    # The HTML report, once all that it shows is there: also after a run with nothing to do, where the
+    # last one was cut short. `report-after-run` would fail on a dry run and on a run of one artifact.
+    shown = [Path(str(f)) for f in (*rules.figures.input, *rules.claims.output, *rules.html.output)]
+    if all(f.exists() for f in shown):
+        final = STUDY_FILE.with_name("report.html")
+        if not whole(final, shown):
+            part = final.with_name("report.part.html")
+            made = subprocess.run(
+                [sys.executable, "-m", "snakemake", "--snakefile", workflow.main_snakefile]
+                + ["--nolock", "--quiet", "--configfile", STUDY_FILE, "--replace-workflow-config"]
+                + ["--cores", "1", "--report", part],
+                env={k: v for k, v in os.environ.items() if k != "SNAKEMAKE_PROFILE"},
+                check=False,
+            )
+            if made.returncode == 0 and part.exists():
+                os.replace(part, final)
+            else:
+                print("The results are complete, but report.html could not be made.", file=sys.stderr)
+        products = {
+            "report": final,
+            "figures": shown[0].parent if shown else final.parent,
+            "tables": STUDY_FILE.parent / "tables",
+        }
+        claims_file = STUDY_FILE.parent / "tables" / "claims.csv"
+        lines = [f"Claims of the study '{STUDY.study}':", *claim_lines(claims_file)]
+        print("\n".join([*lines, "Products:", *product_lines(products)]), file=sys.stderr)
