@@ -36,6 +36,13 @@ def two_models(root: Path, **changes: Any) -> dict[str, Any]:
     raw["statistics"]["bootstrap"] = 100
     kept = ("ppl-wikitext2-b", "passkey-2k", "passkey-4k", "longbench-lcc", "longbench-qasper")
     raw["tasks"] = {n: t for n, t in raw["tasks"].items() if n in kept or "ruler-niah" in n}
+    raw["evaluation"] = {"schemes": ["fp16", "nuq4-1pct", "nuq3-1pct", "nuq2-1pct", "kivi-4"]}
+    raw["throughput"].pop("schemes", None)
+    raw["schemes"] = {
+        n: s
+        for n, s in raw["schemes"].items()
+        if n in raw["evaluation"]["schemes"] or s["kind"] == "kvquant-ref"
+    }
     for task in raw["tasks"].values():
         if "samples" in task:
             task["samples"] = min(task["samples"], 5)
