@@ -174,6 +174,7 @@ def test_from_records_to_claims(work: Path) -> None:
     assert set(pd.read_csv(results / "tables/claims.csv")["verdict"]) <= {
         "supported",
         "not supported",
+        "not enough evidence",
         "not measured here",
     }
 
