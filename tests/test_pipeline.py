@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from kvquant.cli import main
 from kvquant.records import EvalRecord, ThroughputRecord, read_record
 from tests.conftest import tiny_model
+from tests.test_mutations import mutated
 
 TEXT = "The cat sat on the mat and the dog ran to the red house near a river. " * 400
 
@@ -197,6 +199,20 @@ def test_from_records_to_claims(work: Path) -> None:
     (work / "other.json").write_text(json.dumps(changed))
     other = [str(work / "other.json") if w == str(work / "study.json") else w for w in collect]
     assert main(other) == 2
+    # nor is any other change to what was measured accepted
+    names = ("eval", "perf", "energy", "append", "kernels")
+    measured = [f for name in names for f in sorted((results / name).rglob("*.json*"))]
+    rng = random.Random(0)
+    for _ in range(100):
+        broken = rng.choice(measured)
+        kept = broken.read_bytes()
+        broken.write_bytes(mutated(broken, rng))
+        if main(collect) != 2:  # the form of the file changed, not its content
+            assert (results / "tables/eval.csv").read_bytes() == first
+            content = [json.loads(text) for text in (broken.read_bytes(), kept)]
+            assert content[0] == content[1]
+        broken.write_bytes(kept)
+    assert main(collect) == 0
 
 
 def test_bits_come_from_bytes(work: Path) -> None:
