@@ -46,7 +46,7 @@ def raw_study(model_manifest: Path) -> dict[str, Any]:
             "kivi-4": {"kind": "kivi", "bits": 4, "group": 16, "residual": 16},
         },
         "headline": "kivi-4",
-        "tasks": {},
+        "tasks": {"passkey": {"suite": "passkey"}},
         "throughput": {"workloads": workloads, "warmup": 1, "iterations": 2, "max_seconds": 0.01},
         "energy": {"workloads": workloads, "trials": 2, "seconds": 0.05, "idle_seconds": 0.1},
     }

@@ -34,7 +34,7 @@ def study(**section: Any) -> dict[str, Any]:
             "nuq3-1pct": {"kind": "nuq", "bits": 3, "block_size": 32},
             "kivi-4": {"kind": "kivi", "bits": 4, "group": 16, "residual": 16},
         },
-        "tasks": {},
+        "tasks": {"passkey": {"suite": "passkey"}},
         "append": {"sizes": [64, 200], "kv_heads": 2, "head_dim": 16, "rounds": 5, **section},
     }
 

@@ -44,7 +44,7 @@ def study(cases: dict[str, Any] | None = None, **section: Any) -> dict[str, Any]
             "ref3": {"kind": "kvquant-ref", "bits": 3},
             "hf-quanto-4": {"kind": "hf-quanto", "bits": 4},
         },
-        "tasks": {},
+        "tasks": {"passkey": {"suite": "passkey"}},
         "kernels": {
             "cases": cases or {"first": FIRST, "second": SECOND},
             "rounds": 5,

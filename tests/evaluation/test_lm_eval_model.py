@@ -35,7 +35,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> str:
         "models": {"tiny": {"source": "local", "path": "x"}},
         "schemes": {"fp16": {"kind": "fp16"}, "kivi-2": kivi},
         "headline": "kivi-2",
-        "tasks": {},
+        "tasks": {"passkey": {"suite": "passkey"}},
     }
     file = tmp_path_factory.mktemp("study") / "study.json"
     file.write_text(json.dumps(raw))
