@@ -178,7 +178,6 @@ def test_from_records_to_claims(work: Path) -> None:
         "not supported",
         "not enough evidence",
         "not measured here",
-        "not enough evidence",
     }
 
     # a truncated record is named, and nothing is collected from the rest
