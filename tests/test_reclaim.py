@@ -319,3 +319,17 @@ def test_offsets_that_do_not_fit_are_refused() -> None:
     assert check_entries(2**31 - 1) == 2**31 - 1
     with pytest.raises(UserError, match="outliers: 2147483648 of one layer"):
         check_entries(2**31)
+
+
+def test_a_copy_keeps_what_the_other_cuts_and_writes_again() -> None:
+    """Places in an arena with room that a copy still reads are not given out a second time."""
+    c, generator = make("none"), torch.Generator().manual_seed(0)
+    one = Pairing(c, BlockStore(c), Layout(c.sinks, SIZE, c.residual), [Plain.empty()])
+    one.append([SIZE * 320 + 2], generator)
+    one.append([SIZE], generator)
+    one.append([SIZE * 2], generator)
+    other = one.fork()
+    one.crop([SIZE * 321 + 2])
+    one.append([SIZE * 2], generator)
+    one.check()
+    other.check()
