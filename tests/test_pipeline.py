@@ -34,14 +34,8 @@ def save_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a saved model, a text and a study; the shared stages have run."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    model = tiny_model(vocab_size=257, max_position_embeddings=1024, eos_token_id=256)
-    model.save_pretrained(folder / "hf")
-    save_tokenizer(folder / "hf")
-    (folder / "text.txt").write_text(TEXT)
+def write_text_manifest(folder: Path) -> None:
+    """The manifest of `text.txt`, as `kvquant fetch-data` would write it."""
     (folder / "data.json").write_text(
         json.dumps(
             {
@@ -54,6 +48,17 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             }
         )
     )
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a saved model, a text and a study; the shared stages have run."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    model = tiny_model(vocab_size=257, max_position_embeddings=1024, eos_token_id=256)
+    model.save_pretrained(folder / "hf")
+    save_tokenizer(folder / "hf")
+    (folder / "text.txt").write_text(TEXT)
+    write_text_manifest(folder)
     study: dict[str, Any] = {
         "study": "tiny",
         "device": "cpu",

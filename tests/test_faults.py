@@ -1,0 +1,327 @@
+"""Every verb, killed at each write and run again; full disks, closed folders, odd surroundings.
+
+Each run is a forked process in which an audit hook watches the files that are opened for writing,
+renamed, linked or removed below the output folder. It ends the process at the n-th of these, as a
+kill does, or answers as a full disk does. Run again without a fault, a verb must leave what a run
+that was never disturbed leaves.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvquant.cli import main
+from tests.installed.check import save_tiny
+from tests.test_pipeline import TEXT, write_text_manifest
+
+pytestmark = pytest.mark.slow
+KILLED, SECONDS = 137, 120
+SCHEMES = {"fp16": {"kind": "fp16"}, "nuq3": {"kind": "nuq", "bits": 3, "block_size": 32}}
+TASKS = {
+    "ppl": {"suite": "perplexity", "dataset": "essays", "window": 96, "windows": 1},
+    "passkey": {"suite": "passkey", "length": 600, "samples": 1, "batch_size": 1},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A verb with its options; `{out}` in them is the folder of its outputs."""
+
+    name: str
+    words: tuple[str, ...]
+
+    def run(self, out: Path) -> int:
+        """The verb's exit status."""
+        return main([word.replace("{out}", str(out)) for word in self.words])
+
+
+def forked(function: Callable[[], int], log: Path) -> tuple[int, str]:
+    """Calls a function in a process of its own: its exit status and what it printed."""
+    child = os.fork()
+    if not child:
+        status = 99
+        try:
+            signal.alarm(SECONDS)
+            stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(stream, 1)
+            os.dup2(stream, 2)
+            status = function()
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else 98
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status, log.read_text(errors="replace")
+
+
+def watch(folder: Path, at: int, act: Callable[[], None]) -> None:
+    """Calls `act` at the n-th write below a folder, from 1; for a forked process only."""
+    count = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event == "open":
+            flags = args[2] if len(args) > 2 and isinstance(args[2], int) else 0
+            writes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        else:
+            writes = event in ("os.link", "os.rename", "os.remove")
+        if writes and isinstance(args[0], str | Path) and str(args[0]).startswith(str(folder)):
+            count += 1
+            if count == at:
+                act()
+
+    sys.addaudithook(hook)
+
+
+def full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Everything below a folder, without what two runs need not share (times and their seals)."""
+    found: dict[str, Any] = {}
+    for file in sorted(folder.rglob("*")):
+        if not file.is_file():
+            continue
+        raw: Any = file.read_bytes()
+        if file.suffix == ".json":
+            raw = json.loads(raw)
+            for name in ("seconds", "seal"):
+                raw.pop(name, None)
+        found[str(file.relative_to(folder))] = raw
+    return found
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a saved model, a text and a study."""
+    folder = tmp_path_factory.mktemp("faults")
+    save_tiny(folder / "hf")
+    (folder / "text.txt").write_text(TEXT)
+    write_text_manifest(folder)
+    study = {
+        "study": "faults",
+        "device": "cpu",
+        "seeds": [0, 1],
+        "headline": "nuq3",
+        "models": {"tiny": {"source": "local", "path": str(folder / "hf"), "gpus": 0}},
+        "calibration": {"windows": 1, "window": 64},
+        "schemes": SCHEMES,
+        "tasks": TASKS,
+        "pathvars": {"results": str(folder / "done")},
+    }
+    (folder / "study.json").write_text(json.dumps(study))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def jobs(work: Path) -> Iterator[dict[str, Job]]:
+    """The verbs in the workflow's order; all ran once into `done`."""
+    done = work / "done"
+    base = ("--study", str(work / "study.json"))
+    model = (*base, "--model", "tiny")
+    ours = ("--model-manifest", str(done / "fetch/model.json"))
+    data = ("--data-manifest", str(work / "data.json"))
+    cpu = ("--device", "cpu")
+    made = ("--quantizer", str(done / "quantize/quantizer.json"))
+    asked = ("--prompts", str(done / "prompts/passkey.jsonl.gz"))
+    seeds = ("--seeds", "0", "1")
+    tables = (*base, "--tables", str(done / "tables"))
+    stats = str(done / "calibrate/stats.safetensors")
+    once = {
+        "fetch": ["fetch-model", *model, "--out", "{out}/model.json"],
+        "calibrate": ["calibrate", *model, *ours, *data, *cpu, "--out", "{out}/stats.safetensors"],
+        "quantize": ["quantize", *model, "--scheme", "nuq3", "--stats", stats],
+        "prompts": ["prompts", *model, *ours, "--task", "passkey", *seeds],
+    }
+    once["quantize"] += ["--out", "{out}/quantizer.json"]
+    once["prompts"] += ["--out", "{out}/passkey.jsonl.gz"]
+    found = [Job(name, tuple(words)) for name, words in once.items()]
+    for scheme in SCHEMES:
+        for task in TASKS:
+            words = ["evaluate", *model, *ours, *cpu, "--scheme", scheme, "--task", task, *seeds]
+            words += asked if task == "passkey" else data
+            words += made if scheme == "nuq3" else ()
+            words += ["--out-dir", "{out}", "--resume-dir", "{out}/../resume"]
+            found.append(Job(f"eval/tiny/{scheme}/{task}", tuple(words)))
+    collect = ["aggregate", *base, "--results", str(done), "--device-name", "cpu"]
+    found.append(Job("tables", (*collect, "--out-dir", "{out}")))
+    found.append(Job("statistics", ("statistics", *tables, "--out-dir", "{out}")))
+    for job in found:
+        status, said = forked(lambda job=job: job.run(done / job.name), work / "log")
+        assert status == 0, f"{job.name}: {said}"
+    yield {job.name: job for job in found}
+
+
+NAMES = (
+    "fetch",
+    "calibrate",
+    "quantize",
+    "prompts",
+    "eval/tiny/nuq3/ppl",
+    "eval/tiny/nuq3/passkey",
+)
+NAMES += ("tables", "statistics")
+
+
+def disturbed(
+    job: Job, work: Path, tmp_path: Path, act: Callable[[], None]
+) -> Iterator[tuple[int, Path, int, str]]:
+    """Runs a job with a fault at its first write, its second, … until none is left to disturb."""
+    expected = contents(work / "done" / job.name)
+    for at in range(1, 200):
+        out = tmp_path / str(at) / "out"
+
+        def run(at: int = at, out: Path = out) -> int:
+            watch(out.parent, at, act)
+            return job.run(out)
+
+        status, said = forked(run, tmp_path / "log")
+        if status == 0 and contents(out) == expected:
+            return
+        yield at, out, status, said
+        again, said = forked(lambda out=out: job.run(out), tmp_path / "log")  # type: ignore[misc]
+        assert again == 0, f"{job.name} after a fault at write {at}: {said}"
+        assert contents(out) == expected, f"{job.name} after a fault at write {at}"
+    raise AssertionError("never ends")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_at_any_write_and_run_again(
+    jobs: dict[str, Job], work: Path, tmp_path: Path, name: str
+) -> None:
+    count = 0
+    for at, _, status, said in disturbed(jobs[name], work, tmp_path, lambda: os._exit(KILLED)):
+        assert status == KILLED, f"write {at}: {said}"
+        count += 1
+    assert count >= 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_full_disk_is_one_line(
+    jobs: dict[str, Job], work: Path, tmp_path: Path, name: str
+) -> None:
+    count = 0
+    for at, _, status, said in disturbed(jobs[name], work, tmp_path, full):
+        assert status in (0, 2), f"write {at}: {said}"
+        assert "Traceback" not in said, f"write {at}: {said}"
+        count += status == 2
+    assert count >= 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_disk_that_fills_up_while_writing_is_one_line(
+    jobs: dict[str, Job], tmp_path: Path, name: str
+) -> None:
+    def run() -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150, 150))
+        return jobs[name].run(tmp_path / "out")
+
+    status, said = forked(run, tmp_path / "log")
+    assert status != 0 and "Traceback" not in said[:150], said
+    made = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert not made, "a file that was cut short has its final name, or a temporary one is left"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_where_the_folder_should_be_is_one_line(
+    jobs: dict[str, Job], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "out").write_text("")
+    status, said = forked(lambda: jobs[name].run(tmp_path / "out"), tmp_path / "log")
+    assert status == 2, said
+    assert "Traceback" not in said and str(tmp_path / "out") in said
+
+
+SURROUNDINGS = {
+    "no HOME": {"HOME": None, "XDG_CACHE_HOME": None},
+    "HOME that does not exist": {"HOME": "/no/such/home", "XDG_CACHE_HOME": None},
+    "C locale": {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
+    "Turkish locale": {"LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8"},
+    "another time zone": {"TZ": "Pacific/Chatham"},
+}
+
+
+@pytest.mark.parametrize("where", SURROUNDINGS)
+def test_surroundings_change_no_result(
+    jobs: dict[str, Job], work: Path, tmp_path: Path, where: str
+) -> None:
+    import subprocess
+
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    for key, value in SURROUNDINGS[where].items():
+        env.pop(key, None) if value is None else env.update({key: value})
+    job = jobs["eval/tiny/nuq3/passkey"]
+    out = tmp_path / "a" / "out"
+    words = [word.replace("{out}", str(out)) for word in job.words]
+    done = subprocess.run(
+        [sys.executable, "-m", "kvquant", *words],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == contents(work / "done" / job.name)
+
+
+def test_two_runs_at_once_leave_one_whole_result(
+    jobs: dict[str, Job], work: Path, tmp_path: Path
+) -> None:
+    job = jobs["eval/tiny/nuq3/ppl"]
+    out = tmp_path / "a" / "out"
+    children = []
+    for number in range(2):
+        child = os.fork()
+        if not child:
+            status = 99
+            try:
+                stream = os.open(tmp_path / f"log{number}", os.O_WRONLY | os.O_CREAT)
+                os.dup2(stream, 1)
+                os.dup2(stream, 2)
+                status = job.run(out)
+            finally:
+                os._exit(status)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    said = [(tmp_path / f"log{number}").read_text() for number in range(2)]
+    assert 0 in codes and set(codes) <= {0, 2}, said  # times differ, so the second is refused
+    assert not any("Traceback" in text for text in said), said
+    assert contents(out) == contents(work / "done" / job.name)
+
+
+def test_a_clock_that_jumps_back_changes_no_result(
+    jobs: dict[str, Job], work: Path, tmp_path: Path
+) -> None:
+    job = jobs["eval/tiny/fp16/ppl"]
+    out = tmp_path / "a" / "out"
+
+    def run() -> int:
+        import time
+
+        real, start = time.time, time.time()
+        time.time = lambda: 2 * start - real() - 86400.0  # type: ignore[assignment]
+        return job.run(out)
+
+    status, said = forked(run, tmp_path / "log")
+    assert status == 0, said
+    assert contents(out) == contents(work / "done" / job.name)
+    assert json.loads((out / "seed0/run.json").read_text())["seconds"] >= 0
