@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -250,11 +251,14 @@ def test_a_file_where_the_folder_should_be_is_one_line(
 
 
 SURROUNDINGS = {
-    "no HOME": {"HOME": None, "XDG_CACHE_HOME": None},
-    "HOME that does not exist": {"HOME": "/no/such/home", "XDG_CACHE_HOME": None},
-    "C locale": {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
-    "Turkish locale": {"LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8"},
-    "another time zone": {"TZ": "Pacific/Chatham"},
+    "no HOME, C locale": {
+        **dict.fromkeys(("HOME", "XDG_CACHE_HOME", "TMPDIR")),
+        **{"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
+    },
+    "HOME that does not exist, Turkish, far away": {
+        **{"HOME": "/no/such/home", "XDG_CACHE_HOME": None, "TZ": "Pacific/Chatham"},
+        **{"LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8"},
+    },
 }
 
 
@@ -262,8 +266,6 @@ SURROUNDINGS = {
 def test_surroundings_change_no_result(
     jobs: dict[str, Job], work: Path, tmp_path: Path, where: str
 ) -> None:
-    import subprocess
-
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     for key, value in SURROUNDINGS[where].items():
         env.pop(key, None) if value is None else env.update({key: value})
