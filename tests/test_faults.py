@@ -203,6 +203,11 @@ def disturbed(
     raise AssertionError("never ends")
 
 
+@pytest.mark.fault(
+    "files",
+    "a kill at each write, rename and link of every verb",
+    "run again, the verb leaves what an undisturbed run leaves",
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_at_any_write_and_run_again(
     jobs: dict[str, Job], work: Path, tmp_path: Path, name: str
@@ -214,6 +219,11 @@ def test_killed_at_any_write_and_run_again(
     assert count >= 2
 
 
+@pytest.mark.fault(
+    "files",
+    "a full disk at each write of every verb",
+    "one line; run again, all is as undisturbed",
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_full_disk_is_one_line(
     jobs: dict[str, Job], work: Path, tmp_path: Path, name: str
@@ -226,6 +236,11 @@ def test_a_full_disk_is_one_line(
     assert count >= 1
 
 
+@pytest.mark.fault(
+    "files",
+    "a disk that fills up within a file",
+    "an error; no file is cut short under its final name",
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_disk_that_fills_up_while_writing_is_one_line(
     jobs: dict[str, Job], tmp_path: Path, name: str
@@ -240,6 +255,11 @@ def test_a_disk_that_fills_up_while_writing_is_one_line(
     assert not made, "a file that was cut short has its final name, or a temporary one is left"
 
 
+@pytest.mark.fault(
+    "files",
+    "a file where the output folder should be",
+    "one line with its path",
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_where_the_folder_should_be_is_one_line(
     jobs: dict[str, Job], tmp_path: Path, name: str
@@ -262,6 +282,11 @@ SURROUNDINGS = {
 }
 
 
+@pytest.mark.fault(
+    "files",
+    "no HOME, a HOME that does not exist, C and Turkish locales, another time zone",
+    "the same results, byte for byte",
+)
 @pytest.mark.parametrize("where", SURROUNDINGS)
 def test_surroundings_change_no_result(
     jobs: dict[str, Job], work: Path, tmp_path: Path, where: str
@@ -285,6 +310,11 @@ def test_surroundings_change_no_result(
     assert contents(out) == contents(work / "done" / job.name)
 
 
+@pytest.mark.fault(
+    "files",
+    "the same job twice at once",
+    "one whole result; the other run ends in one line",
+)
 def test_two_runs_at_once_leave_one_whole_result(
     jobs: dict[str, Job], work: Path, tmp_path: Path
 ) -> None:
@@ -310,6 +340,11 @@ def test_two_runs_at_once_leave_one_whole_result(
     assert contents(out) == contents(work / "done" / job.name)
 
 
+@pytest.mark.fault(
+    "files",
+    "a clock that jumps back and runs backwards",
+    "the same results; durations stay positive",
+)
 def test_a_clock_that_jumps_back_changes_no_result(
     jobs: dict[str, Job], work: Path, tmp_path: Path
 ) -> None:

@@ -25,6 +25,12 @@ from kvquant.files import (
 DEAD = 2**22 + 1  # above the largest process number of Linux
 
 
+@pytest.mark.fault(
+    "files",
+    "a file that is missing, a folder, a dangling link, not UTF-8, cut, empty, nested 100,000 "
+    "deep, with a key twice or NaN",
+    "one line with the field, the file and what to do",
+)
 def test_whatever_is_wrong_with_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
@@ -60,6 +66,11 @@ def test_brackets_in_strings_are_no_nesting() -> None:
     assert parse_json(text) == {"a": "[" * 500 + '"{{{'}
 
 
+@pytest.mark.fault(
+    "files",
+    "a file system without hard links (EPERM, ENOTSUP, ENOSYS)",
+    "results are created once, under a lock",
+)
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
 def test_without_hard_links_files_are_created_once_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
@@ -77,6 +88,11 @@ def test_without_hard_links_files_are_created_once_all_the_same(
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
+@pytest.mark.fault(
+    "files",
+    "umask 022, 002, 077",
+    "every artifact has the mode of the umask",
+)
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
 def test_files_have_the_mode_of_the_umask(tmp_path: Path, mask: int) -> None:
     old = os.umask(mask)
@@ -113,6 +129,11 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         write_new(tmp_path / "folder", "text")
 
 
+@pytest.mark.fault(
+    "files",
+    "temporary files of killed jobs",
+    "swept by the next write and when a run starts",
+)
 def test_temporary_files_of_ended_processes_are_swept(tmp_path: Path) -> None:
     node = platform.node()
     dead = tmp_path / f".a.json.{node}.{DEAD}.tmp"
@@ -134,6 +155,11 @@ def test_temporary_files_of_ended_processes_are_swept(tmp_path: Path) -> None:
     assert not dead.exists()
 
 
+@pytest.mark.fault(
+    "security",
+    "names that are absolute, climb with .. or leave through a link",
+    "refused by name",
+)
 def test_names_stay_inside_their_folder(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to("/")
     assert inside(tmp_path, "a/b", "file") == tmp_path.resolve() / "a" / "b"

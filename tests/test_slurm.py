@@ -77,6 +77,11 @@ def test_a_submission_without_an_answer_is_looked_for(tmp_path: Path) -> None:
     assert slurm_client.patient(words, attempts=2, pause=0.01).returncode == 1
 
 
+@pytest.mark.fault(
+    "workflow",
+    "passing errors of a busy Slurm controller",
+    "asked again for about 20 minutes",
+)
 @pytest.mark.parametrize(
     "error",
     [
@@ -99,6 +104,11 @@ def test_passing_errors_of_a_busy_controller_are_asked_again(tmp_path: Path, err
     assert (done.returncode, done.stdout) == (0, "7\n")
 
 
+@pytest.mark.fault(
+    "workflow",
+    "a submission whose answer is lost while squeue is silent",
+    "nothing is submitted twice",
+)
 def test_nothing_is_submitted_again_while_nobody_knows(tmp_path: Path) -> None:
     lost = f"echo x >>{tmp_path}/n; echo 'Zero Bytes were transmitted or received' >&2; exit 1"
     command = stand_in(tmp_path / "sbatch", lost)

@@ -25,6 +25,11 @@ def raw(root: Path) -> dict[str, Any]:
     return yaml.safe_load((root / "config/smoke.yaml").read_text())
 
 
+@pytest.mark.fault(
+    "security",
+    "any configured string in a shell command",
+    "quoted in every rule",
+)
 def test_every_path_in_every_rule_is_quoted(root: Path) -> None:
     count = 0
     for file in sorted((root / "workflow/rules").glob("*.smk")):
@@ -35,6 +40,11 @@ def test_every_path_in_every_rule_is_quoted(root: Path) -> None:
     assert count > 60
 
 
+@pytest.mark.fault(
+    "security",
+    "$( ), backticks, quotes, globs, control characters in device and pathvars",
+    "refused by field and character",
+)
 @pytest.mark.parametrize("value", EVIL)
 def test_characters_that_shells_act_on_are_refused_by_name(raw: dict[str, Any], value: str) -> None:
     for change, field in (
@@ -56,6 +66,11 @@ def test_paths_of_any_language_and_with_spaces_are_taken(raw: dict[str, Any]) ->
     assert parse_study(raw | {"pathvars": paths}).pathvars == paths
 
 
+@pytest.mark.fault(
+    "security",
+    "commands in the configuration while jobs are planned",
+    "one error, nothing is executed",
+)
 @pytest.mark.parametrize(
     "setting", ["device=$(touch hacked)", "pathvars={cache: '$(touch hacked)'}"]
 )
@@ -75,6 +90,11 @@ def test_nothing_is_executed_while_planning(root: Path, tmp_path: Path, setting:
     assert not (tmp_path / "hacked").exists()
 
 
+@pytest.mark.fault(
+    "workflow",
+    "spaces in all folders of a study",
+    "every job runs, logs lie where they belong",
+)
 @pytest.mark.slow
 def test_a_study_runs_in_folders_with_spaces(root: Path, tmp_path: Path) -> None:
     work = tmp_path / "the work"
