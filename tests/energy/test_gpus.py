@@ -45,6 +45,11 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Any:
         handle.close()
 
 
+@pytest.mark.fault(
+    "devices",
+    "CUDA_VISIBLE_DEVICES as indices, UUIDs, empty, -1, reordered, doubled, unknown",
+    "resolved as the driver does",
+)
 @pytest.mark.parametrize(
     ("asked", "seen"),
     [
@@ -80,6 +85,11 @@ def test_boards_that_a_job_may_not_open_are_not_numbered() -> None:
     assert [g.name for g in visible_gpus(found, {"CUDA_VISIBLE_DEVICES": "0"})] == [H100]
 
 
+@pytest.mark.fault(
+    "devices",
+    "CUDA_VISIBLE_DEVICES with MIG slices",
+    "resolved; the name holds the profile",
+)
 @pytest.mark.parametrize(
     ("asked", "seen"),
     [
@@ -143,6 +153,11 @@ def test_planned_name_is_that_of_the_gpu_that_works(
     workload.check_device(Namespace(device=device, device_name=name))
 
 
+@pytest.mark.fault(
+    "devices",
+    "a job on the second GPU of a mixed host",
+    "recorded under the name of that GPU",
+)
 def test_a_job_on_the_second_gpu_is_recorded_as_that(
     host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -157,6 +172,11 @@ def test_a_job_on_the_second_gpu_is_recorded_as_that(
     assert [f.name.split(".")[0] for f in tmp_path.glob("*.alone")] == ["ab22"]
 
 
+@pytest.mark.fault(
+    "devices",
+    "CUDA orders different GPUs fastest first",
+    "the job refuses and names CUDA_DEVICE_ORDER",
+)
 def test_fastest_first_is_refused_by_the_job(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA may put the fastest GPU first, which NVML cannot know: the job finds out."""
     host(mixed())
@@ -218,6 +238,11 @@ def test_gpus_without_a_uuid_of_torch_are_named_by_nvml(
     assert provenance.visible_uuids() is None
 
 
+@pytest.mark.fault(
+    "devices",
+    "a device that is missing or misspelt",
+    "one line",
+)
 @pytest.mark.parametrize(
     ("device", "message"),
     [

@@ -127,6 +127,11 @@ def node(time: FakeTime) -> FakeHost:
     return FakeHost(boards, time)
 
 
+@pytest.mark.fault(
+    "devices",
+    "eight visible GPUs, a model on one or two",
+    "these are metered, the others stated as idle",
+)
 @pytest.mark.parametrize(
     ("devices", "watts", "count"),
     [
@@ -158,6 +163,11 @@ def test_the_gpus_of_the_model_and_no_other(
     assert unused["watts"] == pytest.approx(3 * 55 + 350 - watts)
 
 
+@pytest.mark.fault(
+    "devices",
+    "energy on a MIG slice",
+    "refused in one line",
+)
 def test_energy_of_a_slice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     host = FakeHost([Board("GPU-e", "NVIDIA A100", [("MIG-1", "NVIDIA A100 MIG 1g.5gb")])])
     torch_sees(monkeypatch, ["1"], current=0)
@@ -165,6 +175,11 @@ def test_energy_of_a_slice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         open_meter("cuda", nvml=host)
 
 
+@pytest.mark.fault(
+    "devices",
+    "a GPU that NVML does not know by its UUID",
+    "marked as estimated, with the reason",
+)
 def test_a_gpu_that_nvml_does_not_know_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Better no measurement than that of another GPU."""
     torch_sees(monkeypatch, ["other"], current=0)

@@ -81,6 +81,11 @@ def job(gpu: Gpu, watts: float, seconds: float = 0.3) -> None:
     gpu.load(60.0)
 
 
+@pytest.mark.fault(
+    "devices",
+    "power averaged over a second, sides in turns",
+    "each side has its own joules",
+)
 @pytest.mark.parametrize("instant", [True, False])
 def test_sides_in_turns_have_their_own_joules(instant: bool) -> None:
     """Joined, an average over a second would give the weaker side a part of the stronger's."""
@@ -99,6 +104,11 @@ def test_sides_in_turns_have_their_own_joules(instant: bool) -> None:
     assert ("an average over a second" in meter.method) is not instant
 
 
+@pytest.mark.fault(
+    "devices",
+    "NVML readings that fail",
+    "bridged up to a second, and counted",
+)
 @pytest.mark.parametrize("instant", [True, False])
 def test_failed_readings_are_bridged_and_counted(instant: bool) -> None:
     gpu = Gpu(instant, fails=range(20, 26))
@@ -118,6 +128,11 @@ def test_failed_readings_are_bridged_and_counted(instant: bool) -> None:
     assert 0.02 < found["longest_gap_s"] <= 1.0
 
 
+@pytest.mark.fault(
+    "devices",
+    "no power reading for long",
+    "refused in one line",
+)
 def test_a_gap_that_cannot_be_bridged_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(energy_nvml, "MAX_GAP", 0.25)
     gpu = Gpu(instant=True)
@@ -138,6 +153,11 @@ def test_a_gap_that_cannot_be_bridged_is_refused(monkeypatch: pytest.MonkeyPatch
     meter.close()
 
 
+@pytest.mark.fault(
+    "devices",
+    "watts that are NaN, infinite, negative, over the limit, or 0 while busy",
+    "left out and counted",
+)
 @pytest.mark.parametrize("watts", [float("nan"), float("inf"), -5.0, 751.0, 4e6, 0.0])
 def test_watts_that_cannot_be_are_left_out(watts: float) -> None:
     """751 W of a board whose limit is 500 W; 0 W of one that works."""
@@ -170,6 +190,11 @@ def test_one_failed_reading_opens_no_other_meter() -> None:
     assert meter.quality()["errors"] > 0
 
 
+@pytest.mark.fault(
+    "devices",
+    "an energy counter that is reset or impossibly fast",
+    "refused in one line",
+)
 @pytest.mark.parametrize(("factor", "message"), [(0.0, "counter reset"), (9.0, "can draw")])
 def test_a_counter_that_cannot_be_true_ends_by_name(factor: float, message: str) -> None:
     """It starts again with the driver, or runs faster than the board can draw."""
@@ -194,6 +219,11 @@ def test_a_counter_that_goes_away_ends_by_name() -> None:
         meter.read()
 
 
+@pytest.mark.fault(
+    "devices",
+    "a failed reading in the profiler",
+    "sampling goes on, the failure is counted",
+)
 def test_the_profiler_goes_on_after_a_failed_reading() -> None:
     class Meter:
         source, method, count = "estimated", "fake", 0
@@ -222,6 +252,11 @@ def test_the_profiler_goes_on_after_a_failed_reading() -> None:
     assert found["last_error"] == "Timeout"
 
 
+@pytest.mark.fault(
+    "devices",
+    "a time of day that jumps",
+    "no duration changes",
+)
 def test_no_duration_follows_a_clock_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time of day jumps by an hour in the middle: no seconds, watts or joules notice."""
     from kvquant.benchmarks.timing import Clock

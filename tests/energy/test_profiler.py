@@ -109,6 +109,11 @@ def test_a_failing_tracker_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     assert profiler.samples
 
 
+@pytest.mark.fault(
+    "devices",
+    "CodeCarbon counts other GPUs",
+    "stated in the record as an error",
+)
 @pytest.mark.parametrize(
     ("counted", "error"), [([1], None), (None, "counts other GPUs"), ([0, 1], "counts other GPUs")]
 )

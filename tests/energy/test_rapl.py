@@ -33,6 +33,11 @@ def tick(place: Path, joules: float) -> None:
     file.write_text(f"{(int(file.read_text()) + round(joules * 1e6)) % wraps}\n")
 
 
+@pytest.mark.fault(
+    "devices",
+    "RAPL with psys, MMIO, subzones, mirrored or separate dies",
+    "each package is counted once",
+)
 @pytest.mark.parametrize(
     ("zones", "joules"),
     [
@@ -106,6 +111,11 @@ def test_a_repeated_counter_is_read_a_little_later(tmp_path: Path) -> None:
     assert meter.read() == pytest.approx(50.0)
 
 
+@pytest.mark.fault(
+    "devices",
+    "RAPL counters that were mirrored and part",
+    "refused in one line",
+)
 def test_repeated_counters_that_part_are_refused(tmp_path: Path) -> None:
     made = [zone(tmp_path, f"intel-rapl:{i}", f"package-0-die-{i}") for i in range(2)]
     meter = open_cpu_meter(tmp_path)
@@ -127,6 +137,11 @@ def test_each_zone_wraps_at_its_own_range_and_again(tmp_path: Path) -> None:
         assert meter.read() == pytest.approx(53.0 * round_)
 
 
+@pytest.mark.fault(
+    "devices",
+    "a RAPL counter that is set back",
+    "refused; only a wrap is a wrap",
+)
 def test_a_counter_that_was_set_back_is_no_wrap(tmp_path: Path) -> None:
     place = zone(tmp_path, "intel-rapl:0", "package-0", 9_000_000_000)
     meter = open_cpu_meter(tmp_path)
@@ -135,6 +150,11 @@ def test_a_counter_that_was_set_back_is_no_wrap(tmp_path: Path) -> None:
         meter.read()
 
 
+@pytest.mark.fault(
+    "devices",
+    "RAPL unread for longer than one wrap",
+    "refused in one line",
+)
 def test_too_long_without_a_reading(tmp_path: Path) -> None:
     place = zone(tmp_path, "intel-rapl:0", "package-0")
     time = FakeTime()
@@ -175,6 +195,11 @@ def test_one_unreadable_package_leaves_the_estimate_and_is_named(
     assert re.search(reason, meter.method), meter.method
 
 
+@pytest.mark.fault(
+    "devices",
+    "RAPL counters that may not be read",
+    "estimated; the file is named",
+)
 def test_a_forbidden_counter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zone(tmp_path, "intel-rapl:0", "package-0")
     plain = Path.read_text
@@ -202,6 +227,11 @@ def test_a_machine_without_packages(tmp_path: Path) -> None:
     assert "RAPL: no processor package has a counter" in open_cpu_meter(tmp_path).method
 
 
+@pytest.mark.fault(
+    "devices",
+    "four threads read one meter",
+    "the right sum",
+)
 def test_threads_read_one_meter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two readers must not both add the same step, nor take the older value for a wrap."""
     place = zone(tmp_path, "intel-rapl:0", "package-0")
