@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kvquant.errors import UserError
@@ -36,7 +37,10 @@ def save_pair(
         UserError: The folder cannot be written.
     """
     with replacing(file) as temporary:
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
+        try:
+            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
+        except SafetensorError as error:  # a full disk, which the library reports in its own way
+            raise UserError(f"{file}: cannot be written ({str(error).splitlines()[0]})") from None
     found = {**info, "tensors_sha256": sha256_file(file)}
     found["seal"] = seal_of(found)
     replace(manifest, write_json(found))

@@ -215,6 +215,11 @@ def test_forks_share_blocks_and_go_their_own_ways() -> None:
     assert store.arenas[0] is other.arenas[0]
 
 
+@pytest.mark.fault(
+    "library",
+    "another dtype, device or shape in a later call",
+    "refused by name",
+)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -75,6 +75,11 @@ def test_keys_outside_any_range_come_back_exactly(
     assert torch.equal(token_major(got), expected)
 
 
+@pytest.mark.fault(
+    "library",
+    "a key channel constant in calibration that varies later",
+    "exact, as outliers",
+)
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("weighting", ["none", "fisher-range2"])
 def test_channels_that_were_constant_in_calibration(kind: torch.dtype, weighting: str) -> None:
@@ -140,6 +145,11 @@ def test_a_layer_of_constants_has_a_quantizer() -> None:
     torch.testing.assert_close(BatchedKVQuantizer(made, 3, 0.01).fake_keys(x), x.float())
 
 
+@pytest.mark.fault(
+    "library",
+    "a constant channel without room for outliers",
+    "refused when the quantizer is built",
+)
 def test_without_outliers_a_constant_channel_is_refused() -> None:
     window = channels([2.0], 300)
     statistics = LayerStatistics.from_first(window, 1024, 1)
@@ -170,6 +180,11 @@ def test_ranges_that_are_no_numbers_are_refused(name: str, value: float) -> None
         BatchedKVQuantizer(made, 3, 0.01)
 
 
+@pytest.mark.fault(
+    "library",
+    "more outliers than there is room for",
+    "counted and reported",
+)
 def test_more_than_the_room_for_outliers_is_never_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head whose channels were all constant in calibration, packed where nobody waits."""
     monkeypatch.setenv("KVQUANT_KERNELS", "auto")

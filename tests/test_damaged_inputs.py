@@ -58,6 +58,11 @@ def hostile(folder: Path, mark: Path, model_type: str) -> Path:
     return folder
 
 
+@pytest.mark.fault(
+    "security",
+    "code in a model folder (auto_map), and y on standard input",
+    "never asked, never run",
+)
 @pytest.mark.parametrize("model_type", ["evil", "llama"])
 def test_code_of_a_model_folder_never_runs(
     tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
@@ -160,6 +165,12 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.fault(
+    "files",
+    "a missing path, a folder, a dangling link, a file as a folder, odd bytes, for every "
+    "input of every verb",
+    "one line",
+)
 @pytest.mark.parametrize("command", VERBS)
 def test_what_is_no_file_is_one_line(
     command: str, study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -197,6 +208,11 @@ def test_folders_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyP
         fetch_data("wikitext2", tmp_path / "out" / "manifest.json", "~/data")
 
 
+@pytest.mark.fault(
+    "files",
+    "a disk that is full when a file is flushed",
+    "one line, nothing is left",
+)
 def test_full_disk_is_one_line(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +227,11 @@ def test_full_disk_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault(
+    "files",
+    "a damaged wheel or GGUF, a member named ../../x",
+    "one line, nothing outside the folder",
+)
 def test_damaged_wheel_and_gguf(tmp_path: Path) -> None:
     whole = tmp_path / "a-1-py3-none-any.whl"
     with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -44,6 +44,11 @@ def test_parts_make_up_the_text(manifest: Path) -> None:
     assert read_data_manifest(manifest).dataset == "boxers"
 
 
+@pytest.mark.fault(
+    "custody",
+    "a changed text",
+    "refused",
+)
 def test_changed_text_is_refused(manifest: Path) -> None:
     (manifest.parent / "text.txt").write_text("something else")
     with pytest.raises(UserError, match="sha256 differs"):
@@ -72,6 +77,11 @@ def test_test_only_text_cannot_calibrate(manifest: Path) -> None:
         load_text(manifest, "calibration")
 
 
+@pytest.mark.fault(
+    "custody",
+    "an edited manifest of a text",
+    "refused",
+)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -157,6 +157,11 @@ def test_broken_conversion_leaves_no_model(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault(
+    "files",
+    "a conversion that was killed, or still runs",
+    "its scratch folder goes, or stays",
+)
 def test_scratch_of_a_killed_conversion_goes_and_of_a_running_one_stays(
     wheel: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

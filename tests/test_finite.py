@@ -47,6 +47,11 @@ def overflowing(dtype: torch.dtype, spec: Any) -> QuantizedModel:
     return QuantizedModel(model, tokenizer, spec, codecs, caches)
 
 
+@pytest.mark.fault(
+    "evaluation",
+    "NaN or infinite logits while answering",
+    "stops; names scheme, step and bf16",
+)
 @pytest.mark.parametrize("spec", [Fp16Scheme(kind="fp16"), KIVI], ids=["fp16", "kivi"])
 def test_answers_from_nan_logits_are_refused(spec: Any) -> None:
     with pytest.raises(NonFinite, match=rf"scheme {spec.kind}.*step 0.*float16.*bfloat16"):
@@ -87,6 +92,11 @@ def test_what_follows_the_end_of_an_answer_does_not_count() -> None:
     assert found.tokens[0] == plain.tokens[0][:1]
 
 
+@pytest.mark.fault(
+    "evaluation",
+    "NaN losses in perplexity",
+    "stops; names token and window",
+)
 @pytest.mark.parametrize("spec", [Fp16Scheme(kind="fp16"), KIVI], ids=["fp16", "kivi"])
 @pytest.mark.parametrize("kl", [False, True])
 def test_perplexity_of_nan_logits_is_refused(spec: Any, kl: bool) -> None:
@@ -144,6 +154,11 @@ class Endless(torch.autograd.Function):
         return grad * float("inf")
 
 
+@pytest.mark.fault(
+    "evaluation",
+    "a NaN loss or gradient in a calibration window",
+    "stops; names the window",
+)
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
@@ -161,6 +176,11 @@ def test_a_calibration_window_that_overflows_stops_it(spoil: Any, named: str) ->
     assert len(calibrate(model, windows, SPEC)) == 2
 
 
+@pytest.mark.fault(
+    "evaluation",
+    "overflowing keys or values in calibration",
+    "stops; names the layer",
+)
 @pytest.mark.parametrize("part", ["k_proj", "v_proj"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_activations_that_overflow_name_the_layer(part: str, bad: float) -> None:

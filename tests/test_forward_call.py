@@ -65,6 +65,11 @@ def goes_on(qm: Any, cache: Any, fed: list[torch.Tensor], new: torch.Tensor) -> 
     torch.testing.assert_close(step(qm.model, cache, new), step(qm.model, fresh, new))
 
 
+@pytest.mark.fault(
+    "library",
+    "Ctrl-C or out of memory at ten stages of a call",
+    "the cache is as before the call, or refuses every later one",
+)
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("stage", list(STAGES))
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
@@ -98,6 +103,11 @@ def test_a_call_that_ends_early(stage: str, error: type[BaseException], first: b
     goes_on(qm, cache, [], ids(2, 40, 1))
 
 
+@pytest.mark.fault(
+    "library",
+    "Ctrl-C inside the layout or a store",
+    "the same",
+)
 @pytest.mark.parametrize("target", [(Layout, "append"), (BlockStore, "append")])
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_within_the_cache_itself(target: Any, tokens: int) -> None:
@@ -113,6 +123,11 @@ def test_within_the_cache_itself(target: Any, tokens: int) -> None:
             step(qm.model, cache, ids(2, tokens))
 
 
+@pytest.mark.fault(
+    "library",
+    "an error while a call is planned",
+    "undone",
+)
 def test_a_plan_that_is_half_made_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C behind the layout's own change: blocks and lengths go back."""
     qm = quantized(tiny_model(), LOSSY)
@@ -131,6 +146,11 @@ def test_a_plan_that_is_half_made_is_undone(monkeypatch: pytest.MonkeyPatch) -> 
     assert [arena.capacity for arena in cache.layout.arenas].count(2) <= 1
 
 
+@pytest.mark.fault(
+    "library",
+    "NaN in the input, then another call",
+    "refused by name",
+)
 def test_nan_in_the_input() -> None:
     qm = quantized(tiny_model(), LOSSY)
     cache = qm.new_cache()
@@ -154,6 +174,11 @@ def test_a_call_of_the_decoder_alone_ends_with_it() -> None:
         step(qm.model, cache, ids(1, 3))
 
 
+@pytest.mark.fault(
+    "library",
+    "a layer called outside a forward call",
+    "one error",
+)
 def test_a_layer_without_a_call() -> None:
     qm = quantized(tiny_model(), LOSSY)
     cache = qm.new_cache()
@@ -168,6 +193,11 @@ def test_a_layer_without_a_call() -> None:
         attention(torch.zeros(1, 3, 64), rope, None, cache)
 
 
+@pytest.mark.fault(
+    "library",
+    "a layer called twice or skipped",
+    "one error",
+)
 def test_a_layer_that_is_called_twice_or_skipped() -> None:
     qm = quantized(tiny_model(), LOSSY)
     layers = qm.model.model.layers
@@ -193,6 +223,11 @@ def test_a_layer_that_is_called_twice_or_skipped() -> None:
         step(qm.model, cache, ids(1, 5))
 
 
+@pytest.mark.fault(
+    "library",
+    "crop, select or repeat fails in one layer",
+    "every later call is refused until reset",
+)
 def test_a_change_that_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
     qm = quantized(tiny_model(), SPECS[1])
     for change in (

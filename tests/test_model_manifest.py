@@ -87,6 +87,12 @@ CHANGES: list[tuple[str, Callable[[Path], None]]] = [
 ]
 
 
+@pytest.mark.fault(
+    "custody",
+    "a bit flipped with the times put back, zeros, an exchanged, edited, removed or added "
+    "file of a model",
+    "refused; the file is named",
+)
 @pytest.mark.parametrize("settled", [False, True])
 @pytest.mark.parametrize(("name", "change"), CHANGES)
 def test_changed_file_is_named(
@@ -172,6 +178,11 @@ def test_older_manifest_is_upgraded_by_fetching_again(home: Path, manifest: Path
         fetch_model("tiny", ModelSpec(source="local", path=str(home)), manifest)
 
 
+@pytest.mark.fault(
+    "custody",
+    "an edited manifest of a model",
+    "refused",
+)
 def test_edited_manifest_is_refused(home: Path, manifest: Path) -> None:
     facts = json.loads(manifest.read_text())
     for change in (
@@ -189,6 +200,11 @@ def test_edited_manifest_is_refused(home: Path, manifest: Path) -> None:
         verify_model(read_manifest(manifest))
 
 
+@pytest.mark.fault(
+    "custody",
+    "a manifest that points outside its folder, or of wrong types",
+    "refused",
+)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -238,6 +254,11 @@ def test_identity_follows_every_file_and_no_place(saved: Path, home: Path, tmp_p
     assert fetched(home, "c") != first
 
 
+@pytest.mark.fault(
+    "custody",
+    "any byte of a manifest",
+    "without effect, or one line",
+)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_is_one_line(manifest: Path, data: st.DataObject) -> None:
@@ -252,6 +273,11 @@ def test_any_damage_is_one_line(manifest: Path, data: st.DataObject) -> None:
         assert len(str(error).splitlines()) == 1
 
 
+@pytest.mark.fault(
+    "custody",
+    "a checkpoint that lacks a tensor",
+    "refused; the tensor is named, nothing is drawn at random",
+)
 def test_weights_that_lack_a_tensor_are_refused(home: Path) -> None:
     """transformers would fill it with random numbers."""
     from safetensors.torch import load_file, save_file

@@ -229,6 +229,11 @@ def named(file: Path, told: str) -> bool:
     return len(lines) == 1 and (file.stem.split(".")[0] in told or "--model-manifest" in told)
 
 
+@pytest.mark.fault(
+    "records",
+    "100 random changes of a field or a bit, for each kind of file of a finished study",
+    "none is accepted silently",
+)
 @pytest.mark.parametrize("name", KINDS)
 def test_no_mutation_is_accepted_silently(name: str, tmp_path: Path) -> None:
     kind = KINDS[name](tmp_path)
@@ -250,6 +255,11 @@ def test_no_mutation_is_accepted_silently(name: str, tmp_path: Path) -> None:
     assert kind.read() == before
 
 
+@pytest.mark.fault(
+    "records",
+    "two files exchanged",
+    "refused by name",
+)
 def test_files_are_not_exchanged(tmp_path: Path) -> None:
     """A whole file in the place of another of its kind."""
     study = study_of(seeds=[0, 1])

@@ -134,6 +134,11 @@ def evaluate(work: Path, scheme: str, task: str, out: Path, *seeds: int) -> int:
     return main([*words, "--seeds", *map(str, seeds)])
 
 
+@pytest.mark.fault(
+    "records",
+    "100 random changes to the files of a study that was really measured",
+    "none is accepted silently",
+)
 def test_from_records_to_claims(work: Path) -> None:
     results, device = work / "r", ["--device-name", "cpu"]
     for scheme in ("fp16", "nuq4-1pct", "nuq3-1pct", "kivi-2"):

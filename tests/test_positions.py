@@ -68,6 +68,11 @@ def chunks(data: st.DataObject, width: int) -> list[int]:
     return sorted(data.draw(st.sets(st.integers(1, width), max_size=6)) | {width})
 
 
+@pytest.mark.fault(
+    "library",
+    "any padding, chunks and positions",
+    "as with the unquantized cache",
+)
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_padding_chunks_and_positions(data: st.DataObject) -> None:
@@ -178,6 +183,11 @@ def test_kept_tables_are_counted_forked_selected_and_cropped() -> None:
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 
 
+@pytest.mark.fault(
+    "library",
+    "a chunk that crosses the original length of a dynamically scaled RoPE",
+    "as with the unquantized cache",
+)
 @pytest.mark.parametrize("cuts", [[97, 98, 150], [40, 80, 150], [60, *range(61, 70)], [150]])
 @pytest.mark.parametrize("protocol", ["A", "B"])
 def test_dynamic_scaling_as_the_unquantized_model(cuts: list[int], protocol: Any) -> None:

@@ -37,6 +37,11 @@ def test_folder_and_files_are_private(place: Path) -> None:
     assert kept(b"second") == b"first"
 
 
+@pytest.mark.fault(
+    "security",
+    "a cache folder that others can write",
+    "not used",
+)
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
 def test_folder_that_others_can_write_is_not_believed(place: Path, mode: int) -> None:
     kept(b"first")
@@ -53,6 +58,11 @@ def test_folder_that_others_could_only_read_is_made_private(place: Path) -> None
     assert place.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.fault(
+    "security",
+    "compiled code or hashes in a file that others can write",
+    "not used",
+)
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
 def test_file_that_others_can_write_is_not_believed(place: Path, mode: int) -> None:
     kept(b"first")
@@ -62,6 +72,11 @@ def test_file_that_others_can_write_is_not_believed(place: Path, mode: int) -> N
     assert kept(b"third") == b"second" and file.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.fault(
+    "security",
+    "links in the private cache",
+    "not followed",
+)
 def test_links_are_not_followed(place: Path, tmp_path: Path) -> None:
     kept(b"first")
     (file,) = place.iterdir()
@@ -79,6 +94,11 @@ def test_pipe_does_not_hang(tmp_path: Path) -> None:
     assert read_private(tmp_path) is None and read_private(tmp_path / "none") is None
 
 
+@pytest.mark.fault(
+    "security",
+    "a cache folder of another user",
+    "not used",
+)
 def test_folder_of_another_user_is_not_used(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,11 @@ def test_scheme_comes_from_the_file(work: Path) -> None:
     assert qm.scheme == SCHEME
 
 
+@pytest.mark.fault(
+    "custody",
+    "a scheme of other bits, outliers, sinks, block size or datatype than the quantizer",
+    "refused by field",
+)
 @pytest.mark.parametrize(
     ("scheme", "field"),
     [
@@ -102,6 +107,11 @@ def test_another_scheme_is_refused(work: Path, scheme: Any, field: str) -> None:
     one_line(error)
 
 
+@pytest.mark.fault(
+    "custody",
+    "the quantizer of another model",
+    "refused",
+)
 def test_another_model_is_refused_without_a_manifest(work: Path) -> None:
     other = save_tiny(work / "other", positions=1024)
     tensors = load_file(other / "model.safetensors")
@@ -136,6 +146,11 @@ TENSORS: list[tuple[str, Callable[[dict[str, torch.Tensor]], Any]]] = [
 ]
 
 
+@pytest.mark.fault(
+    "custody",
+    "NaN, wrong shapes, types, order or counts, with hashes made to fit",
+    "one line",
+)
 @pytest.mark.parametrize(("message", "change"), TENSORS)
 def test_tables_that_cannot_be_are_refused(
     work: Path, message: str, change: Callable[[dict[str, torch.Tensor]], Any]
@@ -171,6 +186,11 @@ def test_json_that_does_not_fit_is_refused(work: Path, change: dict[str, Any]) -
     one_line(error)
 
 
+@pytest.mark.fault(
+    "custody",
+    "altered statistics of a calibration",
+    "refused: calibrate again",
+)
 @pytest.mark.parametrize("kind", ["q3", "stats"])
 def test_altered_files_are_refused(work: Path, kind: str) -> None:
     file, manifest = work / f"{kind}.safetensors", work / f"{kind}.json"
@@ -206,6 +226,11 @@ def test_altered_files_are_refused(work: Path, kind: str) -> None:
         refused("again")
 
 
+@pytest.mark.fault(
+    "custody",
+    "tables of another scheme",
+    "refused by field",
+)
 def test_tables_of_another_scheme_are_refused(work: Path) -> None:
     shutil.copy(work / "q4.safetensors", work / "q3.safetensors")
     with pytest.raises(UserError, match="another one than its JSON's"):
@@ -239,6 +264,11 @@ def test_files_have_the_mode_of_the_umask(made: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.fault(
+    "custody",
+    "any byte of a quantizer",
+    "refused",
+)
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_byte_of_a_quantizer_can_change(made: Path, tmp_path: Path, data: st.DataObject) -> None:

@@ -174,6 +174,11 @@ class Pairing:
             assert table[: len(rows)].tolist() == rows
 
 
+@pytest.mark.fault(
+    "library",
+    "random appends, steps, crops, selections, copies",
+    "bit-equal to a plain list; memory within the stated bound after each",
+)
 @pytest.mark.parametrize("kind", ["nuq", "none", "kivi", "reserved"])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
@@ -208,6 +213,11 @@ def test_any_operations(kind: str, data: st.DataObject) -> None:
             each.check()
 
 
+@pytest.mark.fault(
+    "library",
+    "appending and cropping for ever",
+    "memory stays",
+)
 @pytest.mark.parametrize("kind", ["nuq", "reserved"])
 def test_appending_and_cropping_for_ever_takes_no_memory(kind: str) -> None:
     c, generator = make(kind), torch.Generator().manual_seed(0)
@@ -239,6 +249,11 @@ def test_entries_of_returned_appends_are_written_over(kind: str) -> None:
     one.check()
 
 
+@pytest.mark.fault(
+    "library",
+    "63 of 64 sequences finish",
+    "the bytes of one alone",
+)
 def test_a_finished_sequence_returns_its_memory() -> None:
     """One of 64 is left: what it holds is what it would hold alone, tensors of the others die."""
     qm = quantized(tiny_model(), NuqScheme(kind="nuq", bits=3, outliers=0.01, block_size=32))
@@ -271,6 +286,11 @@ def test_beams_share_their_prompt() -> None:
     assert cache_nbytes(cache) == cache_nbytes(alone)
 
 
+@pytest.mark.fault(
+    "library",
+    "prompt-lookup decoding",
+    "at most 1.3 times a fresh cache",
+)
 def test_prompt_lookup_holds_what_the_text_needs() -> None:
     """Candidates that were refused leave nothing behind."""
     qm = quantized(tiny_model(), NuqScheme(kind="nuq", bits=3, outliers=0.01, block_size=32))
@@ -315,12 +335,22 @@ def test_a_cut_that_fails_halfway_is_not_gone_on_from(monkeypatch: pytest.Monkey
         qm.model(input_ids=ids, past_key_values=cache)
 
 
+@pytest.mark.fault(
+    "library",
+    "outlier entries beyond 32-bit offsets",
+    "one line",
+)
 def test_offsets_that_do_not_fit_are_refused() -> None:
     assert check_entries(2**31 - 1) == 2**31 - 1
     with pytest.raises(UserError, match="outliers: 2147483648 of one layer"):
         check_entries(2**31)
 
 
+@pytest.mark.fault(
+    "library",
+    "a copy whose original cuts and appends",
+    "the copy is unchanged",
+)
 def test_a_copy_keeps_what_the_other_cuts_and_writes_again() -> None:
     """Places in an arena with room that a copy still reads are not given out a second time."""
     c, generator = make("none"), torch.Generator().manual_seed(0)

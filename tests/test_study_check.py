@@ -112,6 +112,11 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.fault(
+    "statistics",
+    "10^12 repetitions, NaN or negative margins, lossy numbers, unknown names",
+    "refused by field",
+)
 @pytest.mark.parametrize(("path", "value", "message"), MISTAKES)
 def test_every_mistake_names_its_field(
     raw: dict[str, Any], path: str, value: Any, message: str
@@ -145,6 +150,11 @@ def test_impossible_protocols(raw: dict[str, Any]) -> None:
         parse_study(study)
 
 
+@pytest.mark.fault(
+    "statistics",
+    "900 models, 1000 seeds, 1000 repetitions",
+    "counted, not listed; refused",
+)
 def test_many_of_everything_are_counted_not_listed(raw: dict[str, Any]) -> None:
     study = changed(raw, "throughput/reps", 1000)
     study["seeds"] = list(range(1000))
@@ -179,6 +189,12 @@ FILES = {
 }
 
 
+@pytest.mark.fault(
+    "statistics",
+    "a study with an alias bomb, a cycle, 50,000 brackets, a key twice, a tab, bytes that "
+    "are not UTF-8",
+    "one line",
+)
 @pytest.mark.parametrize("name", FILES)
 def test_damaged_files_are_one_line(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -193,6 +209,11 @@ def test_damaged_files_are_one_line(
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.fault(
+    "statistics",
+    "any bytes as a study",
+    "accepted or one line",
+)
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda t: t.encode("utf-8", "ignore")))
 def test_any_bytes_are_a_study_or_a_line(tmp_path: Path, content: bytes) -> None:

@@ -30,6 +30,11 @@ def put(folder: Path, text: str, test_from: int) -> Path:
     return folder / "manifest.json"
 
 
+@pytest.mark.fault(
+    "custody",
+    "test text that was calibrated on, by ranges of one text",
+    "refused",
+)
 def test_parts_of_one_text(tmp_path: Path) -> None:
     text = prose(0)
     first = put(tmp_path / "a", text, 30_000)
@@ -42,6 +47,11 @@ def test_parts_of_one_text(tmp_path: Path) -> None:
         check_apart(calibrated, put(tmp_path / "whole", text, 0))
 
 
+@pytest.mark.fault(
+    "custody",
+    "passages of the test text in another calibration text",
+    "refused",
+)
 def test_passages_of_another_text(tmp_path: Path) -> None:
     text = prose(0)
     calibrated = calibrated_text(put(tmp_path / "a", text, 40_000))

@@ -84,6 +84,11 @@ def scaled(*path: Any, by: float = 1.01) -> Change:
     return change
 
 
+@pytest.mark.fault(
+    "records",
+    "an edited field, and the record sealed again",
+    "refused: other numbers or the samples say otherwise",
+)
 @pytest.mark.parametrize(
     ("name", "change", "word"),
     [
@@ -153,6 +158,11 @@ def test_derived_fields_are_recomputed(
     assert all(Path(name).parent.name in line for line in told.splitlines())
 
 
+@pytest.mark.fault(
+    "records",
+    "a repetition copied, also renumbered and sealed again",
+    "refused; both files are named",
+)
 @pytest.mark.parametrize(
     "stage", ["perf/gpu/tiny/nuq3/short", "energy/gpu/tiny/nuq3/short", "append/gpu"]
 )
@@ -167,6 +177,11 @@ def test_a_repetition_is_not_measured_by_copying_another(
     assert f"{two}: holds the measurements of {one}" in told and "\n" not in told
 
 
+@pytest.mark.fault(
+    "records",
+    "the record of another scheme copied",
+    "refused by name",
+)
 def test_a_scheme_is_not_measured_by_copying_another(study: Study, results: Path) -> None:
     shutil.rmtree(results / "eval/tiny/nuq3/ruler/seed0")
     shutil.copytree(results / "eval/tiny/fp16/ruler/seed0", results / "eval/tiny/nuq3/ruler/seed0")
@@ -185,6 +200,11 @@ def test_other_prompts_are_refused(study: Study, results: Path) -> None:
     assert "answers other prompts than" in refused(study, results)
 
 
+@pytest.mark.fault(
+    "records",
+    "samples edited",
+    "refused; file and line are named",
+)
 @pytest.mark.parametrize(
     ("old", "new", "word"),
     [
@@ -201,6 +221,11 @@ def test_samples_are_those_of_the_record(
     assert word in told and str(lines) in told
 
 
+@pytest.mark.fault(
+    "records",
+    "samples of a wrong form with a right hash",
+    "refused; file and line are named",
+)
 @pytest.mark.parametrize(
     ("change", "word"),
     [

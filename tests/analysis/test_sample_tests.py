@@ -77,6 +77,11 @@ def test_one_cluster_is_scipys_bootstrap() -> None:
     assert (clustered_means([[x]], 50, 7) == clustered_means([[x]], 50, 7)).all()
 
 
+@pytest.mark.fault(
+    "statistics",
+    "all prompts of a seed move together",
+    "the interval widens",
+)
 def test_an_effect_of_the_seed_widens_the_interval() -> None:
     """Five seeds of 40 prompts that all move together are five measurements, not two hundred."""
     together = [np.full(40, shift) for shift in (0.3, -0.3, 0.2, -0.2, 0.1)]
@@ -197,6 +202,11 @@ def texts(shift: float, offsets: list[int], windows: int = 30, model: str = "m0"
     return pd.DataFrame(rows), pd.DataFrame(samples)
 
 
+@pytest.mark.fault(
+    "statistics",
+    "seeds that cut one text elsewhere",
+    "counted once, marked as one text, no p over seeds",
+)
 def test_cuts_of_one_text_are_one_measurement() -> None:
     """Seeds that shift windows over the same text add nothing: the first one's windows count."""
     one, five = (
@@ -261,6 +271,11 @@ def scores(base: list[float], ours: list[float]) -> Pair:
     return pd.DataFrame(rows), pd.DataFrame(samples)
 
 
+@pytest.mark.fault(
+    "statistics",
+    "a baseline near chance or below its floor",
+    "not informative",
+)
 def test_a_task_near_chance_tells_nothing() -> None:
     study = study_of("passkey", relative=0.05)
     low, none, one = ([1.0] * n + [0.0] * (100 - n) for n in (8, 0, 1))

@@ -50,6 +50,11 @@ def test_holm_on_a_worked_example() -> None:
     assert np.isnan(adjusted[4])
 
 
+@pytest.mark.fault(
+    "statistics",
+    "differences that are all equal",
+    "an exact p, never 0",
+)
 def test_without_spread_p_is_that_of_exchanged_signs() -> None:
     """Of n equal differences 2 of 2^n choices of signs are as extreme; 1 lies inside the margin."""
     same = paired_test(np.zeros(5), 0.1, 0.05)
@@ -198,6 +203,11 @@ def test_holms_family_is_a_suite_of_a_level() -> None:
     assert mean.p_holm == mean.p
 
 
+@pytest.mark.fault(
+    "statistics",
+    "fewer samples than the baseline, a sample twice, a missing pair",
+    "refused, with the first key",
+)
 def test_a_missing_pair_and_a_missing_margin_are_told() -> None:
     evaluations, samples = measured()
     with pytest.raises(UserError, match=r"kivi-2/vt is not paired with the baseline on \['seed'\]"):
@@ -253,6 +263,11 @@ def drawn(seeds: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(rows), pd.DataFrame(samples)
 
 
+@pytest.mark.fault(
+    "statistics",
+    "twice the seeds over the same rows",
+    "nothing changes",
+)
 def test_rows_that_seeds_share_count_once() -> None:
     """Twice the seeds draw the same rows again: nothing is more certain for it."""
     few, many = (compare_all(study_of(), *drawn(seeds)) for seeds in (6, 12))

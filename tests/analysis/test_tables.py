@@ -39,6 +39,11 @@ def test_round_trip(folder: Path) -> None:
     assert (folder / "eval.parquet").read_bytes() == before
 
 
+@pytest.mark.fault(
+    "records",
+    "any byte of a collected table, parquet or CSV",
+    "refused by name",
+)
 @pytest.mark.parametrize("twin", [True, False])
 def test_every_changed_byte_is_refused(folder: Path, twin: bool) -> None:
     file, rng = folder / "eval.parquet", random.Random(0)
@@ -71,6 +76,11 @@ def test_the_twin_is_the_same_table(folder: Path) -> None:
         read_table(folder, "eval")
 
 
+@pytest.mark.fault(
+    "records",
+    "a table edited with another program",
+    "refused by name",
+)
 def test_an_edit_with_another_program_is_refused(folder: Path) -> None:
     read_table(folder, "eval").assign(value=7.0).to_parquet(folder / "eval.parquet")
     with pytest.raises(UserError, match="has no seal"):
@@ -85,6 +95,11 @@ def test_a_table_from_elsewhere_is_reported(
     assert "has no seal and no CSV twin" in capsys.readouterr().err
 
 
+@pytest.mark.fault(
+    "records",
+    "tests or Pareto table computed from other tables",
+    "refused as stale",
+)
 def test_what_is_computed_from_other_tables_is_stale(folder: Path) -> None:
     write_table(example(), folder / "tests.parquet", [folder / "eval.parquet"])
     read_table(folder, "tests")

@@ -53,6 +53,11 @@ def tokenizer(template: str) -> Any:
     return found
 
 
+@pytest.mark.fault(
+    "evaluation",
+    "another day on the clock of a chat template",
+    "the same prompts",
+)
 @pytest.mark.parametrize("template", DATED.values(), ids=list(DATED))
 def test_a_template_writes_the_same_day_every_day(template: str) -> None:
     dated = tokenizer(template)
@@ -90,6 +95,11 @@ def test_the_fixed_day_changes_nothing_else(template: str) -> None:
     assert with_fixed_day(template, datetime.date(2024, 7, 26)) == template
 
 
+@pytest.mark.fault(
+    "evaluation",
+    "a model that thinks by default",
+    "does not think unless the study says so",
+)
 def test_thinking_is_off_unless_asked_for() -> None:
     hybrid = tokenizer(THINKING)
     for text in (hybrid.decode(as_tokens(hybrid, "Who?", True)), ask(hybrid, Chat())):
@@ -130,6 +140,11 @@ def test_thoughts_stand_apart(text: str, expected: Answer, special: bool | None)
         assert answer == expected
 
 
+@pytest.mark.fault(
+    "evaluation",
+    "an answer that is an unfinished thought",
+    "empty; the share is reported",
+)
 def test_unfinished_thoughts_are_reported(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["<think>\nkey", "<think>\nHm</think>key", "key", "no"]
     tokens = [tiny.tokenizer(text, add_special_tokens=False).input_ids for text in texts]

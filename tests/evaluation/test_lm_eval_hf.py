@@ -201,6 +201,11 @@ def test_a_template_writes_a_fixed_day(folder: Path) -> None:
     assert model.apply_chat_template([{"role": "user", "content": "Hi"}]) == "03 Feb 2025 Hi"
 
 
+@pytest.mark.fault(
+    "evaluation",
+    "unknown options of the lm-eval model",
+    "refused by name",
+)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -261,6 +266,11 @@ def test_nothing_to_score_is_refused(folder: Path) -> None:
         scores(thinks)
 
 
+@pytest.mark.fault(
+    "evaluation",
+    "a tokenizer without BOS and EOS",
+    "asks for prefix_token_id",
+)
 def test_without_bos_and_eos_a_prefix_must_be_given(folder: Path) -> None:
     model = ours(folder)
     model.tokenizer.bos_token = model.tokenizer.eos_token = None
@@ -289,6 +299,11 @@ def test_prompts_reach_the_scaled_positions_and_say_when_they_are_cut(
     assert "keep their last 92 (max_length 96)" in capsys.readouterr().err
 
 
+@pytest.mark.fault(
+    "evaluation",
+    "NaN logits while lm-eval scores",
+    "stops by name",
+)
 def test_nan_logits_are_refused(folder: Path) -> None:
     model = ours(folder)
     with torch.no_grad():
@@ -300,6 +315,11 @@ def test_nan_logits_are_refused(folder: Path) -> None:
         model.generate_until([ask("The sky", {"until": [], "max_gen_toks": 3})])
 
 
+@pytest.mark.fault(
+    "evaluation",
+    "another release of lm-eval",
+    "refused",
+)
 def test_another_lm_eval_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvquant.evaluation.lm_eval_files.version", lambda name: "0.5.0")
     with pytest.raises(UserError, match=r"lm-eval: version 0\.5\.0 is installed, 0\.4\.13"):

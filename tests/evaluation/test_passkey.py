@@ -88,6 +88,11 @@ def test_wording_is_the_published_one(data_dir: Path) -> None:
     assert facts["max_new_tokens"] == passkey.MAX_NEW_TOKENS
 
 
+@pytest.mark.fault(
+    "evaluation",
+    "a tokenizer that drops the filler",
+    "refused",
+)
 def test_a_tokenizer_that_drops_the_filler_is_refused() -> None:
     def drops(text: str, **options: Any) -> Any:
         return SimpleNamespace(input_ids=[1, 2])

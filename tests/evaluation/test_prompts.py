@@ -169,6 +169,11 @@ def test_prompts_of_another_tokenizer_are_refused(
         measure(study, changed, prompts, tmp_path / "out")
 
 
+@pytest.mark.fault(
+    "records",
+    "a file of prompts cut, damaged or with an edited header",
+    "refused: delete it by name",
+)
 def test_damage_is_told(
     study: Study,
     manifest: Path,  # noqa: F811

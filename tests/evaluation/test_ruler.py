@@ -222,6 +222,11 @@ TOKENIZERS = {
 }
 
 
+@pytest.mark.fault(
+    "evaluation",
+    "RULER at lengths that are too short, odd tokenizers",
+    "ends; one line with task, length and what to do",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize("name", [*NAMES, "qa_1"])
@@ -254,6 +259,11 @@ def test_every_length_ends(name: str, tokenizer: str) -> None:
         faulthandler.cancel_dump_traceback_later()
 
 
+@pytest.mark.fault(
+    "evaluation",
+    "essays shorter than the prompt",
+    "refused",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["", "Too short. " * 40])
 def test_a_text_that_is_too_short_is_refused(text: str) -> None:

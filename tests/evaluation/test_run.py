@@ -172,6 +172,11 @@ def test_damaged_resume_is_told_and_measured_anew(
         assert content(tmp_path / "b", seed) == content(tmp_path / "a", seed)
 
 
+@pytest.mark.fault(
+    "records",
+    "eight kinds of damage to a resume file",
+    "reported, removed, measured once again",
+)
 @pytest.mark.parametrize(
     ("what", "word"),
     [
@@ -223,6 +228,11 @@ def test_no_damage_to_a_resume_file_ends_a_job(
     assert word in capsys.readouterr().err
 
 
+@pytest.mark.fault(
+    "records",
+    "a finished seed that was measured with other weights",
+    "refused; in the resume folder measured again",
+)
 def test_a_seed_measured_with_other_weights_is_not_taken(
     study: Study, manifest: Path, tmp_path: Path, counted: list[int]
 ) -> None:
@@ -241,6 +251,11 @@ def test_a_seed_measured_with_other_weights_is_not_taken(
     assert counted == [0]
 
 
+@pytest.mark.fault(
+    "records",
+    "samples that a killed job left without a record",
+    "replaced",
+)
 def test_samples_of_a_killed_job_are_replaced(study: Study, manifest: Path, tmp_path: Path) -> None:
     resume = tmp_path / "resume"
     measure(study, manifest, tmp_path / "a", [0], resume_dir=resume)
