@@ -18,7 +18,7 @@ from kvquant.block_store import BlockStore
 from kvquant.cache_interface import AttendingCache, sequence_indices
 from kvquant.continuation import Past, block_table, range_blocks
 from kvquant.decode_step import StepTables
-from kvquant.errors import OutlierOverflow
+from kvquant.errors import OutlierOverflow, UserError
 from kvquant.forward_call import CallRecord, ForwardCall
 from kvquant.kept_rope import KeptRope
 from kvquant.kernels.cuda_decode import DecodeStep
@@ -521,11 +521,23 @@ class KVQuantCache(Cache, AttendingCache):
         other.query_heads = self.query_heads
         other._shifts = self._shifts
         other._kept = None if self._kept is None else self._kept.fork()
-        other.columns = self.columns
+        other.columns, other.rotary = self.columns, self.rotary
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             theirs.store = mine.store.fork()
         return other
 
+    def __copy__(self) -> KVQuantCache:
+        """See :meth:`copy`; layers know their cache, so that two cannot share them."""
+        return self.copy()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> KVQuantCache:
         """See :meth:`copy`."""
         return self.copy()
+
+    def __reduce__(self) -> Any:
+        """Refused: a pickle would hold the model with it.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError("cache: cannot be pickled or saved; take a copy() to reuse a prompt")

@@ -10,8 +10,10 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
+from torch import nn
 
 
 class AttendingCache(ABC):
@@ -25,6 +27,9 @@ class AttendingCache(ABC):
     # own inputs here is part of that call and leaves its end to it.
     outer: torch.Tensor | None = None
     within: bool = False  # whether the current call is part of one of the whole model
+    # Rotary embedding of the model it was made for, by which stored keys are turned; None: not said
+    rotary: nn.Module | None = None
+    protocol: Literal["A", "B"]
 
     @abstractmethod
     def begin_forward(

@@ -76,6 +76,36 @@ def _inputs(given: Arguments) -> torch.Tensor | None:
     return embeds if ids is None else ids
 
 
+def _check_model(cache: Any, decoder: Any) -> None:
+    """Refuses a cache of another model, whose keys would be turned by other angles than queries.
+
+    Raises:
+        UserError: The models have different layers or rotary embeddings.
+    """
+    layers, rotary = len(cache.layers), decoder.rotary_emb
+    if layers != len(decoder.layers):
+        raise UserError(
+            f"cache: has {layers} layers and the model {len(decoder.layers)}; take a new_cache() "
+            "of this model"
+        )
+    if cache.rotary is None or cache.rotary is rotary:
+        return
+    if not _same_angles(cache.rotary, rotary):
+        raise UserError(
+            "cache: was made for a model with another rotary embedding; take a new_cache() of this "
+            "model"
+        )
+    cache.rotary = rotary  # once looked at
+
+
+def _same_angles(a: Any, b: Any) -> bool:
+    """Whether two rotary embeddings turn by the same angles."""
+    if a.rope_type != b.rope_type or a.attention_scaling != b.attention_scaling:
+        return False
+    x, y = (getattr(m, "original_inv_freq", m.inv_freq).cpu() for m in (a, b))
+    return torch.equal(x, y)
+
+
 @torch.compiler.disable(reason="looks at the mask on the host, once a forward call")
 def _enter_model(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
     """Before each forward of the whole model: its decoder's call ends when all has ended.
@@ -108,10 +138,13 @@ def _enter_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) 
     if getattr(config, "output_attentions", False):
         given.setdefault("output_attentions", True)
     refuse_unknown(given, _KNOWN)
+    _check_model(cache, module)
     inputs = _inputs(given)
     if inputs is None:
         raise ValueError("input_ids: missing")
     batch, new_len = inputs.shape[:2]
+    if not batch or not new_len:
+        raise ValueError(f"input_ids: a batch of {batch} with {new_len} columns is empty")
     past = cache.get_seq_length()
     limit = position_limit(config)
     if past <= limit < past + new_len:  # once per sequence

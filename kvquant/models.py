@@ -219,12 +219,16 @@ class QuantizedModel:
                     f"scheme: '{self.scheme.kind}' rotates keys when it reads them, which a rope "
                     "scaling that changes with the length does not allow"
                 )
+            if isinstance(cache, AttendingCache):
+                cache.rotary = self.model.model.rotary_emb
             return cache
         if self.codecs is None:
             return new_baseline_cache()
-        return KVQuantCache(
+        cache = KVQuantCache(
             self.codecs, self._rope, protocol, static_rope=static, keep_rope=not static
         )
+        cache.rotary = self.model.model.rotary_emb
+        return cache
 
     def baseline_cache(self) -> Any:
         """An empty unquantized 16-bit cache for the same model."""

@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvquant.errors import UserError
 from kvquant.model_call import CACHE_NAMES, arguments, find_cache, parameters, refuse_unknown
+from kvquant.no_gradient import without_gradient
 
 SUPPORTED = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 # Arguments of the attention that are used, or that say nothing about it.
@@ -23,11 +24,14 @@ def _attend(module: Any, cache: Any, *args: Any) -> torch.Tensor:
 
     In a compiled model the graph ends here and goes on after. The layer is looked up in here, so
     that compiled code serves all layers. Kernels are launched on the layer's own GPU, whichever is
-    the process's current one.
+    the process's current one. Gradients are those of a first call that attends in full precision,
+    or refused.
     """
+    layer = cache.layers[module.layer_idx]
+    exact = cache.protocol == "A" and not cache.get_seq_length()
     with torch.cuda.device_of(args[0]):
-        output: torch.Tensor = cache.layers[module.layer_idx].attend(*args)
-    return output
+        output: torch.Tensor = layer.attend(*args)
+    return output if exact else without_gradient(output, *args[:3])
 
 
 class PrefillQuantizedAttention(nn.Module):
@@ -60,6 +64,10 @@ class PrefillQuantizedAttention(nn.Module):
 
     def __init__(self, original: nn.Module) -> None:
         """Nothing is left to do: the module has been initialized as what it was."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its own class and made a drop-in again, as the class is made at run time."""
+        return _blank, (self.original_class,), self.__getstate__()
 
     def restore(self) -> None:
         """Makes the module what it was before."""
@@ -110,6 +118,13 @@ class PrefillQuantizedAttention(nn.Module):
         output = _attend(module, cache, queries, keys, values, rope, module.scaling, full)
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         return module.o_proj(output), None
+
+
+def _blank(own: type[nn.Module]) -> nn.Module:
+    """A drop-in without state, in the place of a module of the class `own`."""
+    module = own.__new__(own)
+    _take_over(module)
+    return module
 
 
 _CLASSES: dict[type[nn.Module], type[PrefillQuantizedAttention]] = {}

@@ -1,0 +1,110 @@
+"""A cache and the model it is used with: another model, gradients, copies, pickles."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvquant.config import KvquantRefScheme
+from kvquant.errors import UserError
+from kvquant.models import install_attention
+from tests.conftest import tiny_model
+from tests.schemes.common import with_scheme
+from tests.test_cache import SPECS, quantized
+from tests.test_cache_behaviour import EXACT, ids, step
+
+REFERENCE = KvquantRefScheme(kind="kvquant-ref", bits=4)
+THETA = {"rope_type": "default", "rope_theta": 500.0}
+
+
+@pytest.mark.parametrize("spec", [EXACT, SPECS[3], REFERENCE], ids=["nuq", "kivi", "reference"])
+def test_a_cache_of_a_model_with_other_angles(spec: Any) -> None:
+    """It turns stored keys by its own model's rotary embedding; queries came by the other's."""
+    cache = with_scheme(spec).new_cache()
+    other = tiny_model(rope_parameters=THETA)
+    install_attention(other)
+    with pytest.raises(UserError, match=r"cache: was made for a model with another rotary"):
+        step(other, cache, ids(1, 9))
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_cache_of_a_model_with_other_layers(layers: int) -> None:
+    other = tiny_model(num_hidden_layers=layers)
+    install_attention(other)
+    with pytest.raises(UserError, match=f"cache: has 2 layers and the model {layers}"):
+        step(other, quantized(tiny_model(), EXACT).new_cache(), ids(1, 9))
+
+
+def test_a_cache_of_an_equal_model() -> None:
+    qm, tokens = quantized(tiny_model(), EXACT), ids(1, 9)
+    other = copy.deepcopy(qm.model)
+    assert torch.equal(step(other, qm.new_cache(), tokens), step(qm.model, qm.new_cache(), tokens))
+
+
+@pytest.mark.parametrize("spec", [EXACT, REFERENCE], ids=["nuq", "reference"])
+@pytest.mark.parametrize("way", ["a later call", "protocol B"])
+def test_gradients_that_would_be_wrong_are_refused(spec: Any, way: str) -> None:
+    """Those of keys and values were missing without a word under protocol B."""
+    qm, tokens = with_scheme(spec), ids(1, 40)
+    qm.model.requires_grad_(True)
+    cache = qm.new_cache("B" if way == "protocol B" else "A")
+    if way == "a later call":
+        qm.model(input_ids=tokens[:, :30], past_key_values=cache)
+        tokens = tokens[:, 30:]
+    loss = qm.model(input_ids=tokens, past_key_values=cache, labels=tokens).loss
+    with pytest.raises(UserError, match=r"gradients: tokens that a quantized cache holds"):
+        loss.backward()
+
+
+def test_gradients_of_a_first_call_are_right() -> None:
+    qm, tokens = quantized(tiny_model(), EXACT), ids(1, 40)
+    qm.model.requires_grad_(True)
+    found = []
+    for cache in (DynamicCache(), qm.new_cache()):
+        qm.model.zero_grad()
+        qm.model(input_ids=tokens, past_key_values=cache, labels=tokens).loss.backward()
+        found.append([p.grad.clone() for p in qm.model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_model_saved_whole_is_loaded_as_it_was() -> None:
+    qm, tokens = quantized(tiny_model(), EXACT), ids(1, 9)
+    file = io.BytesIO()
+    torch.save(qm.model, file)
+    file.seek(0)
+    model = torch.load(file, weights_only=False)
+    assert type(model.model.layers[0].self_attn) is type(qm.model.model.layers[0].self_attn)
+    assert torch.equal(step(model, qm.new_cache(), tokens), step(qm.model, qm.new_cache(), tokens))
+
+
+def test_a_shallow_copy_goes_its_own_way() -> None:
+    qm, tokens = quantized(tiny_model(), EXACT), ids(1, 12)
+    cache = qm.new_cache()
+    step(qm.model, cache, tokens[:, :9])
+    other = copy.copy(cache)
+    first = step(qm.model, other, tokens[:, 9:])
+    assert cache.get_seq_length() == 9
+    assert torch.equal(step(qm.model, cache, tokens[:, 9:]), first)
+
+
+def test_a_cache_cannot_be_pickled() -> None:
+    with pytest.raises(UserError, match="cache: cannot be pickled"):
+        pickle.dumps(quantized(tiny_model(), EXACT).new_cache())
+
+
+def test_an_empty_call_is_refused() -> None:
+    qm = quantized(tiny_model(), EXACT)
+    cache = qm.new_cache()
+    step(qm.model, cache, ids(1, 9))
+    with pytest.raises(ValueError, match="input_ids: a batch of 1 with 0 columns is empty"):
+        step(qm.model, cache, ids(1, 9)[:, :0])
+    step(qm.model, cache, ids(1, 1))
+    assert cache.get_seq_length() == 10
