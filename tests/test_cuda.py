@@ -36,13 +36,23 @@ def test_kernels_and_pytorch_give_the_same(
     qm = on_gpu(NuqScheme(kind="nuq", bits=bits, block_size=32))
     ids = torch.randint(0, 97, (3, 150), device="cuda")
     mask = torch.ones_like(ids)
-    mask[1, :60], mask[2, :149] = 0, 0
+    # single columns are tokens: on a GPU nobody looks at a step's mask before it is taken
+    mask[1, :60], mask[2, :96] = 0, 0
     found = []
     for kernels in ("triton", "pytorch"):
         monkeypatch.setenv("KVQUANT_KERNELS", kernels)
         logits, _ = feed(qm, ids, mask, [97, 1, 1, 51], proto)
         found.append(torch.where(mask[..., None].bool(), logits, 0))
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+
+
+def test_padding_in_a_step_is_reported_later() -> None:
+    qm = on_gpu(NuqScheme(kind="nuq", bits=4, block_size=32))
+    ids = torch.randint(0, 97, (2, 120), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :101] = 0
+    with pytest.raises(ValueError, match="a decode step hid a stored token, showed padding"):
+        feed(qm, ids, mask, [97, 1, 1, 1, 20], "A")[1].settle()
 
 
 @pytest.mark.parametrize(
