@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from kvquant.blocked_sparse import SparseSlab, count_dtype, position_dtype
+from kvquant.errors import NonFiniteTokens
 from kvquant.kernels import cuda_pack
 from kvquant.kernels import pytorch_fused as fused
 from kvquant.kernels.dispatch import use_cuda_pack, use_triton
@@ -93,7 +94,7 @@ class BatchedKVQuantizer:
             raise TypeError(f"{name}: expected fp16 or bf16 blocks, got {x.dtype}")
         # On a GPU the host would wait for the answer; whoever packs there asks `not_finite`.
         if not x.is_cuda and not bool(torch.isfinite(x).all()):
-            raise ValueError(f"{name}: NaN or Inf in the input (fp16 overflows beyond 65504)")
+            raise NonFiniteTokens(name)
 
     @staticmethod
     def not_finite(*blocks: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from kvquant.blocked_sparse import Index, SparseArena, SparseSlab
-from kvquant.errors import UserError
+from kvquant.errors import NonFiniteTokens, UserError
 from kvquant.layout import AppendPlan, View
 from kvquant.reclaim import Reclaim
 from kvquant.schemes.base import Codec, Packed
@@ -118,6 +118,19 @@ def _fill(blocks: torch.Tensor, at: int, tokens: torch.Tensor) -> None:
         blocks[(at + done) // size, :, : n - done] = tokens[:, done:]
 
 
+def _refuse_infinite(plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Refuses tokens that 16 bits do not hold, which would make every later answer NaN.
+
+    Raises:
+        NonFiniteTokens: Says which of keys and values; padding may hold anything.
+    """
+    for name, x in (("keys", keys), ("values", values)):
+        if bool(x.isfinite().all()):
+            continue
+        if not all(bool(x[b][:, span].isfinite().all()) for b, span in enumerate(plan.spans)):
+            raise NonFiniteTokens(name)
+
+
 class BlockStore:
     """Keys and values of one layer.
 
@@ -192,6 +205,8 @@ class BlockStore:
         assert self.tail is not None and self.sinks is not None
         kind = self.tail[0].dtype
         keys, values = keys.to(kind), values.to(kind)
+        if keys.device.type == "cpu":  # elsewhere looking would wait for the device
+            _refuse_infinite(plan, keys, values)
         if plan.decode and keys.shape[2] == 1:
             self._append_step(plan, keys, values)
         else:

@@ -18,6 +18,13 @@ class NonFinite(UserError):
     """Logits, losses or gradients that are NaN or infinite; nothing is scored from them."""
 
 
+class NonFiniteTokens(NonFinite, ValueError):
+    """Keys or values that are NaN or infinite, or beyond what the 16 bits of a cache hold."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name}: NaN or Inf in the input (fp16 overflows beyond 65504)")
+
+
 class OutlierOverflow(RuntimeError):
     """Outliers found no room in a cache; `KVQuantCache.widen` makes more for the next one."""
 

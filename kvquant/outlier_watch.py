@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from kvquant.block_store import BlockStore
-from kvquant.errors import OutlierOverflow
+from kvquant.errors import NonFiniteTokens, OutlierOverflow
 
 # Room that a wider cache has beyond the outliers that were found.
 SPARE = 1.1
@@ -80,7 +80,7 @@ def _copy_to_host(status: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]
 
 def _refuse(lost: int, bad: int) -> None:
     if bad:
-        raise ValueError("keys or values: NaN or Inf (fp16 overflows beyond 65504)")
+        raise NonFiniteTokens("keys or values")
     if lost:
         raise OutlierOverflow(
             f"outliers: {lost} found no room in the cache; the text is unlike the calibration "

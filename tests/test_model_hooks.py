@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from kvquant.config import KvquantRefScheme
-from kvquant.errors import UserError
+from kvquant.errors import NonFinite, UserError
 from kvquant.models import install_attention
 from tests.conftest import tiny_model
 from tests.schemes.common import with_scheme
@@ -108,3 +108,21 @@ def test_an_empty_call_is_refused() -> None:
         step(qm.model, cache, ids(1, 9)[:, :0])
     step(qm.model, cache, ids(1, 1))
     assert cache.get_seq_length() == 10
+
+
+@pytest.mark.parametrize("spec", SPECS[2:4], ids=["nuq", "kivi"])
+@pytest.mark.parametrize("protocol", ["A", "B"])
+def test_what_16_bits_do_not_hold_is_refused(spec: Any, protocol: Any) -> None:
+    """KIVI's cache went on with NaN; the unquantized model's scores here are all finite."""
+    model = tiny_model()
+    attention = model.model.layers[1].self_attn
+    with torch.no_grad():
+        attention.k_proj.weight *= 1e7
+        attention.q_proj.weight /= 1e7
+    qm, tokens = quantized(model, spec), ids(1, 20)
+    assert torch.isfinite(step(model, DynamicCache(), tokens)).all()
+    cache = qm.new_cache(protocol)
+    with pytest.raises(NonFinite, match=r"keys: NaN or Inf in the input \(fp16 overflows"):
+        step(model, cache, tokens)
+    with pytest.raises(UserError, match="ended early"):
+        step(model, cache, tokens[:, :1])
