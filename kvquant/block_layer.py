@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvquant.attention import BlockwiseAttention
 from kvquant.block_store import BlockStore
 from kvquant.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix
-from kvquant.kernels.cuda_decode import decode_attention
+from kvquant.kernels.cuda_decode import DecodeShape, decode_attention
 from kvquant.layout import AppendPlan
 from kvquant.past_pieces import Piece
 from kvquant.rope import rotate
@@ -185,6 +185,14 @@ class BlockLayer(CacheLayerMixin):
         if owner.timed and keys.is_cuda:
             torch.cuda.synchronize(keys.device)
         owner.quantize_seconds += time.perf_counter() - start
+
+    def decode_shape(self, query_heads: int) -> DecodeShape | None:
+        """What kernels that read the past are compiled for; None where none reads it."""
+        tail = self.store.tail
+        if tail is None:
+            return None
+        _, heads, _, dim = tail[0].shape
+        return self.codec.decode_shape(dim, query_heads // heads, tail[0].dtype)
 
     @property
     def batch_size(self) -> int:

@@ -16,23 +16,24 @@ from transformers.cache_utils import Cache
 from kvquant.block_layer import BlockLayer
 from kvquant.block_store import BlockStore
 from kvquant.cache_interface import AttendingCache, sequence_indices
-from kvquant.continuation import Past, block_table, range_blocks
-from kvquant.decode_step import StepTables
-from kvquant.errors import OutlierOverflow, UserError
+from kvquant.call_rope import CallRope
+from kvquant.continuation import Past
+from kvquant.decode_step import KernelSteps, StepTables
+from kvquant.errors import UserError
 from kvquant.forward_call import CallRecord, ForwardCall
-from kvquant.kept_rope import KeptRope
 from kvquant.kernels.cuda_decode import DecodeStep
-from kvquant.kernels.dispatch import use_cuda, use_triton_attention
-from kvquant.late_check import LateCheck, on_device
-from kvquant.layout import AppendPlan, Layout, Snapshot, Span, View
+from kvquant.late_check import LateCheck
+from kvquant.layout import AppendPlan, Layout, Snapshot, View
 from kvquant.outlier_watch import OutlierWatch, widen_codecs
 from kvquant.padding import Padding
-from kvquant.past_pieces import Piece, cut_past
-from kvquant.positions import Shifts, shifts
+from kvquant.past_pieces import Piece
+from kvquant.past_reader import PastReader
+from kvquant.positions import check_batch
 from kvquant.rope import Rope
 from kvquant.schemes.base import Codec
 
 Protocol = Literal["A", "B"]
+
 
 # Key elements of a layer that protocol B reads back at once (0.5 GB with the values, in 32 bits).
 MOST_READ_BACK = 1 << 26
@@ -85,21 +86,9 @@ class KVQuantCache(Cache, AttendingCache):
         self._before = self.layout.view()  # before the current call
         self.query_positions: torch.Tensor
         self.new_positions: torch.Tensor | None = None
-        self._rope = rope
-        # Codecs that hold rotated keys hold the positions with them.
-        self._rotated = codecs[0].rotated_keys
-        self._keep_rope = keep_rope and not self._rotated
-        self._kept: KeptRope | None = KeptRope() if self._keep_rope else None
-        self._shifts: Shifts | None = None  # before the first call
-        # Of the current call: whether its first layer has brought the rotary table to be kept;
-        # and the table of counted positions, where the model's is shifted.
-        self._rope_taken = False
-        self._counted_rope: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._rope = CallRope(rope, keep=keep_rope, rotated=codecs[0].rotated_keys)
         self._padding = Padding()
-        self._pieces: list[Piece] | None = None
-        # Of the current call's kernels; False: not asked yet. Block numbers outlive a call.
-        self._past: Past | Literal[False] | None = False
-        self._block_table: tuple[list[int], torch.Tensor | None] | None = None
+        self._reader = PastReader(simulated=protocol == "B")
         self._watch, self._late = OutlierWatch(), LateCheck()
         self.static_rope = static_rope
         # Of a decode step that kernels take: None in other calls.
@@ -108,7 +97,7 @@ class KVQuantCache(Cache, AttendingCache):
         self.step_places: torch.Tensor
         self.captured = False  # a graph plans its calls itself (kvquant.graphed)
         self.query_heads = 0  # learnt from the first call
-        self._step_tables: StepTables | None = None
+        self._kernels = KernelSteps()
 
     def begin_forward(
         self,
@@ -121,17 +110,7 @@ class KVQuantCache(Cache, AttendingCache):
         given: bool = True,
         held: bool = False,
     ) -> None:
-        """Notes which columns of the coming call are tokens and plans where they go.
-
-        Args:
-            batch: Sequences.
-            new_len: New columns.
-            mask: `[batch_size, columns]` with 1 = token, 0 = padding, or None for no padding.
-            device: Of the model.
-            positions: int64 `[1 or batch_size, new_len]` that the new columns are rotated by, or
-                None: a token's number in its sequence.
-            given: Whether the caller of the model gave the positions; else they are its default.
-            held: See :meth:`AttendingCache.begin_forward`.
+        """See :meth:`AttendingCache.begin_forward`; plans where the new tokens go.
 
         Raises:
             ValueError: The mask does not cover all columns or contradicts an earlier one, or the
@@ -140,88 +119,37 @@ class KVQuantCache(Cache, AttendingCache):
         """
         if self.captured:
             return
-        self.calls.check()
-        self._look_at_the_device()
-        if positions is not None and (
-            positions.dim() != 2
-            or positions.shape[0] not in (1, batch)
-            or positions.shape[1] != new_len
-        ):
-            raise ValueError(
-                f"position_ids: shape {tuple(positions.shape)}, expected {(batch, new_len)}"
-            )
-        if self.layout.table and batch != len(self.layout.table):
-            raise ValueError(
-                f"input_ids: a batch of {batch}, but the cache holds {len(self.layout.table)}"
-            )
+        self.calls.hear(self._watch.check, self._late.check)
+        check_batch(positions, batch, new_len, len(self.layout.table))
         before = self.layout.snapshot()
-        self._before, self._rope_taken = before.view, False
+        self._before = before.view
         self.calls.begin(ForwardCall(len(self.layers), new_len, held, self._undo(before)))
         total = self.columns + new_len
         spans = self._padding.spans(batch, new_len, total, mask)
-        self._pieces, self._past = None, False
         self.query_positions, self.new_positions = self._padding.positions(
             batch, new_len, total, mask, device
         )
-        self._take_positions(positions, given, spans, device)
+        moved = self._rope.begin(
+            positions, given, spans, self._before.lengths, self.query_positions
+        )
+        self._late.note(self._padding.wrong, moved)
         self.plan = self.layout.append(spans)
+        self._reader.begin(self.layout, self.plan)
         if self.plan.arena >= 0:
             self._watch.note_packing()
         self._begin_step(self.plan.before, device)
 
     def _undo(self, before: Snapshot) -> Callable[[], None]:
         """Puts the cache back as it is now, after a call that has stored nothing."""
-        padding, kept, moved = self._padding.fork(), self._kept, self._shifts
+        padding, rope = self._padding.fork(), self._rope.state()
 
         def undo() -> None:
             self.layout.restore(before)
-            self._padding, self._kept, self._shifts = padding, kept, moved
+            self._padding = padding
+            self._rope.restore(rope)
             self._forget_tables()
 
         return undo
-
-    def _look_at_the_device(self) -> None:
-        """Raises for what earlier calls lost or got wrong, as far as the host can know."""
-        try:
-            self._watch.check()
-            self._late.check()
-        except (OutlierOverflow, ValueError) as error:
-            self.calls.refuse(error)
-            raise
-
-    def _take_positions(
-        self, positions: torch.Tensor | None, given: bool, spans: list[Span], device: torch.device
-    ) -> None:
-        """Finds out how the new tokens are rotated, and keeps their rotary tables if need be."""
-        self._counted_rope = None
-        wrong = self._padding.wrong
-        if positions is None or self._rotated or self._kept is not None:
-            self._late.note(wrong, None)
-            return
-        lengths = self.layout.lengths or [0] * len(spans)
-        old = self._shifts or Shifts([0] * len(spans), True)
-        if (
-            on_device(positions)
-            and positions.shape[1] == 1
-            and all(lengths)
-            and (old.zero or not old.open)
-        ):  # a decode step: looking would wait for the device
-            moved = positions - self.query_positions
-            if not old.zero:
-                moved = moved - torch.tensor(old.known).to(device, non_blocking=True)[:, None]
-            self._late.note(wrong, moved.any())
-            self._shifts = Shifts(old.known, False)
-        else:
-            self._late.note(wrong, None)
-            new = shifts(positions, spans, lengths)
-            self._shifts = None if new is None else old.follow(new, lengths, given)
-            if self._shifts is None:
-                self._kept = KeptRope.counted(self._rope, lengths, old.known, device)
-                return
-            if new is not None and not any(new):
-                return
-        if not self._shifts.zero:
-            self._counted_rope = self._rope(self.query_positions)
 
     def enter(
         self,
@@ -230,13 +158,7 @@ class KVQuantCache(Cache, AttendingCache):
         keys: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer begins its part of the current call.
-
-        Args:
-            layer: Its number.
-            queries: `[batch_size, num_heads, new_len, head_dim]`.
-            keys: `[batch_size, num_kv_heads, new_len, head_dim]`.
-            rope: Rotary table of the new columns, `[1 or batch_size, new_len, head_dim]` each.
+        """A layer begins its part of the current call; see :meth:`BlockLayer.attend`.
 
         Returns:
             The rotary table by which the layer shall rotate the new columns.
@@ -248,13 +170,7 @@ class KVQuantCache(Cache, AttendingCache):
             return rope
         self.calls.enter(layer, keys.shape[2])
         self.query_heads = queries.shape[1]
-        if self._kept is not None and not self._rope_taken:
-            self._kept.append(rope, self.plan.spans, self.plan.before.lengths)
-            self._rope_taken = True
-        if self._counted_rope is None:
-            return rope
-        cos, sin = self._counted_rope
-        return cos.to(queries.dtype), sin.to(queries.dtype)
+        return self._rope.table(rope, self.plan.spans, self.plan.before.lengths, queries.dtype)
 
     def leave(self, layer: int) -> None:
         """A layer has done its part of the current call."""
@@ -273,37 +189,26 @@ class KVQuantCache(Cache, AttendingCache):
 
     def step_tables(self, device: torch.device) -> StepTables | None:
         """The tables of decode kernels, or None where the PyTorch path takes the steps."""
-        store, codec = self.layers[0].store, self.layers[0].codec
-        if not (self.static_rope and self.protocol == "A" and store.tail is not None):
+        if not (self.static_rope and self.protocol == "A" and self._rope.kept is None):
             return None
-        if self._kept is not None:
-            return None
-        _, heads, _, dim = store.tail[0].shape
-        shape = codec.decode_shape(dim, self.query_heads // heads, store.tail[0].dtype)
-        if shape is None or not use_cuda(shape, device) or store.arena_table() is None:
-            return None
-        if self._step_tables is None or self._step_tables.shape != shape:
-            self._step_tables = StepTables(shape, self._rope, device)
-        return self._step_tables if self._step_tables.fits(self.layout) else None
+        layer, rope = self.layers[0], self._rope.counted
+        shape = layer.decode_shape(self.query_heads)
+        return self._kernels.tables(shape, self.layout, layer.store, rope, device)
 
     def _begin_step(self, before: View, device: torch.device) -> None:
         self.steps = None
         if not self.plan.decode or device.type != "cuda":
             return
-        steps = self.step_tables(device)
-        if steps is None:
+        if (steps := self.step_tables(device)) is None:
             return
-        steps.write(self.layout, before.blocks, before.tails)
-        self.step_places = steps.take_places()
-        steps.count_token()
+        self.step_places = steps.take_step(self.layout, before)
         self.step, self.steps = steps.step(), steps
 
     def count_step(self, steps: StepTables) -> None:
         """After a replayed step: the host's side of it, and packing of the tails that it filled."""
-        self._look_at_the_device()
+        self.calls.hear(self._watch.check, self._late.check)
         with self.calls.changing("a replayed step"):
-            batch = len(self.layout.table)
-            self.plan = self.layout.append([slice(0, 1)] * batch)
+            self.plan = self.layout.append([slice(0, 1)] * len(self.layout.table))
             if self.plan.arena >= 0:
                 self._watch.note_packing()
             steps.count_token()
@@ -318,21 +223,11 @@ class KVQuantCache(Cache, AttendingCache):
         Args:
             queries: Shape of the queries, `(batch_size, num_heads, q_len, head_dim)`.
         """
-        if self._pieces is None:
-            simulated = self.protocol == "B"
-            view = self.plan.after if simulated else self.plan.before
-            # A step's queries see all that came before; others need their positions compared.
-            causal = simulated and queries[2] > 1
-            device = self.query_positions.device
-            rope = self._rope if self._kept is None else self._kept.read
-            self._pieces = cut_past(self.layout, view, rope, queries, device, causal=causal)
-        return self._pieces
+        return self._reader.pieces(self._rope.read, queries, self.query_positions.device)
 
     def token_positions(self) -> torch.Tensor | None:
         """`new_positions`, or None where all of the call's columns are tokens."""
-        columns = slice(0, self.query_positions.shape[1])
-        whole = all(isinstance(s, slice) and s == columns for s in self.plan.spans)
-        return None if whole else self.new_positions
+        return None if self.plan.whole(self.query_positions.shape[1]) else self.new_positions
 
     def starts_whole(self, keys: torch.Tensor) -> bool:
         """Whether the current call is the first, has no padding and is small enough to be read
@@ -346,30 +241,12 @@ class KVQuantCache(Cache, AttendingCache):
         Args:
             queries: Of the current call, `[batch_size, num_heads, q_len, head_dim]`.
         """
-        if self._past is False:
-            self._past = self._find_past(queries)
-        return self._past
-
-    def _find_past(self, queries: torch.Tensor) -> Past | None:
-        store, codec = self.layers[0].store, self.layers[0].codec
-        if store.tail is None or codec.rotated_keys or self._kept is not None:
-            return None
-        _, heads, _, dim = store.tail[0].shape
-        shape = codec.decode_shape(dim, self.query_heads // heads, store.tail[0].dtype)
-        if shape is None or not use_triton_attention(shape, queries):
-            return None
-        simulated = self.protocol == "B"
-        view = self.plan.after if simulated else self.plan.before
-        if self._block_table is None or self._block_table[0] != view.blocks:
-            table = block_table(self.layout, view.blocks, queries.device)
-            self._block_table = (list(view.blocks), table)
-        numbers = self._block_table[1]
-        if numbers is None:
-            return None
-        step = range_blocks(queries.shape[0] * heads, shape, queries.element_size())
-        return Past.make(
-            shape, self.layout, view, numbers, self._rope, step, causal=simulated
-        )  # fmt: skip
+        if not self._reader.asked:
+            layer, counted = self.layers[0], self._rope.kept is None
+            plain = counted and not layer.codec.rotated_keys
+            shape = layer.decode_shape(self.query_heads) if plain else None
+            self._reader.find(self._rope.counted, queries, shape, layer.store.kv_heads)
+        return self._reader.past
 
     def settle(self) -> None:
         """Waits for the device and raises if what it packed so far is not whole.
@@ -403,17 +280,14 @@ class KVQuantCache(Cache, AttendingCache):
     @property
     def kept_nbytes(self) -> int:
         """Bytes of rotary tables that are kept per token (:class:`KeptRope`)."""
-        return 0 if self._kept is None else self._kept.nbytes
+        return 0 if self._rope.kept is None else self._rope.kept.nbytes
 
     def reset(self) -> None:
         """Forgets everything."""
-        old = self.layout
-        self.layout = Layout(old.sinks, old.block_size, old.residual)
-        self._pieces = self._step_tables = None
+        self.layout = self.layout.empty()
+        self._reader, self._kernels = PastReader(simulated=self.protocol == "B"), KernelSteps()
         self._padding, self._watch, self._late = Padding(), OutlierWatch(), LateCheck()
-        self._past, self._block_table = False, None
-        self._kept = KeptRope() if self._keep_rope else None
-        self._shifts = None
+        self._rope = self._rope.empty()
         self.columns = 0
         for layer in self.layers:
             layer.store = BlockStore(layer.codec)
@@ -427,10 +301,7 @@ class KVQuantCache(Cache, AttendingCache):
             self.layout.select(order)
             self._forget_tables()
             self._padding.select(indices)
-            if self._kept is not None:
-                self._kept.select(indices)
-            if self._shifts is not None:
-                self._shifts = self._shifts.select(order)
+            self._rope.select(indices, order)
             for layer in self.layers:
                 layer.store.select(indices)
             if len(set(order)) < before:
@@ -444,25 +315,19 @@ class KVQuantCache(Cache, AttendingCache):
                 layer.store.reclaim(change)
 
     def _forget_tables(self) -> None:
-        self._block_table = None
-        if self._step_tables is not None:
-            self._step_tables.forget()
+        self._reader.forget_blocks()
+        self._kernels.forget()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Reorders the sequences for beam search; packed blocks are shared, not moved.
+        """Reorders the sequences for beam search, if there is one index in range per sequence.
 
-        Raises:
-            ValueError: There is not one index per sequence, or one is out of range.
+        Packed blocks are shared, not moved.
         """
         self.calls.check()
         self._select(sequence_indices("beam_idx", beam_idx, self.batch_size, whole=True))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the given sequences (int64 indices or a bool mask).
-
-        Raises:
-            ValueError: The mask is not one bool per sequence, or an index is out of range.
-        """
+        """Keeps the given sequences, checked by :func:`sequence_indices`."""
         self.calls.check()
         self._select(sequence_indices("indices", indices, self.batch_size))
 
@@ -507,20 +372,12 @@ class KVQuantCache(Cache, AttendingCache):
     def copy(self) -> KVQuantCache:
         """A cache that goes on from here, to reuse a prompt; packed blocks are shared."""
         self.calls.check()
-        codecs = [layer.codec for layer in self.layers]
-        other = KVQuantCache(
-            codecs,
-            self._rope,
-            self.protocol,
-            static_rope=self.static_rope,
-            keep_rope=self._keep_rope,
-        )
-        other.layout = self.layout.fork()
+        codecs, rope = [layer.codec for layer in self.layers], self._rope.fork()
+        other = KVQuantCache(codecs, rope.counted, self.protocol, static_rope=self.static_rope)
+        other._rope, other.layout = rope, self.layout.fork()
         other._padding = self._padding.fork()
         other._watch = self._watch.fork()
         other.query_heads = self.query_heads
-        other._shifts = self._shifts
-        other._kept = None if self._kept is None else self._kept.fork()
         other.columns, other.rotary = self.columns, self.rotary
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             theirs.store = mine.store.fork()

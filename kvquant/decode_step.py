@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import torch
 
+from kvquant.block_store import BlockStore
 from kvquant.kernels.cuda_decode import MOST_ARENAS, MOST_PLACES, DecodeShape, DecodeStep
 from kvquant.kernels.decode_tables import RopeTables
-from kvquant.layout import Layout
+from kvquant.kernels.dispatch import use_cuda
+from kvquant.layout import Layout, View
 from kvquant.rope import Rope
 
 
@@ -97,6 +99,13 @@ class StepTables:
         self._lengths[:, 2] += 1
         return places
 
+    def take_step(self, layout: Layout, before: View) -> torch.Tensor:
+        """:meth:`write`, :meth:`take_places` and :meth:`count_token` of a call, from its plan."""
+        self.write(layout, before.blocks, before.tails)
+        places = self.take_places()
+        self.count_token()
+        return places
+
     def count_token(self) -> None:
         """The host's side of :meth:`take_places`."""
         self._tails = [n + 1 for n in self._tails]
@@ -122,3 +131,38 @@ class StepTables:
         per_block = self.shape.block_size // self.shape.chunk
         blocks = self._table.shape[1] if whole else max(self._blocks)
         return DecodeStep(self._table, self._lengths, blocks * per_block, self._tables)
+
+
+class KernelSteps:
+    """The decode steps of a cache that kernels take; their tables outlive a step."""
+
+    def __init__(self) -> None:
+        self._tables: StepTables | None = None
+
+    def tables(
+        self,
+        shape: DecodeShape | None,
+        layout: Layout,
+        store: BlockStore,
+        rope: Rope,
+        device: torch.device,
+    ) -> StepTables | None:
+        """The tables of a cache, or None where the PyTorch path takes its steps.
+
+        Args:
+            shape: What the kernel is compiled for; None if it does not apply.
+            layout: Of the cache.
+            store: Of its first layer.
+            rope: Of the model; does not depend on the length of the sequence.
+            device: Of the cache.
+        """
+        if shape is None or not use_cuda(shape, device) or store.arena_table() is None:
+            return None
+        if self._tables is None or self._tables.shape != shape:
+            self._tables = StepTables(shape, rope, device)
+        return self._tables if self._tables.fits(layout) else None
+
+    def forget(self) -> None:
+        """See :meth:`StepTables.forget`."""
+        if self._tables is not None:
+            self._tables.forget()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kvquant.errors import UserError
+from kvquant.errors import OutlierOverflow, UserError
 
 _AGAIN = "reset() it or take a new one"
 
@@ -75,6 +75,23 @@ class CallRecord:
     def refuse(self, reason: BaseException) -> None:
         """Refuses the cache from now on."""
         self._broken = f"cache: {reason}; {_AGAIN}"
+
+    def hear(self, *reports: Callable[[], None]) -> None:
+        """Asks what became of earlier calls, and refuses the cache for what was lost or wrong.
+
+        Args:
+            reports: Raise for it.
+
+        Raises:
+            BrokenCache: See :meth:`check`.
+        """
+        self.check()
+        try:
+            for report in reports:
+                report()
+        except (OutlierOverflow, ValueError) as error:
+            self.refuse(error)
+            raise
 
     @contextmanager
     def changing(self, what: str) -> Iterator[None]:

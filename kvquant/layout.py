@@ -66,6 +66,11 @@ class AppendPlan:
         """Blocks that become full in a sequence."""
         return self.after.blocks[sequence] - self.before.blocks[sequence]
 
+    def whole(self, columns: int) -> bool:
+        """Whether all of the call's columns are tokens of every sequence."""
+        every = slice(0, columns)
+        return all(isinstance(span, slice) and span == every for span in self.spans)
+
 
 @dataclass(frozen=True)
 class Gather:
@@ -220,6 +225,10 @@ class Layout:
             What every store has to do (:meth:`kvquant.block_store.BlockStore.reclaim`), or None.
         """
         return reclaim(self.arenas, self.table)
+
+    def empty(self) -> Layout:
+        """One of no sequences, for the same scheme."""
+        return Layout(self.sinks, self.block_size, self.residual)
 
     def fork(self) -> Layout:
         """A copy that shares all blocks; each takes places of its own in the arenas they share."""

@@ -59,6 +59,26 @@ class Shifts:
         return Shifts([self.known[i] for i in order], self.open)
 
 
+def check_batch(positions: torch.Tensor | None, batch: int, new_len: int, sequences: int) -> None:
+    """Refuses a call that does not fit its positions or the cache.
+
+    Args:
+        positions: `[1 or batch_size, new_len]`, or None.
+        batch: Sequences of the call.
+        new_len: New columns.
+        sequences: In the cache; -1 or 0 before its first call.
+
+    Raises:
+        ValueError: Another number of sequences or columns.
+    """
+    if positions is not None and tuple(positions.shape) not in ((1, new_len), (batch, new_len)):
+        raise ValueError(
+            f"position_ids: shape {tuple(positions.shape)}, expected {(batch, new_len)}"
+        )
+    if sequences > 0 and batch != sequences:
+        raise ValueError(f"input_ids: a batch of {batch}, but the cache holds {sequences}")
+
+
 def shifts(
     positions: torch.Tensor, spans: list[Span], lengths: list[int]
 ) -> list[int | None] | None:

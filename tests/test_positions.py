@@ -324,7 +324,7 @@ class TestStepsThatAreNotLookedAt:
     @pytest.fixture(autouse=True)
     def _pretend(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("kvquant.padding.on_device", lambda tensor: True)
-        monkeypatch.setattr("kvquant.cache.on_device", lambda tensor: True)
+        monkeypatch.setattr("kvquant.call_rope.on_device", lambda tensor: True)
         monkeypatch.setattr("kvquant.late_check.LateCheck.check", lambda self: None)
 
     def steps(self, how: str) -> tuple[KVQuantCache, torch.Tensor, torch.Tensor]:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kvquant.arena import Arena
 from kvquant.benchmarks.timing import summarize
-from kvquant.block_store import Arena
 from kvquant.config import NuqScheme
 from kvquant.kernels.cuda_decode import DecodeShape, DecodeStep, decode_attention
 from kvquant.kernels.decode_tables import RopeTables

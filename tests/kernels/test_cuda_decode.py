@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from kvquant.block_store import Arena
+from kvquant.arena import Arena
 from kvquant.config import NuqScheme
 from kvquant.kernels.cuda_build import KernelUnavailable, compile_cubin
 from kvquant.kernels.cuda_decode import (
