@@ -50,11 +50,22 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _refuse_empty(words: Sequence[str]) -> None:
+    """Refuses empty values, as an unset variable of a shell leaves them."""
+    option = ""
+    for word in words:
+        if word.startswith("--"):
+            option = word.removesuffix("=")
+        if not word or (option and word == f"{option}="):
+            raise UserError(f"{option or 'verb'}: is empty")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. Returns 0, or 2 after bad input, which is told in one line per field."""
     words = list(sys.argv[1:] if argv is None else argv)
     verb = next((w for w in words if not w.startswith("-")), None)
     try:
+        _refuse_empty(words)
         if verb is not None and verb not in VERBS:
             raise unknown("verb", verb, VERBS)
         args = build_parser(verb).parse_args(words)

@@ -35,7 +35,7 @@ def resolve_device(device: str) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         found = torch.device("meta")
-    if found.type == "meta":
+    if found.type not in ("cpu", "cuda"):
         raise UserError(f"--device: '{device}' is none of auto, cpu, cuda and cuda:N")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device: '{device}' asked for, but torch sees no GPU")

@@ -18,3 +18,21 @@ def test_unknown_verb_and_missing_study(capsys: pytest.CaptureFixture[str]) -> N
     assert "did you mean evaluate" in capsys.readouterr().err
     assert main(["grid", "--study", "nowhere.yaml"]) == 2
     assert capsys.readouterr().err == "kvquant: error: --study: no such file: nowhere.yaml\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["grid", "--study", ""], "--study"),
+        (["grid", "--study="], "--study"),
+        (["fetch-model", "--study", "s.yaml", "--model", "m", "--out", ""], "--out"),
+        (["quantize", "--stats", "", "--out", "q.json"], "--stats"),
+        ([""], "verb"),
+    ],
+)
+def test_empty_values_are_named(
+    words: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an unset variable of a shell leaves them."""
+    assert main(words) == 2
+    assert capsys.readouterr().err == f"kvquant: error: {named}: is empty\n"

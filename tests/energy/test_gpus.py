@@ -250,6 +250,8 @@ def test_gpus_without_a_uuid_of_torch_are_named_by_nvml(
         ("cuda:x", "is none of auto, cpu, cuda and cuda:N"),
         ("gpu", "is none of auto, cpu, cuda and cuda:N"),
         ("meta", "is none of auto, cpu, cuda and cuda:N"),
+        ("mps", "is none of auto, cpu, cuda and cuda:N"),
+        ("xpu:1", "is none of auto, cpu, cuda and cuda:N"),
         ("", "is none of auto, cpu, cuda and cuda:N"),
     ],
 )
