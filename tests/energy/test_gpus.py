@@ -274,7 +274,8 @@ def test_kernels_are_launched_on_the_layers_gpu(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch.cuda, "device_of", of)
     layer = Namespace(attend=lambda *args: args[0] + len(entered))
-    found = _attend(Namespace(layer_idx=0), Namespace(layers=[layer]), torch.zeros(1), 0)
+    cache = Namespace(layers=[layer], protocol="A", get_seq_length=lambda: 0)
+    found = _attend(Namespace(layer_idx=0), cache, torch.zeros(1), 0)
     assert float(found) == 1.0  # inside
     assert entered == [torch.device("cpu")]
 
