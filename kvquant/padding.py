@@ -14,6 +14,20 @@ from kvquant.late_check import on_device
 from kvquant.layout import Span
 
 
+def host_mask(mask: torch.Tensor) -> torch.Tensor:
+    """A mask `[batch_size, columns]` of 1 and 0 as bools on the host; waits for the device.
+
+    Raises:
+        ValueError: It holds other values, as masks that are added to scores do, or no token.
+    """
+    if mask.dtype is not torch.bool and bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError("attention_mask: must be 1 for tokens and 0 for padding")
+    host = mask.bool().cpu()
+    if not bool(host.any()):
+        raise ValueError("attention_mask: a batch without a single token")
+    return host
+
+
 class Padding:
     """The padding of all columns that a cache has seen; without any, it costs nothing."""
 
@@ -58,15 +72,11 @@ class Padding:
                 self.wrong = (counts != expected).any()
                 self._counts = counts
             return everything
-        if mask.dtype is not torch.bool and bool(((mask != 0) & (mask != 1)).any()):
-            raise ValueError("attention_mask: must be 1 for tokens and 0 for padding")
-        host = tokens.cpu()
+        host = host_mask(mask)
         self._refuse_changes(host[:, : total - new_len])
         if bool(host.all()):
             self._counts = None
             return everything
-        if not bool(host.any()):
-            raise ValueError("attention_mask: a batch without a single token")
         self._counts = tokens.long().cumsum(1)
         spans: list[Span] = []
         for row in host[:, total - new_len :]:

@@ -13,9 +13,11 @@ from transformers import DynamicCache
 
 from kvquant.cache import KVQuantCache
 from kvquant.cache_size import cache_nbytes
+from kvquant.config import KvquantRefScheme
 from kvquant.errors import UserError
 from kvquant.positions import Shifts, shifts
 from tests.conftest import tiny_model
+from tests.schemes.common import with_scheme
 from tests.test_cache import SPECS, quantized
 from tests.test_cache_behaviour import EXACT, ids, step
 
@@ -248,11 +250,15 @@ class TestMasks:
             (torch.ones(1, 3), r"shape \(1, 3\), expected \(1, 4\)"),
             (torch.tensor([[0.0, -3e38, 0.0, 0.0]]), "must be 1 for tokens and 0 for padding"),
             (torch.tensor([[1, 2, 1, 1]]), "must be 1 for tokens and 0 for padding"),
+            (torch.full((1, 4), float("nan")), "must be 1 for tokens and 0 for padding"),
+            (torch.zeros(1, 4), "a batch without a single token"),
         ],
     )
-    def test_masks_that_are_not_understood(self, mask: torch.Tensor, words: str) -> None:
+    @pytest.mark.parametrize("kind", ["blocks", "reference"])
+    def test_masks_that_are_not_understood(self, mask: torch.Tensor, words: str, kind: str) -> None:
+        qm = QM if kind == "blocks" else with_scheme(KvquantRefScheme(kind="kvquant-ref", bits=4))
         with pytest.raises(ValueError, match=f"attention_mask: .*{words}"):
-            step(MODEL, QM.new_cache(), ids(1, 4), mask)
+            step(qm.model, qm.new_cache(), ids(1, 4), mask)
 
     def test_a_mask_that_is_no_tensor(self) -> None:
         with pytest.raises(UserError, match="attention_mask: must be a tensor"):

@@ -46,6 +46,7 @@ from kvquant.cache_interface import (
 )
 from kvquant.forward_call import CallRecord, ForwardCall
 from kvquant.layout import Span
+from kvquant.padding import host_mask
 from kvquant.positions import Shifts, shifts
 from kvquant.rope import Rope, rotate
 from kvquant.schemes.kvquant_store import ReferenceTables, SequenceStore
@@ -237,7 +238,7 @@ class ReferenceCache(Cache, AttendingCache, QuantizeClock, CountedCache):
                 raise ValueError(
                     f"attention_mask: shape {tuple(mask.shape)}, expected {(batch, total)}"
                 )
-            host = mask.bool().cpu()
+            host = host_mask(mask)
             known = torch.ones_like(host[:, :past]) if self._mask is None else self._mask
             if not torch.equal(host[:, :past], known):
                 raise ValueError(
