@@ -33,6 +33,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plot": ("kvquant.analysis.figures", "draw one figure from the tables"),
     "tables": ("kvquant.analysis.latex", "write the paper's LaTeX tables and numbers"),
     "html": ("kvquant.analysis.html_tables", "claims and tables as HTML pages, for the report"),
+    "report": ("kvquant.report", "the HTML report of a finished study"),
     "claims": ("kvquant.analysis.claims", "the claims table: measured value and verdict"),
 }
 

@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
 from pathlib import Path
 
 from kvquant.errors import UserError
 from kvquant.files import read_text
-
-
-def whole(report: Path, shown: Iterable[Path]) -> bool:
-    """Whether a report is complete, and no older than what it shows."""
-    try:
-        with report.open("rb") as file:
-            file.seek(max(0, report.stat().st_size - 4096))
-            ended = b"</html>" in file.read()
-        return ended and all(f.stat().st_mtime <= report.stat().st_mtime for f in shown)
-    except OSError:
-        return False
 
 
 def claim_lines(file: Path) -> list[str]:

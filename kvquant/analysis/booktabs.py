@@ -143,7 +143,7 @@ def booktabs(
             rf"\rotatebox{{90}}{{{head}}}" if letter == "r" else head
             for head, letter in zip(heads, letters, strict=True)
         ]
-    kind = "longtable" if pages else "tabular"
+    kind = "longtable*" if pages else "tabular"  # starred: the caption above counts it
     lines = [f"\\begin{{{size}}}"]
     if tight:
         lines.append(r"\setlength{\tabcolsep}{2.5pt}")

@@ -4,58 +4,157 @@ from __future__ import annotations
 
 import argparse
 import html
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from kvquant.analysis.claims import judge, load_tables
+from kvquant.analysis.claims import judge
 from kvquant.analysis.evidence import NOT_SUPPORTED, SUPPORTED
+from kvquant.analysis.pareto import SCORED
+from kvquant.analysis.study_tables import load_tables
 from kvquant.analysis.tables import read_table
 from kvquant.config import Study, load_study
 from kvquant.errors import unknown
 from kvquant.files import replace
 
-# Table -> (collected table, caption, columns; all where none are named).
-PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "claims": (
+
+@dataclass(frozen=True)
+class Page:
+    """A page of the report.
+
+    Attributes:
+        source: The collected table.
+        caption: What a row is.
+        heads: Column of the table -> its head, in the page's order; others are in the file alone.
+    """
+
+    source: str
+    caption: str
+    heads: dict[str, str]
+
+
+_TIMED = {"device": "device", "model": "model", "workload": "workload", "scheme": "scheme"}
+_TIMED |= {"rep": "repetition"}
+PAGES = {
+    "claims": Page(
         "claims",
-        "Each claim with its definition, what was measured in this study, on how much "
-        "evidence, and the verdict.",
-        (),
+        "Each claim with its verdict, what was measured in this study, on how much evidence, and "
+        "how it is defined. Square brackets hold an interval or the spread of repetitions.",
+        {n: n for n in ("claim", "model", "verdict", "measured", "evidence", "definition")},
     ),
-    "summary": (
+    "summary": Page(
         "pareto",
-        "A row per model and scheme: mean accuracy by suite, bits per element with everything "
-        "included, and speed and energy over the unquantized cache on the workload that is named "
-        "(energy where counters measured it).",
-        (),
+        "A row per model and scheme: means over the tasks of each suite and their difference to "
+        "the unquantized cache, bits per element with everything included, and speed and energy "
+        "over the unquantized cache on the workload that is named (energy where counters "
+        "measured it). A scheme is beaten where another is at least as good on every axis and "
+        "better on one.",
+        {
+            "model": "model",
+            "scheme": "scheme",
+            "bits_per_element": "bits per element",
+            **{
+                column: head
+                for suite in ("perplexity", *SCORED)
+                for column, head in (
+                    (suite, suite),
+                    (f"{suite}_change", "difference"),
+                )
+            },
+            "kl": "KL divergence, nats",
+            "prefill_workload": "timed workload",
+            "prefill_ratio": "prefill speed",
+            "decode_ratio": "decode speed",
+            "quantize_share": "quantizing, share of prefill",
+            "energy_workload": "metered workload",
+            "energy_ratio": "energy per token",
+            "sinks": "16-bit tokens, first",
+            "residual": "16-bit tokens, latest",
+            "dominated": "beaten",
+        },
     ),
-    "tests": (
+    "tests": Page(
         "tests",
-        "Every comparison with the unquantized cache: difference with its interval, tests, margin "
-        "and verdict.",
-        (),
+        "Every comparison with the unquantized cache. The difference, its 95 % interval and p are "
+        "of pairs of prompts or windows, p after Holm's correction within the family; the verdict "
+        "weighs them against the margin of equivalence. Behind it the same of pairs of seeds.",
+        {
+            "model": "model",
+            "task": "task",
+            "scheme": "scheme",
+            "verdict": "verdict",
+            "baseline_mean": "16-bit cache",
+            "mean": "scheme's mean",
+            "sample_difference": "difference",
+            "sample_ci_low": "from",
+            "sample_ci_high": "to",
+            "margin": "margin",
+            "won": "won",
+            "lost": "lost",
+            "sample_pairs": "of pairs",
+            "unit": "a pair is a",
+            "p_sample_holm": "p",
+            "family_size": "family size",
+            "pairs": "seeds",
+            "difference": "difference, seeds",
+            "ci_low": "from, seeds",
+            "ci_high": "to, seeds",
+            "p_holm": "p, seeds",
+            "effect_size": "Cohen's d, seeds",
+            "note": "note",
+        },
     ),
-    "accuracy": ("eval", "Every result of an evaluation: one seed of one task.", ()),
-    "throughput": (
+    "accuracy": Page(
+        "eval",
+        "Every result of an evaluation: one seed of one task.",
+        {
+            "model": "model",
+            "task": "task",
+            "scheme": "scheme",
+            "seed": "seed",
+            "value": "value",
+            "metric": "metric",
+            "protocol": "protocol",
+            "kl": "KL divergence, nats",
+            "bits_per_element": "bits per element",
+            "samples": "samples",
+            "tokens": "tokens",
+            "rows_available": "rows in the set",
+        },
+    ),
+    "throughput": Page(
         "perf",
-        "Every throughput job: a scheme and the baseline from the same process.",
-        (
-            *("device", "model", "scheme", "workload", "rep", "scheme_status"),
-            *("scheme_prefill_tokens_per_s", "base_prefill_tokens_per_s", "prefill_ratio"),
-            *("decode_ratio", "quantize_share", "scheme_rounds"),
-        ),
+        "Every throughput job: a scheme and the unquantized cache in turns in one process. Speeds "
+        "are over the unquantized cache: above 1 is faster.",
+        {
+            **_TIMED,
+            "scheme_status": "status",
+            "prefill_ratio": "prefill speed",
+            "decode_ratio": "decode speed",
+            "quantize_share": "quantizing, share of prefill",
+            "scheme_prefill_tokens_per_s": "prefill, tokens/s",
+            "base_prefill_tokens_per_s": "unquantized, tokens/s",
+            "scheme_rounds": "rounds",
+        },
     ),
-    "energy": (
+    "energy": Page(
         "energy",
-        "Every energy job. No claim rests on a source that says 'estimated'.",
-        (
-            *("device", "model", "scheme", "workload", "rep", "source"),
-            *("scheme_joules_per_token", "base_joules_per_token", "energy_ratio", "scheme_trials"),
-        ),
+        "Every energy job. A ratio below 1 is less energy than the unquantized cache takes. No "
+        "claim rests on a source that says 'estimated'.",
+        {
+            **_TIMED,
+            "source": "source",
+            "energy_ratio": "energy per token, ratio",
+            "scheme_joules_per_token": "J per token",
+            "base_joules_per_token": "unquantized, J per token",
+            "scheme_trials": "trials",
+        },
     ),
 }
+NAME = 24  # letters of a name, which no line break cuts
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 1.5em; color: #1a1a1a; background: #fff; }
 table { border-collapse: collapse; }
@@ -64,9 +163,18 @@ th { text-align: left; border-bottom: 2px solid #333; position: sticky; top: 0; 
 th, td { padding: .35em .8em .35em 0; vertical-align: top; }
 td { border-bottom: 1px solid #ddd; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th.number { text-align: right; }
+td.name { white-space: nowrap; }
 td.yes { color: #00694a; font-weight: 600; }
 td.no { color: #a63a00; font-weight: 600; }
 """
+
+
+def _number(value: float) -> str:
+    """Four digits that count, no exponent where a person reads without one."""
+    if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 1000):
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) >= 1e-4 else f"{value:.1g}"
 
 
 def _cell(value: Any) -> str:
@@ -76,15 +184,25 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return f"<td>{'yes' if value else 'no'}</td>"
     if isinstance(value, int | float):
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
-        return f"<td class='number'>{shown}</td>"
+        return f"<td class='number'>{_number(value)}</td>"
     mark = {SUPPORTED: " class='yes'", NOT_SUPPORTED: " class='no'"}.get(str(value), "")
+    if not mark and len(str(value)) <= NAME:
+        mark = " class='name'"
     return f"<td{mark}>{html.escape(str(value))}</td>"
+
+
+def _side(column: pd.Series) -> str:
+    """The class of a head: over numbers it stands to the right."""
+    numbers = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+    return " class='number'" if numbers else ""
 
 
 def page(table: pd.DataFrame, title: str, caption: str) -> str:
     """A page with one table; everything in it is escaped."""
-    heads = "".join(f"<th>{html.escape(str(c).replace('_', ' '))}</th>" for c in table.columns)
+    heads = "".join(
+        f"<th{_side(table.iloc[:, i])}>{html.escape(str(head).replace('_', ' '))}</th>"
+        for i, head in enumerate(table.columns)
+    )
     rows = [
         f"<tr>{''.join(map(_cell, row))}</tr>"
         for row in table.astype(object).itertuples(index=False)
@@ -99,12 +217,15 @@ def page(table: pd.DataFrame, title: str, caption: str) -> str:
 
 
 def table_of(study: Study, folder: Path, name: str) -> pd.DataFrame:
-    """The table of one page."""
-    source, _, columns = PAGES[name]
-    if source == "claims":
-        return judge(load_tables(study, folder))
-    table = read_table(folder, source)
-    return table[[c for c in columns if c in table]] if columns and len(table) else table
+    """The table of one page, with its heads; a column in which nothing stands is left out."""
+    shown = PAGES[name]
+    if shown.source == "claims":
+        table = judge(load_tables(study, folder))
+    else:
+        table = read_table(folder, shown.source)
+    columns = [c for c in shown.heads if c in table and (table[c].notna() & (table[c] != "")).any()]
+    # heads may be equal ("difference"): the column before says of what
+    return table[columns].set_axis([shown.heads[c] for c in columns], axis=1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,5 +244,7 @@ def run(args: argparse.Namespace) -> None:
         if file.stem not in PAGES:
             raise unknown("table", file.stem, PAGES)
         title = f"{study.title or study.study}: {file.stem}"
-        replace(file, page(table_of(study, args.tables, file.stem), title, PAGES[file.stem][1]))
+        replace(
+            file, page(table_of(study, args.tables, file.stem), title, PAGES[file.stem].caption)
+        )
         print(f"html: {file}")

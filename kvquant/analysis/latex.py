@@ -13,8 +13,9 @@ import pandas as pd
 
 from kvquant.analysis import suite_tables
 from kvquant.analysis.booktabs import HEAD, booktabs, escape, number, p_value, signed
-from kvquant.analysis.claims import Tables, append_growth, load_tables
+from kvquant.analysis.claims_of_cost import append_growth
 from kvquant.analysis.pareto import SCORED, first_workload
+from kvquant.analysis.study_tables import Tables, load_tables
 from kvquant.config import load_study
 from kvquant.errors import UserError
 

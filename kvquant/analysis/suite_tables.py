@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from kvquant.analysis.booktabs import HEAD, Latex, booktabs, number, p_value, signed
-from kvquant.analysis.claims import Tables
 from kvquant.analysis.pareto import SCORED
+from kvquant.analysis.study_tables import Tables
 from kvquant.config import PasskeyTask, Study
 
 # Shown behind a score; the captions of the paper explain them.

@@ -19,7 +19,8 @@ from kvquant.analysis.evidence import (
     not_measured,
 )
 from kvquant.analysis.html_tables import page
-from kvquant.run_end import claim_lines, whole
+from kvquant.report import whole
+from kvquant.run_end import claim_lines
 
 NAN, INF = float("nan"), float("inf")
 
@@ -51,6 +52,17 @@ def test_a_page_escapes_its_cells() -> None:
     assert "Nothing of this kind" in page(table.iloc[:0], "t", "c")
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        *((0, "0"), (26000.0, "26,000"), (1234567, "1,234,567"), (0.1234567, "0.1235")),
+        *((2e-21, "2e-21"), (-INF, "-inf"), (NAN, "-"), (-0.00126, "-0.00126")),
+    ],
+)
+def test_numbers_are_rounded_for_reading(value: float, shown: str) -> None:
+    assert f">{shown}</td>" in page(pd.DataFrame({"a": [value]}), "t", "c")
+
+
 @pytest.mark.fault(
     "workflow",
     "a report that was cut short",
@@ -58,9 +70,9 @@ def test_a_page_escapes_its_cells() -> None:
 )
 def test_a_report_that_was_cut_is_not_whole(tmp_path: Path) -> None:
     report = tmp_path / "report.html"
-    assert not whole(report, [])
+    assert not whole(report)
     report.write_text("<html><body>")
-    assert not whole(report, [])
+    assert not whole(report)
     report.write_text("<html></html>")
-    assert whole(report, [])
+    assert whole(report)
     assert claim_lines(tmp_path / "none.csv") == []

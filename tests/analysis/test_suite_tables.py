@@ -12,7 +12,7 @@ import pytest
 
 from kvquant.analysis import figures, latex, suite_tables
 from kvquant.analysis.booktabs import Latex, booktabs
-from kvquant.analysis.claims import Tables, load_tables
+from kvquant.analysis.study_tables import Tables, load_tables
 from kvquant.analysis.tables import write_table
 from kvquant.config import load_study
 from kvquant.errors import UserError

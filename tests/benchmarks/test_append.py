@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from kvquant.analysis.claims import append_growth
+from kvquant.analysis.claims_of_cost import append_growth
 from kvquant.benchmarks import append as module
 from kvquant.benchmarks.append import Data, measure
 from kvquant.benchmarks.append_stores import BlockedStore, ConcatenatedStore, append_codec

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-STUB = '#!/bin/sh\nif [ "$1 $2" = "-m kvquant" ]; then shift 2; exec {python} {stub} "$@"; fi\n'
+# The report's verb is real: it measures nothing.
+STUB = '#!/bin/sh\nif [ "$1 $2" = "-m kvquant" ] && [ "$3" != report ]; then\n'
+STUB += '  shift 2; exec {python} {stub} "$@"\nfi\n'
 STUB += 'exec {python} "$@"\n'
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

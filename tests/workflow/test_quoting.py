@@ -13,6 +13,7 @@ import yaml
 
 from kvquant.config import parse_study
 from kvquant.errors import UserError
+from kvquant.report import whole
 from tests.workflow.stubbed import stubbed
 
 PLACEHOLDER = re.compile(r"\{((?:params|wildcards|input|output|log|resources|threads)[^}]*)\}")
@@ -103,10 +104,11 @@ def test_a_study_runs_in_folders_with_spaces(root: Path, tmp_path: Path) -> None
     folders = "pathvars:\n" + "".join(f"  {name}: out put/{name} of mine\n" for name in names)
     text = (root / "config/smoke.yaml").read_text()
     old = text[text.index("pathvars:") : text.index("models:")]
-    done = stubbed(root, work)("--no-hooks", "--quiet", changes=[(old, folders)])
+    done = stubbed(root, work)("--quiet", changes=[(old, folders)])
     assert done.returncode == 0, done.stderr[-3000:]
     made = {path.name for path in work.iterdir()} - {"bin", "study.yaml", ".snakemake"}
     assert made == {"out put"}
     assert {path.name for path in (work / "out put").iterdir()} == {f"{n} of mine" for n in names}
+    assert whole(work / "out put/results of mine/report.html")
     logs = [path.name for path in (work / "out put/logs of mine").rglob("*.log")]
     assert "aggregate.log" in logs and len(logs) > 15

@@ -13,6 +13,7 @@ import pytest
 
 from kvquant.config import load_study
 from kvquant.grid import place_in_line
+from kvquant.report import whole
 from tests.workflow.stubbed import Run, stubbed
 
 pytestmark = pytest.mark.slow
@@ -29,7 +30,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(root: Path, work: Path) -> Run:
     """Runs Snakemake on the finished smoke study; keyword `changes` edits the study's text."""
     call = stubbed(root, work)
-    done = call("--no-hooks", "--quiet")  # no report of stub files
+    done = call("--quiet")
     assert done.returncode == 0, done.stderr[-3000:]
     return call
 
@@ -49,6 +50,40 @@ def planned(done: subprocess.CompletedProcess[str]) -> list[tuple[str, dict[str,
 def test_second_run_has_nothing_to_do(run: Run) -> None:
     done = run("-n", "-p")
     assert "Nothing to be done" in done.stdout + done.stderr
+
+
+@pytest.mark.fault(
+    "workflow",
+    "report.html cut short or deleted, all else finished",
+    "the next run makes the report, and nothing else",
+)
+@pytest.mark.parametrize("damage", ["cut", "deleted"])
+def test_a_report_that_is_not_whole_is_made_again(run: Run, work: Path, damage: str) -> None:
+    report = work / "results/smoke/report.html"
+    assert whole(report)
+    size = report.stat().st_size
+    if damage == "cut":
+        os.truncate(report, size // 2)
+    else:
+        report.unlink()
+    assert [verb for verb, _ in planned(run("-n", "-p"))] == ["report"]
+    done = run("--quiet")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert whole(report) and abs(report.stat().st_size - size) < size / 10
+    assert not list(report.parent.glob("*.part.html"))
+    done = run("-n")
+    assert "Nothing to be done" in done.stdout + done.stderr
+
+
+def test_a_changed_figure_is_shown_by_a_new_report(run: Run, work: Path) -> None:
+    figure = work / "results/smoke/paper/figures/pareto.pdf"
+    text, written = figure.read_text(), mtime(figure)
+    figure.write_text("another")
+    try:
+        assert [verb for verb, _ in planned(run("-n", "-p"))] == ["report"]
+    finally:
+        figure.write_text(text)
+        os.utime(figure, ns=(written, written))
 
 
 def test_evaluations_go_task_by_task(root: Path, run: Run, work: Path) -> None:
@@ -100,7 +135,7 @@ def test_copied_inputs_measure_nothing_again(run: Run, work: Path) -> None:
         # how tests judge, and a job's time limit: nothing is measured again
         (
             [
-                ("perplexity: 0.5", "perplexity: 0.4"),
+                ("absolute: 0.5", "absolute: 0.4"),
                 ("batch_size: 1}", "batch_size: 1, minutes: 3}"),
             ],
             {},

@@ -1,9 +1,8 @@
 # Figures, LaTeX tables, numbers and claims; all read tables only.
 # A figure that has nothing to show is not asked for.
-import subprocess
-
 from kvquant.analysis import figure_list
-from kvquant.run_end import claim_lines, product_lines, whole
+from kvquant.report import remove_if_cut
+from kvquant.run_end import claim_lines, product_lines
 
 SECTIONS = {
     "pareto": ("1 Accuracy against cost", "accuracy, bits, speed and energy"),
@@ -142,30 +141,40 @@ rule html:
         " --out {output:q} > {log:q} 2>&1"
 
 
+localrules:
+    report_page,
+
+
+remove_if_cut(STUDY_FILE.with_name("report.html"))
+
+
+rule report_page:
+    """The HTML report: figures, claims and tables, and how each was made."""
+    input:
+        rules.figures.input,
+        rules.html.output,
+    output:
+        "<results>/report.html",
+    log:
+        "<logs>/paper/report.log",
+    params:
+        study=STUDY_FILE,
+        snakefile=workflow.main_snakefile,
+    message:
+        "Making the HTML report"
+    shell:
+        "python -m kvquant report --snakefile {params.snakefile:q} --study {params.study:q}"
+        " --out {output:q} > {log:q} 2>&1"
+
+
 onsuccess:
-    # The HTML report, once all that it shows is there: also after a run with nothing to do, where the
-    # last one was cut short. `report-after-run` would fail on a dry run and on a run of one artifact.
-    shown = [Path(str(f)) for f in (*rules.figures.input, *rules.claims.output, *rules.html.output)]
-    if all(f.exists() for f in shown):
-        final = STUDY_FILE.with_name("report.html")
-        if not whole(final, shown):
-            part = final.with_name("report.part.html")
-            made = subprocess.run(
-                [sys.executable, "-m", "snakemake", "--snakefile", workflow.main_snakefile]
-                + ["--nolock", "--quiet", "--configfile", STUDY_FILE, "--replace-workflow-config"]
-                + ["--cores", "1", "--report", part],
-                env={k: v for k, v in os.environ.items() if k != "SNAKEMAKE_PROFILE"},
-                check=False,
-            )
-            if made.returncode == 0 and part.exists():
-                os.replace(part, final)
-            else:
-                print("The results are complete, but report.html could not be made.", file=sys.stderr)
+    claims_file = STUDY_FILE.parent / "tables" / "claims.csv"
+    if claims_file.exists():
+        figure = next(iter(rules.figures.input), None)
         products = {
-            "report": final,
-            "figures": shown[0].parent if shown else final.parent,
+            "report": STUDY_FILE.with_name("report.html"),
+            "figures": Path(str(figure)).parent if figure else STUDY_FILE.parent / "none",
             "tables": STUDY_FILE.parent / "tables",
         }
-        claims_file = STUDY_FILE.parent / "tables" / "claims.csv"
         lines = [f"Claims of the study '{STUDY.study}':", *claim_lines(claims_file)]
         print("\n".join([*lines, "Products:", *product_lines(products)]), file=sys.stderr)

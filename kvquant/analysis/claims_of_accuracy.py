@@ -1,0 +1,90 @@
+"""What the claims about accuracy and size measure: loss by bits, passkeys, bits per element."""
+
+from __future__ import annotations
+
+from kvquant.analysis.evidence import (
+    MIN_PROMPTS,
+    MIN_SEEDS,
+    Outcome,
+    against_bar,
+    interval,
+    not_measured,
+)
+from kvquant.analysis.study_tables import Tables
+
+KEPT = ("identical", "equivalent", "better", "better (within margin)", "worse (within margin)")
+
+
+def ordering(t: Tables) -> Outcome:
+    """Loss grows with every step to fewer bits among our schemes, paired by seed."""
+    head = t.study.schemes[t.study.headline]
+    by_bits = {
+        s.bits: name
+        for name, s in t.study.schemes.items()
+        if s.kind == head.kind == "nuq" and s.model_copy(update={"bits": head.bits}) == head
+    }
+    language = t.evaluations[t.evaluations.suite == "perplexity"]
+    if len(by_bits) < 2 or not len(language):
+        return not_measured("needs perplexity and two bit widths")
+    order = [t.study.baseline, *(by_bits[b] for b in sorted(by_bits, reverse=True))]
+    names = ["fp16", *(f"{b} bit" for b in sorted(by_bits, reverse=True))]
+    parts, met, seeds = [], [], []
+    for task, group in language.groupby("task", sort=False):
+        values = {s: rows.set_index("seed")["value"] for s, rows in group.groupby("scheme")}
+        if not set(order) <= set(values):
+            continue
+        shown = []
+        for i in range(1, len(order)):
+            step = (values[order[i]] - values[order[i - 1]]).to_numpy(dtype=float)
+            low, high = interval(step, t.study.statistics.alpha)
+            met.append(against_bar(low, high, 0.0, at_most=False))
+            seeds.append(int((step == step).sum()))
+            shown.append(f"{names[i]} {step.mean():+.2f} [{low:+.2f}, {high:+.2f}]")
+        parts.append(f"{task}, each over the one before: {', '.join(shown)}")
+    if not parts:
+        return not_measured("no perplexity task that all bit widths ran")
+    whole = False if False in met else (None if None in met else True)
+    return Outcome("; ".join(parts), whole, f"{min(seeds)} seeds", min(seeds) >= MIN_SEEDS)
+
+
+def loss_on_7b(t: Tables) -> Outcome:
+    """Loss of the headline scheme on Llama-2-7B stays under a tenth of a perplexity."""
+    rows = t.headline_tests("perplexity")
+    rows = rows[rows.model.str.contains("llama-2-7b")] if len(rows) else rows
+    if not len(rows):
+        return not_measured("a claim about Llama-2-7B")
+    row = rows.loc[rows.difference.idxmax()] if rows.difference.notna().any() else rows.iloc[0]
+    met = against_bar(row.ci_low, row.ci_high, 0.1, at_most=True)
+    seeds = int(rows.pairs.min())
+    value = f"{row.task}: {row.difference:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
+    return Outcome(value, met, f"{seeds} seeds", seeds >= MIN_SEEDS)
+
+
+def passkey(t: Tables) -> Outcome:
+    """The headline scheme is not worse on any passkey task."""
+    rows = t.headline_tests("passkey")
+    if not len(rows):
+        return not_measured("no passkey task")
+    parts = [
+        f"{r['task']}: {r['mean']:.1f} % for {r['baseline_mean']:.1f} %, {r['verdict']}"
+        for r in rows.to_dict("records")
+    ]
+    prompts = int(rows.sample_pairs.min())
+    verdicts = list(rows.verdict)
+    met = False if "worse" in verdicts else (True if set(verdicts) <= set(KEPT) else None)
+    enough = prompts >= MIN_PROMPTS and int(rows.pairs.min()) >= MIN_SEEDS
+    return Outcome("; ".join(parts), met, f"{prompts} prompts per task", enough)
+
+
+def bits_per_element(t: Tables) -> Outcome:
+    """Bytes allocated over elements stored, of long prompts."""
+    rows = t.evaluations[t.evaluations.scheme == t.study.headline]
+    if not len(rows):
+        return not_measured("the headline scheme is not evaluated")
+    bits, lengths = 8 * rows.cache_bytes / rows.cache_elements, rows.tokens / rows.samples
+    if lengths.max() < 16_000:
+        longest = int(lengths.max())
+        return not_measured(f"{bits[lengths == lengths.max()].max():.2f} at {longest:,} tokens")
+    long = bits[lengths >= 16_000]
+    value = f"{long.max():.2f} (most of {len(long)} results)"
+    return Outcome(value, against_bar(long.max(), long.max(), 3.6, at_most=True), "allocated bytes")

@@ -1,0 +1,65 @@
+"""The tables of a study, as claims and LaTeX tables read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from kvquant.analysis.tables import read_table
+from kvquant.config import Study
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What claims may read."""
+
+    study: Study
+    evaluations: pd.DataFrame
+    perf: pd.DataFrame
+    energy: pd.DataFrame
+    tests: pd.DataFrame
+    pareto: pd.DataFrame
+    append: pd.DataFrame
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether timings come from a GPU."""
+        return self.study.gpus > 0
+
+    def devices(self) -> list[str]:
+        """Names of the devices on which something was timed."""
+        timed = [t["device"] for t in (self.perf, self.energy, self.append) if "device" in t]
+        return list(dict.fromkeys(name for names in timed for name in names))
+
+    def of(self, model: str) -> Tables:
+        """The rows of one model; what is measured without a model stays."""
+        names = ("evaluations", "perf", "energy", "tests", "pareto")
+        tables = {name: getattr(self, name) for name in names}
+        return replace(
+            self, **{n: t[t["model"] == model] if "model" in t else t for n, t in tables.items()}
+        )
+
+    def headline_tests(self, suite: str) -> pd.DataFrame:
+        """Comparisons of the headline scheme on the tasks of a suite."""
+        if "level" not in self.tests:
+            return self.tests
+        rows = self.tests[(self.tests.level == "task") & (self.tests.suite == suite)]
+        return rows[rows.scheme == self.study.headline]
+
+    def headline_perf(self) -> pd.DataFrame:
+        """Throughput rows of the headline scheme."""
+        return self.perf[self.perf["scheme"] == self.study.headline]
+
+
+def load_tables(study: Study, folder: Path, *, accuracy_only: bool = False) -> Tables:
+    """All tables of a study, or only those that its evaluations fill; the others are then empty."""
+    if accuracy_only:
+        none = pd.DataFrame()
+        evaluations, tests = read_table(folder, "eval"), read_table(folder, "tests")
+        return Tables(study, evaluations, none, none, tests, none, none)
+    names = ("eval", "perf", "energy", "tests", "pareto")
+    evaluations, perf, energy, tests, pareto = (read_table(folder, name) for name in names)
+    append = read_table(folder, "append") if study.append else pd.DataFrame()
+    return Tables(study, evaluations, perf, energy, tests, pareto, append)
