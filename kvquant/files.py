@@ -145,7 +145,7 @@ def parse_json(text: str) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(f"truncated or damaged JSON at character {error.pos}") from None
     if _SURROGATE.search(text) and not is_text(json.dumps(value, ensure_ascii=False)):
-        raise ValueError("half of a surrogate pair in JSON, which is no character")
+        raise ValueError("a lone surrogate in JSON, which is half of a character")
     return value
 
 

@@ -52,7 +52,7 @@ def test_whatever_is_wrong_with_a_file_is_one_line(tmp_path: Path) -> None:
         "cut": "truncated or damaged JSON",
         "empty": "empty",
         "deep": "nested more than",
-        "half": "half of a surrogate pair",
+        "half": "a lone surrogate",
     }
     for name, text in expected.items():
         with pytest.raises(UserError) as caught:

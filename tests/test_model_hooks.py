@@ -85,14 +85,19 @@ def test_a_model_saved_whole_is_loaded_as_it_was() -> None:
     assert torch.equal(step(model, qm.new_cache(), tokens), step(qm.model, qm.new_cache(), tokens))
 
 
-def test_a_shallow_copy_goes_its_own_way() -> None:
-    qm, tokens = quantized(tiny_model(), EXACT), ids(1, 12)
+@pytest.mark.parametrize("spec", [EXACT, REFERENCE], ids=["nuq", "reference"])
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy])
+def test_a_copy_goes_its_own_way(spec: Any, way: Any) -> None:
+    qm, tokens = with_scheme(spec), ids(1, 12)
     cache = qm.new_cache()
     step(qm.model, cache, tokens[:, :9])
-    other = copy.copy(cache)
+    other = way(cache)
+    assert other.rotary is cache.rotary  # the model is not copied
     first = step(qm.model, other, tokens[:, 9:])
-    assert cache.get_seq_length() == 9
+    assert (cache.get_seq_length(), other.get_seq_length()) == (9, 12)
     assert torch.equal(step(qm.model, cache, tokens[:, 9:]), first)
+    step(qm.model, other, tokens[:, :1])
+    assert cache.get_seq_length() == 12
 
 
 def test_a_cache_cannot_be_pickled() -> None:

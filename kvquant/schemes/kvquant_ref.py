@@ -300,6 +300,25 @@ class ReferenceCache(Cache, AttendingCache, QuantizeClock, CountedCache):
                 used.add(i)
             layer.stores = stores
 
+    def copy(self) -> ReferenceCache:
+        """A cache that goes on from here, to reuse a prompt."""
+        self.calls.check()
+        tables = [layer.tables for layer in self.layers]
+        other = ReferenceCache(tables, self._rope, self.protocol)
+        other.columns, other.rotary = self.columns, self.rotary
+        other._mask, other._shifts = self._mask, self._shifts
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            theirs.stores = [store.fork() for store in mine.stores]
+        return other
+
+    def __copy__(self) -> ReferenceCache:
+        """See :meth:`copy`; layers know their cache, so that two cannot share them."""
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReferenceCache:
+        """See :meth:`copy`; the model, whose rotary embedding it holds, is not copied."""
+        return self.copy()
+
     def reset(self) -> None:
         """Forgets everything."""
         self.columns, self.calls = 0, CallRecord()
