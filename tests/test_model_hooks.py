@@ -23,6 +23,11 @@ REFERENCE = KvquantRefScheme(kind="kvquant-ref", bits=4)
 THETA = {"rope_type": "default", "rope_theta": 500.0}
 
 
+@pytest.mark.fault(
+    "library",
+    "a cache used with a model of another rotary embedding",
+    "refused by name",
+)
 @pytest.mark.parametrize("spec", [EXACT, SPECS[3], REFERENCE], ids=["nuq", "kivi", "reference"])
 def test_a_cache_of_a_model_with_other_angles(spec: Any) -> None:
     """It turns stored keys by its own model's rotary embedding; queries came by the other's."""
@@ -48,6 +53,11 @@ def test_a_cache_of_an_equal_model() -> None:
     assert torch.equal(step(other, qm.new_cache(), tokens), step(qm.model, qm.new_cache(), tokens))
 
 
+@pytest.mark.fault(
+    "library",
+    "a backward pass over tokens that a cache holds",
+    "refused by name",
+)
 @pytest.mark.parametrize("spec", [EXACT, REFERENCE], ids=["nuq", "reference"])
 @pytest.mark.parametrize("way", ["a later call", "protocol B"])
 def test_gradients_that_would_be_wrong_are_refused(spec: Any, way: str) -> None:
@@ -85,6 +95,11 @@ def test_a_model_saved_whole_is_loaded_as_it_was() -> None:
     assert torch.equal(step(model, qm.new_cache(), tokens), step(qm.model, qm.new_cache(), tokens))
 
 
+@pytest.mark.fault(
+    "library",
+    "`copy.copy` and `copy.deepcopy` of a filled cache",
+    "both go on by themselves",
+)
 @pytest.mark.parametrize("spec", [EXACT, REFERENCE], ids=["nuq", "reference"])
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy])
 def test_a_copy_goes_its_own_way(spec: Any, way: Any) -> None:
@@ -115,6 +130,11 @@ def test_an_empty_call_is_refused() -> None:
     assert cache.get_seq_length() == 10
 
 
+@pytest.mark.fault(
+    "library",
+    "keys beyond the range of fp16 over any packed cache",
+    "refused by name, not NaN",
+)
 @pytest.mark.parametrize("spec", SPECS[2:4], ids=["nuq", "kivi"])
 @pytest.mark.parametrize("protocol", ["A", "B"])
 def test_what_16_bits_do_not_hold_is_refused(spec: Any, protocol: Any) -> None:
