@@ -29,6 +29,7 @@ class AttendingCache(ABC):
     within: bool = False  # whether the current call is part of one of the whole model
     # Rotary embedding of the model it was made for, by which stored keys are turned; None: not said
     rotary: nn.Module | None = None
+    position_limit: int | None = None  # of the model, as its first call found it
     protocol: Literal["A", "B"]
 
     @abstractmethod

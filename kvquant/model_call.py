@@ -41,10 +41,10 @@ def arguments(
 
 def find_cache(given: Mapping[str, Any]) -> AttendingCache | None:
     """The cache among the arguments that does the attention itself, or None."""
-    for value in given.values():
-        if isinstance(value, AttendingCache):
-            return value
-    return None
+    for name in CACHE_NAMES:  # seldom elsewhere
+        if isinstance(cache := given.get(name), AttendingCache):
+            return cache
+    return next((value for value in given.values() if isinstance(value, AttendingCache)), None)
 
 
 def refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:

@@ -14,10 +14,10 @@ from kvquant.model_call import CACHE_NAMES, arguments, find_cache, parameters, r
 from kvquant.prefill_quant import SUPPORTED, PrefillQuantizedAttention, original_class
 
 # Arguments of a decoder that are understood, or that say nothing about its attention.
-_KNOWN = (
+_KNOWN = frozenset({
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", *CACHE_NAMES, "use_cache",
     "output_attentions", "output_hidden_states", "return_dict",
-)  # fmt: skip
+})  # fmt: skip
 
 Arguments = dict[str, Any]
 
@@ -146,7 +146,9 @@ def _enter_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) 
     if not batch or not new_len:
         raise ValueError(f"input_ids: a batch of {batch} with {new_len} columns is empty")
     past = cache.get_seq_length()
-    limit = position_limit(config)
+    if not past or cache.position_limit is None:  # reading a configuration takes its time
+        cache.position_limit = position_limit(config)
+    limit = cache.position_limit
     if past <= limit < past + new_len:  # once per sequence
         warnings.warn(
             f"{past + new_len} columns, but the model is made for {limit} positions: what it gives "

@@ -20,9 +20,10 @@ def host_mask(mask: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: It holds other values, as masks that are added to scores do, or no token.
     """
-    if mask.dtype is not torch.bool and bool(((mask != 0) & (mask != 1)).any()):
+    tokens = mask.bool()
+    if mask.dtype is not torch.bool and not torch.equal(tokens.to(mask.dtype), mask):
         raise ValueError("attention_mask: must be 1 for tokens and 0 for padding")
-    host = mask.bool().cpu()
+    host = tokens.cpu()
     if not bool(host.any()):
         raise ValueError("attention_mask: a batch without a single token")
     return host
@@ -73,11 +74,19 @@ class Padding:
                 self._counts = counts
             return everything
         host = host_mask(mask)
-        self._refuse_changes(host[:, : total - new_len])
-        if bool(host.all()):
+        whole, past = bool(host.all()), total - new_len
+        if whole and self._counts is None:
+            return everything
+        counts, old = tokens.long().cumsum(1), self._counts
+        same = old is not None and old.device == counts.device
+        if old is None or not same or not torch.equal(counts[:, :past], old):
+            self._refuse_changes(host[:, :past])
+        if whole:
             self._counts = None
             return everything
-        self._counts = tokens.long().cumsum(1)
+        self._counts = counts
+        if new_len == 1:
+            return [slice(0, int(token)) for token in host[:, past].tolist()]
         spans: list[Span] = []
         for row in host[:, total - new_len :]:
             where = row.nonzero().view(-1)

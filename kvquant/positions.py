@@ -99,6 +99,12 @@ def shifts(
     if host.shape[0] == 1 and all(isinstance(span, slice) and span == every for span in spans):
         shift = _shift(host[0])
         return None if shift is None else [shift - n for n in lengths]
+    if host.shape == (len(spans), 1) and all(isinstance(span, slice) for span in spans):
+        column = host[:, 0].tolist()
+        return [
+            new - n if span == every else None
+            for new, n, span in zip(column, lengths, spans, strict=True)
+        ]
     found: list[int | None] = []
     for b, (span, length) in enumerate(zip(spans, lengths, strict=True)):
         row = host[b if host.shape[0] > 1 else 0]

@@ -14,8 +14,8 @@ from kvquant.no_gradient import without_gradient
 
 SUPPORTED = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 # Arguments of the attention that are used, or that say nothing about it.
-_USED = ("hidden_states", "position_embeddings", "attention_mask", *CACHE_NAMES)
-_KNOWN = (*_USED, "position_ids", "use_cache", "output_attentions", "output_hidden_states")
+_USED = frozenset({"hidden_states", "position_embeddings", "attention_mask", *CACHE_NAMES})
+_KNOWN = _USED | {"position_ids", "use_cache", "output_attentions", "output_hidden_states"}
 
 
 @torch.compiler.disable(reason="the cache plans on the host and changes its shapes as it grows")
@@ -101,15 +101,16 @@ class PrefillQuantizedAttention(nn.Module):
         queries = module.q_proj(hidden_states).view(shape)
         keys = module.k_proj(hidden_states).view(shape)
         values = module.v_proj(hidden_states).view(shape).transpose(1, 2)
-        if hasattr(module, "q_norm"):
+        if "q_norm" in self._modules:
             queries, keys = module.q_norm(queries), module.k_norm(keys)
         queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
-        implementation = module.config._attn_implementation
-        function = ALL_ATTENTION_FUNCTIONS.get(implementation, ALL_ATTENTION_FUNCTIONS["sdpa"])
-        mask = given.get("attention_mask")
-        others = {name: value for name, value in given.items() if name not in _USED}
 
         def full(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            # Looked up in here, as a decode step does without.
+            implementation = module.config._attn_implementation
+            function = ALL_ATTENTION_FUNCTIONS.get(implementation, ALL_ATTENTION_FUNCTIONS["sdpa"])
+            others = {name: value for name, value in given.items() if name not in _USED}
+            mask = given.get("attention_mask")
             out: torch.Tensor = function(
                 module, q, k, v, mask, dropout=0.0, scaling=module.scaling, **others
             )[0]
