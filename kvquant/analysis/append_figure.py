@@ -33,6 +33,9 @@ def append_panels(
             color, marker = looks[str(series)]
             parts = ["token_ms_median", "token_ms_p10", "token_ms_p90"]
             lines = rows.groupby("tokens")[parts].median().astype(float).dropna() * 1e3
+            lines = lines[(lines > 0).all(axis=1)]  # a logarithmic axis has no place for others
+            if not len(lines):
+                continue
             middle, low, high = (lines[p].to_numpy() for p in parts)
             where = lines.index.to_numpy(dtype=float)
             axis.fill_between(where, low, high, color=color, alpha=0.2, linewidth=0)
@@ -45,6 +48,9 @@ def append_panels(
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
         axis.yaxis.set_minor_locator(NullLocator())
+        if not axis.lines:
+            style = {"xycoords": "axes fraction", "ha": "center", "size": 7}
+            axis.annotate("not measured", (0.5, 0.5), **style)
         low, high = axis.get_ylim()
         if high / low < 20:  # a flat curve must not look steep
             middle = np.sqrt(low * high)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
+import numpy as np
 import pandas as pd
 
 from kvquant.analysis import figure_list, pareto_figure
@@ -28,6 +29,7 @@ from kvquant.errors import UserError, unknown
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette without its yellow: told apart with every common colour vision.
 COLORS = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
@@ -59,14 +61,25 @@ def _look(study: Study, scheme: str) -> tuple[str, str]:
     return COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
 
 
+def _loss_ticks(low: float, high: float) -> list[float]:
+    """Numbers of an axis of losses: at least two, however small or large they are."""
+    widest = max(abs(low), abs(high))
+    if widest < 1:
+        return [t for t in MaxNLocator(5).tick_values(low, high).tolist() if low <= t <= high]
+    steps: list[float] = [0, 0.5, 1, 2, 5, 10, 20, 50, 100]
+    if widest > 200:
+        powers = int(np.log10(widest))
+        steps = [0, *(10.0**k for k in range(0, powers + 1, 1 + powers // 5))]
+    return [t for t in (*(-t for t in steps[:0:-1]), *steps) if low <= t <= high]
+
+
 def _loss_scale(axis: Any, which: Literal["x", "y"]) -> None:
     """A scale for losses from nothing to a hundred: linear below 1, logarithmic above."""
     getattr(axis, f"set_{which}scale")("symlog", linthresh=1.0, linscale=0.7)
     axis.autoscale(axis=which)  # with margins of this scale, not of the linear one
     axis.margins(**{which: 0.06})
     low, high = getattr(axis, f"get_{which}lim")()
-    steps = [0, 0.5, 1, 2, 5, 10, 20, 50, 100]
-    ticks = [t for t in (*(-t for t in steps[:0:-1]), *steps) if low <= t <= high]
+    ticks = _loss_ticks(low, high)
     getattr(axis, f"set_{which}ticks")(ticks, [f"{t:g}" for t in ticks])
     axis.minorticks_off()
 
@@ -98,7 +111,9 @@ def pareto(study: Study, tables: Path) -> Any:
             pareto_figure.draw(axis, panel, model, looks)
             _loss_scale(axis, "y")
             better = "more" if panel.more_is_better else "less"
-            axis.set_xlabel(f"{panel.label}; {better} is better")
+            apart = "; " if "\n" in panel.label else "\n"  # a line fits the panel
+            axis.set_xlabel(f"{panel.label}{apart}{better} is better")
+            axis.xaxis.set_major_locator(MaxNLocator(5))
     if len(models) > 1:
         for axis, model in zip(axes[0], models, strict=True):
             axis.set_title(model, fontsize=7.5)
@@ -212,11 +227,12 @@ def throughput(study: Study, tables: Path) -> Any:
         for axis, part in zip(row, ("prefill", "decode"), strict=True):
             _speed_marks(axis, study, mine, part, schemes, workloads)
             if axis is axes[-1][0] or axis is axes[-1][1]:
-                axis.set_xlabel(f"{part} speed over fp16")
+                axis.set_xlabel(part)
         if several:
             row[0].set_title(model, fontsize=7, loc="left")
         row[0].set_yticks(range(len(schemes)), schemes)
     axes[0][0].set_ylim(len(schemes) - 0.5, -0.5)
+    figure.supxlabel("speed over fp16 (right of 1: faster)", fontsize=7.5)
     handles = [
         plt.Line2D(
             [], [], color="#444444", marker=MARKERS[w % len(MARKERS)], linestyle="", label=name
@@ -257,7 +273,9 @@ def passkey(study: Study, tables: Path) -> Any:
         grid = mine.pivot_table(index="depth", columns="length", values="score", aggfunc="mean")
         grid = grid.reindex(index=range(depths), columns=lengths).to_numpy(dtype=float) * 100
         image = axis.imshow(grid, vmin=0, vmax=100, cmap="cividis", aspect="auto")
-        axis.set_title(scheme if len(models) == 1 else f"{model}\n{scheme}", fontsize=7)
+        title = scheme if len(models) == 1 else f"{model}\n{scheme}"
+        widest = max(map(len, title.split("\n")))
+        axis.set_title(title, fontsize=max(4.0, min(7.0, 80 / widest)))  # titles stay apart
         axis.grid(False)
         axis.set_xticks(range(len(lengths)), [f"{round(n / 1024, 1):g}K" for n in lengths])
         axis.set_yticks([-0.5, (depths - 1) / 2, depths - 0.5], ["0", "50", "100"])

@@ -1,0 +1,124 @@
+"""Figures of little, of nothing and of the unusual: drawn without a warning, in finite limits."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kvquant.analysis import figures
+from kvquant.analysis.append_figure import append_panels
+from kvquant.analysis.tables import write_table
+from kvquant.config import Study, parse_study
+from tests.analysis.plausible import write_tables
+from tests.analysis.test_paper import two_models
+
+plt = figures.plt
+
+
+@pytest.fixture(scope="module")
+def study(root: Path) -> Study:
+    """One model, two schemes, one perplexity task and two passkey tasks."""
+    raw = two_models(root)
+    raw["models"] = dict([next(iter(raw["models"].items()))])
+    tasks = ("ppl-wikitext2-b", "passkey-2k", "passkey-4k")
+    raw["tasks"] = {n: raw["tasks"][n] for n in tasks}
+    raw["evaluation"] = {"schemes": ["fp16", "nuq3-1pct", "kivi-4"]}
+    return parse_study(raw)
+
+
+@pytest.fixture(scope="module")
+def tables(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tables")
+    write_tables(study, folder)
+    return folder
+
+
+def drawn(name: str, study: Study, folder: Path) -> Any:
+    """A figure, drawn with every warning an error."""
+    with warnings.catch_warnings(), plt.rc_context(figures.STYLE):
+        warnings.simplefilter("error")
+        figure = figures.FIGURES[name](study, folder)
+        figure.canvas.draw()
+    for axis in figure.axes:
+        assert np.isfinite([*axis.get_xlim(), *axis.get_ylim()]).all()
+    return figure
+
+
+def changed(tables: Path, folder: Path, name: str, **columns: Any) -> Path:
+    """The tables with columns of one replaced."""
+    for file in tables.glob("*.parquet"):
+        table = pd.read_parquet(file)
+        write_table(table.assign(**columns) if file.stem == name else table, folder / file.name)
+    return folder
+
+
+NAN = float("nan")
+DIFFERENCES = {
+    "no interval": {"ci_low": NAN, "ci_high": NAN},
+    "nothing lost": {"difference": 0.0, "ci_low": 0.0, "ci_high": 0.0},
+    "better": {"difference": -0.3, "ci_low": -0.5, "ci_high": -0.1},
+    "huge": {"difference": 1e6, "ci_low": 1e5, "ci_high": 1e7},
+    "wide": {"difference": 0.3, "ci_low": -1e3, "ci_high": 1e3},
+}
+
+
+@pytest.mark.parametrize("name", ["pareto", "perplexity"])
+@pytest.mark.parametrize("case", DIFFERENCES)
+def test_differences_of_every_size(
+    study: Study, tables: Path, tmp_path: Path, case: str, name: str
+) -> None:
+    figure = drawn(name, study, changed(tables, tmp_path, "tests", **DIFFERENCES[case]))
+    axis = figure.axes[0]
+    labels = axis.get_yticklabels() if name == "pareto" else figure.axes[-1].get_xticklabels()
+    assert 2 <= len({label.get_text() for label in labels}) == len(labels) <= 15
+    plt.close(figure)
+
+
+def test_a_workload_that_nobody_could_run(study: Study, tables: Path, tmp_path: Path) -> None:
+    empty = dict.fromkeys(("prefill_ratio", "decode_ratio", "quantize_share"), NAN)
+    folder = changed(tables, tmp_path, "perf", **empty, scheme_status="oom")
+    figure = drawn("throughput", study, folder)
+    words = [text.get_text() for axis in figure.axes for text in axis.texts]
+    assert words and set(words) == {"out of memory"}
+    plt.close(figure)
+    figure = drawn("pareto", study, folder)
+    assert not any("prefill" in axis.get_xlabel() for axis in figure.axes)
+    plt.close(figure)
+
+
+def test_labels_stay_apart(root: Path, tmp_path: Path) -> None:
+    """Of two models: titles and labels of neighbours do not overlap."""
+    study = parse_study(two_models(root))
+    write_tables(study, tmp_path)
+    for name in ("pareto", "throughput", "passkey"):
+        figure = drawn(name, study, tmp_path)
+        renderer = figure.canvas.get_renderer()
+        shown = [a for a in figure.axes if a.get_visible() and a.get_label() != "<colorbar>"]
+        texts = [t for a in shown for t in (a.title, a._left_title, a.xaxis.label) if t.get_text()]
+        boxes = [t.get_window_extent(renderer) for t in texts]
+        for i, box in enumerate(boxes):
+            assert box.x0 > -1 and box.x1 < figure.bbox.width + 1, (name, texts[i].get_text())
+            for j in range(i):
+                assert not box.overlaps(boxes[j]), (name, texts[i].get_text(), texts[j].get_text())
+        plt.close(figure)
+
+
+@pytest.mark.parametrize("cost", [0.01, 0.0, NAN])
+@pytest.mark.parametrize("sizes", [[1024], [1024, 131072]])
+def test_append_of_few_sizes_and_no_time(sizes: list[int], cost: float) -> None:
+    parts = ("token_ms_median", "token_ms_p10", "token_ms_p90")
+    row = {"chunk": 1, "series": "s", **dict.fromkeys(parts, cost)}
+    points = pd.DataFrame([{**row, "tokens": n} for n in sizes])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure, axes = plt.subplots(1, 1, squeeze=False)
+        append_panels(axes[:, 0], points, {"s": ("#000000", "o")})
+        figure.canvas.draw()
+    low, high = axes[0, 0].get_ylim()
+    assert 0 < low < high and np.isfinite(high)
+    plt.close(figure)
