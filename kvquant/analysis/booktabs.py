@@ -146,7 +146,9 @@ def booktabs(
     kind = "longtable*" if pages else "tabular"  # starred: the caption above counts it
     lines = [f"\\begin{{{size}}}"]
     if tight:
-        lines.append(r"\setlength{\tabcolsep}{2.5pt}")
+        # columns that break are as wide as their longest word: the gaps give way
+        gap = 1.8 if "".join(letters) != columns and "{" not in letters else 2.5
+        lines.append(rf"\setlength{{\tabcolsep}}{{{gap}pt}}")
     if not pages:
         lines.append(r"\begin{adjustbox}{max width=\linewidth, max totalheight=0.85\textheight}")
     lines += [f"\\begin{{{kind}}}{{{columns}}}", r"\toprule", " & ".join(heads) + r" \\"]
