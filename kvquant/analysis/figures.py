@@ -65,7 +65,7 @@ def _loss_ticks(low: float, high: float) -> list[float]:
     """Numbers of an axis of losses: at least two, however small or large they are."""
     widest = max(abs(low), abs(high))
     if widest < 1:
-        return [t for t in MaxNLocator(5).tick_values(low, high).tolist() if low <= t <= high]
+        return [float(t) for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high]
     steps: list[float] = [0, 0.5, 1, 2, 5, 10, 20, 50, 100]
     if widest > 200:
         powers = int(np.log10(widest))
