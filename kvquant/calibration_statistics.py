@@ -157,6 +157,6 @@ def load_statistics(path: Path) -> tuple[list[LayerStatistics], dict[str, Any]]:
 
 
 def _channels(info: dict[str, Any]) -> int | None:
-    """Key channels of a layer, where the JSON tells them."""
+    """The number of key channels per layer, where the JSON states its factors."""
     heads, dim = info.get("num_kv_heads"), info.get("head_dim")
     return heads * dim if type(heads) is int and type(dim) is int else None

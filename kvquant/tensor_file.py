@@ -27,7 +27,7 @@ def save_pair(
     Args:
         manifest: The JSON file.
         file: The safetensors file.
-        info: What the JSON tells; hashes are added.
+        info: What the JSON states; hashes are added.
         tensors: The tensors.
 
     Returns:
@@ -81,7 +81,7 @@ def read_tensors(
 
     Args:
         file: The safetensors file.
-        sha256: Its hash, as the JSON tells it.
+        sha256: Its hash, as the JSON states it.
         shapes: Exactly the tensors that must be there; None where any shape will do.
         field: Names the file in messages.
         again: How to get it made again, for messages.

@@ -322,7 +322,7 @@ def test_beyond_the_positions_of_the_model_is_warned_of() -> None:
 
 
 class TestStepsThatAreNotLookedAt:
-    """A decode step on a GPU: what is wrong with it is told later, without waiting for it.
+    """A wrong decode step on a GPU is reported later, without waiting for it.
 
     On a CPU the same arithmetic runs where the cache is made to believe that looking would wait.
     """
