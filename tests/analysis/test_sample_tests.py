@@ -174,6 +174,7 @@ def study_of(suite: str = "perplexity", models: int = 1, **margin: Any) -> Study
     return parse_study(
         {
             "study": "check",
+            "headline": "kivi-2",
             "models": {f"m{i}": {"source": "local", "path": "x"} for i in range(models)},
             "schemes": {"fp16": {"kind": "fp16"}, "kivi-2": {"kind": "kivi", "bits": 2}},
             "tasks": {"t": task},

@@ -45,8 +45,8 @@ def test_every_row_has_every_column(tables: Tables, name: str) -> None:
     cells = rows(text)
     assert len(cells) > 1 and len({len(row) for row in cells}) == 1
     assert text.startswith("% generated") and "nan" not in text
-    (letters,) = re.findall(r"\\begin\{(?:tabular|longtable)\}\{(.*)\}", text)
-    assert len(re.findall("[lr]", letters)) == len(cells[0])
+    (letters,) = re.findall(r"\\begin\{(?:tabular|longtable\*?)\}\{(.*)\}", text)
+    assert len(re.findall("[lrp]", letters)) == len(cells[0])
 
 
 def test_ruler_has_13_tasks_and_their_mean(tables: Tables) -> None:

@@ -16,7 +16,7 @@ from kvquant.errors import MissingPackage, UserError
 
 def limits(**changed: float) -> KernelsSpec:
     case = {"shape": "tiny", "tokens": 32, "measure": ["pack"]}
-    fields = {"rounds": 8, "warmup": 2, "max_seconds": 1e9, "slow_seconds": 1.0, "slow_rounds": 2}
+    fields = {"rounds": 8, "warmup": 2, "max_seconds": 1e6, "slow_seconds": 1.0, "slow_rounds": 2}
     return KernelsSpec.model_validate({"cases": {"one": case}} | fields | changed)
 
 

@@ -272,7 +272,7 @@ def logits(qm: QuantizedModel, ids: torch.Tensor, mask: Any, chunks: list[int], 
             past_key_values=cache,
             use_cache=True,
         )
-        used += bool(cache._past)
+        used += bool(cache._reader._past)
         out.append(result.logits)
         at += size
     return torch.where(mask[..., None].bool(), torch.cat(out, 1), 0), used
