@@ -1,6 +1,5 @@
 # The validated study, and the few functions that say what a rule's wildcards need.
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -11,15 +10,13 @@ from kvquant.config import parse_study
 from kvquant.errors import UserError
 from kvquant.files import sweep_tree
 from kvquant.grid import CPUS_PER_GPU, grid_lines, place_in_line, request
+from kvquant.own_python import find_own_python
 from kvquant.provenance import device_name
 from kvquant.run_lock import hold
 from kvquant.slurm import prepare
 from kvquant.study_file import read_mapping
 
-# `python` of the rules is the one that runs Snakemake, also where its environment is not active.
-FOLDER, FOLDERS = str(Path(sys.executable).parent), os.environ.get("PATH", "").split(os.pathsep)
-if FOLDER not in FOLDERS:
-    os.environ["PATH"] = os.pathsep.join([FOLDER, *FOLDERS])
+find_own_python()
 
 try:
     # Snakemake has read them leniently: of a key that stands twice it takes the last.
