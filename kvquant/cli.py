@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -62,7 +63,7 @@ def _refuse_empty(words: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. Returns 0, or 2 after bad input, which is told in one line per field."""
+    """Runs one verb. Returns 0, 2 after bad input (one line per field), 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     verb = next((w for w in words if not w.startswith("-")), None)
     try:
@@ -80,4 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"kvquant: error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        # Snakemake shows a stopped job's log: a traceback there reads as a fault of the program.
+        print("kvquant: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0

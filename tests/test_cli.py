@@ -20,6 +20,17 @@ def test_unknown_verb_and_missing_study(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == "kvquant: error: --study: no such file: nowhere.yaml\n"
 
 
+def test_ctrl_c_ends_a_verb_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvquant.grid.run", interrupted)
+    assert main(["grid", "--study", "study.yaml"]) == 130
+    assert capsys.readouterr().err == "kvquant: interrupted\n"
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
