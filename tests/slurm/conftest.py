@@ -163,7 +163,7 @@ def stub_study(root: Path) -> dict[str, Any]:
     study["models"] = {"llama": study["models"]["llama-2-7b-32k"]}
     study["schemes"] = {name: study["schemes"][name] for name in ("fp16", "nuq3-1pct")}
     study["tasks"] = {"ppl": {**study["tasks"]["ppl-wikitext2-b"], "dataset": "essays"}}
-    study["throughput"] = {**study["throughput"], "reps": 1}
+    study["throughput"] = {**study["throughput"], "reps": 1, "schemes": []}
     study["throughput"]["workloads"] = {"p16384-b1": {"prompt": 16384}}
     study["energy"]["workloads"] = {}
     study["energy"]["schemes"] = []
