@@ -176,8 +176,8 @@ def read_manifest(path: str | Path) -> ModelManifest:
 def manifest_beside(folder: str | Path) -> ModelManifest | None:
     """The manifest that `fetch-model` left in a model's own folder, if it did."""
     file = Path(folder) / "manifest.json"
-    if not file.is_file():
-        return None
+    if file.is_symlink() or not file.is_file():
+        return None  # a link's manifest is of the folder that it points to
     raw = read_json(file, FIELD, AGAIN)
     if not isinstance(raw, dict) or raw.get("directory") != "." or "files" not in raw:
         return None  # another program's, or of a model elsewhere

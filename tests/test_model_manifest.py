@@ -17,7 +17,12 @@ from kvquant import file_hashes
 from kvquant.config import ModelSpec
 from kvquant.errors import UserError
 from kvquant.fetch.model import fetch_model
-from kvquant.model_manifest import identity_of, read_manifest, verify_model
+from kvquant.model_manifest import (
+    identity_of,
+    manifest_beside,
+    read_manifest,
+    verify_model,
+)
 from kvquant.models import load_base_model, load_quantized_model, load_tokenizer
 from tests.evaluation.tiny import save_tiny
 
@@ -241,6 +246,16 @@ def test_a_fetched_folder_is_verified_without_its_manifest_being_named(
             load(str(home))
     (home / "manifest.json").write_text("[]")  # another program's
     load_tokenizer(save_tiny(home.parent / "plain"))
+
+
+def test_a_linked_manifest_is_of_the_folder_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "fetched").mkdir()
+    (tmp_path / "fetched/manifest.json").write_text('{"directory": ".", "files": {}}')
+    (tmp_path / "made of links").mkdir()
+    (tmp_path / "made of links/manifest.json").symlink_to(tmp_path / "fetched/manifest.json")
+    assert manifest_beside(tmp_path / "made of links") is None
+    with pytest.raises(UserError):
+        manifest_beside(tmp_path / "fetched")
 
 
 def test_identity_follows_every_file_and_no_place(saved: Path, home: Path, tmp_path: Path) -> None:
