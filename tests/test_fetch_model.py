@@ -18,7 +18,7 @@ from kvquant.config import ModelSpec
 from kvquant.errors import UserError
 from kvquant.fetch import model as fetch
 from kvquant.fetch.model import check_directory, convert_gguf, extract_gguf, fetch_model
-from kvquant.fetch.wheel import sha256_file
+from kvquant.files import sha256_file
 from kvquant.generation import end_ids
 from kvquant.models import load_quantized_model, read_manifest
 from tests.evaluation.tiny import CHAT_TEMPLATE, save_tiny, tiny_tokenizer

