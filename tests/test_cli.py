@@ -26,7 +26,7 @@ def test_ctrl_c_ends_a_verb_in_one_line(
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvquant.grid.run", interrupted)
+    monkeypatch.setattr("kvquant.study.grid.run", interrupted)
     assert main(["grid", "--study", "study.yaml"]) == 130
     assert capsys.readouterr().err == "kvquant: interrupted\n"
 

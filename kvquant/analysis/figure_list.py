@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvquant.config import PasskeyTask, PerplexityTask, Study
 from kvquant.errors import UserError
+from kvquant.study.config import PasskeyTask, PerplexityTask, Study
 
 
 def _compared(study: Study, kind: type) -> bool:

@@ -24,8 +24,8 @@ from kvquant.analysis.kernels_figure import (
 )
 from kvquant.analysis.labels import scheme_labels
 from kvquant.analysis.tables import read_table
-from kvquant.config import PasskeyTask, Study, load_study
 from kvquant.errors import UserError, unknown
+from kvquant.study.config import PasskeyTask, Study, load_study
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -16,9 +16,9 @@ from kvquant.analysis.evidence import NOT_SUPPORTED, SUPPORTED
 from kvquant.analysis.pareto import SCORED
 from kvquant.analysis.study_tables import load_tables
 from kvquant.analysis.tables import read_table
-from kvquant.config import Study, load_study
 from kvquant.errors import unknown
-from kvquant.files import replace
+from kvquant.formats.files import replace
+from kvquant.study.config import Study, load_study
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvquant.config import Study, Workload
+from kvquant.study.config import Study, Workload
 
 WORDS = {
     "fp16": "16-bit cache",

@@ -16,8 +16,8 @@ from kvquant.analysis.booktabs import HEAD, booktabs, escape, number, p_value, s
 from kvquant.analysis.claims_of_cost import append_growth
 from kvquant.analysis.pareto import SCORED, first_workload
 from kvquant.analysis.study_tables import Tables, load_tables
-from kvquant.config import load_study
 from kvquant.errors import UserError
+from kvquant.study.config import load_study
 
 DIGITS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
 

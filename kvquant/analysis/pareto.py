@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from kvquant.analysis.tables import read_table, write_table
-from kvquant.config import EnergySpec, Study, TimingSpec, load_study
+from kvquant.study.config import EnergySpec, Study, TimingSpec, load_study
 
 SCORED = ("passkey", "ruler", "longbench")  # suites of a score in percent
 

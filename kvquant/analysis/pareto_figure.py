@@ -16,7 +16,7 @@ import pandas as pd
 
 from kvquant.analysis.labels import workload_label
 from kvquant.analysis.pareto import counted, dominated
-from kvquant.config import Study
+from kvquant.study.config import Study
 
 MAX_WORKLOADS = 4  # panels of one cost; a page has room for no more
 

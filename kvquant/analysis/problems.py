@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kvquant.config import Study
 from kvquant.errors import UserError, printable
-from kvquant.files import canonical_json, sha256_text
-from kvquant.records import AGAIN, Record, absent, read_record
+from kvquant.formats.files import canonical_json, sha256_text
+from kvquant.study.config import Study
+from kvquant.study.records import AGAIN, Record, absent, read_record
 
 R = TypeVar("R", bound=Record)
 # For each hash among a record's inputs: which of its fields say that it must be the same file.

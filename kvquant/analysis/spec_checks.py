@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvquant.benchmarks.lengths import prompt_lengths
-from kvquant.config import LongBenchTask, PerplexityTask, Study
-from kvquant.records import (
+from kvquant.study.config import LongBenchTask, PerplexityTask, Study
+from kvquant.study.prompt_lengths import prompt_lengths
+from kvquant.study.records import (
     AppendRecord,
     EnergyRecord,
     EvalRecord,

@@ -34,8 +34,8 @@ from kvquant.analysis.sample_tests import (
     window_test,
 )
 from kvquant.analysis.tables import read_table, write_table
-from kvquant.config import Margin, Study, load_study
 from kvquant.errors import UserError
+from kvquant.study.config import Margin, Study, load_study
 
 POINTS = 100.0  # in a task's value, of a sample's score of 1
 FAMILY = ["model", "level", "suite"]  # comparisons that Holm adjusts together

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from kvquant.analysis.tables import read_table
-from kvquant.config import Study
+from kvquant.study.config import Study
 
 
 @dataclass(frozen=True)

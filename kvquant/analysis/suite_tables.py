@@ -14,7 +14,7 @@ import pandas as pd
 from kvquant.analysis.booktabs import HEAD, Latex, booktabs, number, p_value, signed
 from kvquant.analysis.pareto import SCORED
 from kvquant.analysis.study_tables import Tables
-from kvquant.config import PasskeyTask, Study
+from kvquant.study.config import PasskeyTask, Study
 
 # Shown behind a score; the captions of the paper explain them.
 MARKS = {

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kvquant.errors import UserError, printable
-from kvquant.files import read_bytes, replace
+from kvquant.formats.files import read_bytes, replace
 
 FLOAT_FORMAT = "%.10g"
 AGAIN = "make it again (`kvquant aggregate`, then what follows)"

@@ -28,15 +28,15 @@ from kvquant.benchmarks.append_stores import (
 )
 from kvquant.benchmarks.timing import MIN_ROUNDS, Clock, interleave, summarize
 from kvquant.benchmarks.workload import check_device
-from kvquant.config import NuqScheme, Study, load_study
-from kvquant.config_append import AppendSpec
-from kvquant.devices import use
+from kvquant.cache.codec import Codec
 from kvquant.errors import UserError
-from kvquant.memory import fits_in_memory
-from kvquant.provenance import environment
-from kvquant.records import AppendPoint, AppendRecord, write_record
-from kvquant.schemes.base import Codec
-from kvquant.specs import append_digest
+from kvquant.models.oom_retry import fits_in_memory
+from kvquant.runtime.devices import use
+from kvquant.runtime.provenance import environment
+from kvquant.study.append import AppendSpec
+from kvquant.study.config import NuqScheme, Study, load_study
+from kvquant.study.digests import append_digest
+from kvquant.study.records import AppendPoint, AppendRecord, write_record
 
 CONCATENATION = "concatenation"  # the series of KVQuant's procedure
 FILL = 4096  # tokens a call while a store is filled

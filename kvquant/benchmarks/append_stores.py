@@ -9,14 +9,14 @@ from typing import Protocol
 
 import torch
 
-from kvquant.baseline_cache import Fp16Layer
-from kvquant.block_store import BlockStore
-from kvquant.config import NuqScheme, SchemeSpec
-from kvquant.layer_quantizer import LayerQuantizer
-from kvquant.layout import Layout
-from kvquant.nuq import fit
-from kvquant.schemes.base import Codec
+from kvquant.cache.block_store import BlockStore
+from kvquant.cache.codec import Codec
+from kvquant.cache.fp16_layer import Fp16Layer
+from kvquant.cache.layout import Layout
+from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.quantization.nuq import fit
 from kvquant.schemes.registry import build_codecs
+from kvquant.study.config import NuqScheme, SchemeSpec
 
 
 class Store(Protocol):

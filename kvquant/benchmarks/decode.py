@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kvquant.arena import Arena
 from kvquant.benchmarks.timing import summarize
-from kvquant.config import NuqScheme
+from kvquant.cache.arena import Arena
+from kvquant.cache.codec import Packed
+from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.kernels.cuda_decode import DecodeShape, DecodeStep, decode_attention
 from kvquant.kernels.decode_tables import RopeTables
-from kvquant.layer_quantizer import LayerQuantizer
-from kvquant.schemes.base import Packed
 from kvquant.schemes.nuq import NuqCodec
+from kvquant.study.config import NuqScheme
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -17,10 +17,10 @@ from kvquant.benchmarks.workload import Prepared, add_common_arguments, prepare
 from kvquant.energy.monitor import EnergyMonitor, Meter, not_metered, open_meter
 from kvquant.energy.profiler import DetailedEnergyProfiler
 from kvquant.errors import UserError
-from kvquant.memory import fits_in_memory
-from kvquant.provenance import environment
-from kvquant.records import EnergyRecord, EnergySide, write_record
-from kvquant.specs import energy_digest
+from kvquant.models.oom_retry import fits_in_memory
+from kvquant.runtime.provenance import environment
+from kvquant.study.digests import energy_digest
+from kvquant.study.records import EnergyRecord, EnergySide, write_record
 
 add_arguments = add_common_arguments
 

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 
 from kvquant.benchmarks.append_stores import append_codec
-from kvquant.benchmarks.continuation import measure_continuation
 from kvquant.benchmarks.decode import BACKENDS, capture, measure_decode
+from kvquant.benchmarks.packed_past import measure_continuation
 from kvquant.benchmarks.random_model import RandomModel, head_dim
 from kvquant.benchmarks.timing import Clock, synchronize
 from kvquant.benchmarks.turns import Role, Side, issue_rate, take_turns, to_records
-from kvquant.cache_size import cache_elements, cache_nbytes
-from kvquant.config import NuqScheme, Study
-from kvquant.config_kernels import SHAPES, WHOLE_MODEL, KernelCase, Measure
+from kvquant.cache.footprint import cache_elements, cache_nbytes
 from kvquant.errors import UserError
-from kvquant.model_call import cache_argument
-from kvquant.models import QuantizedModel
-from kvquant.records import KernelPart
-from kvquant.sdpa import growing_lengths
+from kvquant.models.loading import QuantizedModel
+from kvquant.models.model_call import cache_argument
+from kvquant.models.sdpa import growing_lengths
+from kvquant.study.config import NuqScheme, Study
+from kvquant.study.kernels import SHAPES, WHOLE_MODEL, KernelCase, Measure
+from kvquant.study.records import KernelPart
 
 COPIES = 10  # copies before and after decode steps, which are not interrupted
 SETTLE = 5  # decode steps before the timed ones
@@ -296,7 +296,7 @@ def steps(bench: Bench, case: KernelCase) -> KernelPart:
 
     The floor counts the weights and the cache, once each.
     """
-    from kvquant.graphed import GraphedDecoder
+    from kvquant.models.graph_decoding import GraphedDecoder
 
     model = bench.model(case.shape)
     prompts = Prompts(model, case)

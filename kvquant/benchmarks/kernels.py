@@ -16,14 +16,14 @@ from rich.table import Table
 
 from kvquant.benchmarks.kernel_measures import Bench, prompt_lengths
 from kvquant.benchmarks.workload import check_device
-from kvquant.config import Study, load_study
-from kvquant.config_kernels import ON_GPU, WHOLE_MODEL
-from kvquant.devices import use
 from kvquant.errors import UserError
-from kvquant.fetch.progress import note
-from kvquant.provenance import environment
-from kvquant.records import KernelPart, KernelRecord, KernelSide, read_record, write_record
-from kvquant.specs import kernels_digest
+from kvquant.runtime.devices import use
+from kvquant.runtime.progress import note
+from kvquant.runtime.provenance import environment
+from kvquant.study.config import Study, load_study
+from kvquant.study.digests import kernels_digest
+from kvquant.study.kernels import ON_GPU, WHOLE_MODEL
+from kvquant.study.records import KernelPart, KernelRecord, KernelSide, read_record, write_record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kvquant.benchmarks.lengths import prompt_lengths
-from kvquant.config import Workload
-from kvquant.generation import left_pad
+from kvquant.models.generation import left_pad
+from kvquant.study.config import Workload
+from kvquant.study.prompt_lengths import prompt_lengths
 
 __all__ = ["PromptBatch", "prompt_batch", "prompt_lengths"]
 

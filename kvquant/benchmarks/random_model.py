@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from kvquant.config import CalibratedScheme, SchemeSpec
-from kvquant.config_kernels import SHAPES
-from kvquant.layer_quantizer import LayerQuantizer
-from kvquant.models import QuantizedModel, install_attention
-from kvquant.nuq import fit
+from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.models.loading import QuantizedModel, install_attention
+from kvquant.quantization.nuq import fit
 from kvquant.schemes.registry import ModelShape, build_caches, build_codecs
+from kvquant.study.config import CalibratedScheme, SchemeSpec
+from kvquant.study.kernels import SHAPES
 
 SAMPLE = 1024  # tokens from which ranges are taken
 POSITIONS = 1 << 20  # more than any case has; RoPE is not scaled
@@ -26,7 +26,7 @@ class RandomModel:
     """A Llama of random weights, fp16 on a GPU and fp32 on a CPU.
 
     Args:
-        shape: Name in :data:`kvquant.config_kernels.SHAPES`.
+        shape: Name in :data:`kvquant.study.kernels.SHAPES`.
         device: Where it lies.
         layers: Instead of the shape's number.
     """

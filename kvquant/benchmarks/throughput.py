@@ -18,11 +18,11 @@ from kvquant.benchmarks.timing import (
     summarize,
 )
 from kvquant.benchmarks.workload import Prepared, add_common_arguments, prepare
-from kvquant.cache_size import cache_elements, cache_nbytes
-from kvquant.memory import fits_in_memory
-from kvquant.provenance import environment
-from kvquant.records import PerfSide, ThroughputRecord, write_record
-from kvquant.specs import perf_digest
+from kvquant.cache.footprint import cache_elements, cache_nbytes
+from kvquant.models.oom_retry import fits_in_memory
+from kvquant.runtime.provenance import environment
+from kvquant.study.digests import perf_digest
+from kvquant.study.records import PerfSide, ThroughputRecord, write_record
 
 add_arguments = add_common_arguments
 

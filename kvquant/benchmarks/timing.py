@@ -9,8 +9,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from kvquant.memory import fits_in_memory
-from kvquant.records import Percentiles
+from kvquant.models.oom_retry import fits_in_memory
+from kvquant.study.records import Percentiles
 
 MIN_ROUNDS = 5
 T = TypeVar("T")

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 
 from kvquant.benchmarks.timing import MIN_ROUNDS, fits_in_memory, summarize
-from kvquant.config_kernels import KernelsSpec
 from kvquant.errors import MissingPackage, UserError
-from kvquant.records import KernelSide, Percentiles
+from kvquant.study.kernels import KernelsSpec
+from kvquant.study.records import KernelSide, Percentiles
 
 Role = Literal["ours", "copy", "fp16", "peer"]
 Status = Literal["ok", "oom", "not installed", "refused", "failed"]

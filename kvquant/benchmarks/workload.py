@@ -13,17 +13,17 @@ import torch
 
 from kvquant.benchmarks.prompts import PromptBatch, prompt_batch
 from kvquant.benchmarks.timing import synchronize
-from kvquant.config import Study, Workload, load_study
-from kvquant.devices import alone, use, visible
 from kvquant.energy.gpus import cuda_index, devices_of
 from kvquant.errors import UserError, unknown
-from kvquant.model_call import cache_argument
-from kvquant.model_manifest import study_manifest
-from kvquant.models import QuantizedModel, load_quantized_model, resolve_device
-from kvquant.provenance import device_name
-from kvquant.quantizer_file import check_digest
-from kvquant.sdpa import growing_lengths
-from kvquant.specs import needs_calibration, quantizer_digest
+from kvquant.fetch.model_manifest import study_manifest
+from kvquant.models.loading import QuantizedModel, load_quantized_model, resolve_device
+from kvquant.models.model_call import cache_argument
+from kvquant.models.sdpa import growing_lengths
+from kvquant.quantization.quantizer_file import check_digest
+from kvquant.runtime.devices import alone, use, visible
+from kvquant.runtime.provenance import device_name
+from kvquant.study.config import Study, Workload, load_study
+from kvquant.study.digests import needs_calibration, quantizer_digest
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

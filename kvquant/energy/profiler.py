@@ -12,7 +12,7 @@ from typing import Any
 
 from kvquant.energy.carbon import CarbonTracker
 from kvquant.energy.monitor import Meter
-from kvquant.files import replacing
+from kvquant.formats.files import replacing
 
 
 class DetailedEnergyProfiler:

@@ -42,7 +42,7 @@ class Context:
     """What a suite runs on.
 
     Attributes:
-        qm: A `kvquant.models.QuantizedModel`.
+        qm: A `kvquant.models.loading.QuantizedModel`.
         task: The task's name in the study, for messages.
         text: part -> text of the task's data set; raises a UserError if none was given.
         progress: Called with (samples done, samples in all).

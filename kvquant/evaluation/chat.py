@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from kvquant.config_models import DATE_STRING, ModelSpec, parse_day
+from kvquant.study.models import DATE_STRING, ModelSpec, parse_day
 
 THOUGHT, THOUGHT_END = "<think>", "</think>"
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")

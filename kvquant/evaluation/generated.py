@@ -14,9 +14,9 @@ from typing import Any
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult
 from kvquant.evaluation.chat import spoken
-from kvquant.evaluation.samples import score_summary
-from kvquant.fetch.progress import note
-from kvquant.generation import Stop, greedy
+from kvquant.models.generation import Stop, greedy
+from kvquant.runtime.progress import note
+from kvquant.study.samples import score_summary
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from kvquant.cache import Protocol
-from kvquant.finite import not_finite
-from kvquant.model_call import cache_argument
+from kvquant.cache.kvquant_cache import Protocol
+from kvquant.models.finite import not_finite
+from kvquant.models.model_call import cache_argument
 
 
 @torch.inference_mode()

@@ -25,12 +25,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import model_registry, register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from kvquant.cache import Protocol
-from kvquant.config_models import DATE_STRING, parse_day
+from kvquant.cache.kvquant_cache import Protocol
 from kvquant.errors import UserError
 from kvquant.evaluation.chat import has_template, with_fixed_day
 from kvquant.evaluation.likelihood import score
-from kvquant.evaluation.lm_eval_files import check_version
 from kvquant.evaluation.lm_eval_options import (
     AnswerOptions,
     checkpoint_dtype,
@@ -43,10 +41,12 @@ from kvquant.evaluation.lm_eval_options import (
     read_tokenizer,
     refuse_unknown,
 )
-from kvquant.fetch.progress import note
-from kvquant.generation import end_ids, greedy
-from kvquant.models import load_quantized_model
-from kvquant.specs import needs_calibration
+from kvquant.fetch.lm_eval_files import check_version
+from kvquant.models.generation import end_ids, greedy
+from kvquant.models.loading import load_quantized_model
+from kvquant.runtime.progress import note
+from kvquant.study.digests import needs_calibration
+from kvquant.study.models import DATE_STRING, parse_day
 
 NAME = "kvquant"
 

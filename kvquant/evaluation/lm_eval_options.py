@@ -15,10 +15,10 @@ from lm_eval.models.utils import (
 )
 from pydantic import TypeAdapter, ValidationError
 
-from kvquant.config import SchemeSpec, load_study
 from kvquant.errors import UserError, unknown
-from kvquant.quantizer_file import read_quantizer, scheme_of
-from kvquant.specs import needs_calibration
+from kvquant.quantization.quantizer_file import read_quantizer, scheme_of
+from kvquant.study.config import SchemeSpec, load_study
+from kvquant.study.digests import needs_calibration
 
 MAX_BATCH_SIZE = 64  # lm-eval's, for batch_size=auto
 DEFAULT_NEW_TOKENS = 256

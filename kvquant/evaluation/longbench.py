@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from kvquant.config import LongBenchTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Source, check_length, encode
 from kvquant.evaluation.chat import DEFAULT_CHAT, Chat, has_template
@@ -18,10 +17,10 @@ from kvquant.evaluation.generated import Prompt, Rules, SeedPrompts
 from kvquant.evaluation.longbench_tasks import (
     LongBenchDefinition,
     definition,
-    official_rows,
-    read_rows,
     score_answer,
 )
+from kvquant.fetch.longbench_rows import official_rows, read_rows
+from kvquant.study.config import LongBenchTask
 
 ATTEMPTS = 5
 

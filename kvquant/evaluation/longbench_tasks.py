@@ -18,15 +18,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from kvquant.config import LONGBENCH_TASKS
-from kvquant.errors import UserError, unknown
-from kvquant.evaluation.lm_eval_files import file_module, task_files
-from kvquant.files import parse_json
+from kvquant.errors import UserError
+from kvquant.fetch.lm_eval_files import file_module
+from kvquant.fetch.longbench_rows import PACKAGE, task_definition
 
-PACKAGE = "lm_eval.tasks.longbench"
 NO_CHAT_TAGS = {"longbench_fewshot_tasks", "longbench_code_tasks"}
-# Rows of the official data; fewer than that are reported as a subset.
-OFFICIAL_ROWS = {"multifieldqa_en": 150, "lcc": 500, "repobench-p": 500}
 # lm-eval's wrappers of metrics -> the package they need beyond lm-eval's own requirements.
 NEEDS = {"get_rouge_with_score": "rouge"}
 
@@ -50,28 +46,6 @@ class LongBenchDefinition:
     first_line: bool
     chat: bool
     score: Callable[[dict[str, Any], list[str]], dict[str, float]]
-
-
-def official_rows(name: str) -> int:
-    """Rows of a task's official data."""
-    return OFFICIAL_ROWS.get(name, 200)
-
-
-def _raw(name: str) -> dict[str, Any]:
-    """A task's file in lm-eval."""
-    if name not in LONGBENCH_TASKS:
-        raise unknown("LongBench task", name, LONGBENCH_TASKS)
-    return next(r for r in task_files(PACKAGE) if r.get("task") == f"longbench_{name}")
-
-
-def hub_source(name: str) -> tuple[str, str]:
-    """Hub id and configuration of a task's data.
-
-    Raises:
-        UserError: Unknown task; the nearest known ones are offered.
-    """
-    raw = _raw(name)
-    return raw["dataset_path"], raw["dataset_name"]
 
 
 def similarity(first: str, second: str) -> int:
@@ -115,7 +89,7 @@ def definition(name: str) -> LongBenchDefinition:
         UserError: Unknown name (the nearest known ones are offered), or a package that the metric
             needs is not installed.
     """
-    raw = _raw(name)
+    raw = task_definition(name)
     scorer = raw["process_results"].rsplit(".", 1)[1]
     package = NEEDS.get(scorer)
     if package is not None and importlib.util.find_spec(package) is None:
@@ -143,56 +117,3 @@ def score_answer(task: LongBenchDefinition, row: dict[str, Any], answer: str) ->
     """lm-eval's score of an answer, the best over the row's answers, from 0 to 1."""
     shown = first_line(answer) if task.first_line else answer
     return float(task.score(row, [shown])["score"])
-
-
-def clean_row(raw: Any, where: str) -> dict[str, Any]:
-    """A row with the fields that prompts and metrics use, checked.
-
-    The official files call the question `input`, lm-eval's copy on the hub calls it `question`.
-
-    Raises:
-        UserError: A field is missing or of another type; names the row and the field.
-    """
-    if not isinstance(raw, dict):
-        raise UserError(f"{where}: expected an object, got {type(raw).__name__}")
-    question = raw.get("question", raw.get("input"))
-    fields = {
-        "context": (raw.get("context"), str),
-        "input": (question, str),
-        "answers": (raw.get("answers"), list),
-    }
-    for field, (value, kind) in fields.items():
-        if value is None:
-            raise UserError(f"{where}: the field '{field}' is missing")
-        if not isinstance(value, kind):
-            raise UserError(f"{where}: the field '{field}' is not a {kind.__name__}")
-    answers = raw["answers"]
-    if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise UserError(f"{where}: the field 'answers' must hold at least one text")
-    return {
-        "context": raw["context"],
-        "question": question,
-        "answers": answers,
-        "all_classes": raw.get("all_classes"),
-    }
-
-
-def read_rows(text: str, where: str) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines text.
-
-    Raises:
-        UserError: A line is not JSON, or :func:`clean_row` refuses it, or there is no row.
-    """
-    rows = []
-    # Not splitlines(): texts hold other characters that Python takes for line ends.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            raw = parse_json(line)
-        except ValueError as error:
-            raise UserError(f"{where}, line {number}: not JSON ({error})") from None
-        rows.append(clean_row(raw, f"{where}, line {number}"))
-    if not rows:
-        raise UserError(f"{where}: holds no rows")
-    return rows

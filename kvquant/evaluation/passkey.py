@@ -11,10 +11,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from kvquant.config import PasskeyTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Source, check_length, encode
 from kvquant.evaluation.generated import Prompt, Rules, SeedPrompts
+from kvquant.study.config import PasskeyTask
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "

@@ -22,15 +22,15 @@ from typing import Any
 
 import torch
 
-from kvquant.cache import Protocol
-from kvquant.cache_size import cache_elements, cache_nbytes, shared_nbytes
-from kvquant.config import PerplexityTask
+from kvquant.cache.footprint import cache_elements, cache_nbytes, shared_nbytes
+from kvquant.cache.kvquant_cache import Protocol
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
-from kvquant.evaluation.samples import perplexity_summary
-from kvquant.finite import not_finite
-from kvquant.memory import in_batches, whole
-from kvquant.model_call import cache_argument
+from kvquant.models.finite import not_finite
+from kvquant.models.model_call import cache_argument
+from kvquant.models.oom_retry import in_batches, whole
+from kvquant.study.config import PerplexityTask
+from kvquant.study.samples import perplexity_summary
 
 LOGIT_POSITIONS = 512  # logits of so many positions, of all windows, are in memory at a time
 

@@ -20,9 +20,9 @@ from pydantic import Field, ValidationError
 from kvquant.errors import UserError, printable
 from kvquant.evaluation.base import encode
 from kvquant.evaluation.generated import Prompt, SeedPrompts
-from kvquant.files import parse_json, read_bytes, write_new
-from kvquant.record_types import Strict
-from kvquant.sealing import check_seal, seal_of
+from kvquant.formats.files import parse_json, read_bytes, write_new
+from kvquant.formats.sealing import check_seal, seal_of
+from kvquant.study.record_types import Strict
 
 SCHEMA_VERSION = 2
 AGAIN = "make it with `kvquant prompts`"
@@ -51,7 +51,7 @@ class Header(Strict):
     packages: dict[str, str]
     probe: list[int]
     seeds: list[SeedHeader]
-    seal: str = Field("", description="hash of all other fields (kvquant.sealing)")
+    seal: str = Field("", description="hash of all other fields (kvquant.formats.sealing)")
 
 
 class _Line(Strict):

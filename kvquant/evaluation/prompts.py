@@ -12,11 +12,11 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from kvquant.config import Study, load_study
-from kvquant.data import Part, load_text, read_data_manifest
 from kvquant.errors import UserError
-from kvquant.fetch.progress import Progress, note
-from kvquant.specs import asks_prompts, dataset_of, prompts_digest
+from kvquant.fetch.texts import Part, load_text, read_data_manifest
+from kvquant.runtime.progress import Progress, note
+from kvquant.study.config import Study, load_study
+from kvquant.study.digests import asks_prompts, dataset_of, prompts_digest
 
 PACKAGES = ("lm-eval", "tokenizers", "transformers")
 
@@ -61,8 +61,8 @@ def make_prompts(
     from kvquant.evaluation.chat import Chat
     from kvquant.evaluation.prompt_file import probe, write_prompts
     from kvquant.evaluation.registry import ANSWERED
-    from kvquant.model_manifest import study_manifest
-    from kvquant.models import load_tokenizer
+    from kvquant.fetch.model_manifest import study_manifest
+    from kvquant.models.loading import load_tokenizer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer, limit = load_tokenizer(study_manifest(model_manifest, study, model))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from kvquant.config import PerplexityTask, TaskSpec
 from kvquant.errors import unknown
 from kvquant.evaluation.base import Context, Source, SuiteResult
 from kvquant.evaluation.generated import Rules, SeedPrompts, answer_seeds
@@ -13,6 +12,7 @@ from kvquant.evaluation.longbench import longbench_rules, prepare_longbench
 from kvquant.evaluation.passkey import passkey_rules, prepare_passkey
 from kvquant.evaluation.perplexity import run_perplexity
 from kvquant.evaluation.ruler import prepare_ruler, ruler_rules
+from kvquant.study.config import PerplexityTask, TaskSpec
 
 
 class Answered(NamedTuple):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvquant.config import RulerTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Source, check_length, encode
 from kvquant.evaluation.chat import DEFAULT_CHAT, Chat, has_template
@@ -21,6 +20,7 @@ from kvquant.evaluation.ruler_tasks import (
     make_samples,
     score_answer,
 )
+from kvquant.study.config import RulerTask
 
 PREFIX_ROOM = 48  # tokens kept free for the answer's prefix, which is known only with the sample
 ATTEMPTS = 5

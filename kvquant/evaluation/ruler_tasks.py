@@ -29,8 +29,8 @@ from typing import Any
 from unittest import mock
 
 from kvquant.errors import UserError, unknown
-from kvquant.evaluation.lm_eval_files import file_module, task_files, without_manager
 from kvquant.evaluation.ruler_limits import TokenCounter, bounded, flaw
+from kvquant.fetch.lm_eval_files import file_module, task_files, without_manager
 
 PACKAGE = "lm_eval.tasks.ruler"
 # Names of RULER's paper -> lm-eval's, where they differ.

@@ -16,19 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvquant.config import PerplexityTask, Study, TaskSpec, load_study
-from kvquant.data import Part, load_text, read_data_manifest
-from kvquant.devices import claim, use
 from kvquant.energy.gpus import devices_of
 from kvquant.errors import UserError
 from kvquant.evaluation import seed_files
 from kvquant.evaluation.base import Context, SuiteResult
-from kvquant.fetch.progress import Progress, note
-from kvquant.files import read_json
-from kvquant.model_manifest import study_manifest
-from kvquant.provenance import environment
-from kvquant.records import EvalRecord
-from kvquant.specs import (
+from kvquant.fetch.model_manifest import study_manifest
+from kvquant.fetch.texts import Part, load_text, read_data_manifest
+from kvquant.formats.files import read_json
+from kvquant.runtime.devices import claim, use
+from kvquant.runtime.progress import Progress, note
+from kvquant.runtime.provenance import environment
+from kvquant.study.config import PerplexityTask, Study, TaskSpec, load_study
+from kvquant.study.digests import (
     asks_prompts,
     dataset_of,
     eval_digest,
@@ -36,6 +35,7 @@ from kvquant.specs import (
     prompts_digest,
     quantizer_digest,
 )
+from kvquant.study.records import EvalRecord
 
 if TYPE_CHECKING:
     from kvquant.evaluation.prompt_file import PromptFile
@@ -188,9 +188,9 @@ def _loader(
     """Loads the model once; returns the function that measures seeds, given with digests."""
     # Late, so that a job whose seeds are all finished, or whose names are wrong, needs no torch.
     from kvquant.evaluation.registry import run_suite
-    from kvquant.models import load_quantized_model, resolve_device
-    from kvquant.quantizer_file import check_digest
-    from kvquant.text_overlap import check_apart
+    from kvquant.fetch.text_overlap import check_apart
+    from kvquant.models.loading import load_quantized_model, resolve_device
+    from kvquant.quantization.quantizer_file import check_digest
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from kvquant.errors import UserError, printable
 from kvquant.evaluation.base import SuiteResult
-from kvquant.evaluation.samples import verified_samples
-from kvquant.fetch.progress import note
-from kvquant.files import read_text, write_new
-from kvquant.records import EvalRecord, absent, read_record, write_record, write_samples
+from kvquant.formats.files import read_text, write_new
+from kvquant.runtime.progress import note
+from kvquant.study.records import EvalRecord, absent, read_record, write_record, write_samples
+from kvquant.study.samples import verified_samples
 
 RECORD, SAMPLES = "run.json", "samples.jsonl"
 AGAIN = "delete it and run.json beside it to measure the seed again"

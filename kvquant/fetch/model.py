@@ -19,13 +19,13 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from kvquant.config import ModelSpec, load_study
 from kvquant.errors import UserError
-from kvquant.fetch.progress import Progress, note
+from kvquant.fetch.model_manifest import SCHEMA_VERSION, hash_model
 from kvquant.fetch.wheel import get_wheel, sweep_scratch
-from kvquant.files import expand, make_folder, parse_json, read_json, replace, write_new
-from kvquant.model_manifest import SCHEMA_VERSION, hash_model
-from kvquant.specs import weights_digest
+from kvquant.formats.files import expand, make_folder, parse_json, read_json, replace, write_new
+from kvquant.runtime.progress import Progress, note
+from kvquant.study.config import ModelSpec, load_study
+from kvquant.study.digests import weights_digest
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

@@ -16,10 +16,10 @@ import sys
 import threading
 from pathlib import Path
 
-from kvquant.config_models import PINNED
 from kvquant.errors import UserError
-from kvquant.fetch.progress import Progress, note
-from kvquant.files import make_folder, sha256_file
+from kvquant.formats.files import make_folder, sha256_file
+from kvquant.runtime.progress import Progress, note
+from kvquant.study.models import PINNED
 
 _PINNED = re.compile(PINNED)
 _SIZE = re.compile(r"Downloading \S+\.whl.*?\(([\d.]+)\s*(bytes|[kMG]B)\)")

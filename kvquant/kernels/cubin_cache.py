@@ -1,7 +1,8 @@
 """Compiled kernels on disk, so that each process need not compile them again.
 
 They are machine code that is run as it is found, so that they are read from a folder and from files
-that this user alone can write (:mod:`kvquant.private_folder`), and each proves its own content.
+that this user alone can write (:mod:`kvquant.runtime.private_folder`), and each proves its own
+content.
 Whatever is wrong with the folder, kernels are compiled as without it.
 """
 
@@ -14,8 +15,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from kvquant.private_folder import cache_folder as folder
-from kvquant.private_folder import private_folder, read_private
+from kvquant.runtime.private_folder import cache_folder as folder
+from kvquant.runtime.private_folder import private_folder, read_private
 
 
 def cached(key: list[bytes], make: Callable[[], bytes]) -> bytes:

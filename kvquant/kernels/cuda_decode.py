@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvquant.blocked_sparse import count_dtype, position_dtype
+from kvquant.formats.blocked_sparse import count_dtype, position_dtype
 from kvquant.kernels.cuda_build import Function, index_of, load, multiprocessors
 from kvquant.kernels.decode_tables import HeadTables, RopeTables, head_table_bytes
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvquant.blocked_sparse import count_dtype, position_dtype
+from kvquant.formats.blocked_sparse import count_dtype, position_dtype
 from kvquant.kernels.cuda_build import Function, index_of, load, multiprocessors
 from kvquant.kernels.pack_target import PackTarget
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kvquant.layer_quantizer import LayerQuantizer
-from kvquant.rope import Rope
+from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.formats.rope import Rope
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvquant.packing import packed_bytes
+from kvquant.formats.packing import packed_bytes
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 
 def pack_bits(codes: list[int], bits: int) -> list[int]:
-    """Packs one block's codes one element at a time (layout of :mod:`kvquant.packing`)."""
+    """Packs one block's codes one element at a time (layout of :mod:`kvquant.formats.packing`)."""
     planes = {1: [1], 2: [2], 3: [2, 1], 4: [4]}[bits]
     out: list[int] = []
     shift = 0

@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kvquant.blocked_sparse import count_dtype, position_dtype
+from kvquant.formats.blocked_sparse import count_dtype, position_dtype
+from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.kernels.cuda_decode import FIELDS, DecodeShape
-from kvquant.layer_quantizer import LayerQuantizer
 
 # To tune. Elements of half a tile of one head, and heads that share a tile's rotary table.
 TILE, HEADS_A_PROGRAM, EXPAND_WARPS = 2048, 8, 4

@@ -3,11 +3,11 @@
 Keys: a program a (block, head) encodes and emits outliers. Values: a program a token selects the
 token's outliers among all heads, encodes all of it and leaves one bit an element; a second kernel
 emits. A row is cut into eight lanes of `head_dim / 8` channels, so that codes of different lanes
-meet in a byte without a shuffle (the layout of :mod:`kvquant.packing`, a row at a time). The host
-never waits: room for outliers is taken from a device counter.
+meet in a byte without a shuffle (the layout of :mod:`kvquant.formats.packing`, a row at a time).
+The host never waits: room for outliers is taken from a device counter.
 
-Codes and outliers equal those of :mod:`kvquant.batched_quant`; the order of a block's outliers is
-its own.
+Codes and outliers equal those of `kvquant.quantization.batched_quant`; the order of a block's
+outliers is its own.
 """
 
 from __future__ import annotations

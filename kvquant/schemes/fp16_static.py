@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from kvquant.baseline_cache import Fp16Layer
-from kvquant.cache_interface import CountedCache
+from kvquant.cache.fp16_layer import Fp16Layer
+from kvquant.cache.interface import CountedCache
 
 
 class StaticFp16Layer(Fp16Layer):

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from kvquant.config import Fp8Scheme
-from kvquant.schemes.base import Codec, Packed
+from kvquant.cache.codec import Codec, Packed
+from kvquant.study.config import Fp8Scheme
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 

@@ -26,10 +26,10 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import Cache, QuantizedLayer
 
-from kvquant.cache_interface import CountedCache, QuantizeClock
-from kvquant.config import HfFp8Scheme, HfHqqScheme, HfQuantoScheme
+from kvquant.cache.interface import CountedCache, QuantizeClock
 from kvquant.errors import MissingPackage, UserError
 from kvquant.schemes import quanto_extension
+from kvquant.study.config import HfFp8Scheme, HfHqqScheme, HfQuantoScheme
 
 HfScheme = HfQuantoScheme | HfHqqScheme | HfFp8Scheme
 _BACKENDS = {

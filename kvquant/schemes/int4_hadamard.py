@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from kvquant.config import Int4HadamardScheme
-from kvquant.hadamard import factors, rotate
-from kvquant.packing import pack, unpack
-from kvquant.schemes.base import Codec, Packed
+from kvquant.cache.codec import Codec, Packed
+from kvquant.formats.packing import pack, unpack
+from kvquant.quantization.hadamard import factors, rotate
 from kvquant.schemes.kivi import decode_groups, encode_groups
+from kvquant.study.config import Int4HadamardScheme
 
 BITS = 4
 

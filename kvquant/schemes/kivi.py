@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import torch
 
-from kvquant.config import KiviScheme
+from kvquant.cache.codec import Codec, Packed
 from kvquant.errors import UserError
-from kvquant.packing import pack, unpack
-from kvquant.schemes.base import Codec, Packed
+from kvquant.formats.packing import pack, unpack
+from kvquant.study.config import KiviScheme
 
 
 def encode_groups(

@@ -35,20 +35,20 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvquant.attention import NEVER, BlockwiseAttention
-from kvquant.block_layer import FullAttention
-from kvquant.cache import Protocol
-from kvquant.cache_interface import (
+from kvquant.cache.block_layer import FullAttention
+from kvquant.cache.forward_call import CallRecord, ForwardCall
+from kvquant.cache.interface import (
     AttendingCache,
     CountedCache,
     QuantizeClock,
     sequence_indices,
 )
-from kvquant.forward_call import CallRecord, ForwardCall
-from kvquant.layout import Span
-from kvquant.padding import host_mask
-from kvquant.positions import Shifts, shifts
-from kvquant.rope import Rope, rotate
+from kvquant.cache.kvquant_cache import Protocol
+from kvquant.cache.layout import Span
+from kvquant.cache.padding import host_mask
+from kvquant.cache.positions import Shifts, shifts
+from kvquant.formats.rope import Rope, rotate
+from kvquant.kernels.blockwise_attention import NEVER, BlockwiseAttention
 from kvquant.schemes.kvquant_store import ReferenceTables, SequenceStore
 
 
@@ -76,7 +76,7 @@ class ReferenceLayer(CacheLayerMixin):
         scaling: float,
         full: FullAttention,
     ) -> torch.Tensor:
-        """See :meth:`kvquant.block_layer.BlockLayer.attend`."""
+        """See :meth:`kvquant.cache.block_layer.BlockLayer.attend`."""
         calls = self._owner.calls
         calls.enter(self.number, keys.shape[2])
         out = self._attend(queries, keys, values, rope, scaling, full)
@@ -141,7 +141,7 @@ class ReferenceLayer(CacheLayerMixin):
         """Not available: an attention that does not know the cache would read it wrongly."""
         raise RuntimeError(
             "ReferenceCache needs the attention of kvquant: load the model through "
-            "kvquant.models.load_quantized_model"
+            "kvquant.models.loading.load_quantized_model"
         )
 
     @property
@@ -174,7 +174,7 @@ class ReferenceCache(Cache, AttendingCache, QuantizeClock, CountedCache):
     Args:
         tables: One a layer.
         rope: Positions `[1, n]` to the rotary table `(cos, sin)`, each `[1, n, head_dim]`.
-        protocol: As of :class:`kvquant.cache.KVQuantCache`.
+        protocol: As of :class:`kvquant.cache.kvquant_cache.KVQuantCache`.
 
     Attributes:
         columns: Seen so far in whole calls, padding included.

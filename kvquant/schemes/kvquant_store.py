@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import torch
 
-from kvquant.batched_quant import outliers_per_side
-from kvquant.config import KvquantRefScheme
+from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.formats.packing import pack, unpack
 from kvquant.kernels import pytorch_fused as fused
-from kvquant.layer_quantizer import LayerQuantizer
-from kvquant.packing import pack, unpack
+from kvquant.quantization.batched_quant import outliers_per_side
 from kvquant.schemes.growing_sparse import PIECE, Compressed
+from kvquant.study.config import KvquantRefScheme
 
 
 class ReferenceTables:

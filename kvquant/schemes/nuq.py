@@ -6,16 +6,21 @@ import functools
 
 import torch
 
-from kvquant.batched_quant import BatchedKVQuantizer, PackedKeys, PackedValues, outliers_per_side
-from kvquant.blocked_sparse import SparseSlab
-from kvquant.config import NuqScheme
+from kvquant.cache.codec import Codec, Packed
 from kvquant.errors import UserError
+from kvquant.formats.blocked_sparse import SparseSlab
+from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.formats.packing import packed_bytes
 from kvquant.kernels.cuda_decode import DecodeShape
 from kvquant.kernels.decode_tables import HeadTables
 from kvquant.kernels.pack_target import PackTarget
-from kvquant.layer_quantizer import LayerQuantizer
-from kvquant.packing import packed_bytes
-from kvquant.schemes.base import Codec, Packed
+from kvquant.quantization.batched_quant import (
+    BatchedKVQuantizer,
+    PackedKeys,
+    PackedValues,
+    outliers_per_side,
+)
+from kvquant.study.config import NuqScheme
 
 MAX_CHANNELS = 1 << 16  # that the order of a token's elements is found among
 

@@ -15,9 +15,9 @@ import os
 import tempfile
 from pathlib import Path
 
-from kvquant.devices import one_at_a_time
 from kvquant.errors import UserError
-from kvquant.private_folder import private_folder
+from kvquant.runtime.devices import one_at_a_time
+from kvquant.runtime.private_folder import private_folder
 
 NAME = "quanto_cuda"
 

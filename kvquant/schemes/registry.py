@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from kvquant.cache.codec import Codec
 from kvquant.errors import UserError, unknown
-from kvquant.layer_quantizer import LayerQuantizer
-from kvquant.rope import Rope
+from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.formats.rope import Rope
 from kvquant.schemes import hf_quantized
-from kvquant.schemes.base import Codec
 from kvquant.schemes.fp8 import Fp8Codec
 from kvquant.schemes.fp16_static import StaticFp16Cache
 from kvquant.schemes.int4_hadamard import Int4HadamardCodec

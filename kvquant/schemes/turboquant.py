@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from scipy.special import ndtr, ndtri  # scipy.stats takes a second to import
 
-from kvquant.config import TurboQuantScheme
-from kvquant.hadamard import factors, rotate
+from kvquant.cache.codec import Codec, Packed
+from kvquant.formats.packing import pack, unpack
 from kvquant.kernels import pytorch_fused as fused
-from kvquant.packing import pack, unpack
-from kvquant.schemes.base import Codec, Packed
+from kvquant.quantization.hadamard import factors, rotate
+from kvquant.study.config import TurboQuantScheme
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import pandas as pd
 from kvquant.analysis.collect import write_table
 from kvquant.analysis.pareto import pareto_table
 from kvquant.analysis.statistics import test_all as compare_all
-from kvquant.config import LongBenchTask, PasskeyTask, PerplexityTask, Study
+from kvquant.study.config import LongBenchTask, PasskeyTask, PerplexityTask, Study
 
 ROWS = 12  # of a LongBench task
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from kvquant.analysis.collect import Problems, collect
-from kvquant.config import Study
 from kvquant.errors import UserError
-from kvquant.sealing import seal_of
-from tests.plausible_records import DEVICE, sample_rows, study_of, write_study
+from kvquant.formats.sealing import seal_of
+from kvquant.study.config import Study
+from tests.study.plausible_records import DEVICE, sample_rows, study_of, write_study
 
 Change = Callable[[dict[str, Any]], Any]
 EVAL = "eval/tiny/kivi-4/passkey/seed0/run.json"
@@ -285,7 +285,7 @@ def test_all_sample_rows_are_parsed() -> None:
     """What the suites write is what is read (their own tests hold the real ones against it)."""
     import numpy as np
 
-    from kvquant.evaluation.samples import SAMPLES, parse_samples
+    from kvquant.study.samples import SAMPLES, parse_samples
 
     for suite in SAMPLES:
         rows = sample_rows(suite, np.random.default_rng(0), 3)

@@ -19,8 +19,8 @@ from kvquant.analysis.evidence import (
     not_measured,
 )
 from kvquant.analysis.html_tables import page
-from kvquant.report import whole
-from kvquant.run_end import claim_lines
+from kvquant.analysis.report import whole
+from kvquant.runtime.run_end import claim_lines
 
 NAN, INF = float("nan"), float("inf")
 

@@ -12,10 +12,10 @@ import pytest
 from kvquant.analysis import figures
 from kvquant.analysis.collect import Problems, _kernel_rows, write_table
 from kvquant.benchmarks.turns import Role, Side, Status, to_records
-from kvquant.config import Study, load_study
 from kvquant.errors import UserError
-from kvquant.records import KernelPart, KernelRecord, write_record
-from kvquant.specs import kernels_digest
+from kvquant.study.config import Study, load_study
+from kvquant.study.digests import kernels_digest
+from kvquant.study.records import KernelPart, KernelRecord, write_record
 
 MS = {"ours": 2.0, "fp16": 3.0, "flash": 5.0, "cudnn": 4.0, "efficient": 6.0, "copy": 1.0}
 SLOW = {"hf-hqq-4": 10.0, "kvquant-ref3-1pct": 20.0}

@@ -17,7 +17,7 @@ import yaml
 from kvquant.analysis import claims, figure_list, figures, latex
 from kvquant.analysis.study_tables import load_tables
 from kvquant.analysis.tables import write_table
-from kvquant.config import Study, load_study, parse_study
+from kvquant.study.config import Study, load_study, parse_study
 from tests.analysis.plausible import write_tables
 
 REPS = 2

@@ -22,7 +22,7 @@ from kvquant.analysis.sample_tests import (
 )
 from kvquant.analysis.statistics import test_all as compare_all
 from kvquant.analysis.statistics import verdict
-from kvquant.config import Margin, Study, parse_study
+from kvquant.study.config import Margin, Study, parse_study
 
 Pair = tuple[pd.DataFrame, pd.DataFrame]
 

@@ -12,8 +12,8 @@ from scipy import stats
 from kvquant.analysis.paired import grouped_test, holm, paired_test
 from kvquant.analysis.pareto import dominated
 from kvquant.analysis.statistics import test_all as compare_all
-from kvquant.config import Study, parse_study
 from kvquant.errors import UserError
+from kvquant.study.config import Study, parse_study
 
 
 @settings(max_examples=40, deadline=None)

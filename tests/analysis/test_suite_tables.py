@@ -14,8 +14,8 @@ from kvquant.analysis import figures, latex, suite_tables
 from kvquant.analysis.booktabs import Latex, booktabs
 from kvquant.analysis.study_tables import Tables, load_tables
 from kvquant.analysis.tables import write_table
-from kvquant.config import load_study
 from kvquant.errors import UserError
+from kvquant.study.config import load_study
 from tests.analysis.plausible import write_tables
 
 

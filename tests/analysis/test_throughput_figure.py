@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from kvquant.analysis import figures
-from kvquant.config import parse_study
+from kvquant.study.config import parse_study
 
 SCHEMES = ("kivi-4", "kivi-3", "kivi-2")
 

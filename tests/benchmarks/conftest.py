@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from kvquant.config import ModelSpec
 from kvquant.fetch.model import fetch_model
+from kvquant.study.config import ModelSpec
 from tests.conftest import tiny_model
 
 

@@ -15,11 +15,11 @@ from kvquant.benchmarks import append as module
 from kvquant.benchmarks.append import Data, measure
 from kvquant.benchmarks.append_stores import BlockedStore, ConcatenatedStore, append_codec
 from kvquant.benchmarks.timing import Clock
-from kvquant.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix
 from kvquant.cli import main
-from kvquant.config import NuqScheme, Study
-from kvquant.config_append import AppendSpec
-from kvquant.records import AppendRecord, read_record
+from kvquant.formats.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix
+from kvquant.study.append import AppendSpec
+from kvquant.study.config import NuqScheme, Study
+from kvquant.study.records import AppendRecord, read_record
 
 CPU = torch.device("cpu")
 
@@ -207,7 +207,7 @@ def test_growth_is_that_of_the_worst_repetition() -> None:
 def test_on_a_gpu(command: Any, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    from kvquant.provenance import device_name
+    from kvquant.runtime.provenance import device_name
 
     words = command(study(chunks=[1, 64]), device="cuda", device_name=device_name())
     assert main(words) == 0

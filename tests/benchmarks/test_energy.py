@@ -16,7 +16,7 @@ from kvquant.cli import main
 from kvquant.energy.monitor import EnergyMonitor
 from kvquant.energy.nvml import NvmlMeter, NvmlPowerMeter
 from kvquant.errors import UserError
-from kvquant.records import EnergyRecord, read_record
+from kvquant.study.records import EnergyRecord, read_record
 from tests.energy.fakes import FakeNvml, FakeTime
 
 

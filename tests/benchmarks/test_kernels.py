@@ -14,11 +14,11 @@ from kvquant.benchmarks.kernel_measures import Bench, Prompts, continuation, pro
 from kvquant.benchmarks.kernels import order
 from kvquant.benchmarks.random_model import RandomModel
 from kvquant.cli import main
-from kvquant.config import Study, parse_study
-from kvquant.config_kernels import KernelCase
-from kvquant.records import KernelRecord, read_record
 from kvquant.schemes import hf_quantized
-from kvquant.specs import kernels_digest
+from kvquant.study.config import Study, parse_study
+from kvquant.study.digests import kernels_digest
+from kvquant.study.kernels import KernelCase
+from kvquant.study.records import KernelRecord, read_record
 
 CPU = torch.device("cpu")
 FIRST = {
@@ -311,7 +311,7 @@ def test_continuation_of_a_small_past() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_all_measures_on_a_gpu(tmp_path: Path) -> None:
-    from kvquant.provenance import device_name
+    from kvquant.runtime.provenance import device_name
 
     raw = study(
         {"one": {**FIRST, "measure": ["pack", "attention", "prefill", "steps", "layer-step"]}}

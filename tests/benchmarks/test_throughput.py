@@ -11,9 +11,9 @@ import torch
 from kvquant.benchmarks.throughput import paired_ratio
 from kvquant.benchmarks.workload import Prepared
 from kvquant.cli import main
-from kvquant.models import QuantizedModel
-from kvquant.provenance import device_name
-from kvquant.records import ThroughputRecord, read_record
+from kvquant.models.loading import QuantizedModel
+from kvquant.runtime.provenance import device_name
+from kvquant.study.records import ThroughputRecord, read_record
 
 
 def measured(tmp_path: Path) -> ThroughputRecord:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvquant.benchmarks.timing import Clock, interleave, summarize
-from kvquant.memory import fits_in_memory
+from kvquant.models.oom_retry import fits_in_memory
 
 
 class FakeTime:

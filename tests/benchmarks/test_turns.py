@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvquant.benchmarks.turns import Side, copy_rate, paired, take_turns, to_records
-from kvquant.config_kernels import KernelsSpec
 from kvquant.errors import MissingPackage, UserError
+from kvquant.study.kernels import KernelsSpec
 
 
 def limits(**changed: float) -> KernelsSpec:

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from kvquant import devices, provenance
 from kvquant.benchmarks import workload
 from kvquant.energy.gpus import by_uuid, devices_of, short_name, visible_gpus
 from kvquant.errors import UserError
-from kvquant.graphed import GraphedDecoder
-from kvquant.models import resolve_device
-from kvquant.prefill_quant import _attend
-from kvquant.provenance import device_name, environment
+from kvquant.models.graph_decoding import GraphedDecoder
+from kvquant.models.loading import resolve_device
+from kvquant.models.prefill_quant import _attend
+from kvquant.runtime import devices, provenance
+from kvquant.runtime.provenance import device_name, environment
 from tests.energy.fakes import Board, FakeHost, torch_sees
 
 RTX, A100, H100 = "NVIDIA GeForce RTX 3090", "NVIDIA A100-SXM4-40GB", "NVIDIA H100 80GB HBM3"
@@ -206,7 +206,7 @@ def test_without_nvml_torch_names_its_device(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_planning_starts_neither_torch_nor_cuda(root: Path) -> None:
     code = (
-        "import sys, kvquant.provenance as p; p.device_name(); p.environment();"
+        "import sys, kvquant.runtime.provenance as p; p.device_name(); p.environment();"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=60)

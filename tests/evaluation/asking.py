@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvquant.config import TaskSpec
 from kvquant.evaluation.base import Context, Source, SuiteResult
 from kvquant.evaluation.generated import SeedPrompts
 from kvquant.evaluation.prompt_file import PromptFile, probe, write_prompts
 from kvquant.evaluation.registry import ANSWERED, run_suite
+from kvquant.study.config import TaskSpec
 
 DIGEST = "0" * 16
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from kvquant.config import Fp16Scheme, KiviScheme
-from kvquant.models import load_quantized_model
+from kvquant.models.loading import load_quantized_model
+from kvquant.study.config import Fp16Scheme, KiviScheme
 from tests.evaluation.tiny import save_tiny
 
 

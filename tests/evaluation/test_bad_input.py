@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from kvquant.config import Fp16Scheme, KiviScheme, LongBenchTask, PasskeyTask, RulerTask
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, check_length
-from kvquant.generation import greedy
-from kvquant.models import load_quantized_model
+from kvquant.models.generation import greedy
+from kvquant.models.loading import load_quantized_model
+from kvquant.study.config import Fp16Scheme, KiviScheme, LongBenchTask, PasskeyTask, RulerTask
 from tests.evaluation.asking import asker, prepare
 from tests.evaluation.test_ruler import ESSAYS
 from tests.evaluation.tiny import TEXT, save_tiny

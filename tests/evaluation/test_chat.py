@@ -13,7 +13,6 @@ import transformers.utils.chat_template_utils as templates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvquant.config import ModelSpec, Study
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context
 from kvquant.evaluation.chat import Answer, Chat, _directives, spoken, with_fixed_day
@@ -21,7 +20,8 @@ from kvquant.evaluation.generated import Prompt, Rules, SeedPrompts, answer_seed
 from kvquant.evaluation.longbench import as_tokens
 from kvquant.evaluation.ruler import prompt_text
 from kvquant.evaluation.ruler_tasks import RulerSample
-from kvquant.specs import calibration_digest, eval_digest, prompts_digest, quantizer_digest
+from kvquant.study.config import ModelSpec, Study
+from kvquant.study.digests import calibration_digest, eval_digest, prompts_digest, quantizer_digest
 from tests.evaluation.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 THINKING = CHAT_TEMPLATE.replace(
@@ -208,7 +208,7 @@ def test_the_digest_of_before_stays() -> None:
 
 @pytest.mark.parametrize("day", ["today", "2024-07-26", "31 Feb 2024", "1 Xyz 2024", ""])
 def test_a_day_that_is_none_is_refused(day: str, tmp_path: Path) -> None:
-    from kvquant.config import parse_study
+    from kvquant.study.config import parse_study
 
     raw = study().model_dump(mode="json")
     raw["models"]["m"]["date_string"] = day

@@ -321,6 +321,6 @@ def test_nan_logits_are_refused(folder: Path) -> None:
     "refused",
 )
 def test_another_lm_eval_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvquant.evaluation.lm_eval_files.version", lambda name: "0.5.0")
+    monkeypatch.setattr("kvquant.fetch.lm_eval_files.version", lambda name: "0.5.0")
     with pytest.raises(UserError, match=r"lm-eval: version 0\.5\.0 is installed, 0\.4\.13"):
         ours(folder)

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from kvquant.config import LONGBENCH_TASKS, LongBenchTask, parse_study
 from kvquant.errors import UserError
-from kvquant.evaluation.lm_eval_files import task_files
 from kvquant.evaluation.longbench import as_tokens, choose, cut_middle, fit_prompt
-from kvquant.evaluation.longbench_tasks import PACKAGE, definition, first_line, read_rows
-from kvquant.fetch import data as fetch
-from kvquant.fetch.data import fetch_data
+from kvquant.evaluation.longbench_tasks import definition, first_line
+from kvquant.fetch import datasets as fetch
+from kvquant.fetch.datasets import fetch_data
+from kvquant.fetch.lm_eval_files import task_files
+from kvquant.fetch.longbench_rows import PACKAGE, read_rows
+from kvquant.study.config import LONGBENCH_TASKS, LongBenchTask, parse_study
 from tests.evaluation.asking import asker
 from tests.evaluation.tiny import TEXT, tiny_tokenizer
 

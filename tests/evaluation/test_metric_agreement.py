@@ -11,8 +11,8 @@ from unittest import mock
 
 import pytest
 
-from kvquant.config import LONGBENCH_TASKS, RULER_TASKS
 from kvquant.evaluation import longbench_tasks, ruler_tasks
+from kvquant.study.config import LONGBENCH_TASKS, RULER_TASKS
 
 ANSWERS = 240
 EDGES = (

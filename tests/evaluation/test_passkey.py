@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvquant.config import PasskeyTask
 from kvquant.errors import UserError
 from kvquant.evaluation import passkey
 from kvquant.evaluation.base import encode
@@ -20,6 +19,7 @@ from kvquant.evaluation.passkey import (
     make_sample,
     passkey_prompt,
 )
+from kvquant.study.config import PasskeyTask
 from tests.evaluation.asking import asker
 from tests.evaluation.tiny import tiny_tokenizer
 

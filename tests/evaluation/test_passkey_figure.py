@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from kvquant.analysis import figures
-from kvquant.config import Study, parse_study
 from kvquant.errors import UserError
+from kvquant.study.config import Study, parse_study
 
 
 def study_of(*lengths: int) -> Study:

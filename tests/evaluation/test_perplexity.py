@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvquant.config import PerplexityTask
 from kvquant.errors import UserError
 from kvquant.evaluation import perplexity
 from kvquant.evaluation.base import Context
 from kvquant.evaluation.perplexity import divergence, measure_windows, run_perplexity, window_starts
+from kvquant.study.config import PerplexityTask
 from tests.evaluation.tiny import TEXT
 
 LONG = TEXT * 30

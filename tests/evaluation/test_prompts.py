@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 
-from kvquant import specs
 from kvquant.cli import main
-from kvquant.config import ModelSpec, Study, parse_study
 from kvquant.errors import UserError
 from kvquant.evaluation.prompt_file import PromptFile, write_prompts
 from kvquant.evaluation.prompts import make_prompts
 from kvquant.evaluation.run import evaluate
 from kvquant.fetch.model import fetch_model
-from kvquant.records import EvalRecord, read_record
-from kvquant.specs import eval_digest, prompts_digest, prompts_name
+from kvquant.study.config import ModelSpec, Study, parse_study
+from kvquant.study.digests import eval_digest, prompts_digest, prompts_name
+from kvquant.study.records import EvalRecord, read_record
 from tests.evaluation.test_longbench import lines, row
 from tests.evaluation.test_ruler import ESSAYS
 from tests.evaluation.test_run import manifest, study_of  # noqa: F401  (a fixture)
@@ -117,7 +116,7 @@ def test_another_version_of_prompts_is_another_result(
         return {task: eval_digest(study, "tiny", "fp16", task, 0) for task in study.tasks}
 
     before, name = digests(), prompts_name(study, "tiny", "passkey")
-    monkeypatch.setitem(specs.VERSIONS, "prompts", 99)
+    monkeypatch.setitem(digests.VERSIONS, "prompts", 99)
     after = digests()
     assert {task for task in before if before[task] == after[task]} == {"ppl"}
     assert prompts_name(study, "tiny", "passkey") != name

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvquant.config import RULER_TASKS, RulerTask
 from kvquant.errors import UserError
 from kvquant.evaluation.ruler import prompt_text
 from kvquant.evaluation.ruler_limits import flaw
@@ -25,7 +24,8 @@ from kvquant.evaluation.ruler_tasks import (
     ruler_names,
     score_answer,
 )
-from kvquant.fetch.data import DATASETS
+from kvquant.fetch.datasets import DATASETS
+from kvquant.study.config import RULER_TASKS, RulerTask
 from tests.evaluation.asking import asker
 from tests.evaluation.tiny import TEXT, tiny_tokenizer
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from kvquant.cli import main
-from kvquant.config import Study, parse_study
 from kvquant.errors import UserError
 from kvquant.evaluation import registry, run
 from kvquant.evaluation.prompts import make_prompts
 from kvquant.evaluation.run import evaluate
 from kvquant.fetch.model import fetch_model
-from kvquant.records import EvalRecord, read_record, write_record
-from kvquant.specs import eval_digest, prompts_digest
+from kvquant.study.config import Study, parse_study
+from kvquant.study.digests import eval_digest, prompts_digest
+from kvquant.study.records import EvalRecord, read_record, write_record
 
 
 def study_of(tiny_dir: Path, **task: Any) -> dict[str, Any]:

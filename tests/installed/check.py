@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 import kvquant.cli
-from kvquant.config import load_study
-from kvquant.models import load_quantized_model, read_manifest
-from kvquant.records import EvalRecord, read_record
+from kvquant.models.loading import load_quantized_model, read_manifest
+from kvquant.study.config import load_study
+from kvquant.study.records import EvalRecord, read_record
 
 STUDY: dict[str, Any] = {
     "study": "installed",

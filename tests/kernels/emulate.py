@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from kvquant import batched_quant
 from kvquant.kernels import cuda_decode, cuda_pack
+from kvquant.quantization import batched_quant
 
 HERE = Path(__file__).parent
 SHARED_BYTES = 228 * 1024  # of a multiprocessor of an H100

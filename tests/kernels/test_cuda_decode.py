@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
-from kvquant.arena import Arena
-from kvquant.config import NuqScheme
+from kvquant.cache.arena import Arena
+from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.kernels.cuda_build import KernelUnavailable, compile_cubin
 from kvquant.kernels.cuda_decode import (
     DecodeShape,
@@ -19,9 +19,9 @@ from kvquant.kernels.cuda_decode import (
     plan_splits,
 )
 from kvquant.kernels.decode_tables import RopeTables
-from kvquant.layer_quantizer import LayerQuantizer
-from kvquant.nuq import fit
+from kvquant.quantization.nuq import fit
 from kvquant.schemes.nuq import NuqCodec
+from kvquant.study.config import NuqScheme
 from tests.kernels.emulate import emulate_decode
 
 on_gpu = [

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from kvquant.batched_quant import BatchedKVQuantizer
-from kvquant.blocked_sparse import SparseSlab
+from kvquant.formats.blocked_sparse import SparseSlab
+from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.kernels.cuda_build import compile_cubin
 from kvquant.kernels.cuda_pack import PackShape, tokens_a_program
 from kvquant.kernels.pack_target import PackTarget
-from kvquant.layer_quantizer import LayerQuantizer
-from kvquant.nuq import fit
+from kvquant.quantization.batched_quant import BatchedKVQuantizer
+from kvquant.quantization.nuq import fit
 from tests.kernels.emulate import emulate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

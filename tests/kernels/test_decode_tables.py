@@ -8,9 +8,9 @@ import struct
 import pytest
 import torch
 
+from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.kernels.decode_tables import HeadTables, RopeTables, head_table_bytes
-from kvquant.layer_quantizer import LayerQuantizer
-from kvquant.nuq import fit
+from kvquant.quantization.nuq import fit
 from tests.kernels.test_cuda_decode import rope
 
 

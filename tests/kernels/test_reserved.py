@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvquant import batched_quant
-from kvquant.block_store import BlockStore
-from kvquant.config import NuqScheme
-from kvquant.layer_quantizer import LayerQuantizer
-from kvquant.layout import Layout
-from kvquant.nuq import fit
+from kvquant.cache.block_store import BlockStore
+from kvquant.cache.layout import Layout
+from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.quantization import batched_quant
+from kvquant.quantization.nuq import fit
 from kvquant.schemes.nuq import NuqCodec
+from kvquant.study.config import NuqScheme
 from tests.kernels.emulate import emulate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

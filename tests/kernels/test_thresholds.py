@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvquant.kernels.pytorch_fused import channel_inverse, encode, midpoints
 from kvquant.kernels.thresholds import from_order, key_table, key_thresholds, largest
-from kvquant.nuq import fit
+from kvquant.quantization.nuq import fit
 
 KINDS = [torch.float16, torch.bfloat16]
 

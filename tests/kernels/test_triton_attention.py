@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from kvquant import continuation
-from kvquant.block_store import BlockStore
-from kvquant.config import NuqScheme
-from kvquant.continuation import Past, block_table, range_blocks
+from kvquant.cache import packed_past
+from kvquant.cache.block_store import BlockStore
+from kvquant.cache.layout import Layout
+from kvquant.cache.packed_past import Past, block_table, range_blocks
+from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.kernels.cuda_decode import DecodeShape
 from kvquant.kernels.dispatch import use_triton_attention
-from kvquant.layer_quantizer import LayerQuantizer
-from kvquant.layout import Layout
-from kvquant.models import QuantizedModel, install_attention
-from kvquant.nuq import fit
+from kvquant.models.loading import QuantizedModel, install_attention
+from kvquant.quantization.nuq import fit
 from kvquant.schemes.nuq import NuqCodec
 from kvquant.schemes.registry import build_codecs
+from kvquant.study.config import NuqScheme
 from tests.conftest import tiny_model
 
 pytest.importorskip("triton")
@@ -241,8 +241,8 @@ def test_workspace_is_bounded() -> None:
     for sequences_heads in (1, 8, 512, 100_000):
         tokens = range_blocks(sequences_heads, shape, 2) * 64
         taken = 4 * sequences_heads * 128 * tokens
-        assert tokens <= continuation.MOST_TOKENS
-        assert taken <= continuation.MOST_BYTES or tokens == continuation.LEAST_TOKENS
+        assert tokens <= packed_past.MOST_TOKENS
+        assert taken <= packed_past.MOST_BYTES or tokens == packed_past.LEAST_TOKENS
     assert range_blocks(100_000, replace(shape, block_size=1024), 2) == 1
 
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from kvquant.batched_quant import BatchedKVQuantizer
-from kvquant.blocked_sparse import SparseSlab
-from kvquant.layer_quantizer import LayerQuantizer
-from kvquant.nuq import fit
+from kvquant.formats.blocked_sparse import SparseSlab
+from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.quantization.batched_quant import BatchedKVQuantizer
+from kvquant.quantization.nuq import fit
 
 pytest.importorskip("triton")
 from kvquant.kernels.pack_target import PackTarget

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from kvquant.layer_quantizer import LayerQuantizer
-from kvquant.models import QuantizedModel, install_attention
-from kvquant.nuq import fit
+from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.models.loading import QuantizedModel, install_attention
+from kvquant.quantization.nuq import fit
 from kvquant.schemes.registry import ModelShape, build_caches, build_codecs
-from kvquant.specs import needs_calibration
+from kvquant.study.digests import needs_calibration
 from tests.conftest import tiny_model
 
 DIM = 16

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from kvquant import config
-from kvquant.cache_size import cache_elements, cache_nbytes
-from kvquant.config import (
+from kvquant.cache.footprint import cache_elements, cache_nbytes
+from kvquant.evaluation.perplexity import measure_windows
+from kvquant.models.generation import greedy
+from kvquant.schemes.registry import CACHES, CODECS
+from kvquant.study import config
+from kvquant.study.config import (
     Fp8Scheme,
     Fp16Scheme,
     Fp16StaticScheme,
@@ -26,9 +29,6 @@ from kvquant.config import (
     NuqScheme,
     TurboQuantScheme,
 )
-from kvquant.evaluation.perplexity import measure_windows
-from kvquant.generation import greedy
-from kvquant.schemes.registry import CACHES, CODECS
 from tests.conftest import tiny_model
 from tests.schemes.common import DIM, feed, ragged, relative_error, with_scheme
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kvquant.cache_size import cache_nbytes
-from kvquant.config import Fp16StaticScheme
+from kvquant.cache.footprint import cache_nbytes
+from kvquant.study.config import Fp16StaticScheme
 from tests.schemes.common import DIM, feed, with_scheme
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvquant.config import Fp8Scheme
 from kvquant.schemes.fp8 import Fp8Codec, decode, encode, token_scale
+from kvquant.study.config import Fp8Scheme
 from tests.schemes.common import assert_fake_is_packed, blocks, relative_error
 
 

@@ -10,11 +10,11 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import cache_utils
 
-from kvquant.cache_size import cache_elements, cache_nbytes
-from kvquant.config import HfFp8Scheme, HfHqqScheme, HfQuantoScheme, SchemeSpec
+from kvquant.cache.footprint import cache_elements, cache_nbytes
 from kvquant.errors import UserError
-from kvquant.models import load_quantized_model
+from kvquant.models.loading import load_quantized_model
 from kvquant.schemes import hf_quantized
+from kvquant.study.config import HfFp8Scheme, HfHqqScheme, HfQuantoScheme, SchemeSpec
 from tests.conftest import tiny_model
 from tests.schemes.common import feed, ragged, with_scheme
 

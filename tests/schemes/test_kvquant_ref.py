@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from kvquant.config import KvquantRefScheme, NuqScheme
 from kvquant.errors import UserError
 from kvquant.schemes import growing_sparse
 from kvquant.schemes.kvquant_store import ReferenceTables, SequenceStore
 from kvquant.schemes.nuq import NuqCodec
 from kvquant.schemes.registry import ModelShape, build_caches
+from kvquant.study.config import KvquantRefScheme, NuqScheme
 from tests.conftest import tiny_model
 from tests.schemes.common import feed, ragged, tables, with_scheme
 

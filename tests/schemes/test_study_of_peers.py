@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from kvquant.cli import main
-from kvquant.config import parse_study
 from kvquant.errors import UserError
-from kvquant.nuq import fit
-from kvquant.quantizer_file import load_quantizer
-from kvquant.records import EvalRecord, ThroughputRecord, read_record
+from kvquant.quantization.nuq import fit
+from kvquant.quantization.quantizer_file import load_quantizer
+from kvquant.study.config import parse_study
+from kvquant.study.records import EvalRecord, ThroughputRecord, read_record
 from tests.test_pipeline import work  # noqa: F401  (a fixture)
 
 QUANTO = importlib.util.find_spec("optimum") is not None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvquant.config import TurboQuantScheme
 from kvquant.errors import UserError
 from kvquant.schemes.turboquant import TurboQuantCodec, lloyd_max
+from kvquant.study.config import TurboQuantScheme
 from tests.schemes.common import assert_fake_is_packed, blocks, relative_error
 
 # Mean squared error of the optimal quantizer of a standard normal variable (Max, IRE Transactions

@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from kvquant import specs
-from kvquant.config import load_study
+from kvquant.study import digests
+from kvquant.study.config import load_study
 
 
 def options(words: list[str]) -> dict[str, list[str]]:
@@ -55,11 +55,11 @@ def content(verb: str, given: dict[str, list[str]]) -> str:
         return verb
     study, model = load_study("study.yaml"), given["model"][0]  # no hook wrote study.json
     if verb == "fetch-model":
-        found = specs.weights_digest(study.model(model))
+        found = digests.weights_digest(study.model(model))
     elif verb == "calibrate":
-        found = specs.calibration_digest(study, model)
+        found = digests.calibration_digest(study, model)
     else:
-        found = specs.quantizer_digest(study, model, given["scheme"][0])
+        found = digests.quantizer_digest(study, model, given["scheme"][0])
     return json.dumps({"spec_digest": found})
 
 

@@ -100,7 +100,7 @@ def test_unknown_wildcard_fails_while_planning(root: Path) -> None:
 
 
 def test_released_results_rebuild_figures_without_measuring(root: Path, tmp_path: Path) -> None:
-    from kvquant.config import load_study
+    from kvquant.study.config import load_study
 
     spec = load_study(root / "config/smoke.yaml")
     results = tmp_path / "r"
@@ -139,7 +139,7 @@ def test_each_kernel_case_is_a_job(root: Path, tmp_path: Path) -> None:
     done = study(root, tmp_path, "h100", "kernels", "-p")
     assert done.returncode == 0, done.stderr[-2000:]
     output = done.stdout + done.stderr
-    from kvquant.config import load_study
+    from kvquant.study.config import load_study
 
     cases = load_study(root / "config/h100.yaml").kernel_cases()
     assert jobs(output) == {"kernel_case": len(cases), "kernels": 1, "total": len(cases) + 1}
@@ -153,7 +153,8 @@ def test_each_kernel_case_is_a_job(root: Path, tmp_path: Path) -> None:
 
 def test_the_workflow_imports_no_torch(root: Path) -> None:
     code = (
-        "import sys, kvquant.config, kvquant.specs, kvquant.grid, kvquant.provenance, kvquant.cli\n"
+        "import sys, kvquant.study.config, kvquant.study.digests, kvquant.study.grid\n"
+        "import kvquant.runtime.provenance, kvquant.cli\n"
         "assert not {'torch', 'transformers', 'pandas'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

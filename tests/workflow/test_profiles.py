@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kvquant.config import parse_study
+from kvquant.study.config import parse_study
 
 
 def profiles(root: Path) -> dict[str, dict[str, Any]]:

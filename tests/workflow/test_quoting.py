@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from kvquant.config import parse_study
+from kvquant.analysis.report import whole
 from kvquant.errors import UserError
-from kvquant.report import whole
+from kvquant.study.config import parse_study
 from tests.workflow.stubbed import stubbed
 
 PLACEHOLDER = re.compile(r"\{((?:params|wildcards|input|output|log|resources|threads)[^}]*)\}")

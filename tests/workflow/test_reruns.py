@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from kvquant.config import load_study
-from kvquant.grid import place_in_line
-from kvquant.report import whole
+from kvquant.analysis.report import whole
+from kvquant.study.config import load_study
+from kvquant.study.grid import place_in_line
 from tests.workflow.stubbed import Run, stubbed
 
 pytestmark = pytest.mark.slow

@@ -27,7 +27,7 @@ rule aggregate:
         "<logs>/analyze/aggregate.log",
     params:
         study=STUDY_FILE,
-        digest=specs.digest(STUDY),
+        digest=digests.digest(STUDY),
         results=STUDY_FILE.parent,
         device=DEVICE,
         out=lambda wildcards, output: Path(output[0]).parent,
@@ -50,7 +50,7 @@ rule statistics:
         "<logs>/analyze/statistics.log",
     params:
         study=STUDY_FILE,
-        spec=specs.digest(STUDY.statistics),
+        spec=digests.digest(STUDY.statistics),
         tables=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Paired tests"

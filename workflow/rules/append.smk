@@ -15,7 +15,7 @@ rule append_cost:
         runtime=ask("append_cost", "minutes"),
     params:
         study=STUDY_FILE,
-        digest=lambda wildcards: specs.append_digest(STUDY),
+        digest=lambda wildcards: digests.append_digest(STUDY),
         device=DEVICE_KIND,
     message:
         "Appending to a growing cache on {wildcards.device}"

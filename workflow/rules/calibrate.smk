@@ -21,8 +21,8 @@ rule calibrate:
         runtime=ask("calibrate", "minutes"),
     params:
         study=STUDY_FILE,
-        digest=lambda wildcards: specs.calibration_digest(STUDY, wildcards.model),
-        version=specs.VERSIONS["statistics-file"],
+        digest=lambda wildcards: digests.calibration_digest(STUDY, wildcards.model),
+        version=digests.VERSIONS["statistics-file"],
         device=DEVICE_KIND,
     message:
         "Calibrating {wildcards.model}"

@@ -5,16 +5,16 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from kvquant import specs
-from kvquant.config import parse_study
+from kvquant.study import digests
+from kvquant.study.config import parse_study
 from kvquant.errors import UserError
-from kvquant.files import sweep_tree
-from kvquant.grid import CPUS_PER_GPU, grid_lines, place_in_line, request
-from kvquant.own_python import find_own_python
-from kvquant.provenance import device_name
-from kvquant.run_lock import hold
-from kvquant.slurm import prepare
-from kvquant.study_file import read_mapping
+from kvquant.formats.files import sweep_tree
+from kvquant.study.grid import CPUS_PER_GPU, grid_lines, place_in_line, request
+from kvquant.runtime.own_python import find_own_python
+from kvquant.runtime.provenance import device_name
+from kvquant.runtime.run_lock import hold
+from kvquant.runtime.slurm import prepare
+from kvquant.study.study_file import read_mapping
 
 find_own_python()
 
@@ -54,7 +54,7 @@ wildcard_constraints:
 def eval_digests(wildcards):
     """What the results of all seeds depend on: a change reruns this job and no other."""
     return [
-        specs.eval_digest(STUDY, wildcards.model, wildcards.scheme, wildcards.task, seed)
+        digests.eval_digest(STUDY, wildcards.model, wildcards.scheme, wildcards.task, seed)
         for seed in STUDY.seeds
     ]
 

@@ -18,7 +18,7 @@ rule energy:
         runtime=ask("energy", "minutes"),
     params:
         study=STUDY_FILE,
-        digest=lambda wildcards: specs.energy_digest(
+        digest=lambda wildcards: digests.energy_digest(
             STUDY, wildcards.model, wildcards.scheme, wildcards.workload
         ),
         device=DEVICE_KIND,

@@ -14,8 +14,8 @@ rule fetch_model:
         "<logs>/fetch/model-{model}.log",
     params:
         study=STUDY_FILE,
-        spec=lambda wildcards: specs.weights_digest(STUDY.models[wildcards.model]),
-        version=specs.VERSIONS["fetch"],
+        spec=lambda wildcards: digests.weights_digest(STUDY.models[wildcards.model]),
+        version=digests.VERSIONS["fetch"],
     message:
         "Fetching model {wildcards.model}"
     shell:

@@ -6,7 +6,7 @@ def kept(file, digest, record=None):
 
     A copied or cloned folder has times in any order.
     """
-    return ancient(file) if specs.settled(resolved(record or file), digest) else file
+    return ancient(file) if digests.settled(resolved(record or file), digest) else file
 
 
 def resolved(file):
@@ -17,41 +17,41 @@ def resolved(file):
 
 def weights(wildcards):
     """The manifest of a model."""
-    spec = specs.weights_digest(STUDY.models[wildcards.model])
+    spec = digests.weights_digest(STUDY.models[wildcards.model])
     return kept(f"<cache>/models/{wildcards.model}/manifest.json", spec)
 
 
 def calibrated(name, wildcards):
     """A file of a model's calibration; stats.json tells the digest of both."""
     folder = f"<results>/calib/{wildcards.model}"
-    digest = specs.calibration_digest(STUDY, wildcards.model)
+    digest = digests.calibration_digest(STUDY, wildcards.model)
     return kept(f"{folder}/{name}", digest, f"{folder}/stats.json")
 
 
 def quantizer(wildcards):
     """The quantizer file, for schemes that are calibrated."""
     name, scheme = wildcards.model, wildcards.scheme
-    if not specs.needs_calibration(STUDY.schemes[scheme]):
+    if not digests.needs_calibration(STUDY.schemes[scheme]):
         return []
-    digest = specs.quantizer_digest(STUDY, name, scheme)
+    digest = digests.quantizer_digest(STUDY, name, scheme)
     return kept(f"<results>/models/{name}/{scheme}/quantizer.json", digest)
 
 
 def asked(wildcards):
     """The prompts of a task that has them. Their name holds their digest: no other can be there."""
     model, task = wildcards.model, wildcards.task
-    if not specs.asks_prompts(STUDY.tasks[task]):
+    if not digests.asks_prompts(STUDY.tasks[task]):
         return []
-    name = specs.prompts_name(STUDY, model, task)
+    name = digests.prompts_name(STUDY, model, task)
     return ancient(f"<cache>/prompts/{model}/{task}/{name}.jsonl.gz")
 
 
 def read_text(wildcards):
     """The text that an evaluation reads itself; other suites have theirs in the prompts."""
-    return [] if specs.asks_prompts(STUDY.tasks[wildcards.task]) else text(wildcards)
+    return [] if digests.asks_prompts(STUDY.tasks[wildcards.task]) else text(wildcards)
 
 
 def text(wildcards):
     """The manifest of the text that a task is made of, if it is made of one."""
-    dataset = specs.dataset_of(STUDY.tasks[wildcards.task])
+    dataset = digests.dataset_of(STUDY.tasks[wildcards.task])
     return ancient(f"<cache>/data/{dataset}/manifest.json") if dataset else []

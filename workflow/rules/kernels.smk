@@ -15,7 +15,7 @@ rule kernel_case:
         runtime=ask("kernel_case", "minutes"),
     params:
         study=STUDY_FILE,
-        digest=lambda wildcards: specs.kernels_digest(STUDY, wildcards.case),
+        digest=lambda wildcards: digests.kernels_digest(STUDY, wildcards.case),
         device=DEVICE_KIND,
         out=lambda wildcards, output: Path(output[0]).parent,
     message:

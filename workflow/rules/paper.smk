@@ -1,8 +1,8 @@
 # Figures, LaTeX tables, numbers and claims; all read tables only.
 # A figure that has nothing to show is not asked for.
 from kvquant.analysis import figure_list
-from kvquant.report import remove_if_cut
-from kvquant.run_end import claim_lines, product_lines
+from kvquant.analysis.report import remove_if_cut
+from kvquant.runtime.run_end import claim_lines, product_lines
 
 SECTIONS = {
     "pareto": ("1 Accuracy against cost", "accuracy, bits, speed and energy"),

@@ -34,10 +34,10 @@ rule questions:
     """All prompts of the study."""
     input:
         [
-            f"<cache>/prompts/{model}/{task}/{specs.prompts_name(STUDY, model, task)}.jsonl.gz"
+            f"<cache>/prompts/{model}/{task}/{digests.prompts_name(STUDY, model, task)}.jsonl.gz"
             for model in STUDY.models
             for task, spec in STUDY.tasks.items()
-            if specs.asks_prompts(spec)
+            if digests.asks_prompts(spec)
         ],
     message:
         "All prompts are prepared"

@@ -19,10 +19,10 @@ rule quantize:
         runtime=lambda wildcards, attempt: 60 * attempt,
     params:
         study=STUDY_FILE,
-        digest=lambda wildcards: specs.quantizer_digest(
+        digest=lambda wildcards: digests.quantizer_digest(
             STUDY, wildcards.model, wildcards.scheme
         ),
-        version=specs.VERSIONS["quantizer-file"],
+        version=digests.VERSIONS["quantizer-file"],
     message:
         "Building quantizer {wildcards.scheme} of {wildcards.model}"
     shell:

@@ -18,7 +18,7 @@ rule throughput:
         runtime=ask("throughput", "minutes"),
     params:
         study=STUDY_FILE,
-        digest=lambda wildcards: specs.perf_digest(
+        digest=lambda wildcards: digests.perf_digest(
             STUDY, wildcards.model, wildcards.scheme, wildcards.workload
         ),
         device=DEVICE_KIND,

@@ -1,0 +1,292 @@
+"""A chunk of queries over a packed past: the kernels, the PyTorch pieces and fp16 attention.
+
+    python -m kvquant.benchmarks.packed_past --heads 32 --kv-heads 8 --past 16384 --chunk 512
+
+The sides alternate in one process; each starts with its past in memory and ends with the outputs of
+one layer. `expand` is the part of the kernels' time that makes 16-bit keys and values of codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+from kvquant.benchmarks.decode import packed_layer, runs
+from kvquant.benchmarks.timing import Clock, interleave, summarize
+from kvquant.cache.block_store import BlockStore
+from kvquant.cache.layout import Layout
+from kvquant.cache.packed_past import Past, block_table, range_blocks
+from kvquant.cache.past_pieces import MOST_SCORES, MOST_TOKENS
+from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.formats.rope import rotate
+from kvquant.kernels.blockwise_attention import BlockwiseAttention
+from kvquant.quantization.nuq import fit
+from kvquant.schemes.nuq import NuqCodec
+from kvquant.study.config import NuqScheme
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class ContinuationTimes:
+    """What :func:`measure_continuation` finds.
+
+    Attributes:
+        ms: Milliseconds by side and round: "kernels", "expand" (the part of their time that makes
+            16-bit keys and values of codes), "pytorch" and those of BACKENDS. Empty where memory
+            ran out.
+        refused: Why backends did not run.
+        peak_bytes: Most bytes that a side takes above what it starts with.
+        nbytes: Bytes of the past: "packed" and "fp16".
+        largest_difference: Of the kernels' output from the PyTorch path's.
+    """
+
+    ms: dict[str, list[float]]
+    refused: dict[str, str]
+    peak_bytes: dict[str, int]
+    nbytes: dict[str, int]
+    largest_difference: float
+
+
+def _rope(dim: int) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    def table(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        inverse = 10000.0 ** (-torch.arange(0, dim, 2, device=positions.device) / dim)
+        angles = positions[..., None] * inverse
+        angles = torch.cat((angles, angles), -1)
+        return angles.cos(), angles.sin()
+
+    return table
+
+
+def _packed_past(
+    codec: NuqCodec, batch: int, heads: int, dim: int, past: int, device: torch.device
+) -> tuple[BlockStore, Layout]:
+    """A store whose sequences have `past` tokens: a sink, blocks, a tail; and where they are."""
+    store, layout = BlockStore(codec), Layout(codec.sinks, codec.block_size, 0)
+    plan = layout.append([slice(0, past)] * batch)
+    blocks = sum(plan.after.blocks)
+    if blocks:
+        arena = packed_layer(codec, heads, dim, blocks, str(device))
+        arena.reserved = True  # full, and laid out as kernels read it
+        store.arenas.append(arena)
+
+    def held(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (2, batch, heads, tokens, dim)
+        keys, values = torch.randn(shape, device=device, dtype=torch.float16)
+        return keys, values
+
+    store.sinks, store.tail = held(codec.sinks), held(codec.block_size)
+    return store, layout
+
+
+def _pieces(
+    store: BlockStore,
+    layout: Layout,
+    queries: torch.Tensor,
+    own: torch.Tensor,
+    positions: torch.Tensor,
+    rope: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """The PyTorch path of :class:`kvquant.cache.block_layer.BlockLayer` for equal lengths."""
+    assert store.sinks is not None and store.tail is not None
+    batch, heads, size, dim = store.tail[0].shape
+    view = layout.view()
+    cos, sin = rope(torch.arange(view.lengths[0], device=queries.device)[None])
+    attention = BlockwiseAttention(queries, positions, heads, dim**-0.5)
+
+    def add(keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
+        where = slice(first, first + keys.shape[2])
+        attention.add(rotate(keys.float(), cos[:, where], sin[:, where]), values, None)
+
+    add(*store.sinks, 0)
+    scores = MOST_SCORES // math.prod(queries.shape[:3])
+    step = max(1, min(MOST_TOKENS, scores) // size)
+    for first in range(0, view.blocks[0], step):
+        stop = min(first + step, view.blocks[0])
+        out = queries.new_zeros((2, batch, heads, stop - first, size, dim), dtype=torch.float32)
+        for gather in layout.gather(view, first, stop, queries.device):
+            for place, x in zip(out, store.unpack(gather.arena, gather.blocks), strict=True):
+                place[gather.sequences, :, gather.ordinals] = x
+        add(out[0].flatten(2, 3), out[1].flatten(2, 3), layout.sinks + first * size)
+    if view.tails[0]:
+        keys, values = store.read_tail(view, fake=False)
+        add(keys, values, view.lengths[0] - view.tails[0])
+    attention.add(own[0], own[1], positions)
+    return attention.result()
+
+
+def measure_continuation(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    batch: int,
+    past: int,
+    chunk: int,
+    tables: LayerQuantizer,
+    bits: int,
+    block_size: int,
+    rounds: int,
+    *,
+    outliers: float = 0.01,
+    max_seconds: float = 120.0,
+    device: str = "cuda",
+) -> ContinuationTimes:
+    """One layer, one shape.
+
+    Args:
+        heads: Query heads.
+        kv_heads: Key heads.
+        dim: head_dim.
+        batch: Sequences.
+        past: Tokens of each in the cache, at least a block.
+        chunk: New tokens of each; 1 is a decode step.
+        tables: Calibration for `kv_heads` x `dim` and `bits`, on the device.
+        bits: 2, 3 or 4.
+        block_size: Tokens a block.
+        rounds: Rounds that count.
+        outliers: Fraction.
+        max_seconds: After which no further round starts.
+        device: GPU.
+    """
+    where = torch.device(device)
+    spec = NuqScheme(kind="nuq", bits=bits, outliers=outliers, block_size=block_size)
+    codec = NuqCodec(spec, tables)
+    store, layout = _packed_past(codec, batch, kv_heads, dim, past, where)
+    rope = _rope(dim)
+    shape = codec.decode_shape(dim, heads // kv_heads, torch.float16)
+    view = layout.view()
+    table = block_table(layout, view.blocks, where)
+    assert shape is not None and table is not None
+    step = range_blocks(batch * kv_heads, shape, 2)
+    queries = torch.randn(batch, heads, chunk, dim, device=where).half()
+    own = torch.randn(2, batch, kv_heads, chunk, dim, device=where).half()
+    positions = torch.arange(past, past + chunk, device=where).expand(batch, -1)
+    scaling = dim**-0.5
+    shared = Past.make(shape, layout, view, table, rope, step, causal=False)
+
+    def kernels() -> torch.Tensor:
+        return shared.attend(store, queries, positions, scaling, (own[0], own[1], None))
+
+    def pieces() -> torch.Tensor:
+        return _pieces(store, layout, queries, own, positions, rope)
+
+    sides: dict[str, Callable[[], object]] = {
+        "kernels": kernels,
+        "expand": lambda: shared.expand(store, torch.float16),
+        "pytorch": pieces,
+    }
+    refused: dict[str, str] = {}
+    full = torch.randn(2, batch, kv_heads, past + chunk, dim, device=where, dtype=torch.float16)
+    bias = causal_lower_right(chunk, past + chunk)
+    for name, backend in BACKENDS.items():
+
+        def theirs(backend: SDPBackend = backend) -> None:
+            with sdpa_kernel(backend):
+                torch.nn.functional.scaled_dot_product_attention(
+                    queries, full[0], full[1],
+                    attn_mask=bias if chunk > 1 else None,  # type: ignore[arg-type]
+                    enable_gqa=heads != kv_heads,
+                )  # fmt: skip
+
+        if reason := runs(theirs):
+            refused[name] = reason
+        else:
+            sides[name] = theirs
+    difference = float((kernels().float() - pieces().float()).abs().max())
+    clock = Clock.of(where)
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    peaks: dict[str, int] = dict.fromkeys(sides, 0)
+
+    def timed(name: str, side: Callable[[], object]) -> Callable[[], None]:
+        def call() -> None:
+            before = 0
+            if where.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(where)
+                before = torch.cuda.memory_allocated(where)
+            times[name].append(clock.time(side)[1])
+            if where.type == "cuda":
+                peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated(where) - before)
+
+        return call
+
+    counted, fits = interleave(
+        [timed(name, side) for name, side in sides.items()],
+        warmup=3,
+        iterations=rounds,
+        max_seconds=max_seconds,
+    )
+    found = {
+        name: times[name][-counted:] if fit_ else [] for name, fit_ in zip(sides, fits, strict=True)
+    }
+    nbytes = {"packed": store.nbytes, "fp16": full.nbytes}
+    return ContinuationTimes(found, refused, peaks, nbytes, difference)
+
+
+def _report(found: ContinuationTimes) -> dict[str, Any]:
+    """Percentiles, and speed over the fastest fp16 backend and over the PyTorch path."""
+    ms = {name: summarize(times).model_dump() for name, times in found.ms.items() if times}
+    medians = {name: each["median"] for name, each in ms.items()}
+    fp16 = min((medians[name] for name in BACKENDS if name in medians), default=math.nan)
+    ours = medians.get("kernels", math.nan)
+    return {
+        "ms": {name: ms.get(name, "oom") for name in found.ms},
+        "refused": found.refused,
+        "peak_bytes": found.peak_bytes,
+        "packed_bytes": found.nbytes["packed"],
+        "fp16_bytes": found.nbytes["fp16"],
+        "largest_difference": found.largest_difference,
+        "speed_over_fp16": fp16 / ours,
+        "speed_over_pytorch": medians.get("pytorch", math.nan) / ours,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures one shape and prints or writes it as JSON."""
+    parser = argparse.ArgumentParser(
+        description="attention of a chunk over a packed past, against PyTorch and fp16"
+    )
+    parser.add_argument("--heads", type=int, default=32, help="query heads")
+    parser.add_argument("--kv-heads", type=int, default=32, help="key heads")
+    parser.add_argument("--dim", type=int, default=128, help="head_dim")
+    parser.add_argument("--batch", type=int, default=1, help="sequences")
+    parser.add_argument("--past", type=int, default=16384, help="tokens of each in the cache")
+    parser.add_argument("--chunk", type=int, default=512, help="new tokens of each")
+    parser.add_argument("--bits", type=int, default=3, help="2, 3 or 4")
+    parser.add_argument("--block-size", type=int, default=64, help="tokens a block")
+    parser.add_argument("--outliers", type=float, default=0.01, help="fraction")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds that count")
+    parser.add_argument("--device", default="cuda", help="where")
+    parser.add_argument("--out", type=Path, help="JSON file, made anew")
+    args = parser.parse_args(arguments)
+    levels = fit("nf", args.bits)
+    shape = (args.kv_heads, args.dim)
+    tables = LayerQuantizer(torch.zeros(shape), torch.full(shape, 2.576), levels, levels)
+    with torch.inference_mode():
+        found = measure_continuation(
+            args.heads, args.kv_heads, args.dim, args.batch, args.past, args.chunk,
+            tables.to(args.device), args.bits, args.block_size, args.rounds,
+            outliers=args.outliers, device=args.device,
+        )  # fmt: skip
+    given = {k: v for k, v in vars(args).items() if k not in ("device", "out", "rounds")}
+    text = json.dumps(given | _report(found), indent=2)
+    if args.out:
+        args.out.write_text(text + "\n", encoding="utf-8")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The quantized Hugging Face cache: layers, block store, layout, padding, footprint."""

@@ -1,0 +1,375 @@
+"""One layer's tensors: 16-bit sinks, arenas of packed blocks, a 16-bit tail; for a ragged batch.
+
+What goes where is decided by :mod:`kvquant.cache.layout` for all layers at once; this module moves
+data. An append writes into memory that is already there or into a new arena: nothing stored is
+copied or moved, and the host never waits for the device. What no sequence needs any more is given
+back when sequences are cut or chosen (:meth:`BlockStore.reclaim`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvquant.cache.arena import DENSE, NO_ARENA, SPARSE, Arena
+from kvquant.cache.codec import Codec
+from kvquant.cache.layout import AppendPlan, View
+from kvquant.cache.reclaim import Reclaim
+from kvquant.errors import NonFiniteTokens, UserError
+from kvquant.formats.blocked_sparse import Index, SparseSlab
+
+ARENA_ROOM = 64  # rows of the kernels' table of arenas at first
+
+
+def _fill(blocks: torch.Tensor, at: int, tokens: torch.Tensor) -> None:
+    """Writes `[num_heads, n, head_dim]` from token `at` on into `[blocks, num_heads, size, dim]`.
+
+    At most three copies: the rest of a begun block, whole blocks, the beginning of another.
+    """
+    size, n, done = blocks.shape[2], tokens.shape[1], 0
+    if at % size:
+        done = min(size - at % size, n)
+        blocks[at // size, :, at % size : at % size + done] = tokens[:, :done]
+    whole = (n - done) // size
+    if whole:
+        first = (at + done) // size
+        part = tokens[:, done : done + whole * size].unflatten(1, (whole, size))
+        blocks[first : first + whole] = part.transpose(0, 1)
+        done += whole * size
+    if done < n:
+        blocks[(at + done) // size, :, : n - done] = tokens[:, done:]
+
+
+def _refuse_infinite(plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Refuses tokens that 16 bits do not hold, which would make every later answer NaN.
+
+    Raises:
+        NonFiniteTokens: Says which of keys and values; padding may hold anything.
+    """
+    for name, x in (("keys", keys), ("values", values)):
+        if bool(x.isfinite().all()):
+            continue
+        if not all(bool(x[b][:, span].isfinite().all()) for b, span in enumerate(plan.spans)):
+            raise NonFiniteTokens(name)
+
+
+class BlockStore:
+    """Keys and values of one layer.
+
+    Args:
+        codec: Packs and unpacks blocks.
+    """
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+        self.arenas: list[Arena] = []
+        self.sinks: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.tail: tuple[torch.Tensor, torch.Tensor] | None = None
+        # int32 [2], shared by the layers of a cache on a GPU: outliers lost, NaN or Inf seen
+        self.status: torch.Tensor | None = None
+        self._arena_table: tuple[int, torch.Tensor] | None = None
+        self._kinds: tuple[torch.dtype, torch.dtype] | None = None  # of the first call's input
+
+    @property
+    def kv_heads(self) -> int:
+        """Of the tokens that are stored; 0 before the first."""
+        return 0 if self.tail is None else self.tail[0].shape[1]
+
+    def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Refuses what is unlike the tokens that are stored.
+
+        Raises:
+            UserError: Names what differs; nothing is converted without a word.
+        """
+        if keys.shape != values.shape:
+            raise UserError(
+                f"values: shape {tuple(values.shape)}, but keys have {tuple(keys.shape)}; a cache "
+                "of packed blocks needs heads of one size"
+            )
+        kinds = (keys.dtype, values.dtype)
+        if self._kinds is None:
+            self._kinds = kinds
+        if self.tail is None:
+            return
+        batch, heads, _, dim = self.tail[0].shape
+        found = (keys.shape[0], keys.shape[1], keys.shape[3], keys.device, *kinds)
+        held = (batch, heads, dim, self.tail[0].device, *self._kinds)
+        names = ("sequences", "kv heads", "head_dim", "device", "dtype of keys", "dtype of values")
+        for name, mine, theirs in zip(names, held, found, strict=True):
+            if mine != theirs:
+                raise UserError(
+                    f"cache: {name} {theirs} in this call, but it holds {mine}; go on as it began, "
+                    "or begin with a new cache"
+                )
+
+    def _allocate(self, keys: torch.Tensor) -> None:
+        batch, heads, _, dim = keys.shape
+        kind = keys.dtype if keys.dtype is torch.bfloat16 else torch.float16
+
+        def pair(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+            shape = (batch, heads, tokens, dim)
+            return (
+                torch.zeros(shape, dtype=kind, device=keys.device),
+                torch.zeros(shape, dtype=kind, device=keys.device),
+            )
+
+        self.sinks = pair(self.codec.sinks)
+        self.tail = pair(self.codec.residual + self.codec.block_size)
+
+    @torch.inference_mode()  # buffers are of one kind, whatever mode a call comes in
+    def append(self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Stores the tokens of a call.
+
+        Args:
+            plan: From :meth:`kvquant.cache.layout.Layout.append`.
+            keys: `[batch_size, num_kv_heads, new_len, head_dim]`, padding included; before or after
+                RoPE as the codec says.
+            values: The same shape.
+        """
+        self.check(keys, values)
+        if self.tail is None:
+            self._allocate(keys)
+        assert self.tail is not None and self.sinks is not None
+        kind = self.tail[0].dtype
+        keys, values = keys.to(kind), values.to(kind)
+        if keys.device.type == "cpu":  # elsewhere looking would wait for the device
+            _refuse_infinite(plan, keys, values)
+        if plan.decode and keys.shape[2] == 1:
+            self._append_step(plan, keys, values)
+        else:
+            self._append_many(plan, keys, values)
+
+    def _append_step(self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """One token a sequence: one write, and a block is packed where it became full."""
+        places = plan.before.tails
+        at: int | torch.Tensor = places[0]
+        if len(set(places)) > 1:
+            at = torch.tensor(places).to(keys.device, non_blocking=True)
+        self.write_token(keys, values, at)
+        self.pack_full(plan)
+
+    @torch.inference_mode()
+    def write_token(self, keys: torch.Tensor, values: torch.Tensor, at: int | torch.Tensor) -> None:
+        """Writes one token a sequence into the tails.
+
+        Args:
+            keys: `[batch_size, num_kv_heads, 1, head_dim]`.
+            values: The same shape.
+            at: Place in the tail, or int64 `[batch_size]` on the device.
+        """
+        assert self.tail is not None
+        for buffer, x in zip(self.tail, (keys, values), strict=True):
+            if isinstance(at, int):
+                buffer[:, :, at : at + 1] = x
+            else:
+                index = at.view(-1, 1, 1, 1).expand(-1, buffer.shape[1], 1, buffer.shape[3])
+                buffer.scatter_(2, index, x.to(buffer.dtype))
+
+    @torch.inference_mode()
+    def pack_full(self, plan: AppendPlan) -> None:
+        """Packs the oldest block of each tail that the step filled."""
+        assert self.tail is not None
+        batch = self.tail[0].shape[0]
+        full = [b for b in range(batch) if plan.new_blocks(b)]
+        if not full:
+            return
+        size, residual = self.codec.block_size, self.codec.residual
+        chosen: Index = slice(None)
+        if len(full) < batch:
+            chosen = torch.tensor(full).to(self.tail[0].device, non_blocking=True)
+        rows = [buffer[chosen] for buffer in self.tail]
+        self._pack(plan, rows[0][:, :, :size], rows[1][:, :, :size])
+        if residual:
+            for buffer, x in zip(self.tail, rows, strict=True):
+                # the source may overlap its destination
+                buffer[chosen, :, :residual] = x[:, :, size : size + residual].clone()
+
+    def _append_many(self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Chunks of any length, with or without padding."""
+        assert self.tail is not None and self.sinks is not None
+        size, heads, dim = self.codec.block_size, keys.shape[1], keys.shape[3]
+        # Without an old tail the blocks lie in the input already; a GPU kernel reads them there.
+        direct = keys.is_cuda and not any(plan.before.tails)
+        total = 0 if direct else sum(plan.new_blocks(b) for b in range(len(plan.spans)))
+        staged = (
+            keys.new_empty((total, heads, size, dim)),
+            values.new_empty((total, heads, size, dim)),
+        )
+        at = 0
+        for b, span in enumerate(plan.spans):
+            length, tail = plan.before.lengths[b], plan.before.tails[b]
+            blocks = plan.new_blocks(b)
+            ready: list[torch.Tensor] = []
+            for x, sinks, buffer, out in zip(
+                (keys, values), self.sinks, self.tail, staged, strict=True
+            ):
+                new = x[b][:, span]
+                if length < self.codec.sinks:
+                    count = min(self.codec.sinks - length, new.shape[1])
+                    sinks[b, :, length : length + count] = new[:, :count]
+                    new = new[:, count:]
+                if direct and blocks:
+                    ready.append(
+                        new[:, : blocks * size].unflatten(1, (blocks, size)).transpose(0, 1)
+                    )
+                    buffer[b, :, : plan.after.tails[b]] = new[:, blocks * size :]
+                    continue
+                if not blocks:
+                    buffer[b, :, tail : tail + new.shape[1]] = new
+                    continue
+                region = out[at : at + blocks]
+                old = min(tail, blocks * size)  # of the tail, into blocks
+                _fill(region, 0, buffer[b, :, :old])
+                taken = blocks * size - old
+                _fill(region, old, new[:, :taken])
+                if old < tail:
+                    buffer[b, :, : tail - old] = buffer[b, :, old:tail].clone()
+                buffer[b, :, tail - old : plan.after.tails[b]] = new[:, taken:]
+            if ready:
+                self._pack(plan, ready[0], ready[1], at)
+            at += blocks
+        if total:
+            self._pack(plan, staged[0], staged[1])
+
+    def _pack(
+        self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor, offset: int = 0
+    ) -> None:
+        """Packs blocks `[blocks, num_kv_heads, block_size, head_dim]` into the plan's arena."""
+        packed = None
+        if plan.capacity and not offset:  # the plan's first blocks
+            first = self.codec.reserve(plan.capacity, keys)
+            if first is None:
+                first = packed = self.codec.pack(keys, values)
+            self._set_arena(plan.arena, Arena(plan.capacity, first))
+        arena, at = self.arenas[plan.arena], plan.at + offset
+        if arena.reserved:
+            if self.status is None:  # a store of its own, without a cache
+                self.status = torch.zeros(2, dtype=torch.int32, device=keys.device)
+            room = arena.view(slice(at, at + keys.shape[0]))
+            self.codec.pack_into(room, keys, values, self.status)
+            return
+        packed = packed or self.codec.pack(keys, values)
+        arena.put(at, packed)
+        if self.status is not None:
+            for slab in packed.sparse.values():
+                if slab.excess is not None:
+                    self.status[0] += slab.excess
+            if packed.bad is not None:
+                self.status[1] |= packed.bad[0]
+
+    def _set_arena(self, number: int, arena: Arena) -> None:
+        self.arenas += [NO_ARENA] * (number - len(self.arenas))
+        self.arenas[number : number + 1] = [arena]
+        if self._arena_table is not None:  # its row is written before it is read
+            self._arena_table = (min(number, self._arena_table[0]), self._arena_table[1])
+
+    @torch.inference_mode()
+    def reclaim(self, change: Reclaim) -> None:
+        """Returns and compacts arenas.
+
+        Args:
+            change: From :meth:`kvquant.cache.layout.Layout.reclaim`.
+        """
+        for number, used in change.rewound:
+            self.arenas[number].rewind(used)
+        for move in change.moves:
+            sources = [(self.arenas[number], places) for number, places in move.sources]
+            self._set_arena(move.arena, Arena.gather(sources))
+        for number in change.freed:
+            self._set_arena(number, NO_ARENA)
+
+    def crowding(self) -> float:
+        """Outliers over the room for them, of the fullest arena; waits for the device."""
+        return max((s.crowding() for a in self.arenas for s in a.sparse.values()), default=0.0)
+
+    def arena_table(self) -> torch.Tensor | None:
+        """int64 `[room, fields]`, the addresses that kernels read; None if they can't.
+
+        The same tensor as long as the arenas find room in it, so that a captured graph keeps it.
+        """
+        if self.tail is None or not all(a.reserved for a in self.arenas):
+            return None
+        count = len(self.arenas)
+        if self._arena_table is None or self._arena_table[1].shape[0] < count:
+            shape = (max(ARENA_ROOM, 2 * count), len(DENSE) + 4 * len(SPARSE))
+            with torch.inference_mode(False):  # steps outside of that mode write to it, too
+                table = torch.zeros(shape, dtype=torch.int64, device=self.tail[0].device)
+            self._arena_table = (0, table)
+        done, table = self._arena_table
+        if done < count:
+            rows = torch.tensor([a.addresses for a in self.arenas[done:]], dtype=torch.int64)
+            table[done:count].copy_(rows, non_blocking=True)
+            self._arena_table = (count, table)
+        return table
+
+    def unpack(self, arena: int, blocks: Index) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 keys and values `[n, num_kv_heads, block_size, head_dim]` of packed blocks."""
+        assert self.tail is not None
+        packed = self.arenas[arena].view(blocks)
+        heads, dim = self.tail[0].shape[1], self.tail[0].shape[3]
+        return self.codec.unpack(packed, (packed.blocks, heads, self.codec.block_size, dim))
+
+    def read_tail(self, view: View, *, fake: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the tails `[batch_size, num_kv_heads, longest tail, head_dim]`.
+
+        Args:
+            view: The state whose tails are read.
+            fake: Quantize and dequantize them (protocol B).
+        """
+        assert self.tail is not None
+        longest = max(view.tails)
+        keys, values = (buffer[:, :, :longest] for buffer in self.tail)
+        if not fake:
+            return keys, values
+        out = (keys.float(), values.float())
+        for b, tail in enumerate(view.tails):
+            if tail:
+                parts = self.codec.fake(keys[b : b + 1, :, :tail], values[b : b + 1, :, :tail])
+                for x, part in zip(out, parts, strict=True):
+                    x[b, :, :tail] = part[0]
+        return out
+
+    def outliers(self, name: str, table: list[tuple[int, int]]) -> list[SparseSlab]:
+        """The outliers ("keys" or "values") of a sequence's blocks, one slab a block."""
+        return [
+            self.arenas[arena].sparse[name].view(slice(place, place + 1))
+            for arena, place in table
+            if name in self.arenas[arena].sparse
+        ]
+
+    @torch.inference_mode()
+    def select(self, indices: torch.Tensor) -> None:
+        """Keeps (or repeats) the 16-bit tokens of the given sequences."""
+        if self.tail is not None and self.sinks is not None:
+            where = indices.to(self.tail[0].device)
+            self.sinks = (self.sinks[0][where], self.sinks[1][where])
+            self.tail = (self.tail[0][where], self.tail[1][where])
+
+    @torch.inference_mode()
+    def uncut(self, cuts: list[tuple[int, int, int] | None]) -> None:
+        """Moves the first tokens of blocks that a crop cut into the tail, dequantized."""
+        if self.tail is None:
+            return
+        for b, cut in enumerate(cuts):
+            if cut is not None:
+                arena, place, tokens = cut
+                both = self.unpack(arena, slice(place, place + 1))
+                for buffer, x in zip(self.tail, both, strict=True):
+                    buffer[b, :, :tokens] = x[0, :, :tokens].to(buffer.dtype)
+
+    @torch.inference_mode()
+    def fork(self) -> BlockStore:
+        """A copy that shares packed blocks."""
+        other = BlockStore(self.codec)
+        other.arenas, other._kinds = list(self.arenas), self._kinds
+        if self.tail is not None and self.sinks is not None:
+            other.sinks = (self.sinks[0].clone(), self.sinks[1].clone())
+            other.tail = (self.tail[0].clone(), self.tail[1].clone())
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: sinks, tails with their slack, arenas, shared tables."""
+        if self.tail is None or self.sinks is None:
+            return 0
+        buffers = sum(t.nbytes for t in (*self.sinks, *self.tail))
+        return buffers + sum(a.nbytes for a in self.arenas) + self.codec.shared_bytes

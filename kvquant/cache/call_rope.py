@@ -1,0 +1,137 @@
+"""How the tokens of a cache are rotated, from call to call.
+
+Normally a token's position is its number in its sequence, up to a shift of the sequence
+(:mod:`kvquant.cache.positions`), and one rotary table serves all. Where positions do not go on from
+those before, the table of each token is kept (:class:`kvquant.cache.kept_rope.KeptRope`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvquant.cache.kept_rope import KeptRope, Table
+from kvquant.cache.late_check import on_device
+from kvquant.cache.layout import Span
+from kvquant.cache.positions import Shifts, shifts
+from kvquant.formats.rope import Rope
+
+
+class CallRope:
+    """The rotation of what a cache holds and of the current call; shared by all layers.
+
+    Args:
+        rope: Positions `[1, n]` to the rotary table `(cos, sin)`, each `[1, n, head_dim]`.
+        keep: Keep the rotation of each token from the start.
+        rotated: Whether keys are stored rotated: they then hold their positions with them.
+
+    Attributes:
+        kept: Tables of all tokens; None where their positions are counted.
+    """
+
+    def __init__(self, rope: Rope, *, keep: bool, rotated: bool) -> None:
+        self.counted = rope
+        self._keep = keep and not rotated
+        self._rotated = rotated
+        self.kept: KeptRope | None = KeptRope() if self._keep else None
+        self._shifts: Shifts | None = None  # before the first call
+        # Of the current call: whether its first layer has brought the rotary table to be kept;
+        # and the table of counted positions, where the model's is shifted.
+        self._taken = False
+        self._table: Table | None = None
+
+    @property
+    def read(self) -> Rope:
+        """Numbers of tokens `[1, n]` to the rotary table by which their keys are read."""
+        return self.counted if self.kept is None else self.kept.read
+
+    def begin(
+        self,
+        positions: torch.Tensor | None,
+        given: bool,
+        spans: list[Span],
+        lengths: list[int],
+        counted: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Finds out how the new tokens of a call are rotated.
+
+        Args:
+            positions: int64 `[1 or batch_size, new_len]` of the new columns, or None: counted.
+            given: Whether the caller of the model gave them; else they are its default.
+            spans: Columns of each sequence that are tokens.
+            lengths: Tokens of each sequence before; empty before the first call.
+            counted: int64 `[batch_size, new_len]`, numbers of the new columns in their sequences.
+
+        Returns:
+            bool `[]`, whether the positions of a decode step on a GPU do not go on from those
+            before; None if that is known on the host.
+        """
+        self._taken, self._table = False, None
+        if positions is None or self._rotated or self.kept is not None:
+            return None
+        lengths = lengths or [0] * len(spans)
+        old = self._shifts or Shifts([0] * len(spans), True)
+        device, wrong = counted.device, None
+        if (
+            on_device(positions)
+            and positions.shape[1] == 1
+            and all(lengths)
+            and (old.zero or not old.open)
+        ):  # a decode step: looking would wait for the device
+            moved = positions - counted
+            if not old.zero:
+                moved = moved - torch.tensor(old.known).to(device, non_blocking=True)[:, None]
+            wrong = moved.any()
+            self._shifts = Shifts(old.known, False)
+        else:
+            new = shifts(positions, spans, lengths)
+            self._shifts = None if new is None else old.follow(new, lengths, given)
+            if self._shifts is None:
+                self.kept = KeptRope.counted(self.counted, lengths, old.known, device)
+                return None
+            if new is not None and not any(new):
+                return None
+        if not self._shifts.zero:
+            self._table = self.counted(counted)
+        return wrong
+
+    def table(self, rope: Table, spans: list[Span], lengths: list[int], kind: torch.dtype) -> Table:
+        """The rotary table by which a layer rotates the new columns, `[batch_size, new_len, dim]`.
+
+        Args:
+            rope: The model's, `[1 or batch_size, new_len, head_dim]` each; kept if need be.
+            spans: Columns of each sequence that are tokens.
+            lengths: Tokens of each sequence before.
+            kind: Of the queries.
+        """
+        if self.kept is not None and not self._taken:
+            self.kept.append(rope, spans, lengths)
+            self._taken = True
+        if self._table is None:
+            return rope
+        return self._table[0].to(kind), self._table[1].to(kind)
+
+    def state(self) -> tuple[KeptRope | None, Shifts | None]:
+        """What :meth:`restore` goes back to; to be taken before a call begins."""
+        return self.kept, self._shifts
+
+    def restore(self, state: tuple[KeptRope | None, Shifts | None]) -> None:
+        """Undoes a call of which nothing was stored."""
+        self.kept, self._shifts = state
+
+    def select(self, indices: torch.Tensor, order: list[int]) -> None:
+        """Keeps (or repeats) the given sequences; `order` is `indices` on the host."""
+        if self.kept is not None:
+            self.kept.select(indices)
+        if self._shifts is not None:
+            self._shifts = self._shifts.select(order)
+
+    def empty(self) -> CallRope:
+        """One of no tokens."""
+        return CallRope(self.counted, keep=self._keep, rotated=self._rotated)
+
+    def fork(self) -> CallRope:
+        """A copy that goes on by itself."""
+        other = self.empty()
+        other.kept = None if self.kept is None else self.kept.fork()
+        other._shifts = self._shifts
+        return other

@@ -1,0 +1,128 @@
+"""What a scheme must provide: a codec that packs and unpacks blocks of one layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from kvquant.formats.blocked_sparse import SparseSlab
+from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.kernels.cuda_decode import DecodeShape
+from kvquant.kernels.decode_tables import HeadTables
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Blocks as a codec packs them.
+
+    Attributes:
+        dense: Named tensors `[blocks, ...]` whose other dimensions are the same in every call.
+        sparse: Named exact outliers of the same blocks.
+        bad: int32 `[1]`, 1 if the input held NaN or Inf; None if that was checked at once.
+        reserved: Room that :meth:`Codec.pack_into` fills.
+    """
+
+    dense: Mapping[str, torch.Tensor]
+    sparse: Mapping[str, SparseSlab] = field(default_factory=dict)
+    bad: torch.Tensor | None = None
+    reserved: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return next((t.shape[0] for t in self.dense.values()), 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.dense.values()) + sum(
+            s.nbytes for s in self.sparse.values()
+        )
+
+
+class Codec(ABC):
+    """Packs blocks of one layer's keys and values.
+
+    Attributes:
+        rotated_keys: Whether keys are stored after RoPE (else before it).
+        sinks: First tokens of each sequence that stay 16-bit.
+        block_size: Tokens a block.
+        residual: Most recent tokens that stay 16-bit besides an unfinished block.
+        shared_bytes: Bytes of tables that all sequences of the layer share.
+        tables: The layer's calibration, if the codec has one.
+    """
+
+    rotated_keys: bool = False
+    sinks: int = 0
+    block_size: int = 64
+    residual: int = 0
+    shared_bytes: int = 0
+    tables: LayerQuantizer | None = None
+
+    def check_model(self, num_kv_heads: int, head_dim: int) -> None:  # noqa: B027
+        """Refuses a model that the codec cannot serve, when it is loaded.
+
+        Raises:
+            UserError: Names the reason.
+        """
+
+    @abstractmethod
+    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
+        """Packs blocks.
+
+        Args:
+            keys: fp16/bf16 `[blocks, num_kv_heads, block_size, head_dim]`.
+            values: The same shape.
+        """
+
+    def reserve(self, blocks: int, like: torch.Tensor) -> Packed | None:
+        """Room for blocks that kernels fill in place, or None: then arenas keep what `pack` gives.
+
+        Args:
+            blocks: Blocks.
+            like: 16-bit tensor `[blocks, num_kv_heads, block_size, head_dim]` on the device.
+        """
+        return None
+
+    def pack_into(
+        self, room: Packed, keys: torch.Tensor, values: torch.Tensor, status: torch.Tensor
+    ) -> None:
+        """Packs blocks into a part of reserved room.
+
+        Args:
+            room: As many blocks of the room.
+            keys: See :meth:`pack`.
+            values: See :meth:`pack`.
+            status: int32 `[2]`: outliers that found no slot are added to the first number, the
+                second becomes 1 if the input held NaN or Inf.
+        """
+        raise NotImplementedError
+
+    def widen(self, factor: float) -> None:
+        """Gives caches made from now on `factor` times the room for outliers."""
+        raise NotImplementedError
+
+    def decode_shape(self, head_dim: int, group: int, dtype: torch.dtype) -> DecodeShape | None:
+        """What a decode kernel is compiled for, or None if the codec has no kernel."""
+        return None
+
+    @property
+    def decode_tables(self) -> HeadTables:
+        """The calibration as the decode kernel reads it; for codecs that have such a kernel."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def unpack(
+        self, packed: Packed, shape: tuple[int, int, int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 keys and values of `shape`."""
+
+    @abstractmethod
+    def fake(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantize and dequantize `[1, num_kv_heads, tokens, head_dim]`, any number of tokens.
+
+        Protocol B reads the tokens of an unfinished block through this.
+        """

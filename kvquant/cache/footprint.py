@@ -1,0 +1,53 @@
+"""What a cache holds: bytes allocated and elements of real tokens, for any kind of cache."""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache
+
+from kvquant.cache.block_layer import BlockLayer
+from kvquant.cache.interface import CountedCache
+from kvquant.cache.kvquant_cache import KVQuantCache
+
+
+def cache_nbytes(cache: Cache) -> int:
+    """Bytes that a cache has allocated on its device."""
+    if isinstance(cache, CountedCache):
+        return cache.stored_nbytes()
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, BlockLayer):
+            total += layer.store.nbytes
+        elif layer.keys is not None:
+            total += layer.keys.nbytes + layer.values.nbytes
+    return total + (cache.kept_nbytes if isinstance(cache, KVQuantCache) else 0)
+
+
+def shared_nbytes(cache: Cache) -> int:
+    """Bytes of a filled cache that are the same for any number of sequences, as code tables."""
+    if isinstance(cache, CountedCache):
+        return cache.shared_nbytes()
+    return sum(x.codec.shared_bytes for x in cache.layers if isinstance(x, BlockLayer))
+
+
+def cache_elements(cache: Cache, mask: torch.Tensor | None = None) -> int:
+    """Key and value elements of the tokens in a cache.
+
+    Args:
+        cache: The cache.
+        mask: `[batch_size, columns]` for an unquantized cache of a padded batch, which cannot tell
+            padding itself; its padding is then memory without elements.
+    """
+    if isinstance(cache, CountedCache):
+        return cache.stored_elements(mask)
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, BlockLayer):
+            tail = layer.store.tail
+            if tail is not None and isinstance(cache, KVQuantCache):
+                total += 2 * tail[0].shape[1] * tail[0].shape[3] * sum(cache.lengths)
+        elif layer.keys is not None:
+            batch, heads, columns, dim = layer.keys.shape
+            tokens = batch * columns if mask is None else int(mask.sum())
+            total += 2 * heads * dim * tokens
+    return total

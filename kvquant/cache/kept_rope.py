@@ -1,0 +1,111 @@
+"""Rotary tables of the tokens in a cache, where their positions are not simply counted.
+
+Keys are stored before RoPE and rotated when they are read. As long as a token's position is its
+number in its sequence, one table serves all. Otherwise (positions that jump, that count padding, or
+a scaling that changes with the length) each token's cosine and sine are kept as the model gave
+them, so that it is always read at the angle with which it came.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvquant.cache.layout import Span
+from kvquant.formats.rope import Rope
+
+Table = tuple[torch.Tensor, torch.Tensor]
+
+
+class KeptRope:
+    """Cosine and sine of every token; shared by all layers.
+
+    Both halves of the channels turn by the same angles, so that one is kept.
+    """
+
+    def __init__(self) -> None:
+        # [batch_size, room, head_dim / 2] each
+        self._table: Table | None = None
+
+    @classmethod
+    def counted(
+        cls, rope: Rope, lengths: list[int], shifts: list[int], device: torch.device
+    ) -> KeptRope:
+        """Of tokens whose positions have been counted so far, from a shift of each sequence on."""
+        kept = cls()
+        longest = max(lengths, default=0)
+        if longest:
+            begins = torch.tensor(shifts).to(device, non_blocking=True)[:, None]
+            cos, sin = rope(begins + torch.arange(longest, device=device))
+            spans: list[Span] = [slice(0, n) for n in lengths]
+            kept.append((cos, sin), spans, [0] * len(lengths))
+        return kept
+
+    @torch.inference_mode()  # buffers are of one kind, whatever mode a call comes in
+    def append(self, rope: Table, spans: list[Span], lengths: list[int]) -> None:
+        """Keeps the tables of new tokens.
+
+        Args:
+            rope: `[1 or batch_size, new_len, head_dim]` each.
+            spans: Columns of each sequence that are tokens.
+            lengths: Tokens of each sequence before.
+        """
+        counts = [s.stop - s.start if isinstance(s, slice) else s.numel() for s in spans]
+        total = max(n + count for n, count in zip(lengths, counts, strict=True))
+        half = rope[0].shape[-1] // 2
+        self._reserve(len(spans), total, rope[0][..., :half])
+        assert self._table is not None
+        for kept, new in zip(self._table, rope, strict=True):
+            x = new[..., :half].detach().expand(len(spans), -1, -1).to(kept.dtype)
+            if x.shape[1] == 1 and all(counts):
+                rows = torch.arange(len(spans), device=kept.device)
+                kept[rows, torch.tensor(lengths).to(kept.device, non_blocking=True)] = x[:, 0]
+                continue
+            for b, (span, at) in enumerate(zip(spans, lengths, strict=True)):
+                kept[b, at : at + counts[b]] = x[b, span]
+
+    def _reserve(self, batch: int, tokens: int, like: torch.Tensor) -> None:
+        """Room for so many tokens; doubled where it was too small."""
+        old = self._table
+        if old is not None and old[0].shape[1] >= tokens:
+            return
+        room = tokens if old is None else max(tokens, 2 * old[0].shape[1])
+        kind = like.dtype if old is None else old[0].dtype
+
+        def grown(which: int) -> torch.Tensor:
+            new = torch.zeros((batch, room, like.shape[-1]), dtype=kind, device=like.device)
+            if old is not None:
+                new[:, : old[which].shape[1]] = old[which]
+            return new
+
+        self._table = (grown(0), grown(1))
+
+    def read(self, positions: torch.Tensor) -> Table:
+        """The tables of the first tokens `[batch_size, n, head_dim]`, in the place of a `Rope`.
+
+        Args:
+            positions: int64 `[1, n]`, the numbers from 0 on.
+        """
+        assert self._table is not None
+        count = positions.shape[1]
+        cos, sin = (torch.cat((x[:, :count],) * 2, -1) for x in self._table)
+        return cos, sin
+
+    @torch.inference_mode()
+    def select(self, indices: torch.Tensor) -> None:
+        """Keeps (or repeats) the given sequences."""
+        if self._table is not None:
+            where = indices.to(self._table[0].device)
+            self._table = (self._table[0][where], self._table[1][where])
+
+    @torch.inference_mode()
+    def fork(self) -> KeptRope:
+        """A copy that goes on by itself."""
+        other = KeptRope()
+        if self._table is not None:
+            other._table = (self._table[0].clone(), self._table[1].clone())
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return 0 if self._table is None else sum(x.nbytes for x in self._table)

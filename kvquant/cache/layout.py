@@ -1,0 +1,250 @@
+"""Where the tokens of a ragged batch are: decided once a forward call, on the host, for all layers.
+
+A sequence of `n` tokens is held as: its first `sinks` tokens, then as many full blocks as are older
+than the last `residual` tokens, then a tail of `residual` to `residual + block_size - 1` tokens (or
+fewer while the sequence is short). That state depends on the sequence alone, not on the batch or on
+the chunks in which it came. Blocks are numbered; a sequence's table lists its blocks in order, so
+beams and copies of a prefix share blocks, and reordering moves no data. Blocks that no table lists
+any more are given back by :meth:`Layout.reclaim`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvquant.cache.reclaim import ArenaRecord, Reclaim, free_number, reclaim
+
+Span = slice | torch.Tensor
+# Arenas after the first grow a cache by one part in so many: at most that much is unused, and a
+# sequence that becomes eight times as long has about 70 arenas.
+GROWTH = 32
+
+
+@dataclass(frozen=True)
+class View:
+    """A state of the layout, per sequence."""
+
+    lengths: list[int]
+    tails: list[int]
+    blocks: list[int]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state that a layout can go back to, before anything that came later is stored."""
+
+    view: View
+    arenas: list[tuple[ArenaRecord, int]]
+
+
+@dataclass(frozen=True)
+class AppendPlan:
+    """What every layer does in one call.
+
+    Attributes:
+        spans: Columns of each sequence that are tokens.
+        before: State before the call.
+        after: State after it.
+        arena: Arena of the new blocks.
+        at: Place of the first of them in it; the others follow, sequence by sequence.
+        capacity: Blocks of that arena if it has to be made, else 0.
+        decode: Every sequence gets exactly one token and has filled its sinks.
+    """
+
+    spans: list[Span]
+    before: View
+    after: View
+    arena: int
+    at: int
+    capacity: int
+    decode: bool
+
+    def new_blocks(self, sequence: int) -> int:
+        """Blocks that become full in a sequence."""
+        return self.after.blocks[sequence] - self.before.blocks[sequence]
+
+    def whole(self, columns: int) -> bool:
+        """Whether all of the call's columns are tokens of every sequence."""
+        every = slice(0, columns)
+        return all(isinstance(span, slice) and span == every for span in self.spans)
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Blocks of one arena and their places among (sequence, ordinal).
+
+    Attributes:
+        arena: Number of the arena.
+        blocks: Places in it; a slice where they follow each other.
+        sequences: int64 `[n]`.
+        ordinals: int64 `[n]`, counted from the group's first.
+    """
+
+    arena: int
+    blocks: slice | torch.Tensor
+    sequences: torch.Tensor
+    ordinals: torch.Tensor
+
+
+@dataclass
+class Layout:
+    """The state of a cache.
+
+    Args:
+        sinks: First tokens of each sequence kept in 16 bits.
+        block_size: Tokens a block.
+        residual: Most recent tokens that are not packed.
+    """
+
+    sinks: int
+    block_size: int
+    residual: int
+    lengths: list[int] = field(default_factory=list)
+    tails: list[int] = field(default_factory=list)
+    table: list[list[tuple[int, int]]] = field(default_factory=list)
+    arenas: list[ArenaRecord] = field(default_factory=list)
+
+    def view(self) -> View:
+        """The state now."""
+        return View(list(self.lengths), list(self.tails), [len(t) for t in self.table])
+
+    def snapshot(self) -> Snapshot:
+        """The state now, for :meth:`restore`."""
+        return Snapshot(self.view(), [(arena, arena.used) for arena in self.arenas])
+
+    def restore(self, before: Snapshot) -> None:
+        """Takes back what was appended since, of which nothing was stored."""
+        view = before.view
+        self.table = [t[:n] for t, n in zip(self.table, view.blocks, strict=False)]
+        self.lengths, self.tails = list(view.lengths), list(view.tails)
+        self.arenas = [arena for arena, _ in before.arenas]
+        for arena, used in before.arenas:
+            if not arena.shared:  # forks may have taken places after ours
+                arena.rewind(used)
+
+    def append(self, spans: list[Span]) -> AppendPlan:
+        """Takes tokens in and says where they go.
+
+        Args:
+            spans: For each sequence, the new columns that are tokens.
+        """
+        if not spans:
+            raise ValueError("input_ids: a batch of 0 sequences")
+        if not self.table:
+            self.lengths = [0] * len(spans)
+            self.tails = [0] * len(spans)
+            self.table = [[] for _ in spans]
+        before = self.view()
+        counts = [s.stop - s.start if isinstance(s, slice) else s.numel() for s in spans]
+        new: list[int] = []
+        for b, count in enumerate(counts):
+            to_sinks = min(max(self.sinks - self.lengths[b], 0), count)
+            total = self.tails[b] + count - to_sinks
+            blocks = max(0, (total - self.residual) // self.block_size)
+            self.lengths[b] += count
+            self.tails[b] = total - blocks * self.block_size
+            new.append(blocks)
+        arena, at, capacity = self._room(sum(new))
+        place = at
+        for b, blocks in enumerate(new):
+            self.table[b] += [(arena, place + i) for i in range(blocks)]
+            place += blocks
+        decode = all(c == 1 for c in counts) and min(before.lengths) >= self.sinks
+        return AppendPlan(spans, before, self.view(), arena, at, capacity, decode)
+
+    def _room(self, blocks: int) -> tuple[int, int, int]:
+        """(arena, place, capacity if new) for consecutive blocks."""
+        if not blocks:
+            return -1, 0, 0
+        # The youngest first: a step's blocks follow each other.
+        for number in range(len(self.arenas) - 1, -1, -1):
+            if self.arenas[number].room >= blocks:
+                return number, self.arenas[number].take(blocks), 0
+        used = sum(arena.used for arena in self.arenas)
+        spare = sum(arena.room for arena in self.arenas)
+        new = ArenaRecord(max(blocks, used // GROWTH - spare))
+        number = free_number(self.arenas)
+        self.arenas[number : number + 1] = [new]
+        return number, new.take(blocks), new.capacity
+
+    def gather(self, view: View, first: int, stop: int, device: torch.device) -> list[Gather]:
+        """Where the blocks `[first, stop)` of all sequences of a state are."""
+        found: dict[int, list[tuple[int, int, int]]] = {}
+        for b, table in enumerate(self.table):
+            for ordinal in range(first, min(stop, view.blocks[b])):
+                arena, place = table[ordinal]
+                found.setdefault(arena, []).append((place, b, ordinal - first))
+        out = []
+        for arena, rows in found.items():
+            places = [r[0] for r in rows]
+            consecutive = places == list(range(places[0], places[0] + len(places)))
+            # One copy to the device a group and forward call, shared by all layers.
+            both = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+            blocks = slice(places[0], places[0] + len(places)) if consecutive else both[:, 0]
+            out.append(Gather(arena, blocks, both[:, 1], both[:, 2]))
+        return out
+
+    def select(self, order: list[int]) -> None:
+        """Keeps (or repeats) the given sequences; blocks are shared, not copied."""
+        self.lengths = [self.lengths[i] for i in order]
+        self.tails = [self.tails[i] for i in order]
+        self.table = [list(self.table[i]) for i in order]
+
+    def crop(self, lengths: list[int]) -> list[tuple[int, int, int] | None]:
+        """Shortens sequences.
+
+        Returns:
+            For each sequence `(arena, place, tokens)` of the block that is cut, whose first
+            `tokens` tokens become its tail, or None when no block is.
+        """
+        cut: list[tuple[int, int, int] | None] = []
+        for b, length in enumerate(lengths):
+            packed = max(0, length - self.sinks)
+            if length >= self.lengths[b]:
+                cut.append(None)
+                continue
+            in_blocks = len(self.table[b]) * self.block_size
+            if packed >= in_blocks:
+                self.tails[b] = packed - in_blocks
+                cut.append(None)
+            else:
+                keep, rest = divmod(packed, self.block_size)
+                cut.append((*self.table[b][keep], rest) if rest else None)
+                self.table[b] = self.table[b][:keep]
+                self.tails[b] = rest
+            self.lengths[b] = length
+        return cut
+
+    def reclaim(self) -> Reclaim | None:
+        """Takes back blocks that no sequence lists any more, after :meth:`select` or :meth:`crop`.
+
+        Returns:
+            What every store has to do (:meth:`~kvquant.cache.block_store.BlockStore.reclaim`),
+            or None.
+        """
+        return reclaim(self.arenas, self.table)
+
+    def empty(self) -> Layout:
+        """One of no sequences, for the same scheme."""
+        return Layout(self.sinks, self.block_size, self.residual)
+
+    def fork(self) -> Layout:
+        """A copy that shares all blocks; each takes places of its own in the arenas they share."""
+        for arena in self.arenas:
+            arena.shared = True
+        return Layout(
+            self.sinks,
+            self.block_size,
+            self.residual,
+            list(self.lengths),
+            list(self.tails),
+            [list(blocks) for blocks in self.table],
+            list(self.arenas),
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
+        """See :meth:`fork`: places must not be given out twice."""
+        return self.fork()

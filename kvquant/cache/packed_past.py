@@ -1,0 +1,189 @@
+"""Attention over a packed past by the Triton kernels: a chunk of a prefill, or a next turn.
+
+The past is expanded a range at a time into a workspace of bounded size, and attention takes each
+range on tensor cores before the next overwrites it. What the layers of a call share is decided once
+(:class:`Past`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvquant.cache.layout import Layout, View
+from kvquant.kernels.cuda_decode import MOST_ARENAS, MOST_PLACES, DecodeShape
+
+if TYPE_CHECKING:
+    from kvquant.cache.block_store import BlockStore
+    from kvquant.kernels.triton_expand import Range
+
+# Of the workspace, all sequences together: tokens of a sequence, bytes, and tokens that are worth
+# a launch even if they take more bytes.
+MOST_TOKENS, MOST_BYTES, LEAST_TOKENS = 4096, 1 << 29, 256
+
+
+def block_table(layout: Layout, blocks: list[int], device: torch.device) -> torch.Tensor | None:
+    """int32 `[batch_size, most blocks]`, `arena << 20 | place`; None if a number does not fit."""
+    if len(layout.arenas) >= MOST_ARENAS:
+        return None
+    if max((arena.capacity for arena in layout.arenas), default=0) >= MOST_PLACES:
+        return None
+    longest = max(blocks)
+    rows = [
+        [arena << 20 | place for arena, place in table[:n]] + [0] * (longest - n)
+        for table, n in zip(layout.table, blocks, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)
+
+
+def range_blocks(sequences_heads: int, shape: DecodeShape, itemsize: int) -> int:
+    """Blocks of each sequence that are expanded at a time.
+
+    Args:
+        sequences_heads: Sequences times key heads.
+        shape: Of the cache.
+        itemsize: Bytes of an element of the workspace.
+    """
+    token = 2 * sequences_heads * shape.head_dim * itemsize
+    tokens = min(MOST_TOKENS, max(LEAST_TOKENS, MOST_BYTES // token))
+    return max(1, tokens // shape.block_size)
+
+
+@dataclass(frozen=True)
+class Past:
+    """The past that a call reads; the same for all layers.
+
+    Attributes:
+        shape: Of the cache.
+        view: Its state.
+        table: See :func:`block_table`.
+        lengths: int32 `[batch_size, 4]`: sinks held, blocks, tokens in the tail, their sum.
+        rope: fp32 cosine and sine `[longest, head_dim / 2]`.
+        sinks: Sinks of a long sequence.
+        step: Blocks expanded at a time.
+        causal: Whether a query sees only what is at its position or before (protocol B).
+    """
+
+    shape: DecodeShape
+    view: View
+    table: torch.Tensor
+    lengths: torch.Tensor
+    rope: tuple[torch.Tensor, torch.Tensor]
+    sinks: int
+    step: int
+    causal: bool
+
+    @classmethod
+    def make(
+        cls,
+        shape: DecodeShape,
+        layout: Layout,
+        view: View,
+        table: torch.Tensor,
+        rope: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        step: int,
+        *,
+        causal: bool,
+    ) -> Past:
+        """What the kernels read.
+
+        Args:
+            shape: Of the cache.
+            layout: Of the cache.
+            view: The state that is read.
+            table: Of its blocks.
+            rope: Of the model.
+            step: Blocks expanded at a time.
+            causal: See :class:`Past`.
+        """
+        device = table.device
+        rows = [
+            (min(layout.sinks, length), blocks, tail, length)
+            for length, blocks, tail in zip(view.lengths, view.blocks, view.tails, strict=True)
+        ]
+        lengths = torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)
+        both = rope(torch.arange(max(view.lengths), device=device)[None])
+        half = shape.head_dim // 2
+        cos, sin = (x[0, :, :half].float().contiguous() for x in both)
+        return cls(shape, view, table, lengths, (cos, sin), layout.sinks, step, causal)
+
+    def attend(
+        self,
+        store: BlockStore,
+        queries: torch.Tensor,
+        positions: torch.Tensor,
+        scaling: float,
+        own: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
+    ) -> torch.Tensor:
+        """Attention of a layer's queries.
+
+        Args:
+            store: The layer's tensors.
+            queries: Rotated, `[batch_size, num_heads, q_len, head_dim]`.
+            positions: int64 `[batch_size, q_len]`.
+            scaling: Factor of the scores.
+            own: Rotated keys, values and positions of the call's tokens, which see each other in
+                full precision (protocol A), else None; positions are None where all columns are
+                tokens.
+
+        Returns:
+            `[batch_size, q_len, num_heads, head_dim]`.
+        """
+        from kvquant.kernels.triton_attention import RunningAttention
+
+        assert store.tail is not None
+        heads = store.tail[0].shape[1]
+        parts, places = self._parts()
+        attention = RunningAttention(
+            queries, positions, heads, scaling, parts + (own is not None), places
+        )
+        for part, data in self._expanded(store, queries.dtype):
+            attention.add_past(data, part.base, part.places, self.lengths, causal=self.causal)
+        if own is not None:
+            attention.add_own(*own)
+        return attention.result()
+
+    def expand(self, store: BlockStore, dtype: torch.dtype) -> None:
+        """Only expands all ranges, one after the other; to measure what that costs."""
+        for _ in self._expanded(store, dtype):
+            pass
+
+    def _total(self) -> int:
+        # A tail is a block that is not full. Without a block or a tail, sinks still need a range.
+        ends = [n + (t > 0) for n, t in zip(self.view.blocks, self.view.tails, strict=True)]
+        return max(1, *ends)
+
+    def _parts(self) -> tuple[int, int]:
+        """Ranges, and places of the longest."""
+        step = min(self.step, self._total())
+        return -(-self._total() // step), self.sinks + step * self.shape.block_size
+
+    def _expanded(
+        self, store: BlockStore, dtype: torch.dtype
+    ) -> Iterator[tuple[Range, torch.Tensor]]:
+        """Each range with its rotated keys and values, which the next one overwrites."""
+        from kvquant.kernels.triton_expand import Held, Range, Workspace
+
+        arenas, tables = store.arena_table(), store.codec.tables
+        assert store.sinks is not None and store.tail is not None
+        assert arenas is not None and tables is not None
+        batch, heads = store.tail[0].shape[:2]
+        tail = store.tail
+        if self.causal and max(self.view.tails):
+            faked = store.read_tail(self.view, fake=True)
+            tail = (faked[0].contiguous(), faked[1].contiguous())
+        held = Held(store.sinks, tail)
+        size, total, places = self.shape.block_size, self._total(), self._parts()[1]
+        workspace = Workspace(self.shape, batch, heads, places, dtype, arenas.device)
+        step = min(self.step, total)
+        for first in range(0, total, step):
+            stop = min(first + step, total)
+            base = self.sinks + first * size if first else 0
+            part = Range(first, stop, base, self.sinks + stop * size - base)
+            workspace.expand(
+                part, arenas, self.table, self.lengths, held, tables, self.rope, self.sinks
+            )
+            yield part, workspace.data

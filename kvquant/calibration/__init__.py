@@ -1,0 +1,1 @@
+"""Calibration: statistics of keys and values, and the quantizer built from them."""

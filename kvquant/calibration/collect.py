@@ -1,0 +1,213 @@
+"""Calibration: one pass over text with activations and Fisher gradients, in bounded memory.
+
+Each window is one forward and one backward pass. A hook on every layer's keys (before RoPE) and
+values adds the activations and their squared loss gradients to histograms the moment the gradient
+arrives, and the layer's tensors are freed: memory is one window's graph plus the histograms,
+whatever the number of windows.
+
+Keys are static per channel, but a channel's range is known only at the end. Their histograms are
+therefore kept in raw units, one a channel, on a grid laid out by the first window that doubles when
+later data leaves it; percentiles come from the counts, and the normalized histogram of any range is
+an affine map of the bins. Values are normalized per token online, so their histogram is already
+that of the normalized data, one for each outlier fraction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvquant.calibration.statistics import LayerStatistics, save_statistics
+from kvquant.errors import NonFinite, UserError
+from kvquant.fetch.model_manifest import study_manifest
+from kvquant.models.finite import remedy
+from kvquant.models.loading import attention_layers, load_base_model, resolve_device
+from kvquant.study.config import CalibrationSpec, load_study
+from kvquant.study.digests import VERSIONS, calibration_digest
+
+
+class _Collector:
+    """Hooks on the key and value projections of every layer."""
+
+    def __init__(self, model: Any, spec: CalibrationSpec) -> None:
+        self.spec = spec
+        self.layers = attention_layers(model)
+        self.statistics: list[LayerStatistics | None] = [None] * len(self.layers)
+        self._late: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # Of the window at hand: what -> whether it is finite, on the device.
+        self._finite: dict[str, torch.Tensor] = {}
+        self.handles = []
+        for i, module in enumerate(self.layers):
+            keys: Any = getattr(module, "k_norm", None) or module.k_proj
+            values: Any = module.v_proj
+            self.handles.append(keys.register_forward_hook(self._hook(i, is_key=True)))
+            self.handles.append(values.register_forward_hook(self._hook(i, is_key=False)))
+
+    def _hook(self, layer: int, *, is_key: bool) -> Any:
+        def forward_hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            if not output.requires_grad:
+                output = output.requires_grad_()  # weights are frozen: the graph starts here
+            data = output.detach()
+            name = f"layer {layer}: {'keys' if is_key else 'values'}"
+            # Values are coded from 16 bits.
+            self._finite[name] = (data if is_key else data.half()).isfinite().all()
+            output.register_hook(lambda grad: self._receive(layer, is_key, data, grad))
+            return output
+
+        return forward_hook
+
+    @torch.no_grad()
+    def _receive(self, layer: int, is_key: bool, data: torch.Tensor, grad: torch.Tensor) -> None:
+        name = f"layer {layer}: gradients of the {'keys' if is_key else 'values'}"
+        self._finite[name] = grad.isfinite().all()
+        skip = self.spec.sinks
+        # the loss is a mean over the window's tokens; undo it so that windows weigh alike
+        tokens = data.shape[1]
+        x = data[0, skip:].reshape(tokens - skip, -1).float()
+        fisher = (grad[0, skip:].reshape(tokens - skip, -1).float() * tokens) ** 2
+        fractions = self.spec.outlier_fractions
+        if self.statistics[layer] is None and is_key:
+            self.statistics[layer] = LayerStatistics.from_first(x, self.spec.bins, len(fractions))
+        statistics = self.statistics[layer]
+        if is_key:
+            assert statistics is not None
+            statistics.add_keys(x, fisher)
+        elif statistics is None:
+            self._late[layer] = (x, fisher)  # of the first window; the keys come after
+        else:
+            statistics.add_values(x, fisher, fractions)
+
+    def run(self, model: Any, windows: list[list[int]], device: torch.device) -> None:
+        """One forward and backward pass a window.
+
+        Raises:
+            NonFinite: A window's loss, activations or gradients are NaN or infinite.
+        """
+        try:
+            for number, window in enumerate(windows):
+                where = f"window {number + 1}/{len(windows)}"
+                loss = self._window(model, torch.tensor([window], device=device), where)
+                print(f"calibrate: {where}, loss {loss:.3f}", file=sys.stderr, flush=True)
+        finally:
+            for handle in self.handles:
+                handle.remove()
+
+    def _window(self, model: Any, ids: torch.Tensor, where: str) -> float:
+        """The loss of one window, whose statistics are added."""
+        self._late, self._finite = {}, {}
+        with torch.enable_grad():
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            # Before the backward pass, which adds what it meets to the statistics.
+            self._finite["the loss"] = loss.isfinite().all()
+            self._check(model, where)
+            loss.backward()
+        self._check(model, where)
+        for layer, (x, fisher) in self._late.items():
+            statistics = self.statistics[layer]
+            assert statistics is not None
+            statistics.add_values(x, fisher, self.spec.outlier_fractions)
+        return float(loss.item())
+
+    def _check(self, model: Any, where: str) -> None:
+        """Looks at what a pass found, all of it at once."""
+        finite = torch.stack(list(self._finite.values())).tolist()
+        if not all(finite):
+            what = list(self._finite)[finite.index(False)]
+            dtype = next(model.parameters()).dtype
+            raise NonFinite(f"calibration: {where}: {what}: not finite: {remedy(dtype)}")
+        self._finite.clear()
+
+
+def draw_windows(ids: list[int], spec: CalibrationSpec) -> list[list[int]]:
+    """Random windows of a tokenized text, without overlap while the text is long enough.
+
+    Raises:
+        UserError: The text is shorter than one window.
+    """
+    if len(ids) < spec.window:
+        raise UserError(
+            f"calibration.window: {spec.window} tokens, but the text has only {len(ids)}"
+        )
+    generator = torch.Generator().manual_seed(spec.seed)
+    slots = len(ids) // spec.window
+    if slots >= spec.windows:
+        chosen = torch.randperm(slots, generator=generator)[: spec.windows] * spec.window
+    else:
+        chosen = torch.randint(len(ids) - spec.window + 1, (spec.windows,), generator=generator)
+    return [ids[s : s + spec.window] for s in chosen.tolist()]
+
+
+def calibrate(model: Any, windows: list[list[int]], spec: CalibrationSpec) -> list[LayerStatistics]:
+    """Statistics of every layer.
+
+    Args:
+        model: A causal LM with frozen weights, in evaluation mode.
+        windows: Token ids, one list a window.
+        spec: Sinks, bins and outlier fractions.
+
+    Raises:
+        UserError: There is no window, or one has no token behind the sinks.
+        NonFinite: A window's loss, activations or gradients are NaN or infinite.
+    """
+    if not windows or min(map(len, windows)) < max(spec.sinks + 1, 2):
+        raise UserError(
+            f"calibration: needs windows of at least {max(spec.sinks + 1, 2)} tokens, got "
+            f"{min(map(len, windows), default=0)}"
+        )
+    collector = _Collector(model, spec)
+    collector.run(model, windows, next(model.parameters()).device)
+    found = []
+    for statistics in collector.statistics:
+        assert statistics is not None
+        found.append(statistics)
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `kvquant calibrate`."""
+    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
+    parser.add_argument("--model", required=True, help="name of the model in the study")
+    parser.add_argument("--model-manifest", required=True, type=Path)
+    parser.add_argument("--data-manifest", required=True, type=Path)
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--out", required=True, type=Path, help="stats.safetensors")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Calibrates one model and writes its statistics."""
+    from kvquant.fetch.text_overlap import calibrated_text
+    from kvquant.fetch.texts import load_text
+
+    study = load_study(args.study)
+    study.model(args.model)
+    spec = study.calibration
+    manifest = study_manifest(args.model_manifest, study, args.model)
+    device = resolve_device(args.device)
+    model, tokenizer = load_base_model(manifest, device=str(device))
+    limit = int(model.config.max_position_embeddings)
+    if spec.window > limit:
+        raise UserError(f"calibration.window: {spec.window} exceeds the model's {limit} positions")
+    ids = tokenizer(
+        load_text(args.data_manifest, "calibration", spec.dataset), add_special_tokens=False
+    ).input_ids
+    layers = calibrate(model, draw_windows(ids, spec), spec)
+    heads = int(model.config.num_key_value_heads)
+    info = {
+        "model": args.model,
+        "weights_sha256": manifest.weights_sha256,
+        "model_identity": manifest.identity,
+        "text": calibrated_text(args.data_manifest).model_dump(mode="json"),
+        "calibration": spec.model_dump(mode="json"),
+        "spec_digest": calibration_digest(study, args.model),
+        "version": VERSIONS["calibrate"],
+        "num_layers": len(layers),
+        "num_kv_heads": heads,
+        "head_dim": layers[0].low.numel() // heads,
+    }
+    save_statistics(args.out, layers, info)
+    print(f"calibrate: {len(layers)} layers, {spec.windows} windows of {spec.window} tokens")

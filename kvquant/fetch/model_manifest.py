@@ -1,0 +1,246 @@
+"""A fetched model: its manifest, and the proof that its files are still those of the manifest.
+
+`manifest.json` holds a sha256 of every file that decides what the model computes: weights,
+configuration, tokenizer. Loading compares them, so that a number never comes from a file that
+changed after `kvquant fetch-model`. This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from kvquant.errors import UserError
+from kvquant.fetch.file_hashes import FileHashes
+from kvquant.formats.files import canonical_json, inside, read_json, sha256_text
+from kvquant.study.config import Study
+from kvquant.study.digests import weights_digest
+
+FIELD = "--model-manifest"
+AGAIN = "fetch it again"
+SCHEMA_VERSION = 2
+SOURCES = ("pypi-gguf", "hub", "local")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+WEIGHTS = "*.safetensors"
+# All that transformers may read from a folder: a file of these names that comes or goes after
+# fetch-model changes the model as much as one whose bytes change.
+MATTERS = (
+    WEIGHTS,
+    "*.safetensors.index.json",
+    "*config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+
+
+@dataclass(frozen=True)
+class ModelManifest:
+    """A fetched model.
+
+    Attributes:
+        model: Its name in the study.
+        source: "pypi-gguf", "hub" or "local".
+        revision: Commit of a hub model.
+        weights_sha256: Of all safetensors files one after the other, in order of their names.
+        directory: Where its files are.
+        files: File name to sha256 of all that decides what the model computes.
+        identity: One sha256 over `files` and `weights_sha256`.
+        spec_digest: Of the study's entry that it was fetched for.
+    """
+
+    model: str
+    source: str
+    revision: str | None
+    weights_sha256: str
+    directory: Path
+    files: dict[str, str]
+    identity: str
+    spec_digest: str | None = None
+
+
+def model_files(folder: Path) -> list[str]:
+    """Names of the files in a model's folder that decide what it computes, sorted."""
+    found = {path for pattern in MATTERS for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def weight_files(names: list[str]) -> list[str]:
+    """Those of some file names that hold weights, in the order their common hash takes them."""
+    return [name for name in sorted(names) if PurePosixPath(name).match(WEIGHTS)]
+
+
+def identity_of(files: dict[str, str], weights_sha256: str) -> str:
+    """One sha256 over all that decides what a model computes."""
+    return sha256_text(canonical_json({"files": files, "weights_sha256": weights_sha256}))
+
+
+def hash_model(folder: Path, field: str) -> dict[str, Any]:
+    """The fields of a manifest that prove a model's files.
+
+    Args:
+        folder: With config.json, safetensors and a tokenizer.
+        field: Names them in messages.
+
+    Raises:
+        UserError: A file cannot be read.
+    """
+    names = model_files(folder)
+    hashes = FileHashes(folder, field)
+    weights, files = hashes.of_all(weight_files(names))
+    files |= {name: hashes.of(name) for name in names if name not in files}
+    hashes.remember()
+    files = dict(sorted(files.items()))
+    return {
+        "weights_sha256": weights,
+        "files": files,
+        "identity": identity_of(files, weights),
+    }
+
+
+def _directory(file: Path, source: str, given: str) -> Path:
+    """Where a manifest says its model is: beside it, or anywhere for a local model."""
+    if Path(given).is_absolute():
+        if source != "local":
+            raise ValueError(f"directory '{given}' is outside, which only a local model's may be")
+        return Path(given)
+    return file.parent if given == "." else inside(file.parent, given, f"{FIELD}: {file}")
+
+
+def _files(raw: Any) -> dict[str, str]:
+    if not isinstance(raw, dict) or not raw:
+        raise ValueError("files: must name each file with its sha256")
+    for name, digest in raw.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not any(path.match(p) for p in MATTERS):
+            raise ValueError(f"files: '{name}' is not a file of a model's folder")
+        if not isinstance(digest, str) or not SHA256.fullmatch(digest):
+            raise ValueError(f"files: '{name}' has no sha256")
+        if "\0" in name or not name.isprintable():
+            raise ValueError("files: a name has characters that no name of a model's file has")
+    return dict(raw)
+
+
+def read_manifest(path: str | Path) -> ModelManifest:
+    """Reads `manifest.json` as written by `kvquant fetch-model`; see :func:`verify_model`.
+
+    Raises:
+        UserError: It is missing, damaged, of an older version, or points outside its folder.
+    """
+    file = Path(path)
+    raw = read_json(file, FIELD, AGAIN)
+    try:
+        if not isinstance(raw, dict):
+            raise ValueError("not an object")
+        text = {key: raw[key] for key in ("model", "source", "weights_sha256", "directory")}
+        for key, value in text.items():
+            if not isinstance(value, str) or not value or "\0" in value:
+                raise ValueError(f"{key}: not a text")
+        revision = raw.get("revision")
+        if not isinstance(revision, str | None):
+            raise ValueError("revision: not a text")
+        if text["source"] not in SOURCES:
+            raise ValueError(f"source: '{text['source']}' is unknown")
+        if not SHA256.fullmatch(text["weights_sha256"]):
+            raise ValueError("weights_sha256: no sha256")
+        if "files" not in raw:
+            raise UserError(
+                f"{FIELD}: {file} is of an older version, without hashes of the model's files: "
+                "run fetch-model again (it keeps the manifest's place and the files)"
+            )
+        return ModelManifest(
+            model=text["model"],
+            source=text["source"],
+            revision=revision,
+            weights_sha256=text["weights_sha256"],
+            directory=_directory(file, text["source"], text["directory"]),
+            files=_files(raw["files"]),
+            identity=str(raw["identity"]),
+            spec_digest=raw.get("spec_digest"),
+        )
+    except KeyError as error:
+        raise UserError(f"{FIELD}: {file} is damaged ({error} is missing): {AGAIN}") from None
+    except ValueError as error:
+        raise UserError(f"{FIELD}: {file} is damaged ({error}): {AGAIN}") from None
+
+
+def manifest_beside(folder: str | Path) -> ModelManifest | None:
+    """The manifest that `fetch-model` left in a model's own folder, if it did."""
+    file = Path(folder) / "manifest.json"
+    if file.is_symlink() or not file.is_file():
+        return None  # a link's manifest is of the folder that it points to
+    raw = read_json(file, FIELD, AGAIN)
+    if not isinstance(raw, dict) or raw.get("directory") != "." or "files" not in raw:
+        return None  # another program's, or of a model elsewhere
+    return read_manifest(file)
+
+
+def study_manifest(path: str | Path, study: Study, model: str) -> ModelManifest:
+    """Reads the manifest of a study's model; see :func:`read_manifest`.
+
+    Raises:
+        UserError: Also if it is of another model, or was fetched from elsewhere than the study's
+            entry says.
+    """
+    found = read_manifest(path)
+    if found.model != model:
+        raise UserError(f"{FIELD}: {path} is of model '{found.model}', not of '{model}'")
+    if found.spec_digest not in (None, weights_digest(study.model(model))):
+        raise UserError(
+            f"{FIELD}: {path} was fetched for another entry than the study's models.{model} "
+            f"(another source, revision, path or package): {AGAIN}"
+        )
+    return found
+
+
+def verify_model(manifest: ModelManifest, *, weights: bool = True) -> None:
+    """Checks that a model's files are those of its manifest.
+
+    Files that did not change since they were last hashed are not read again.
+
+    Args:
+        manifest: The manifest.
+        weights: False leaves the weights out, for what reads the tokenizer alone.
+
+    Raises:
+        UserError: A file changed, is missing, or was added; the message names it.
+    """
+    folder = manifest.directory
+    advice = "restore it, or fetch the model again under another name"
+    if manifest.identity != identity_of(manifest.files, manifest.weights_sha256):
+        raise UserError(
+            f"{FIELD}: the manifest of '{manifest.model}' was edited (its hashes do not agree): "
+            f"{AGAIN}"
+        )
+    if not folder.is_dir():
+        raise UserError(f"{FIELD}: no such folder: {folder}: {AGAIN}")
+    present = model_files(folder)
+    if missing := sorted(set(manifest.files) - set(present)):
+        raise UserError(f"{FIELD}: {folder / missing[0]} is missing: {advice}")
+    if added := sorted(set(present) - set(manifest.files)):
+        raise UserError(
+            f"{FIELD}: {folder / added[0]} was added after fetch-model, and loading would read "
+            "it: remove it, or fetch the model again under another name"
+        )
+    hashes = FileHashes(folder, FIELD)
+    heavy = weight_files(present)
+    whole, found = hashes.of_all(heavy) if weights else (manifest.weights_sha256, {})
+    found |= {name: hashes.of(name) for name in present if name not in heavy}
+    for name, digest in sorted(found.items()):
+        if digest != manifest.files[name]:
+            raise UserError(
+                f"{FIELD}: {folder / name} changed after fetch-model (sha256 {digest[:12]}, "
+                f"was {manifest.files[name][:12]}): {advice}"
+            )
+    if whole != manifest.weights_sha256:
+        raise UserError(f"{FIELD}: weights_sha256 of '{manifest.model}' was edited: {AGAIN}")
+    hashes.remember()

@@ -1,0 +1,101 @@
+"""Whether perplexity would be measured on text that codebooks were fitted to.
+
+Parts of one text are compared by their character ranges. Different texts are compared by content:
+of all runs of `GRAM` characters those are kept whose hash is a multiple of `KEEP`, so that the same
+passage gives the same fingerprints wherever it stands.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from kvquant.errors import UserError
+from kvquant.fetch.texts import load_text, read_data_manifest
+
+GRAM = 48
+KEEP = 512
+MAX_SHARE = 0.02  # quotations that two texts may have in common
+_BASE = np.uint64(0x9E3779B97F4A7C15)
+
+
+class CalibratedText(BaseModel):
+    """The text that calibration read.
+
+    Attributes:
+        dataset: Its name.
+        sha256: Of the whole text.
+        until: Calibration took characters from its first up to this one.
+        fingerprints: Of those characters.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    dataset: str
+    sha256: str
+    until: int
+    fingerprints: list[int]
+
+
+def fingerprints(text: str) -> list[int]:
+    """Hashes of some runs of characters, chosen by what they hold; sorted, 32 bits each."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
+    count = len(codes) - GRAM + 1
+    if count < 1:
+        return []
+    found = np.zeros(count, dtype=np.uint64)
+    for at in range(GRAM):
+        found = found * _BASE + codes[at : at + count]
+    found ^= found >> np.uint64(29)  # low bits of a product depend on low bits alone
+    found *= _BASE
+    found >>= np.uint64(32)
+    chosen = np.unique(found[found % np.uint64(KEEP) == 0])
+    return [int(value) for value in chosen]
+
+
+def calibrated_text(manifest: str | Path) -> CalibratedText:
+    """What calibration reads from a text, for later comparison.
+
+    Raises:
+        UserError: The text is missing or was changed.
+    """
+    facts = read_data_manifest(manifest)
+    part = load_text(manifest, "calibration")
+    return CalibratedText(
+        dataset=facts.dataset,
+        sha256=facts.sha256,
+        until=facts.test_from,
+        fingerprints=fingerprints(part),
+    )
+
+
+def check_apart(calibrated: CalibratedText, manifest: str | Path) -> None:
+    """The test part of a text holds nothing of what calibration read.
+
+    Args:
+        calibrated: What calibration read.
+        manifest: Of the text whose test part is measured.
+
+    Raises:
+        UserError: They overlap.
+    """
+    facts = read_data_manifest(manifest)
+    if facts.sha256 == calibrated.sha256:
+        if facts.test_from < calibrated.until:
+            raise UserError(
+                f"--data-manifest: {manifest}: its test part starts at character "
+                f"{facts.test_from}, but the quantizer was calibrated on the first "
+                f"{calibrated.until} of the same text: calibrate again"
+            )
+        return
+    known = set(calibrated.fingerprints)
+    own = fingerprints(load_text(manifest, "test"))
+    shared = sum(value in known for value in own)
+    if shared > max(1.0, MAX_SHARE * len(own)):
+        raise UserError(
+            f"--data-manifest: {100 * shared / len(own):.0f} % of the test part of "
+            f"'{facts.dataset}' ({manifest}) is text that the quantizer was calibrated on "
+            f"('{calibrated.dataset}'): take another text for one of them"
+        )

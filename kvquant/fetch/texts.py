@@ -1,0 +1,151 @@
+"""A fetched text: its manifest, its hash, and the part of it that calibration must not see."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+from kvquant.errors import UserError
+from kvquant.formats.files import read_bytes, read_json
+
+SCHEMA_VERSION = 1
+FIELD = "--data-manifest"
+AGAIN = "fetch it again"
+FIELDS = {
+    **{"dataset": str, "source": str, "sha256": str},
+    **{"characters": int, "test_from": int, "file": str},
+}
+SHA256 = re.compile(r"[0-9a-f]{64}")
+FETCHED = ("pypi", "hub", "data_dir")  # a text of another source is the user's own
+# (sha256, characters, test_from) of texts that are the same for everybody.
+PINNED = {
+    "essays": (
+        "b3a70ebc054f2eab5057baf3c4b7e857711472be8086240a516fd29b648ad857",
+        643_830,
+        459_742,
+    ),
+    "wikitext2": (
+        "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83",
+        1_294_336,
+        0,
+    ),
+}
+NAMES = ("sha256", "characters", "test_from")
+TEST_ONLY = ("squad", "hotpotqa", "longbench-")
+Part = Literal["all", "calibration", "test"]
+
+
+@dataclass(frozen=True)
+class DataManifest:
+    """A text beside its manifest.
+
+    Attributes:
+        dataset: Name.
+        source: "pypi", "data_dir" or "hub"; another name for a text of one's own.
+        sha256: Hash of the text's UTF-8 bytes.
+        characters: Length of the text.
+        test_from: Character where the test part starts; 0: all of it is test text.
+        file: Path of the text.
+    """
+
+    dataset: str
+    source: str
+    sha256: str
+    characters: int
+    test_from: int
+    file: Path
+
+
+def _checked(file: Path, raw: Any) -> DataManifest:
+    """Raises ValueError where a manifest is not what `fetch-data` would have written."""
+    if not isinstance(raw, dict):
+        raise ValueError("not an object")
+    for name, kind in FIELDS.items():
+        if name not in raw:
+            raise ValueError(f"{name} is missing")
+        if type(raw[name]) is not kind or raw[name] == "":
+            raise ValueError(f"{name}: not a {'number' if kind is int else 'text'}")
+    if not SHA256.fullmatch(raw["sha256"]):
+        raise ValueError("sha256: no sha256")
+    if not 0 <= raw["test_from"] <= raw["characters"]:
+        raise ValueError(f"test_from: {raw['test_from']} is not within the text")
+    if PurePath(raw["file"]).name != raw["file"] or raw["file"] == ".." or "\0" in raw["file"]:
+        raise ValueError(f"file: '{raw['file']}' must be a name inside the manifest's folder")
+    found = DataManifest(
+        **{n: raw[n] for n in FIELDS if n != "file"}, file=file.parent / raw["file"]
+    )
+    if found.source in FETCHED:
+        pinned = PINNED.get(found.dataset)
+        known = (found.sha256, found.characters, found.test_from)
+        for name, is_, must in zip(NAMES, known, pinned or (), strict=False):
+            if is_ != must:
+                raise ValueError(f"{name}: {is_}, but '{found.dataset}' has {must}")
+        if found.dataset.startswith(TEST_ONLY) and found.test_from != 0:
+            raise ValueError(f"test_from: '{found.dataset}' is test text only")
+    return found
+
+
+def read_data_manifest(path: str | Path, dataset: str | None = None) -> DataManifest:
+    """Reads `manifest.json` as written by `kvquant fetch-data`.
+
+    Args:
+        path: The manifest.
+        dataset: The data set that it must be of; None: any.
+
+    Raises:
+        UserError: It is missing or damaged, points outside its folder, tells other values than
+            the data set's own, or is of another data set.
+    """
+    file = Path(path)
+    raw = read_json(file, FIELD, AGAIN)
+    try:
+        found = _checked(file, raw)
+    except ValueError as error:
+        raise UserError(f"{FIELD}: {file} is damaged ({error}): {AGAIN}") from None
+    if dataset not in (None, found.dataset):
+        raise UserError(f"{FIELD}: {file} is of '{found.dataset}', not of '{dataset}'")
+    return found
+
+
+def load_text(path: str | Path, part: Part = "all", dataset: str | None = None) -> str:
+    """The text behind a manifest, checked against its hash.
+
+    Args:
+        path: manifest.json.
+        part: "test" and "calibration" are the two sides of the manifest's boundary, so that
+            perplexity is never measured on text that codebooks were fitted to.
+        dataset: The data set that it must be of; None: any.
+
+    Raises:
+        UserError: The text is missing, was changed, or has no calibration part.
+    """
+    manifest = read_data_manifest(path, dataset)
+    if not manifest.file.exists() and not manifest.file.is_symlink():
+        raise UserError(f"{FIELD}: {manifest.file} is missing: {AGAIN}")
+    raw = read_bytes(manifest.file, FIELD, AGAIN)
+    if hashlib.sha256(raw).hexdigest() != manifest.sha256:
+        raise UserError(
+            f"{FIELD}: {manifest.file} is not the text of its manifest (sha256 differs): "
+            "delete both and fetch again"
+        )
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{FIELD}: {manifest.file}: damaged: byte {error.start} is not UTF-8: {AGAIN}"
+        ) from None
+    if len(text) != manifest.characters:
+        raise UserError(
+            f"{FIELD}: {path} is damaged (characters: {manifest.characters}, the text has "
+            f"{len(text)}): {AGAIN}"
+        )
+    if part == "calibration" and manifest.test_from == 0:
+        raise UserError(
+            f"calibration.dataset: '{manifest.dataset}' is test text only; take another data set"
+        )
+    if part == "calibration":
+        return text[: manifest.test_from]
+    return text[manifest.test_from :] if part == "test" else text

@@ -1,0 +1,1 @@
+"""Models with a quantized cache: loading, attention, generation, CUDA-graph decoding."""

@@ -1,0 +1,330 @@
+"""Greedy generation for batches of prompts of different lengths, from any scheme's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvquant.cache.footprint import cache_elements, cache_nbytes
+from kvquant.cache.fp16_layer import Fp16Layer
+from kvquant.cache.kvquant_cache import KVQuantCache
+from kvquant.errors import OutlierOverflow, UserError
+from kvquant.models.finite import not_finite
+from kvquant.models.graph_decoding import GraphedDecoder
+from kvquant.models.model_call import cache_argument
+from kvquant.models.oom_retry import in_batches, out_of_memory, whole
+from kvquant.models.sdpa import growing_lengths
+from kvquant.runtime.progress import note
+
+# Looking at tokens makes the host wait for a GPU, so that is done once in so many steps there.
+CHECK_EVERY_CUDA = 8
+# Answers that have ended leave once so large a share has: leaving copies an unquantized cache.
+ENDED_SHARE = 0.25
+# Capturing a step costs about as much as so many steps without a graph.
+GRAPH_STEPS = 64
+
+Stop = Callable[[list[int]], bool]
+
+
+class _NoGraph(Exception):
+    """A CUDA graph of the decode steps could not be made or run."""
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What :func:`greedy` returns; lists have an entry a prompt, in the order of the prompts.
+
+    Attributes:
+        tokens: New tokens of each prompt, without the end token.
+        prompt_tokens: Tokens of all prompts.
+        row_bytes: Of each prompt: its batch's bytes after the prefill, shared out by tokens.
+        row_elements: Key and value elements of each prompt's tokens in those bytes.
+    """
+
+    tokens: list[list[int]]
+    prompt_tokens: int
+    row_bytes: list[int]
+    row_elements: list[int]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that all batches' caches had allocated after their prefill."""
+        return sum(self.row_bytes)
+
+    @property
+    def cache_elements(self) -> int:
+        """Key and value elements of the prompts' tokens in those bytes."""
+        return sum(self.row_elements)
+
+
+def end_ids(qm: Any) -> list[int]:
+    """Token ids that end an answer, from the generation configuration or the tokenizer."""
+    config = getattr(qm.model, "generation_config", None)
+    ids = getattr(config, "eos_token_id", None)
+    if ids is None:
+        ids = qm.tokenizer.eos_token_id
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+def left_pad(
+    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids and attention mask `[batch_size, longest]`, int64, padding on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        mask[row, longest - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def cut(
+    tokens: list[int], eos_ids: Collection[int], stop: Stop | None, start: int = 0
+) -> tuple[list[int], bool]:
+    """An answer up to its end, and whether it has ended.
+
+    The end is the first end token (left out) or the first prefix for which `stop` is true (kept),
+    so it does not matter how far beyond it a batch went on.
+
+    The first `start` tokens are known to hold no end.
+    """
+    for at in range(start, len(tokens)):
+        if tokens[at] in eos_ids:
+            return tokens[:at], True
+        if stop is not None and stop(tokens[: at + 1]):
+            return tokens[: at + 1], True
+    return tokens, False
+
+
+def greedy(
+    qm: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    batch_size: int,
+    batch_tokens: int | None = None,
+    eos_ids: Collection[int] | None = None,
+    stop: Stop | None = None,
+    protocol: str = "A",
+    on_batch: Callable[[int], None] | None = None,
+    graph: bool = True,
+) -> GenerationResult:
+    """Greedy answers: one prefill a batch, then single-token steps on the same cache.
+
+    Args:
+        qm: A `kvquant.models.loading.QuantizedModel`.
+        prompts: Token ids of each prompt.
+        max_new_tokens: Longest answer.
+        batch_size: Most prompts that go through the model together; those of similar length do.
+        batch_tokens: Most tokens of a batch's prompts, padding included; None: no limit. A prompt
+            that is longer goes alone.
+        eos_ids: Ids that end an answer; None takes the model's own.
+        stop: True for an answer (its tokens so far) that needs no further token.
+        protocol: Of the caches.
+        on_batch: Called with the number of prompts done.
+        graph: Decode long answers by a CUDA graph where the cache has one (:func:`graphed`).
+
+    Raises:
+        UserError: A prompt is empty or does not fit the model's positions.
+        NonFinite: Logits that decide a token are NaN or infinite.
+    """
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {index}: is empty")
+        if len(prompt) + max_new_tokens > qm.position_limit:
+            raise UserError(
+                f"prompt {index}: {len(prompt)} tokens and {max_new_tokens} of answer, but the "
+                f"model has {qm.position_limit} positions"
+            )
+    if max_new_tokens < 0 or batch_size < 1:
+        raise UserError("max_new_tokens must not be negative, batch_size must be at least 1")
+    ends = frozenset(end_ids(qm) if eos_ids is None else eos_ids)
+    sizes = [len(prompt) for prompt in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    row_bytes, row_elements = [0] * len(prompts), [0] * len(prompts)
+
+    def work(rows: list[int]) -> GenerationResult:
+        nonlocal graph
+        batch = [prompts[row] for row in rows]
+        if graph:
+            try:
+                return _batch(qm, batch, max_new_tokens, ends, stop, protocol, True)
+            except _NoGraph as error:
+                note(f"decoding without a CUDA graph: {error}")
+                graph = False
+        return _batch(qm, batch, max_new_tokens, ends, stop, protocol, False)
+
+    done = 0
+    for rows, found in in_batches(sizes, work, batch_size=batch_size, batch_tokens=batch_tokens):
+        for at, row in enumerate(rows):
+            answers[row] = found.tokens[at]
+            row_bytes[row], row_elements[row] = found.row_bytes[at], found.row_elements[at]
+        done += len(rows)
+        if on_batch is not None:
+            on_batch(done)
+    return GenerationResult(answers, sum(sizes), row_bytes, row_elements)
+
+
+def share_out(total: int, weights: Sequence[int]) -> list[int]:
+    """Whole numbers in proportion to `weights` whose sum is exactly `total`."""
+    whole, seen, given = sum(weights), 0, 0
+    shares = []
+    for weight in weights:
+        seen += weight
+        shares.append(total * seen // whole - given)
+        given += shares[-1]
+    return shares
+
+
+def can_drop_rows(cache: Any) -> bool:
+    """Whether a cache can give up sequences; transformers' own quantized layers cannot."""
+    if isinstance(cache, KVQuantCache):
+        return True
+    return all(type(layer) is Fp16Layer for layer in cache.layers)
+
+
+def graphed(qm: Any, cache: Any, new_tokens: int) -> GraphedDecoder | None:
+    """Decode steps of a filled cache as a CUDA graph; None where there is none or it cannot pay."""
+    if new_tokens < GRAPH_STEPS or qm.device.type != "cuda" or not isinstance(cache, KVQuantCache):
+        return None
+    try:
+        return GraphedDecoder(qm.model, cache, new_tokens)
+    except ValueError:  # the decode kernel does not take this cache
+        return None
+
+
+@torch.inference_mode()
+def _batch(
+    qm: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    ends: frozenset[int],
+    stop: Stop | None,
+    protocol: str,
+    graph: bool,
+) -> GenerationResult:
+    def work(cache: Any) -> GenerationResult:
+        return _answer(qm, cache, prompts, max_new_tokens, ends, stop, graph)
+
+    return whole(lambda: qm.new_cache(protocol), work)
+
+
+def _answer(
+    qm: Any,
+    cache: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    ends: frozenset[int],
+    stop: Stop | None,
+    graph: bool,
+) -> GenerationResult:
+    device = qm.device
+    pad_id = min(ends) if ends else 0  # masked, so any id serves
+    ids, mask = left_pad(prompts, pad_id, device)
+    lengths = mask.sum(1, keepdim=True)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    # The mask of all steps is laid out once; a step only looks at a longer piece of it.
+    steps = mask.new_ones((len(prompts), max_new_tokens))
+    full_mask = torch.cat((mask, steps), dim=1)
+    width = ids.shape[1]
+    logits = qm.model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        **cache_argument(qm.model, cache),
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    sizes = [len(prompt) for prompt in prompts]
+    row_bytes = share_out(cache_nbytes(cache), sizes)
+    row_elements = share_out(cache_elements(cache, mask), sizes)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the prefill alone needed serves others on this GPU
+    decoder = graphed(qm, cache, max_new_tokens) if graph else None
+    check_every = CHECK_EVERY_CUDA if device.type == "cuda" else 1
+    answers: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
+    rows = list(range(len(prompts)))  # those in the cache, in its order
+    news: list[torch.Tensor] = []  # their tokens since they were last brought to the host
+    tops: list[torch.Tensor] = []  # and the logits of these, `[rows, 1]`
+    for step in range(max_new_tokens):
+        token = logits.argmax(-1, keepdim=True)
+        news.append(token)
+        tops.append(logits.gather(-1, token))  # NaN is the greatest to argmax
+        if step + 1 == max_new_tokens:
+            break
+        if (step + 1) % check_every == 0:
+            _collect(qm, answers, rows, news, tops, ends, stop, ended)
+            going = [i for i, row in enumerate(rows) if not ended[row]]
+            if not going:
+                break
+            leave = len(rows) - len(going) >= ENDED_SHARE * len(rows)
+            # A graph is captured for its number of rows; there a step costs little anyway.
+            if leave and decoder is None and can_drop_rows(cache):
+                chosen = torch.tensor(going, device=device)
+                cache.batch_select_indices(chosen)
+                full_mask, lengths, token = full_mask[chosen], lengths[chosen], token[chosen]
+                rows = [rows[i] for i in going]
+        if decoder is not None:
+            logits = _replay(decoder, token)
+            continue
+        with growing_lengths():
+            logits = qm.model(
+                input_ids=token,
+                attention_mask=full_mask[:, : width + step + 1],
+                position_ids=lengths + step,
+                **cache_argument(qm.model, cache),
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+    _collect(qm, answers, rows, news, tops, ends, stop, ended)
+    return GenerationResult(answers, sum(sizes), row_bytes, row_elements)
+
+
+def _replay(decoder: GraphedDecoder, token: torch.Tensor) -> torch.Tensor:
+    """A step of a graph. Anything but memory that goes wrong is tried again without one."""
+    try:
+        return decoder.step(token)
+    except OutlierOverflow:
+        raise
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        raise _NoGraph(str(error).partition("\n")[0]) from None
+
+
+def _collect(
+    qm: Any,
+    answers: list[list[int]],
+    rows: list[int],
+    news: list[torch.Tensor],
+    tops: list[torch.Tensor],
+    ends: frozenset[int],
+    stop: Stop | None,
+    ended: list[bool],
+) -> None:
+    """Brings new tokens to the host, behind the answers of their rows, and cuts what has ended.
+
+    Raises:
+        NonFinite: The greatest logit of a token that counts is NaN or infinite. What a row that has
+            ended goes on with does not count.
+    """
+    if not news:
+        return
+    finite = torch.cat(tops, dim=1).isfinite().tolist()
+    for at, (row, tokens) in enumerate(zip(rows, torch.cat(news, dim=1).tolist(), strict=True)):
+        if ended[row]:
+            continue
+        known = len(answers[row])
+        answers[row], ended[row] = cut(answers[row] + tokens, ends, stop, known)
+        counted = finite[at][: len(answers[row]) - known + 1]  # the end token, if any, is one more
+        if not all(counted):
+            raise not_finite(qm, f"logits of step {known + counted.index(False)} of an answer")
+    news.clear()
+    tops.clear()

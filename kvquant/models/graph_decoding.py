@@ -1,0 +1,115 @@
+"""Decode steps of a whole model as one CUDA graph: the host neither launches nor waits.
+
+A step writes the token into the tails, reads packed blocks and tails, and advances the lengths, all
+on the device. Where a tail is full, which the host knows without asking, its block is packed behind
+the step. The graph is captured anew only where a table outgrew its room.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kvquant.cache.kvquant_cache import KVQuantCache
+from kvquant.energy.gpus import devices_of
+from kvquant.models.model_call import cache_argument
+
+
+class GraphedDecoder:
+    """Steps of one token a sequence on a cache that holds the prompts.
+
+    Args:
+        model: With kvquant's attention (`load_quantized_model`).
+        cache: After the prefill; at least one call longer than the sinks of every sequence.
+        new_tokens: Steps for which there should be room without capturing again.
+
+    Raises:
+        ValueError: The decode kernel does not take this cache (`KVQuantCache.step_tables`), or the
+            model lies on several devices.
+    """
+
+    def __init__(self, model: Any, cache: KVQuantCache, new_tokens: int = 1024) -> None:
+        self._model, self._cache = model, cache
+        devices = devices_of(model.parameters())
+        if len(devices) > 1:
+            raise ValueError("model: a graph holds the work of one GPU; call the model instead")
+        device = devices[0]
+        steps = cache.step_tables(device) if device.type == "cuda" else None
+        if steps is None or min(cache.lengths) < cache.layout.sinks:
+            raise ValueError("cache: the decode kernel does not take it; call the model instead")
+        self._steps = steps
+        batch = len(cache.lengths)
+        self._room = new_tokens // cache.layout.block_size + 2
+        self._tokens = torch.zeros((batch, 1), dtype=torch.long, device=device)
+        lengths = torch.tensor(cache.lengths, device=device)[:, None]
+        self._positions = lengths.long()
+        self._logits: torch.Tensor
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._captured: tuple[int, ...] = ()
+
+    def _work(self) -> None:
+        cache = self._cache
+        cache.step_places = self._steps.take_places()
+        output = self._model(
+            input_ids=self._tokens,
+            position_ids=self._positions,
+            **cache_argument(self._model, cache),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._logits = output.logits[:, -1]
+        self._positions += 1
+
+    def _prepare(self) -> None:
+        """Tables in line with the layout, and a graph that reads them."""
+        cache, layout = self._cache, self._cache.layout
+        blocks = [len(t) for t in layout.table]
+        if self._graph is None:
+            self._steps.reserve(layout, max(blocks) + self._room)
+        self._steps.write(layout, blocks, layout.tails)
+        arenas = [layer.store.arena_table() for layer in cache.layers]
+        now = (*self._steps.addresses(), *(t.data_ptr() for t in arenas if t is not None))
+        if self._graph is not None and now == self._captured:
+            return
+        cache.step, cache.steps = self._steps.step(whole=True), self._steps
+        lengths, positions = self._steps.lengths.clone(), self._positions.clone()
+
+        def undo() -> None:  # what a step wrote into the tails is written again
+            self._steps.lengths.copy_(lengths)
+            self._positions.copy_(positions)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._work()
+            undo()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._work()
+        undo()
+        self._captured = now
+
+    @torch.inference_mode()
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """One token a sequence.
+
+        Args:
+            tokens: int64 `[batch_size, 1]`.
+
+        Returns:
+            Logits `[batch_size, vocab_size]`, overwritten by the next step.
+        """
+        cache = self._cache
+        cache.captured = True
+        try:
+            with torch.cuda.device_of(self._tokens):  # where the graph is captured and runs
+                self._prepare()
+                assert self._graph is not None
+                self._tokens.copy_(tokens)
+                self._graph.replay()
+        finally:
+            cache.captured, cache.steps = False, None
+        cache.count_step(self._steps)
+        return self._logits

@@ -1,0 +1,218 @@
+"""The attention and the hooks that make a transformers model work with quantized caches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvquant.errors import UserError
+from kvquant.models.model_call import CACHE_NAMES, arguments, find_cache, parameters, refuse_unknown
+from kvquant.models.prefill_quant import SUPPORTED, PrefillQuantizedAttention, original_class
+
+# Arguments of a decoder that are understood, or that say nothing about its attention.
+_KNOWN = frozenset({
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", *CACHE_NAMES, "use_cache",
+    "output_attentions", "output_hidden_states", "return_dict",
+})  # fmt: skip
+
+Arguments = dict[str, Any]
+
+
+def position_limit(config: Any) -> int:
+    """Longest sequence that is not refused: more than the positions where RoPE is scaled.
+
+    Some configurations state the scaled length as `max_position_embeddings`, others the one
+    that the factor multiplies; the larger reading counts.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    positions = int(config.max_position_embeddings)
+    base = int(rope.get("original_max_position_embeddings") or positions)
+    return max(positions, int(base * float(rope.get("factor") or 1.0)))
+
+
+def attention_layers(model: Any) -> list[Any]:
+    """The self-attention modules in order; refuses what is not supported.
+
+    Raises:
+        UserError: The architecture or an attention kind is not supported.
+    """
+    found: list[Any] = []
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if layers is None:
+        raise UserError(
+            f"model: '{type(model).__name__}' is not supported; it must be a causal language model "
+            "of transformers whose attention is one of " + ", ".join(SUPPORTED)
+        )
+    for layer in layers:
+        module = layer.self_attn
+        name = original_class(module).__name__
+        if name not in SUPPORTED:
+            raise UserError(
+                f"model: attention '{name}' is not supported; supported: " + ", ".join(SUPPORTED)
+            )
+        if getattr(module, "sliding_window", None) is not None or (
+            name == "MistralAttention" and getattr(model.config, "sliding_window", None) is not None
+        ):
+            raise UserError(
+                f"model: layer {len(found)} uses sliding-window attention, which the "
+                "quantized cache does not support"
+            )
+        found.append(module)
+    return found
+
+
+def _given(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
+    return arguments(parameters(type(module).forward), args, kwargs)
+
+
+def _inputs(given: Arguments) -> torch.Tensor | None:
+    """The token ids or embeddings among the arguments."""
+    ids: torch.Tensor | None = given.get("input_ids")
+    embeds: torch.Tensor | None = given.get("inputs_embeds")
+    return embeds if ids is None else ids
+
+
+def _check_model(cache: Any, decoder: Any) -> None:
+    """Refuses a cache of another model, whose keys would be turned by other angles than queries.
+
+    Raises:
+        UserError: The models have different layers or rotary embeddings.
+    """
+    layers, rotary = len(cache.layers), decoder.rotary_emb
+    if layers != len(decoder.layers):
+        raise UserError(
+            f"cache: has {layers} layers and the model {len(decoder.layers)}; take a new_cache() "
+            "of this model"
+        )
+    if cache.rotary is None or cache.rotary is rotary:
+        return
+    if not _same_angles(cache.rotary, rotary):
+        raise UserError(
+            "cache: was made for a model with another rotary embedding; take a new_cache() of this "
+            "model"
+        )
+    cache.rotary = rotary  # once looked at
+
+
+def _same_angles(a: Any, b: Any) -> bool:
+    """Whether two rotary embeddings turn by the same angles."""
+    if a.rope_type != b.rope_type or a.attention_scaling != b.attention_scaling:
+        return False
+    x, y = (getattr(m, "original_inv_freq", m.inv_freq).cpu() for m in (a, b))
+    return torch.equal(x, y)
+
+
+@torch.compiler.disable(reason="looks at the mask on the host, once a forward call")
+def _enter_model(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
+    """Before each forward of the whole model: its decoder's call ends when all has ended.
+
+    Else logits for which there is no memory would leave tokens in the cache that the caller, who
+    got an exception, feeds again.
+    """
+    given = _given(module, args, kwargs)
+    cache = find_cache(given)
+    if cache is not None:
+        cache.outer = _inputs(given)
+
+
+@torch.compiler.disable(reason="looks at the mask on the host, once a forward call")
+def _leave_model(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any) -> None:
+    """After each forward of the whole model."""
+    cache = find_cache(_given(module, args, kwargs))
+    if cache is not None:
+        cache.end_forward()
+
+
+@torch.compiler.disable(reason="looks at the mask on the host, once a forward call")
+def _enter_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
+    """Before each forward of the decoder: tells the cache which columns are tokens."""
+    given = _given(module, args, kwargs)
+    cache = find_cache(given)
+    if cache is None:
+        return
+    config: Any = module.config
+    if getattr(config, "output_attentions", False):
+        given.setdefault("output_attentions", True)
+    refuse_unknown(given, _KNOWN)
+    _check_model(cache, module)
+    inputs = _inputs(given)
+    if inputs is None:
+        raise ValueError("input_ids: missing")
+    batch, new_len = inputs.shape[:2]
+    if not batch or not new_len:
+        raise ValueError(f"input_ids: a batch of {batch} with {new_len} columns is empty")
+    past = cache.get_seq_length()
+    if not past or cache.position_limit is None:  # reading a configuration takes its time
+        cache.position_limit = position_limit(config)
+    limit = cache.position_limit
+    if past <= limit < past + new_len:  # once per sequence
+        warnings.warn(
+            f"{past + new_len} columns, but the model is made for {limit} positions: what it gives "
+            "beyond them is not to be relied on",
+            stacklevel=2,
+        )
+    positions = given.get("position_ids")
+    left_out = positions is None
+    if positions is None:  # what the decoder then takes
+        positions = torch.arange(past, past + new_len)[None]
+    cache.within = cache.outer is inputs
+    cache.outer = None
+    mask = given.get("attention_mask")
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise UserError(
+            f"attention_mask: must be a tensor [batch_size, columns], got {type(mask).__name__}"
+        )
+    cache.begin_forward(
+        batch, new_len, mask, inputs.device, positions, given=not left_out, held=True
+    )
+
+
+@torch.compiler.disable(reason="looks at the mask on the host, once a forward call")
+def _leave_decoder(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any
+) -> None:
+    """After each forward of the decoder, where it was not called by the whole model."""
+    cache = find_cache(_given(module, args, kwargs))
+    if cache is not None and not cache.within:
+        cache.end_forward()
+
+
+def _hook(module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+    """Registers both hooks, once."""
+    if before not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after, with_kwargs=True)
+
+
+def install_attention(model: Any) -> None:
+    """Makes every attention module a drop-in, once; other caches work as before.
+
+    Names, weights and everything else that a checkpoint holds stay the model's own.
+
+    Raises:
+        UserError: The architecture or an attention kind is not supported.
+    """
+    for attention in attention_layers(model):
+        PrefillQuantizedAttention(attention)
+    _hook(model, _enter_model, _leave_model)
+    _hook(model.model, _enter_decoder, _leave_decoder)
+
+
+def uninstall_attention(model: Any) -> None:
+    """Undoes :func:`install_attention`."""
+    for layer in model.model.layers:
+        if isinstance(layer.self_attn, PrefillQuantizedAttention):
+            layer.self_attn.restore()
+    ours = (_enter_model, _leave_model, _enter_decoder, _leave_decoder)
+    for module in (model, model.model):
+        for hooks, flags in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if hook in ours]:
+                del hooks[key]
+                flags.pop(key, None)

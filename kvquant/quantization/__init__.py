@@ -1,0 +1,1 @@
+"""Quantization of keys and values: batched packing, codebooks, rotations, quantizer files."""

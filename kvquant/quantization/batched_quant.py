@@ -1,0 +1,334 @@
+"""The quantizer of one layer's keys and values: blocks of tokens in, packed blocks out.
+
+Order of work (KVQuant, arXiv 2401.18079): normalize, detect outliers, code the inliers, store the
+outliers exactly; back: look up, scale, put the outliers in their places. Everything that is decided
+for a token depends on that token and on calibration alone, so a sequence gets the same codes
+whatever batch it stands in and in whatever chunks it arrives.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kvquant.errors import NonFiniteTokens
+from kvquant.formats.blocked_sparse import SparseSlab, count_dtype, position_dtype
+from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.formats.packing import pack, packed_bytes, unpack
+from kvquant.kernels import cuda_pack
+from kvquant.kernels import pytorch_fused as fused
+from kvquant.kernels.dispatch import use_cuda_pack, use_triton
+from kvquant.kernels.pack_target import PackTarget
+from kvquant.kernels.thresholds import key_table, key_thresholds
+
+
+@dataclass(frozen=True)
+class PackedKeys:
+    """Key blocks: uint8 codes `[blocks, num_heads, bytes]` and exact outliers."""
+
+    codes: torch.Tensor
+    outliers: SparseSlab | None
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes."""
+        return self.codes.nbytes + (self.outliers.nbytes if self.outliers else 0)
+
+
+@dataclass(frozen=True)
+class PackedValues:
+    """Value blocks: codes, 16-bit zero and scale a token `[blocks, block_size]`, outliers."""
+
+    codes: torch.Tensor
+    zero: torch.Tensor
+    scale: torch.Tensor
+    outliers: SparseSlab | None
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes."""
+        sparse = self.outliers.nbytes if self.outliers else 0
+        return self.codes.nbytes + self.zero.nbytes + self.scale.nbytes + sparse
+
+
+def outliers_per_side(fraction: float, channels: int) -> int:
+    """Value outliers at each end of a token: half the fraction, at least one unless it is 0.
+
+    Example: 1 % of 4096 channels is 20 at each end (0.98 %); of 192 channels, 1 (1.04 %).
+    """
+    if fraction <= 0:
+        return 0
+    return min(max(1, round(fraction * channels / 2)), (channels + 1) // 2)
+
+
+class BatchedKVQuantizer:
+    """Quantizes blocks of a layer's keys (before RoPE) and values.
+
+    Args:
+        tables: The layer's calibration.
+        bits: 2, 3 or 4.
+        outliers: Fraction of exact outliers; 0 for none, 1 for all (a 16-bit passthrough).
+    """
+
+    def __init__(self, tables: LayerQuantizer, bits: int, outliers: float) -> None:
+        if not 0.0 <= outliers <= 1.0:
+            raise ValueError(f"outliers: must be between 0 and 1, got {outliers}")
+        if tables.key_levels.numel() != 2**bits:
+            raise ValueError(f"key_levels: {tables.key_levels.numel()} levels for {bits} bits")
+        tables.check()
+        self.tables = tables
+        self.bits = bits
+        self.outliers = outliers
+        self._zero = tables.key_zero.unsqueeze(1)  # [num_heads, 1, head_dim]
+        self._scale = tables.key_scale.unsqueeze(1)
+        self._inverse = fused.channel_inverse(self._scale)
+        self._key_midpoints = fused.midpoints(tables.key_levels)
+        self._value_midpoints = fused.midpoints(tables.value_levels)
+        self.key_room = 1.0  # times what is expected; see key_slots
+        self._key_tables: dict[torch.dtype, torch.Tensor] = {}
+
+    def _check(self, x: torch.Tensor, name: str) -> None:
+        if x.dtype not in (torch.float16, torch.bfloat16):
+            raise TypeError(f"{name}: expected fp16 or bf16 blocks, got {x.dtype}")
+        # On a GPU the host would wait for the answer; whoever packs there asks `not_finite`.
+        if not x.is_cuda and not bool(torch.isfinite(x).all()):
+            raise NonFiniteTokens(name)
+
+    @staticmethod
+    def not_finite(*blocks: torch.Tensor) -> torch.Tensor:
+        """int32 `[1]`, 1 if any block holds NaN or Inf."""
+        found = torch.stack([torch.isfinite(x).all() for x in blocks])
+        return (~found.all()).int().view(1)
+
+    def _encode_keys(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        normalized = (x.float() - self._zero) * self._inverse
+        codes = fused.encode(normalized, self.tables.key_levels)
+        if self.outliers <= 0:
+            return codes, None
+        if self.outliers >= 1:
+            return codes, torch.ones(x.shape, dtype=torch.bool, device=x.device)
+        return codes, normalized.abs_() > 1.0
+
+    def _decode_keys(self, codes: torch.Tensor) -> torch.Tensor:
+        return fused.decode(codes, self.tables.key_levels).mul_(self._scale).add_(self._zero)
+
+    def _encode_values(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        blocks, heads, size, dim = x.shape
+        rows = x.transpose(1, 2).reshape(blocks * size, heads * dim)
+        per_side = outliers_per_side(self.outliers, heads * dim)
+        mask, low, high = fused.split_outliers(rows, per_side)
+        zero = ((high + low) * 0.5).to(x.dtype)
+        scale = ((high - low) * 0.5).to(x.dtype)
+        shape = (blocks, 1, size, 1)
+        inverse = fused.inverse_range(scale.float()).view(shape)
+        normalized = (x.float() - zero.float().view(shape)) * inverse
+        codes = fused.encode(normalized, self.tables.value_levels)
+        sparse = mask.view(blocks, size, heads, dim).transpose(1, 2) if per_side else None
+        return codes, zero.view(blocks, size), scale.view(blocks, size), sparse
+
+    def _decode_values(
+        self, codes: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
+        shape = (zero.shape[0], 1, zero.shape[1], 1)
+        levels = fused.decode(codes, self.tables.value_levels)
+        return levels.mul_(scale.float().view(shape)).add_(zero.float().view(shape))
+
+    def key_slots(self, elements: int) -> int:
+        """Room for key outliers on a GPU, where nobody waits for their number: half as many again
+        as calibrated, and a little for small inputs."""
+        if self.outliers == 0:
+            return 0
+        expected = 1.5 * self.outliers * elements + 1024
+        return min(math.ceil(self.key_room * expected), elements)
+
+    def kernel_pack(
+        self, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[PackedKeys, PackedValues, torch.Tensor] | None:
+        """Both at once by GPU kernels, or None where they do not apply.
+
+        Args:
+            keys: fp16/bf16 `[blocks, num_heads, block_size, head_dim]`.
+            values: The same shape.
+
+        Returns:
+            What :meth:`pack_keys` and :meth:`pack_values` return, and an int32 `[1]` tensor that is
+            1 if the input holds NaN or Inf.
+        """
+        if not self.kernels_apply(keys, values):
+            return None
+        blocks, heads, size, dim = keys.shape
+        device = keys.device
+        per_side = outliers_per_side(self.outliers, heads * dim)
+        # One array, since each fill of a few bytes costs a launch: what the kernels report, no
+        # excess (values have a slot for each of their outliers), and the two cursors.
+        words = torch.zeros(5, dtype=torch.int32, device=device)
+        status, none = words[:2], words[2]
+
+        def target(cursor: torch.Tensor, slots: int) -> PackTarget:
+            room = size * packed_bytes(dim, self.bits)
+            codes = torch.empty((blocks, heads, room), dtype=torch.uint8, device=device)
+            if not slots:
+                return PackTarget(codes, status)
+            kind = count_dtype(size * dim)
+            return PackTarget(
+                codes,
+                status,
+                torch.empty((blocks, heads), dtype=torch.int32, device=device),
+                torch.empty((blocks, heads), dtype=kind, device=device),
+                torch.empty(slots, dtype=position_dtype(size * dim), device=device),
+                torch.empty(slots, dtype=keys.dtype, device=device),
+                cursor,
+            )
+
+        def slab(target: PackTarget, excess: torch.Tensor) -> SparseSlab | None:
+            if target.begin is None or target.count is None:
+                return None
+            assert target.positions is not None and target.values is not None
+            return SparseSlab(
+                target.begin, target.count, target.positions, target.values,
+                (blocks, heads, size, dim), excess,
+            )  # fmt: skip
+
+        k = target(words[3:4], self.key_slots(keys.numel()))
+        v = target(words[4:5], blocks * size * 2 * per_side)
+        zero = torch.empty((blocks, size), dtype=values.dtype, device=device)
+        scale = torch.empty_like(zero)
+        if not self.kernel_pack_into(keys, values, k, v, zero, scale):
+            return None
+        values_packed = PackedValues(v.codes, zero, scale, slab(v, none))
+        return PackedKeys(k.codes, slab(k, status[0])), values_packed, status[1:]
+
+    def kernel_pack_into(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        key_target: PackTarget,
+        value_target: PackTarget,
+        zero_out: torch.Tensor,
+        scale_out: torch.Tensor,
+    ) -> bool:
+        """Packs both into memory that is already there; False, and nothing written, where no
+        kernels apply. The host does not wait.
+
+        Args:
+            keys: fp16/bf16 `[blocks, num_heads, block_size, head_dim]`.
+            values: The same shape.
+            key_target: Where keys go.
+            value_target: Where values go.
+            zero_out: 16-bit `[blocks, block_size]`.
+            scale_out: The same.
+        """
+        shape = self._cuda_shape(keys, values)
+        if shape is not None:
+            table = self._key_table(keys.dtype)
+            cuda_pack.pack(
+                shape, keys, values, table, self._value_midpoints, key_target, value_target,
+                zero_out, scale_out,
+            )  # fmt: skip
+            return True
+        if not self._triton_applies(keys, values):
+            return False
+        from kvquant.kernels import triton_pack as kernels
+
+        per_side = outliers_per_side(self.outliers, values.shape[1] * values.shape[3])
+        kernels.pack_keys(
+            keys, self.tables.key_zero, self._inverse, self._key_midpoints, self.bits, key_target
+        )
+        kernels.pack_values(
+            values, self._value_midpoints, self.bits, per_side, value_target, zero_out, scale_out
+        )
+        return True
+
+    def kernels_apply(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether there are GPU kernels for these blocks."""
+        return self._cuda_shape(keys, values) is not None or self._triton_applies(keys, values)
+
+    def _cuda_shape(self, keys: torch.Tensor, values: torch.Tensor) -> cuda_pack.PackShape | None:
+        """What the CUDA kernels are compiled for, or None where they do not apply."""
+        if self.outliers >= 1 or not (cuda_pack.takes(keys) and cuda_pack.takes(values)):
+            return None
+        _, heads, size, dim = keys.shape
+        per_side = outliers_per_side(self.outliers, heads * dim)
+        shape = cuda_pack.PackShape(
+            self.bits, dim, heads, size, keys.dtype, self.outliers > 0, per_side
+        )
+        return shape if use_cuda_pack(shape, keys.device) else None
+
+    def _key_table(self, dtype: torch.dtype) -> torch.Tensor:
+        """Thresholds of the key channels as the CUDA kernel reads them; made once a type."""
+        if dtype not in self._key_tables:
+            thresholds = key_thresholds(
+                self.tables.key_zero,
+                self._inverse.squeeze(1),
+                self._key_midpoints,
+                dtype,
+                outliers=self.outliers > 0,
+            )
+            self._key_tables[dtype] = key_table(thresholds)
+        return self._key_tables[dtype]
+
+    def _triton_applies(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        if self.outliers >= 1 or not use_triton(keys):
+            return False
+        from kvquant.kernels import triton_pack as kernels
+
+        channels = values.shape[1] * values.shape[3]
+        if 2 * outliers_per_side(self.outliers, channels) >= channels:
+            return False
+        return kernels.supported(keys) and kernels.supported(values)
+
+    def pack_keys(self, x: torch.Tensor) -> PackedKeys:
+        """Packs key blocks `[blocks, num_heads, block_size, head_dim]` (fp16/bf16, before RoPE)."""
+        self._check(x, "keys")
+        codes, mask = self._encode_keys(x)
+        packed = pack(codes, self.bits).flatten(2)  # a token's bytes stand together
+        sparse = None if mask is None else SparseSlab.from_mask(x, mask, self.key_slots(x.numel()))
+        return PackedKeys(packed, sparse)
+
+    def _unpack(self, packed: torch.Tensor, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
+        return unpack(packed.unflatten(2, (shape[2], -1)), self.bits)
+
+    def unpack_keys(self, packed: PackedKeys, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
+        """fp32 keys of the given block shape, bit for bit what :meth:`fake_keys` returns."""
+        out = self._decode_keys(self._unpack(packed.codes, shape))
+        if packed.outliers is not None:
+            packed.outliers.put_into(out)
+        return out
+
+    def pack_values(self, x: torch.Tensor) -> PackedValues:
+        """Packs value blocks `[blocks, num_heads, block_size, head_dim]` (fp16/bf16)."""
+        self._check(x, "values")
+        codes, zero, scale, mask = self._encode_values(x)
+        packed = pack(codes, self.bits).flatten(2)  # a token's bytes stand together
+        per_token = 2 * outliers_per_side(self.outliers, x.shape[1] * x.shape[3])
+        slots = min(x.shape[0] * x.shape[2] * per_token, x.numel())
+        sparse = None if mask is None else SparseSlab.from_mask(x, mask, slots)
+        return PackedValues(packed, zero, scale, sparse)
+
+    def unpack_values(
+        self, packed: PackedValues, shape: torch.Size | tuple[int, ...]
+    ) -> torch.Tensor:
+        """fp32 values of the given block shape."""
+        codes = self._unpack(packed.codes, shape)
+        out = self._decode_values(codes, packed.zero, packed.scale)
+        if packed.outliers is not None:
+            packed.outliers.put_into(out)
+        return out
+
+    def fake_keys(self, x: torch.Tensor) -> torch.Tensor:
+        """Quantized and dequantized keys without packing; any number of tokens a block."""
+        self._check(x, "keys")
+        codes, mask = self._encode_keys(x)
+        out = self._decode_keys(codes)
+        return out if mask is None else torch.where(mask, x.float(), out)
+
+    def fake_values(self, x: torch.Tensor) -> torch.Tensor:
+        """Quantized and dequantized values without packing; any number of tokens a block."""
+        self._check(x, "values")
+        codes, zero, scale, mask = self._encode_values(x)
+        out = self._decode_values(codes, zero, scale)
+        return out if mask is None else torch.where(mask, x.float(), out)

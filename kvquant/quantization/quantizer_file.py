@@ -1,0 +1,180 @@
+"""The quantizer artifact: `quantizer.json` and `quantizer.safetensors`; never a pickle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from kvquant.errors import UserError
+from kvquant.fetch.text_overlap import CalibratedText
+from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.formats.tensor_file import read_info, read_tensors, save_pair
+from kvquant.study.config import (
+    AnyScheme,
+    CalibratedScheme,
+    KvquantRefScheme,
+    NuqScheme,
+    SchemeSpec,
+)
+
+FIELDS = ("key_zero", "key_scale", "key_levels", "value_levels")
+FIELD = "quantizer"
+AGAIN = "build it again (`kvquant quantize`)"
+MAX_LAYERS = 4096
+
+
+class QuantizerManifest(BaseModel):
+    """What the tables were built from and for.
+
+    Attributes:
+        spec: The scheme's options.
+        weights_sha256: Of the model's weights.
+        model_identity: Of all files of the model (see :mod:`kvquant.fetch.model_manifest`).
+        text: What calibration read, which perplexity must not be measured on.
+        tensors_sha256: Of the safetensors file; set when it is written.
+        seal: sha256 over everything else here; set when it is written.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    schema_version: int = 2
+    library_version: str
+    model: str
+    weights_sha256: str
+    model_identity: str | None = None
+    text: CalibratedText | None = None
+    scheme: str
+    spec: dict[str, Any]
+    calibration: dict[str, Any]
+    spec_digest: str
+    num_layers: int = Field(ge=1, le=MAX_LAYERS)
+    num_kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    calibration_error: dict[str, float]
+    tensors_sha256: str = ""
+    seal: str = ""
+
+
+def tensors_path(manifest: Path) -> Path:
+    """The tensor file that belongs to a quantizer.json."""
+    return manifest.with_suffix(".safetensors")
+
+
+def save_quantizer(path: Path, manifest: QuantizerManifest, layers: list[LayerQuantizer]) -> None:
+    """Writes both files; the JSON last, so that its presence means a whole artifact."""
+    tensors = {
+        f"layers.{i}.{field}": getattr(layer, field)
+        for i, layer in enumerate(layers)
+        for field in FIELDS
+    }
+    save_pair(path, tensors_path(path), manifest.model_dump(mode="json"), tensors)
+
+
+def read_quantizer(path: Path) -> QuantizerManifest:
+    """The JSON of a quantizer, without its tensors.
+
+    Raises:
+        UserError: It is missing, damaged, was edited, or is of an older version.
+    """
+    raw = read_info(path, FIELD, AGAIN)
+    try:
+        return QuantizerManifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{FIELD}: {path} is damaged ({where}: {first['msg']}): {AGAIN}") from None
+
+
+def scheme_of(path: Path, manifest: QuantizerManifest) -> NuqScheme | KvquantRefScheme:
+    """The scheme that a quantizer was built for.
+
+    Raises:
+        UserError: The file tells none that takes a quantizer.
+    """
+    try:
+        found: AnyScheme = TypeAdapter(SchemeSpec).validate_python(manifest.spec)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{FIELD}: {path} is damaged ({where}: {first['msg']}): {AGAIN}") from None
+    if not isinstance(found, CalibratedScheme):
+        raise UserError(f"{FIELD}: {path} is damaged (kind '{found.kind}' takes none): {AGAIN}")
+    return found
+
+
+def check_scheme(path: Path, manifest: QuantizerManifest, scheme: AnyScheme) -> None:
+    """A quantizer serves the scheme that it was built for and no other.
+
+    Raises:
+        UserError: An option differs; the message names it.
+    """
+    built = scheme_of(path, manifest).model_dump(mode="json")
+    asked = scheme.model_dump(mode="json")
+    for name in ("kind", *asked, *built):
+        if built.get(name) != asked.get(name):
+            raise UserError(
+                f"{FIELD}: {path} was built for scheme '{manifest.scheme}' with {name}: "
+                f"{built.get(name)}, not for {name}: {asked.get(name)}: build one for this scheme, "
+                "or leave the scheme to the file"
+            )
+
+
+def check_digest(path: Path, digest: str) -> QuantizerManifest:
+    """A quantizer of a study is the one that the study's entries make; returns its JSON.
+
+    Args:
+        path: quantizer.json.
+        digest: Of model, calibration and scheme (:func:`kvquant.study.digests.quantizer_digest`).
+
+    Raises:
+        UserError: It was built from other entries.
+    """
+    if (found := read_quantizer(path)).spec_digest != digest:
+        raise UserError(
+            f"--quantizer: {path} was built for scheme '{found.scheme}' of model '{found.model}' "
+            f"from other entries of a study than these (digest {found.spec_digest}, not {digest}): "
+            "build it again"
+        )
+    return found
+
+
+def load_quantizer(
+    path: Path, *, weights_sha256: str | None, device: torch.device | str = "cpu"
+) -> tuple[QuantizerManifest, list[LayerQuantizer]]:
+    """Reads a quantizer and checks that it is whole and was built for the model at hand.
+
+    Args:
+        path: quantizer.json.
+        weights_sha256: Hash of the model's weights; None skips the check (a model in memory).
+        device: Where the tables go.
+
+    Raises:
+        UserError: A file is missing or damaged, its tables are not those of its JSON, or the
+            quantizer belongs to another model.
+    """
+    manifest = read_quantizer(path)
+    if weights_sha256 is not None and manifest.weights_sha256 != weights_sha256:
+        raise UserError(
+            f"{FIELD}: {path} was built for model '{manifest.model}' "
+            f"(weights {manifest.weights_sha256[:12]}), not for weights {weights_sha256[:12]}: "
+            "build one for this model"
+        )
+    entries = 2 ** scheme_of(path, manifest).bits
+    channels = (manifest.num_kv_heads, manifest.head_dim)
+    shapes = dict(zip(FIELDS, (channels, channels, (entries,), (entries,)), strict=True))
+    wanted = {f"layers.{i}.{f}": shapes[f] for i in range(manifest.num_layers) for f in FIELDS}
+    file = tensors_path(path)
+    tensors = read_tensors(file, manifest.tensors_sha256, wanted, FIELD, AGAIN)
+    for name, tensor in tensors.items():
+        if name.endswith("_levels") and bool((tensor.diff() < 0).any()):
+            raise UserError(f"{FIELD}: {file}: {name} is not sorted: {AGAIN}")
+        if name.endswith("_scale") and bool((tensor < 0).any()):
+            raise UserError(f"{FIELD}: {file}: {name} has a negative range: {AGAIN}")
+    layers = [
+        LayerQuantizer(*(tensors[f"layers.{i}.{field}"].to(device) for field in FIELDS))
+        for i in range(manifest.num_layers)
+    ]
+    return manifest, layers

@@ -1,0 +1,145 @@
+"""The environment in which a number was measured, recorded in every result."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvquant.energy.gpus import (
+    Gpu,
+    by_uuid,
+    cuda_index,
+    gpu_of,
+    load_nvml,
+    short_name,
+    visible_gpus,
+    visible_uuids,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+_PACKAGES = (
+    *("torch", "triton", "transformers", "numpy", "lm-eval", "snakemake", "kvquant"),
+    *("optimum-quanto", "hqq"),
+)
+
+
+def _git(*args: str) -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _seen(nvml: Any) -> list[Gpu]:
+    """The GPUs of this process: those of torch once it uses any, before that by the environment.
+
+    Asking torch earlier would make it take memory of a GPU.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        uuids = visible_uuids()
+        if uuids is not None:
+            return [by_uuid(nvml, uuid) for uuid in uuids]
+    return visible_gpus(nvml)
+
+
+def _gpus(devices: Sequence[torch.device] | None = None) -> list[dict[str, Any]]:
+    """Name, memory and driver of GPUs, empty without NVML.
+
+    Args:
+        devices: Those that were worked on; None is all that this process sees.
+    """
+    on_gpu = [device for device in devices or () if device.type == "cuda"]
+    if devices is not None and not on_gpu:
+        return []
+    try:
+        nvml = load_nvml()
+        found = _seen(nvml) if devices is None else [gpu_of(nvml, device) for device in on_gpu]
+        driver = nvml.nvmlSystemGetDriverVersion()
+    except Exception:  # no driver or no library: a CPU machine, or what torch says of its devices
+        return [_by_torch(device) for device in on_gpu]
+    return [
+        {"name": gpu.name, "memory_bytes": _memory(nvml, gpu), "driver": driver} for gpu in found
+    ]
+
+
+def _memory(nvml: Any, gpu: Gpu) -> int | None:
+    try:
+        return int(nvml.nvmlDeviceGetMemoryInfo(gpu.handle).total)
+    except Exception:  # GPUs that share the processor's memory do not say
+        return None
+
+
+def _by_torch(device: torch.device) -> dict[str, Any]:
+    import torch
+
+    found = torch.cuda.get_device_properties(cuda_index(device))
+    return {"name": found.name, "memory_bytes": int(found.total_memory), "driver": None}
+
+
+def device_name(device: torch.device | None = None) -> str:
+    """The kebab-case name of a GPU, or 'cpu' without one.
+
+    Example: "NVIDIA H100 80GB HBM3" gives "h100-80gb-hbm3". A slice of a GPU has its profile in
+    the name, as "a100-sxm4-40gb-mig-3g-20gb".
+
+    Args:
+        device: A device of torch that work runs on, known by its UUID. None is the first GPU that
+            CUDA will see by CUDA_VISIBLE_DEVICES: neither torch nor CUDA is started for that.
+    """
+    if device is None:
+        gpus = _gpus()
+        return short_name(str(gpus[0]["name"])) if gpus else "cpu"
+    if device.type != "cuda":
+        return "cpu"
+    try:
+        return short_name(gpu_of(load_nvml(), device).name)
+    except Exception:  # no NVML: torch knows the name of its device, too
+        return short_name(str(_by_torch(device)["name"]))
+
+
+def environment(devices: Sequence[torch.device] | None = None) -> dict[str, Any]:
+    """Versions, hardware and the state of the source tree (no host names, no paths).
+
+    Args:
+        devices: The devices that were worked on, whose GPUs are listed; None lists those that this
+            process sees.
+    """
+    return {**_software(), "gpus": _gpus(devices), "slurm_job": os.environ.get("SLURM_JOB_ID")}
+
+
+@functools.cache
+def _software() -> dict[str, Any]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    # A copy of the tree on another machine may have no history, or an older one: then it is told.
+    told = os.environ.get("KVQUANT_COMMIT")
+    commit = told or _git("rev-parse", "HEAD")
+    changes = None if told or not commit else _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "commit": commit,
+        "dirty": None if changes is None else bool(changes),
+        "python": sys.version.split()[0],
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "packages": versions,
+    }

@@ -1,0 +1,29 @@
+"""What a finished run says: its claims, and where its products are."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from kvquant.errors import UserError
+from kvquant.formats.files import read_text
+
+
+def claim_lines(file: Path) -> list[str]:
+    """The claims of a finished study, a line each; none of a file that cannot be read."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(file, "claims"))))
+        several = len({row["model"] for row in rows} - {"any"}) > 1
+        return [
+            f"  {row['verdict']:<20} {row['claim']}"
+            f"{' (' + row['model'] + ')' if several else ''}: {row['measured']}"
+            for row in rows
+        ]
+    except (UserError, KeyError, TypeError, csv.Error):
+        return []
+
+
+def product_lines(products: dict[str, Path]) -> list[str]:
+    """Where the products are that exist."""
+    return [f"  {name:<8} {path}" for name, path in products.items() if path.exists()]

@@ -1,0 +1,41 @@
+"""One run at a time in a study's results, with a lock that dies with its holder.
+
+Snakemake's own lock outlives a killed run and has to be removed by hand; the kernel gives an
+advisory `flock` back when its process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+from pathlib import Path
+from typing import IO
+
+from kvquant.errors import UserError
+from kvquant.formats.files import make_folder
+
+_held: list[IO[str]] = []  # open files, so that the locks live as long as this process
+
+
+def hold(folder: str | Path) -> None:
+    """Locks a results folder until this process ends.
+
+    A file system without locks is left unlocked (use Snakemake's `--lock` there).
+
+    Raises:
+        UserError: Another run holds the folder.
+    """
+    file = Path(folder) / ".lock"
+    make_folder(folder, "pathvars.results")
+    try:
+        handle = file.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror or error})") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.close()
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise UserError(f"{folder}: another run is writing here; wait for it") from None
+        return
+    _held.append(handle)

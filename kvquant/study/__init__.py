@@ -1,0 +1,1 @@
+"""A study, without torch: its typed configuration, digests, grid, records and schema."""

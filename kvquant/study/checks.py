@@ -1,0 +1,201 @@
+"""A study checked whole: what its parts say of each other, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from kvquant.errors import unknown
+from kvquant.study.numbers import MAX_NAMES, MAX_RESULTS
+from kvquant.study.paths import NAME
+from kvquant.study.schemes import MAX_SEED, CalibratedScheme
+from kvquant.study.tasks import (
+    LONGBENCH_TASKS,
+    MIN_RULER_LENGTH,
+    RULER_TASKS,
+    TEXTS,
+    LongBenchTask,
+    PerplexityTask,
+    RulerTask,
+)
+
+if TYPE_CHECKING:
+    from kvquant.study.config import Study
+
+MAX_NAME = 64
+# Words that tables and figures use beside the study's own keys.
+TAKEN = {"models": {"any": "claims without a model"}, "schemes": {"concatenation": "append's peer"}}
+
+
+def _names(study: Study) -> Iterator[str]:
+    groups: dict[str, Iterable[str]] = {
+        "models": study.models,
+        "schemes": study.schemes,
+        "tasks": study.tasks,
+        "throughput.workloads": study.throughput.workloads,
+        "energy.workloads": study.energy.workloads,
+        "kernels.cases": study.kernel_cases(),
+        "study": [study.study],
+    }
+    for field, names in groups.items():
+        found = list(names)
+        if len(found) > MAX_NAMES:
+            yield f"{field}: {len(found):,} entries; at most {MAX_NAMES:,}"
+        if not found and field in ("models", "schemes", "tasks"):
+            yield f"{field}: must name at least one"
+        for name in found:
+            if not NAME.fullmatch(name):
+                yield f"{field}: '{name[:MAX_NAME]}' must be kebab case ({NAME.pattern})"
+            elif len(name) > MAX_NAME:
+                yield f"{field}: '{name[:MAX_NAME]}...' is longer than {MAX_NAME} characters"
+            elif name in TAKEN.get(field, {}):
+                yield f"{field}: '{name}' is taken ({TAKEN[field][name]}); choose another name"
+
+
+def _not_among(field: str, names: Iterable[str], known: Iterable[str], what: str) -> Iterator[str]:
+    """Names of a list that are unknown, or stand twice."""
+    seen: set[str] = set()
+    for name in names:
+        if name not in known:
+            hint = str(unknown(what, name, known)).split(": ", 1)[1]
+            yield f"{field}: '{name}' is not among the {what}s; {hint}"
+        elif name in seen:
+            yield f"{field}: '{name}' stands twice"
+        seen.add(name)
+
+
+def _schemes(study: Study) -> Iterator[str]:
+    yield from _not_among("baseline", [study.baseline], study.schemes, "scheme")
+    yield from _not_among("headline", [study.headline], study.schemes, "scheme")
+    fractions = study.calibration.outlier_fractions
+    if len(set(fractions)) != len(fractions) or not all(0 <= f < 1 for f in fractions):
+        yield "calibration.outlier_fractions: must be distinct, from 0 to below 1"
+    for name, scheme in study.schemes.items():
+        if isinstance(scheme, CalibratedScheme) and scheme.outliers not in fractions:
+            yield (
+                f"schemes.{name}.outliers: {scheme.outliers} is not in "
+                f"calibration.outlier_fractions {fractions}; add it there"
+            )
+    if study.calibration.sinks >= study.calibration.window:
+        yield "calibration.sinks: leaves no token of a window"
+
+
+def _evaluation(study: Study) -> Iterator[str]:
+    spec = study.evaluation
+    yield from _not_among("evaluation.schemes", spec.schemes, study.schemes, "scheme")
+    if spec.schemes and study.baseline not in spec.schemes:
+        yield f"evaluation.schemes: the baseline '{study.baseline}' is missing"
+    evaluated = spec.schemes or list(study.schemes)
+    for name, limited in spec.tasks.items():
+        if name not in evaluated:
+            yield f"evaluation.tasks: '{name}' is not among the evaluated schemes"
+            continue
+        if name == study.baseline:
+            yield f"evaluation.tasks: the baseline '{name}' runs all tasks; remove its line"
+        for wanted in limited:
+            if wanted not in study.tasks:
+                reason = unknown("task", wanted, study.tasks)
+                yield f"evaluation.tasks.{name}: {reason}"
+            elif not _can(study, name, wanted):
+                yield (
+                    f"evaluation.tasks.{name}: protocol {_protocol(study, wanted)} of "
+                    f"'{wanted}' is one that kind '{study.schemes[name].kind}' cannot run"
+                )
+    for task in study.tasks:
+        if study.baseline in study.schemes and not _can(study, study.baseline, task):
+            yield (
+                f"tasks.{task}: the baseline '{study.baseline}' cannot run its protocol "
+                f"{_protocol(study, task)}, so nothing can be compared on it"
+            )
+    for name in spec.schemes:
+        if name in study.schemes and not any(_can(study, name, task) for task in study.tasks):
+            yield f"evaluation.schemes: '{name}' cannot run the protocol of any task; leave it out"
+
+
+def _protocol(study: Study, task: str) -> str:
+    spec = study.tasks[task]
+    return spec.protocol if isinstance(spec, PerplexityTask) else "A"
+
+
+def _can(study: Study, scheme: str, task: str) -> bool:
+    return _protocol(study, task) in study.schemes[scheme].protocols
+
+
+def _tasks(study: Study) -> Iterator[str]:
+    texts = [*TEXTS, *(f"longbench-{name}" for name in LONGBENCH_TASKS)]
+    datasets = {"calibration.dataset": study.calibration.dataset}
+    for name, task in study.tasks.items():
+        if isinstance(task, RulerTask | LongBenchTask):
+            known = RULER_TASKS if isinstance(task, RulerTask) else LONGBENCH_TASKS
+            if task.task not in known:
+                reason = unknown(f"{task.suite} task", task.task, known)
+                yield f"tasks.{name}.task: {reason}"
+            if task.max_new_tokens >= task.length:
+                yield f"tasks.{name}.max_new_tokens: leaves no room for a prompt in `length`"
+        if isinstance(task, RulerTask):
+            least = MIN_RULER_LENGTH.get(task.task, 0)
+            if task.length < least:
+                yield f"tasks.{name}.length: '{task.task}' needs at least {least} tokens"
+        if isinstance(task, PerplexityTask):
+            datasets[f"tasks.{name}.dataset"] = task.dataset
+    for field, dataset in datasets.items():
+        if dataset not in texts:
+            yield f"{field}: {unknown('dataset', dataset, texts)}"
+
+
+def _timed(study: Study) -> Iterator[str]:
+    for field, spec in (("throughput", study.throughput), ("energy", study.energy)):
+        yield from _not_among(f"{field}.schemes", spec.schemes, study.schemes, "scheme")
+        timed = spec.schemes or list(study.schemes)
+        for label, workload in spec.workloads.items():
+            where = f"{field}.workloads.{label}.schemes"
+            yield from _not_among(where, workload.schemes, study.schemes, "scheme")
+            for name in workload.schemes:
+                if name in study.schemes and name not in timed:
+                    yield f"{where}: '{name}' is not in {field}.schemes, so it is not measured"
+    if study.append is not None:
+        yield from _not_among("append.schemes", study.append.schemes, study.schemes, "scheme")
+    for label, case in study.kernel_cases().items():
+        for name in case.peers:
+            if name not in study.schemes or name in (study.baseline, study.headline):
+                what = "measured anyway" if name in study.schemes else "not among the schemes"
+                yield f"kernels.cases.{label}.peers: '{name}' is {what}"
+    measured = {
+        *(study.evaluation.schemes or study.schemes),
+        *study.timed_schemes(study.throughput),
+    }
+    if study.headline in study.schemes and study.headline not in measured:
+        yield (
+            f"headline: '{study.headline}' is neither evaluated nor timed: add it to "
+            "evaluation.schemes"
+        )
+
+
+def _statistics(study: Study) -> Iterator[str]:
+    margins = study.statistics.margins
+    for name, task in study.tasks.items():
+        if task.suite not in margins:
+            yield f"statistics.margins: no margin for the suite '{task.suite}' of the task '{name}'"
+
+
+def _size(study: Study) -> Iterator[str]:
+    """Counts by multiplication: a list of so many results would fill memory."""
+    if len(set(study.seeds)) != len(study.seeds) or not all(
+        0 <= s <= MAX_SEED for s in study.seeds
+    ):
+        yield f"seeds: must be distinct and not negative, at most {MAX_SEED}"
+    results = len(study.schemes) * len(study.tasks) * len(study.seeds)
+    for spec in (study.throughput, study.energy):
+        results += len(study.schemes) * len(spec.workloads) * spec.reps
+    results *= len(study.models)
+    if results > MAX_RESULTS:
+        yield f"reps, seeds: {results:,} results; a study has at most {MAX_RESULTS:,}"
+
+
+def problems(study: Study) -> Iterator[str]:
+    """What is wrong with a study as a whole, one line each, most basic first."""
+    for check in (_names, _size, _schemes, _tasks, _evaluation, _timed, _statistics):
+        found = list(check(study))
+        yield from found
+        if found and check in (_names, _size, _schemes):
+            return  # what follows reads these

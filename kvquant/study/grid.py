@@ -1,0 +1,211 @@
+"""`kvquant grid`: what a study will run, shown before it starts."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+
+from kvquant.study.config import PerplexityTask, Study, load_study
+from kvquant.study.digests import asks_prompts, needs_calibration
+
+CPUS_PER_GPU = 16  # a GPU's share of a node with 128 cores and 8 GPUs
+CALIBRATION_MINUTES = 120
+TIMED_MINUTES = 30  # of a timed job beside its timed rounds: loading, warm-up, a slow disk
+BENCH_MEM_MB = 16_000  # torch, and on a CPU one layer of the append benchmark at its largest size
+LOAD_MINUTES = 3  # one process: imports, weights from a shared file system, first kernels
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one job asks of a scheduler."""
+
+    gpus: int
+    mem_mb: int
+    minutes: int
+
+
+def request(
+    study: Study, rule: str, model: str | None, task: str | None = None, attempt: int = 1
+) -> Request:
+    """What a job of `rule` asks for; time and memory grow with each attempt.
+
+    A timed job of several GPUs takes a node's share of memory for each of them and has no more to
+    ask for: growing would exceed the node, and such a job waits for ever.
+    """
+    if rule == "append_cost":
+        assert study.append is not None
+        return Request(study.gpus, BENCH_MEM_MB * attempt, study.append.minutes * attempt)
+    if rule == "kernel_case":
+        assert study.kernels is not None
+        return Request(study.gpus, BENCH_MEM_MB * attempt, study.kernels.minutes * attempt)
+    assert model is not None
+    spec = study.model(model)
+    mem = spec.mem_gb * 1000
+    if rule in ("throughput", "energy"):
+        minutes = TIMED_MINUTES + math.ceil(_timed_seconds(study, rule) / 60)
+        if study.gpus > 1:
+            return Request(study.gpus, mem * study.gpus, minutes * attempt)
+        return Request(study.gpus, mem * attempt, minutes * attempt)
+    gpus = spec.gpus if study.gpus else 0
+    if rule == "calibrate":
+        return Request(gpus, mem * attempt, CALIBRATION_MINUTES * attempt)
+    assert task is not None
+    return Request(gpus, mem * attempt, study.task(task).minutes * len(study.seeds) * attempt)
+
+
+def place_in_line(study: Study, model: str, scheme: str, task: str) -> int:
+    """When an evaluation's turn comes: tasks as the study lists them, in each all schemes.
+
+    A run that is cut short has then finished the first tasks for every scheme, to be compared.
+    """
+    place = list(study.tasks).index(task)
+    place = place * len(study.models) + list(study.models).index(model)
+    return place * len(study.schemes) + list(study.schemes).index(scheme)
+
+
+def _timed_seconds(study: Study, rule: str) -> float:
+    """Upper bound of the timed part: the scheme and the baseline, prefill and decode."""
+    if rule == "throughput":
+        return 2 * study.throughput.max_seconds
+    spec = study.energy
+    return spec.idle_seconds + 2 * 2 * spec.trials * spec.seconds
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number or 'all'} {noun}{'' if number == 1 else 's'}"
+
+
+def grid_rows(study: Study) -> list[tuple[str, int, int, str]]:
+    """(stage, jobs, results, what) of every measured stage."""
+    models, seeds = len(study.models), len(study.seeds)
+    rows = []
+    for name, task in study.tasks.items():
+        if isinstance(task, PerplexityTask):
+            size = f"of {task.window} tokens" if task.window else "of all the model's positions"
+            what = f"{_count(task.windows, 'window')} {size}, protocol {task.protocol}"
+        else:
+            what = f"{_count(task.samples, 'sample')} of {task.length} tokens"
+        jobs = models * sum(study.evaluates(scheme, name) for scheme in study.schemes)
+        rows.append((f"evaluate {name}", jobs, jobs * seeds, f"{what}, {_count(seeds, 'seed')}"))
+    for stage, cells, spec in (
+        ("throughput", study.throughput_cells(), study.throughput),
+        ("energy", study.energy_cells(), study.energy),
+    ):
+        workloads = ", ".join(spec.workloads) or "none"
+        rows.append((stage, models * len(cells), models * len(cells), workloads))
+    if study.append is not None:
+        first, last = study.append.sizes[0], study.append.sizes[-1]
+        what = f"{len(study.append.sizes)} sizes from {first} to {last} tokens"
+        rows.append(("append", study.append.reps, study.append.reps, what))
+    if cases := study.kernel_cases():
+        rows.append(("kernels", len(cases), len(cases), ", ".join(cases)))
+    return rows
+
+
+def job_rows(study: Study) -> list[tuple[str, int, float]]:
+    """(rule, jobs, GPU-hours requested by their first attempts) of every measuring rule."""
+    rows = []
+    built = sum(needs_calibration(s) for s in study.schemes.values())
+
+    def hours(rule: str, jobs: int, task: str | None = None) -> float:
+        asked = (request(study, rule, model, task) for model in study.models)
+        return jobs * sum(r.gpus * r.minutes for r in asked) / 60
+
+    models = len(study.models)
+    if built:
+        rows.append(("calibrate", models, hours("calibrate", 1)))
+        rows.append(("quantize", models * built, 0.0))
+    if asking := sum(map(asks_prompts, study.tasks.values())):
+        rows.append(("prompts", models * asking, 0.0))
+    cells = study.eval_cells()
+    evaluation = sum(hours("evaluate", 1, task) for _, task in cells)
+    rows.append(("evaluate", models * len(cells), evaluation))
+    for rule, timed in (
+        ("throughput", study.throughput_cells()),
+        ("energy", study.energy_cells()),
+    ):
+        rows.append((rule, models * len(timed), hours(rule, len(timed))))
+    if study.append is not None:
+        asked, reps = request(study, "append_cost", None), study.append.reps
+        rows.append(("append_cost", reps, reps * asked.gpus * asked.minutes / 60))
+    if study.kernels is not None:
+        asked = request(study, "kernel_case", None)
+        cases = len(study.kernels.cases)
+        rows.append(("kernel_case", cases, cases * asked.gpus * asked.minutes / 60))
+    return rows
+
+
+def expected_gpu_hours(study: Study) -> float:
+    """GPU-hours that the first attempts of all jobs ask for; 0 for a CPU study."""
+    return sum(hours for _, _, hours in job_rows(study))
+
+
+def one_job_a_seed(study: Study) -> tuple[int, float]:
+    """(jobs, GPU-hours) if each seed were a job of its own and loaded its model anew."""
+    rows = job_rows(study)
+    evaluations = next(jobs for rule, jobs, _ in rows if rule == "evaluate")
+    more = evaluations * (len(study.seeds) - 1)
+    loading = sum(
+        request(study, "evaluate", m, t).gpus * (len(study.seeds) - 1)
+        for m in study.models
+        for _, t in study.eval_cells()
+    )
+    jobs = sum(jobs for _, jobs, _ in rows)
+    return jobs + more, expected_gpu_hours(study) + loading * LOAD_MINUTES / 60
+
+
+def summary_lines(study: Study) -> list[str]:
+    """Jobs and GPU-hours by rule, and what one job a seed would have been."""
+    rows = job_rows(study)
+    total = sum(jobs for _, jobs, _ in rows)
+    lines = [f"  {'rule':<32} {'jobs':>5}      GPU-hours requested"]
+    for rule, jobs, hours in [*rows, ("all", total, expected_gpu_hours(study))]:
+        lines.append(f"  {rule:<32} {jobs:>5} jobs {hours:>9,.1f}")
+    jobs, hours = one_job_a_seed(study)
+    lines.append(
+        f"  with one job a seed: {jobs} jobs, {hours:,.1f} GPU-hours "
+        f"({LOAD_MINUTES} minutes a job to load the model)"
+    )
+    return lines
+
+
+def grid_lines(study: Study) -> list[str]:
+    """The grid as plain lines."""
+    lines = [
+        f"Study '{study.study}': {len(study.models)} model(s) {', '.join(study.models)}; "
+        f"{len(study.schemes)} schemes {', '.join(study.schemes)}"
+    ]
+    for stage, jobs, results, what in grid_rows(study):
+        lines.append(f"  {stage:<32} {jobs:>5} jobs {results:>6} results  {what}")
+    return lines + (summary_lines(study) if study.gpus else [])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `kvquant grid`."""
+    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the grid as a table."""
+    # Here and not above: the Snakefile imports this module for `grid_lines`.
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    study = load_study(args.study)
+    table = Table(box=box.SIMPLE, title=f"Study '{study.study}'", title_justify="left")
+    for heading in ("stage", "jobs", "results", "what"):
+        table.add_column(heading, justify="right" if heading in ("jobs", "results") else "left")
+    rows = grid_rows(study)
+    for stage, jobs, results, what in rows:
+        table.add_row(stage, f"{jobs:,}", f"{results:,}", what)
+    table.add_section()
+    table.add_row("all", f"{sum(r[1] for r in rows):,}", f"{sum(r[2] for r in rows):,}", "")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"models:  {', '.join(study.models)}")
+    console.print(f"schemes: {', '.join(study.schemes)}")
+    console.print(f"seeds:   {', '.join(map(str, study.seeds))}")
+    for line in summary_lines(study) if study.gpus else []:
+        print(line)

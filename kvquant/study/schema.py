@@ -1,0 +1,25 @@
+"""`kvquant schema`: the JSON schema of a study file, for editors and for the drift test."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from kvquant.study.config import json_schema
+
+
+def schema_text() -> str:
+    """The schema as committed in config/schema.json."""
+    return json.dumps(json_schema(), indent=2, sort_keys=True) + "\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `kvquant schema`."""
+    parser.add_argument("--out", type=Path, default=Path("config/schema.json"))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the schema."""
+    args.out.write_text(schema_text(), encoding="utf-8")
+    print(f"schema: written to {args.out}")

@@ -1,0 +1,26 @@
+"""`kvquant study`: validates a study file and writes it with every default filled in."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from kvquant.study.config import digest, load_study
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `kvquant study`."""
+    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
+    parser.add_argument("--out", type=Path, help="JSON to write; default: print it")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Validates and writes the study."""
+    study = load_study(args.study)
+    text = study.model_dump_json(indent=2) + "\n"
+    if args.out is None:
+        print(text, end="")
+        return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text, encoding="utf-8")
+    print(f"study: {study.study} (digest {digest(study)}) written to {args.out}")

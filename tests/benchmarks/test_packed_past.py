@@ -1,0 +1,41 @@
+"""The measurement of a chunk over a packed past, small, wherever kernels run."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvquant.benchmarks.decode import runs
+from kvquant.benchmarks.packed_past import main
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("chunk", [1, 6])
+def test_sides_agree_and_are_timed(chunk: int, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    main(
+        f"--heads 2 --kv-heads 1 --dim 64 --batch 2 --past 75 --chunk {chunk} --block-size 32 "
+        f"--rounds 5 --device {device} --out {out}".split()
+    )
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["largest_difference"] < 5e-3
+    assert result["ms"]["kernels"]["n"] == 5
+    assert result["ms"]["kernels"]["median"] > result["ms"]["expand"]["median"] > 0
+    assert result["speed_over_pytorch"] > 0
+    assert result["packed_bytes"] < result["fp16_bytes"]
+
+
+def test_a_refusal_says_what_the_backend_warns_of() -> None:
+    def refuses() -> None:
+        warnings.warn("Flash attention kernel not used because:", stacklevel=1)
+        warnings.warn("heads differ (Triggered internally at x.cpp:1.)", stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.\nmore")
+
+    assert runs(refuses) == "No available kernel. Aborting execution. heads differ"
+    assert runs(lambda: None) is None

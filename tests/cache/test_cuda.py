@@ -1,0 +1,76 @@
+"""The cache on a GPU: kernels against the PyTorch path, generation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kvquant.models.loading import QuantizedModel
+from kvquant.study.config import KiviScheme, NuqScheme
+from tests.cache.test_kvquant_cache import feed, quantized
+from tests.conftest import tiny_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def on_gpu(spec: Any, dtype: torch.dtype = torch.float32) -> QuantizedModel:
+    qm = quantized(tiny_model().to(dtype), spec)
+    qm.model.cuda()
+    for codec in qm.codecs or []:
+        if isinstance(spec, NuqScheme):
+            old = codec.quantizer  # type: ignore[attr-defined]
+            codec.quantizer = type(old)(old.tables.to("cuda"), old.bits, old.outliers)  # type: ignore[attr-defined]
+    return qm
+
+
+@pytest.mark.parametrize("proto", ["A", "B"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_kernels_and_pytorch_give_the_same(
+    bits: int, proto: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qm = on_gpu(NuqScheme(kind="nuq", bits=bits, block_size=32))
+    ids = torch.randint(0, 97, (3, 150), device="cuda")
+    mask = torch.ones_like(ids)
+    # single columns are tokens: on a GPU nobody looks at a step's mask before it is taken
+    mask[1, :60], mask[2, :96] = 0, 0
+    found = []
+    for kernels in ("triton", "pytorch"):
+        monkeypatch.setenv("KVQUANT_KERNELS", kernels)
+        logits, _ = feed(qm, ids, mask, [97, 1, 1, 51], proto)
+        found.append(torch.where(mask[..., None].bool(), logits, 0))
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+
+
+def test_padding_in_a_step_is_reported_later() -> None:
+    qm = on_gpu(NuqScheme(kind="nuq", bits=4, block_size=32))
+    ids = torch.randint(0, 97, (2, 120), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :101] = 0
+    with pytest.raises(ValueError, match="a decode step hid a stored token, showed padding"):
+        feed(qm, ids, mask, [97, 1, 1, 1, 20], "A")[1].settle()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        NuqScheme(kind="nuq", bits=2, outliers=1.0, block_size=32),
+        NuqScheme(kind="nuq", bits=4, block_size=32),
+        KiviScheme(kind="kivi", bits=4, group=16, residual=16),
+    ],
+    ids=["exact", "nuq4", "kivi4"],
+)
+def test_generate_in_half_precision(spec: Any) -> None:
+    qm = on_gpu(spec, torch.float16)
+    prompts = torch.randint(1, 97, (2, 120), device="cuda")
+    mask = torch.ones_like(prompts)
+    mask[1, :33] = 0
+    settings = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cache = qm.new_cache()
+    out = qm.model.generate(prompts, attention_mask=mask, past_key_values=cache, **settings)
+    assert out.shape == (2, 160)
+    assert cache.lengths == [159, 126]

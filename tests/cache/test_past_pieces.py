@@ -1,0 +1,68 @@
+"""The pieces of a past hold each of its tokens once, at its position, and no other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvquant.cache import past_pieces
+from kvquant.cache.layout import Layout
+from kvquant.cache.past_pieces import Piece, cut_past
+from kvquant.kernels.blockwise_attention import NEVER
+
+CPU = torch.device("cpu")
+
+
+def rope(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A table of one element that is the position itself."""
+    return positions[..., None].float(), -positions[..., None].float()
+
+
+def cut(layout: Layout, *, causal: bool = False, queries: int = 1) -> list[Piece]:
+    shape = torch.Size((len(layout.lengths), 2, queries, 16))
+    return cut_past(layout, layout.view(), rope, shape, CPU, causal=causal)
+
+
+@given(
+    st.lists(st.integers(1, 200), min_size=1, max_size=4),
+    st.integers(0, 40),
+    st.integers(0, 20),
+    st.sampled_from([32, 64, 4096]),
+    st.booleans(),
+)
+def test_every_token_once_at_its_position(
+    lengths: list[int], sinks: int, residual: int, most: int, causal: bool
+) -> None:
+    layout = Layout(sinks, 32, residual)
+    layout.append([slice(0, n) for n in lengths])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(past_pieces, "MOST_TOKENS", most)
+        pieces = cut(layout, causal=causal)
+    for row, length in enumerate(lengths):
+        found: list[int] = []
+        for piece in pieces:
+            table = piece.rope[0].expand(len(lengths), -1, -1)[row, :, 0].long()
+            assert table.numel() == piece.columns
+            assert torch.equal(piece.rope[1], -piece.rope[0])
+            if piece.positions is None:
+                assert not causal
+                there = torch.ones_like(table, dtype=torch.bool)
+            else:
+                there = piece.positions.expand(len(lengths), -1)[row] != NEVER
+                assert torch.equal(piece.positions[row, there], table[there])
+            found += table[there].tolist()
+        assert found == list(range(length))
+    blocks = [piece for piece in pieces if piece.part == "blocks"]
+    assert all(piece.columns <= max(most, 32) for piece in blocks)
+    assert sum(piece.columns for piece in blocks) == 32 * max(len(t) for t in layout.table)
+
+
+def test_many_queries_make_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(0, 32, 0)
+    layout.append([slice(0, 256)])
+    assert [piece.columns for piece in cut(layout)] == [256]
+    monkeypatch.setattr(past_pieces, "MOST_SCORES", 2 * 50 * 64)
+    assert [piece.columns for piece in cut(layout, queries=50)] == [64] * 4
+    assert [piece.columns for piece in cut(layout, queries=5000)] == [32] * 8  # at least a block

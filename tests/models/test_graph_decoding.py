@@ -1,0 +1,158 @@
+"""Decoding through the CUDA kernel, eager and as a graph, against the PyTorch path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.models.generation import greedy
+from kvquant.models.graph_decoding import GraphedDecoder
+from kvquant.models.loading import QuantizedModel, install_attention
+from kvquant.quantization.nuq import fit
+from kvquant.schemes.registry import build_codecs
+from kvquant.study.config import NuqScheme
+from tests.cache.test_kvquant_cache import SPECS, quantized
+from tests.conftest import tiny_model
+
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DIM = 64
+
+
+def half_model(spec: NuqScheme, family: str = "llama") -> QuantizedModel:
+    model = tiny_model(family, head_dim=DIM).half().cuda()
+    install_attention(model)
+    reach = 2.6 if family == "qwen3" else 0.4  # its keys are normalized
+    levels = fit("nf", spec.bits)
+    tables = LayerQuantizer(torch.zeros(2, DIM), torch.full((2, DIM), reach), levels, levels)
+    tables = tables.to("cuda")
+    return QuantizedModel(model, None, spec, build_codecs(spec, 2, [tables, tables]))
+
+
+@torch.inference_mode()
+def prefill(qm: QuantizedModel, lengths: list[int]) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(5)
+    width = max(lengths)
+    ids = torch.randint(0, 97, (len(lengths), width), device="cuda")
+    mask = torch.ones_like(ids)
+    for row, n in zip(mask, lengths, strict=True):
+        row[: width - n] = 0
+    cache = qm.new_cache()
+    padded = min(lengths) < width
+    qm.model(
+        input_ids=ids,
+        attention_mask=mask if padded else None,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        past_key_values=cache,
+    )
+    return cache, mask, torch.tensor(lengths, device="cuda")[:, None]
+
+
+@torch.inference_mode()
+def eager(qm: QuantizedModel, lengths: list[int], tokens: torch.Tensor) -> torch.Tensor:
+    cache, mask, positions = prefill(qm, lengths)
+    out = []
+    for i in range(tokens.shape[1]):
+        mask = torch.cat((mask, mask.new_ones(len(lengths), 1)), 1)
+        logits = qm.model(
+            input_ids=tokens[:, i : i + 1],
+            attention_mask=mask if min(lengths) < max(lengths) else None,
+            position_ids=positions + i,
+            past_key_values=cache,
+        ).logits
+        out.append(logits[:, -1].float().clone())
+    assert cache.lengths == [n + tokens.shape[1] for n in lengths]
+    return torch.stack(out)
+
+
+class TestOnGpu:
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize("lengths", [[70, 70], [3, 97, 64]], ids=["equal", "ragged"])
+    @pytest.mark.parametrize("family", ["llama", "qwen3"])
+    def test_kernel_graph_and_pytorch_agree(
+        self, lengths: list[int], family: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        qm = half_model(NuqScheme(kind="nuq", bits=3, block_size=32), family)
+        tokens = torch.randint(0, 97, (len(lengths), 75), device="cuda")
+        monkeypatch.setenv("KVQUANT_KERNELS", "pytorch")
+        expected = eager(qm, lengths, tokens)
+        monkeypatch.setenv("KVQUANT_KERNELS", "auto")
+        found = eager(qm, lengths, tokens)
+        cache, _, _ = prefill(qm, lengths)
+        assert cache.step_tables(torch.device("cuda")) is not None
+        decoder = GraphedDecoder(qm.model, cache, 32)  # too little room: captured again
+        graphed = torch.stack(
+            [decoder.step(tokens[:, i : i + 1]).float().clone() for i in range(tokens.shape[1])]
+        )
+        scale = expected.std()
+        # fp16 arithmetic against fp32; a rounding that flips a code then shows in later tokens
+        assert (found - expected).std() < 0.02 * scale
+        assert (found - expected).abs().max() < 0.1 * scale
+        assert (graphed - found).abs().max() < 0.01 * scale
+        assert cache.lengths == [n + tokens.shape[1] for n in lengths]
+
+    @pytest.mark.parametrize("lengths", [[70, 70], [3, 97, 64]], ids=["equal", "ragged"])
+    def test_greedy_answers_are_the_same_with_a_graph(
+        self, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        qm = half_model(NuqScheme(kind="nuq", bits=3, block_size=32))
+        torch.manual_seed(5)  # the prompts of `prefill`
+        width = max(lengths)
+        ids = torch.randint(0, 97, (len(lengths), width), device="cuda")
+        rows = [row[width - n :].tolist() for row, n in zip(ids, lengths, strict=True)]
+        steps, plain = [0], GraphedDecoder.step
+
+        def counted(self: GraphedDecoder, tokens: torch.Tensor) -> torch.Tensor:
+            steps[0] += 1
+            return plain(self, tokens)
+
+        monkeypatch.setattr(GraphedDecoder, "step", counted)
+        options: dict[str, Any] = {"batch_size": len(rows), "eos_ids": []}
+        without = greedy(qm, rows, 100, graph=False, **options)
+        assert steps == [0]
+        found = greedy(qm, rows, 100, **options)
+        assert steps == [99]
+        assert found.row_bytes == without.row_bytes
+        # Sums are split in another way, so a near tie may fall the other way; each token must be
+        # the best, or as good as it, of the steps without a graph on the same answer.
+        assert [a[0] for a in found.tokens] == [a[0] for a in without.tokens]
+        answers = torch.tensor(found.tokens, device="cuda")
+        logits = eager(qm, lengths, answers)[:-1]
+        chosen = logits.gather(2, answers[:, 1:].T[..., None])[..., 0]
+        assert (logits.amax(-1) - chosen).max() < 0.05 * logits.std()
+
+    def test_beams_crop_and_copies_after_kernel_steps(self) -> None:
+        qm = half_model(NuqScheme(kind="nuq", bits=4, block_size=32))
+        settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        ids = torch.randint(1, 97, (2, 90), device="cuda")
+        cache = qm.new_cache()
+        first = qm.model.generate(ids, past_key_values=cache, max_new_tokens=40, **settings)
+        again = qm.new_cache()
+        with torch.inference_mode():
+            qm.model(input_ids=ids[:, :60], past_key_values=again)
+            fork = again.copy()
+            for part in (again, fork):
+                qm.model(input_ids=ids[:, 60:-1], past_key_values=part)
+        one = qm.model.generate(ids, past_key_values=again, max_new_tokens=40, **settings)
+        two = qm.model.generate(ids, past_key_values=fork, max_new_tokens=40, **settings)
+        assert torch.equal(one, two)
+        assert first.shape == one.shape
+        beams = qm.model.generate(
+            ids, past_key_values=qm.new_cache(), max_new_tokens=40, num_beams=3, **settings
+        )
+        assert beams.shape == (2, 130)
+
+
+def test_a_cache_without_a_kernel_is_refused() -> None:
+    qm = quantized(tiny_model(), SPECS[0])
+    cache = qm.new_cache()
+    with torch.inference_mode():
+        qm.model(input_ids=torch.randint(0, 97, (1, 40)), past_key_values=cache)
+    with pytest.raises(ValueError, match="decode kernel"):
+        GraphedDecoder(qm.model, cache)

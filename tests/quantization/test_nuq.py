@@ -1,0 +1,76 @@
+"""Codebooks: the exact k-means against brute force, registry, Q-Norm."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvquant.errors import UserError
+from kvquant.quantization.nuq import Histogram, fit, kmeans_1d, normal_float, q_norm
+
+
+def _cost(x: np.ndarray, w: np.ndarray, levels: np.ndarray) -> float:
+    return float((w * ((x[:, None] - levels[None]) ** 2).min(1)).sum())
+
+
+def _brute(x: np.ndarray, w: np.ndarray, k: int) -> float:
+    best = np.inf
+    for cuts in itertools.combinations(range(1, len(x)), k - 1):
+        edges = [0, *cuts, len(x)]
+        means = np.array([np.average(x[a:b], weights=w[a:b]) for a, b in itertools.pairwise(edges)])
+        best = min(best, _cost(x, w, means))
+    return best
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(4, 9), k=st.integers(2, 4), seed=st.integers(0, 10**6))
+def test_kmeans_is_globally_optimal(n: int, k: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = np.sort(rng.uniform(-1, 1, n))
+    w = rng.uniform(0.1, 5, n)
+    levels = kmeans_1d(x, w, k)
+    assert np.all(np.diff(levels) >= 0)
+    assert _cost(x, w, levels) == pytest.approx(_brute(x, w, k), rel=1e-6, abs=1e-12)
+
+
+def test_fewer_points_than_levels_keeps_every_point() -> None:
+    levels = kmeans_1d(np.array([-0.5, 0.25]), np.array([1.0, 2.0]), 8)
+    assert len(levels) == 8
+    assert {-0.5, 0.25} <= set(levels.tolist())
+
+
+def test_weights_pull_levels() -> None:
+    x = np.linspace(-1, 1, 101)
+    flat = kmeans_1d(x, np.ones(101), 4)
+    right = kmeans_1d(x, np.where(x > 0.5, 100.0, 1.0), 4)
+    assert (right > 0.5).sum() > (flat > 0.5).sum()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_normal_float_has_zero_and_spans_the_range(bits: int) -> None:
+    levels = normal_float(bits)
+    assert len(set(levels.tolist())) == 2**bits
+    assert 0.0 in levels
+    assert np.abs(levels).max() == 1.0
+
+
+def test_q_norm_restores_mean_and_spread() -> None:
+    rng = np.random.default_rng(0)
+    centers = np.linspace(-1, 1, 512)
+    counts = np.exp(-((centers - 0.1) ** 2) / 0.08) * rng.uniform(0.9, 1.1, 512)
+    histogram = Histogram(centers, counts, counts)
+    levels = kmeans_1d(centers, counts, 4)
+    fixed = q_norm(levels, histogram)
+    codes = np.searchsorted((levels[:-1] + levels[1:]) / 2, centers)
+    share = counts / counts.sum()
+    mean = (share * centers).sum()
+    assert (share * fixed[codes]).sum() == pytest.approx(mean, abs=1e-9)
+    spread = np.sqrt((share * (centers - mean) ** 2).sum())
+    assert np.sqrt((share * (fixed[codes] - mean) ** 2).sum()) == pytest.approx(spread, rel=1e-6)
+
+
+def test_unknown_datatype_offers_names() -> None:
+    with pytest.raises(UserError, match="did you mean nuq"):
+        fit("nuk", 3)

@@ -1,0 +1,149 @@
+"""Digests: a result depends on what it was made of, and on nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kvquant.errors import UserError
+from kvquant.study import digests
+from kvquant.study.config import Study, load_study, parse_study
+
+MODEL = "smollm2-135m"
+
+
+@pytest.fixture()
+def raw(root: Path) -> dict[str, Any]:
+    return yaml.safe_load((root / "config/demo.yaml").read_text())
+
+
+def every_digest(study: Study) -> dict[str, str]:
+    """Every digest of a study."""
+    found = {"calibrate": digests.calibration_digest(study, MODEL)}
+    for scheme in study.schemes:
+        found[f"quantize/{scheme}"] = digests.quantizer_digest(study, MODEL, scheme)
+        for task in study.tasks:
+            for seed in study.seeds:
+                key = f"eval/{scheme}/{task}/{seed}"
+                found[key] = digests.eval_digest(study, MODEL, scheme, task, seed)
+    for scheme, workload, _ in study.throughput_cells():
+        found[f"perf/{scheme}/{workload}"] = digests.perf_digest(study, MODEL, scheme, workload)
+    found["append"] = digests.append_digest(study)
+    for scheme, workload, _ in study.energy_cells():
+        found[f"energy/{scheme}/{workload}"] = digests.energy_digest(study, MODEL, scheme, workload)
+    return found
+
+
+def changed(raw: dict[str, Any], *keys: str, value: Any) -> set[str]:
+    """The digests that another value of one key changes."""
+    before = every_digest(parse_study(raw))
+    other = yaml.safe_load(yaml.safe_dump(raw))
+    at = other
+    for key in keys[:-1]:
+        at = at[key]
+    at[keys[-1]] = value
+    after = every_digest(parse_study(other))
+    return {name for name in before if name in after and before[name] != after[name]}
+
+
+def test_all_results_of_a_study_differ(raw: dict[str, Any]) -> None:
+    found = every_digest(parse_study(raw))
+    assert len(set(found.values())) == len(found)
+
+
+def test_a_task_changes_its_own_results(raw: dict[str, Any]) -> None:
+    found = changed(raw, "tasks", "passkey-1k", "length", value=512)
+    assert found
+    assert all(name.startswith("eval/") and "/passkey-1k/" in name for name in found)
+
+
+def test_calibration_changes_calibrated_schemes_only(raw: dict[str, Any]) -> None:
+    found = changed(raw, "calibration", "window", value=256)
+    assert "calibrate" in found
+    schemes = {name.split("/")[1] for name in found if "/" in name}
+    assert schemes == {s for s in raw["schemes"] if s.startswith("nuq")}
+
+
+def test_append_depends_on_its_own_section_and_schemes(raw: dict[str, Any]) -> None:
+    assert changed(raw, "append", "rounds", value=7) == {"append"}
+    assert changed(raw, "append", "minutes", value=7) == set()
+    found = changed(raw, "schemes", "nuq3-1pct", "sinks", value=4)
+    assert "append" in found  # the headline scheme
+    assert "append" not in changed(raw, "schemes", "kivi-2", "residual", value=64)
+    assert "append" not in changed(raw, "models", "smollm2-135m", "mem_gb", value=9)
+
+
+def test_kernels_depend_on_their_case_and_its_schemes(root: Path) -> None:
+    raw = yaml.safe_load((root / "config/smoke.yaml").read_text())
+    case = {"shape": "tiny", "tokens": 64, "measure": ["prefill"]}
+    raw["kernels"]["cases"] = {"one": case, "two": {**case, "peers": ["kivi-2"]}}
+
+    def found(*keys: str, value: Any) -> set[str]:
+        other = yaml.safe_load(yaml.safe_dump(raw))
+        at = other
+        for key in keys[:-1]:
+            at = at[key]
+        at[keys[-1]] = value
+        before, after = parse_study(raw), parse_study(other)
+        return {
+            name
+            for name in ("one", "two")
+            if digests.kernels_digest(before, name) != digests.kernels_digest(after, name)
+        }
+
+    assert found("kernels", "cases", "one", "tokens", value=96) == {"one"}
+    assert found("schemes", "kivi-2", "residual", value=64) == {"two"}
+    assert found("schemes", "nuq3-1pct", "sinks", value=4) == {"one", "two"}
+    assert found("kernels", "rounds", value=7) == {"one", "two"}
+    assert found("kernels", "minutes", value=7) == set()
+    with pytest.raises(UserError, match="unknown case 'thre'"):
+        digests.kernels_digest(parse_study(raw), "thre")
+
+
+def test_timing_changes_its_own_stage(raw: dict[str, Any]) -> None:
+    for stage, key, value in (("throughput", "warmup", 3), ("energy", "trials", 4)):
+        found = changed(raw, stage, key, value=value)
+        assert {name.split("/")[0] for name in found} == {{"throughput": "perf"}.get(stage, stage)}
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("title",), "another"),
+        (("seeds",), [0, 1]),
+        (("statistics", "alpha"), 0.01),
+        (("pathvars", "results"), "elsewhere"),
+        (("tasks", "ppl-b", "minutes"), 7),
+        (("tasks", "ppl-b", "batch_size"), 7),
+        (("evaluation",), {"batch_tokens": 5000}),
+        (("throughput", "reps"), 2),
+    ],
+)
+def test_what_no_result_depends_on(raw: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+    assert changed(raw, *keys, value=value) == set()
+
+
+def test_a_fetched_model_does_not_depend_on_the_machine(root: Path) -> None:
+    demo, h100 = (load_study(root / f"config/{n}.yaml").models[MODEL] for n in ("demo", "h100"))
+    assert demo.gpus != h100.gpus
+    assert digests.weights_digest(demo) == digests.weights_digest(h100)
+    other = demo.model_copy(update={"sha256": "0" * 64})
+    assert digests.weights_digest(other) != digests.weights_digest(demo)
+
+
+def test_an_option_added_later_leaves_older_digests(raw: dict[str, Any]) -> None:
+    raw["schemes"]["kivi-2"].pop("sinks", None)
+    named = yaml.safe_load(yaml.safe_dump(raw))
+    named["schemes"]["kivi-2"]["sinks"] = 0
+    assert every_digest(parse_study(raw)) == every_digest(parse_study(named))
+    # as the published records of KIVI have it
+    scheme = {"kind": "kivi", "bits": 2, "group": 32, "residual": 32}
+    assert parse_study(raw).scheme("kivi-2").model_dump(mode="json") == scheme
+    found = changed(raw, "schemes", "kivi-2", "sinks", value=1)
+    assert {n.split("/")[1] for n in found} == {"kivi-2"}
+    named["schemes"]["kivi-2"]["sinks"] = 1
+    kept = parse_study(parse_study(named).model_dump(mode="json"))
+    assert kept.scheme("kivi-2") == parse_study(named).scheme("kivi-2")
