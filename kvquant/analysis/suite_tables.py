@@ -40,7 +40,7 @@ def kept_tokens(study: Study, scheme: str) -> str:
 
 
 def longbench_name(t: Tables) -> str:
-    """ "LongBench", or "LongBench subset (n rows)" where rows of the official data are missing."""
+    """LongBench's name in tables, with the number of rows where official rows are missing."""
     tasks = t.evaluations[t.evaluations.suite == "longbench"].drop_duplicates("task")
     if not len(tasks) or (tasks.rows_available >= tasks.rows_official).all():
         return "LongBench"

@@ -230,8 +230,11 @@ class KVQuantCache(Cache, AttendingCache):
         return None if self.plan.whole(self.query_positions.shape[1]) else self.new_positions
 
     def starts_whole(self, keys: torch.Tensor) -> bool:
-        """Whether the current call is the first, has no padding and is small enough to be read
-        back at once; its keys are `[batch_size, num_kv_heads, new_len, head_dim]`."""
+        """Whether the current call is the first, without padding, and small enough to read back.
+
+        Args:
+            keys: Of the current call, `[batch_size, num_kv_heads, new_len, head_dim]`.
+        """
         first = not any(self.plan.before.lengths) and self.token_positions() is None
         return first and keys.numel() <= MOST_READ_BACK
 

@@ -84,10 +84,14 @@ class Limited(Protocol):
     """A task on a model with so many positions."""
 
     @property
-    def task(self) -> str: ...
+    def task(self) -> str:
+        """The task's name in the study."""
+        ...
 
     @property
-    def position_limit(self) -> int: ...
+    def position_limit(self) -> int:
+        """The number of positions that the model has, scaled ones included."""
+        ...
 
 
 def check_length(context: Limited, length: int, answer: int, field_name: str = "length") -> None:

@@ -1,10 +1,10 @@
-"""`kvquant` as a model of lm-eval: any of its text tasks over a quantized cache.
+r"""`kvquant` as a model of lm-eval: any of its text tasks over a quantized cache.
 
 lm-eval 0.4.13 finds a model by name in a registry that is filled by importing modules; it has no
 entry points and no option that names a module. So this module registers itself when imported and
 starts lm-eval's own command line:
 
-    python -m kvquant.evaluation.lm_eval_model --model kvquant \\
+    python -m kvquant.evaluation.lm_eval_model --model kvquant \
         --model_args pretrained=DIR,scheme=nuq3-1pct,quantizer=FILE --tasks ...
 
 Protocol A is the default: a question's prompt fills the cache and the continuation, or each

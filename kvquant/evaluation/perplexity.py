@@ -163,7 +163,7 @@ def measure_windows(
 
 
 def run_perplexity(context: Context, spec: PerplexityTask, seed: int) -> SuiteResult:
-    """exp of the mean negative log likelihood over all scored tokens of a seed's windows."""
+    """Returns the perplexity of a seed's windows: exp of the mean loss over all scored tokens."""
     qm = context.qm
     window = spec.window or qm.max_positions
     check_length(context, window, 0, "window")

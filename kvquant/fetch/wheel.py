@@ -88,7 +88,7 @@ def pip_command() -> tuple[str, ...]:
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    """pip's environment: uv's index settings carried over, temporary files in `scratch`."""
+    """Environment of pip: uv's index settings carried over, temporary files in `scratch`."""
     env = {**os.environ, "TMPDIR": str(scratch), "LC_ALL": "C.UTF-8", "COLUMNS": "1000"}
     mirror = os.environ.get("UV_DEFAULT_INDEX") or os.environ.get("UV_INDEX_URL")
     if mirror and "PIP_INDEX_URL" not in env:

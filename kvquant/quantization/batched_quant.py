@@ -138,8 +138,10 @@ class BatchedKVQuantizer:
         return levels.mul_(scale.float().view(shape)).add_(zero.float().view(shape))
 
     def key_slots(self, elements: int) -> int:
-        """Room for key outliers on a GPU, where nobody waits for their number: half as many again
-        as calibrated, and a little for small inputs."""
+        """Returns how many key outliers a GPU makes room for: 1.5 times the calibrated number.
+
+        The host never waits for the true number. 1024 slots more cover small inputs.
+        """
         if self.outliers == 0:
             return 0
         expected = 1.5 * self.outliers * elements + 1024
@@ -211,8 +213,7 @@ class BatchedKVQuantizer:
         zero_out: torch.Tensor,
         scale_out: torch.Tensor,
     ) -> bool:
-        """Packs both into memory that is already there; False, and nothing written, where no
-        kernels apply. The host does not wait.
+        """Packs keys and values into memory that is already there, without a host sync.
 
         Args:
             keys: fp16/bf16 `[blocks, num_heads, block_size, head_dim]`.
@@ -221,6 +222,9 @@ class BatchedKVQuantizer:
             value_target: Where values go.
             zero_out: 16-bit `[blocks, block_size]`.
             scale_out: The same.
+
+        Returns:
+            False, with nothing written, where no kernel applies.
         """
         shape = self._cuda_shape(keys, values)
         if shape is not None:

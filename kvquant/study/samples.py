@@ -71,7 +71,7 @@ class Summary:
 
 
 def perplexity_summary(rows: Sequence[dict[str, Any]]) -> Summary:
-    """exp of the mean negative log likelihood over all scored tokens."""
+    """Perplexity: exp of the mean negative log likelihood over all scored tokens."""
     scored = sum(row["tokens"] for row in rows)
     mean = math.fsum(row["nll"] for row in rows) / scored
     window = max(row["tokens"] for row in rows) + 1  # the first token is not scored

@@ -294,7 +294,7 @@ def test_any_damage_is_one_line(manifest: Path, data: st.DataObject) -> None:
     "refused; the tensor is named, nothing is drawn at random",
 )
 def test_weights_that_lack_a_tensor_are_refused(home: Path) -> None:
-    """transformers would fill it with random numbers."""
+    """Otherwise transformers would fill it with random numbers."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(home / "model.safetensors")

@@ -15,7 +15,7 @@ from kvquant.formats.blocked_sparse import (
 
 
 def _dense(slabs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """token x channel matrix of all marked elements, by plain loops over blocks and heads."""
+    """Token x channel matrix of all marked elements, by plain loops over blocks and heads."""
     rows = []
     for x, mask in slabs:
         kept = torch.where(mask, x, torch.zeros_like(x))

@@ -90,7 +90,7 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def assert_fake_is_packed(codec: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """pack -> unpack is fake bit for bit, whatever the number of tokens looked at."""
+    """Checks that pack → unpack is fake bit for bit, whatever the number of tokens looked at."""
     shape: Any = tuple(keys.shape)
     found = codec.unpack(codec.pack(keys, values), shape)
     for block in range(shape[0]):
