@@ -28,7 +28,7 @@ class AppendSpec(Strict):
         description="tokens a sequence holds before the timed calls",
     )
     chunks: list[int] = Field(
-        [1, 64], min_length=1, max_length=MAX_NAMES, description="tokens a sequence and call"
+        [1, 64], min_length=1, max_length=MAX_NAMES, description="tokens per sequence and call"
     )
     schemes: list[str] = Field(
         default_factory=list, description="empty: the baseline and the headline scheme"
@@ -36,11 +36,11 @@ class AppendSpec(Strict):
     concatenation: bool = Field(
         True, description="also the headline scheme with arrays grown by concatenation, as KVQuant"
     )
-    batch_size: int = Field(1, ge=1, le=MAX_BATCH)
-    kv_heads: int = Field(8, ge=1, le=MAX_BATCH)
-    head_dim: int = Field(128, ge=8, le=MAX_BATCH, multiple_of=8)
+    batch_size: int = Field(1, ge=1, le=MAX_BATCH, description="sequences per batch")
+    kv_heads: int = Field(8, ge=1, le=MAX_BATCH, description="key-value heads of the layer")
+    head_dim: int = Field(128, ge=8, le=MAX_BATCH, multiple_of=8, description="channels per head")
     rounds: int = Field(
-        10, ge=5, le=MAX_ROUNDS, description="timed rounds a size; a round fills whole blocks"
+        10, ge=5, le=MAX_ROUNDS, description="timed rounds per size; a round fills whole blocks"
     )
     reps: int = Field(1, ge=1, le=MAX_REPS, description="independent jobs")
     minutes: int = Field(30, ge=1, le=MAX_MINUTES, description="expected run time of one job")

@@ -60,10 +60,10 @@ from kvquant.study.tasks import task_dataset as task_dataset
 class CalibrationSpec(Strict):
     """The text and the statistics from which non-uniform codebooks are built."""
 
-    dataset: str = "essays"
+    dataset: str = Field("essays", description="text that the windows are cut from")
     windows: int = Field(16, ge=1, le=MAX_SAMPLES, description="number of calibration windows")
     window: int = Field(2048, ge=32, le=MAX_TOKENS, description="tokens in a window")
-    seed: int = Field(0, ge=0, le=MAX_SEED)
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="chooses where the windows begin")
     sinks: int = Field(
         1, ge=0, le=MAX_TOKENS, description="first tokens of a window that are left out"
     )
@@ -79,7 +79,7 @@ class Workload(Strict):
     """One throughput or energy workload."""
 
     prompt: int = Field(ge=1, le=MAX_TOKENS, description="tokens of the longest prompt")
-    batch_size: int = Field(1, ge=1, le=MAX_BATCH)
+    batch_size: int = Field(1, ge=1, le=MAX_BATCH, description="prompts per batch")
     answer: int = Field(16, ge=0, le=MAX_TOKENS, description="decoded tokens")
     ragged: bool = Field(False, description="prompt lengths fall evenly to half of `prompt`")
     schemes: list[str] = Field(
@@ -90,11 +90,13 @@ class Workload(Strict):
 class TimingSpec(Strict):
     """How long and how often a workload is timed."""
 
-    workloads: dict[str, Workload] = Field(default_factory=dict)
+    workloads: dict[str, Workload] = Field(
+        default_factory=dict, description="workloads by name; none: the stage is not measured"
+    )
     schemes: list[str] = Field(default_factory=list, description="empty: all schemes of the study")
     reps: int = Field(1, ge=1, le=MAX_REPS, description="independent jobs per cell")
-    warmup: int = Field(5, ge=0, le=MAX_ROUNDS)
-    iterations: int = Field(100, ge=1, le=MAX_ROUNDS)
+    warmup: int = Field(5, ge=0, le=MAX_ROUNDS, description="rounds before the timed ones")
+    iterations: int = Field(100, ge=1, le=MAX_ROUNDS, description="timed rounds at most")
     max_seconds: float = Field(
         120.0, gt=0, le=MAX_SECONDS, description="stop after this long (at least 5 rounds)"
     )
@@ -103,20 +105,29 @@ class TimingSpec(Strict):
 class EnergySpec(Strict):
     """How energy is measured: trials of at least `seconds`, interleaved with the baseline."""
 
-    workloads: dict[str, Workload] = Field(default_factory=dict)
+    workloads: dict[str, Workload] = Field(
+        default_factory=dict, description="workloads by name; none: the stage is not measured"
+    )
     schemes: list[str] = Field(default_factory=list, description="empty: all schemes of the study")
-    reps: int = Field(1, ge=1, le=MAX_REPS)
-    trials: int = Field(5, ge=1, le=MAX_ROUNDS)
-    seconds: float = Field(5.0, gt=0, le=MAX_SECONDS)
-    idle_seconds: float = Field(5.0, ge=0, le=MAX_SECONDS)
+    reps: int = Field(1, ge=1, le=MAX_REPS, description="independent jobs per cell")
+    trials: int = Field(5, ge=1, le=MAX_ROUNDS, description="trials per scheme, in turns")
+    seconds: float = Field(
+        5.0,
+        gt=0,
+        le=MAX_SECONDS,
+        description="shortest trial; on a GPU at least 5 s, as its counter needs",
+    )
+    idle_seconds: float = Field(
+        5.0, ge=0, le=MAX_SECONDS, description="how long idle power is measured before the trials"
+    )
     country: str = Field("POL", description="ISO code for CodeCarbon's offline carbon intensity")
 
 
 class Study(Strict):
     """A complete study; one YAML file under config/."""
 
-    study: str
-    title: str = ""
+    study: str = Field(description="short name in kebab case")
+    title: str = Field("", description="heading of the report and the paper")
     device: DeviceKey = Field(
         "auto", description="name in perf and energy paths; 'auto' asks the GPU"
     )
@@ -124,21 +135,43 @@ class Study(Strict):
         0, ge=0, le=64, description="GPUs of a throughput or energy job; 0: CPU study"
     )
     protect: bool = Field(False, description="write-protect measured results")
-    seeds: list[int] = Field([0, 1, 2, 3, 4], min_length=1, max_length=MAX_NAMES)
-    baseline: str = "fp16"
+    seeds: list[int] = Field(
+        [0, 1, 2, 3, 4],
+        min_length=1,
+        max_length=MAX_NAMES,
+        description="each chooses its own samples or window offsets",
+    )
+    baseline: str = Field("fp16", description="the scheme that all others are compared with")
     headline: str = Field("nuq3-1pct", description="the scheme whose claims are made")
-    data_dir: str | None = None
-    models: dict[str, ModelSpec]
-    calibration: CalibrationSpec = CalibrationSpec()
-    schemes: dict[str, SchemeSpec]
-    tasks: dict[str, TaskSpec]
-    evaluation: EvaluationSpec = EvaluationSpec()
-    throughput: TimingSpec = TimingSpec()
-    energy: EnergySpec = EnergySpec()
-    append: AppendSpec | None = Field(None, description="absent: not measured")
-    kernels: KernelsSpec | None = Field(None, description="absent: not measured")
-    statistics: StatisticsSpec = StatisticsSpec()
-    pathvars: PathVars = Field(default_factory=dict, description="results, paper, logs, cache")
+    data_dir: str | None = Field(
+        None, description="folder of local data sets; absent: the hub is asked"
+    )
+    models: dict[str, ModelSpec] = Field(description="models by name")
+    calibration: CalibrationSpec = Field(
+        CalibrationSpec(), description="what calibrated schemes are built from"
+    )
+    schemes: dict[str, SchemeSpec] = Field(description="cache schemes by name")
+    tasks: dict[str, TaskSpec] = Field(
+        description="evaluation tasks by name, in the order in which they are measured"
+    )
+    evaluation: EvaluationSpec = Field(
+        EvaluationSpec(), description="which schemes run which tasks, and in what batches"
+    )
+    throughput: TimingSpec = Field(TimingSpec(), description="latency and memory of workloads")
+    energy: EnergySpec = Field(EnergySpec(), description="energy of workloads")
+    append: AppendSpec | None = Field(
+        None, description="cost of a token as the cache grows; absent: not measured"
+    )
+    kernels: KernelsSpec | None = Field(
+        None, description="cases of the kernel benchmark; absent: not measured"
+    )
+    statistics: StatisticsSpec = Field(
+        StatisticsSpec(), description="how schemes are compared with the baseline"
+    )
+    pathvars: PathVars = Field(
+        default_factory=dict,
+        description="folders of the workflow by name: results, paper, logs, cache",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:

@@ -47,18 +47,20 @@ SHAPES: dict[str, dict[str, int]] = {
 class KernelCase(Strict):
     """One shape of a model with random weights, and what is timed on it."""
 
-    shape: ShapeName
+    shape: ShapeName = Field(description="dimensions of the model")
     batch: int = Field(1, ge=1, le=MAX_BATCH, description="sequences")
     tokens: int = Field(
         ge=32, le=MAX_TOKENS, multiple_of=32, description="tokens of the longest sequence"
     )
     ragged: bool = Field(False, description="lengths of whole models' prompts fall to half")
-    measure: list[Measure] = Field(min_length=1)
+    measure: list[Measure] = Field(min_length=1, description="what is timed")
     peers: list[str] = Field(
         default_factory=list, description="schemes beside ours, in prefill and layer-step"
     )
     steps: int = Field(1000, ge=20, le=MAX_ROUNDS, description="decode steps of the whole model")
-    chunk: int = Field(512, ge=1, le=MAX_TOKENS, description="new tokens a sequence, in 'continue'")
+    chunk: int = Field(
+        512, ge=1, le=MAX_TOKENS, description="new tokens per sequence, in 'continue'"
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> KernelCase:
@@ -74,9 +76,9 @@ class KernelCase(Strict):
 class KernelsSpec(Strict):
     """Kernels of the headline scheme against copies, fp16 and peers; needs no model's weights."""
 
-    cases: dict[str, KernelCase] = Field(min_length=1)
-    rounds: int = Field(20, ge=5, le=MAX_ROUNDS, description="most rounds that count")
-    warmup: int = Field(1, ge=1, le=MAX_ROUNDS, description="rounds before, which do not count")
+    cases: dict[str, KernelCase] = Field(min_length=1, description="cases by name, one job each")
+    rounds: int = Field(20, ge=5, le=MAX_ROUNDS, description="timed rounds at most")
+    warmup: int = Field(1, ge=1, le=MAX_ROUNDS, description="rounds before the timed ones")
     max_seconds: float = Field(
         10.0, gt=0, le=MAX_SECONDS, description="after 5 rounds no round starts later"
     )

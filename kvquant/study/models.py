@@ -36,7 +36,9 @@ class ModelSpec(Strict):
     """Where a causal language model comes from, and how its chat template is filled in."""
 
     later: ClassVar[tuple[str, ...]] = CHAT_OPTIONS
-    source: Literal["pypi-gguf", "hub", "local"]
+    source: Literal["pypi-gguf", "hub", "local"] = Field(
+        description="a wheel of the package index, the Hugging Face hub, or a folder"
+    )
     repo: str | None = Field(None, description="hub id (source: hub)")
     revision: str | None = Field(None, description="hub revision or commit (source: hub)")
     path: str | None = Field(None, description="directory with config.json (source: local)")
@@ -50,9 +52,13 @@ class ModelSpec(Strict):
     mem_gb: int = Field(
         8, ge=1, le=MAX_BATCH, description="host memory of a job with this model, GB"
     )
-    thinking: bool = Field(False, description="chat templates with a switch let the model think")
+    thinking: bool = Field(
+        False, description="whether chat templates with a switch let the model think"
+    )
     reasoning_effort: str | None = Field(
-        None, pattern="^[a-z]+$", description="for chat templates that have levels of it"
+        None,
+        pattern="^[a-z]+$",
+        description="level of reasoning, for chat templates that have levels",
     )
     date_string: str = Field(DATE_STRING, description="the day that chat templates write")
 

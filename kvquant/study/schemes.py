@@ -76,14 +76,14 @@ class Fp16Scheme(_Scheme):
     """The unquantized cache, the baseline of every comparison."""
 
     quantizes: ClassVar[bool] = False
-    kind: Literal["fp16"]
+    kind: Literal["fp16"] = Field(description="kind of the scheme")
 
 
 class Fp16StaticScheme(_Scheme):
     """An unquantized cache allocated once, in place of one that is reallocated as it grows."""
 
     quantizes: ClassVar[bool] = False
-    kind: Literal["fp16-static"]
+    kind: Literal["fp16-static"] = Field(description="kind of the scheme")
     room: int = Field(
         256, ge=1, le=MAX_TOKENS, description="tokens allocated beyond the first call's"
     )
@@ -92,15 +92,19 @@ class Fp16StaticScheme(_Scheme):
 class NuqScheme(_Scheme):
     """Non-uniform quantization with exact sparse outliers (ours; KVQuant's datatype)."""
 
-    kind: Literal["nuq"]
-    bits: Literal[2, 3, 4]
+    kind: Literal["nuq"] = Field(description="kind of the scheme")
+    bits: Literal[2, 3, 4] = Field(description="bits per code")
     outliers: float = Field(0.01, ge=0.0, le=1.0, description="fraction of exact outliers")
     sinks: int = Field(
         1, ge=0, le=MAX_TOKENS, description="first tokens of each sequence kept in fp16"
     )
-    block_size: Literal[32, 64, 128, 256, 512, 1024] = 64
-    datatype: Datatype = Field("nuq", description="name of a codebook")
-    weighting: Literal["fisher-range2", "fisher", "none"] = "fisher-range2"
+    block_size: Literal[32, 64, 128, 256, 512, 1024] = Field(
+        64, description="tokens per block of memory"
+    )
+    datatype: Datatype = Field("nuq", description="datatype of the codes")
+    weighting: Literal["fisher-range2", "fisher", "none"] = Field(
+        "fisher-range2", description="weights of the k-means that fits codebooks"
+    )
     q_norm: bool = Field(False, description="match mean and variance of the quantized data")
 
 
@@ -108,8 +112,8 @@ class KiviScheme(_Scheme):
     """KIVI (arXiv 2402.02750): keys per channel, values per token, in groups, with a residual."""
 
     later: ClassVar[tuple[str, ...]] = ("sinks",)
-    kind: Literal["kivi"]
-    bits: Literal[2, 3, 4]
+    kind: Literal["kivi"] = Field(description="kind of the scheme")
+    bits: Literal[2, 3, 4] = Field(description="bits per code")
     group: int = Field(
         32, ge=8, le=MAX_TOKENS, description="elements that share a scale and a zero"
     )
@@ -132,29 +136,31 @@ class _TokenScheme(_Scheme):
 class Fp8Scheme(_TokenScheme):
     """8-bit floating point (E4M3)."""
 
-    kind: Literal["fp8"]
-    scale: Literal["token-head", "none"] = "token-head"
+    kind: Literal["fp8"] = Field(description="kind of the scheme")
+    scale: Literal["token-head", "none"] = Field(
+        "token-head", description="one scale per token and head, or none"
+    )
 
 
 class TurboQuantScheme(_TokenScheme):
     """TurboQuant (arXiv 2504.19874): random rotation, 16-bit norm, Lloyd-Max levels."""
 
-    kind: Literal["turboquant"]
-    bits: Literal[2, 3, 4]
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="of the random signs")
+    kind: Literal["turboquant"] = Field(description="kind of the scheme")
+    bits: Literal[2, 3, 4] = Field(description="bits per code")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the random signs")
 
 
 class Int4HadamardScheme(_TokenScheme):
     """Asymmetric INT4 per token and head after a Hadamard rotation (SAW-INT4, arXiv 2604.19157)."""
 
-    kind: Literal["int4-hadamard"]
+    kind: Literal["int4-hadamard"] = Field(description="kind of the scheme")
 
 
 class KvquantRefScheme(_Scheme):
     """KVQuant's published procedure (arXiv 2401.18079): one sequence at a time, growing arrays."""
 
-    kind: Literal["kvquant-ref"]
-    bits: Literal[2, 3, 4]
+    kind: Literal["kvquant-ref"] = Field(description="kind of the scheme")
+    bits: Literal[2, 3, 4] = Field(description="bits per code")
     outliers: float = Field(0.01, ge=0.0, lt=0.5, description="fraction of exact outliers")
     sinks: int = Field(
         1, ge=0, le=MAX_TOKENS, description="first tokens of each sequence kept in fp16"
@@ -162,8 +168,10 @@ class KvquantRefScheme(_Scheme):
     room: int = Field(
         256, ge=1, le=MAX_TOKENS, description="tokens of dense codes allocated beyond the prompt's"
     )
-    datatype: Datatype = Field("nuq", description="name of a codebook")
-    weighting: Literal["fisher-range2", "fisher", "none"] = "fisher-range2"
+    datatype: Datatype = Field("nuq", description="datatype of the codes")
+    weighting: Literal["fisher-range2", "fisher", "none"] = Field(
+        "fisher-range2", description="weights of the k-means that fits codebooks"
+    )
     q_norm: bool = Field(False, description="match mean and variance of the quantized data")
 
 
@@ -171,8 +179,8 @@ class HfQuantoScheme(_Scheme):
     """Transformers' QuantizedCache with optimum-quanto."""
 
     protocols: ClassVar[tuple[str, ...]] = ("A",)
-    kind: Literal["hf-quanto"]
-    bits: Literal[2, 4]
+    kind: Literal["hf-quanto"] = Field(description="kind of the scheme")
+    bits: Literal[2, 4] = Field(description="bits per code")
     group: int = Field(
         64, ge=8, le=MAX_TOKENS, description="elements that share a scale and a zero"
     )
@@ -186,8 +194,8 @@ class HfHqqScheme(_Scheme):
 
     protocols: ClassVar[tuple[str, ...]] = ("A",)
     batches: ClassVar[bool] = False  # groups run across sequences, levels are fitted to all
-    kind: Literal["hf-hqq"]
-    bits: int = Field(json_schema_extra={"enum": [2, 4, 8]}, description="2, 4 or 8")
+    kind: Literal["hf-hqq"] = Field(description="kind of the scheme")
+    bits: int = Field(json_schema_extra={"enum": [2, 4, 8]}, description="bits per code: 2, 4 or 8")
     group: int = Field(
         64, ge=8, le=MAX_TOKENS, description="elements that share a scale and a zero"
     )
@@ -214,7 +222,7 @@ class HfFp8Scheme(_Scheme):
 
     protocols: ClassVar[tuple[str, ...]] = ("A",)
     batches: ClassVar[bool] = False  # the scale is of all sequences
-    kind: Literal["hf-fp8"]
+    kind: Literal["hf-fp8"] = Field(description="kind of the scheme")
 
 
 CalibratedScheme = NuqScheme | KvquantRefScheme

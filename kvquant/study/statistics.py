@@ -90,7 +90,7 @@ def _margins() -> dict[Suite, Margin]:
 class StatisticsSpec(Strict):
     """How schemes are compared with the baseline."""
 
-    alpha: float = Field(0.05, gt=0, lt=1)
+    alpha: float = Field(0.05, gt=0, lt=1, description="significance level of the tests")
     margins: dict[Suite, Margin] = Field(
         default_factory=_margins,
         description="equivalence margin of each suite",

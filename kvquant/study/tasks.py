@@ -34,19 +34,19 @@ MIN_RULER_LENGTH = {"vt": 400}  # its shortest chain with instruction and answer
 class PerplexityTask(Strict):
     """Perplexity over non-overlapping windows; the seed moves the first window's offset."""
 
-    suite: Literal["perplexity"]
-    dataset: str = "wikitext2"
+    suite: Literal["perplexity"] = Field(description="suite of the task")
+    dataset: str = Field("wikitext2", description="text that is read")
     window: int = Field(
         2048, ge=0, le=MAX_TOKENS, description="tokens; 0 takes all positions of the model"
     )
     windows: int = Field(
-        0, ge=0, le=MAX_WINDOWS, description="windows a seed; 0 takes the whole text"
+        0, ge=0, le=MAX_WINDOWS, description="windows per seed; 0 takes the whole text"
     )
-    protocol: Literal["A", "B"] = "B"
-    chunk: int = Field(256, ge=1, le=MAX_TOKENS, description="tokens a chunk (protocol A)")
-    batch_size: int = Field(
-        1, ge=1, le=MAX_BATCH, description="most windows that go through the model together"
+    protocol: Literal["A", "B"] = Field(
+        "B", description="A: a prompt attends in full precision; B: every token reads codes"
     )
+    chunk: int = Field(256, ge=1, le=MAX_TOKENS, description="tokens per chunk (protocol A)")
+    batch_size: int = Field(1, ge=1, le=MAX_BATCH, description="windows per batch at most")
     kl: bool = Field(True, description="also the KL divergence to the unquantized cache")
     minutes: int = Field(
         30, ge=1, le=MAX_MINUTES, description="expected run time of one seed on one GPU"
@@ -62,12 +62,12 @@ class PerplexityTask(Strict):
 class PasskeyTask(Strict):
     """Passkey retrieval (Mohtashami and Jaggi, arXiv 2305.16300); the seed draws key and place."""
 
-    suite: Literal["passkey"]
+    suite: Literal["passkey"] = Field(description="suite of the task")
     length: int = Field(1024, ge=128, le=MAX_TOKENS, description="prompt tokens")
     samples: int = Field(
-        10, ge=1, le=MAX_SAMPLES, description="prompts a seed, their depths spread evenly"
+        10, ge=1, le=MAX_SAMPLES, description="prompts per seed, their depths spread evenly"
     )
-    batch_size: int = Field(4, ge=1, le=MAX_BATCH)
+    batch_size: int = Field(4, ge=1, le=MAX_BATCH, description="prompts per batch at most")
     minutes: int = Field(
         30, ge=1, le=MAX_MINUTES, description="expected run time of one seed on one GPU"
     )
@@ -76,11 +76,11 @@ class PasskeyTask(Strict):
 class RulerTask(Strict):
     """One RULER task (arXiv 2404.06654), generated and scored by the pinned lm-eval package."""
 
-    suite: Literal["ruler"]
+    suite: Literal["ruler"] = Field(description="suite of the task")
     task: str = Field(description="niah_single_1, niah_single_2, niah_multikey_1, vt, ...")
     length: int = Field(4096, ge=256, le=MAX_TOKENS, description="prompt plus answer tokens")
-    samples: int = Field(20, ge=1, le=MAX_SAMPLES)
-    batch_size: int = Field(4, ge=1, le=MAX_BATCH)
+    samples: int = Field(20, ge=1, le=MAX_SAMPLES, description="prompts per seed")
+    batch_size: int = Field(4, ge=1, le=MAX_BATCH, description="prompts per batch at most")
     max_new_tokens: int = Field(
         0, ge=0, le=MAX_TOKENS, description="0 keeps RULER's own generation length"
     )
@@ -92,7 +92,7 @@ class RulerTask(Strict):
 class LongBenchTask(Strict):
     """One English task of LongBench (arXiv 2308.14508), as in the pinned lm-eval package."""
 
-    suite: Literal["longbench"]
+    suite: Literal["longbench"] = Field(description="suite of the task")
     task: str = Field(description="qasper, hotpotqa, gov_report, triviaqa, lcc, ...")
     length: int = Field(
         8192,
@@ -101,9 +101,12 @@ class LongBenchTask(Strict):
         description="prompt plus answer tokens; longer prompts lose their middle",
     )
     samples: int = Field(
-        0, ge=0, le=MAX_SAMPLES, description="rows a seed draws; 0, or more than all, takes all"
+        0,
+        ge=0,
+        le=MAX_SAMPLES,
+        description="rows that each seed draws; 0, or more than all, takes all",
     )
-    batch_size: int = Field(4, ge=1, le=MAX_BATCH)
+    batch_size: int = Field(4, ge=1, le=MAX_BATCH, description="prompts per batch at most")
     max_new_tokens: int = Field(
         0, ge=0, le=MAX_TOKENS, description="0 keeps LongBench's own generation length"
     )
@@ -137,5 +140,5 @@ class EvaluationSpec(Strict):
         description="tasks of single schemes; a scheme that is not named here runs all",
     )
     batch_tokens: int | None = Field(
-        None, ge=1, description="most tokens of a batch, padding included; absent: no limit"
+        None, ge=1, description="tokens of a batch at most, padding included; absent: no limit"
     )
