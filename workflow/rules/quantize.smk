@@ -19,9 +19,7 @@ rule quantize:
         runtime=lambda wildcards, attempt: 60 * attempt,
     params:
         study=STUDY_FILE,
-        digest=lambda wildcards: digests.quantizer_digest(
-            STUDY, wildcards.model, wildcards.scheme
-        ),
+        digest=lambda wildcards: digests.quantizer_digest(STUDY, wildcards.model, wildcards.scheme),
         version=digests.VERSIONS["quantizer-file"],
     message:
         "Building quantizer {wildcards.scheme} of {wildcards.model}"
