@@ -10,8 +10,9 @@ import torch
 
 from kvquant.cache.codec import Packed
 from kvquant.formats.blocked_sparse import Index, SparseArena, SparseSlab
+from kvquant.kernels.arena_table import OUTLIER_FIELDS
 
-# Columns of a kernel's table of arenas: addresses of these tensors, then those of the outliers.
+# Tensors whose addresses the kernels read, in the order of `arena_table.ARENA_FIELDS`.
 DENSE, SPARSE = ("keys", "values", "zero", "scale"), ("keys", "values")
 
 
@@ -78,8 +79,9 @@ class Arena:
     def addresses(self) -> list[int]:
         """A row of the kernels' table of arenas (reserved room only)."""
         row = [self.dense[name].data_ptr() if self.dense else 0 for name in DENSE]
+        none = [0] * len(OUTLIER_FIELDS)
         for name in SPARSE:
-            row += self.sparse[name].addresses if name in self.sparse else [0] * 4
+            row += self.sparse[name].addresses if name in self.sparse else none
         return row
 
     @property

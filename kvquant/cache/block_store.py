@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import torch
 
-from kvquant.cache.arena import DENSE, NO_ARENA, SPARSE, Arena
+from kvquant.cache.arena import NO_ARENA, Arena
 from kvquant.cache.codec import Codec
 from kvquant.cache.layout import AppendPlan, View
 from kvquant.cache.reclaim import Reclaim
 from kvquant.errors import NonFiniteTokens, UserError
 from kvquant.formats.blocked_sparse import Index, SparseSlab
+from kvquant.kernels.arena_table import ARENA_FIELDS
 
 ARENA_ROOM = 64  # rows of the kernels' table of arenas at first
 
@@ -290,7 +291,7 @@ class BlockStore:
             return None
         count = len(self.arenas)
         if self._arena_table is None or self._arena_table[1].shape[0] < count:
-            shape = (max(ARENA_ROOM, 2 * count), len(DENSE) + 4 * len(SPARSE))
+            shape = (max(ARENA_ROOM, 2 * count), len(ARENA_FIELDS))
             with torch.inference_mode(False):  # steps outside of that mode write to it, too
                 table = torch.zeros(shape, dtype=torch.int64, device=self.tail[0].device)
             self._arena_table = (0, table)

@@ -11,7 +11,8 @@ import torch
 from kvquant.cache.block_store import BlockStore
 from kvquant.cache.layout import Layout, View
 from kvquant.formats.rope import Rope
-from kvquant.kernels.cuda_decode import MOST_ARENAS, MOST_PLACES, DecodeShape, DecodeStep
+from kvquant.kernels.arena_table import block_numbers, numbers_fit
+from kvquant.kernels.cuda_decode import DecodeShape, DecodeStep
 from kvquant.kernels.decode_tables import RopeTables
 from kvquant.kernels.dispatch import use_cuda
 
@@ -39,12 +40,8 @@ class StepTables:
 
     def fits(self, layout: Layout) -> bool:
         """Whether the numbers of all blocks fit in the table's entries."""
-        most = max((a.capacity for a in layout.arenas), default=0)
-        return (
-            len(layout.arenas) < MOST_ARENAS
-            and most < MOST_PLACES
-            and layout.sinks <= self.shape.chunk
-        )
+        capacity = max((a.capacity for a in layout.arenas), default=0)
+        return numbers_fit(len(layout.arenas), capacity) and layout.sinks <= self.shape.chunk
 
     def reserve(self, layout: Layout, blocks: int) -> None:
         """Makes room for sequences of so many blocks; tensors are replaced if it was too small."""
@@ -73,14 +70,9 @@ class StepTables:
         longest = max(blocks)
         if self._table.shape[0] != len(blocks) or self._table.shape[1] < longest:
             self.reserve(layout, longest + longest // 8 + 8)
-        if self._layout is not layout or blocks != self._blocks:
-            rows = [
-                [arena << 20 | place for arena, place in table[:n]] + [0] * (longest - n)
-                for table, n in zip(layout.table, blocks, strict=True)
-            ]
-            if longest:
-                new = torch.tensor(rows, dtype=torch.int32)
-                self._table[:, :longest].copy_(new, non_blocking=True)
+        if (self._layout is not layout or blocks != self._blocks) and longest:
+            new = block_numbers(layout.table, blocks)
+            self._table[:, :longest].copy_(new, non_blocking=True)
         sinks = [min(layout.sinks, n) for n in layout.lengths]
         lengths = torch.tensor(list(zip(sinks, blocks, tails, strict=True)), dtype=torch.int32)
         self._lengths.copy_(lengths, non_blocking=True)

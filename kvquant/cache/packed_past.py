@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvquant.cache.layout import Layout, View
-from kvquant.kernels.cuda_decode import MOST_ARENAS, MOST_PLACES, DecodeShape
+from kvquant.kernels.arena_table import block_numbers, numbers_fit
+from kvquant.kernels.cuda_decode import DecodeShape
 
 if TYPE_CHECKING:
     from kvquant.cache.block_store import BlockStore
@@ -26,17 +27,11 @@ MOST_TOKENS, MOST_BYTES, LEAST_TOKENS = 4096, 1 << 29, 256
 
 
 def block_table(layout: Layout, blocks: list[int], device: torch.device) -> torch.Tensor | None:
-    """int32 `[batch_size, most blocks]`, `arena << 20 | place`; None if a number does not fit."""
-    if len(layout.arenas) >= MOST_ARENAS:
+    """Block numbers, int32 `[batch_size, most blocks]`; None if a block has no number."""
+    capacity = max((arena.capacity for arena in layout.arenas), default=0)
+    if not numbers_fit(len(layout.arenas), capacity):
         return None
-    if max((arena.capacity for arena in layout.arenas), default=0) >= MOST_PLACES:
-        return None
-    longest = max(blocks)
-    rows = [
-        [arena << 20 | place for arena, place in table[:n]] + [0] * (longest - n)
-        for table, n in zip(layout.table, blocks, strict=True)
-    ]
-    return torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)
+    return block_numbers(layout.table, blocks).to(device, non_blocking=True)
 
 
 def range_blocks(sequences_heads: int, shape: DecodeShape, itemsize: int) -> int:

@@ -21,14 +21,6 @@ PROGRAMS = 2  # that a multiprocessor's registers and shared memory are shared b
 KTILES = 1  # tiles of 16 tokens of keys that a warp takes together
 OVERHEAD = 0.8  # chunks of each warp that begin and end of a program last as long as
 COMBINE = 256  # threads of the second pass, as in the source file
-MOST_ARENAS, MOST_PLACES = 1 << 11, 1 << 20  # bits of a block's number
-
-# Fields of an arena, in the order that the kernel's enumeration has.
-FIELDS = (
-    "keys", "values", "zero", "scale",
-    "key_begin", "key_count", "key_positions", "key_outliers",
-    "value_begin", "value_count", "value_positions", "value_outliers",
-)  # fmt: skip
 
 
 class _Args(ctypes.Structure):
@@ -198,7 +190,7 @@ class DecodeStep:
     """What all layers of a decode step share.
 
     Attributes:
-        table: int32 `[batch_size, room]`, `arena << 20 | place` of each block.
+        table: int32 `[batch_size, room]`, the number of each block (`arena_table`).
         lengths: int32 `[batch_size, 3]`, sinks held, blocks, tokens in the tail with the new one.
         chunks: At least the chunks of the longest sequence.
         rope: Rotary tables for so many chunks.
@@ -227,7 +219,7 @@ def decode_attention(
         query: Rotated, `[batch_size, num_heads, head_dim]`, of `shape.dtype`.
         sinks: Keys before RoPE and values, `[batch_size, num_kv_heads, sinks, head_dim]`.
         tail: The same, `[batch_size, num_kv_heads, room, head_dim]`.
-        arenas: int64 `[arenas, len(FIELDS)]`, addresses.
+        arenas: int64 `[arenas, len(ARENA_FIELDS)]`, addresses.
         step: Where the tokens are.
         tables: The layer's calibration.
         scaling: Factor of the scores.

@@ -19,7 +19,7 @@ KEY_ROOM = 768  # threads of keys for which a multiprocessor's registers suffice
 VALUE_ROOM, SMALL_VALUE_ROOM = 896, 1024  # of values; where a program has one warp
 WAVES = 4  # programs of values a multiprocessor's room before they take several tokens
 LONG = 1 << 23  # elements from which keys and values are packed at once
-MOST_TOKENS = 4  # that a program of values takes
+MAX_TOKENS = 4  # that a program of values takes
 
 
 class _Source(ctypes.Structure):
@@ -170,7 +170,7 @@ def tokens_a_program(spots: int, multiprocessors: int, workers: int) -> int:
     """Tokens that a program of values takes: one while there is room for all, a few at most."""
     at_once = multiprocessors * value_programs(workers)
     waves = WAVES if workers > WARP else 1  # small programs are mostly beginning and end
-    return max(1, min(MOST_TOKENS, spots // (waves * at_once)))
+    return max(1, min(MAX_TOKENS, spots // (waves * at_once)))
 
 
 def pack_values(

@@ -20,11 +20,26 @@ import triton.language as tl
 
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
 from kvquant.formats.layer_quantizer import LayerQuantizer
-from kvquant.kernels.cuda_decode import FIELDS, DecodeShape
+from kvquant.kernels import arena_table
+from kvquant.kernels.arena_table import ARENA_FIELDS, OUTLIER_FIELDS
+from kvquant.kernels.cuda_decode import DecodeShape
 
 # To tune. Elements of half a tile of one head, and heads that share a tile's rotary table.
 TILE, HEADS_A_PROGRAM, EXPAND_WARPS = 2048, 8, 4
 LANES = 128  # outliers a program places at a time
+
+# The encodings of `arena_table`, as constants that Triton's compiler reads.
+PLACE_BITS = tl.constexpr(arena_table.PLACE_BITS)
+PLACE_MASK = tl.constexpr(arena_table.MAX_PLACES - 1)
+NUM_ARENA_FIELDS = tl.constexpr(len(ARENA_FIELDS))
+NUM_OUTLIER_FIELDS = tl.constexpr(len(OUTLIER_FIELDS))
+KEY_CODES, VALUE_CODES, VALUE_ZEROS, VALUE_SCALES, KEY_BEGIN = (
+    tl.constexpr(ARENA_FIELDS.index(field))
+    for field in ("key_codes", "value_codes", "value_zeros", "value_scales", "key_begin")
+)
+COUNT, POSITIONS, OUTLIERS = (
+    tl.constexpr(OUTLIER_FIELDS.index(field)) for field in ("count", "positions", "outliers")
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,12 @@ class Held:
 
 
 @triton.jit
+def _arena_and_place(number):
+    """The arena and the place in it of a block, from its number."""
+    return number >> PLACE_BITS, number & PLACE_MASK
+
+
+@triton.jit
 def _place_outliers(
     arenas,
     table,
@@ -68,8 +89,6 @@ def _place_outliers(
     offset,
     places,
     table_stride,
-    FIELD_COUNT: tl.constexpr,
-    FIRST_FIELD: tl.constexpr,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     DIM: tl.constexpr,
@@ -87,15 +106,16 @@ def _place_outliers(
     if ordinal >= tl.load(lengths + sequence * 4 + 1):
         return
     entry = tl.load(table + sequence * table_stride + ordinal)
-    fields = arenas + (entry >> 20) * FIELD_COUNT + FIRST_FIELD + which * 4
-    group = (entry & 0xFFFFF) * HEADS + head
+    arena, place = _arena_and_place(entry)
+    fields = arenas + arena * NUM_ARENA_FIELDS + KEY_BEGIN + which * NUM_OUTLIER_FIELDS
+    group = place * HEADS + head
     begin = tl.load(tl.load(fields).to(tl.pointer_type(tl.int32)) + group)
-    counts = tl.load(fields + 1)
+    counts = tl.load(fields + COUNT)
     if WIDE_COUNTS:
         count = tl.load(counts.to(tl.pointer_type(tl.int32)) + group)
     else:
         count = tl.load(counts.to(tl.pointer_type(tl.int16)) + group).to(tl.int32)
-    positions, numbers = tl.load(fields + 2), tl.load(fields + 3)
+    positions, numbers = tl.load(fields + POSITIONS), tl.load(fields + OUTLIERS)
     row = (which * tl.num_programs(2) + sequence).to(tl.int64) * HEADS + head
     row = row * places + ordinal * SIZE + offset
     for at in range(0, count, LANES):
@@ -202,7 +222,6 @@ def _expand(
     sink_room,
     tail_room,
     table_stride,
-    FIELD_COUNT: tl.constexpr,
     HEADS: tl.constexpr,
     EACH: tl.constexpr,
     SIZE: tl.constexpr,
@@ -256,18 +275,27 @@ def _expand(
             head += 1
         return
     entry = tl.load(table + sequence * table_stride + ordinal)
-    fields = arenas + (entry >> 20) * FIELD_COUNT
-    block = (entry & 0xFFFFF).to(tl.int64)
-    keys = tl.multiple_of(tl.load(fields), 16).to(tl.pointer_type(tl.uint8))
-    values = tl.multiple_of(tl.load(fields + 1), 16).to(tl.pointer_type(tl.uint8))
+    arena, block = _arena_and_place(entry)
+    fields = arenas + arena * NUM_ARENA_FIELDS
+    block = block.to(tl.int64)
+    keys = tl.multiple_of(tl.load(fields + KEY_CODES), 16).to(tl.pointer_type(tl.uint8))
+    values = tl.multiple_of(tl.load(fields + VALUE_CODES), 16).to(tl.pointer_type(tl.uint8))
     if BF16:
-        zeros = tl.load(fields + 2).to(tl.pointer_type(tl.bfloat16)) + block * SIZE + token
-        scales = tl.load(fields + 3).to(tl.pointer_type(tl.bfloat16)) + block * SIZE + token
+        zeros = (
+            tl.load(fields + VALUE_ZEROS).to(tl.pointer_type(tl.bfloat16)) + block * SIZE + token
+        )
+        scales = (
+            tl.load(fields + VALUE_SCALES).to(tl.pointer_type(tl.bfloat16)) + block * SIZE + token
+        )
         zero = tl.load(zeros, mask=token < count, other=0.0).to(tl.float32)[:, None]
         scale = tl.load(scales, mask=token < count, other=0.0).to(tl.float32)[:, None]
     else:
-        zeros16 = tl.load(fields + 2).to(tl.pointer_type(tl.float16)) + block * SIZE + token
-        scales16 = tl.load(fields + 3).to(tl.pointer_type(tl.float16)) + block * SIZE + token
+        zeros16 = (
+            tl.load(fields + VALUE_ZEROS).to(tl.pointer_type(tl.float16)) + block * SIZE + token
+        )
+        scales16 = (
+            tl.load(fields + VALUE_SCALES).to(tl.pointer_type(tl.float16)) + block * SIZE + token
+        )
         zero = tl.load(zeros16, mask=token < count, other=0.0).to(tl.float32)[:, None]
         scale = tl.load(scales16, mask=token < count, other=0.0).to(tl.float32)[:, None]
     for _ in range(EACH):
@@ -343,8 +371,8 @@ class Workspace:
 
         Args:
             part: The range.
-            arenas: int64 `[arenas, len(FIELDS)]`, addresses.
-            table: int32 `[batch_size, room]`, `arena << 20 | place` of each block.
+            arenas: int64 `[arenas, len(ARENA_FIELDS)]`, addresses.
+            table: int32 `[batch_size, room]`, the number of each block.
             lengths: int32 `[batch_size, 4]`: sinks held, blocks, tokens in the tail, their sum.
             held: 16-bit tokens.
             tables: The layer's calibration.
@@ -361,7 +389,7 @@ class Workspace:
             self._bitmap.zero_()
             _place_outliers[(blocks, 2 * heads, batch)](
                 arenas, table, lengths, self.data, self._bitmap, part.first, sinks - part.base,
-                places, table.stride(0), len(FIELDS), FIELDS.index("key_begin"), heads, size, dim,
+                places, table.stride(0), heads, size, dim,
                 self._words, position_dtype(elements) is torch.int32,
                 count_dtype(elements) is torch.int32, bf16, LANES, num_warps=4,
             )  # fmt: skip
@@ -377,6 +405,6 @@ class Workspace:
             arenas, table, lengths, *held.sinks, *held.tail, tables.key_scale, tables.key_zero,
             tables.key_levels, tables.value_levels, *rope, self.data, self._bitmap, low, part.base,
             places, tiles, sinks, held.sinks[0].shape[2], held.tail[0].shape[2], table.stride(0),
-            len(FIELDS), heads, each, size, dim, self._words, shape.bits, shape.outliers, bf16,
+            heads, each, size, dim, self._words, shape.bits, shape.outliers, bf16,
             rows, num_warps=EXPAND_WARPS, num_stages=1,
         )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 
 from kvquant.cache.arena import Arena
 from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.kernels.arena_table import block_number
 from kvquant.kernels.cuda_build import KernelUnavailable, compile_cubin
 from kvquant.kernels.cuda_decode import (
     DecodeShape,
@@ -110,7 +111,7 @@ def run_case(
     for b, (n, _) in enumerate(lengths):
         pieces.append(list(range(at, at + n)))
         for i, block in enumerate(pieces[-1]):
-            table[b, i] = where[block][0] << 20 | where[block][1]
+            table[b, i] = block_number(*where[block])
         at += n
     room = size
     held = torch.randn(2, batch, heads, sinks + room, dim, device=device).to(dtype)
