@@ -24,7 +24,7 @@ from kvquant.models.loading import load_base_model, load_quantized_model, load_t
 from kvquant.runtime.run_lock import hold
 from kvquant.study.config import ModelSpec, load_study
 from kvquant.study.digests import settled
-from tests.evaluation.tiny import save_tiny
+from tests.support.models import save_tiny
 
 EVIL = """
 open({mark!r}, "w").write("ran")

@@ -24,8 +24,8 @@ from typing import Any
 import pytest
 
 from kvquant.cli import main
-from tests.installed.check import save_tiny
-from tests.test_pipeline import TEXT, write_text_manifest
+from tests.support.models import save_byte_model
+from tests.support.text import write_corpus
 
 pytestmark = pytest.mark.slow
 KILLED, SECONDS = 137, 120
@@ -128,9 +128,8 @@ def contents(folder: Path) -> dict[str, Any]:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a saved model, a text and a study."""
     folder = tmp_path_factory.mktemp("faults")
-    save_tiny(folder / "hf")
-    (folder / "text.txt").write_text(TEXT)
-    write_text_manifest(folder)
+    save_byte_model(folder / "hf")
+    write_corpus(folder)
     study = {
         "study": "faults",
         "device": "cpu",

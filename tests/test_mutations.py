@@ -7,13 +7,11 @@ before (a blank that became a tab).
 
 from __future__ import annotations
 
-import copy
-import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -33,10 +31,10 @@ from kvquant.formats.files import sha256_text
 from kvquant.quantization.quantizer_file import load_quantizer
 from kvquant.study.config import CalibrationSpec, NuqScheme, Study
 from kvquant.study.digests import eval_digest
-from tests.conftest import tiny_model
-from tests.evaluation.tiny import save_tiny
-from tests.quantization.test_quantizer_file import save
-from tests.study.plausible_records import DEVICE, study_of, write_study
+from tests.support.models import save_tiny, tiny_model
+from tests.support.mutations import mutated
+from tests.support.quantizers import save_made_quantizer
+from tests.support.studies import DEVICE, study_of, write_study
 
 MUTATIONS = 100  # of each kind of file
 
@@ -52,65 +50,6 @@ def small_study() -> Study:
     """Two schemes, one seed; every suite and measurement."""
     schemes = {"fp16": {"kind": "fp16"}, "nuq3": {"kind": "nuq", "bits": 3}}
     return study_of(seeds=[0], schemes=schemes)
-
-
-def fields(raw: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths of all fields of a JSON value that hold no further ones."""
-    inner = raw.items() if isinstance(raw, dict) else enumerate(raw)
-    for key, value in inner:
-        if isinstance(value, dict | list) and value:
-            yield from fields(value, (*path, key))
-        else:
-            yield (*path, key)
-
-
-def edited(value: Any, rng: random.Random) -> Any:
-    """Another value of the same type, as someone would write it by hand."""
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int):
-        return value + rng.choice([-1, 1, 10])
-    if isinstance(value, float):
-        return value * rng.choice([0.5, 0.99, 1.000001, 2]) or 1.0
-    if isinstance(value, str):
-        return value[:-1] + ("0" if not value.endswith("0") else "1")
-    return rng.choice([0, "x", True])
-
-
-def edit_field(text: str, rng: random.Random) -> str:
-    """One field of a JSON text changed, taken out or doubled; the form stays."""
-    raw = json.loads(text)
-    path = rng.choice(list(fields(raw)))
-    place = raw
-    for part in path[:-1]:
-        place = place[part]
-    way = rng.random()
-    if way < 0.7:
-        place[path[-1]] = edited(place[path[-1]], rng)
-    elif way < 0.8 and isinstance(place, dict):
-        del place[path[-1]]
-    elif way < 0.9:
-        place[path[-1]] = str(place[path[-1]]) + " "
-    else:
-        more = copy.deepcopy(place[path[-1]])
-        place.append(more) if isinstance(place, list) else place.update({"more": more})
-    return json.dumps(raw, indent=2) + "\n"
-
-
-def mutated(file: Path, rng: random.Random) -> bytes:
-    """The bytes of a file with one mutation."""
-    raw = file.read_bytes()
-    if file.suffix == ".json" and rng.random() < 0.6:
-        return edit_field(raw.decode(), rng).encode()
-    if file.suffix == ".jsonl" and rng.random() < 0.6:
-        lines = raw.decode().split("\n")
-        at = rng.randrange(len(lines) - 1)
-        lines[at] = json.dumps(json.loads(edit_field(lines[at], rng)), sort_keys=True)
-        return "\n".join(lines).encode()
-    at = rng.randrange(len(raw))
-    changed = bytearray(raw)
-    changed[at] ^= 1 << rng.randrange(8)
-    return bytes(changed)
 
 
 def files_below(folder: Path, *patterns: str) -> list[Path]:
@@ -183,7 +122,7 @@ def quantizer_kind(folder: Path) -> Kind:
     save_statistics(folder / "stats.safetensors", found, info)
     scheme = NuqScheme(kind="nuq", bits=3)
     layers = [build_layer(s, scheme, spec.outlier_fractions, 2)[0] for s in found]
-    save(folder / "quantizer.json", scheme, "a" * 64, layers)
+    save_made_quantizer(folder / "quantizer.json", scheme, "a" * 64, layers)
 
     def read() -> str:
         layers, facts = load_statistics(folder / "stats.safetensors")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -15,123 +13,14 @@ import torch
 
 from kvquant.cli import main
 from kvquant.study.records import EvalRecord, ThroughputRecord, read_record
-from tests.conftest import tiny_model
-from tests.test_mutations import mutated
-
-TEXT = "The cat sat on the mat and the dog ran to the red house near a river. " * 400
-
-
-def save_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer of 257 tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocabulary["<end>"] = 256
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
-
-
-def write_text_manifest(folder: Path) -> None:
-    """The manifest of `text.txt`, as `kvquant fetch-data` would write it."""
-    (folder / "data.json").write_text(
-        json.dumps(
-            {
-                "dataset": "essays",
-                "source": "test",
-                "sha256": hashlib.sha256(TEXT.encode()).hexdigest(),
-                "characters": len(TEXT),
-                "test_from": len(TEXT) // 2,
-                "file": "text.txt",
-            }
-        )
-    )
+from tests.support.mutations import mutated
+from tests.support.pipeline import evaluate, measured_folder, options
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a saved model, a text and a study; the shared stages have run."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    model = tiny_model(vocab_size=257, max_position_embeddings=1024, eos_token_id=256)
-    model.save_pretrained(folder / "hf")
-    save_tokenizer(folder / "hf")
-    (folder / "text.txt").write_text(TEXT)
-    write_text_manifest(folder)
-    study: dict[str, Any] = {
-        "study": "tiny",
-        "device": "cpu",
-        "seeds": [0, 1, 2],
-        "models": {"tiny": {"source": "local", "path": str(folder / "hf")}},
-        "calibration": {"windows": 2, "window": 128},
-        "schemes": {
-            "fp16": {"kind": "fp16"},
-            "nuq4-1pct": {"kind": "nuq", "bits": 4, "block_size": 32},
-            "nuq3-1pct": {"kind": "nuq", "bits": 3, "block_size": 32},
-            "kivi-2": {"kind": "kivi", "bits": 2, "group": 16, "residual": 16},
-        },
-        "tasks": {
-            "ppl": {"suite": "perplexity", "dataset": "essays", "window": 96, "windows": 2},
-            "ppl-a": {
-                "suite": "perplexity",
-                "dataset": "essays",
-                "window": 96,
-                "windows": 1,
-                "protocol": "A",
-                "chunk": 40,
-            },
-            "passkey": {"suite": "passkey", "length": 600, "samples": 2, "batch_size": 2},
-        },
-        "throughput": {
-            "workloads": {"p64": {"prompt": 64, "batch_size": 2, "answer": 2, "ragged": True}},
-            "schemes": ["nuq3-1pct"],
-            "warmup": 1,
-            "iterations": 5,
-        },
-        "energy": {
-            "workloads": {"p32": {"prompt": 32, "answer": 1}},
-            "schemes": ["nuq3-1pct"],
-            "trials": 2,
-            "seconds": 0.1,
-            "idle_seconds": 0.1,
-        },
-        "append": {"sizes": [64, 128], "kv_heads": 2, "head_dim": 16, "rounds": 5},
-        "kernels": {
-            "cases": {"tiny-1x64": {"shape": "tiny", "tokens": 64, "measure": ["pack", "prefill"]}},
-            "rounds": 5,
-        },
-        "pathvars": {"results": str(folder / "r")},
-    }
-    (folder / "study.json").write_text(json.dumps(study))
-    base = ["--study", str(folder / "study.json"), "--model", "tiny"]
-    ours = ["--model-manifest", str(folder / "model.json")]
-    data = ["--data-manifest", str(folder / "data.json")]
-    stats = str(folder / "r/calib/stats.safetensors")
-    assert main(["fetch-model", *base, "--out", str(folder / "model.json")]) == 0
-    assert main(["calibrate", *base, *ours, *data, "--device", "cpu", "--out", stats]) == 0
-    for scheme in ("nuq4-1pct", "nuq3-1pct"):
-        out = str(folder / f"r/models/{scheme}/quantizer.json")
-        assert main(["quantize", *base, "--scheme", scheme, "--stats", stats, "--out", out]) == 0
-    prompts = ["--task", "passkey", "--out", str(folder / "passkey.jsonl.gz"), *ours]
-    assert main(["prompts", *base, *prompts, "--seeds", "0", "1", "2"]) == 0
-    return folder
-
-
-def options(work: Path, scheme: str) -> list[str]:
-    words = ["--study", str(work / "study.json"), "--model", "tiny", "--scheme", scheme]
-    words += ["--model-manifest", str(work / "model.json"), "--device", "cpu"]
-    if scheme.startswith("nuq"):
-        words += ["--quantizer", str(work / f"r/models/{scheme}/quantizer.json")]
-    return words
-
-
-def evaluate(work: Path, scheme: str, task: str, out: Path, *seeds: int) -> int:
-    words = ["evaluate", *options(work, scheme), "--task", task, "--out-dir", str(out)]
-    words += ["--data-manifest", str(work / "data.json"), "--resume-dir", str(work / "resume")]
-    if task == "passkey":
-        words += ["--prompts", str(work / "passkey.jsonl.gz")]
-    return main([*words, "--seeds", *map(str, seeds)])
+    """A folder of which the shared stages have run."""
+    return measured_folder(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.mark.fault(

@@ -14,7 +14,7 @@ from kvquant.analysis.collect import Problems, collect
 from kvquant.errors import UserError
 from kvquant.formats.sealing import seal_of
 from kvquant.study.config import Study
-from tests.study.plausible_records import DEVICE, sample_rows, study_of, write_study
+from tests.support.studies import DEVICE, sample_rows, study_of, write_study
 
 Change = Callable[[dict[str, Any]], Any]
 EVAL = "eval/tiny/kivi-4/passkey/seed0/run.json"

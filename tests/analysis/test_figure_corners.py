@@ -14,8 +14,7 @@ from kvquant.analysis import figures
 from kvquant.analysis.append_figure import append_panels
 from kvquant.analysis.tables import write_table
 from kvquant.study.config import Study, parse_study
-from tests.analysis.plausible import write_tables
-from tests.analysis.test_paper import two_models
+from tests.support.tables import two_models, write_tables
 
 plt = figures.plt
 

@@ -16,7 +16,7 @@ from kvquant.analysis.study_tables import Tables, load_tables
 from kvquant.analysis.tables import write_table
 from kvquant.errors import UserError
 from kvquant.study.config import load_study
-from tests.analysis.plausible import write_tables
+from tests.support.tables import write_tables
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 
 from kvquant.fetch.model import fetch_model
 from kvquant.study.config import ModelSpec
-from tests.conftest import tiny_model
+from tests.support.models import tiny_model
 
 
 @pytest.fixture(scope="package")

@@ -17,7 +17,7 @@ from kvquant.energy.monitor import EnergyMonitor
 from kvquant.energy.nvml import NvmlMeter, NvmlPowerMeter
 from kvquant.errors import UserError
 from kvquant.study.records import EnergyRecord, read_record
-from tests.energy.fakes import FakeNvml, FakeTime
+from tests.support.nvml import FakeNvml, FakeTime
 
 
 @pytest.fixture

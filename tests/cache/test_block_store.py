@@ -14,44 +14,11 @@ from kvquant.cache.block_store import BlockStore
 from kvquant.cache.codec import Codec
 from kvquant.cache.layout import Layout, Span
 from kvquant.errors import UserError
-from kvquant.formats.layer_quantizer import LayerQuantizer
-from kvquant.quantization.nuq import fit
-from kvquant.schemes.registry import build_codecs
 from kvquant.study.config import KiviScheme, NuqScheme
+from tests.support.caches import contents
+from tests.support.quantizers import layer_codec
 
 HEADS = 2
-
-
-def codec(spec: Any, dim: int, heads: int = HEADS) -> Codec:
-    """A codec with some calibration."""
-    tables = None
-    if spec.kind == "nuq":
-        generator = torch.Generator().manual_seed(0)
-        tables = [
-            LayerQuantizer(
-                torch.randn(heads, dim, generator=generator) * 0.1,
-                torch.rand(heads, dim, generator=generator) + 1.5,
-                fit("nf", spec.bits),
-                fit("nf", spec.bits),
-            )
-        ]
-    codecs = build_codecs(spec, 1, tables)
-    assert codecs is not None
-    return codecs[0]
-
-
-def contents(store: BlockStore, layout: Layout, row: int) -> list[torch.Tensor]:
-    """All keys and values of a sequence, in order, `[heads, tokens, dim]`."""
-    view = layout.view()
-    blocks = [store.unpack(arena, slice(at, at + 1)) for arena, at in layout.table[row]]
-    tails = store.read_tail(view, fake=False)
-    assert store.sinks is not None
-    sinks = min(layout.sinks, view.lengths[row])
-    out = []
-    for i in range(2):
-        parts = [store.sinks[i][row, :, :sinks].float(), *(b[i][0] for b in blocks)]
-        out.append(torch.cat([*parts, tails[i][row, :, : view.tails[row]].float()], 1))
-    return out
 
 
 def expected(c: Codec, keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
@@ -120,7 +87,7 @@ def test_any_batch_side_and_chunks_leave_the_same(spec: Any, data: st.DataObject
     cuts = [c for c in cuts if c < width]
     if data.draw(st.booleans()):  # the rest token by token
         cuts = sorted({*cuts, *range(width * 2 // 3, width)} - {0, width})
-    c = codec(spec, 16)
+    c = layer_codec(spec, 16)
     rows = tokens(lengths, 16, data.draw(st.integers(0, 9999)))
     store, layout = feed(c, rows, side, cuts)
     assert layout.lengths == lengths
@@ -132,7 +99,7 @@ def test_any_batch_side_and_chunks_leave_the_same(spec: Any, data: st.DataObject
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("heads", [1, 3])
 def test_head_shapes(dim: int, heads: int) -> None:
-    c = codec(SPECS[0], dim, heads)
+    c = layer_codec(SPECS[0], dim, heads)
     rows = tokens([70, 40], dim, 1, heads)
     store, layout = feed(c, rows, "left", [13])
     for b, row in enumerate(rows):
@@ -144,7 +111,7 @@ def test_outliers_are_exact_and_in_standard_form() -> None:
     """Keys beyond the calibrated range, and two values a token, come back as they were."""
     from kvquant.formats.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix
 
-    c = codec(SPECS[0], 16)
+    c = layer_codec(SPECS[0], 16)
     (keys, values), *_ = tokens([100], 16, 3)
     store, layout = feed(c, [(keys, values)], "left", [41, 77])
     packed = slice(1, 97)
@@ -162,7 +129,7 @@ def test_outliers_are_exact_and_in_standard_form() -> None:
 
 
 def test_append_moves_nothing_that_is_stored() -> None:
-    c = codec(SPECS[0], 16)
+    c = layer_codec(SPECS[0], 16)
     store, layout = feed(c, tokens([500], 16, 4), "left", [])
     where = [t.data_ptr() for a in store.arenas for t in a.dense.values()]
     kept = [t.clone() for a in store.arenas for t in a.dense.values()]
@@ -175,7 +142,7 @@ def test_append_moves_nothing_that_is_stored() -> None:
 
 
 def test_unused_room_stays_small() -> None:
-    c = codec(NuqScheme(kind="nuq", bits=3, block_size=32), 16)
+    c = layer_codec(NuqScheme(kind="nuq", bits=3, block_size=32), 16)
     layout = Layout(c.sinks, c.block_size, c.residual)
     for _ in range(20_000):
         layout.append([slice(0, 1)])
@@ -187,7 +154,7 @@ def test_unused_room_stays_small() -> None:
 
 
 def test_crop_keeps_what_came_before() -> None:
-    c = codec(SPECS[0], 16)
+    c = layer_codec(SPECS[0], 16)
     (keys, values), *_ = tokens([120], 16, 5)
     whole = expected(c, keys, values)
     for length in (118, 100, 97, 96, 50, 33, 1):
@@ -202,7 +169,7 @@ def test_crop_keeps_what_came_before() -> None:
 
 
 def test_forks_share_blocks_and_go_their_own_ways() -> None:
-    c = codec(SPECS[0], 16)
+    c = layer_codec(SPECS[0], 16)
     rows = tokens([100], 16, 6)
     store, layout = feed(c, rows, "left", [])
     other, other_layout = store.fork(), layout.fork()
@@ -236,7 +203,7 @@ def test_forks_share_blocks_and_go_their_own_ways() -> None:
 )
 @pytest.mark.parametrize("count", [1, 40])
 def test_what_is_unlike_the_first_call_is_refused(change: Any, message: str, count: int) -> None:
-    c = codec(SPECS[0], 16)
+    c = layer_codec(SPECS[0], 16)
     store, layout = feed(c, tokens([50], 16, 1), "left", [])
     for one in (store, store.fork()):
         x = change(torch.randn(1, HEADS, count, 16).half())
@@ -251,7 +218,7 @@ def test_what_is_unlike_the_first_call_is_refused(change: Any, message: str, cou
 
 def test_nothing_and_strided_input() -> None:
     """Calls without tokens, sequences without tokens, and views give what copies give."""
-    c = codec(SPECS[0], 16)
+    c = layer_codec(SPECS[0], 16)
     (keys, values), *_ = tokens([120], 16, 2)
     store, layout = BlockStore(c), Layout(c.sinks, c.block_size, c.residual)
     none = torch.zeros(2, HEADS, 0, 16).half()
@@ -274,7 +241,7 @@ def test_nothing_and_strided_input() -> None:
 
 
 def test_models_that_a_codec_cannot_serve_are_refused() -> None:
-    c = codec(SPECS[0], 16)
+    c = layer_codec(SPECS[0], 16)
     c.check_model(HEADS, 16)
     with pytest.raises(UserError, match="quantizer: made for 2 kv heads of 16, the model has 4"):
         c.check_model(4, 16)
@@ -283,4 +250,4 @@ def test_models_that_a_codec_cannot_serve_are_refused() -> None:
     with pytest.raises(UserError, match="num_kv_heads: 1024 of 128 are more than 65536"):
         c.check_model(1024, 128)
     with pytest.raises(UserError, match="group: 8 does not divide head_dim 20"):
-        codec(KiviScheme(kind="kivi", bits=2, group=8, residual=8), 16).check_model(2, 20)
+        layer_codec(KiviScheme(kind="kivi", bits=2, group=8, residual=8), 16).check_model(2, 20)

@@ -10,25 +10,8 @@ import torch
 
 from kvquant.cache.footprint import cache_nbytes
 from kvquant.study.config import NuqScheme
-from tests.cache.test_kvquant_cache import quantized
-from tests.conftest import tiny_model
-
-EXACT = NuqScheme(kind="nuq", bits=2, outliers=1.0, block_size=32)
-LOSSY = NuqScheme(kind="nuq", bits=3, outliers=0.01, block_size=32)
-GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-CLOSE = {"atol": 5e-3, "rtol": 5e-3}
-
-
-def ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(1, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.inference_mode()
-def step(model: Any, cache: Any, tokens: torch.Tensor, mask: Any = None) -> torch.Tensor:
-    """Logits of more tokens over a cache."""
-    out = model(input_ids=tokens, past_key_values=cache, attention_mask=mask, use_cache=True)
-    return out.logits
-
+from tests.support.caches import CLOSE, EXACT, GREEDY, LOSSY, ids, quantized, step
+from tests.support.models import tiny_model
 
 ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},

@@ -9,23 +9,18 @@ import torch
 
 from kvquant.models.loading import QuantizedModel
 from kvquant.study.config import KiviScheme, NuqScheme
-from tests.cache.test_kvquant_cache import feed, quantized
-from tests.conftest import tiny_model
+from tests.support.caches import feed, quantized
+from tests.support.models import tiny_model
+
+
+def on_gpu(spec: Any, dtype: torch.dtype = torch.float32) -> QuantizedModel:
+    return quantized(tiny_model().to(dtype).cuda(), spec)
+
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-def on_gpu(spec: Any, dtype: torch.dtype = torch.float32) -> QuantizedModel:
-    qm = quantized(tiny_model().to(dtype), spec)
-    qm.model.cuda()
-    for codec in qm.codecs or []:
-        if isinstance(spec, NuqScheme):
-            old = codec.quantizer  # type: ignore[attr-defined]
-            codec.quantizer = type(old)(old.tables.to("cuda"), old.bits, old.outliers)  # type: ignore[attr-defined]
-    return qm
 
 
 @pytest.mark.parametrize("proto", ["A", "B"])

@@ -15,10 +15,8 @@ from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.cache.layout import Layout
 from kvquant.errors import UserError
 from kvquant.study.config import KvquantRefScheme
-from tests.cache.test_cache_behaviour import CLOSE, EXACT, LOSSY, ids, step
-from tests.cache.test_kvquant_cache import SPECS, quantized
-from tests.conftest import tiny_model
-from tests.schemes.common import with_scheme
+from tests.support.caches import CLOSE, EXACT, LOSSY, SPECS, ids, quantized, step
+from tests.support.models import tiny_model
 
 ERRORS = [KeyboardInterrupt, torch.OutOfMemoryError]
 # Where a call may end: an attribute of the model, of which the second layer's is taken.
@@ -248,7 +246,7 @@ def test_a_change_that_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kvquants_own_cache_is_refused_too() -> None:
-    qm = with_scheme(KvquantRefScheme(kind="kvquant-ref", bits=4))
+    qm = quantized(tiny_model(), KvquantRefScheme(kind="kvquant-ref", bits=4))
     cache = qm.new_cache()
     step(qm.model, cache, ids(2, 30))
     layer = qm.model.model.layers[1].self_attn.q_proj

@@ -8,77 +8,11 @@ import pytest
 import torch
 
 from kvquant.cache.footprint import cache_elements, cache_nbytes
-from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.errors import UserError
-from kvquant.formats.layer_quantizer import LayerQuantizer
-from kvquant.models.loading import QuantizedModel, attention_layers, install_attention
-from kvquant.quantization.nuq import fit
-from kvquant.schemes.registry import build_codecs
-from kvquant.study.config import KiviScheme, NuqScheme
-from tests.conftest import tiny_model
-
-
-def quantized(model: Any, spec: Any) -> QuantizedModel:
-    heads, dim = model.config.num_key_value_heads, 16
-    tables = None
-    if spec.kind == "nuq":
-        generator = torch.Generator().manual_seed(1)
-        tables = [
-            LayerQuantizer(
-                torch.randn(heads, dim, generator=generator) * 0.05,
-                torch.rand(heads, dim, generator=generator) * 0.2 + 0.3,
-                fit("nf", spec.bits),
-                fit("nf", spec.bits),
-            )
-            for _ in range(2)
-        ]
-    install_attention(model)
-    return QuantizedModel(model, None, spec, build_codecs(spec, 2, tables))
-
-
-SPECS = [
-    NuqScheme(kind="nuq", bits=4, block_size=32),
-    NuqScheme(kind="nuq", bits=3, block_size=32, sinks=0),
-    NuqScheme(kind="nuq", bits=2, block_size=64, outliers=0.0, sinks=5),
-    KiviScheme(kind="kivi", bits=4, group=16, residual=16),
-    KiviScheme(kind="kivi", bits=2, group=8, residual=0),
-]
-
-
-@torch.inference_mode()
-def feed(qm: QuantizedModel, ids: torch.Tensor, mask: Any, chunks: list[int], proto: Any) -> Any:
-    """Runs the columns in chunks; returns logits of all columns and the cache."""
-    cache = qm.new_cache(proto)
-    positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
-    logits, at = [], 0
-    for size in chunks:
-        part = slice(at, at + size)
-        out = qm.model(
-            input_ids=ids[:, part],
-            attention_mask=None if mask is None else mask[:, : at + size],
-            position_ids=None if positions is None else positions[:, part],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits.append(out.logits)
-        at += size
-    return torch.cat(logits, 1), cache
-
-
-def stored(cache: KVQuantCache, row: int) -> list[torch.Tensor]:
-    """Everything one sequence has in the cache, compacted."""
-    out = []
-    view, table = cache.layout.view(), cache.layout.table[row]
-    sinks = min(cache.layout.sinks, view.lengths[row])
-    for layer in cache.layers:
-        store = layer.store
-        blocks = [store.unpack(arena, slice(at, at + 1)) for arena, at in table]
-        tails = store.read_tail(view, fake=False)
-        for i in range(2):
-            parts = [store.sinks[i][row, :, :sinks], *(b[i][0] for b in blocks)]
-            out.append(torch.cat([*parts, tails[i][row, :, : view.tails[row]]], 1))
-            assert out[-1].shape[1] == view.lengths[row]
-    return out
+from kvquant.models.loading import attention_layers
+from kvquant.study.config import NuqScheme
+from tests.support.caches import SPECS, feed, quantized, stored
+from tests.support.models import tiny_model
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kind}{s.bits}")

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.kernels import reference
-from kvquant.quantization.nuq import fit
 from kvquant.schemes.registry import build_codecs
 from kvquant.study.config import NuqScheme
 from tests.cache import plain
 from tests.cache.plain import Sequence
+from tests.support.quantizers import random_quantizer
+from tests.support.rope import rope
 
 GARBAGE = 999.0
 HEADS = {"mha": (2, 2), "gqa": (4, 2)}  # query heads, kv heads
@@ -35,20 +36,10 @@ CHUNKS: dict[str, list[int]] = {
 }
 
 
-def rope(positions: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rates = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angles = positions.double()[..., None] * rates
-    both = torch.cat([angles, angles], -1)
-    return both.cos().float(), both.sin().float()
-
-
 def make_tables(heads: int, dim: int, bits: int, seed: int = 0) -> LayerQuantizer:
-    generator = torch.Generator().manual_seed(seed)
-    scale = torch.rand(heads, dim, generator=generator) + 1.5
-    scale[:, 1] = 0  # a channel that was constant in calibration
-    return LayerQuantizer(
-        torch.randn(heads, dim, generator=generator) * 0.1, scale, fit("nf", bits), fit("nf", bits)
-    )
+    tables = random_quantizer(heads, dim, bits, zero=0.1, scale=(1.5, 2.5), seed=seed)
+    tables.key_scale[:, 1] = 0  # a channel that was constant in calibration
+    return tables
 
 
 def some_sequence(

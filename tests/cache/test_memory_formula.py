@@ -22,8 +22,8 @@ from kvquant.cache.memory_formula import (
     prefill_excess,
 )
 from kvquant.study.config import KiviScheme, NuqScheme
-from tests.cache.test_kvquant_cache import quantized
-from tests.conftest import tiny_model
+from tests.support.caches import quantized
+from tests.support.models import tiny_model
 
 HEADLINE = NuqScheme(kind="nuq", bits=3, outliers=0.01)
 

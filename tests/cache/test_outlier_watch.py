@@ -10,14 +10,12 @@ import torch
 from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.cache.outlier_watch import OutlierWatch, widen_codecs
 from kvquant.errors import OutlierOverflow
-from kvquant.formats.layer_quantizer import LayerQuantizer
-from kvquant.models.loading import QuantizedModel, install_attention
-from kvquant.quantization.nuq import fit
-from kvquant.schemes.registry import build_codecs
+from kvquant.models.loading import QuantizedModel
 from kvquant.study.config import NuqScheme
-from tests.cache.test_cuda import on_gpu
-from tests.conftest import tiny_model
 from tests.kernels.emulate import emulate
+from tests.support.caches import quantized
+from tests.support.models import tiny_model
+from tests.support.quantizers import constant_quantizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUQ3 = NuqScheme(kind="nuq", bits=3, block_size=32)
@@ -118,10 +116,8 @@ def test_codecs_widen_by_what_was_lacking_and_a_little() -> None:
 
 def unlike_calibration() -> QuantizedModel:
     """A model nearly all of whose keys are outside the range that its calibration found."""
-    model, levels = tiny_model(head_dim=64).to(DEVICE), fit("nf", 3)
-    install_attention(model)
-    tables = LayerQuantizer(torch.zeros(2, 64), torch.full((2, 64), 1e-3), levels, levels)
-    return QuantizedModel(model, None, NUQ3, build_codecs(NUQ3, 2, [tables.to(DEVICE)] * 2))
+    narrow = [constant_quantizer(2, 64, 3, 1e-3)] * 2
+    return quantized(tiny_model(head_dim=64).to(DEVICE), NUQ3, narrow)
 
 
 def test_a_cache_tells_its_loss_and_the_next_has_room(
@@ -155,7 +151,7 @@ def test_a_cache_tells_its_loss_and_the_next_has_room(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_nan_is_told_at_the_latest_in_the_call_after() -> None:
-    qm = on_gpu(NUQ3)
+    qm = quantized(tiny_model().cuda(), NUQ3)
     cache = qm.new_cache()
     assert isinstance(cache, KVQuantCache)
     with torch.inference_mode():

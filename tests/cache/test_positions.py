@@ -16,10 +16,8 @@ from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.cache.positions import Shifts, shifts
 from kvquant.errors import UserError
 from kvquant.study.config import KvquantRefScheme
-from tests.cache.test_cache_behaviour import EXACT, ids, step
-from tests.cache.test_kvquant_cache import SPECS, quantized
-from tests.conftest import tiny_model
-from tests.schemes.common import with_scheme
+from tests.support.caches import EXACT, SPECS, ids, quantized, step
+from tests.support.models import tiny_model
 
 WIDTH = 70
 
@@ -256,7 +254,11 @@ class TestMasks:
     )
     @pytest.mark.parametrize("kind", ["blocks", "reference"])
     def test_masks_that_are_not_understood(self, mask: torch.Tensor, words: str, kind: str) -> None:
-        qm = QM if kind == "blocks" else with_scheme(KvquantRefScheme(kind="kvquant-ref", bits=4))
+        qm = (
+            QM
+            if kind == "blocks"
+            else quantized(tiny_model(), KvquantRefScheme(kind="kvquant-ref", bits=4))
+        )
         with pytest.raises(ValueError, match=f"attention_mask: .*{words}"):
             step(qm.model, qm.new_cache(), ids(1, 4), mask)
 

@@ -20,9 +20,9 @@ from kvquant.errors import UserError
 from kvquant.formats.blocked_sparse import SparseSlab, check_entries
 from kvquant.schemes.nuq import NuqCodec
 from kvquant.study.config import KiviScheme, NuqScheme
-from tests.cache.test_block_store import codec, contents
-from tests.cache.test_kvquant_cache import quantized
-from tests.conftest import tiny_model
+from tests.support.caches import contents, quantized
+from tests.support.models import tiny_model
+from tests.support.quantizers import layer_codec
 
 SIZE, DIM, HEADS = 8, 16, 2
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -64,10 +64,10 @@ class ReservedCodec(NuqCodec):
 
 def make(kind: str) -> Codec:
     if kind == "kivi":
-        return codec(KiviScheme(kind="kivi", bits=2, group=8, residual=5), DIM)
+        return layer_codec(KiviScheme(kind="kivi", bits=2, group=8, residual=5), DIM)
     spec = NuqScheme(kind="nuq", bits=3, outliers=0.0 if kind == "none" else 0.03, sinks=2)
     spec = spec.model_copy(update={"block_size": SIZE})  # smaller than a study may ask for
-    made = codec(spec, DIM)
+    made = layer_codec(spec, DIM)
     assert made.tables is not None
     return ReservedCodec(spec, made.tables) if kind == "reserved" else made
 

@@ -13,7 +13,7 @@ from kvquant.calibration.statistics import LayerStatistics, load_statistics, sav
 from kvquant.errors import UserError
 from kvquant.quantization.quantizer_file import QuantizerManifest, load_quantizer, save_quantizer
 from kvquant.study.config import CalibrationSpec, NuqScheme
-from tests.conftest import tiny_model
+from tests.support.models import tiny_model
 
 
 def test_percentiles_of_streamed_data_follow_the_whole() -> None:

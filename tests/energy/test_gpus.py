@@ -19,7 +19,7 @@ from kvquant.models.loading import resolve_device
 from kvquant.models.prefill_quant import _attend
 from kvquant.runtime import devices, provenance
 from kvquant.runtime.provenance import device_name, environment
-from tests.energy.fakes import Board, FakeHost, torch_sees
+from tests.support.nvml import Board, FakeHost, torch_sees
 
 RTX, A100, H100 = "NVIDIA GeForce RTX 3090", "NVIDIA A100-SXM4-40GB", "NVIDIA H100 80GB HBM3"
 SLICES = [("MIG-1a", f"{A100} MIG 3g.20gb"), ("MIG-2b", f"{A100} MIG 1g.5gb")]

@@ -12,7 +12,7 @@ from kvquant.benchmarks.energy import run_trial
 from kvquant.energy.monitor import EnergyMonitor, not_metered, open_meter
 from kvquant.energy.nvml import NvmlMeter, NvmlPowerMeter, gpu_handles, refresh_seconds
 from kvquant.errors import UserError
-from tests.energy.fakes import Board, FakeHost, FakeNvml, FakeTime, torch_sees
+from tests.support.nvml import Board, FakeHost, FakeNvml, FakeTime, torch_sees
 
 
 def monitor_of(meter: Any, time: FakeTime, **more: Any) -> EnergyMonitor:

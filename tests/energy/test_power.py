@@ -14,7 +14,7 @@ from kvquant.energy.monitor import EnergyMonitor
 from kvquant.energy.nvml import NvmlMeter, NvmlPowerMeter
 from kvquant.energy.profiler import DetailedEnergyProfiler
 from kvquant.errors import UserError
-from tests.energy.fakes import FakeNvml, FakeTime
+from tests.support.nvml import FakeNvml, FakeTime
 
 BOX = 0.2  # seconds that the fake averages over, to keep the tests short
 

@@ -13,7 +13,7 @@ from kvquant.energy.estimate import EstimatedMeter, open_cpu_meter
 from kvquant.energy.monitor import EnergyMonitor
 from kvquant.energy.rapl import RaplMeter, package_zones
 from kvquant.errors import UserError
-from tests.energy.fakes import FakeTime
+from tests.support.nvml import FakeTime
 
 RANGE = 262_143_328_850  # microjoules, of most processors
 

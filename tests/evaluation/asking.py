@@ -48,3 +48,24 @@ def asker(task: str, text: str = "") -> Callable[[Any, TaskSpec, int], SuiteResu
             return run_suite(context, spec, [seed], file.read([seed]))[0]
 
     return measure
+
+
+def passkey_study(tiny_dir: Path, **task: Any) -> dict[str, Any]:
+    """A study of the saved tiny model; keywords change its task `passkey`."""
+    passkey = {"suite": "passkey", "length": 200, "samples": 2, "batch_size": 2, **task}
+    return {
+        "study": "check",
+        "seeds": [0, 1, 2],
+        "headline": "kivi-4",
+        "models": {"tiny": {"source": "local", "path": str(tiny_dir)}},
+        "schemes": {
+            "fp16": {"kind": "fp16"},
+            "kivi-4": {"kind": "kivi", "bits": 4, "group": 16, "residual": 16},
+            "nuq3": {"kind": "nuq", "bits": 3},
+        },
+        "tasks": {
+            "passkey": passkey,
+            "long": {"suite": "passkey", "length": 100_000},
+            "ppl": {"suite": "perplexity", "dataset": "essays", "window": 64, "windows": 2},
+        },
+    }

@@ -14,8 +14,8 @@ from kvquant.models.generation import greedy
 from kvquant.models.loading import load_quantized_model
 from kvquant.study.config import Fp16Scheme, KiviScheme, LongBenchTask, PasskeyTask, RulerTask
 from tests.evaluation.asking import asker, prepare
-from tests.evaluation.test_ruler import ESSAYS
-from tests.evaluation.tiny import TEXT, save_tiny
+from tests.support.models import save_tiny
+from tests.support.text import ESSAYS, TEXT
 
 run_passkey = asker("long")
 LONG = PasskeyTask(suite="passkey", length=420, samples=2, batch_size=2)

@@ -22,7 +22,7 @@ from kvquant.evaluation.ruler import prompt_text
 from kvquant.evaluation.ruler_tasks import RulerSample
 from kvquant.study.config import ModelSpec, Study
 from kvquant.study.digests import calibration_digest, eval_digest, prompts_digest, quantizer_digest
-from tests.evaluation.tiny import CHAT_TEMPLATE, tiny_tokenizer
+from tests.support.models import CHAT_TEMPLATE, tiny_tokenizer
 
 THINKING = CHAT_TEMPLATE.replace(
     "assistant\n{% endif %}",

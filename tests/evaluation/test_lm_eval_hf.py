@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvquant.errors import NonFinite, UserError
-from tests.evaluation.tiny import save_tiny, tiny_tokenizer
+from tests.support.models import save_tiny, tiny_tokenizer
 
 lm = pytest.importorskip("kvquant.evaluation.lm_eval_model", reason="lm-eval is not installed")
 huggingface = pytest.importorskip("lm_eval.models.huggingface")

@@ -18,7 +18,8 @@ from kvquant.fetch.lm_eval_files import task_files
 from kvquant.fetch.longbench_rows import PACKAGE, read_rows
 from kvquant.study.config import LONGBENCH_TASKS, LongBenchTask, parse_study
 from tests.evaluation.asking import asker
-from tests.evaluation.tiny import TEXT, tiny_tokenizer
+from tests.support.models import tiny_tokenizer
+from tests.support.text import TEXT, json_lines, longbench_row
 
 PLAIN = ("trec", "triviaqa", "samsum", "lcc", "repobench-p")
 HERE = [
@@ -28,19 +29,10 @@ HERE = [
 ]
 
 
-def row(number: int, **more: Any) -> dict[str, Any]:
-    base = {"context": f"{TEXT * 3} Word {number}.", "input": f"Which {number}?"}
-    return {**base, "answers": [f"word {number}", "none"], "all_classes": None, **more}
-
-
-def lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-
-
 def measure(qm: Any, task: str, rows: list[dict[str, Any]], seed: int = 0, **more: Any) -> Any:
     settings: dict[str, Any] = {"length": 900, "max_new_tokens": 6, **more}
     spec = LongBenchTask(suite="longbench", task=task, **settings)
-    return asker("lb", lines(rows))(qm, spec, seed)
+    return asker("lb", json_lines(rows))(qm, spec, seed)
 
 
 def test_names_are_lm_evals_english_tasks() -> None:
@@ -81,7 +73,7 @@ def test_the_middle_is_cut() -> None:
 @pytest.mark.parametrize("name", ["qasper", "triviaqa"])
 def test_only_some_prompts_are_a_turn_of_a_chat(name: str, chat: bool) -> None:
     tokenizer, task = tiny_tokenizer(chat), definition(name)
-    asked = {**row(1, context=TEXT * 20), "question": "Which?"}
+    asked = {**longbench_row(1, context=TEXT * 20), "question": "Which?"}
     tokens, cut = fit_prompt(tokenizer, task, asked, 300)
     text = tokenizer.decode(tokens)
     assert cut and 290 <= len(tokens) <= 300
@@ -99,7 +91,7 @@ def test_seeds_choose_the_subset() -> None:
 
 
 def test_result_names_rows_and_subset(tiny: Any) -> None:
-    rows = [row(n) for n in range(6)]
+    rows = [longbench_row(n) for n in range(6)]
     result = measure(tiny, "triviaqa", rows, seed=1, samples=3)
     assert [r["row"] for r in result.rows] == choose(6, 3, 1)
     assert result.metrics["rows_available"] == 6 and result.metrics["rows_official"] == 200
@@ -110,7 +102,7 @@ def test_result_names_rows_and_subset(tiny: Any) -> None:
 
 
 def test_batch_size_changes_nothing(tiny_kivi: Any) -> None:
-    rows = [row(n, context=TEXT * (1 + n)) for n in range(5)]
+    rows = [longbench_row(n, context=TEXT * (1 + n)) for n in range(5)]
     one = measure(tiny_kivi, "qasper", rows, batch_size=1)
     for size in (2, 5):
         other = measure(tiny_kivi, "qasper", rows, batch_size=size)
@@ -129,14 +121,14 @@ def test_batch_size_changes_nothing(tiny_kivi: Any) -> None:
     ],
 )
 def test_bad_rows_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    bad = {**row(1), **change}
+    bad = {**longbench_row(1), **change}
     bad = {k: v for k, v in bad.items() if v is not None}
     with pytest.raises(UserError, match=rf"line 2.*{message}") as error:
-        read_rows(lines([row(0), bad]), "qasper.jsonl")
+        read_rows(json_lines([longbench_row(0), bad]), "qasper.jsonl")
     assert len(str(error.value).splitlines()) == 1
     folder = tmp_path / "longbench"
     folder.mkdir()
-    (folder / "qasper.jsonl").write_text(lines([row(0), bad]))
+    (folder / "qasper.jsonl").write_text(json_lines([longbench_row(0), bad]))
     with pytest.raises(UserError, match=message):
         fetch_data("longbench-qasper", tmp_path / "out" / "manifest.json", str(tmp_path))
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -154,7 +146,9 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 
 def test_unicode_line_ends_stay_in_a_row() -> None:
-    rows = read_rows(lines([row(0, context="a\u2028b\u0085c"), row(1)]), "x")
+    rows = read_rows(
+        json_lines([longbench_row(0, context="a\u2028b\u0085c"), longbench_row(1)]), "x"
+    )
     assert len(rows) == 2 and rows[0]["context"] == "a\u2028b\u0085c"
 
 
@@ -163,7 +157,7 @@ def test_hub_rows_have_lm_evals_field(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def hub(repo: str, config: str) -> list[dict[str, Any]]:
         asked.append((repo, config))
-        changed = {**row(0), "question": "Which?"}
+        changed = {**longbench_row(0), "question": "Which?"}
         del changed["input"]
         return [changed]
 
@@ -193,7 +187,7 @@ def test_a_typo_in_a_study_offers_the_nearest() -> None:
 
 def test_length_beyond_the_positions_is_refused(tiny: Any) -> None:
     with pytest.raises(UserError, match=r"tasks\.lb\.length: 4096 .* 2048 positions"):
-        measure(tiny, "qasper", [row(0)], length=4096)
+        measure(tiny, "qasper", [longbench_row(0)], length=4096)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from kvquant.evaluation.passkey import (
 )
 from kvquant.study.config import PasskeyTask
 from tests.evaluation.asking import asker
-from tests.evaluation.tiny import tiny_tokenizer
+from tests.support.models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 

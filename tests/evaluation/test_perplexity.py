@@ -17,7 +17,7 @@ from kvquant.evaluation import perplexity
 from kvquant.evaluation.base import Context
 from kvquant.evaluation.perplexity import divergence, measure_windows, run_perplexity, window_starts
 from kvquant.study.config import PerplexityTask
-from tests.evaluation.tiny import TEXT
+from tests.support.text import TEXT
 
 LONG = TEXT * 30
 

@@ -19,10 +19,9 @@ from kvquant.fetch.model import fetch_model
 from kvquant.study.config import ModelSpec, Study, parse_study
 from kvquant.study.digests import eval_digest, prompts_digest, prompts_name
 from kvquant.study.records import EvalRecord, read_record
-from tests.evaluation.test_longbench import lines, row
-from tests.evaluation.test_ruler import ESSAYS
-from tests.evaluation.test_run import manifest, study_of  # noqa: F401  (a fixture)
-from tests.evaluation.tiny import save_tiny
+from tests.evaluation.asking import passkey_study
+from tests.support.models import save_tiny
+from tests.support.text import ESSAYS, json_lines, longbench_row
 
 RULER = {"suite": "ruler", "task": "niah_single_1", "length": 1600, "samples": 2}
 LONGBENCH = {"suite": "longbench", "task": "trec", "length": 900, "samples": 2}
@@ -40,7 +39,7 @@ def put_text(folder: Path, name: str, text: str) -> Path:
 
 @pytest.fixture
 def raw(tiny_dir: Path) -> dict[str, Any]:
-    found = study_of(tiny_dir)
+    found = passkey_study(tiny_dir)
     found["tasks"] |= {"ruler": RULER, "longbench": LONGBENCH}
     return found
 
@@ -54,7 +53,7 @@ def study(raw: dict[str, Any]) -> Study:
 def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Manifests of the tasks' texts."""
     folder = tmp_path_factory.mktemp("texts")
-    rows = lines([row(n, all_classes=["word", "none"]) for n in range(5)])
+    rows = json_lines([longbench_row(n, all_classes=["word", "none"]) for n in range(5)])
     return {
         "ruler": put_text(folder / "essays", "essays", ESSAYS),
         "longbench": put_text(folder / "trec", "longbench-trec", rows),
@@ -70,7 +69,7 @@ def content(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 @pytest.mark.parametrize("task", ["passkey", "ruler", "longbench"])
 def test_equal_specifications_give_equal_bytes_and_seeds_stay_as_they_are(
     study: Study,
-    manifest: Path,  # noqa: F811
+    manifest: Path,
     texts: dict[str, Path],
     tmp_path: Path,
     task: str,
@@ -134,7 +133,7 @@ def measure(study: Study, model_manifest: Path, prompts: Path, out: Path, **more
 
 def test_prompts_of_another_specification_are_refused(
     raw: dict[str, Any],
-    manifest: Path,  # noqa: F811
+    manifest: Path,
     tmp_path: Path,
 ) -> None:
     other = json.loads(json.dumps(raw))
@@ -147,7 +146,7 @@ def test_prompts_of_another_specification_are_refused(
 
 def test_prompts_of_another_tokenizer_are_refused(
     study: Study,
-    manifest: Path,  # noqa: F811
+    manifest: Path,
     tiny_dir: Path,
     tmp_path: Path,
 ) -> None:
@@ -175,7 +174,7 @@ def test_prompts_of_another_tokenizer_are_refused(
 )
 def test_damage_is_told(
     study: Study,
-    manifest: Path,  # noqa: F811
+    manifest: Path,
     tmp_path: Path,
 ) -> None:
     file = prepare(study, manifest, tmp_path / "p", [0, 1])
@@ -211,7 +210,7 @@ def test_damage_is_told(
 
 def test_answers_to_other_prompts_are_not_taken(
     study: Study,
-    manifest: Path,  # noqa: F811
+    manifest: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -250,7 +249,7 @@ def test_answers_to_other_prompts_are_not_taken(
 )
 def test_bad_input_is_one_line(
     raw: dict[str, Any],
-    manifest: Path,  # noqa: F811
+    manifest: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     options: list[str],

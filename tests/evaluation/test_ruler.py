@@ -27,9 +27,9 @@ from kvquant.evaluation.ruler_tasks import (
 from kvquant.fetch.datasets import DATASETS
 from kvquant.study.config import RULER_TASKS, RulerTask
 from tests.evaluation.asking import asker
-from tests.evaluation.tiny import TEXT, tiny_tokenizer
+from tests.support.models import tiny_tokenizer
+from tests.support.text import ESSAYS, TEXT
 
-ESSAYS = "This is a sentence about nothing. Another one follows it at once. " * 400
 DOCUMENTS = json.dumps(
     {
         "data": [

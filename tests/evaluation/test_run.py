@@ -14,43 +14,15 @@ from kvquant.errors import UserError
 from kvquant.evaluation import registry, run
 from kvquant.evaluation.prompts import make_prompts
 from kvquant.evaluation.run import evaluate
-from kvquant.fetch.model import fetch_model
 from kvquant.study.config import Study, parse_study
 from kvquant.study.digests import eval_digest, prompts_digest
 from kvquant.study.records import EvalRecord, read_record, write_record
-
-
-def study_of(tiny_dir: Path, **task: Any) -> dict[str, Any]:
-    passkey = {"suite": "passkey", "length": 200, "samples": 2, "batch_size": 2, **task}
-    return {
-        "study": "check",
-        "seeds": [0, 1, 2],
-        "headline": "kivi-4",
-        "models": {"tiny": {"source": "local", "path": str(tiny_dir)}},
-        "schemes": {
-            "fp16": {"kind": "fp16"},
-            "kivi-4": {"kind": "kivi", "bits": 4, "group": 16, "residual": 16},
-            "nuq3": {"kind": "nuq", "bits": 3},
-        },
-        "tasks": {
-            "passkey": passkey,
-            "long": {"suite": "passkey", "length": 100_000},
-            "ppl": {"suite": "perplexity", "dataset": "essays", "window": 64, "windows": 2},
-        },
-    }
-
-
-@pytest.fixture(scope="module")
-def manifest(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("manifest") / "manifest.json"
-    study = parse_study(study_of(tiny_dir))
-    fetch_model("tiny", study.model("tiny"), out)
-    return out
+from tests.evaluation.asking import passkey_study
 
 
 @pytest.fixture
 def study(tiny_dir: Path) -> Study:
-    return parse_study(study_of(tiny_dir))
+    return parse_study(passkey_study(tiny_dir))
 
 
 def asked(study: Study, manifest: Path, seeds: list[int], task: str = "passkey") -> Path:
@@ -132,7 +104,7 @@ def test_seeds_that_share_batches_have_the_same_answers(
     tiny_dir: Path, manifest: Path, tmp_path: Path, counted: list[int], scheme: str
 ) -> None:
     def rows(batch_size: int, seeds: list[int]) -> list[str]:
-        study = parse_study(study_of(tiny_dir, batch_size=batch_size))
+        study = parse_study(passkey_study(tiny_dir, batch_size=batch_size))
         out = tmp_path / f"{batch_size}-{len(seeds)}"
         measure(study, manifest, out, seeds, scheme=scheme)
         found = [content(out, seed) for seed in seeds]
@@ -305,10 +277,10 @@ def test_bad_input_is_one_line(
     message: str,
 ) -> None:
     file = tmp_path / "study.json"
-    file.write_text(json.dumps(study_of(tiny_dir)))
+    file.write_text(json.dumps(passkey_study(tiny_dir)))
     words = ["evaluate", "--study", str(file), "--model", "tiny", "--scheme", "fp16"]
     words += ["--task", "passkey", "--seeds", "0", "--model-manifest", str(manifest)]
-    words += ["--prompts", str(asked(parse_study(study_of(tiny_dir)), manifest, [0]))]
+    words += ["--prompts", str(asked(parse_study(passkey_study(tiny_dir)), manifest, [0]))]
     words += ["--device", "cpu", "--out-dir", str(tmp_path / "out"), *options]
     assert main(words) == 2
     told = capsys.readouterr().err.strip().splitlines()

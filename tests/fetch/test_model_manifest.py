@@ -24,7 +24,7 @@ from kvquant.fetch.model_manifest import (
 )
 from kvquant.models.loading import load_base_model, load_quantized_model, load_tokenizer
 from kvquant.study.config import ModelSpec
-from tests.evaluation.tiny import save_tiny
+from tests.support.models import save_tiny
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from kvquant.formats.blocked_sparse import SparseSlab
-from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.kernels.cuda_build import compile_cubin
 from kvquant.kernels.cuda_pack import PackShape, tokens_a_program
-from kvquant.kernels.pack_target import PackTarget
 from kvquant.quantization.batched_quant import BatchedKVQuantizer
-from kvquant.quantization.nuq import fit
 from tests.kernels.emulate import emulate
+from tests.support.packing import check_packed, check_shared_arena
+from tests.support.quantizers import random_quantizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -30,45 +28,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def make(
     heads: int, dim: int, bits: int, outliers: float, seed: int = 0, spread: float = 2.7
 ) -> BatchedKVQuantizer:
-    generator = torch.Generator().manual_seed(seed)
-    scale = torch.rand(heads, dim, generator=generator) + spread
-    scale[0, :3] = 0.0  # constant channels
-    tables = LayerQuantizer(
-        torch.randn(heads, dim, generator=generator) * 0.2, scale, fit("nf", bits),
-        fit("uniform", bits),
-    )  # fmt: skip
+    tables = random_quantizer(
+        heads, dim, bits, scale=(spread, spread + 1), values="uniform", seed=seed
+    )
+    tables.key_scale[0, :3] = 0.0  # constant channels
     return BatchedKVQuantizer(tables.to(DEVICE), bits, outliers)
-
-
-def same_outliers(a: SparseSlab | None, b: SparseSlab | None) -> bool:
-    """The same elements, signs of zeros included; the order in a block is free."""
-    if a is None or b is None:
-        return a is b
-    (ai, av), (bi, bv) = a.coordinates(), b.coordinates()
-    ao, bo = ai.argsort(), bi.argsort()
-    raw = torch.equal(av[ao].view(torch.int16), bv[bo].view(torch.int16))
-    return torch.equal(a.count, b.count) and torch.equal(ai[ao], bi[bo]) and raw
-
-
-def check(quantizer: BatchedKVQuantizer, keys: torch.Tensor, values: torch.Tensor) -> None:
-    assert quantizer._cuda_shape(keys, values) is not None
-    k, v, bad = quantizer.kernel_pack(keys, values) or pytest.fail("not supported")
-    key, value = quantizer.pack_keys(keys), quantizer.pack_values(values)
-    assert torch.equal(k.codes, key.codes)
-    assert torch.equal(v.zero, value.zero)
-    assert torch.equal(v.scale, value.scale)
-    assert torch.equal(v.codes, value.codes)
-    assert same_outliers(v.outliers, value.outliers)
-    assert int(bad) == 0
-    if key.outliers is not None and k.outliers is not None:
-        assert k.outliers.excess is not None
-        if not int(k.outliers.excess):
-            assert same_outliers(k.outliers, key.outliers)
-        assert int(k.outliers.excess) + k.outliers.nnz == int(
-            (quantizer._encode_keys(keys)[1]).sum()  # type: ignore[union-attr]
-        )
-    else:
-        assert k.outliers is None
 
 
 def tokens(
@@ -98,6 +62,11 @@ def tokens(
         x[1, ..., 0, 1::8] -= 20.0
     k, v = x.to(dtype).to(DEVICE).transpose(2, 3)
     return k, v
+
+
+def check(quantizer: BatchedKVQuantizer, keys: torch.Tensor, values: torch.Tensor) -> None:
+    assert quantizer._cuda_shape(keys, values) is not None
+    check_packed(quantizer, keys, values)
 
 
 SORTS = ["normal", "coarse", "one head", "constant tokens", "tiny", "far", "huge",
@@ -193,48 +162,7 @@ def test_what_finds_no_room_is_counted() -> None:
 
 @pytest.mark.parametrize("slots", [40, 4000])
 def test_appends_share_an_arena(slots: int) -> None:
-    quantizer = make(2, 64, 3, 0.02)
-    x = torch.randn(4, 2, 32, 64, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
-
-    def arena() -> PackTarget:
-        return PackTarget(
-            torch.zeros((4, 2, 32 * 24), dtype=torch.uint8, device=DEVICE),
-            torch.zeros(2, dtype=torch.int32, device=DEVICE),
-            torch.zeros((4, 2), dtype=torch.int32, device=DEVICE),
-            torch.zeros((4, 2), dtype=torch.int16, device=DEVICE),
-            torch.zeros(slots, dtype=torch.int16, device=DEVICE),
-            torch.zeros(slots, dtype=torch.float16, device=DEVICE),
-            torch.zeros(1, dtype=torch.int32, device=DEVICE),
-        )
-
-    both = arena(), arena()
-    zero = torch.zeros((4, 32), dtype=torch.float16, device=DEVICE)
-    scale = torch.zeros_like(zero)
-    for part in (slice(0, 1), slice(1, 4)):
-        key_view, value_view = (
-            replace(t, codes=t.codes[part], begin=t.begin[part], count=t.count[part])
-            for t in both
-            if t.begin is not None and t.count is not None
-        )
-        assert quantizer.kernel_pack_into(
-            x[part], x[part], key_view, value_view, zero[part], scale[part]
-        )
-    key, value = quantizer.pack_keys(x), quantizer.pack_values(x)
-    assert torch.equal(both[0].codes, key.codes)
-    assert torch.equal(both[1].codes, value.codes)
-    for t, expected in zip(both, (key.outliers, value.outliers), strict=True):
-        assert t.begin is not None and t.count is not None
-        assert t.positions is not None and t.values is not None
-        assert expected is not None
-        slab = SparseSlab(t.begin, t.count, t.positions, t.values, (4, 2, 32, 64))
-        assert slab.nnz + int(t.status[0]) == expected.nnz
-        assert slab.nnz == min(slots, expected.nnz)
-        assert int(t.begin.max()) <= slots
-        index, kept = slab.coordinates()
-        assert torch.equal(x.reshape(-1)[index], kept)
-        assert index.unique().numel() == index.numel()
-        if not int(t.status[0]):
-            assert same_outliers(slab, expected)
+    check_shared_arena(make(2, 64, 3, 0.02), 32, slots)
 
 
 def test_what_does_not_lie_even_is_left_to_others() -> None:

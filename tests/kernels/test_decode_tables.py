@@ -11,7 +11,7 @@ import torch
 from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.kernels.decode_tables import HeadTables, RopeTables, head_table_bytes
 from kvquant.quantization.nuq import fit
-from tests.kernels.test_cuda_decode import rope
+from tests.support.rope import rope
 
 
 def half(x: torch.Tensor) -> float:

@@ -7,12 +7,11 @@ import torch
 
 from kvquant.cache.block_store import BlockStore
 from kvquant.cache.layout import Layout
-from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.quantization import batched_quant
-from kvquant.quantization.nuq import fit
 from kvquant.schemes.nuq import NuqCodec
 from kvquant.study.config import NuqScheme
 from tests.kernels.emulate import emulate
+from tests.support.quantizers import constant_quantizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -26,8 +25,7 @@ def test_same_as_without_kernels(
         pytest.importorskip("triton")
     real = batched_quant.use_cuda_pack
     torch.manual_seed(2)
-    levels = fit("nf", 3)
-    tables = LayerQuantizer(torch.zeros(1, 64), torch.full((1, 64), 2.3), levels, levels)
+    tables = constant_quantizer(1, 64, 3, 2.3)
     codec = NuqCodec(
         NuqScheme(kind="nuq", bits=3, outliers=outliers, block_size=32), tables.to(DEVICE)
     )
@@ -67,8 +65,7 @@ def test_same_as_without_kernels(
 def test_room_is_made_for_more_outliers(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("KVQUANT_KERNELS", "triton")
-    levels = fit("nf", 3)
-    tables = LayerQuantizer(torch.zeros(1, 64), torch.full((1, 64), 1.0), levels, levels)
+    tables = constant_quantizer(1, 64, 3, 1.0)
     codec = NuqCodec(NuqScheme(kind="nuq", bits=3, block_size=32), tables.to(DEVICE))
     keys, values = torch.randn(2, 1, 1, 193, 64).half().to(DEVICE)
 

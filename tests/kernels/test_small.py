@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.test_cuda_decode import TOLERANCE, run_case
+from kvquant.quantization.batched_quant import BatchedKVQuantizer
+from tests.support.decode_case import TOLERANCE, decode_error
+from tests.support.packing import check_packed
+from tests.support.past_case import PastCase, largest_error
+from tests.support.quantizers import random_quantizer
 
 pytest.importorskip("triton")
-from tests.kernels import test_cuda_pack, test_triton_pack
-from tests.kernels.test_triton_attention import Case, error
-
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -24,7 +25,7 @@ pytestmark = [
 def test_decode(bits: int, dim: int, group: int, size: int, outliers: float) -> None:
     """No block, a tail that is nearly full, several splits, two arenas."""
     lengths = [(0, 1), (1, size - 1), (3 if size == 128 else 18, 2)]
-    error = run_case(bits, dim, group, size, outliers, torch.float16, lengths)
+    error = decode_error(bits, dim, group, size, outliers, torch.float16, lengths)
     assert error < TOLERANCE[torch.float16]
 
 
@@ -41,11 +42,14 @@ def test_pack(bits: int, kind: str, kernels: str, monkeypatch: pytest.MonkeyPatc
         values[:, :, ::3] = 0.25
     if kind == "coarse":
         keys, values = (2 * keys).round() / 2, (2 * values).round() / 2
-    tests = test_cuda_pack if kernels == "auto" else test_triton_pack
-    tests.check(tests.make(2, dim, bits, 0.02), keys.half().to("cuda"), values.half().to("cuda"))
+    tables = random_quantizer(2, dim, bits, scale=(2.7, 3.7), values="uniform")
+    if kernels == "auto":
+        tables.key_scale[0, :3] = 0.0  # constant channels
+    quantizer = BatchedKVQuantizer(tables.to("cuda"), bits, 0.02)
+    check_packed(quantizer, keys.half().to("cuda"), values.half().to("cuda"))
 
 
 def test_continue() -> None:
     """A ragged past and several new tokens, grouped queries, an empty sequence."""
-    case = Case([97, 0, 66], 5, heads=2, group=3, dim=64, dtype=torch.float16)
-    assert error(case.attend(2), case.reference()) < 8e-3
+    case = PastCase([97, 0, 66], 5, heads=2, group=3, dim=64, dtype=torch.float16)
+    assert largest_error(case.attend(2), case.reference()) < 8e-3

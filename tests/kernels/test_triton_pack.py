@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from kvquant.formats.blocked_sparse import SparseSlab
-from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.quantization.batched_quant import BatchedKVQuantizer
-from kvquant.quantization.nuq import fit
 
 pytest.importorskip("triton")
-from kvquant.kernels.pack_target import PackTarget
+from tests.support.packing import check_packed, check_shared_arena
+from tests.support.quantizers import random_quantizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts fp32 off to bf16 where a GPU and PyTorch round to the nearest.
@@ -23,38 +19,12 @@ KINDS = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
 
 
 def make(heads: int, dim: int, bits: int, outliers: float, seed: int = 0) -> BatchedKVQuantizer:
-    generator = torch.Generator().manual_seed(seed)
-    tables = LayerQuantizer(
-        torch.randn(heads, dim, generator=generator) * 0.2,
-        torch.rand(heads, dim, generator=generator) + 2.7,
-        fit("nf", bits),
-        fit("uniform", bits),
-    )
+    tables = random_quantizer(heads, dim, bits, scale=(2.7, 3.7), values="uniform", seed=seed)
     return BatchedKVQuantizer(tables.to(DEVICE), bits, outliers)
 
 
-def same_outliers(a: SparseSlab | None, b: SparseSlab | None) -> bool:
-    """The same elements; kernels store a block's entries in another order."""
-    if a is None or b is None:
-        return a is b
-    (ai, av), (bi, bv) = a.coordinates(), b.coordinates()
-    ao, bo = ai.argsort(), bi.argsort()
-    counts = torch.equal(a.count, b.count)
-    return counts and torch.equal(ai[ao], bi[bo]) and torch.equal(av[ao], bv[bo])
-
-
 def check(quantizer: BatchedKVQuantizer, keys: torch.Tensor, values: torch.Tensor) -> None:
-    k, v, bad = quantizer.kernel_pack(keys, values) or pytest.fail("not supported")
-    key, value = quantizer.pack_keys(keys), quantizer.pack_values(values)
-    assert torch.equal(k.codes, key.codes)
-    assert torch.equal(v.codes, value.codes)
-    assert torch.equal(v.zero, value.zero)
-    assert torch.equal(v.scale, value.scale)
-    assert same_outliers(k.outliers, key.outliers)
-    assert same_outliers(v.outliers, value.outliers)
-    assert int(bad) == 0
-    for slab in (k.outliers, v.outliers):
-        assert slab is None or slab.excess is None or int(slab.excess) == 0
+    assert check_packed(quantizer, keys, values) == 0
 
 
 @pytest.fixture(autouse=True)
@@ -130,53 +100,7 @@ def test_what_finds_no_room_is_counted() -> None:
 
 @pytest.mark.parametrize("slots", [40, 4000])
 def test_appends_share_an_arena(slots: int) -> None:
-    quantizer = make(2, 64, 3, 0.02)
-    x = torch.randn(4, 2, 16, 64, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
-    room = 16 * 24
-
-    def arena() -> PackTarget:
-        return PackTarget(
-            torch.zeros((4, 2, room), dtype=torch.uint8, device=DEVICE),
-            torch.zeros(2, dtype=torch.int32, device=DEVICE),
-            torch.zeros((4, 2), dtype=torch.int32, device=DEVICE),
-            torch.zeros((4, 2), dtype=torch.int16, device=DEVICE),
-            torch.zeros(slots, dtype=torch.int16, device=DEVICE),
-            torch.zeros(slots, dtype=torch.float16, device=DEVICE),
-            torch.zeros(1, dtype=torch.int32, device=DEVICE),
-        )
-
-    both = arena(), arena()
-    zero = torch.zeros((4, 16), dtype=torch.float16, device=DEVICE)
-    scale = torch.zeros_like(zero)
-    for part in (slice(0, 1), slice(1, 4)):
-        key_view, value_view = (
-            replace(t, codes=t.codes[part], begin=t.begin[part], count=t.count[part])
-            for t in both
-            if t.begin is not None and t.count is not None
-        )
-        assert quantizer.kernel_pack_into(
-            x[part], x[part], key_view, value_view, zero[part], scale[part]
-        )
-    key, value = quantizer.pack_keys(x), quantizer.pack_values(x)
-    assert torch.equal(both[0].codes, key.codes)
-    assert torch.equal(both[1].codes, value.codes)
-    assert torch.equal(zero, value.zero)
-    assert torch.equal(scale, value.scale)
-    for t, expected in zip(both, (key.outliers, value.outliers), strict=True):
-        assert t.begin is not None
-        assert t.count is not None
-        assert t.positions is not None
-        assert t.values is not None
-        assert expected is not None
-        slab = SparseSlab(t.begin, t.count, t.positions, t.values, (4, 2, 16, 64))
-        assert slab.nnz + int(t.status[0]) == expected.nnz
-        assert slab.nnz == min(slots, expected.nnz)
-        assert int(t.begin.max()) <= slots
-        index, kept = slab.coordinates()
-        assert torch.equal(x.reshape(-1)[index], kept)
-        assert index.unique().numel() == index.numel()
-        if not int(t.status[0]):
-            assert same_outliers(slab, expected)
+    check_shared_arena(make(2, 64, 3, 0.02), 16, slots)
 
 
 @pytest.mark.gpu

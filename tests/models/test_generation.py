@@ -15,7 +15,7 @@ from kvquant.models import generation
 from kvquant.models.generation import cut, end_ids, greedy, left_pad, share_out
 from kvquant.models.loading import load_quantized_model
 from kvquant.study.config import Fp16Scheme, KiviScheme
-from tests.evaluation.tiny import save_tiny
+from tests.support.models import save_tiny
 
 LENGTHS = [7, 41, 1, 23, 64]
 

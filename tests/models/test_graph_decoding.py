@@ -7,15 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.models.generation import greedy
 from kvquant.models.graph_decoding import GraphedDecoder
-from kvquant.models.loading import QuantizedModel, install_attention
-from kvquant.quantization.nuq import fit
-from kvquant.schemes.registry import build_codecs
+from kvquant.models.loading import QuantizedModel
 from kvquant.study.config import NuqScheme
-from tests.cache.test_kvquant_cache import SPECS, quantized
-from tests.conftest import tiny_model
+from tests.support.caches import SPECS, quantized
+from tests.support.models import tiny_model
+from tests.support.quantizers import constant_quantizer
 
 on_gpu = [
     pytest.mark.gpu,
@@ -26,12 +24,8 @@ DIM = 64
 
 def half_model(spec: NuqScheme, family: str = "llama") -> QuantizedModel:
     model = tiny_model(family, head_dim=DIM).half().cuda()
-    install_attention(model)
     reach = 2.6 if family == "qwen3" else 0.4  # its keys are normalized
-    levels = fit("nf", spec.bits)
-    tables = LayerQuantizer(torch.zeros(2, DIM), torch.full((2, DIM), reach), levels, levels)
-    tables = tables.to("cuda")
-    return QuantizedModel(model, None, spec, build_codecs(spec, 2, [tables, tables]))
+    return quantized(model, spec, [constant_quantizer(2, DIM, spec.bits, reach)] * 2)
 
 
 @torch.inference_mode()

@@ -14,10 +14,8 @@ from transformers import DynamicCache
 from kvquant.errors import NonFinite, UserError
 from kvquant.models.loading import install_attention
 from kvquant.study.config import KvquantRefScheme
-from tests.cache.test_cache_behaviour import EXACT, ids, step
-from tests.cache.test_kvquant_cache import SPECS, quantized
-from tests.conftest import tiny_model
-from tests.schemes.common import with_scheme
+from tests.support.caches import EXACT, SPECS, ids, quantized, step
+from tests.support.models import tiny_model
 
 REFERENCE = KvquantRefScheme(kind="kvquant-ref", bits=4)
 THETA = {"rope_type": "default", "rope_theta": 500.0}
@@ -31,7 +29,7 @@ THETA = {"rope_type": "default", "rope_theta": 500.0}
 @pytest.mark.parametrize("spec", [EXACT, SPECS[3], REFERENCE], ids=["nuq", "kivi", "reference"])
 def test_a_cache_of_a_model_with_other_angles(spec: Any) -> None:
     """It turns stored keys by its own model's rotary embedding; queries came by the other's."""
-    cache = with_scheme(spec).new_cache()
+    cache = quantized(tiny_model(), spec).new_cache()
     other = tiny_model(rope_parameters=THETA)
     install_attention(other)
     with pytest.raises(UserError, match=r"cache: was made for a model with another rotary"):
@@ -62,7 +60,7 @@ def test_a_cache_of_an_equal_model() -> None:
 @pytest.mark.parametrize("way", ["a later call", "protocol B"])
 def test_gradients_that_would_be_wrong_are_refused(spec: Any, way: str) -> None:
     """Those of keys and values were missing without a word under protocol B."""
-    qm, tokens = with_scheme(spec), ids(1, 40)
+    qm, tokens = quantized(tiny_model(), spec), ids(1, 40)
     qm.model.requires_grad_(True)
     cache = qm.new_cache("B" if way == "protocol B" else "A")
     if way == "a later call":
@@ -103,7 +101,7 @@ def test_a_model_saved_whole_is_loaded_as_it_was() -> None:
 @pytest.mark.parametrize("spec", [EXACT, REFERENCE], ids=["nuq", "reference"])
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy])
 def test_a_copy_goes_its_own_way(spec: Any, way: Any) -> None:
-    qm, tokens = with_scheme(spec), ids(1, 12)
+    qm, tokens = quantized(tiny_model(), spec), ids(1, 12)
     cache = qm.new_cache()
     step(qm.model, cache, tokens[:, :9])
     other = way(cache)

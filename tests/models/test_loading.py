@@ -12,9 +12,8 @@ import torch
 from kvquant.errors import UserError
 from kvquant.models.loading import default_dtype, load_quantized_model
 from kvquant.study.config import KiviScheme
-from tests.cache.test_cache_behaviour import ids, step
-from tests.conftest import tiny_model
-from tests.evaluation.tiny import save_tiny
+from tests.support.caches import ids, step
+from tests.support.models import save_tiny, tiny_model
 
 KIVI = KiviScheme(kind="kivi", bits=4, group=16, residual=16)
 

@@ -13,9 +13,8 @@ from kvquant.errors import UserError
 from kvquant.models.loading import install_attention, uninstall_attention
 from kvquant.models.model_call import arguments, cache_argument, parameters
 from kvquant.models.prefill_quant import PrefillQuantizedAttention
-from tests.cache.test_cache_behaviour import CLOSE, EXACT, ids, step
-from tests.cache.test_kvquant_cache import quantized
-from tests.conftest import tiny_model
+from tests.support.caches import CLOSE, EXACT, ids, quantized, step
+from tests.support.models import tiny_model
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 

@@ -16,9 +16,8 @@ from kvquant.cache.footprint import cache_nbytes
 from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.models.loading import QuantizedModel, install_attention
 from kvquant.study.config import NuqScheme
-from tests.cache.test_cache_behaviour import CLOSE, EXACT, GREEDY, LOSSY, ids, step
-from tests.cache.test_kvquant_cache import quantized, stored
-from tests.conftest import tiny_model
+from tests.support.caches import CLOSE, EXACT, GREEDY, LOSSY, ids, quantized, step, stored
+from tests.support.models import tiny_model
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},

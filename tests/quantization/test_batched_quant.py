@@ -5,20 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.kernels import reference
 from kvquant.quantization.batched_quant import BatchedKVQuantizer, outliers_per_side
-from kvquant.quantization.nuq import fit
+from tests.support.quantizers import random_quantizer, token_major
 
 
 def make(heads: int, dim: int, bits: int, outliers: float, seed: int = 0) -> BatchedKVQuantizer:
-    generator = torch.Generator().manual_seed(seed)
-    tables = LayerQuantizer(
-        torch.randn(heads, dim, generator=generator) * 0.2,
-        torch.rand(heads, dim, generator=generator) + 0.5,
-        fit("nf", bits),
-        fit("uniform", bits),
-    )
+    tables = random_quantizer(heads, dim, bits, values="uniform", seed=seed)
     return BatchedKVQuantizer(tables, bits, outliers)
 
 
@@ -29,11 +22,6 @@ def data(shape: tuple[int, ...], seed: int, kind: torch.dtype = torch.float16) -
     return ((x * 8).round() / 8 * (1 + 3 * (torch.rand(shape, generator=generator) < 0.02))).to(
         kind
     )
-
-
-def token_major(x: torch.Tensor) -> torch.Tensor:
-    blocks, heads, size, dim = x.shape
-    return x.transpose(1, 2).reshape(blocks * size, heads * dim)
 
 
 @settings(max_examples=12, deadline=None)

@@ -20,7 +20,7 @@ from kvquant.schemes.kvquant_store import ReferenceTables, SequenceStore
 from kvquant.schemes.nuq import NuqCodec
 from kvquant.study.config import KvquantRefScheme, NuqScheme
 from tests.kernels.emulate import emulate
-from tests.quantization.test_batched_quant import token_major
+from tests.support.quantizers import token_major
 
 SPEC = NuqScheme(kind="nuq", bits=3, outliers=0.01)
 CONSTANTS = [0.0, 0.3, -7.7, 100.0, 1e-5, -3e-7, 50000.0, 0.015625]

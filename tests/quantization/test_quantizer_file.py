@@ -22,30 +22,12 @@ from kvquant.errors import UserError
 from kvquant.fetch.file_hashes import FileHashes
 from kvquant.formats.sealing import seal_of
 from kvquant.models.loading import load_quantized_model
-from kvquant.quantization.quantizer_file import QuantizerManifest, load_quantizer, save_quantizer
+from kvquant.quantization.quantizer_file import load_quantizer
 from kvquant.study.config import CalibrationSpec, Fp16Scheme, KvquantRefScheme, NuqScheme
-from tests.conftest import tiny_model
-from tests.evaluation.tiny import save_tiny
+from tests.support.models import save_tiny, tiny_model
+from tests.support.quantizers import save_made_quantizer
 
 SCHEME = NuqScheme(kind="nuq", bits=3)
-
-
-def save(path: Path, scheme: Any, weights: str, layers: Any) -> Path:
-    manifest = QuantizerManifest(
-        library_version="0",
-        model="tiny",
-        weights_sha256=weights,
-        scheme="nuq3",
-        spec=scheme.model_dump(mode="json"),
-        calibration={},
-        spec_digest="0",
-        num_layers=2,
-        num_kv_heads=2,
-        head_dim=16,
-        calibration_error={"keys": 0.25},
-    )
-    save_quantizer(path, manifest, layers)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for bits in (3, 4):
         scheme = NuqScheme(kind="nuq", bits=bits)
         layers = [build_layer(s, scheme, spec.outlier_fractions, 2)[0] for s in found]
-        save(folder / f"q{bits}.json", scheme, weights, layers)
+        save_made_quantizer(folder / f"q{bits}.json", scheme, weights, layers)
     return folder
 
 
@@ -256,7 +238,7 @@ def test_files_have_the_mode_of_the_umask(made: Path, tmp_path: Path) -> None:
     statistics, info = load_statistics(made / "stats.safetensors")
     old = os.umask(0o027)
     try:
-        save(tmp_path / "q.json", SCHEME, "a" * 64, layers)
+        save_made_quantizer(tmp_path / "q.json", SCHEME, "a" * 64, layers)
         save_statistics(tmp_path / "s.safetensors", statistics, info)
     finally:
         os.umask(old)

@@ -29,8 +29,9 @@ from kvquant.study.config import (
     NuqScheme,
     TurboQuantScheme,
 )
-from tests.conftest import tiny_model
-from tests.schemes.common import DIM, feed, ragged, relative_error, with_scheme
+from tests.support.caches import feed, quantized, ragged
+from tests.support.models import tiny_model
+from tests.support.quantizers import relative_error
 
 OURS: list[Any] = [
     Fp16StaticScheme(kind="fp16-static", room=5),
@@ -96,16 +97,16 @@ def test_sinks_are_exact_and_their_bits_are_counted(spec: Any, protocol: str) ->
     ids = torch.randint(1, 97, (1, 83), generator=torch.Generator().manual_seed(3))
     found = []
     for sinks in (0, 3):
-        qm = with_scheme(spec.model_copy(update={"sinks": sinks}))
+        qm = quantized(tiny_model(), spec.model_copy(update={"sinks": sinks}))
         _, cache = feed(qm, ids[:, : 80 + sinks], None, [80 + sinks], protocol)
         found.append((cache_nbytes(cache), cache_elements(cache)))
         held = cache.layers[0].store.sinks[1]
         assert held.shape[2] == sinks and held.dtype is torch.float16
         if sinks:  # the first layer's values depend on the token alone
-            exact = with_scheme(Fp16StaticScheme(kind="fp16-static", room=1))
+            exact = quantized(tiny_model(), Fp16StaticScheme(kind="fp16-static", room=1))
             _, plain = feed(exact, ids[:, :83], None, [83], protocol)
             assert torch.equal(held, plain.layers[0].values[:, :, :3].half())
-    elements = 2 * 2 * 2 * DIM * 3
+    elements = 2 * 2 * 2 * 16 * 3
     assert found[1][1] - found[0][1] == elements
     assert found[1][0] - found[0][0] == 2 * elements
 
@@ -124,11 +125,11 @@ def test_every_kind_is_registered() -> None:
 def test_a_sequence_in_a_ragged_batch_equals_itself_alone(
     spec: Any, side: str, protocol: str
 ) -> None:
-    qm = with_scheme(spec)
+    qm = quantized(tiny_model(), spec)
     lengths = [90, 41, 1, 33]
     rows, ids, mask = ragged(lengths, side)
     logits, cache = feed(qm, ids, mask, [60, 30] if side == "left" else [90], protocol)
-    assert cache_elements(cache, mask) == 2 * 2 * 2 * DIM * sum(lengths)
+    assert cache_elements(cache, mask) == 2 * 2 * 2 * 16 * sum(lengths)
     for b, row in enumerate(rows):
         width = int((mask[b, :60] == 1).sum()) if side == "left" else len(row)
         chunks = [c for c in (width, len(row) - width) if c]
@@ -140,7 +141,7 @@ def test_a_sequence_in_a_ragged_batch_equals_itself_alone(
 def test_chunks_equal_one_call_in_protocol_b(spec: Any) -> None:
     if spec.kind in ("kivi", "fp16-static") or getattr(spec, "residual", 0):
         pytest.skip("its tokens are not quantized one by one")
-    qm = with_scheme(spec)
+    qm = quantized(tiny_model(), spec)
     ids = torch.randint(0, 97, (1, 80), generator=torch.Generator().manual_seed(2))
     whole, _ = feed(qm, ids, None, [80], "B")
     parts, _ = feed(qm, ids, None, [37, 1, 1, 16, 25], "B")
@@ -149,7 +150,7 @@ def test_chunks_equal_one_call_in_protocol_b(spec: Any) -> None:
 
 @pytest.mark.parametrize("spec", [*OURS, *HF], ids=name)
 def test_generate_with_left_padding(spec: Any) -> None:
-    qm = with_scheme(spec)
+    qm = quantized(tiny_model(), spec)
     _, ids, mask = ragged([40, 27], "left")
     settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     settings |= {"attention_mask": mask, "max_new_tokens": 30}
@@ -164,7 +165,7 @@ def test_generate_with_left_padding(spec: Any) -> None:
 
 @pytest.mark.parametrize("spec", [*OURS, *HF], ids=name)
 def test_padded_steps_are_near_the_unquantized_ones(spec: Any) -> None:
-    qm = with_scheme(spec)
+    qm = quantized(tiny_model(), spec)
     _, ids, mask = ragged([60, 43], "left")
     chunks = [40, 12, *[1] * 8]
     found, _ = feed(qm, ids, mask, chunks)
@@ -180,7 +181,7 @@ def test_padded_steps_are_near_the_unquantized_ones(spec: Any) -> None:
 
 @pytest.mark.parametrize("spec", [*OURS, *HF], ids=name)
 def test_beams_reorder_the_cache(spec: Any) -> None:
-    qm = with_scheme(spec)
+    qm = quantized(tiny_model(), spec)
     _, ids, mask = ragged([40, 27], "left")
     settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     settings |= {"attention_mask": mask, "max_new_tokens": 6, "num_beams": 3}
@@ -193,7 +194,7 @@ def test_beams_reorder_the_cache(spec: Any) -> None:
 
 @pytest.mark.parametrize("spec", [*OURS, *HF], ids=name)
 def test_chosen_sequences_go_on_as_before(spec: Any) -> None:
-    qm = with_scheme(spec)
+    qm = quantized(tiny_model(), spec)
     ids = torch.randint(1, 97, (3, 40), generator=torch.Generator().manual_seed(5))
     token = torch.tensor([[3], [4], [5]])
     with torch.inference_mode():
@@ -209,7 +210,7 @@ def test_chosen_sequences_go_on_as_before(spec: Any) -> None:
 
 @pytest.mark.parametrize("spec", [*OURS, *HF], ids=name)
 def test_perplexity_and_answers_run(spec: Any) -> None:
-    qm = with_scheme(spec)
+    qm = quantized(tiny_model(), spec)
     ids = torch.randint(1, 97, (1, 96), generator=torch.Generator().manual_seed(6))
     for protocol in spec.protocols:
         found = measure_windows(qm, ids, protocol, 24, kl=True)
@@ -218,14 +219,14 @@ def test_perplexity_and_answers_run(spec: Any) -> None:
         assert bool(found.kl.any()) == (spec.kind != "fp16-static")
     answers = greedy(qm, [[3] * 30, [5] * 11], 4, batch_size=2, eos_ids=[])
     assert [len(a) for a in answers.tokens] == [4, 4]
-    assert answers.cache_elements == 2 * 2 * 2 * DIM * 41
+    assert answers.cache_elements == 2 * 2 * 2 * 16 * 41
 
 
 @pytest.mark.parametrize("spec", [Fp16Scheme(kind="fp16"), *OURS, *HF], ids=name)
 def test_windows_of_a_batch_are_measured_as_one_at_a_time(
     spec: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    qm = with_scheme(spec)
+    qm = quantized(tiny_model(), spec)
     ids = torch.randint(1, 97, (5, 150), generator=torch.Generator().manual_seed(9))
     monkeypatch.setattr("kvquant.evaluation.perplexity.LOGIT_POSITIONS", 40)
     for protocol in spec.protocols:
@@ -243,7 +244,7 @@ def test_windows_of_a_batch_are_measured_as_one_at_a_time(
 @pytest.mark.parametrize("spec", [Fp16Scheme(kind="fp16"), *OURS, *HF], ids=name)
 def test_caches_are_gone_after_a_measurement(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the garbage collector, which would let a GPU fill up first."""
-    qm = with_scheme(spec)
+    qm = quantized(tiny_model(), spec)
     caches: list[Any] = []
     plain = qm.new_cache
 
@@ -267,7 +268,7 @@ def test_caches_are_gone_after_a_measurement(spec: Any, monkeypatch: pytest.Monk
 def test_bytes_are_those_of_long_contexts(spec: Any) -> None:
     """Bits an element at 480 tokens lie between the nominal width and 16 bits of tail on top."""
     model = tiny_model()
-    qm = with_scheme(spec, model)
+    qm = quantized(model, spec)
     ids = torch.randint(1, 97, (2, 480), generator=torch.Generator().manual_seed(8))
     _, cache = feed(qm, ids, None, [480])
     bits = 8 * cache_nbytes(cache) / cache_elements(cache)

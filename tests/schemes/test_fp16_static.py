@@ -6,11 +6,12 @@ import torch
 
 from kvquant.cache.footprint import cache_nbytes
 from kvquant.study.config import Fp16StaticScheme
-from tests.schemes.common import DIM, feed, with_scheme
+from tests.support.caches import feed, quantized
+from tests.support.models import tiny_model
 
 
 def test_it_is_the_growing_cache_without_reallocation() -> None:
-    qm = with_scheme(Fp16StaticScheme(kind="fp16-static", room=20))
+    qm = quantized(tiny_model(), Fp16StaticScheme(kind="fp16-static", room=20))
     ids = torch.randint(1, 97, (2, 60), generator=torch.Generator().manual_seed(0))
     found, cache = feed(qm, ids, None, [40, 1, 1, 18])
     grown = qm.baseline_cache()
@@ -21,7 +22,7 @@ def test_it_is_the_growing_cache_without_reallocation() -> None:
             logits.append(qm.model(input_ids=part, past_key_values=grown, use_cache=True).logits)
             at += size
     assert torch.equal(found, torch.cat(logits, 1))
-    assert cache_nbytes(cache) == 2 * 2 * 2 * 2 * DIM * 60 * 2  # layers, K and V, batch, heads
+    assert cache_nbytes(cache) == 2 * 2 * 2 * 2 * 16 * 60 * 2  # layers, K and V, batch, heads
     place = cache.layers[0].keys.data_ptr()
     with torch.inference_mode():  # the room is used up
         qm.model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
@@ -30,7 +31,7 @@ def test_it_is_the_growing_cache_without_reallocation() -> None:
 
 
 def test_writes_stay_in_place_while_there_is_room() -> None:
-    qm = with_scheme(Fp16StaticScheme(kind="fp16-static", room=8))
+    qm = quantized(tiny_model(), Fp16StaticScheme(kind="fp16-static", room=8))
     ids = torch.randint(1, 97, (1, 10))
     _, cache = feed(qm, ids, None, [4])
     place = cache.layers[1].values.data_ptr()

@@ -7,7 +7,7 @@ import torch
 
 from kvquant.schemes.fp8 import Fp8Codec, decode, encode, token_scale
 from kvquant.study.config import Fp8Scheme
-from tests.schemes.common import assert_fake_is_packed, blocks, relative_error
+from tests.support.quantizers import assert_fake_is_packed, blocks, relative_error
 
 
 @pytest.mark.parametrize("scale", ["token-head", "none"])

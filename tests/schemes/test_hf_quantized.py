@@ -15,8 +15,8 @@ from kvquant.errors import UserError
 from kvquant.models.loading import load_quantized_model
 from kvquant.schemes import hf_quantized
 from kvquant.study.config import HfFp8Scheme, HfHqqScheme, HfQuantoScheme, SchemeSpec
-from tests.conftest import tiny_model
-from tests.schemes.common import feed, ragged, with_scheme
+from tests.support.caches import feed, quantized, ragged
+from tests.support.models import tiny_model
 
 QUANTO = HfQuantoScheme(kind="hf-quanto", bits=4, group=16, residual=24)
 
@@ -24,7 +24,7 @@ QUANTO = HfQuantoScheme(kind="hf-quanto", bits=4, group=16, residual=24)
 def test_the_numbers_are_those_of_transformers() -> None:
     pytest.importorskip("optimum.quanto", reason="needs optimum-quanto")
     model = tiny_model().half()
-    qm = with_scheme(QUANTO, model)
+    qm = quantized(model, QUANTO)
     ids = torch.randint(1, 97, (2, 90), generator=torch.Generator().manual_seed(0))
     theirs = cache_utils.QuantizedCache(
         "quanto", model.config, nbits=4, axis_key=0, axis_value=0, q_group_size=16,
@@ -44,7 +44,7 @@ def test_the_numbers_are_those_of_transformers() -> None:
 @pytest.mark.parametrize("bits", [4, 2])
 def test_quanto_bytes_include_scales_padding_and_residual(bits: int) -> None:
     pytest.importorskip("optimum.quanto", reason="needs optimum-quanto")
-    qm = with_scheme(HfQuantoScheme(kind="hf-quanto", bits=bits, group=16, residual=24))
+    qm = quantized(tiny_model(), HfQuantoScheme(kind="hf-quanto", bits=bits, group=16, residual=24))
     _, ids, mask = ragged([64, 32], "left")
     _, cache = feed(qm, ids, mask, [64])
     elements = 2 * 2 * 2 * 2 * 16 * 64  # padding is stored
@@ -59,7 +59,7 @@ def test_quanto_bytes_include_scales_padding_and_residual(bits: int) -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_hqq_bytes(bits: int) -> None:
     pytest.importorskip("hqq", reason="needs hqq")
-    qm = with_scheme(HfHqqScheme(kind="hf-hqq", bits=bits, group=16))
+    qm = quantized(tiny_model(), HfHqqScheme(kind="hf-hqq", bits=bits, group=16))
     ids = torch.randint(1, 97, (1, 64))
     _, cache = feed(qm, ids, None, [64])
     assert 8 * cache_nbytes(cache) / cache_elements(cache) == bits + 32 / 16
@@ -80,7 +80,7 @@ def test_protocol_b_is_refused() -> None:
             continue
         if spec is QUANTO:
             pytest.importorskip("optimum.quanto", reason="needs optimum-quanto")
-        qm = with_scheme(spec)
+        qm = quantized(tiny_model(), spec)
         with pytest.raises(UserError, match="protocol B: impossible for scheme kind 'hf-"):
             qm.new_cache("B")
 

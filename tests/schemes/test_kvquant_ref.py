@@ -14,13 +14,14 @@ from kvquant.schemes.kvquant_store import ReferenceTables, SequenceStore
 from kvquant.schemes.nuq import NuqCodec
 from kvquant.schemes.registry import ModelShape, build_caches
 from kvquant.study.config import KvquantRefScheme, NuqScheme
-from tests.conftest import tiny_model
-from tests.schemes.common import feed, ragged, tables, with_scheme
+from tests.support.caches import feed, quantized, ragged
+from tests.support.models import tiny_model
+from tests.support.quantizers import narrow_quantizers
 
 
 def filled(spec: KvquantRefScheme, keys: Any, values: Any, chunks: list[int]) -> SequenceStore:
     """Keys and values `[num_kv_heads, n, head_dim]`, appended in chunks; rotation left out."""
-    table = tables(spec.bits, keys.shape[0], keys.shape[2])[0]
+    table = narrow_quantizers(spec.bits, keys.shape[0], keys.shape[2])[0]
     store, at = SequenceStore(ReferenceTables(spec, table), keys[:, : chunks[0]]), 0
     for size in chunks:
         part = slice(at, at + size)
@@ -49,7 +50,7 @@ def test_it_gives_back_the_numbers_of_nuq(bits: int, outliers: float, chunks: li
     ref = KvquantRefScheme(kind="kvquant-ref", bits=bits, outliers=outliers, room=3)
     found = read(filled(ref, keys, values, chunks))
     nuq = NuqScheme(kind="nuq", bits=bits, outliers=outliers, block_size=32)
-    codec = NuqCodec(nuq, tables(bits, 2, 64)[0])
+    codec = NuqCodec(nuq, narrow_quantizers(bits, 2, 64)[0])
     k, v = (x[None, :, 1:] for x in (keys, values))  # the first token is a sink
     shape = (3, 2, 32, 64)
     packed = codec.pack(*(x[0].unflatten(1, (3, 32)).transpose(0, 1).contiguous() for x in (k, v)))
@@ -80,7 +81,7 @@ def test_arrays_are_standard_and_grow_by_concatenation() -> None:
     store = filled(spec, keys, values, [39])
     before = store.key_outliers.channels
     store.append(keys[:, 39:], keys[:, 39:], values[:, 39:])
-    table = tables(4, 2, 64)[0]
+    table = narrow_quantizers(4, 2, 64)[0]
     rows = keys.float().transpose(0, 1).flatten(1)
     normalized = (rows - table.key_zero.view(-1)) / table.key_scale.view(-1)
     sparse = store.key_outliers
@@ -110,7 +111,7 @@ def test_rows_of_equal_numbers() -> None:
 @pytest.mark.parametrize("kv_heads", [2, 4], ids=["gqa", "mha"])
 def test_padding_is_not_stored(kv_heads: int) -> None:
     spec = KvquantRefScheme(kind="kvquant-ref", bits=4)
-    qm = with_scheme(spec, tiny_model(kv_heads=kv_heads))
+    qm = quantized(tiny_model(kv_heads=kv_heads), spec)
     rows, ids, mask = ragged([40, 12], "left")
     _, cache = feed(qm, ids, mask, [40])
     assert [s.length for s in cache.layers[1].stores] == [40, 12]
@@ -124,7 +125,7 @@ def test_errors_name_the_fix(tmp_path: Path) -> None:
     spec = KvquantRefScheme(kind="kvquant-ref", bits=4)
     with pytest.raises(UserError, match="'kvquant-ref' needs a quantizer file"):
         build_caches(spec, ModelShape(2, 2, 16), None)
-    qm = with_scheme(spec)
+    qm = quantized(tiny_model(), spec)
     with pytest.raises(ValueError, match="protocol"):
         qm.new_cache("C")  # type: ignore[arg-type]
     cache = qm.new_cache()

@@ -17,7 +17,7 @@ from kvquant.quantization.nuq import fit
 from kvquant.quantization.quantizer_file import load_quantizer
 from kvquant.study.config import parse_study
 from kvquant.study.records import EvalRecord, ThroughputRecord, read_record
-from tests.test_pipeline import work  # noqa: F401  (a fixture)
+from tests.support.pipeline import measured_folder
 
 QUANTO = importlib.util.find_spec("optimum") is not None
 PEERS: dict[str, Any] = {
@@ -32,7 +32,13 @@ EVALUATED = ["fp16", "nuq3-1pct", *(p for p in PEERS if p != "fp16-static")]
 
 
 @pytest.fixture(scope="module")
-def study(work: Path) -> dict[str, Any]:  # noqa: F811
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of which the shared stages have run."""
+    return measured_folder(tmp_path_factory.mktemp("peers"))
+
+
+@pytest.fixture(scope="module")
+def study(work: Path) -> dict[str, Any]:
     """The pipeline's study with peers; written to peers.json, quantizers built."""
     raw = json.loads((work / "study.json").read_text())
     raw["schemes"] |= PEERS
@@ -54,7 +60,7 @@ def study(work: Path) -> dict[str, Any]:  # noqa: F811
     return raw
 
 
-def options(work: Path, scheme: str) -> list[str]:  # noqa: F811
+def options(work: Path, scheme: str) -> list[str]:
     words = ["--study", str(work / "peers.json"), "--model", "tiny", "--scheme", scheme]
     words += ["--model-manifest", str(work / "model.json"), "--device", "cpu"]
     if scheme.startswith(("nuq", "nf", "ref")):
@@ -63,7 +69,7 @@ def options(work: Path, scheme: str) -> list[str]:  # noqa: F811
 
 
 def test_nf_takes_ranges_from_calibration_and_levels_from_theory(
-    work: Path,  # noqa: F811
+    work: Path,
     study: dict[str, Any],
 ) -> None:
     _, ours = load_quantizer(work / "p/models/nuq3-1pct/quantizer.json", weights_sha256=None)
@@ -75,7 +81,7 @@ def test_nf_takes_ranges_from_calibration_and_levels_from_theory(
         assert not torch.equal(mine.key_levels, theirs.key_levels)
 
 
-def test_from_peers_to_tables(work: Path, study: dict[str, Any]) -> None:  # noqa: F811
+def test_from_peers_to_tables(work: Path, study: dict[str, Any]) -> None:
     spec, results = parse_study(study), work / "p"
     assert ("hf-quanto-4", "ppl") not in spec.eval_cells()  # a task of protocol B
     assert ("hf-quanto-4", "ppl-a") in spec.eval_cells() or not QUANTO

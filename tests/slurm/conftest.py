@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import tiny_model
 from tests.slurm.local_slurm import (
     ACCOUNT,
     PARTITION,
@@ -23,7 +21,8 @@ from tests.slurm.local_slurm import (
     no_accounting,
     reason_to_skip,
 )
-from tests.test_pipeline import TEXT, save_tokenizer
+from tests.support.models import save_byte_model
+from tests.support.text import write_corpus
 
 # Stands before the real interpreter in PATH and notes in calls.log what began and ended. A verb
 # whose words match a file in faults/ fails, hangs or dawdles, as the file's name says, once: the
@@ -176,9 +175,7 @@ def stub_study(root: Path) -> dict[str, Any]:
 
 def tiny_study(folder: Path) -> dict[str, Any]:
     """The smoke study's shape on a model of two layers, saved in `folder`."""
-    model = tiny_model(vocab_size=257, max_position_embeddings=1024, eos_token_id=256)
-    model.save_pretrained(folder / "hf")
-    save_tokenizer(folder / "hf")
+    save_byte_model(folder / "hf")
     return {
         "study": "tiny",
         "device": "cpu",
@@ -226,14 +223,4 @@ def put_study(folder: Path, study: dict[str, Any]) -> None:
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
     data = folder / "resources/data/essays"
     data.mkdir(parents=True)
-    (data / "text.txt").write_text(TEXT)
-    manifest = {
-        "dataset": "essays",
-        "source": "test",
-        "sha256": hashlib.sha256(TEXT.encode()).hexdigest(),
-        "characters": len(TEXT),
-        "test_from": len(TEXT) // 2,
-        "file": "text.txt",
-    }
-    (data / "manifest.json").write_text(json.dumps(manifest))
-    os.utime(data / "manifest.json", (1, 1))
+    os.utime(write_corpus(data, "manifest.json"), (1, 1))

@@ -28,8 +28,7 @@ from kvquant.study.records import (
     read_record,
 )
 from kvquant.study.samples import SAMPLES, verified_samples
-from tests.study.plausible_records import study_of, write_study
-from tests.study.test_records import eval_record
+from tests.support.studies import eval_record, study_of, write_study
 
 KINDS: dict[str, tuple[type[Record], str]] = {
     "eval": (EvalRecord, "eval/tiny/nuq3/qasper/seed0/run.json"),

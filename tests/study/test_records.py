@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -13,18 +12,7 @@ from kvquant.errors import UserError
 from kvquant.formats.files import write_new
 from kvquant.formats.sealing import seal_of
 from kvquant.study.records import EvalRecord, Percentiles, read_record, write_record
-
-
-def eval_record(**changed: Any) -> EvalRecord:
-    fields: dict[str, Any] = {
-        **{"study": "check", "spec_digest": "0" * 16, "model": "tiny", "scheme": "fp16"},
-        **{"task": "passkey", "seed": 0, "suite": "passkey", "protocol": "A"},
-        **{"metric": "accuracy", "higher_is_better": True, "value": 50.0},
-        **{"metrics": {"accuracy": 50.0}, "samples": 2, "tokens": 300, "cache_bytes": 1000},
-        **{"cache_elements": 500, "bits_per_element": 16.0, "samples_sha256": "a" * 64},
-        **{"seconds": 1.5, "inputs": {"model": "b" * 64}},
-    }
-    return EvalRecord.model_validate(fields | changed)
+from tests.support.studies import eval_record
 
 
 def test_written_once_and_never_replaced(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from kvquant.cli import main
 from kvquant.formats.files import sha256_file
 from kvquant.study.records import EvalRecord, read_record
 from kvquant.study.seal import record_files
-from tests.study.plausible_records import study_of, write_evaluation
+from tests.support.studies import study_of, write_evaluation
 
 
 def old(results: Path, seed: int, **changed: object) -> Path:

@@ -261,3 +261,16 @@ def write_study(study: Study, results: Path) -> Path:
     file = results / "study.json"
     file.write_text(json.dumps(study.model_dump(mode="json")))
     return file
+
+
+def eval_record(**changed: Any) -> EvalRecord:
+    """A record of one seed, made without measuring."""
+    fields: dict[str, Any] = {
+        **{"study": "check", "spec_digest": "0" * 16, "model": "tiny", "scheme": "fp16"},
+        **{"task": "passkey", "seed": 0, "suite": "passkey", "protocol": "A"},
+        **{"metric": "accuracy", "higher_is_better": True, "value": 50.0},
+        **{"metrics": {"accuracy": 50.0}, "samples": 2, "tokens": 300, "cache_bytes": 1000},
+        **{"cache_elements": 500, "bits_per_element": 16.0, "samples_sha256": "a" * 64},
+        **{"seconds": 1.5, "inputs": {"model": "b" * 64}},
+    }
+    return EvalRecord.model_validate(fields | changed)

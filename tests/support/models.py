@@ -1,4 +1,4 @@
-"""A tiny model with a real tokenizer, saved as a local model directory."""
+"""Tiny models with random weights, in memory or saved with a tokenizer."""
 
 from __future__ import annotations
 
@@ -7,15 +7,40 @@ from typing import Any
 
 import torch
 
+from tests.support.text import TEXT
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TEXT = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-    "There is an important info hidden inside a lot of irrelevant text. Remember it. "
-    "One of the special magic numbers for some word is: what are they mentioned in the text? "
-)
+
+
+def tiny_model(family: str = "llama", heads: int = 4, kv_heads: int = 2, **extra: Any) -> Any:
+    """A random model of two layers, head_dim 16, 512 positions, fp32, on the CPU."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    common = {
+        "vocab_size": 97,
+        "hidden_size": heads * 16,
+        "head_dim": 16,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 512,
+    }
+    if family == "mistral":
+        common["sliding_window"] = None
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**common, **extra})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    model.requires_grad_(False)
+    with torch.no_grad():  # biases start at zero and would hide a missing one
+        for name, parameter in model.named_parameters():
+            if name.endswith("_proj.bias"):
+                parameter.normal_()
+    return model
 
 
 def tiny_tokenizer(chat: bool = True) -> Any:
@@ -61,4 +86,19 @@ def save_tiny(folder: Path, *, positions: int = 2048, chat: bool = True) -> Path
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_byte_model(folder: Path) -> Path:
+    """Saves a random Llama of 1024 positions with a tokenizer of one token per byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model = tiny_model(vocab_size=257, max_position_embeddings=1024, eos_token_id=256)
+    model.save_pretrained(folder)
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "<end>": 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
     return folder
