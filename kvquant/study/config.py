@@ -29,6 +29,7 @@ from kvquant.study.numbers import (
     MAX_SECONDS,
     MAX_TOKENS,
 )
+from kvquant.study.overlay import read_study
 from kvquant.study.paths import DeviceKey, PathVars
 from kvquant.study.schemes import KINDS, MAX_SEED, AnyScheme, SchemeSpec, Strict
 from kvquant.study.schemes import CalibratedScheme as CalibratedScheme
@@ -45,7 +46,6 @@ from kvquant.study.schemes import NuqScheme as NuqScheme
 from kvquant.study.schemes import TurboQuantScheme as TurboQuantScheme
 from kvquant.study.statistics import Margin as Margin
 from kvquant.study.statistics import StatisticsSpec as StatisticsSpec
-from kvquant.study.study_file import read_mapping
 from kvquant.study.tasks import LONGBENCH_TASKS as LONGBENCH_TASKS
 from kvquant.study.tasks import RULER_TASKS as RULER_TASKS
 from kvquant.study.tasks import EvaluationSpec as EvaluationSpec
@@ -293,9 +293,15 @@ def parse_study(raw: Any, where: str = "config") -> Study:
 
 def load_study(path: str | Path) -> Study:
     """Reads a study from YAML or JSON."""
-    return parse_study(read_mapping(path), where=str(path))
+    return parse_study(read_study(path), where=str(path))
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a study file, as committed in config/schema.json."""
-    return Study.model_json_schema()
+    """The JSON schema of a study file, as committed in config/schema.json.
+
+    A file with a `base` need not hold the keys that a study requires.
+    """
+    schema = Study.model_json_schema()
+    text = "study file that this one is a variant of, relative to its folder; see config/README.md"
+    schema["properties"]["base"] = {"type": "string", "title": "Base", "description": text}
+    return schema | {"if": {"required": ["base"]}, "else": {"required": schema.pop("required")}}

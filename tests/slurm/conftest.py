@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from kvquant.study.overlay import read_study
 from tests.slurm.local_slurm import (
     ACCOUNT,
     PARTITION,
@@ -158,7 +159,7 @@ class Workplace:
 
 def stub_study(root: Path) -> dict[str, Any]:
     """The cluster's study with one model and few jobs, for verbs that only touch their outputs."""
-    study = yaml.safe_load((root / "config/athena.yaml").read_text())
+    study: dict[str, Any] = read_study(root / "config/athena.yaml")
     study["models"] = {"llama": study["models"]["llama-2-7b-32k"]}
     study["schemes"] = {name: study["schemes"][name] for name in ("fp16", "nuq3-1pct")}
     study["tasks"] = {"ppl": {**study["tasks"]["ppl-wikitext2-b"], "dataset": "essays"}}

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 COUNTS = {
     "demo": {
@@ -97,6 +98,27 @@ def test_unknown_wildcard_fails_while_planning(root: Path) -> None:
     done = snakemake(root, *config, target)
     assert done.returncode != 0
     assert "MissingRuleException" in done.stdout + done.stderr
+
+
+def test_a_variant_is_planned_with_what_its_base_says(root: Path, tmp_path: Path) -> None:
+    folders = {name: f"{tmp_path}/{name[0]}" for name in ("results", "paper", "logs", "cache")}
+    base = {"base": str(root / "config/smoke.yaml"), "pathvars": folders}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    variant = {"base": "base.yaml", "seeds": [0, 7], "tasks": {"passkey-256": None}}
+    (tmp_path / "variant.yaml").write_text(yaml.safe_dump(variant))
+    config = ["--configfile", str(tmp_path / "variant.yaml"), "--replace-workflow-config"]
+    done = snakemake(root, *config, "-p", "accuracy")
+    assert done.returncode == 0, done.stderr[-2000:]
+    output = done.stdout + done.stderr
+    assert jobs(output)["evaluate"] == 8 and "passkey" not in output
+    assert f"--study {tmp_path}/r/study.json --model smollm2-135m --scheme fp16" in output
+    assert f"--out-dir {tmp_path}/r/eval/" in output and "--seeds 0 7 " in output
+
+    (tmp_path / "variant.yaml").write_text("base: bose.yaml\n")
+    done = snakemake(root, *config)
+    assert done.returncode != 0
+    output = done.stdout + done.stderr
+    assert "variant.yaml: base: no such file: " in output and "Traceback" not in output
 
 
 def test_released_results_rebuild_figures_without_measuring(root: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from kvquant.study.config import parse_study
+from kvquant.study.overlay import read_study
 
 
 def profiles(root: Path) -> dict[str, dict[str, Any]]:
@@ -80,7 +81,7 @@ def test_dry_run_of_the_demo_is_readable(root: Path) -> None:
 
 @pytest.mark.slow
 def test_thousands_of_jobs_are_planned(root: Path, tmp_path: Path) -> None:
-    study = yaml.safe_load((root / "config/athena.yaml").read_text())
+    study = read_study(root / "config/athena.yaml")
     passkey = study["tasks"]["passkey-2k"]
     study["tasks"].update({f"passkey-{n}": {**passkey, "length": 1024 + n} for n in range(250)})
     study["pathvars"] = {"results": f"{tmp_path}/r", "paper": f"{tmp_path}/p"}

@@ -14,15 +14,26 @@ from kvquant.runtime.own_python import find_own_python
 from kvquant.runtime.provenance import device_name
 from kvquant.runtime.run_lock import hold
 from kvquant.runtime.slurm import prepare
-from kvquant.study.study_file import read_mapping
+from kvquant.study.overlay import read_studies
 
 find_own_python()
 
+
+def config_files():
+    """The files that make the study, the workflow's own first.
+
+    They are read here once more: Snakemake knows no `base`, and of a key that stands twice it takes
+    the last.
+    """
+    settings = workflow.config_settings
+    if settings.replace_workflow_config and settings.overwrite_config:
+        return settings.configfiles
+    own = [file for file in workflow.configfiles if file not in settings.configfiles]
+    return [*own, *settings.configfiles]
+
+
 try:
-    # Snakemake has read them leniently: of a key that stands twice it takes the last.
-    for file in workflow.configfiles:
-        read_mapping(file, "--configfile")
-    STUDY = parse_study(config)
+    STUDY = parse_study(read_studies(config_files(), workflow.config_settings.config))
     if STUDY.data_dir is not None and not Path(STUDY.data_dir).is_dir():
         raise UserError(f"data_dir: no such folder: {STUDY.data_dir}")
 except UserError as error:
@@ -37,6 +48,10 @@ STUDY_FILE = Path(STUDY.pathvars.get("results", "results/paper")) / "study.json"
 # Timed jobs share their machine with nobody. `workflow.cores` fails where jobs run on a cluster.
 ALONE = (workflow.resource_settings.cores or 2) if CPU_STUDY else CPUS_PER_GPU * STUDY.gpus
 MEASURED = protected if STUDY.protect else (lambda files: files)
+
+
+pathvars:  # also those that the study has from its base
+    **STUDY.pathvars,
 
 
 wildcard_constraints:
