@@ -1,1 +1,1 @@
-"""Energy meters: NVML counters on a GPU, an estimate without them, carbon bookkeeping."""
+"""Energy meters (NVML, RAPL, estimate), profiler and carbon bookkeeping."""

@@ -1,4 +1,4 @@
-"""Carbon bookkeeping with CodeCarbon, offline: never the measurement, never a reason to fail."""
+"""Carbon bookkeeping with CodeCarbon in offline mode, whose failure never fails a job."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def _first_line(error: BaseException) -> str:
 class CarbonTracker:
     """Tracks emissions between `start()` and `stop()`.
 
-    CodeCarbon swallows its own failures, and takes the world's average for a country that it does
-    not know; both are reported here as an error instead.
+    CodeCarbon swallows its own failures and uses the world's average for an unknown country. Both
+    are reported here as an error instead.
 
     Args:
-        country: ISO code of three letters.
-        gpus: NVML's numbers of the GPUs to count, none for work on a processor. By number, as
+        country: ISO 3166 code of three letters.
+        gpus: NVML indices of the GPUs to count, none for work on a CPU. They are indices because
             CodeCarbon 3.3 finds no GPU by a UUID that begins with "GPU-".
     """
 
@@ -33,7 +33,7 @@ class CarbonTracker:
         self._error: str | None = None
 
     def start(self) -> None:
-        """Starts tracking; a failure is kept for `stop()`."""
+        """Starts tracking; `stop()` reports a failure."""
         try:
             self._tracker = self._open()
             self._check_gpus()
@@ -47,12 +47,12 @@ class CarbonTracker:
 
         logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
         if self._gpus is None:
-            raise ValueError("NVML does not number its GPUs, so CodeCarbon cannot be told which")
+            raise ValueError("NVML gives no index of the GPUs, which CodeCarbon needs")
         if self._country not in DataSource().get_global_energy_mix_data():
             raise ValueError(f"CodeCarbon knows no country '{self._country}'")
         self._folder = tempfile.TemporaryDirectory(prefix="kvquant-carbon-")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # save_to_*: 3.0 knows no other way
+            warnings.simplefilter("ignore", DeprecationWarning)  # save_to_*: no other way in 3.0
             return OfflineEmissionsTracker(
                 country_iso_code=self._country,
                 gpu_ids=list(self._gpus),
@@ -64,14 +64,14 @@ class CarbonTracker:
             )
 
     def _check_gpus(self) -> None:
-        """CodeCarbon must count these GPUs and no other."""
+        """Refuses a tracker that counts other GPUs than the job's."""
         for hardware in getattr(self._tracker, "_hardware", []):
             counted = getattr(hardware, "gpu_ids", ())
             if counted is None or {int(i) for i in counted} - set(self._gpus or ()):
                 raise ValueError("CodeCarbon counts other GPUs than those of this job")
 
     def stop(self) -> dict[str, Any]:
-        """What CodeCarbon counted, or `error`."""
+        """Stops tracking and returns what CodeCarbon counted, with `error` if it failed."""
         found: dict[str, Any] = {"tool": "codecarbon, offline", "country": self._country}
         if self._gpus:
             found["gpus"] = len(self._gpus)

@@ -1,4 +1,4 @@
-"""What the operating system says of the processor."""
+"""Telemetry of the CPU from the operating system."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import psutil
 
 
 def cpu_telemetry() -> list[dict[str, Any]]:
-    """The processor's clock and utilisation now."""
+    """Returns the CPU's current clock and utilization."""
     try:
         clock = psutil.cpu_freq()
-    except Exception:  # not told to a virtual machine
+    except Exception:  # a virtual machine may not expose it
         clock = None
     return [
         {

@@ -1,6 +1,6 @@
-"""Energy on machines without a GPU counter: RAPL where it can be read, else a model of power.
+"""Energy on machines without a GPU counter: RAPL if it can be read, else a model of power.
 
-Neither is a measurement of the job alone, so both are marked `estimated` and carry no claim.
+Neither measures the job alone, so both are marked `estimated` and support no claim.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import psutil
 from kvquant.energy.cpu import cpu_telemetry
 from kvquant.energy.rapl import POWERCAP, RaplMeter, open_rapl
 
-WATTS_PER_CORE = 4.0  # thermal design power over cores of a server processor, say 280 W / 64
-IDLE_SHARE = 0.3  # of that power when nothing runs
+WATTS_PER_CORE = 4.0  # thermal design power per core of a server CPU, for example 280 W / 64
+IDLE_SHARE = 0.3  # fraction of that power when nothing runs
 
 
 class EstimatedMeter:
-    """The processor's share of its thermal design power.
+    """Estimates energy from CPU time and thermal design power.
 
-    Power = watts_per_core * (idle_share * cores + (1 - idle_share) * busy cores), where the busy
-    cores are this process's processor time over elapsed time.
+    Power = watts_per_core * (idle_share * cores + (1 - idle_share) * busy cores), where the number
+    of busy cores is this process's CPU time divided by the elapsed time.
 
     Args:
         watts_per_core: Power of a fully busy core, W.
-        idle_share: Part of it that an idle core draws, 0 to 1.
-        cores: Cores of the machine's share; None counts those this process may use.
-        now: Seconds; for tests.
-        busy: Processor seconds so far; for tests.
+        idle_share: Fraction of it that an idle core draws, 0 to 1.
+        cores: Number of cores; None counts those that this process may use.
+        now: Clock in seconds, which tests replace.
+        busy: CPU seconds used so far, which tests replace.
     """
 
     source: Literal["nvml", "estimated"] = "estimated"
@@ -62,19 +62,19 @@ class EstimatedMeter:
         return float(times.user + times.system)
 
     def read(self) -> float:
-        """Estimated joules."""
+        """Returns the estimated joules since some fixed moment."""
         return self._now() * self._idle + self._busy() * self._extra
 
     def telemetry(self) -> list[dict[str, Any]]:
-        """The processor's clock and utilisation."""
+        """Returns the CPU's clock and utilization."""
         return cpu_telemetry()
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Does nothing, as the meter holds nothing."""
 
 
 def open_cpu_meter(powercap: Path = POWERCAP) -> EstimatedMeter | RaplMeter:
-    """RAPL if every package's counter can be read, else the estimate, whose method says why."""
+    """Opens RAPL if the counter of every package can be read, else the estimate."""
     found = open_rapl(powercap)
     if isinstance(found, RaplMeter):
         return found

@@ -1,8 +1,8 @@
-"""Which GPUs a process sees and works on: CUDA_VISIBLE_DEVICES by NVML, torch's devices by UUID.
+"""The GPUs that a process sees and uses: CUDA_VISIBLE_DEVICES by NVML, torch's devices by UUID.
 
-NVML numbers every GPU of the host by its place on the PCI bus; CUDA numbers those that it may see,
-in the order of CUDA_VISIBLE_DEVICES. The two agree only by chance, so a GPU is known by its UUID.
-Nothing here imports torch or starts CUDA until it is asked for a device of torch.
+NVML numbers all GPUs of the host by their position on the PCI bus. CUDA numbers the visible ones in
+the order of CUDA_VISIBLE_DEVICES. The two agree only by chance, so a GPU is identified by its UUID.
+Nothing here imports torch or starts CUDA unless it is given a torch device.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-_UNKNOWN_GPUS = 64  # boards asked for at most: no host has more
+MAX_BOARDS = 64  # no host has more
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One device as CUDA counts devices: a whole board, or a MIG slice of one.
+    """Describes one CUDA device: a whole board, or a MIG slice of one.
 
     Attributes:
         handle: NVML handle of the device.
-        board: NVML handle of the board; that of the device itself without MIG.
-        uuid: "GPU-..." or "MIG-..."; empty if the driver does not say.
-        name: As NVML spells it; a slice's name ends in its profile ("... MIG 3g.20gb").
-        mig: Whether it is a slice.
+        board: NVML handle of its board, the same as `handle` without MIG.
+        uuid: "GPU-..." or "MIG-...", empty if the driver does not report it.
+        name: NVML's name; the name of a slice ends in its profile ("... MIG 3g.20gb").
+        mig: Whether the device is a MIG slice.
     """
 
     handle: Any
@@ -40,7 +40,7 @@ class Gpu:
 
 
 def _ask(nvml: Any, function: str, *args: Any) -> Any:
-    """What NVML answers, None for what this GPU, driver or library does not know."""
+    """Returns NVML's answer, or None if the GPU, driver or library does not support the query."""
     try:
         return getattr(nvml, function)(*args)
     except Exception:
@@ -52,7 +52,7 @@ def _text(value: Any) -> str:
 
 
 def _profile(nvml: Any, slice_: Any) -> str:
-    """The MIG profile of a slice, such as "3g.20gb" or "1c.3g.20gb"."""
+    """Returns the MIG profile of a slice, such as "3g.20gb" or "1c.3g.20gb"."""
     found = _ask(nvml, "nvmlDeviceGetAttributes", slice_)
     if found is None:
         return "MIG"
@@ -76,42 +76,42 @@ def _slice(nvml: Any, handle: Any, board: Any, uuid: str = "") -> Gpu:
 
 
 def in_mig_mode(nvml: Any, board: Any) -> bool:
-    """Whether a board is cut into MIG slices; CUDA then sees slices and not the board."""
+    """Returns whether a board is in MIG mode, in which CUDA sees its slices and not the board."""
     mode = _ask(nvml, "nvmlDeviceGetMigMode", board)
     return bool(mode and mode[0])
 
 
 def slices(nvml: Any, board: Any) -> list[Gpu]:
-    """The MIG slices of a board, in NVML's order."""
+    """Returns the MIG slices of a board, in NVML's order."""
     count = _ask(nvml, "nvmlDeviceGetMaxMigDeviceCount", board) or 0
     handles = [_ask(nvml, "nvmlDeviceGetMigDeviceHandleByIndex", board, i) for i in range(count)]
     return [_slice(nvml, handle, board) for handle in handles if handle is not None]
 
 
 def boards(nvml: Any) -> list[Gpu]:
-    """The boards that this process may use, by their place on the PCI bus.
+    """Returns the boards that this process may use, in the order of the PCI bus.
 
-    NVML also counts boards that a container or a job of a cluster may not open; CUDA does not.
+    NVML also counts boards that a container or a cluster job may not open, and CUDA does not.
     """
-    count = min(int(nvml.nvmlDeviceGetCount()), _UNKNOWN_GPUS)
+    count = min(int(nvml.nvmlDeviceGetCount()), MAX_BOARDS)
     handles = [_ask(nvml, "nvmlDeviceGetHandleByIndex", index) for index in range(count)]
     return [_board(nvml, handle) for handle in handles if handle is not None]
 
 
 def _leading_number(word: str) -> int | None:
-    """A number at a word's start, as the driver reads it ("1gpu" is 1); None without one."""
+    """Returns the number that a word starts with, as the driver reads it ("1gpu" is 1), or None."""
     found = re.match(r"\s*\+?(\d+)", word)
     return int(found[1]) if found else None
 
 
 def _by_prefix(word: str, gpus: Sequence[Gpu]) -> Gpu | None:
-    """The only GPU whose UUID begins so; UUIDs may be cut where they stay unique."""
+    """Returns the GPU whose UUID starts with `word`, or None unless exactly one does."""
     found = [gpu for gpu in gpus if gpu.uuid.lower().startswith(word.lower())]
     return found[0] if len(found) == 1 else None
 
 
 def _slice_by_place(nvml: Any, word: str, gpus: Sequence[Gpu]) -> Gpu | None:
-    """A slice named by its board and instances: "MIG-GPU-uuid/1/0", of older drivers."""
+    """Returns the slice that older drivers name by board and instances: "MIG-GPU-uuid/1/0"."""
     board, _, place = word.removeprefix("MIG-").partition("/")
     for gpu in gpus:
         if gpu.uuid != board:
@@ -127,21 +127,22 @@ def _slice_by_place(nvml: Any, word: str, gpus: Sequence[Gpu]) -> Gpu | None:
 
 
 def visible_gpus(nvml: Any, environ: Mapping[str, str] | None = None) -> list[Gpu]:
-    """The devices that CUDA will see in this environment, in its order, without starting CUDA.
+    """Returns the devices that CUDA will see, in CUDA's order, without starting CUDA.
 
-    CUDA_VISIBLE_DEVICES is read as the driver reads it: numbers, or UUIDs that may be cut short,
-    up to the first one that names nothing; a device named twice leaves none. A board in MIG mode
-    stands for its first slice. Numbers count along the PCI bus. CUDA does so with
-    CUDA_DEVICE_ORDER=PCI_BUS_ID; else it puts the fastest first, which only the driver can say:
-    on a host of different GPUs a job therefore checks its device against the planned one.
+    CUDA_VISIBLE_DEVICES is read as the driver reads it: a list of numbers or of UUIDs, which may be
+    abbreviated, up to the first entry that names no device. A device that is named twice leaves no
+    devices at all. A board in MIG mode stands for its first slice. Numbers are taken as positions
+    on the PCI bus. CUDA does so only with CUDA_DEVICE_ORDER=PCI_BUS_ID and otherwise starts with
+    the fastest GPU, which only the driver knows. On a host with different GPUs a job therefore
+    checks its device against the planned one.
 
     Args:
-        nvml: The pynvml module, initialised.
-        environ: Variables; None takes those of this process.
+        nvml: The initialized pynvml module.
+        environ: Environment variables; None takes those of this process.
     """
     asked = (os.environ if environ is None else environ).get("CUDA_VISIBLE_DEVICES")
     whole = boards(nvml)
-    # What a number or a board's UUID stands for; None for a board in MIG mode without a slice.
+    # The device of each number or board UUID; None for a board in MIG mode without slices.
     seen = [
         next(iter(slices(nvml, gpu.board)), None) if in_mig_mode(nvml, gpu.board) else gpu
         for gpu in whole
@@ -149,19 +150,19 @@ def visible_gpus(nvml: Any, environ: Mapping[str, str] | None = None) -> list[Gp
     if asked is None:
         return [gpu for gpu in seen if gpu is not None]
     words = [word.strip() for word in asked.split(",")]
-    kind = next((k for k in ("GPU-", "MIG-") if words[0].startswith(k)), "")
-    every = [one for gpu in whole for one in slices(nvml, gpu.board)] if kind == "MIG-" else []
+    prefix = next((p for p in ("GPU-", "MIG-") if words[0].startswith(p)), "")
+    every = [one for gpu in whole for one in slices(nvml, gpu.board)] if prefix == "MIG-" else []
     chosen: list[Gpu] = []
     for word in words:
         found: Gpu | None = None
-        if kind == "MIG-" and word.startswith("MIG-GPU-"):
+        if prefix == "MIG-" and word.startswith("MIG-GPU-"):
             found = _slice_by_place(nvml, word, whole)
-        elif kind == "MIG-" and word.startswith(kind):
+        elif prefix == "MIG-" and word.startswith(prefix):
             found = _by_prefix(word, every)
-        elif kind == "GPU-" and word.startswith(kind):
+        elif prefix == "GPU-" and word.startswith(prefix):
             named = _by_prefix(word, whole)
             found = seen[whole.index(named)] if named else None
-        elif not kind and (number := _leading_number(word)) is not None and number < len(seen):
+        elif not prefix and (number := _leading_number(word)) is not None and number < len(seen):
             found = seen[number]
         if found is None:
             break
@@ -172,23 +173,23 @@ def visible_gpus(nvml: Any, environ: Mapping[str, str] | None = None) -> list[Gp
 
 
 def by_uuid(nvml: Any, uuid: str) -> Gpu:
-    """The device with a UUID as torch tells it, with or without its prefix.
+    """Returns the device with a UUID from torch, which may lack its prefix.
 
     Raises:
-        LookupError: NVML knows no such device, or cannot tell which slice of a board it is.
+        LookupError: NVML knows no such device, or the slice of a board is ambiguous.
     """
     bare = uuid.removeprefix("GPU-").removeprefix("MIG-")
     handle = _ask(nvml, "nvmlDeviceGetHandleByUUID", f"GPU-{bare}")
     if handle is not None:
         if not in_mig_mode(nvml, handle):
             return _board(nvml, handle, f"GPU-{bare}")
-        # CUDA told the board of a slice: it is the one slice of this board that is visible.
+        # CUDA reported the board of a slice: the one visible slice of this board is meant.
         board = _board(nvml, handle, f"GPU-{bare}").uuid
         shown = [one for one in visible_gpus(nvml) if one.mig]
         same = [one for one in shown if _board(nvml, one.board).uuid == board]
         if len(same) == 1:
             return same[0]
-        raise LookupError("which MIG slice the process works on cannot be told")
+        raise LookupError("the MIG slice that the process works on cannot be identified")
     handle = _ask(nvml, "nvmlDeviceGetHandleByUUID", f"MIG-{bare}")
     if handle is None:
         raise LookupError(f"NVML knows no GPU with torch's UUID '{bare}'")
@@ -197,7 +198,7 @@ def by_uuid(nvml: Any, uuid: str) -> Gpu:
 
 
 def cuda_index(device: torch.device) -> int:
-    """Torch's number of a CUDA device: its own, or the current device's."""
+    """Returns the index of a CUDA device in torch, which is the current device's by default."""
     import torch
 
     if device.index is not None:
@@ -209,7 +210,7 @@ def cuda_index(device: torch.device) -> int:
 
 
 def torch_uuid(device: torch.device) -> str:
-    """Torch's UUID of a CUDA device; empty if this torch does not tell."""
+    """Returns torch's UUID of a CUDA device, or "" if this version of torch does not report it."""
     import torch
 
     properties = torch.cuda.get_device_properties(cuda_index(device))
@@ -217,7 +218,7 @@ def torch_uuid(device: torch.device) -> str:
 
 
 def visible_uuids() -> list[str] | None:
-    """UUIDs of the devices that torch sees, in its order; None if it does not tell them all."""
+    """Returns the UUIDs of torch's devices in its order, or None if torch does not report all."""
     import torch
 
     if not torch.cuda.is_available():
@@ -227,28 +228,28 @@ def visible_uuids() -> list[str] | None:
 
 
 def gpu_of(nvml: Any, device: torch.device) -> Gpu:
-    """The NVML device behind a CUDA device of torch.
+    """Returns the NVML device behind a CUDA device of torch.
 
     Raises:
-        LookupError: Torch tells no UUID, or NVML does not know it.
+        LookupError: Torch reports no UUID, or NVML does not know it.
     """
     uuid = torch_uuid(device)
     if uuid:
         return by_uuid(nvml, uuid)
     seen, index = visible_gpus(nvml), cuda_index(device)
     if index >= len(seen) or len({gpu.name for gpu in seen}) > 1:
-        raise LookupError("this torch tells no UUIDs, so which GPU works cannot be told")
+        raise LookupError("this torch reports no UUIDs, so the GPU cannot be identified")
     return seen[index]
 
 
 def load_nvml() -> Any:
-    """The pynvml module, initialised.
+    """Returns the initialized pynvml module.
 
     Raises:
-        Exception: There is no library, no driver or no permission; its own kinds of error.
+        Exception: There is no library, driver or permission, as pynvml's own types of error.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of a package that was its name once
+        warnings.simplefilter("ignore", FutureWarning)  # from another package of the same name
         import pynvml
 
     pynvml.nvmlInit()
@@ -256,10 +257,10 @@ def load_nvml() -> Any:
 
 
 def devices_of(parameters: Iterable[torch.Tensor]) -> list[torch.device]:
-    """The devices that tensors lie on, each once, in order of first use."""
+    """Returns the devices of the tensors, each once, in order of first use."""
     return list(dict.fromkeys(t.device for t in parameters if t.device.type != "meta"))
 
 
 def short_name(name: str) -> str:
-    """The kebab-case name of a GPU in paths: "NVIDIA H100 80GB HBM3" gives "h100-80gb-hbm3"."""
+    """Returns a GPU's kebab-case name for paths: "NVIDIA H100 80GB HBM3" is "h100-80gb-hbm3"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-").removeprefix("nvidia-")

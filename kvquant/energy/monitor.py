@@ -1,4 +1,4 @@
-"""`EnergyMonitor`: joules and seconds of a stretch of work, from the best meter there is."""
+"""`EnergyMonitor`: measures the energy and time of a region of work with the best meter."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
 
 class Meter(Protocol):
-    """A source of energy readings."""
+    """Interface of a source of energy readings."""
 
     source: Literal["nvml", "estimated"]
 
     @property
     def method(self) -> str:
-        """Which counter or model of power gives the numbers."""
+        """The counter or power model behind the readings, in words."""
         ...
 
     def read(self) -> float:
-        """Joules since some fixed moment."""
+        """Returns the joules since some fixed moment."""
         ...
 
     def telemetry(self) -> list[dict[str, Any]]:
-        """One mapping a device: clocks, temperature, power, whatever the source knows now."""
+        """Returns one mapping per device with its current clocks, temperature and power."""
         ...
 
     def close(self) -> None:
@@ -42,7 +42,7 @@ class Meter(Protocol):
 
 
 def _as_devices(devices: str | torch.device | Sequence[str | torch.device]) -> list[torch.device]:
-    """Devices as torch names them, each once."""
+    """Returns the given devices as torch devices, each once."""
     import torch
 
     several = [devices] if isinstance(devices, str | torch.device) else list(devices)
@@ -50,11 +50,11 @@ def _as_devices(devices: str | torch.device | Sequence[str | torch.device]) -> l
 
 
 def metered_gpus(nvml: Any, devices: Sequence[torch.device]) -> list[Gpu]:
-    """The GPUs behind devices of torch, each board once.
+    """Returns the GPUs of the given torch devices, each board once.
 
     Raises:
-        UserError: One is a MIG slice, whose energy nothing counts.
-        LookupError: NVML does not know one.
+        UserError: A device is a MIG slice, for which there is no energy counter.
+        LookupError: NVML does not know a device.
     """
     found: dict[str, Gpu] = {}
     for device in devices:
@@ -62,7 +62,7 @@ def metered_gpus(nvml: Any, devices: Sequence[torch.device]) -> list[Gpu]:
         if gpu.mig:
             raise UserError(
                 f"--device: {gpu.name} is a MIG slice, and NVML counts the energy of the whole "
-                "board with all its slices: measure energy on a GPU that is not cut into slices"
+                "board with all its slices: measure energy on a GPU that is not in MIG mode"
             )
         found.setdefault(gpu.uuid or str(gpu.handle), gpu)
     return list(found.values())
@@ -74,16 +74,16 @@ def open_meter(
     nvml: Any = None,
     find_uuids: Callable[[], list[str] | None] | None = None,
 ) -> Meter:
-    """The best meter for the devices that a model is on, and for no other.
+    """Opens the best meter for exactly the devices that a model uses.
 
     Args:
-        devices: Device or devices, as torch names them: "cpu", "cuda" (the current one), "cuda:1".
+        devices: One or more torch devices: "cpu", "cuda" (the current one), "cuda:1".
         nvml: The pynvml module; None imports it.
-        find_uuids: UUIDs of those GPUs; None asks torch for them, for tests.
+        find_uuids: Returns the UUIDs of the GPUs in tests; None asks torch for them.
 
     Returns:
-        For GPUs their energy counters, else integrated power, else an estimate whose method says
-        why; for a CPU RAPL, else an estimate.
+        On GPUs their energy counters, else integrated power, else an estimate whose method says
+        why. On a CPU RAPL, else an estimate.
 
     Raises:
         UserError: A device is a MIG slice.
@@ -101,7 +101,7 @@ def open_meter(
         meter: NvmlMeter | NvmlPowerMeter
         try:
             meter = NvmlMeter(library, handles)
-        except Exception:  # counters are missing on older GPUs and hidden on shared ones
+        except Exception:  # older GPUs lack counters, and shared ones hide them
             meter = NvmlPowerMeter(library, handles)
     except UserError:
         raise
@@ -115,9 +115,9 @@ def open_meter(
 
 
 def not_metered(meter: Meter) -> dict[str, Any]:
-    """The GPUs that this process may use and does not: how many of which name, and their watts.
+    """Returns the names and watts of the visible GPUs that the meter does not count.
 
-    They belong to the job's machine and not to the model's energy.
+    They are part of the job's machine, but not of the model's energy.
     """
     indices = getattr(meter, "indices", ())
     if not indices:
@@ -138,24 +138,24 @@ def not_metered(meter: Meter) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Reading:
-    """Energy of a stretch of work."""
+    """Holds the energy and time of a region of work."""
 
     joules: float
     seconds: float
 
 
 class EnergyMonitor:
-    """Measures stretches of work between `start()` and `stop()`.
+    """Measures the energy of regions of work between `start()` and `stop()`.
 
-    A meter whose power is an average over the past (`window`) is let settle before and after a
-    stretch, and what the idle device drew in that time is taken off: so a stretch has its own
-    joules alone, whatever ran before it.
+    If the meter averages power over the past (`window`), the monitor waits for it to settle before
+    and after a region and subtracts what the idle device drew meanwhile. The result is the energy
+    of the region alone, whatever ran before it.
 
     Args:
-        meter: Where readings come from.
-        wait: Waits until the device has nothing left to do; called at both ends.
-        now: Seconds of a clock that nobody sets; for tests.
-        sleep: For tests.
+        meter: The source of readings.
+        wait: Waits until the device is idle; called at both ends of a region.
+        now: Monotonic clock in seconds, which tests replace.
+        sleep: Sleeps for some seconds, which tests replace.
     """
 
     def __init__(
@@ -176,18 +176,18 @@ class EnergyMonitor:
 
     @property
     def min_seconds(self) -> float:
-        """The shortest stretch that the meter can measure."""
+        """Seconds of the shortest region that the meter can measure."""
         return float(getattr(self.meter, "min_seconds", 0.0))
 
     def start(self) -> None:
-        """Begins a stretch."""
+        """Starts a region."""
         self._wait()
         if self._averaged is not None:
             self._sleep(self._averaged.window)
         joules = self.meter.read()
         if self._averaged is not None:
             self._idle = self._averaged.power()
-        self._fault()  # of the time before
+        self._fault()  # forget faults from before the region
         self._started = (self._now(), joules)
 
     @property
@@ -196,10 +196,10 @@ class EnergyMonitor:
         return self._now() - self._started[0]
 
     def stop(self) -> Reading:
-        """Ends the stretch.
+        """Ends the region and returns its energy and time.
 
         Raises:
-            UserError: Energy was not counted for a part of it, or cannot be true.
+            UserError: A part of the energy was not counted, or the reading is impossible.
         """
         self._wait()
         if self._averaged is None:
@@ -214,15 +214,16 @@ class EnergyMonitor:
         return Reading(joules, seconds)
 
     def _fault(self) -> str | None:
-        """What the meter lost since it was last asked."""
+        """Returns the meter's fault since the last call, or None."""
         take = getattr(self.meter, "take_fault", None)
         return take() if take is not None else None
 
     def _settled(self, meter: NvmlPowerMeter, seconds: float) -> float:
-        """Joules of the stretch from power that is averaged over `window`.
+        """Returns the joules of the region from power that the meter averages over `window`.
 
-        Half a window of what was idle before it and the rest of what is idle after it lie in the
-        integral from its start to a window after its end, and nothing of it lies outside.
+        The integral from the region's start to one window after its end contains the whole region.
+        It also contains idle power of half a window before the region and of the rest after it,
+        which is subtracted.
         """
         self._sleep(meter.window)
         joules = meter.read() - self._started[1]
@@ -234,7 +235,7 @@ class EnergyMonitor:
         limit = getattr(self.meter, "max_watts", None)
         steps = 10 * getattr(self.meter, "refresh", 0.0)
         if not math.isfinite(joules) or joules < 0:
-            raise UserError(f"energy: {joules:g} J in {seconds:.1f} s cannot be; run the job again")
+            raise UserError(f"energy: {joules:g} J in {seconds:.1f} s cannot be true: run it again")
         if limit is not None and seconds >= steps and joules > limit * seconds:
             raise UserError(
                 f"energy: {joules / seconds:.0f} W is more than the GPU(s) can draw (limit "
@@ -242,9 +243,9 @@ class EnergyMonitor:
             )
 
     def idle_watts(self, seconds: float) -> float:
-        """Mean power while nothing runs, over `seconds` or as long as the meter needs.
+        """Returns the mean power in watts while nothing runs, or 0 if `seconds` is 0.
 
-        0 if `seconds` is 0.
+        The measurement takes `seconds`, or longer if the meter needs it.
         """
         if seconds <= 0:
             return 0.0

@@ -1,7 +1,8 @@
 """GPU board energy from NVML: the total-energy counter, or power integrated over time.
 
-A query of NVML may fail at any time and a counter may start again with the driver. A failed query
-is repeated, and counted; what cannot be bridged ends the measurement by name, never in a number.
+A query of NVML may fail at any time, and a counter restarts with the driver. A failed query is
+counted and repeated. A fault that cannot be bridged ends the measurement with an error and never
+with a number.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from kvquant.energy.gpus import by_uuid, visible_gpus
 from kvquant.errors import UserError
 
 POWER_INTERVAL = 0.05
-MAX_GAP = 1.0  # seconds without a reading that are bridged by interpolation
+MAX_GAP = 1.0  # seconds without a reading that interpolation may bridge
 AVERAGED = 1.0  # seconds that nvmlDeviceGetPowerUsage averages over, on Ampere and newer
-POWER_INSTANT = 186  # NVML_FI_DEV_POWER_INSTANT: power now, milliwatts
-MIN_TRIAL = 5.0  # seconds of a trial against a counter of 100 ms
+POWER_INSTANT = 186  # NVML_FI_DEV_POWER_INSTANT: current power, milliwatts
+MIN_TRIAL = 5.0  # seconds, as the counter is refreshed every 100 ms
 _TRIES = 3
 _NOT_MEASURED = "the energy of this job cannot be measured"
 
 
 def gpu_handles(nvml: Any, uuids: Sequence[str] | None) -> list[Any]:
-    """NVML handles of the GPUs with these UUIDs, or of all that CUDA will see.
+    """Returns the NVML handles of the GPUs with these UUIDs, or of all that CUDA will see.
 
     Raises:
-        LookupError: There is no GPU, or none with such a UUID.
+        LookupError: There is no GPU, or none with one of the UUIDs.
     """
     nvml.nvmlInit()
     found = visible_gpus(nvml) if uuids is None else [by_uuid(nvml, uuid) for uuid in uuids]
@@ -45,7 +46,7 @@ def refresh_seconds(
     now: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> float | None:
-    """Seconds between two updates of a counter, or None if it stands still for `patience`."""
+    """Returns the seconds between updates of a counter, or None if it is stuck for `patience`."""
     changed: list[float] = []
     value, start = read(), now()
     while now() - start < patience:
@@ -60,14 +61,14 @@ def refresh_seconds(
 
 
 class _NvmlBase:
-    """Telemetry of GPUs; what a GPU does not tell is None.
+    """Reads telemetry of GPUs, with None for a field that a GPU does not report.
 
     Attributes:
         refresh: Seconds between two values of the source.
-        window: Seconds of the past that a reading of power is averaged over.
-        min_seconds: Shortest trial that it can measure.
-        max_watts: Power that the boards cannot draw; None where no limit is known.
-        indices: NVML's numbers of the boards, which CodeCarbon uses; None if not known.
+        window: Seconds that a reading of power is averaged over; 0 for instantaneous power.
+        min_seconds: Seconds of the shortest trial that can be measured.
+        max_watts: Power that the boards together cannot reach; None if no limit is known.
+        indices: NVML indices of the boards, which CodeCarbon uses; None if not known.
     """
 
     source: Literal["nvml", "estimated"] = "nvml"
@@ -95,7 +96,7 @@ class _NvmlBase:
             return None
 
     def _limit(self, handle: Any) -> float | None:
-        """Watts that a board cannot draw: half above the highest limit it can be set to."""
+        """Returns watts that a board cannot reach: 1.5 times its highest possible power limit."""
         bounds = self._ask("nvmlDeviceGetPowerManagementLimitConstraints", handle)
         highest = bounds[1] if bounds else self._ask("nvmlDeviceGetEnforcedPowerLimit", handle)
         return 1.5 * highest / 1e3 if highest else None
@@ -105,14 +106,14 @@ class _NvmlBase:
         self._last_error = (str(error).splitlines() or [type(error).__name__])[0]
 
     def _instant(self, handle: Any) -> float:
-        """Watts at this moment; raises where NVML does not tell them."""
+        """Returns the instantaneous power in watts; raises if NVML does not report it."""
         field = self._nvml.nvmlDeviceGetFieldValues(handle, [POWER_INSTANT])[0]
         if status := getattr(field, "nvmlReturn", 0):
             raise RuntimeError(f"NVML: error {status} for the field of instantaneous power")
         return float(field.value.uiVal) / 1e3
 
     def _power(self, handle: Any, instant: bool) -> float:
-        """Watts, at this moment or as the driver averages them."""
+        """Returns the power in watts, instantaneous or averaged by the driver."""
         if instant:
             return self._instant(handle)
         return float(self._nvml.nvmlDeviceGetPowerUsage(handle)) / 1e3
@@ -121,12 +122,12 @@ class _NvmlBase:
         for _ in range(_TRIES):
             try:
                 return self._instant(handle) > 0
-            except Exception:  # older drivers and GPUs do not know the field
+            except Exception:  # older drivers and GPUs lack the field
                 continue
         return False
 
     def telemetry(self) -> list[dict[str, Any]]:
-        """Of each GPU: clocks (MHz), temperature (C), power and limit (W), utilisation (%)."""
+        """Returns clocks (MHz), temperature (C), power (W) and utilization (%) of each GPU."""
         rows = []
         for index, handle in enumerate(self._handles):
             power = self._ask("nvmlDeviceGetPowerUsage", handle)
@@ -150,9 +151,9 @@ class _NvmlBase:
         return rows
 
     def quality(self) -> dict[str, Any]:
-        """What the record says: errors that were survived, and processes on the busiest GPU.
+        """Returns the failed queries and the number of processes on the busiest GPU.
 
-        More processes than this one share a board, and its energy.
+        More than one process means that the energy of a board is shared.
         """
         found: dict[str, Any] = {"errors": self._errors}
         running = [self._ask("nvmlDeviceGetComputeRunningProcesses", h) for h in self._handles]
@@ -161,20 +162,20 @@ class _NvmlBase:
         return found | ({"last_error": self._last_error} if self._last_error else {})
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Does nothing, as the meter holds nothing."""
 
 
 class NvmlMeter(_NvmlBase):
-    """The total-energy counter of GPU boards, in steps of its refresh time.
+    """Reads the total-energy counters of GPU boards.
 
     Args:
         nvml: The pynvml module.
         handles: NVML handles of the GPUs.
-        now: Seconds; for tests.
-        sleep: For tests.
+        now: Clock in seconds, which tests replace.
+        sleep: Sleeps for some seconds, which tests replace.
 
     Raises:
-        RuntimeError: A counter stands still.
+        RuntimeError: A counter does not advance.
     """
 
     def __init__(
@@ -194,7 +195,7 @@ class NvmlMeter(_NvmlBase):
             periods.append(period)
         self._last = [self._joules(handle) for handle in self._handles]
         self.refresh = max(periods)
-        self.min_seconds = max(MIN_TRIAL, 50 * self.refresh)  # a step more or less is 2 %
+        self.min_seconds = max(MIN_TRIAL, 50 * self.refresh)  # one refresh is at most 2 %
         self.method = (
             f"GPU board energy, NVML total energy counter of {len(self._handles)} GPU(s), "
             f"refreshed every {max(periods) * 1e3:.0f} ms"
@@ -211,10 +212,10 @@ class NvmlMeter(_NvmlBase):
         raise AssertionError
 
     def read(self) -> float:
-        """Joules since the driver was loaded, all GPUs.
+        """Returns the joules of all GPUs since the driver was loaded.
 
         Raises:
-            UserError: A counter cannot be read, or is lower than before.
+            UserError: A counter cannot be read or has decreased.
         """
         with self._lock:
             for index, handle in enumerate(self._handles):
@@ -236,18 +237,17 @@ class NvmlMeter(_NvmlBase):
 
 
 class NvmlPowerMeter(_NvmlBase):
-    """Board power, sampled by a thread and integrated by the trapezoid rule.
+    """Samples board power in a thread and integrates it by the trapezoid rule.
 
-    Power of this moment is read where NVML tells it. Else it is an average over the last second,
-    and `window` says so: whoever measures a stretch must let it settle (`EnergyMonitor` does).
-    A failed or impossible reading is counted and left out; the trapezoid bridges it up to
-    `MAX_GAP` seconds.
+    Instantaneous power is read if NVML reports it. Otherwise a reading is an average over the last
+    second, which `window` states and `EnergyMonitor` accounts for. A failed or impossible reading
+    is counted and left out, and the trapezoid rule bridges gaps of up to `MAX_GAP` seconds.
 
     Args:
         nvml: The pynvml module.
         handles: NVML handles of the GPUs.
-        interval: Seconds between samples; 0 samples only when read (for tests).
-        now: Seconds; for tests.
+        interval: Seconds between samples; 0 samples only when the meter is read, for tests.
+        now: Clock in seconds, which tests replace.
     """
 
     def __init__(
@@ -269,7 +269,7 @@ class NvmlPowerMeter(_NvmlBase):
         self._longest = 0.0
         self._fault: str | None = None
         self._last = (now(), self._first())
-        self._good = self._last[0]  # of the last true sample
+        self._good = self._last[0]  # moment of the last valid sample
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         if interval:
@@ -290,16 +290,16 @@ class NvmlPowerMeter(_NvmlBase):
         return self._watts()
 
     def _watts(self) -> float:
-        """Watts of all GPUs; raises for a reading that cannot be true."""
+        """Returns the power of all GPUs in watts; raises for an impossible reading."""
         total = 0.0
         for index, handle in enumerate(self._handles):
             watts = self._power(handle, self._use_instant)
             limit = self._limits[index]
             if not 0 <= watts < (math.inf if limit is None else limit):
-                raise RuntimeError(f"NVML told {watts:g} W, which this GPU cannot draw")
+                raise RuntimeError(f"NVML reported {watts:g} W, which this GPU cannot draw")
             use = self._ask("nvmlDeviceGetUtilizationRates", handle) if watts == 0 else None
             if use is not None and use.gpu:
-                raise RuntimeError("NVML told 0 W of a GPU that works")
+                raise RuntimeError("NVML reported 0 W for a busy GPU")
             total += watts
         return total
 
@@ -309,10 +309,10 @@ class NvmlPowerMeter(_NvmlBase):
                 self._sample()
 
     def _sample(self) -> bool:
-        """Takes a sample, or counts an error."""
+        """Takes a sample and returns True, or counts an error and returns False."""
         try:
             watts, moment = self._watts(), self._now()
-        except Exception as error:  # whatever it is: the thread goes on, and the error is counted
+        except Exception as error:  # the thread continues after any error, which is counted
             self._failed(error)
             return False
         elapsed = moment - self._good
@@ -339,10 +339,10 @@ class NvmlPowerMeter(_NvmlBase):
         )
 
     def read(self) -> float:
-        """Joules since the meter was opened, all GPUs.
+        """Returns the joules of all GPUs since the meter was opened.
 
         Raises:
-            UserError: There has been no reading for longer than can be interpolated.
+            UserError: Readings failed for longer than `MAX_GAP`.
         """
         with self._lock:
             if not any(self._sample() for _ in range(_TRIES)):
@@ -353,18 +353,18 @@ class NvmlPowerMeter(_NvmlBase):
             return self._total
 
     def power(self) -> float:
-        """Watts of the last sample."""
+        """Returns the power of the last sample in watts."""
         with self._lock:
             return self._last[1]
 
     def take_fault(self) -> str | None:
-        """Why joules since the last call are not true, or None."""
+        """Returns why the energy since the last call is invalid, or None."""
         with self._lock:
             fault, self._fault = self._fault, None
             return fault
 
     def quality(self) -> dict[str, Any]:
-        """Samples, errors, and gaps that were interpolated."""
+        """Returns the number of samples, failed queries and interpolated gaps."""
         gaps = {"gaps": self._gaps, "longest_gap_s": round(self._longest, 3)}
         return {"samples": self._samples, **super().quality(), **gaps}
 

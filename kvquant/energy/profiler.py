@@ -1,4 +1,4 @@
-"""`DetailedEnergyProfiler`: power, clocks, temperature and utilisation during a region, as CSV."""
+"""`DetailedEnergyProfiler`: samples power, clocks, temperature and utilization into a CSV."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class DetailedEnergyProfiler:
     """Samples a meter while a `with` block runs.
 
     Args:
-        meter: Where readings come from.
+        meter: The source of readings.
         interval: Seconds between samples.
-        country: ISO code for CodeCarbon in offline mode; None leaves CodeCarbon out.
+        country: ISO 3166 code for CodeCarbon in offline mode; None leaves CodeCarbon out.
 
     Attributes:
-        label: Written into every sample; set it to say what runs now.
-        samples: One mapping a sample and device, with `seconds` and `joules` since the start.
-        errors: Readings that failed; the next ones go on.
-        last_error: What the last of them said.
-        carbon: What CodeCarbon reported, or why it did not.
+        label: Written into every sample; set it to the name of what runs now.
+        samples: One mapping per sample and device, with `seconds` and `joules` since the start.
+        errors: Number of failed readings, after which sampling continued.
+        last_error: Message of the last failed reading.
+        carbon: CodeCarbon's report, with `error` if it failed.
     """
 
     def __init__(self, meter: Meter, *, interval: float = 0.5, country: str | None = None) -> None:
@@ -60,7 +60,7 @@ class DetailedEnergyProfiler:
             try:
                 first = self._meter.read() if first is None else first
                 self._sample(start, first)
-            except Exception as error:  # counted; the sampling goes on
+            except Exception as error:  # sampling continues after any error, which is counted
                 self.errors += 1
                 self.last_error = (str(error).splitlines() or [type(error).__name__])[0]
             if self._stop.wait(self._interval):
@@ -84,7 +84,7 @@ class DetailedEnergyProfiler:
             self.carbon = self._tracker.stop()
 
     def summary(self) -> dict[str, Any]:
-        """Of each numeric field its smallest, median and largest sample, all devices together."""
+        """Returns minimum, median and maximum of each numeric field over all devices."""
         found: dict[str, Any] = {"samples": len(self.samples)}
         if self.errors:
             found |= {"errors": self.errors, "last_error": self.last_error}
@@ -98,14 +98,14 @@ class DetailedEnergyProfiler:
                 }
         reasons = [s.get("throttle_reasons") for s in self.samples]
         known = [r for r in reasons if r is not None]
-        if known:  # a bit mask: every reason that was ever seen
+        if known:  # a bit mask of all reasons that were seen
             found["throttle_reasons"] = 0
             for mask in known:
                 found["throttle_reasons"] |= int(mask)
         return found
 
     def write_csv(self, path: Path) -> None:
-        """Writes the samples, whole or not at all."""
+        """Writes the samples as CSV atomically, or nothing if there are none."""
         if not self.samples:
             return
         with (

@@ -1,10 +1,10 @@
-"""Energy counters of processor packages (RAPL), each socket once.
+"""Energy counters of CPU packages (RAPL), each socket counted once.
 
-The powercap file system offers more zones than there is energy: `psys` is the whole platform and
-holds the packages, zones below a package are parts of it, `intel-rapl-mmio` shows a package by
-another road, and on AMD's first two Zen generations each die of a socket repeats the counter of the
-socket. On Intel's multi-die packages (Cascade Lake-AP) a die has a counter of its own. Which of the
-two a machine is, its counters say: repeated ones agree when the meter is opened and ever after.
+The powercap file system has overlapping zones: `psys` is the whole platform with its packages,
+zones below a package are parts of it, `intel-rapl-mmio` is another interface to the same package,
+and on AMD's first two Zen generations each die of a socket repeats the counter of the socket. On
+Intel's multi-die packages (Cascade Lake-AP) each die has a counter of its own. The counters
+themselves show which case a machine is, because repeated counters always agree.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from kvquant.energy.cpu import cpu_telemetry
 from kvquant.errors import UserError
 
 POWERCAP = Path("/sys/class/powercap")
-SKEW = 500_000  # microjoules by which two looks at one counter may differ: a millisecond's worth
-MAX_WATTS = 1000.0  # of a package; more means that a counter was set back
-# "intel-rapl:0" and not "intel-rapl:0:0", a part of it, nor "intel-rapl-mmio:0", the same again
+SKEW = 500_000  # microjoules by which two reads of one counter may differ, about 1 ms of work
+MAX_WATTS = 1000.0  # per package; more means that a counter was reset
+# "intel-rapl:0", but neither its part "intel-rapl:0:0" nor its repetition "intel-rapl-mmio:0"
 _ZONE = re.compile(r"\w+-rapl(-tpmi)?:\d+")
 _PACKAGE = re.compile(r"package-(\d+)(?:-die-(\d+))?")
 
 
 @dataclass
 class _Counter:
-    """The counter of a zone, unwrapped.
+    """Holds the counter of a zone and unwraps it.
 
     Attributes:
+        zone: Folder of the zone.
         package: Name of its socket.
+        wraps_at: Largest value of the counter, microjoules.
         opened: Value when the meter was opened, microjoules.
-        last: Latest value.
+        last: Latest value, microjoules.
         total: Microjoules since the meter was opened.
         repeats: Counters of other dies that this one may repeat.
     """
@@ -49,10 +51,10 @@ class _Counter:
     repeats: list[_Counter] = field(default_factory=list)
 
     def step(self, seconds: float) -> None:
-        """Reads the counter.
+        """Reads the counter and adds its increase to `total`.
 
         Raises:
-            UserError: It was set back.
+            UserError: The counter was reset.
         """
         value = _microjoules(self.zone / "energy_uj")
         gained = value - self.last
@@ -79,16 +81,16 @@ def _domain(zone: Path) -> str:
     try:
         return (zone / "name").read_text(encoding="utf-8").strip()
     except FileNotFoundError:
-        return zone.name  # a zone on its own that says no more is a package
+        return zone.name  # a zone without a name is a package
 
 
 def _apart(a: int, b: int, wraps_at: int) -> int:
-    """Distance of two values of a counter that wraps."""
+    """Returns the distance between two values of a counter that wraps."""
     return min((a - b) % wraps_at, (b - a) % wraps_at)
 
 
 def package_zones(powercap: Path) -> list[Path]:
-    """Zones of the processor packages and their dies, each domain once."""
+    """Returns the zones of the CPU packages and their dies, each domain once."""
     found: dict[str, Path] = {}
     for zone in sorted(powercap.glob("*-rapl*:*"), key=lambda z: (len(z.name), z.name)):
         if _ZONE.fullmatch(zone.name):
@@ -99,15 +101,14 @@ def package_zones(powercap: Path) -> list[Path]:
 
 
 class RaplMeter:
-    """Package energy counters of the processor, read from the powercap file system.
+    """Reads the energy counters of CPU packages from the powercap file system.
 
-    They count everything that runs on the machine and neither memory nor power supply, which is
-    why the source says `estimated`. Several threads may read it.
+    The counters include everything that runs on the machine, but neither memory nor power supply,
+    so the source is marked `estimated`. The meter is thread-safe.
 
     Args:
-        zones: Folders with `energy_uj` and `max_energy_range_uj`, as :func:`package_zones` finds
-            them.
-        now: Seconds; for tests.
+        zones: Folders with `energy_uj` and `max_energy_range_uj`, from :func:`package_zones`.
+        now: Clock in seconds, which tests replace.
 
     Raises:
         OSError, ValueError: A zone cannot be read.
@@ -143,7 +144,7 @@ class RaplMeter:
 
     @property
     def method(self) -> str:
-        """What is counted, and which dies repeat the counter of their socket."""
+        """The counters in words, with the dies that repeat the counter of their socket."""
         repeated = [c.zone.name for c in self._counters if c.repeats]
         mirrors = f" ({', '.join(repeated)} repeat another die's)" if repeated else ""
         return (
@@ -152,7 +153,7 @@ class RaplMeter:
         )
 
     def _part_ways(self, counter: _Counter, before: int) -> None:
-        """Drops those counters that this one does not repeat, as they moved apart."""
+        """Drops from `repeats` the counters that have moved apart from this one."""
         agree = [
             other
             for other in counter.repeats
@@ -166,7 +167,7 @@ class RaplMeter:
         counter.repeats = agree
 
     def _note_unseen(self, seconds: float) -> None:
-        """After so long without a reading a counter may have wrapped more than once."""
+        """Notes a fault if a counter may have wrapped more than once since the last reading."""
         for counter in self._counters:
             if seconds > 10 and seconds * MAX_WATTS * 1e6 > counter.wraps_at:
                 self._fault = (
@@ -175,16 +176,16 @@ class RaplMeter:
                 )
 
     def take_fault(self) -> str | None:
-        """Why joules since the last call may not be true, or None."""
+        """Returns why the energy since the last call may be invalid, or None."""
         with self._lock:
             fault, self._fault = self._fault, None
             return fault
 
     def read(self) -> float:
-        """Joules since the meter was opened; counters that wrapped are unwrapped.
+        """Returns the joules since the meter was opened, with counters unwrapped.
 
         Raises:
-            UserError: A counter cannot be read or was set back.
+            UserError: A counter cannot be read or was reset.
         """
         with self._lock:
             moment = self._now()
@@ -204,17 +205,17 @@ class RaplMeter:
             return sum(c.total for c in self._counters if not c.repeats) / 1e6
 
     def telemetry(self) -> list[dict[str, Any]]:
-        """The processor's clock and utilisation."""
+        """Returns the CPU's clock and utilization."""
         return cpu_telemetry()
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Does nothing, as the meter holds nothing."""
 
 
 def open_rapl(powercap: Path = POWERCAP) -> RaplMeter | str:
-    """The meter of all packages, or why there is none.
+    """Opens the meter of all packages, or returns the reason why there is none.
 
-    A package that cannot be read is no reason to count the others: the reason names it.
+    If one package cannot be read, none is counted, and the reason names it.
     """
     try:
         zones = package_zones(powercap)

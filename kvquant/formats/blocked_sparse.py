@@ -1,17 +1,18 @@
 """Blocked sparse storage of exact outliers.
 
-Both matrices are token-major and stored in blocks of `block_size` tokens and one kv head: keys as
-the channel x token matrix in CSC form (a token is a column), values as the token x channel matrix
-in CSR form (a token is a row). In memory the two are the same thing: a block's entries, each a
+Both matrices are token-major and stored in blocks of `block_size` tokens per kv head: keys as the
+channel x token matrix in CSC form (a token is a column), values as the token x channel matrix in
+CSR form (a token is a row). In memory the two have the same layout. Each entry of a block is a
 16-bit value and its position inside the block (`token * head_dim + channel`, 16 bits while a block
-has at most 65536 elements). Where a block's entries begin, and how many there are, stands beside
-them. Pointers inside a block are not stored: the positions hold them, and a program that reads a
-block reads all of its entries. Their order in a block is the packer's own (PyTorch's is by token,
-then channel; kernels write as their threads come), and the standard forms sort.
+has at most 65536 elements). Two tables hold the first entry and the number of entries per block.
+Pointers inside a block are not stored, because the positions imply them and a thread block reads
+all entries of a block anyway. The order of entries in a block depends on the packer: PyTorch sorts
+by token, then channel, and kernels write in the order in which their threads arrive. The standard
+forms (`to_standard_csc`, `to_standard_csr`) sort.
 
-Entries live in arenas that are allocated ahead; an append writes behind what is there, moves
-nothing and costs O(appended). Entries of dead blocks are given back with the blocks
-(:mod:`kvquant.cache.reclaim`).
+Entries live in arenas that are allocated ahead. Appending writes behind the last entry, moves
+nothing and costs O(appended). :mod:`kvquant.cache.reclaim` frees the entries of dead blocks
+together with the blocks.
 """
 
 from __future__ import annotations
@@ -28,24 +29,24 @@ Index = slice | torch.Tensor
 
 
 def position_dtype(block_elements: int) -> torch.dtype:
-    """int16 (read as unsigned) while positions fit in 16 bits, else int32."""
+    """Returns int16 (read as unsigned) if positions in a block fit in 16 bits, else int32."""
     return torch.int16 if block_elements <= 65536 else torch.int32
 
 
 def count_dtype(block_elements: int) -> torch.dtype:
-    """int16 while the count of a full block fits, else int32."""
+    """Returns int16 if the number of entries of a full block fits, else int32."""
     return torch.int16 if block_elements <= 32767 else torch.int32
 
 
 def check_entries(number: int) -> int:
-    """Returns a number of entries of one arena.
+    """Returns `number`, the entries of one arena, if 32-bit offsets can address them.
 
     Raises:
-        UserError: Offsets, which have 32 bits, cannot count them.
+        UserError: They cannot.
     """
     if number >= 1 << 31:
         raise UserError(
-            f"outliers: {number} of one layer in one call are more than 32-bit offsets can count; "
+            f"outliers: {number} in one layer and call are more than 32-bit offsets can address: "
             "feed the prompt in smaller chunks or fewer sequences, or keep fewer outliers"
         )
     return number
@@ -53,16 +54,17 @@ def check_entries(number: int) -> int:
 
 @dataclass(frozen=True)
 class SparseSlab:
-    """The outliers of some blocks.
+    """Holds the outliers of some blocks.
 
     Attributes:
         begin: int32 `[blocks, num_heads]`, first entry of each (block, head).
-        count: int16/int32 `[blocks, num_heads]`, number of its entries.
-        positions: int16/int32 `[slots]`, `token * head_dim + channel` in the block.
-        values: fp16/bf16 `[slots]`.
+        count: int16/int32 `[blocks, num_heads]`, number of entries of each (block, head).
+        positions: int16/int32 `[slots]`, `token * head_dim + channel` in the block, per entry.
+        values: fp16/bf16 `[slots]`, per entry.
         shape: `(blocks, num_heads, block_size, head_dim)`.
-        excess: int32 scalar, outliers that found no slot (see :meth:`from_mask`), or None.
-        cursor: int32 `[1]`, first free slot, where a kernel still fills the arrays; else None.
+        excess: int32 scalar, number of outliers that found no slot (see :meth:`from_mask`), or
+            None where slots are counted exactly.
+        cursor: int32 `[1]`, first free slot, while a kernel still fills the arrays; else None.
     """
 
     begin: torch.Tensor
@@ -77,13 +79,13 @@ class SparseSlab:
     def reserve(
         cls, shape: Shape, slots: int, dtype: torch.dtype, device: torch.device
     ) -> SparseSlab:
-        """Empty room that a kernel fills, a block at a time.
+        """Allocates an empty slab that a kernel fills block by block.
 
         Args:
             shape: `(blocks, num_heads, block_size, head_dim)`.
-            slots: Room for entries.
-            dtype: Of the values.
-            device: Where.
+            slots: Number of entries to allocate.
+            dtype: dtype of the values.
+            device: Device of all tensors.
         """
         blocks, heads, tokens, dim = shape
         table, elements = (blocks, heads), tokens * dim
@@ -98,13 +100,14 @@ class SparseSlab:
 
     @classmethod
     def from_mask(cls, x: torch.Tensor, mask: torch.Tensor, slots: int | None = None) -> SparseSlab:
-        """Gathers the marked elements.
+        """Gathers the elements of `x` that `mask` marks.
 
         Args:
             x: fp16/bf16 `[blocks, num_heads, block_size, head_dim]`.
             mask: bool, the same shape.
-            slots: On a GPU: room for so many entries, so that the host need not wait to learn their
-                number; what does not fit is counted in `excess`. Otherwise ignored: exact.
+            slots: Number of entries to allocate on a GPU, so that the host need not wait for the
+                true number. Elements that do not fit are counted in `excess`. A CPU ignores it and
+                allocates exactly what is needed.
         """
         blocks, heads, tokens, dim = x.shape
         flat = mask.reshape(blocks * heads, tokens * dim)
@@ -120,28 +123,28 @@ class SparseSlab:
             found = flat.view(-1).nonzero().view(-1)
         values = x.reshape(-1).index_select(0, found)
         inside = found % (tokens * dim)
-        kind = position_dtype(tokens * dim)
-        if kind is torch.int16:  # two's complement of the unsigned position
+        dtype = position_dtype(tokens * dim)
+        if dtype is torch.int16:  # two's complement of the unsigned position
             inside = torch.where(inside >= 32768, inside - 65536, inside)
         counts = counts.to(count_dtype(tokens * dim))
         table, shape = (blocks, heads), (blocks, heads, tokens, dim)
-        return cls(begin.view(table), counts.view(table), inside.to(kind), values, shape, excess)
+        return cls(begin.view(table), counts.view(table), inside.to(dtype), values, shape, excess)
 
     @classmethod
     def gather(cls, slabs: Sequence[SparseSlab]) -> SparseSlab:
-        """Copies the entries of some blocks, and no others, to arrays of their own.
+        """Copies only the entries of the given blocks to new arrays of exactly their size.
 
-        Waits for the device once, as the room is what the entries need.
+        The host waits for the device once, to learn that size.
 
         Args:
-            slabs: Views of the blocks (:meth:`SparseArena.view`), all of one kind.
+            slabs: Views of the blocks (:meth:`SparseArena.view`) with equal dtypes and block shape.
         """
         first, device = slabs[0], slabs[0].values.device
         totals = torch.stack([s.count.sum(dtype=torch.int64) for s in slabs]).tolist()
         slots = check_entries(sum(totals))
         count = torch.cat([s.count for s in slabs])
         ends = count.reshape(-1).cumsum(0, dtype=torch.int32)
-        # never without memory: kernels take the address
+        # At least one slot: kernels need a valid address.
         positions, values = (
             first.positions.new_empty(max(slots, 1)),
             first.values.new_empty(max(slots, 1)),
@@ -163,16 +166,19 @@ class SparseSlab:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the four arrays."""
+        """Bytes of the begin, count, position and value arrays."""
         return self.begin.nbytes + self.count.nbytes + self.positions.nbytes + self.values.nbytes
 
     @property
     def nnz(self) -> int:
-        """Stored outliers; waits for the device."""
+        """Number of stored outliers; reading it waits for the device."""
         return int(self.count.sum())
 
     def _entries(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(group, entry, valid) of every stored outlier; on a GPU padded to the slots."""
+        """Returns (block and head, entry, valid) of every stored outlier.
+
+        On a GPU the tensors are padded to the number of slots, and `valid` marks the outliers.
+        """
         count = self.count.reshape(-1).long()
         ends = count.cumsum(0)
         if not count.is_cuda:
@@ -192,7 +198,7 @@ class SparseSlab:
         return wide & 0xFFFF if self.positions.dtype is torch.int16 else wide
 
     def coordinates(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 flat index into `shape` and value of every outlier, a block's in stored order."""
+        """Returns the int64 flat index into `shape` and the value of every outlier."""
         group, entry, valid = self._entries()
         if valid is not None:
             group, entry = group[valid], entry[valid]
@@ -200,7 +206,7 @@ class SparseSlab:
         return group * (tokens * dim) + self._inside(entry), self.values.index_select(0, entry)
 
     def put_into(self, dense: torch.Tensor) -> None:
-        """Overwrites the outliers' places of `dense` (contiguous, of `shape`) by their values."""
+        """Writes the outliers over their elements of `dense` (contiguous, of `shape`)."""
         if self.values.numel() == 0 or dense.numel() == 0:
             return
         flat = dense.view(-1)
@@ -217,15 +223,15 @@ class SparseSlab:
 def put_valid(
     flat: torch.Tensor, index: torch.Tensor, value: torch.Tensor, valid: torch.Tensor
 ) -> None:
-    """Copies the valid values to their places; the host need not know how many there are.
+    """Writes the valid values to their indices without a host sync.
 
     Args:
-        flat: `[elements]`, changed.
+        flat: `[elements]`, written in place.
         index: int64 `[n]`, distinct where valid, in any order.
-        value: `[n]`.
-        valid: bool `[n]`.
+        value: `[n]`, the values to write.
+        valid: bool `[n]`, which of them to write.
     """
-    # The others all write to element 0, which then gets its own value again.
+    # Invalid entries all write to element 0, whose own value is then restored.
     first = valid & (index == 0)
     own = torch.where(first.any(), torch.where(first, value, 0.0).sum(), flat[0])
     flat.index_copy_(0, torch.where(valid, index, 0), value)
@@ -233,11 +239,11 @@ def put_valid(
 
 
 class SparseArena:
-    """Room for the outliers of `blocks` blocks, filled in order.
+    """Preallocated memory for the outliers of `blocks` blocks, filled in order.
 
     Args:
-        blocks: Blocks.
-        first: The first blocks to be stored; they say how many entries a block is likely to need.
+        blocks: Number of blocks.
+        first: The first blocks to be stored, which predict how many entries a block needs.
     """
 
     def __init__(self, blocks: int, first: SparseSlab) -> None:
@@ -245,16 +251,16 @@ class SparseArena:
         like = first.values
         self.shape = (heads, tokens, dim)
         self._cursor, self._excess = first.cursor, first.excess
-        # Of each put: place, segments and entries of the last one before it.
+        # For each `put`: its first block, and segments and used entries of the last one before it.
         self._puts: list[tuple[int, int, int]] = []
-        if blocks == count:  # full at once: kept as it is, not copied
+        if blocks == count:  # full at once: `first` is kept without a copy
             self.begin, self.count = first.begin, first.count
             self._positions, self._values = [first.positions], [first.values]
             self._used = like.numel()
             return
         self.begin = first.begin.new_zeros((blocks, heads))
         self.count = first.count.new_zeros((blocks, heads))
-        # More to come: where numbers are exact, a quarter above what the first blocks took.
+        # More blocks follow: exact counts get a quarter more than the first blocks took.
         margin = 4 if like.is_cuda else 5
         slots = -(-like.numel() * blocks * margin // (count * 4)) + 32
         self._positions = [first.positions.new_empty(slots)]
@@ -262,14 +268,14 @@ class SparseArena:
         self._used = 0
 
     def put(self, at: int, slab: SparseSlab) -> None:
-        """Stores blocks `at`, `at + 1`, ...; never drops an entry, never moves one."""
+        """Stores blocks `at`, `at + 1`, ... without dropping or moving an entry."""
         n = slab.values.numel()
         if slab.begin is self.begin:
             return
         check_entries(sum(v.numel() for v in self._values) + n)
         self._puts.append((at, len(self._values), self._used))
         if self._used + n > self._values[-1].numel():
-            # More outliers than foreseen: another segment behind the others.
+            # More outliers than predicted: a further segment follows the others.
             self._positions.append(slab.positions.new_empty(n))
             self._values.append(slab.values.new_empty(n))
             self._used = 0
@@ -281,13 +287,13 @@ class SparseArena:
         self.count[at : at + slab.shape[0]] = slab.count
 
     def rewind(self, used: int) -> None:
-        """Forgets the entries of what was put at place `used` or later; the host does not wait.
+        """Forgets the entries of blocks `used` and later without a host sync.
 
         Args:
-            used: At least 1, the first place of an append.
+            used: First block of an earlier append, at least 1.
         """
         if self._cursor is not None:
-            # A kernel's cursor: behind the last entry of what is left.
+            # The kernel's cursor moves back behind the last entry that is kept.
             ends = self.begin[:used] + self.count[:used]
             self._cursor.copy_(ends.amax().view(1))
             return
@@ -296,7 +302,7 @@ class SparseArena:
             del self._positions[segments:], self._values[segments:]
 
     def view(self, blocks: Index) -> SparseSlab:
-        """The given blocks; entries are not copied unless there is more than one segment."""
+        """Returns the given blocks, without copying entries if there is one segment."""
         positions = self._positions[0] if len(self._positions) == 1 else torch.cat(self._positions)
         values = self._values[0] if len(self._values) == 1 else torch.cat(self._values)
         begin, count = self.begin[blocks], self.count[blocks]
@@ -304,7 +310,7 @@ class SparseArena:
         return SparseSlab(begin, count, positions, values, shape, cursor=self._cursor)
 
     def crowding(self) -> float:
-        """Entries asked for over the room for them; waits for the device."""
+        """Returns requested entries divided by allocated entries; waits for the device."""
         slots = sum(v.numel() for v in self._values)
         if self._cursor is not None:
             return float(self._cursor) / max(slots, 1)
@@ -312,19 +318,19 @@ class SparseArena:
 
     @property
     def addresses(self) -> list[int]:
-        """Of the four arrays, for kernels; of reserved room only, which has one segment."""
+        """Addresses of the four arrays, for kernels (a slab from `reserve` has one segment)."""
         arrays = (self.begin, self.count, self._positions[0], self._values[0])
         return [t.data_ptr() for t in arrays]
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Allocated bytes."""
         entries = sum(t.nbytes for t in (*self._positions, *self._values))
         return self.begin.nbytes + self.count.nbytes + entries
 
 
 class _BlockedTokenMajor:
-    """Outliers of one sequence, block after block."""
+    """Holds the outliers of one sequence, block after block."""
 
     def __init__(self, slabs: Sequence[SparseSlab]) -> None:
         shapes = {slab.shape[1:] for slab in slabs}
@@ -334,16 +340,16 @@ class _BlockedTokenMajor:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all blocks."""
+        """Number of tokens in all blocks."""
         return sum(slab.shape[0] * slab.shape[2] for slab in self.slabs)
 
     @property
     def nnz(self) -> int:
-        """Stored outliers."""
+        """Number of stored outliers; reading it waits for the device."""
         return sum(slab.nnz for slab in self.slabs)
 
     def _token_major(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-        """Compressed pointers by token, channels `head * head_dim + channel`, values, width."""
+        """Returns pointers per token, channels (`head * head_dim + channel`), values and width."""
         tokens, channels, values = [], [], []
         base = width = 0
         for slab in self.slabs:
@@ -369,7 +375,7 @@ class BlockedCSCMatrix(_BlockedTokenMajor):
     """Key outliers of one sequence: a channel x token matrix whose columns are tokens."""
 
     def to_standard_csc(self) -> torch.Tensor:
-        """A `torch.sparse_csc` tensor `[num_heads * head_dim, tokens]`."""
+        """Returns a `torch.sparse_csc` tensor `[num_heads * head_dim, tokens]`."""
         pointers, channels, values, width = self._token_major()
         size = (width, self.num_tokens)
         return torch.sparse_csc_tensor(pointers, channels, values, size=size, check_invariants=True)
@@ -379,7 +385,7 @@ class BlockedCSRMatrix(_BlockedTokenMajor):
     """Value outliers of one sequence: a token x channel matrix whose rows are tokens."""
 
     def to_standard_csr(self) -> torch.Tensor:
-        """A `torch.sparse_csr` tensor `[tokens, num_heads * head_dim]`."""
+        """Returns a `torch.sparse_csr` tensor `[tokens, num_heads * head_dim]`."""
         pointers, channels, values, width = self._token_major()
         size = (self.num_tokens, width)
         return torch.sparse_csr_tensor(pointers, channels, values, size=size, check_invariants=True)

@@ -1,7 +1,7 @@
-"""Files that a killed job, a full disk or an editor may have damaged: reading and writing them.
+"""Robust reading and atomic writing of files that a killed job or a full disk may damage.
 
-Whatever is wrong with a file is reported as one line that names the field and the file. What is
-written appears whole under its final name or not at all, with the mode that the umask gives.
+Every fault of a file is reported as one line that names the field and the file. A written file
+appears whole under its final name or not at all, with the mode that the umask gives.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any, NoReturn
 from kvquant.errors import UserError, printable
 
 MAX_JSON_DEPTH = 64
-STALE_SECONDS = 7 * 24 * 3600.0  # a temporary file of another machine is swept after that time
-# What file systems without hard links answer to link(): exFAT, some FUSE and network mounts.
+STALE_SECONDS = 7 * 24 * 3600.0  # age at which another machine's temporary file is removed
+# Errors of link() on file systems without hard links: exFAT, some FUSE and network mounts.
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -38,11 +38,11 @@ def read_bytes(path: str | Path, field: str, again: str = "") -> bytes:
 
     Args:
         path: The file.
-        field: The option or file kind that names it in messages.
-        again: How to get it made again, for messages.
+        field: The option or kind of file that messages name.
+        again: How the user makes the file again, for messages.
 
     Raises:
-        UserError: It is missing, a folder, a dangling link, or cannot be read.
+        UserError: The file is missing, a folder, a dangling link, or cannot be read.
     """
     file = Path(path)
     try:
@@ -64,7 +64,7 @@ def read_text(path: str | Path, field: str, again: str = "") -> str:
     """Reads a UTF-8 text; see :func:`read_bytes`.
 
     Raises:
-        UserError: Also if its bytes are not UTF-8.
+        UserError: The file cannot be read or is not UTF-8.
     """
     raw = read_bytes(path, field, again)
     try:
@@ -95,7 +95,7 @@ def _finite(text: str) -> float:
 
 
 def _depth(text: str) -> int:
-    """Deepest nesting of brackets outside strings."""
+    """Returns the greatest nesting depth of brackets outside strings."""
     depth = deepest = 0
     inside = escaped = False
     for character in text:
@@ -117,7 +117,7 @@ def _depth(text: str) -> int:
 
 
 def is_text(text: str) -> bool:
-    """Whether a string can be written as UTF-8: it holds no half of a surrogate pair."""
+    """Returns whether a string can be encoded as UTF-8, that is, has no lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -129,7 +129,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(text: str) -> Any:
-    """Parses JSON strictly: no key twice in an object, nothing infinite, no deep nesting.
+    """Parses JSON strictly: no duplicate keys, no NaN or infinity, no deep nesting.
 
     Raises:
         ValueError: The text is not such JSON; the message is one line.
@@ -163,7 +163,7 @@ def read_json(path: str | Path, field: str, again: str = "") -> Any:
 
 
 def canonical_json(value: Any) -> str:
-    """The one text of a JSON value that hashes are taken of: sorted keys, no spaces, no NaN.
+    """Returns the canonical JSON that hashes are taken of: sorted keys, no spaces, no NaN.
 
     Raises:
         ValueError: The value holds NaN or an infinity.
@@ -173,27 +173,27 @@ def canonical_json(value: Any) -> str:
     )
 
 
-def write_json(value: Any) -> str:
-    """A JSON value as the text of a file: indented, sorted keys, no NaN."""
+def json_text(value: Any) -> str:
+    """Returns a JSON value as the content of a file: indented, sorted keys, no NaN."""
     return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def sha256_text(text: str) -> str:
-    """sha256 of a text, hexadecimal."""
+    """Returns the sha256 of a text in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_file(path: str | Path) -> str:
-    """sha256 of a file's bytes, hexadecimal, read in pieces."""
+    """Returns the sha256 of a file in hexadecimal, reading it in pieces."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def inside(folder: str | Path, name: str, field: str) -> Path:
-    """A path below a folder, from a name that a study or a manifest gives.
+def path_inside(folder: str | Path, name: str, field: str) -> Path:
+    """Returns the path of `name` below `folder`, for names from a study or a manifest.
 
     Raises:
-        UserError: The name is absolute, or leaves the folder.
+        UserError: The name is absolute or leads out of the folder.
     """
     root = Path(folder).resolve()
     path = (root / name).resolve()
@@ -202,11 +202,11 @@ def inside(folder: str | Path, name: str, field: str) -> Path:
     return path
 
 
-def expand(path: str, field: str) -> Path:
-    """A path of a study, with `~` and `~USER` replaced by the home folder.
+def expand_home(path: str, field: str) -> Path:
+    """Returns a path with `~` and `~USER` replaced by the home folder.
 
     Raises:
-        UserError: There is no such user, or this one has no home.
+        UserError: There is no such user or home folder.
     """
     try:
         return Path(path).expanduser()
@@ -215,10 +215,10 @@ def expand(path: str, field: str) -> Path:
 
 
 def make_folder(path: str | Path, field: str) -> Path:
-    """Makes a folder and those above it.
+    """Makes a folder and its parents.
 
     Raises:
-        UserError: A file stands in its way, or it may not be written there.
+        UserError: A file is in the way, or the folder cannot be written.
     """
     folder = Path(path)
     try:
@@ -241,7 +241,10 @@ def _alive(pid: int) -> bool:
 
 
 def _abandoned(file: Path, now: float) -> bool:
-    """Whether the process that made a temporary file has ended; on another machine, by age."""
+    """Returns whether the process that made a temporary file has ended.
+
+    For a file of another machine, its age decides.
+    """
     parts = file.name.rsplit(".", 3)  # .NAME, NODE, PID, tmp (a node's name may hold dots)
     pid = parts[-2] if len(parts) == 4 else ""
     if not pid.isdigit():
@@ -255,19 +258,19 @@ def _abandoned(file: Path, now: float) -> bool:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` that no other process uses, be it on another machine."""
+    """Returns a name beside `path` that no other process uses on any machine."""
     return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
 def sweep(folder: str | Path, name: str = "*") -> int:
-    """Removes temporary files of processes that ended before they were done.
+    """Removes the temporary files that ended processes left behind.
 
     Args:
-        folder: Where to look; not below it.
+        folder: The folder to search, without those below it.
         name: Pattern of the final names.
 
     Returns:
-        How many were removed.
+        The number of removed files.
     """
     count = 0
     now = time.time()
@@ -280,10 +283,10 @@ def sweep(folder: str | Path, name: str = "*") -> int:
 
 
 def sweep_tree(folder: str | Path) -> int:
-    """Removes the temporary files of ended processes in a folder and all below it.
+    """Removes the temporary files of ended processes in a folder and all folders below it.
 
     Returns:
-        How many were removed.
+        The number of removed files.
     """
     return sum(sweep(place) for place, _, _ in os.walk(folder))
 
@@ -294,10 +297,10 @@ def _fail(target: Path, error: OSError) -> UserError:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends without an error.
+    """Yields a temporary file that replaces `path` when the block ends without an error.
 
-    The file has the umask's mode, whatever the library that fills it gives it, and is flushed to
-    disk before it gets its name.
+    The file gets the umask's mode, even where the library that fills it sets another, and is
+    flushed to disk before it gets its name.
 
     Raises:
         UserError: The folder or the file cannot be written.
@@ -322,7 +325,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def replace(path: str | Path, content: str | bytes) -> None:
-    """Writes a whole file in place of what is there; see :func:`replacing`."""
+    """Replaces a file by new content, atomically; see :func:`replacing`."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -339,25 +342,25 @@ def _publish(temporary: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in NO_HARD_LINKS:
             raise
-    # No hard links here: who holds the lock looks and renames, so that nobody comes between.
+    # No hard links here: a lock keeps other processes out between the check and the rename.
     claim = target.with_name(f".{target.name}.claim")
     with claim.open("a", encoding="utf-8") as handle:
-        with contextlib.suppress(OSError):  # nor locks: then the look has to do
+        with contextlib.suppress(OSError):  # without locks either, the check alone has to do
             fcntl.flock(handle, fcntl.LOCK_EX)
         try:
             if target.exists() or target.is_symlink():
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
             temporary.rename(target)
         finally:
-            claim.unlink(missing_ok=True)  # whoever waits for it finds the target
+            claim.unlink(missing_ok=True)  # a process that waits for the lock finds the target
 
 
 def write_new(path: str | Path, content: str | bytes) -> None:
-    """Creates `path` with `content`, whole or not at all; never replaces other content.
+    """Creates `path` with `content` atomically and never replaces other content.
 
-    It goes to a temporary file in the same folder, is flushed to disk and then linked to its final
-    name, which fails if the name exists; on a file system without hard links it is renamed under a
-    lock. The same content a second time is accepted.
+    The content goes to a temporary file in the same folder, is flushed to disk and then linked to
+    its final name, which fails if the name exists. On a file system without hard links the file is
+    renamed under a lock. Writing the same content again is accepted.
 
     Raises:
         UserError: `path` exists with other content, or cannot be written.

@@ -1,4 +1,4 @@
-"""What calibration gives a layer."""
+"""Key ranges and codebooks of one layer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 @dataclass(frozen=True)
 class LayerQuantizer:
-    """What calibration gives one layer; a row of the quantizer file.
+    """Holds the calibrated key ranges and codebooks of one layer, a row of the quantizer file.
 
     Attributes:
-        key_zero: fp32 `[num_heads, head_dim]`, middle of each channel's range.
-        key_scale: fp32 `[num_heads, head_dim]`, half of it. 0 for a channel that was constant:
-            whatever differs from its zero is an outlier.
-        key_levels: fp32 `[2**bits]`, sorted, on [-1, 1].
-        value_levels: fp32 `[2**bits]`.
+        key_zero: fp32 `[num_kv_heads, head_dim]`, middle of each key channel's range.
+        key_scale: fp32 `[num_kv_heads, head_dim]`, half the width of that range; 0 for a channel
+            that was constant in calibration, where every other value is an outlier.
+        key_levels: fp32 `[2**bits]`, codebook of normalized keys, sorted, on [-1, 1].
+        value_levels: fp32 `[2**bits]`, codebook of normalized values, sorted, on [-1, 1].
     """
 
     key_zero: torch.Tensor
@@ -25,10 +25,10 @@ class LayerQuantizer:
     value_levels: torch.Tensor
 
     def check(self) -> None:
-        """Refuses numbers that would make every key NaN.
+        """Refuses NaN, infinities and negative scales.
 
         Raises:
-            ValueError: Names the table.
+            ValueError: A table holds one; the message names the table.
         """
         for name in ("key_zero", "key_scale", "key_levels", "value_levels"):
             if not bool(getattr(self, name).isfinite().all()):
@@ -37,7 +37,7 @@ class LayerQuantizer:
             raise ValueError("key_scale: negative; calibrate again")
 
     def to(self, device: torch.device | str) -> LayerQuantizer:
-        """A copy on `device`."""
+        """Returns a copy of the tables on `device`."""
         return LayerQuantizer(
             self.key_zero.to(device),
             self.key_scale.to(device),
@@ -47,6 +47,6 @@ class LayerQuantizer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the shared tables."""
+        """Bytes of the four tables."""
         tables = (self.key_zero, self.key_scale, self.key_levels, self.value_levels)
         return sum(t.nbytes for t in tables)

@@ -1,8 +1,8 @@
 """Packing of 2-, 3- and 4-bit codes into bytes.
 
-The codes of one block are cut into *lanes*: with `w` bits an element, byte `i` of a plane holds
-the elements `i`, `i + n/p`, `i + 2n/p`, ... where `p = 8 / w` codes share a byte. Every step is
-then one operation on contiguous slices, and a GPU program that loads a run of bytes gets `p`
+The codes of one block are cut into *lanes*: with `w` bits per element, byte `i` of a plane holds
+the elements `i`, `i + n/p`, `i + 2n/p`, ... where `p = 8 / w` codes share a byte. Packing is then
+a few operations on contiguous slices, and a thread block that loads contiguous bytes gets `p`
 contiguous runs of elements. Three bits are a 2-bit plane followed by a 1-bit plane.
 """
 
@@ -14,7 +14,7 @@ PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,)}
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that `count` codes of `bits` bits take; `count` must be a multiple of 8."""
+    """Returns the bytes of `count` codes of `bits` bits; `count` must be a multiple of 8."""
     if bits not in PLANES:
         raise ValueError(f"bits: {bits} is not supported, use one of {sorted(PLANES)}")
     if count % 8:
@@ -52,7 +52,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of :func:`pack`.
+    """Unpacks the codes that :func:`pack` packed.
 
     Args:
         packed: uint8 `[..., count * bits / 8]`.

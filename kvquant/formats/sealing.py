@@ -1,7 +1,7 @@
-"""The seal of a result: a hash over its own content, which tells that nothing in it was changed.
+"""The seal of a result: a hash over its own content, which detects changes.
 
-A seal is no signature: whoever can write the files can also seal them. It finds what happens by
-accident or in passing: a bit that flipped, an edit by hand, a half copied file, a merge.
+A seal is not a signature, because whoever can write the files can also seal them. It detects
+accidents: a flipped bit, an edit by hand, a partly copied file, a merge.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ SEAL = "seal"
 
 
 def seal_of(content: dict[str, Any]) -> str:
-    """sha256 of an object's canonical JSON without the entry that holds its seal.
+    """Returns the sha256 of an object's canonical JSON without its seal.
 
     Raises:
-        ValueError: The object holds what strict JSON in UTF-8 cannot hold.
+        ValueError: The object cannot be written as strict JSON in UTF-8.
     """
     try:
         return sha256_text(canonical_json({k: v for k, v in content.items() if k != SEAL}))
     except UnicodeEncodeError:
-        raise ValueError("holds half a character (a lone surrogate)") from None
+        raise ValueError("holds a lone surrogate, which UTF-8 cannot encode") from None
     except TypeError as error:
-        raise ValueError(f"holds what JSON cannot ({error})") from None
+        raise ValueError(f"holds a value that JSON cannot ({error})") from None
 
 
 def check_seal(content: dict[str, Any]) -> None:
     """Compares an object with its seal.
 
     Raises:
-        ValueError: There is no seal, or it is that of other content.
+        ValueError: The seal is missing or does not match the content.
     """
     found = content.get(SEAL)
     if not found:
         raise ValueError(f"field '{SEAL}': is missing")
     if found != seal_of(content):
         raise ValueError(
-            f"was changed after it was written (its content is not what field '{SEAL}' was made of)"
+            f"was changed after it was written (its content does not match its field '{SEAL}')"
         )

@@ -1,7 +1,7 @@
-"""A JSON file beside a safetensors file: both prove that they are whole and belong together.
+"""A safetensors file with a JSON file beside it, both checked by hashes.
 
 The JSON holds the sha256 of the tensor file (`tensors_sha256`) and one over its own content
-(`seal`), so that neither can be edited, cut short or exchanged without being refused by name.
+(`seal`), so that an edited, truncated or exchanged file is refused by name.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kvquant.errors import UserError
-from kvquant.formats.files import read_json, replace, replacing, sha256_file, write_json
+from kvquant.formats.files import json_text, read_json, replace, replacing, sha256_file
 from kvquant.formats.sealing import seal_of
 
 
 def save_pair(
     manifest: Path, file: Path, info: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """Writes both files; the JSON last, so that its presence means a whole pair.
+    """Writes both files, the JSON last, so that its presence means a whole pair.
 
     Args:
         manifest: The JSON file.
         file: The safetensors file.
-        info: What the JSON states; hashes are added.
-        tensors: The tensors.
+        info: Content of the JSON, to which the hashes are added.
+        tensors: The tensors by name.
 
     Returns:
         The content of the JSON file.
@@ -39,35 +39,35 @@ def save_pair(
     with replacing(file) as temporary:
         try:
             save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
-        except SafetensorError as error:  # a full disk, which the library reports in its own way
+        except SafetensorError as error:  # the library's own report of a full disk
             raise UserError(f"{file}: cannot be written ({str(error).splitlines()[0]})") from None
     found = {**info, "tensors_sha256": sha256_file(file)}
     found["seal"] = seal_of(found)
-    replace(manifest, write_json(found))
+    replace(manifest, json_text(found))
     return found
 
 
 def read_info(manifest: Path, field: str, again: str) -> dict[str, Any]:
-    """The JSON of a pair, checked against its own seal.
+    """Returns the JSON of a pair after checking its seal.
 
     Args:
         manifest: The JSON file.
-        field: Names it in messages.
-        again: How to get it made again, for messages.
+        field: The option that messages name.
+        again: How the user makes the file again, for messages.
 
     Raises:
-        UserError: It is missing, damaged, was edited, or is of a version without hashes.
+        UserError: The file is missing, damaged, edited, or of a version without hashes.
     """
     found = read_json(manifest, field, again)
     if not isinstance(found, dict):
         raise UserError(f"{field}: {manifest} is damaged (not an object): {again}")
     if "seal" not in found or "tensors_sha256" not in found:
         raise UserError(
-            f"{field}: {manifest} is of an older version or damaged (it has no hashes): {again}"
+            f"{field}: {manifest} is from an older version or damaged (it has no hashes): {again}"
         )
     try:
         intact = found["seal"] == seal_of(found)
-    except ValueError:  # half a character
+    except ValueError:  # a lone surrogate
         intact = False
     if not intact:
         raise UserError(f"{field}: {manifest} is damaged or was edited (its seal differs): {again}")
@@ -77,21 +77,20 @@ def read_info(manifest: Path, field: str, again: str) -> dict[str, Any]:
 def read_tensors(
     file: Path, sha256: object, shapes: Mapping[str, tuple[int, ...] | None], field: str, again: str
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a pair.
+    """Returns the tensors of a pair after checking hash, names, dtypes, shapes and values.
 
     Args:
         file: The safetensors file.
-        sha256: Its hash, as the JSON states it.
-        shapes: Exactly the tensors that must be there; None where any shape will do.
-        field: Names the file in messages.
-        again: How to get it made again, for messages.
+        sha256: Its hash as stated in the JSON.
+        shapes: Shape of each expected tensor by name; None accepts any shape.
+        field: The option that messages name.
+        again: How the user makes the file again, for messages.
 
     Returns:
         fp32 tensors on the CPU, all finite.
 
     Raises:
-        UserError: Another file than the JSON's, or tensors of other names, types or shapes, or
-            with values that are not finite.
+        UserError: One of the checks fails.
     """
     if not file.is_file():
         what = "is a folder, not a file" if file.is_dir() else "is missing"
@@ -100,14 +99,14 @@ def read_tensors(
         got = sha256_file(file)
         tensors = load_file(file) if got == sha256 else {}
     except Exception as error:  # safetensors has an error type of its own
-        told = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{field}: {file} is damaged ({told}): {again}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{field}: {file} is damaged ({reason}): {again}") from None
     if got != sha256:
         raise UserError(
-            f"{field}: {file} is damaged or another one than its JSON's (sha256 differs): {again}"
+            f"{field}: {file} is damaged or not the file of its JSON (sha256 differs): {again}"
         )
     if odd := sorted(set(tensors) ^ set(shapes)):
-        what = "lacks" if odd[0] in shapes else "has too many:"
+        what = "lacks" if odd[0] in shapes else "has an unexpected tensor"
         raise UserError(f"{field}: {file} {what} {odd[0]} ({len(odd)} in all): {again}")
     for name, shape in shapes.items():
         tensor = tensors[name]
@@ -115,7 +114,7 @@ def read_tensors(
             raise UserError(f"{field}: {file}: {name} is {tensor.dtype}, not float32: {again}")
         if shape is not None and tuple(tensor.shape) != shape:
             raise UserError(
-                f"{field}: {file}: {name} has shape {list(tensor.shape)}, its JSON tells "
+                f"{field}: {file}: {name} has shape {list(tensor.shape)}, but its JSON says "
                 f"{list(shape)}: {again}"
             )
         if not bool(tensor.isfinite().all()):

@@ -124,7 +124,7 @@ def test_a_slice_has_its_profile_in_the_name(host: Any, monkeypatch: pytest.Monk
     assert by_uuid(found, "2b").mig  # as torch tells a slice's own UUID
     assert by_uuid(found, "ee").uuid == "MIG-2b"  # or that of its board
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1a,MIG-2b")
-    with pytest.raises(LookupError, match="which MIG slice"):
+    with pytest.raises(LookupError, match="the MIG slice that the process"):
         by_uuid(found, "ee")
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from kvquant.errors import UserError
 from kvquant.formats.files import (
-    inside,
     parse_json,
+    path_inside,
     read_json,
     read_text,
     replace,
@@ -168,10 +168,10 @@ def test_temporary_files_of_ended_processes_are_swept(tmp_path: Path) -> None:
 )
 def test_names_stay_inside_their_folder(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to("/")
-    assert inside(tmp_path, "a/b", "file") == tmp_path.resolve() / "a" / "b"
+    assert path_inside(tmp_path, "a/b", "file") == tmp_path.resolve() / "a" / "b"
     for name in ("", ".", "..", "a/../../b", "/etc/passwd", "out/etc"):
         with pytest.raises(UserError, match="must be a name inside"):
-            inside(tmp_path, name, "file")
+            path_inside(tmp_path, name, "file")
 
 
 def test_text_keeps_its_characters(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def forge(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
 
 TENSORS: list[tuple[str, Callable[[dict[str, torch.Tensor]], Any]]] = [
     ("lacks layers.1.key_zero", lambda t: t.pop("layers.1.key_zero")),
-    ("too many", lambda t: t.update({"layers.2.key_zero": torch.zeros(2, 16)})),
+    ("has an unexpected tensor", lambda t: t.update({"layers.2.key_zero": torch.zeros(2, 16)})),
     ("not float32", lambda t: t.update({"layers.0.key_zero": t["layers.0.key_zero"].double()})),
     ("has shape", lambda t: t.update({"layers.0.key_levels": torch.arange(16.0)})),
     ("has shape", lambda t: t.update({"layers.0.key_scale": torch.ones(4, 16)})),
@@ -215,7 +215,7 @@ def test_altered_files_are_refused(work: Path, kind: str) -> None:
 )
 def test_tables_of_another_scheme_are_refused(work: Path) -> None:
     shutil.copy(work / "q4.safetensors", work / "q3.safetensors")
-    with pytest.raises(UserError, match="another one than its JSON's"):
+    with pytest.raises(UserError, match="not the file of its JSON"):
         load_quantizer(work / "q3.json", weights_sha256=None)
 
 
