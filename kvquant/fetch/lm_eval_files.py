@@ -1,6 +1,6 @@
 """The task files of the pinned lm-eval package, read without importing its task manager.
 
-That import costs seconds, of which no prompt and no score needs anything.
+That import takes seconds and is not needed for prompts or scores.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ PINNED = "0.4.13"
 
 
 class _Lenient(yaml.SafeLoader):
-    """Reads `!function module.name` as that text."""
+    """Loads YAML with `!function module.name` as a plain string."""
 
 
 _Lenient.add_constructor("!function", lambda loader, node: str(node.value))
 
 
 def check_version() -> None:
-    """Refuses another version of lm-eval than the one that results are from.
+    """Refuses any version of lm-eval but the pinned one.
 
     Raises:
-        UserError: Names both.
+        UserError: Another version is installed.
     """
     if version("lm-eval") != PINNED:
         raise UserError(f"lm-eval: version {version('lm-eval')} is installed, {PINNED} is needed")
@@ -42,10 +42,10 @@ def check_version() -> None:
 
 @functools.cache
 def task_folder(package: str) -> Path:
-    """The folder of a package of tasks such as "lm_eval.tasks.ruler".
+    """Returns the folder of a package of tasks such as "lm_eval.tasks.ruler".
 
     Raises:
-        UserError: Another version of lm-eval is installed than the one that results are from.
+        UserError: Another version of lm-eval than the pinned one is installed.
     """
     check_version()
     parent, _, folder = package.rpartition(".")
@@ -55,20 +55,20 @@ def task_folder(package: str) -> Path:
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
-    """A task file with the files it includes."""
+    """Returns the content of a task file merged with the files that it includes."""
     raw = yaml.load(read_text(folder / name, "lm-eval", "install it again"), Loader=_Lenient)
     return {**_read(folder, raw.pop("include")), **raw} if "include" in raw else raw
 
 
 @functools.cache
 def task_files(package: str) -> tuple[dict[str, Any], ...]:
-    """Every task file of a package, sorted by file name."""
+    """Returns the content of every task file of a package, sorted by file name."""
     folder = task_folder(package)
     return tuple(_read(folder, file.name) for file in sorted(folder.glob("*.yaml")))
 
 
 def file_module(package: str, name: str) -> ModuleType:
-    """One file of a package of tasks as a module of its own, which nobody else sees."""
+    """Imports one file of a package of tasks as a private module, absent from `sys.modules`."""
     file = task_folder(package) / f"{name}.py"
     private = f"kvquant_{package}_{name}".replace(".", "_")
     spec = importlib.util.spec_from_file_location(private, file)
@@ -80,10 +80,10 @@ def file_module(package: str, name: str) -> ModuleType:
 
 @contextlib.contextmanager
 def without_manager() -> Iterator[None]:
-    """Lets packages of tasks be imported without what `lm_eval.tasks` itself imports.
+    """Lets packages of tasks be imported without running `lm_eval.tasks` itself.
 
-    What was imported from `lm_eval.tasks` is forgotten afterwards, so that a later import of it is
-    the real one; the caller keeps its modules.
+    Modules of `lm_eval.tasks` are removed from `sys.modules` afterwards, so that a later import
+    gets the real package. The caller keeps the modules that it imported.
     """
     root = "lm_eval.tasks"
     if root in sys.modules:

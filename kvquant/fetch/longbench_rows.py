@@ -1,4 +1,4 @@
-"""Rows of LongBench's data, from its own files or from lm-eval's copy on the hub, checked."""
+"""Reads and checks LongBench's rows, from its own files or lm-eval's copy on the hub."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from kvquant.formats.files import parse_json
 from kvquant.study.config import LONGBENCH_TASKS
 
 PACKAGE = "lm_eval.tasks.longbench"
-# Rows of the official data; fewer than that are reported as a subset.
+# Number of rows of the official data; fewer are reported as a subset.
 OFFICIAL_ROWS = {"multifieldqa_en": 150, "lcc": 500, "repobench-p": 500}
 
 
 def official_rows(name: str) -> int:
-    """Rows of a task's official data."""
+    """Returns the number of rows of a task's official data."""
     return OFFICIAL_ROWS.get(name, 200)
 
 
 def task_definition(name: str) -> dict[str, Any]:
-    """A task's file in lm-eval."""
+    """Returns the content of a task's file in lm-eval."""
     if name not in LONGBENCH_TASKS:
         raise unknown("LongBench task", name, LONGBENCH_TASKS)
     return next(r for r in task_files(PACKAGE) if r.get("task") == f"longbench_{name}")
 
 
 def hub_source(name: str) -> tuple[str, str]:
-    """Hub id and configuration of a task's data.
+    """Returns the hub repository and configuration of a task's data.
 
     Raises:
-        UserError: Unknown task; the nearest known ones are offered.
+        UserError: The task is unknown; the message offers the nearest known ones.
     """
     raw = task_definition(name)
     return raw["dataset_path"], raw["dataset_name"]
 
 
 def clean_row(raw: Any, where: str) -> dict[str, Any]:
-    """A row with the fields that prompts and metrics use, checked.
+    """Returns a checked row with only the fields that prompts and metrics use.
 
-    The official files call the question `input`, lm-eval's copy on the hub calls it `question`.
+    The official files call the question `input`; lm-eval's copy on the hub calls it `question`.
 
     Raises:
-        UserError: A field is missing or of another type; names the row and the field.
+        UserError: A field is missing or of another type; the message names the row and the field.
     """
     if not isinstance(raw, dict):
         raise UserError(f"{where}: expected an object, got {type(raw).__name__}")
@@ -52,11 +52,11 @@ def clean_row(raw: Any, where: str) -> dict[str, Any]:
         "input": (question, str),
         "answers": (raw.get("answers"), list),
     }
-    for field, (value, kind) in fields.items():
+    for field, (value, expected) in fields.items():
         if value is None:
             raise UserError(f"{where}: the field '{field}' is missing")
-        if not isinstance(value, kind):
-            raise UserError(f"{where}: the field '{field}' is not a {kind.__name__}")
+        if not isinstance(value, expected):
+            raise UserError(f"{where}: the field '{field}' is not a {expected.__name__}")
     answers = raw["answers"]
     if not answers or not all(isinstance(answer, str) for answer in answers):
         raise UserError(f"{where}: the field 'answers' must hold at least one text")
@@ -69,13 +69,13 @@ def clean_row(raw: Any, where: str) -> dict[str, Any]:
 
 
 def read_rows(text: str, where: str) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines text.
+    """Returns the rows of a JSON Lines text.
 
     Raises:
-        UserError: A line is not JSON, or :func:`clean_row` refuses it, or there is no row.
+        UserError: A line is not JSON or refused by :func:`clean_row`, or there is no row.
     """
     rows = []
-    # Not splitlines(): texts hold other characters that Python takes for line ends.
+    # Not splitlines(): it also splits at other characters, which texts contain.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue

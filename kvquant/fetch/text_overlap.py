@@ -1,8 +1,8 @@
-"""Whether perplexity would be measured on text that codebooks were fitted to.
+"""Refuses to measure perplexity on text that codebooks were fitted to.
 
-Parts of one text are compared by their character ranges. Different texts are compared by content:
-of all runs of `GRAM` characters those are kept whose hash is a multiple of `KEEP`, so that the same
-passage gives the same fingerprints wherever it stands.
+Parts of one text are compared by their character ranges, and different texts by fingerprints: of
+all runs of `GRAM` characters, those whose hash is a multiple of `KEEP`. The same passage therefore
+has the same fingerprints in every text.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from kvquant.fetch.texts import load_text, read_data_manifest
 
 GRAM = 48
 KEEP = 512
-MAX_SHARE = 0.02  # quotations that two texts may have in common
+MAX_SHARE = 0.02  # fraction of fingerprints that two texts may share, for quotations
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 class CalibratedText(BaseModel):
-    """The text that calibration read.
+    """Describes the text that calibration read.
 
     Attributes:
-        dataset: Its name.
-        sha256: Of the whole text.
-        until: Calibration took characters from its first up to this one.
-        fingerprints: Of those characters.
+        dataset: Name of the data set.
+        sha256: Hash of the whole text.
+        until: Number of leading characters that calibration read.
+        fingerprints: Fingerprints of those characters.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -40,7 +40,7 @@ class CalibratedText(BaseModel):
 
 
 def fingerprints(text: str) -> list[int]:
-    """Hashes of some runs of characters, chosen by what they hold; sorted, 32 bits each."""
+    """Returns the sorted 32-bit fingerprints of a text."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
     count = len(codes) - GRAM + 1
     if count < 1:
@@ -48,7 +48,7 @@ def fingerprints(text: str) -> list[int]:
     found = np.zeros(count, dtype=np.uint64)
     for at in range(GRAM):
         found = found * _BASE + codes[at : at + count]
-    found ^= found >> np.uint64(29)  # low bits of a product depend on low bits alone
+    found ^= found >> np.uint64(29)  # the low bits of a product depend on low bits alone
     found *= _BASE
     found >>= np.uint64(32)
     chosen = np.unique(found[found % np.uint64(KEEP) == 0])
@@ -56,7 +56,7 @@ def fingerprints(text: str) -> list[int]:
 
 
 def calibrated_text(manifest: str | Path) -> CalibratedText:
-    """What calibration reads from a text, for later comparison.
+    """Describes what calibration reads from a text, for later comparison.
 
     Raises:
         UserError: The text is missing or was changed.
@@ -72,14 +72,14 @@ def calibrated_text(manifest: str | Path) -> CalibratedText:
 
 
 def check_apart(calibrated: CalibratedText, manifest: str | Path) -> None:
-    """The test part of a text holds nothing of what calibration read.
+    """Checks that the test part of a text holds nothing that calibration read.
 
     Args:
-        calibrated: What calibration read.
-        manifest: Of the text whose test part is measured.
+        calibrated: The text that calibration read.
+        manifest: Manifest of the text whose test part is measured.
 
     Raises:
-        UserError: They overlap.
+        UserError: The two overlap.
     """
     facts = read_data_manifest(manifest)
     if facts.sha256 == calibrated.sha256:
@@ -97,5 +97,5 @@ def check_apart(calibrated: CalibratedText, manifest: str | Path) -> None:
         raise UserError(
             f"--data-manifest: {100 * shared / len(own):.0f} % of the test part of "
             f"'{facts.dataset}' ({manifest}) is text that the quantizer was calibrated on "
-            f"('{calibrated.dataset}'): take another text for one of them"
+            f"('{calibrated.dataset}'): use another text for one of them"
         )

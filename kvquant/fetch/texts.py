@@ -1,4 +1,4 @@
-"""A fetched text: its manifest, its hash, and the part of it that calibration must not see."""
+"""Reads a fetched text by its manifest, split into calibration part and test part."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ FIELDS = {
     **{"characters": int, "test_from": int, "file": str},
 }
 SHA256 = re.compile(r"[0-9a-f]{64}")
-FETCHED = ("pypi", "hub", "data_dir")  # a text of another source is the user's own
-# (sha256, characters, test_from) of texts that are the same for everybody.
+FETCHED = ("pypi", "hub", "data_dir")  # any other source is the user's own text
+# (sha256, characters, test_from) of texts that are the same on every machine.
 PINNED = {
     "essays": (
         "b3a70ebc054f2eab5057baf3c4b7e857711472be8086240a516fd29b648ad857",
@@ -40,14 +40,14 @@ Part = Literal["all", "calibration", "test"]
 
 @dataclass(frozen=True)
 class DataManifest:
-    """A text beside its manifest.
+    """Describes a text in the folder of its manifest.
 
     Attributes:
-        dataset: Name.
-        source: "pypi", "data_dir" or "hub"; another name for a text of one's own.
+        dataset: Name of the data set.
+        source: "pypi", "data_dir" or "hub", or another name for a user's own text.
         sha256: Hash of the text's UTF-8 bytes.
         characters: Length of the text.
-        test_from: Character where the test part starts; 0: all of it is test text.
+        test_from: Index of the character where the test part starts; 0 if all is test text.
         file: Path of the text.
     """
 
@@ -60,14 +60,14 @@ class DataManifest:
 
 
 def _checked(file: Path, raw: Any) -> DataManifest:
-    """Raises ValueError where a manifest is not what `fetch-data` would have written."""
+    """Returns a manifest, or raises ValueError if `fetch-data` would not have written it."""
     if not isinstance(raw, dict):
         raise ValueError("not an object")
-    for name, kind in FIELDS.items():
+    for name, expected in FIELDS.items():
         if name not in raw:
             raise ValueError(f"{name} is missing")
-        if type(raw[name]) is not kind or raw[name] == "":
-            raise ValueError(f"{name}: not a {'number' if kind is int else 'text'}")
+        if type(raw[name]) is not expected or raw[name] == "":
+            raise ValueError(f"{name}: not a {'number' if expected is int else 'text'}")
     if not SHA256.fullmatch(raw["sha256"]):
         raise ValueError("sha256: no sha256")
     if not 0 <= raw["test_from"] <= raw["characters"]:
@@ -92,12 +92,12 @@ def read_data_manifest(path: str | Path, dataset: str | None = None) -> DataMani
     """Reads `manifest.json` as written by `kvquant fetch-data`.
 
     Args:
-        path: The manifest.
-        dataset: The data set that it must be of; None: any.
+        path: Path of the manifest.
+        dataset: The expected data set; None accepts any.
 
     Raises:
-        UserError: It is missing or damaged, points outside its folder, tells other values than
-            the data set's own, or is of another data set.
+        UserError: The manifest is missing or damaged, points outside its folder, differs from the
+            data set's known values, or is of another data set.
     """
     file = Path(path)
     raw = read_json(file, FIELD, AGAIN)
@@ -111,13 +111,13 @@ def read_data_manifest(path: str | Path, dataset: str | None = None) -> DataMani
 
 
 def load_text(path: str | Path, part: Part = "all", dataset: str | None = None) -> str:
-    """The text behind a manifest, checked against its hash.
+    """Returns a text or a part of it, after checking its hash.
 
     Args:
-        path: manifest.json.
-        part: "test" and "calibration" are the two sides of the manifest's boundary, so that
-            perplexity is never measured on text that codebooks were fitted to.
-        dataset: The data set that it must be of; None: any.
+        path: Path of the manifest.
+        part: "calibration" is the text before the manifest's `test_from` and "test" the rest, so
+            that perplexity is never measured on text that codebooks were fitted to.
+        dataset: The expected data set; None accepts any.
 
     Raises:
         UserError: The text is missing, was changed, or has no calibration part.
@@ -144,7 +144,7 @@ def load_text(path: str | Path, part: Part = "all", dataset: str | None = None) 
         )
     if part == "calibration" and manifest.test_from == 0:
         raise UserError(
-            f"calibration.dataset: '{manifest.dataset}' is test text only; take another data set"
+            f"calibration.dataset: '{manifest.dataset}' is test text only: use another data set"
         )
     if part == "calibration":
         return text[: manifest.test_from]

