@@ -235,6 +235,10 @@ class Study(Strict):
         """(scheme, workload, rep) of every energy job of a model."""
         return self._cells(self.energy)
 
+    def append_reps(self) -> int:
+        """Returns the number of append jobs; 0 without that measurement."""
+        return self.append.reps if self.append else 0
+
     def append_schemes(self) -> list[str]:
         """Schemes of the append measurement; empty without one."""
         if self.append is None:

@@ -11,6 +11,8 @@ from kvquant.study.digests import asks_prompts, needs_calibration
 
 CPUS_PER_GPU = 16  # a GPU's share of a node with 128 cores and 8 GPUs
 CALIBRATION_MINUTES = 120
+PREPARE_MINUTES = 60  # of prompts, or a quantizer from statistics
+PREPARE_MEM_MB = 4_000
 TIMED_MINUTES = 30  # of a timed job beside its timed rounds: loading, warm-up, a slow disk
 BENCH_MEM_MB = 16_000  # torch, and on a CPU one layer of the append benchmark at its largest size
 LOAD_MINUTES = 3  # one process: imports, weights from a shared file system, first kernels
@@ -33,6 +35,8 @@ def request(
     A timed job of several GPUs takes a node's share of memory for each of them and has no more to
     ask for: growing would exceed the node, and such a job waits for ever.
     """
+    if rule in ("prompts", "quantize"):
+        return Request(0, PREPARE_MEM_MB * attempt, PREPARE_MINUTES * attempt)
     if rule == "append_cost":
         assert study.append is not None
         return Request(study.gpus, BENCH_MEM_MB * attempt, study.append.minutes * attempt)
@@ -52,6 +56,24 @@ def request(
         return Request(gpus, mem * attempt, CALIBRATION_MINUTES * attempt)
     assert task is not None
     return Request(gpus, mem * attempt, study.task(task).minutes * len(study.seeds) * attempt)
+
+
+def threads(study: Study, rule: str, cores: int) -> int:
+    """Returns the CPU threads that a job of `rule` uses.
+
+    Args:
+        study: The study.
+        rule: A measuring rule.
+        cores: Cores of the machine that a CPU study runs on.
+    """
+    if rule == "calibrate":
+        return 8 if study.gpus else 2
+    if rule == "evaluate":
+        return 4 if study.gpus else 1
+    if rule in ("prompts", "quantize"):
+        return 1
+    # Timed jobs have their machine, or their GPUs' share of it, to themselves.
+    return CPUS_PER_GPU * study.gpus if study.gpus else cores
 
 
 def place_in_line(study: Study, model: str, scheme: str, task: str) -> int:

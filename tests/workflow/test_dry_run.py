@@ -157,6 +157,17 @@ def test_released_results_rebuild_figures_without_measuring(root: Path, tmp_path
     assert "kernel_case" not in found
 
 
+def test_stages_have_an_aggregate_target_and_a_short_name(root: Path) -> None:
+    done = snakemake(root, "--list-target-rules", "--configfile", "config/smoke.yaml")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = set(re.findall(r"^\w+", done.stdout, re.M))
+    short = {"questions", "accuracy", "performance", "joules", "appends", "kernels", "figures"}
+    assert found >= short | {"tables", "claims", "html", "report_page"}
+    stages = ("prompts", "accuracy", "throughput", "energy", "append", "kernels", "figures")
+    stages += ("tables", "claims", "pages", "report")
+    assert found >= {"all", *(f"all_{stage}" for stage in stages)}
+
+
 def test_each_kernel_case_is_a_job(root: Path, tmp_path: Path) -> None:
     done = study(root, tmp_path, "h100", "kernels", "-p")
     assert done.returncode == 0, done.stderr[-2000:]

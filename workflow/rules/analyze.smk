@@ -15,11 +15,11 @@ localrules:
 rule aggregate:
     """Every record, verified against the study, in tidy tables."""
     input:
-        rules.accuracy.input,
-        rules.performance.input,
-        rules.joules.input,
-        rules.appends.input,
-        rules.kernels.input,
+        rules.all_accuracy.input,
+        rules.all_throughput.input,
+        rules.all_energy.input,
+        rules.all_append.input,
+        rules.all_kernels.input,
     output:
         expand("<results>/tables/{table}.parquet", table=[*COLLECTED, "samples"]),
         expand("<results>/tables/{table}.csv", table=[*COLLECTED, "samples"]),

@@ -7,12 +7,9 @@ rule append_cost:
         MEASURED("<results>/append/{device}/rep{rep}.json"),
     log:
         "<logs>/append/{device}/rep{rep}.log",
-    threads: ALONE
+    threads: threads_of("append_cost")
     resources:
-        gpu=ask("append_cost", "gpus"),
-        nodes=1,
-        mem_mb=ask("append_cost", "mem_mb"),
-        runtime=ask("append_cost", "minutes"),
+        **resources_of("append_cost"),
     params:
         study=STUDY_FILE,
         digest=lambda wildcards: digests.append_digest(STUDY),
@@ -24,10 +21,9 @@ rule append_cost:
         " --device-name {wildcards.device:q} --device {params.device:q} --out {output:q} > {log:q} 2>&1"
 
 
-rule appends:
+rule all_append:
     """All append measurements of the study."""
     input:
-        [
-            f"<results>/append/{DEVICE}/rep{rep}.json"
-            for rep in range(STUDY.append.reps if STUDY.append else 0)
-        ],
+        [f"<results>/append/{DEVICE}/rep{rep}.json" for rep in range(STUDY.append_reps())],
+    message:
+        "All append measurements are complete"

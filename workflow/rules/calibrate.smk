@@ -13,12 +13,9 @@ rule calibrate:
         "<logs>/calibrate/{model}.log",
     benchmark:
         "<logs>/benchmarks/calibrate/{model}.jsonl"
-    threads: 2 if CPU_STUDY else 8
+    threads: threads_of("calibrate")
     resources:
-        gpu=ask("calibrate", "gpus"),
-        nodes=1,
-        mem_mb=ask("calibrate", "mem_mb"),
-        runtime=ask("calibrate", "minutes"),
+        **resources_of("calibrate"),
     params:
         study=STUDY_FILE,
         digest=lambda wildcards: digests.calibration_digest(STUDY, wildcards.model),

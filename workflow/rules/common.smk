@@ -9,7 +9,7 @@ from kvquant.study import digests
 from kvquant.study.config import parse_study
 from kvquant.errors import UserError
 from kvquant.formats.files import sweep_tree
-from kvquant.study.grid import CPUS_PER_GPU, grid_lines, place_in_line, request
+from kvquant.study.grid import grid_lines, place_in_line, request, threads
 from kvquant.runtime.own_python import find_own_python
 from kvquant.runtime.provenance import device_name
 from kvquant.runtime.run_lock import hold
@@ -43,10 +43,7 @@ DEVICE_KIND = "cuda" if STUDY.gpus else "cpu"
 # A study on the processor has its name also where there is a GPU.
 PLANNED = device_name() if STUDY.gpus else "cpu"
 DEVICE = PLANNED if STUDY.device == "auto" else STUDY.device
-CPU_STUDY = not STUDY.gpus
 STUDY_FILE = Path(STUDY.pathvars.get("results", "results/paper")) / "study.json"
-# Timed jobs share their machine with nobody. `workflow.cores` fails where jobs run on a cluster.
-ALONE = (workflow.resource_settings.cores or 2) if CPU_STUDY else CPUS_PER_GPU * STUDY.gpus
 MEASURED = protected if STUDY.protect else (lambda files: files)
 
 
@@ -74,19 +71,32 @@ def eval_digests(wildcards):
     ]
 
 
-def option(flag, file):
-    """An option of a command line as words, or none where a job lacks the file."""
-    return [flag, str(file)] if file else []
+def option(flag, name):
+    """A parameter: an option with the input `name` as words, or none where a job lacks that input."""
+
+    def words(wildcards, input):
+        file = getattr(input, name)
+        return [flag, str(file)] if file else []
+
+    return words
 
 
-def ask(rule, field):
-    """A resource function: `field` of what a job of `rule` requests at this attempt."""
+def resources_of(rule):
+    """The resources of a rule: what one of its jobs asks of a scheduler, by attempt."""
 
-    def resource(wildcards, attempt):
-        task = wildcards.get("task")
-        return getattr(request(STUDY, rule, wildcards.get("model"), task, attempt), field)
+    def ask(field):
+        def resource(wildcards, attempt):
+            task = wildcards.get("task")
+            return getattr(request(STUDY, rule, wildcards.get("model"), task, attempt), field)
 
-    return resource
+        return resource
+
+    return {"gpu": ask("gpus"), "nodes": 1, "mem_mb": ask("mem_mb"), "runtime": ask("minutes")}
+
+
+def threads_of(rule):
+    """The CPU threads of a rule's jobs. `workflow.cores` fails where jobs run on a cluster."""
+    return threads(STUDY, rule, workflow.resource_settings.cores or 2)
 
 
 onstart:

@@ -10,19 +10,16 @@ rule energy:
         MEASURED("<results>/energy/{device}/{model}/{scheme}/{workload}/rep{rep}.json"),
     log:
         "<logs>/energy/{device}/{model}/{scheme}/{workload}/rep{rep}.log",
-    threads: ALONE
+    threads: threads_of("energy")
     resources:
-        gpu=ask("energy", "gpus"),
-        nodes=1,
-        mem_mb=ask("energy", "mem_mb"),
-        runtime=ask("energy", "minutes"),
+        **resources_of("energy"),
     params:
         study=STUDY_FILE,
         digest=lambda wildcards: digests.energy_digest(
             STUDY, wildcards.model, wildcards.scheme, wildcards.workload
         ),
         device=DEVICE_KIND,
-        quantizer=lambda wildcards, input: option("--quantizer", input.quantizer),
+        quantizer=option("--quantizer", "quantizer"),
     message:
         "Energy of {wildcards.scheme} against the baseline: {wildcards.workload} on {wildcards.device}"
     shell:
@@ -32,7 +29,7 @@ rule energy:
         " --model-manifest {input.model:q} {params.quantizer:q} --out {output:q} > {log:q} 2>&1"
 
 
-rule joules:
+rule all_energy:
     """All energy measurements of the study."""
     input:
         [

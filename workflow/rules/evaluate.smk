@@ -21,13 +21,10 @@ rule evaluate:
         "<logs>/evaluate/{model}/{scheme}/{task}.log",
     benchmark:
         "<logs>/benchmarks/evaluate/{model}/{scheme}/{task}.jsonl"
-    threads: 1 if CPU_STUDY else 4
+    threads: threads_of("evaluate")
     priority: lambda wildcards: -place_in_line(STUDY, **wildcards)
     resources:
-        gpu=ask("evaluate", "gpus"),
-        nodes=1,
-        mem_mb=ask("evaluate", "mem_mb"),
-        runtime=ask("evaluate", "minutes"),
+        **resources_of("evaluate"),
     params:
         study=STUDY_FILE,
         digests=eval_digests,
@@ -35,9 +32,9 @@ rule evaluate:
         device=DEVICE_KIND,
         out=lambda wildcards, output: Path(output[0]).parents[1],
         resume=STUDY_FILE.parent / "resume",
-        prompts=lambda wildcards, input: option("--prompts", input.prompts),
-        data=lambda wildcards, input: option("--data-manifest", input.data),
-        quantizer=lambda wildcards, input: option("--quantizer", input.quantizer),
+        prompts=option("--prompts", "prompts"),
+        data=option("--data-manifest", "data"),
+        quantizer=option("--quantizer", "quantizer"),
     message:
         "Evaluating {wildcards.scheme} on {wildcards.task} ({wildcards.model})"
     shell:
@@ -48,7 +45,7 @@ rule evaluate:
         " > {log:q} 2>&1"
 
 
-rule accuracy:
+rule all_accuracy:
     """All evaluations of the study."""
     input:
         [

@@ -7,12 +7,9 @@ rule kernel_case:
         MEASURED("<results>/kernels/{device}/{case}.json"),
     log:
         "<logs>/kernels/{device}/{case}.log",
-    threads: ALONE
+    threads: threads_of("kernel_case")
     resources:
-        gpu=ask("kernel_case", "gpus"),
-        nodes=1,
-        mem_mb=ask("kernel_case", "mem_mb"),
-        runtime=ask("kernel_case", "minutes"),
+        **resources_of("kernel_case"),
     params:
         study=STUDY_FILE,
         digest=lambda wildcards: digests.kernels_digest(STUDY, wildcards.case),
@@ -26,7 +23,7 @@ rule kernel_case:
         " > {log:q} 2>&1"
 
 
-rule kernels:
+rule all_kernels:
     """All kernel measurements of the study."""
     input:
         [f"<results>/kernels/{DEVICE}/{case}.json" for case in STUDY.kernel_cases()],

@@ -11,17 +11,14 @@ rule prompts:
         "<cache>/prompts/{model}/{task}/{digest}.jsonl.gz",
     log:
         "<logs>/prompts/{model}/{task}-{digest}.log",
-    threads: 1
+    threads: threads_of("prompts")
     priority: lambda w: 1 - place_in_line(STUDY, w.model, STUDY.baseline, w.task)
     resources:
-        gpu=0,
-        nodes=1,
-        mem_mb=lambda wildcards, attempt: 4000 * attempt,
-        runtime=lambda wildcards, attempt: 60 * attempt,
+        **resources_of("prompts"),
     params:
         study=STUDY_FILE,
         seeds=STUDY.seeds,
-        data=lambda wildcards, input: option("--data-manifest", input.data),
+        data=option("--data-manifest", "data"),
     message:
         "Preparing the prompts of {wildcards.task} ({wildcards.model})"
     shell:
@@ -30,7 +27,7 @@ rule prompts:
         " --model-manifest {input.model:q} {params.data:q} --out {output:q} > {log:q} 2>&1"
 
 
-rule questions:
+rule all_prompts:
     """All prompts of the study."""
     input:
         [

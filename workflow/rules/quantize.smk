@@ -11,12 +11,9 @@ rule quantize:
         tensors="<results>/models/{model}/{scheme}/quantizer.safetensors",
     log:
         "<logs>/quantize/{model}/{scheme}.log",
-    threads: 1
+    threads: threads_of("quantize")
     resources:
-        gpu=0,
-        nodes=1,
-        mem_mb=lambda wildcards, attempt: 4000 * attempt,
-        runtime=lambda wildcards, attempt: 60 * attempt,
+        **resources_of("quantize"),
     params:
         study=STUDY_FILE,
         digest=lambda wildcards: digests.quantizer_digest(STUDY, wildcards.model, wildcards.scheme),

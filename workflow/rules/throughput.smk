@@ -10,19 +10,16 @@ rule throughput:
         MEASURED("<results>/perf/{device}/{model}/{scheme}/{workload}/rep{rep}.json"),
     log:
         "<logs>/throughput/{device}/{model}/{scheme}/{workload}/rep{rep}.log",
-    threads: ALONE
+    threads: threads_of("throughput")
     resources:
-        gpu=ask("throughput", "gpus"),
-        nodes=1,
-        mem_mb=ask("throughput", "mem_mb"),
-        runtime=ask("throughput", "minutes"),
+        **resources_of("throughput"),
     params:
         study=STUDY_FILE,
         digest=lambda wildcards: digests.perf_digest(
             STUDY, wildcards.model, wildcards.scheme, wildcards.workload
         ),
         device=DEVICE_KIND,
-        quantizer=lambda wildcards, input: option("--quantizer", input.quantizer),
+        quantizer=option("--quantizer", "quantizer"),
     message:
         "Timing {wildcards.scheme} against the baseline: {wildcards.workload} on {wildcards.device}"
     shell:
@@ -32,7 +29,7 @@ rule throughput:
         " --model-manifest {input.model:q} {params.quantizer:q} --out {output:q} > {log:q} 2>&1"
 
 
-rule performance:
+rule all_throughput:
     """All throughput measurements of the study."""
     input:
         [
