@@ -22,8 +22,9 @@ from kvquant.fetch.model import check_directory, convert_gguf, extract_gguf, fet
 from kvquant.fetch.wheel import get_wheel
 from kvquant.models.loading import load_base_model, load_quantized_model, load_tokenizer
 from kvquant.runtime.run_lock import hold
-from kvquant.study.config import ModelSpec, load_study
+from kvquant.study.config import load_study
 from kvquant.study.digests import settled
+from kvquant.study.models import ModelSpec
 from tests.support.models import save_tiny
 
 EVIL = """

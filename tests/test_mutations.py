@@ -29,8 +29,10 @@ from kvquant.fetch.model import fetch_model
 from kvquant.fetch.model_manifest import study_manifest, verify_model
 from kvquant.formats.files import sha256_text
 from kvquant.quantization.quantizer_file import load_quantizer
-from kvquant.study.config import CalibrationSpec, NuqScheme, Study
+from kvquant.study.calibration import CalibrationSpec
+from kvquant.study.config import Study
 from kvquant.study.digests import eval_digest
+from kvquant.study.schemes import NuqScheme
 from tests.support.models import save_tiny, tiny_model
 from tests.support.mutations import mutated
 from tests.support.quantizers import save_made_quantizer

@@ -11,6 +11,7 @@ from kvquant.analysis.evidence import (
     not_measured,
 )
 from kvquant.analysis.study_tables import Tables
+from kvquant.study.schemes import NuqScheme
 
 KEPT = ("identical", "equivalent", "better", "better (within margin)", "worse (within margin)")
 
@@ -21,7 +22,9 @@ def ordering(t: Tables) -> Outcome:
     by_bits = {
         s.bits: name
         for name, s in t.study.schemes.items()
-        if s.kind == head.kind == "nuq" and s.model_copy(update={"bits": head.bits}) == head
+        if isinstance(s, NuqScheme)
+        and isinstance(head, NuqScheme)
+        and s.model_copy(update={"bits": head.bits}) == head
     }
     language = t.evaluations[t.evaluations.suite == "perplexity"]
     if len(by_bits) < 2 or not len(language):

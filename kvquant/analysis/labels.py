@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from kvquant.study.config import Study, Workload
-
-WORDS = {
-    "fp16": "16-bit cache",
-    "fp16-static": "16-bit cache, allocated once",
-    "nuq": "NUQ",
-    "kivi": "KIVI",
-    "fp8": "FP8",
-    "turboquant": "TurboQuant",
-    "int4-hadamard": "INT4-Hadamard",
-    "kvquant-ref": "KVQuant's procedure",
-    "hf-quanto": "Quanto",
-    "hf-hqq": "HQQ",
-    "hf-fp8": "FP8, one scale",
-}
+from kvquant.study.config import Study
+from kvquant.study.datatypes import DATATYPES
+from kvquant.study.schemes import NuqScheme
+from kvquant.study.timing import Workload
 
 
 def _plain(study: Study, key: str) -> str:
     scheme = study.schemes[key]
-    datatype = getattr(scheme, "datatype", "nuq")
-    name = datatype.upper() if scheme.kind == "nuq" else WORDS.get(scheme.kind, scheme.kind)
+    name = scheme.registration.label
+    if isinstance(scheme, NuqScheme):
+        name = DATATYPES[scheme.datatype].label
     bits = getattr(scheme, "bits", None)
     outliers = getattr(scheme, "outliers", 0.0)
     return (

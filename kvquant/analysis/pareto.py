@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from kvquant.analysis.tables import read_table, write_table
-from kvquant.study.config import EnergySpec, Study, TimingSpec, load_study
+from kvquant.study.config import Study, load_study
+from kvquant.study.timing import EnergySpec, TimingSpec
 
 SCORED = ("passkey", "ruler", "longbench")  # suites of a score in percent
 

@@ -34,9 +34,10 @@ from kvquant.models.oom_retry import fits_in_memory
 from kvquant.runtime.devices import use
 from kvquant.runtime.provenance import environment
 from kvquant.study.append import AppendSpec
-from kvquant.study.config import NuqScheme, Study, load_study
+from kvquant.study.config import Study, load_study
 from kvquant.study.digests import append_digest
 from kvquant.study.records import AppendPoint, AppendRecord, write_record
+from kvquant.study.schemes import NuqScheme
 
 CONCATENATION = "concatenation"  # the series of KVQuant's procedure
 FILL = 4096  # tokens a call while a store is filled

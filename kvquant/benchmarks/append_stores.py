@@ -16,7 +16,7 @@ from kvquant.cache.layout import Layout
 from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.quantization.nuq import fit
 from kvquant.schemes.registry import build_codecs
-from kvquant.study.config import NuqScheme, SchemeSpec
+from kvquant.study.schemes import NuqScheme, SchemeSpec
 
 
 class Store(Protocol):

@@ -22,7 +22,7 @@ from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.kernels.cuda_decode import DecodeShape, DecodeStep, decode_attention
 from kvquant.kernels.decode_tables import RopeTables
 from kvquant.schemes.nuq import NuqCodec
-from kvquant.study.config import NuqScheme
+from kvquant.study.schemes import NuqScheme
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -20,9 +20,10 @@ from kvquant.errors import UserError
 from kvquant.models.loading import QuantizedModel
 from kvquant.models.model_call import cache_argument
 from kvquant.models.sdpa import growing_lengths
-from kvquant.study.config import NuqScheme, Study
+from kvquant.study.config import Study
 from kvquant.study.kernels import SHAPES, WHOLE_MODEL, KernelCase, Measure
 from kvquant.study.records import KernelPart
+from kvquant.study.schemes import NuqScheme
 
 COPIES = 10  # copies before and after decode steps, which are not interrupted
 SETTLE = 5  # decode steps before the timed ones

@@ -31,7 +31,7 @@ from kvquant.formats.rope import rotate
 from kvquant.kernels.blockwise_attention import BlockwiseAttention
 from kvquant.quantization.nuq import fit
 from kvquant.schemes.nuq import NuqCodec
-from kvquant.study.config import NuqScheme
+from kvquant.study.schemes import NuqScheme
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

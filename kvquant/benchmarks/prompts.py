@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from kvquant.models.generation import left_pad
-from kvquant.study.config import Workload
 from kvquant.study.prompt_lengths import prompt_lengths
+from kvquant.study.timing import Workload
 
 __all__ = ["PromptBatch", "prompt_batch", "prompt_lengths"]
 

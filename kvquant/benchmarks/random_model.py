@@ -10,8 +10,9 @@ from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.models.loading import QuantizedModel, install_attention
 from kvquant.quantization.nuq import fit
 from kvquant.schemes.registry import ModelShape, build_caches, build_codecs
-from kvquant.study.config import CalibratedScheme, SchemeSpec
 from kvquant.study.kernels import SHAPES
+from kvquant.study.scheme_kinds import CalibratedScheme
+from kvquant.study.schemes import SchemeSpec
 
 SAMPLE = 1024  # tokens from which ranges are taken
 POSITIONS = 1 << 20  # more than any case has; RoPE is not scaled

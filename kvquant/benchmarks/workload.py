@@ -22,8 +22,9 @@ from kvquant.models.sdpa import growing_lengths
 from kvquant.quantization.quantizer_file import check_digest
 from kvquant.runtime.devices import alone, use, visible
 from kvquant.runtime.provenance import device_name
-from kvquant.study.config import Study, Workload, load_study
+from kvquant.study.config import Study, load_study
 from kvquant.study.digests import needs_calibration, quantizer_digest
+from kvquant.study.timing import Workload
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

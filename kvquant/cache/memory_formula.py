@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from kvquant.cache.layout import Layout
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
 from kvquant.quantization.batched_quant import outliers_per_side
-from kvquant.study.config import KiviScheme, NuqScheme
+from kvquant.study.schemes import KiviScheme, NuqScheme
 
 HALF = 2  # bytes of a 16-bit number
 GROWN_ROOM = 1.25  # room for outliers in an arena that is filled block by block

@@ -16,8 +16,10 @@ from kvquant.fetch.text_overlap import CalibratedText
 from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.quantization.nuq import Histogram, fit, q_norm
 from kvquant.quantization.quantizer_file import QuantizerManifest, save_quantizer
-from kvquant.study.config import CalibratedScheme, CalibrationSpec, load_study
+from kvquant.study.calibration import CalibrationSpec
+from kvquant.study.config import load_study
 from kvquant.study.digests import calibration_digest, quantizer_digest
+from kvquant.study.scheme_kinds import CalibratedScheme
 
 GRID = 1024
 

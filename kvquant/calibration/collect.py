@@ -27,7 +27,8 @@ from kvquant.errors import NonFinite, UserError
 from kvquant.fetch.model_manifest import study_manifest
 from kvquant.models.finite import remedy
 from kvquant.models.loading import attention_layers, load_base_model, resolve_device
-from kvquant.study.config import CalibrationSpec, load_study
+from kvquant.study.calibration import CalibrationSpec
+from kvquant.study.config import load_study
 from kvquant.study.digests import VERSIONS, calibration_digest
 
 

@@ -17,8 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from kvquant.errors import UserError, unknown
 from kvquant.quantization.quantizer_file import read_quantizer, scheme_of
-from kvquant.study.config import SchemeSpec, load_study
+from kvquant.study.config import load_study
 from kvquant.study.digests import needs_calibration
+from kvquant.study.schemes import SchemeSpec
 
 MAX_BATCH_SIZE = 64  # lm-eval's, for batch_size=auto
 DEFAULT_NEW_TOKENS = 256

@@ -31,8 +31,9 @@ from kvquant.formats.files import (
     write_new,
 )
 from kvquant.runtime.progress import Progress, note
-from kvquant.study.config import ModelSpec, load_study
+from kvquant.study.config import load_study
 from kvquant.study.digests import weights_digest
+from kvquant.study.models import ModelSpec
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

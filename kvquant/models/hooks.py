@@ -11,7 +11,8 @@ from torch import nn
 
 from kvquant.errors import UserError
 from kvquant.models.model_call import CACHE_NAMES, arguments, find_cache, parameters, refuse_unknown
-from kvquant.models.prefill_quant import SUPPORTED, PrefillQuantizedAttention, original_class
+from kvquant.models.prefill_quant import PrefillQuantizedAttention, original_class
+from kvquant.study.model_families import family_of_attention, supported_families
 
 # Arguments of a decoder that are understood, or that say nothing about its attention.
 _KNOWN = frozenset({
@@ -45,18 +46,19 @@ def attention_layers(model: Any) -> list[Any]:
     if layers is None:
         raise UserError(
             f"model: '{type(model).__name__}' is not supported; it must be a causal language model "
-            "of transformers whose attention is one of " + ", ".join(SUPPORTED)
+            f"of one of the families {supported_families()}"
         )
     for layer in layers:
         module = layer.self_attn
         name = original_class(module).__name__
-        if name not in SUPPORTED:
+        family = family_of_attention(name)
+        if family is None:
             raise UserError(
-                f"model: attention '{name}' is not supported; supported: " + ", ".join(SUPPORTED)
+                f"model: attention '{name}' is not supported; supported families: "
+                f"{supported_families()}"
             )
-        if getattr(module, "sliding_window", None) is not None or (
-            name == "MistralAttention" and getattr(model.config, "sliding_window", None) is not None
-        ):
+        places = [module, model.config] if family.window_in_config else [module]
+        if any(getattr(place, "sliding_window", None) is not None for place in places):
             raise UserError(
                 f"model: layer {len(found)} uses sliding-window attention, which the "
                 "quantized cache does not support"

@@ -24,7 +24,7 @@ from kvquant.models.hooks import position_limit as position_limit
 from kvquant.models.hooks import uninstall_attention as uninstall_attention
 from kvquant.quantization.quantizer_file import check_scheme, load_quantizer, scheme_of
 from kvquant.schemes.registry import CacheFactory, ModelShape, build_caches, build_codecs
-from kvquant.study.config import Fp16Scheme, SchemeSpec
+from kvquant.study.schemes import Fp16Scheme, SchemeSpec
 
 
 def resolve_device(device: str) -> torch.device:

@@ -12,7 +12,6 @@ from kvquant.errors import UserError
 from kvquant.models.model_call import CACHE_NAMES, arguments, find_cache, parameters, refuse_unknown
 from kvquant.models.no_gradient import without_gradient
 
-SUPPORTED = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 # Arguments of the attention that are used, or that say nothing about it.
 _USED = frozenset({"hidden_states", "position_embeddings", "attention_mask", *CACHE_NAMES})
 _KNOWN = _USED | {"position_ids", "use_cache", "output_attentions", "output_hidden_states"}
@@ -35,10 +34,10 @@ def _attend(module: Any, cache: Any, *args: Any) -> torch.Tensor:
 
 
 class PrefillQuantizedAttention(nn.Module):
-    """Drop-in for the self-attention of Llama, Mistral, Qwen2 and Qwen3.
+    """Drop-in for the self-attention of every :class:`kvquant.study.model_families.ModelFamily`.
 
-    Keys are taken before RoPE (after Qwen3's key norm), stored by the cache, and rotated when read,
-    so one calibration per channel holds at every position.
+    Keys are taken before RoPE (and after a norm of keys, as in Qwen3), stored by the cache, and
+    rotated when read, so one calibration per channel holds at every position.
 
     `PrefillQuantizedAttention(module)` changes the class of the attention module and returns it:
     weights, their names, hooks and references stay as they are. :meth:`restore` undoes it.

@@ -1,9 +1,9 @@
-"""Non-uniform datatypes: a codebook of `2**bits` levels on [-1, 1], and the registry of datatypes.
+"""Non-uniform datatypes: a codebook of `2**bits` levels on [-1, 1], computed or fitted.
 
 `nuq` is fitted to data: the sensitivity-weighted one-dimensional k-means of KVQuant (arXiv
 2401.18079, section 3.3), solved exactly by dynamic programming over a histogram instead of by a
 randomly started Lloyd iteration (the exact solution is due to Wang and Song, R Journal 3/2, 2011).
-`nf` and `uniform` need no data.
+`nf` and `uniform` need no data. Names are registered in :mod:`kvquant.study.datatypes`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from scipy.special import ndtri  # scipy.stats takes a second to import
 
 from kvquant.errors import unknown
+from kvquant.study.datatypes import DATATYPES
+from kvquant.study.dotted import load
 
 
 @dataclass(frozen=True)
@@ -99,15 +101,13 @@ def q_norm(levels: np.ndarray, histogram: Histogram) -> np.ndarray:
     return (levels - mean_q) * (spread / spread_q) + mean
 
 
-def fit_nuq(bits: int, histogram: Histogram | None) -> np.ndarray:
-    """Levels fitted to data."""
-    if histogram is None:
-        raise ValueError("datatype 'nuq' is fitted to calibration data and needs a histogram")
+def fit_nuq(bits: int, histogram: Histogram) -> np.ndarray:
+    """Returns levels fitted to data."""
     return kmeans_1d(histogram.centers, histogram.weights, 2**bits)
 
 
 def normal_float(bits: int, histogram: Histogram | None = None) -> np.ndarray:
-    """Quantiles of the normal distribution, scaled to [-1, 1] (QLoRA, arXiv 2305.14314)."""
+    """Returns quantiles of the normal distribution, scaled to [-1, 1] (QLoRA, arXiv 2305.14314)."""
     count = 2**bits
     tail = 1.0 - 0.5 * (1 / (2 * count) + 1 / (2 * count - 2))
     upper = ndtri(np.linspace(0.5, tail, count // 2 + 1))[1:]
@@ -117,20 +117,29 @@ def normal_float(bits: int, histogram: Histogram | None = None) -> np.ndarray:
 
 
 def uniform(bits: int, histogram: Histogram | None = None) -> np.ndarray:
-    """Evenly spaced levels, both ends included."""
+    """Returns evenly spaced levels, both ends included."""
     return np.linspace(-1.0, 1.0, 2**bits)
 
 
-Fit = Callable[[int, Histogram | None], np.ndarray]
-DATATYPES: dict[str, Fit] = {"nuq": fit_nuq, "nf": normal_float, "uniform": uniform}
-
-
 def fit(name: str, bits: int, histogram: Histogram | None = None) -> torch.Tensor:
-    """The codebook of a registered datatype.
+    """Computes the codebook of a registered datatype (:mod:`kvquant.study.datatypes`).
+
+    Args:
+        name: The datatype.
+        bits: Bits per code.
+        histogram: The calibration data; needed by datatypes that are fitted to them.
 
     Returns:
         fp32 `[2**bits]`, sorted.
+
+    Raises:
+        UserError: The datatype is unknown.
+        ValueError: The datatype is fitted to data and there are none.
     """
     if name not in DATATYPES:
         raise unknown("datatype", name, DATATYPES)
-    return torch.from_numpy(np.sort(DATATYPES[name](bits, histogram)).astype(np.float32))
+    datatype = DATATYPES[name]
+    if datatype.fitted and histogram is None:
+        raise ValueError(f"datatype '{name}' is fitted to calibration data and needs a histogram")
+    levels: Callable[[int, Histogram | None], np.ndarray] = load(datatype.levels)
+    return torch.from_numpy(np.sort(levels(bits, histogram)).astype(np.float32))

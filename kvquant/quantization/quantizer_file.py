@@ -12,13 +12,8 @@ from kvquant.errors import UserError
 from kvquant.fetch.text_overlap import CalibratedText
 from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.formats.tensor_file import read_info, read_tensors, save_pair
-from kvquant.study.config import (
-    AnyScheme,
-    CalibratedScheme,
-    KvquantRefScheme,
-    NuqScheme,
-    SchemeSpec,
-)
+from kvquant.study.scheme_kinds import CalibratedScheme, Scheme
+from kvquant.study.schemes import SchemeSpec
 
 FIELDS = ("key_zero", "key_scale", "key_levels", "value_levels")
 FIELD = "quantizer"
@@ -88,14 +83,14 @@ def read_quantizer(path: Path) -> QuantizerManifest:
         raise UserError(f"{FIELD}: {path} is damaged ({where}: {first['msg']}): {AGAIN}") from None
 
 
-def scheme_of(path: Path, manifest: QuantizerManifest) -> NuqScheme | KvquantRefScheme:
+def scheme_of(path: Path, manifest: QuantizerManifest) -> CalibratedScheme:
     """The scheme that a quantizer was built for.
 
     Raises:
         UserError: The file tells none that takes a quantizer.
     """
     try:
-        found: AnyScheme = TypeAdapter(SchemeSpec).validate_python(manifest.spec)
+        found: Scheme = TypeAdapter(SchemeSpec).validate_python(manifest.spec)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -105,7 +100,7 @@ def scheme_of(path: Path, manifest: QuantizerManifest) -> NuqScheme | KvquantRef
     return found
 
 
-def check_scheme(path: Path, manifest: QuantizerManifest, scheme: AnyScheme) -> None:
+def check_scheme(path: Path, manifest: QuantizerManifest, scheme: Scheme) -> None:
     """A quantizer serves the scheme that it was built for and no other.
 
     Raises:

@@ -15,6 +15,8 @@ from transformers.cache_utils import Cache
 
 from kvquant.cache.fp16_layer import Fp16Layer
 from kvquant.cache.interface import CountedCache
+from kvquant.schemes.registry import CacheFactory, ModelShape, Tables
+from kvquant.study.schemes import Fp16StaticScheme
 
 
 class StaticFp16Layer(Fp16Layer):
@@ -112,3 +114,8 @@ class StaticFp16Cache(Cache, CountedCache):
                 tokens = batch * columns if mask is None else int(mask.sum())
                 total += 2 * heads * dim * tokens
         return total
+
+
+def make_caches(spec: Fp16StaticScheme, shape: ModelShape, tables: Tables) -> CacheFactory:
+    """Returns what makes empty caches."""
+    return lambda protocol, rope: StaticFp16Cache(shape.num_layers, spec.room)

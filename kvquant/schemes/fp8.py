@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 
 from kvquant.cache.codec import Codec, Packed
-from kvquant.study.config import Fp8Scheme
+from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.study.schemes import Fp8Scheme
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 
@@ -80,3 +81,8 @@ class Fp8Codec(Codec):
             decode(encode(keys, keys_scale), keys_scale),
             decode(encode(values, values_scale), values_scale),
         )
+
+
+def make_codec(spec: Fp8Scheme, layer: int, tables: LayerQuantizer | None) -> Codec:
+    """Returns the codec of a layer, which is the same for all layers."""
+    return Fp8Codec(spec)

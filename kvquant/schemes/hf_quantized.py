@@ -29,7 +29,8 @@ from transformers.cache_utils import Cache, QuantizedLayer
 from kvquant.cache.interface import CountedCache, QuantizeClock
 from kvquant.errors import MissingPackage, UserError
 from kvquant.schemes import quanto_extension
-from kvquant.study.config import HfFp8Scheme, HfHqqScheme, HfQuantoScheme
+from kvquant.schemes.registry import CacheFactory, ModelShape, Tables
+from kvquant.study.schemes import HfFp8Scheme, HfHqqScheme, HfQuantoScheme
 
 HfScheme = HfQuantoScheme | HfHqqScheme | HfFp8Scheme
 _BACKENDS = {
@@ -222,3 +223,9 @@ def _installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of the parent package
         return False
+
+
+def make_caches(spec: HfScheme, shape: ModelShape, tables: Tables) -> CacheFactory:
+    """Returns what makes empty caches, once :func:`check` has found that they can be used."""
+    check(spec, shape.num_kv_heads, shape.head_dim)
+    return lambda protocol, rope: HfQuantizedCache(spec, shape.num_layers)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 
 from kvquant.cache.codec import Codec, Packed
+from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.formats.packing import pack, unpack
 from kvquant.quantization.hadamard import factors, rotate
 from kvquant.schemes.kivi import decode_groups, encode_groups
-from kvquant.study.config import Int4HadamardScheme
+from kvquant.study.schemes import Int4HadamardScheme
 
 BITS = 4
 
@@ -63,3 +64,8 @@ class Int4HadamardCodec(Codec):
     def fake(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`Codec.fake`."""
         return decode(*encode(keys)), decode(*encode(values))
+
+
+def make_codec(spec: Int4HadamardScheme, layer: int, tables: LayerQuantizer | None) -> Codec:
+    """Returns the codec of a layer, which is the same for all layers."""
+    return Int4HadamardCodec(spec)

@@ -14,8 +14,9 @@ import torch
 
 from kvquant.cache.codec import Codec, Packed
 from kvquant.errors import UserError
+from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.formats.packing import pack, unpack
-from kvquant.study.config import KiviScheme
+from kvquant.study.schemes import KiviScheme
 
 
 def encode_groups(
@@ -99,3 +100,8 @@ class KiviCodec(Codec):
         parts = [decode_groups(*encode_groups(k, 2, self.bits)) for k in keys.split(self.group, 2)]
         grouped = decode_groups(*encode_groups(self._split_values(values), -1, self.bits))
         return torch.cat(parts, 2), grouped.flatten(-2)
+
+
+def make_codec(spec: KiviScheme, layer: int, tables: LayerQuantizer | None) -> Codec:
+    """Returns the codec of a layer, which is the same for all layers."""
+    return KiviCodec(spec)

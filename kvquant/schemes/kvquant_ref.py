@@ -47,9 +47,12 @@ from kvquant.cache.kvquant_cache import Protocol
 from kvquant.cache.layout import Span
 from kvquant.cache.padding import host_mask
 from kvquant.cache.positions import Shifts, shifts
+from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.formats.rope import Rope, rotate
 from kvquant.kernels.blockwise_attention import NEVER, BlockwiseAttention
 from kvquant.schemes.kvquant_store import ReferenceTables, SequenceStore
+from kvquant.schemes.registry import CacheFactory, ModelShape
+from kvquant.study.schemes import KvquantRefScheme
 
 
 class ReferenceLayer(CacheLayerMixin):
@@ -372,3 +375,11 @@ def _span(row: torch.Tensor) -> Span:
         return slice(0, 0)
     first, last = int(where[0]), int(where[-1])
     return slice(first, last + 1) if last - first + 1 == where.numel() else where
+
+
+def make_caches(
+    spec: KvquantRefScheme, shape: ModelShape, tables: list[LayerQuantizer]
+) -> CacheFactory:
+    """Returns what makes empty caches over one set of tables."""
+    found = [ReferenceTables(spec, layer) for layer in tables]
+    return lambda protocol, rope: ReferenceCache(found, rope, protocol)

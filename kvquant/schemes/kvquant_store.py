@@ -12,7 +12,7 @@ from kvquant.formats.packing import pack, unpack
 from kvquant.kernels import pytorch_fused as fused
 from kvquant.quantization.batched_quant import outliers_per_side
 from kvquant.schemes.growing_sparse import PIECE, Compressed
-from kvquant.study.config import KvquantRefScheme
+from kvquant.study.schemes import KvquantRefScheme
 
 
 class ReferenceTables:

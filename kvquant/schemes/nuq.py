@@ -20,7 +20,7 @@ from kvquant.quantization.batched_quant import (
     PackedValues,
     outliers_per_side,
 )
-from kvquant.study.config import NuqScheme
+from kvquant.study.schemes import NuqScheme
 
 MAX_CHANNELS = 1 << 16  # that the order of a token's elements is found among
 
@@ -145,3 +145,8 @@ class NuqCodec(Codec):
     def fake(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`Codec.fake`."""
         return self.quantizer.fake_keys(keys), self.quantizer.fake_values(values)
+
+
+def make_codec(spec: NuqScheme, layer: int, tables: LayerQuantizer) -> Codec:
+    """Returns the codec of a layer."""
+    return NuqCodec(spec, tables)

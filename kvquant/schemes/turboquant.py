@@ -18,10 +18,11 @@ import torch
 from scipy.special import ndtr, ndtri  # scipy.stats takes a second to import
 
 from kvquant.cache.codec import Codec, Packed
+from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.formats.packing import pack, unpack
 from kvquant.kernels import pytorch_fused as fused
 from kvquant.quantization.hadamard import factors, rotate
-from kvquant.study.config import TurboQuantScheme
+from kvquant.study.schemes import TurboQuantScheme
 
 
 @functools.cache
@@ -108,3 +109,8 @@ class TurboQuantCodec(Codec):
     def fake(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`Codec.fake`."""
         return self._decode(*self._encode(keys)), self._decode(*self._encode(values))
+
+
+def make_codec(spec: TurboQuantScheme, layer: int, tables: LayerQuantizer | None) -> Codec:
+    """Returns the codec of a layer."""
+    return TurboQuantCodec(spec, layer)

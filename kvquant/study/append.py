@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from kvquant.study.numbers import (
+from kvquant.study.limits import (
     MAX_BATCH,
     MAX_MINUTES,
     MAX_NAMES,
@@ -12,7 +12,7 @@ from kvquant.study.numbers import (
     MAX_ROUNDS,
     MAX_TOKENS,
 )
-from kvquant.study.schemes import Strict
+from kvquant.study.strict import Strict
 
 
 class AppendSpec(Strict):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from kvquant.errors import unknown
-from kvquant.study.numbers import MAX_NAMES, MAX_RESULTS
+from kvquant.study.limits import MAX_NAMES, MAX_RESULTS, MAX_SEED
 from kvquant.study.paths import NAME
-from kvquant.study.schemes import MAX_SEED, CalibratedScheme
+from kvquant.study.scheme_kinds import CalibratedScheme
+from kvquant.study.sections import StudySections
 from kvquant.study.tasks import (
     LONGBENCH_TASKS,
     MIN_RULER_LENGTH,
@@ -19,15 +19,12 @@ from kvquant.study.tasks import (
     RulerTask,
 )
 
-if TYPE_CHECKING:
-    from kvquant.study.config import Study
-
 MAX_NAME = 64
 # Words that tables and figures use beside the study's own keys.
 TAKEN = {"models": {"any": "claims without a model"}, "schemes": {"concatenation": "append's peer"}}
 
 
-def _names(study: Study) -> Iterator[str]:
+def _names(study: StudySections) -> Iterator[str]:
     groups: dict[str, Iterable[str]] = {
         "models": study.models,
         "schemes": study.schemes,
@@ -64,7 +61,7 @@ def _not_among(field: str, names: Iterable[str], known: Iterable[str], what: str
         seen.add(name)
 
 
-def _schemes(study: Study) -> Iterator[str]:
+def _schemes(study: StudySections) -> Iterator[str]:
     yield from _not_among("baseline", [study.baseline], study.schemes, "scheme")
     yield from _not_among("headline", [study.headline], study.schemes, "scheme")
     fractions = study.calibration.outlier_fractions
@@ -80,7 +77,7 @@ def _schemes(study: Study) -> Iterator[str]:
         yield "calibration.sinks: leaves no token of a window"
 
 
-def _evaluation(study: Study) -> Iterator[str]:
+def _evaluation(study: StudySections) -> Iterator[str]:
     spec = study.evaluation
     yield from _not_among("evaluation.schemes", spec.schemes, study.schemes, "scheme")
     if spec.schemes and study.baseline not in spec.schemes:
@@ -112,16 +109,16 @@ def _evaluation(study: Study) -> Iterator[str]:
             yield f"evaluation.schemes: '{name}' cannot run the protocol of any task; leave it out"
 
 
-def _protocol(study: Study, task: str) -> str:
+def _protocol(study: StudySections, task: str) -> str:
     spec = study.tasks[task]
     return spec.protocol if isinstance(spec, PerplexityTask) else "A"
 
 
-def _can(study: Study, scheme: str, task: str) -> bool:
+def _can(study: StudySections, scheme: str, task: str) -> bool:
     return _protocol(study, task) in study.schemes[scheme].protocols
 
 
-def _tasks(study: Study) -> Iterator[str]:
+def _tasks(study: StudySections) -> Iterator[str]:
     texts = [*TEXTS, *(f"longbench-{name}" for name in LONGBENCH_TASKS)]
     datasets = {"calibration.dataset": study.calibration.dataset}
     for name, task in study.tasks.items():
@@ -143,7 +140,7 @@ def _tasks(study: Study) -> Iterator[str]:
             yield f"{field}: {unknown('dataset', dataset, texts)}"
 
 
-def _timed(study: Study) -> Iterator[str]:
+def _timed(study: StudySections) -> Iterator[str]:
     for field, spec in (("throughput", study.throughput), ("energy", study.energy)):
         yield from _not_among(f"{field}.schemes", spec.schemes, study.schemes, "scheme")
         timed = spec.schemes or list(study.schemes)
@@ -171,14 +168,14 @@ def _timed(study: Study) -> Iterator[str]:
         )
 
 
-def _statistics(study: Study) -> Iterator[str]:
+def _statistics(study: StudySections) -> Iterator[str]:
     margins = study.statistics.margins
     for name, task in study.tasks.items():
         if task.suite not in margins:
             yield f"statistics.margins: no margin for the suite '{task.suite}' of the task '{name}'"
 
 
-def _size(study: Study) -> Iterator[str]:
+def _size(study: StudySections) -> Iterator[str]:
     """Counts by multiplication: a list of so many results would fill memory."""
     if len(set(study.seeds)) != len(study.seeds) or not all(
         0 <= s <= MAX_SEED for s in study.seeds
@@ -192,7 +189,7 @@ def _size(study: Study) -> Iterator[str]:
         yield f"reps, seeds: {results:,} results; a study has at most {MAX_RESULTS:,}"
 
 
-def problems(study: Study) -> Iterator[str]:
+def problems(study: StudySections) -> Iterator[str]:
     """What is wrong with a study as a whole, one line each, most basic first."""
     for check in (_names, _size, _schemes, _tasks, _evaluation, _timed, _statistics):
         found = list(check(study))

@@ -12,19 +12,11 @@ from typing import Any
 
 from kvquant.errors import UserError, unknown
 from kvquant.formats.files import parse_json
-from kvquant.study.config import (
-    CHAT_OPTIONS,
-    CalibratedScheme,
-    EnergySpec,
-    ModelSpec,
-    PerplexityTask,
-    SchemeSpec,
-    Study,
-    TaskSpec,
-    TimingSpec,
-    digest,
-    task_dataset,
-)
+from kvquant.study.config import PerplexityTask, Study, TaskSpec, digest, task_dataset
+from kvquant.study.models import CHAT_OPTIONS, ModelSpec
+from kvquant.study.scheme_kinds import CalibratedScheme
+from kvquant.study.schemes import SchemeSpec
+from kvquant.study.timing import EnergySpec, TimingSpec
 
 CHAT_SUITES = ("longbench", "ruler")  # whose prompts are turns of the model's chat template
 

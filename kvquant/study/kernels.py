@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kvquant.study.numbers import MAX_BATCH, MAX_MINUTES, MAX_ROUNDS, MAX_SECONDS, MAX_TOKENS
-from kvquant.study.schemes import Strict
+from kvquant.study.limits import MAX_BATCH, MAX_MINUTES, MAX_ROUNDS, MAX_SECONDS, MAX_TOKENS
+from kvquant.study.strict import Strict
 
 Measure = Literal["pack", "attention", "prefill", "steps", "layer-step", "continue"]
 ShapeName = Literal["7b-mha", "8b-gqa", "tiny"]

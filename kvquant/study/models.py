@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from kvquant.study.numbers import MAX_BATCH
-from kvquant.study.schemes import Strict
+from kvquant.study.limits import MAX_BATCH
+from kvquant.study.strict import Strict
 
 # A wheel of exactly one version.
 PINNED = r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)$"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvquant.study.config import Workload
+from kvquant.study.timing import Workload
 
 
 def prompt_lengths(workload: Workload) -> list[int]:

@@ -1,95 +1,54 @@
-"""Kinds of schemes and their options, as a study names them; without importing torch."""
+"""The scheme kinds and their options, as a study names them; without importing torch.
+
+To add a kind, register the class of its options here and write its implementation in
+`kvquant/schemes/`. Everything else finds the kind through its registration.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Union
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
+from pydantic import Field, field_validator
+
+from kvquant.study.datatypes import DatatypeName
+from kvquant.study.limits import MAX_SEED, MAX_TOKENS
+from kvquant.study.scheme_kinds import SCHEME_KINDS, CalibratedScheme, Scheme, scheme_kind
+
+
+@scheme_kind(
+    label="16-bit cache",
+    summary="transformers' growing 16-bit cache",
+    nominal_bits=16,
+    quantizes=False,
 )
-from pydantic_core import PydanticCustomError
-
-from kvquant.errors import unknown
-from kvquant.study.numbers import MAX_TOKENS, refuse_lossy
-
-MAX_SEED = 2**31 - 1
-# Names in the registry of kvquant.quantization.nuq, which this module cannot import; a test holds
-# them together.
-DATATYPES = ("nuq", "nf", "uniform")
-
-
-class Strict(BaseModel):
-    """Base of everything in a study file: no unknown keys, no changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_written(cls, raw: Any) -> Any:
-        for name, value in raw.items() if isinstance(raw, dict) else ():
-            if name in cls.model_fields:
-                try:
-                    refuse_lossy(value, cls.model_fields[name].annotation)
-                except ValueError as error:
-                    context = {"field": name, "reason": str(error)}
-                    raise PydanticCustomError("lossy", "{reason}", context) from None
-        return raw
-
-    # Options that came after results were published: at their default they are not written, so
-    # that the digest of what was measured before them stays.
-    later: ClassVar[tuple[str, ...]] = ()
-
-    @model_serializer(mode="wrap")
-    def _without_later_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        written: dict[str, Any] = plain(self)
-        for name in self.later:
-            if getattr(self, name) == type(self).model_fields[name].default:
-                written.pop(name, None)
-        return written
-
-
-def _known_datatype(name: str) -> str:
-    if name not in DATATYPES:
-        raise ValueError(str(unknown("datatype", name, DATATYPES)))
-    return name
-
-
-Datatype = Annotated[str, AfterValidator(_known_datatype)]
-
-
-class _Scheme(Strict):
-    # Protocols that the scheme's cache can be measured under, and whether it quantizes at all.
-    protocols: ClassVar[tuple[str, ...]] = ("A", "B")
-    quantizes: ClassVar[bool] = True
-    # Whether what a sequence reads back is the same in every batch.
-    batches: ClassVar[bool] = True
-
-
-class Fp16Scheme(_Scheme):
+class Fp16Scheme(Scheme):
     """The unquantized cache, the baseline of every comparison."""
 
-    quantizes: ClassVar[bool] = False
     kind: Literal["fp16"] = Field(description="kind of the scheme")
 
 
-class Fp16StaticScheme(_Scheme):
+@scheme_kind(
+    label="16-bit cache, allocated once",
+    summary="16 bits, allocated once",
+    caches="kvquant.schemes.fp16_static:make_caches",
+    nominal_bits=16,
+    quantizes=False,
+)
+class Fp16StaticScheme(Scheme):
     """An unquantized cache allocated once, in place of one that is reallocated as it grows."""
 
-    quantizes: ClassVar[bool] = False
     kind: Literal["fp16-static"] = Field(description="kind of the scheme")
     room: int = Field(
         256, ge=1, le=MAX_TOKENS, description="tokens allocated beyond the first call's"
     )
 
 
-class NuqScheme(_Scheme):
+@scheme_kind(
+    label="NUQ",
+    summary="ours: non-uniform codes with exact outliers; `datatype` (below)",
+    codec="kvquant.schemes.nuq:make_codec",
+)
+class NuqScheme(CalibratedScheme):
     """Non-uniform quantization with exact sparse outliers (ours; KVQuant's datatype)."""
 
     kind: Literal["nuq"] = Field(description="kind of the scheme")
@@ -101,14 +60,20 @@ class NuqScheme(_Scheme):
     block_size: Literal[32, 64, 128, 256, 512, 1024] = Field(
         64, description="tokens per block of memory"
     )
-    datatype: Datatype = Field("nuq", description="datatype of the codes")
+    datatype: DatatypeName = Field("nuq", description="datatype of the codes")
     weighting: Literal["fisher-range2", "fisher", "none"] = Field(
         "fisher-range2", description="weights of the k-means that fits codebooks"
     )
     q_norm: bool = Field(False, description="match mean and variance of the quantized data")
 
 
-class KiviScheme(_Scheme):
+@scheme_kind(
+    label="KIVI",
+    summary="KIVI: groups, a 16-bit residual; `sinks`",
+    codec="kvquant.schemes.kivi:make_codec",
+    reference="arXiv 2402.02750",
+)
+class KiviScheme(Scheme):
     """KIVI (arXiv 2402.02750): keys per channel, values per token, in groups, with a residual."""
 
     later: ClassVar[tuple[str, ...]] = ("sinks",)
@@ -123,7 +88,7 @@ class KiviScheme(_Scheme):
     )
 
 
-class _TokenScheme(_Scheme):
+class _TokenScheme(Scheme):
     """Options of schemes that quantize each token by itself."""
 
     sinks: int = Field(
@@ -133,6 +98,13 @@ class _TokenScheme(_Scheme):
     residual: int = Field(0, ge=0, le=MAX_TOKENS, description="most recent tokens kept in 16 bits")
 
 
+@scheme_kind(
+    label="FP8",
+    summary="E4M3, one scale per token and head, or none",
+    codec="kvquant.schemes.fp8:make_codec",
+    nominal_bits=8,
+    reference="arXiv 2209.05433",
+)
 class Fp8Scheme(_TokenScheme):
     """8-bit floating point (E4M3)."""
 
@@ -142,6 +114,12 @@ class Fp8Scheme(_TokenScheme):
     )
 
 
+@scheme_kind(
+    label="TurboQuant",
+    summary="TurboQuant: rotation, norm, Lloyd-Max levels",
+    codec="kvquant.schemes.turboquant:make_codec",
+    reference="arXiv 2504.19874",
+)
 class TurboQuantScheme(_TokenScheme):
     """TurboQuant (arXiv 2504.19874): random rotation, 16-bit norm, Lloyd-Max levels."""
 
@@ -150,13 +128,26 @@ class TurboQuantScheme(_TokenScheme):
     seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the random signs")
 
 
+@scheme_kind(
+    label="INT4-Hadamard",
+    summary="SAW-INT4: INT4 per token and head after a rotation",
+    codec="kvquant.schemes.int4_hadamard:make_codec",
+    nominal_bits=4,
+    reference="arXiv 2604.19157",
+)
 class Int4HadamardScheme(_TokenScheme):
     """Asymmetric INT4 per token and head after a Hadamard rotation (SAW-INT4, arXiv 2604.19157)."""
 
     kind: Literal["int4-hadamard"] = Field(description="kind of the scheme")
 
 
-class KvquantRefScheme(_Scheme):
+@scheme_kind(
+    label="KVQuant's procedure",
+    summary="KVQuant's published procedure, the baseline of speed claims",
+    caches="kvquant.schemes.kvquant_ref:make_caches",
+    reference="arXiv 2401.18079",
+)
+class KvquantRefScheme(CalibratedScheme):
     """KVQuant's published procedure (arXiv 2401.18079): one sequence at a time, growing arrays."""
 
     kind: Literal["kvquant-ref"] = Field(description="kind of the scheme")
@@ -168,17 +159,23 @@ class KvquantRefScheme(_Scheme):
     room: int = Field(
         256, ge=1, le=MAX_TOKENS, description="tokens of dense codes allocated beyond the prompt's"
     )
-    datatype: Datatype = Field("nuq", description="datatype of the codes")
+    datatype: DatatypeName = Field("nuq", description="datatype of the codes")
     weighting: Literal["fisher-range2", "fisher", "none"] = Field(
         "fisher-range2", description="weights of the k-means that fits codebooks"
     )
     q_norm: bool = Field(False, description="match mean and variance of the quantized data")
 
 
-class HfQuantoScheme(_Scheme):
+@scheme_kind(
+    label="Quanto",
+    summary="transformers' QuantizedCache with optimum-quanto",
+    caches="kvquant.schemes.hf_quantized:make_caches",
+    protocols=("A",),
+    extra="peers",
+)
+class HfQuantoScheme(Scheme):
     """Transformers' QuantizedCache with optimum-quanto."""
 
-    protocols: ClassVar[tuple[str, ...]] = ("A",)
     kind: Literal["hf-quanto"] = Field(description="kind of the scheme")
     bits: Literal[2, 4] = Field(description="bits per code")
     group: int = Field(
@@ -189,11 +186,17 @@ class HfQuantoScheme(_Scheme):
     )
 
 
-class HfHqqScheme(_Scheme):
+@scheme_kind(
+    label="HQQ",
+    summary="transformers' QuantizedCache with HQQ",
+    caches="kvquant.schemes.hf_quantized:make_caches",
+    protocols=("A",),
+    batches=False,  # groups run across sequences, and levels are fitted to all of them
+    extra="peers",
+)
+class HfHqqScheme(Scheme):
     """Transformers' QuantizedCache with HQQ."""
 
-    protocols: ClassVar[tuple[str, ...]] = ("A",)
-    batches: ClassVar[bool] = False  # groups run across sequences, levels are fitted to all
     kind: Literal["hf-hqq"] = Field(description="kind of the scheme")
     bits: int = Field(json_schema_extra={"enum": [2, 4, 8]}, description="bits per code: 2, 4 or 8")
     group: int = Field(
@@ -217,27 +220,25 @@ class HfHqqScheme(_Scheme):
         return bits
 
 
-class HfFp8Scheme(_Scheme):
+@scheme_kind(
+    label="FP8, one scale",
+    summary="transformers' QuantizedCache in E4M3, one scale per tensor",
+    caches="kvquant.schemes.hf_quantized:make_caches",
+    nominal_bits=8,
+    protocols=("A",),
+    batches=False,  # the scale is that of all sequences
+)
+class HfFp8Scheme(Scheme):
     """Transformers' QuantizedCache in E4M3, one scale a tensor, set by the first call."""
 
-    protocols: ClassVar[tuple[str, ...]] = ("A",)
-    batches: ClassVar[bool] = False  # the scale is of all sequences
     kind: Literal["hf-fp8"] = Field(description="kind of the scheme")
 
 
-CalibratedScheme = NuqScheme | KvquantRefScheme
-AnyScheme = (
-    Fp16Scheme
-    | Fp16StaticScheme
-    | NuqScheme
-    | KiviScheme
-    | Fp8Scheme
-    | TurboQuantScheme
-    | Int4HadamardScheme
-    | KvquantRefScheme
-    | HfQuantoScheme
-    | HfHqqScheme
-    | HfFp8Scheme
-)
-SchemeSpec = Annotated[AnyScheme, Field(discriminator="kind")]
-KINDS = tuple(t.model_fields["kind"].annotation.__args__[0] for t in AnyScheme.__args__)
+# A new kind goes above this line: the schemes that a study may list are all of the registered ones.
+if TYPE_CHECKING:
+    SchemeSpec = Scheme
+else:
+    SchemeSpec = Annotated[
+        Union[tuple(kind.options for kind in SCHEME_KINDS.values())],  # noqa: UP007
+        Field(discriminator="kind"),
+    ]

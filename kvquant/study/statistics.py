@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 
-from kvquant.study.schemes import Strict
+from kvquant.study.strict import Strict
 
 Suite = Literal["perplexity", "passkey", "ruler", "longbench"]
 

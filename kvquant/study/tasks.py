@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from kvquant.study.numbers import MAX_BATCH, MAX_MINUTES, MAX_SAMPLES, MAX_TOKENS, MAX_WINDOWS
-from kvquant.study.schemes import Strict
+from kvquant.study.limits import MAX_BATCH, MAX_MINUTES, MAX_SAMPLES, MAX_TOKENS, MAX_WINDOWS
+from kvquant.study.strict import Strict
 
 # The tasks of the pinned lm-eval that the suites can run; tests hold these lists against it.
 RULER_TASKS = (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvquant.fetch.model import fetch_model
-from kvquant.study.config import ModelSpec
+from kvquant.study.models import ModelSpec
 from tests.support.models import tiny_model
 
 

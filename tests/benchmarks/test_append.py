@@ -18,8 +18,9 @@ from kvquant.benchmarks.timing import Clock
 from kvquant.cli import main
 from kvquant.formats.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix
 from kvquant.study.append import AppendSpec
-from kvquant.study.config import NuqScheme, Study
+from kvquant.study.config import Study
 from kvquant.study.records import AppendRecord, read_record
+from kvquant.study.schemes import NuqScheme
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvquant.benchmarks.prompts import prompt_batch, prompt_lengths
-from kvquant.study.config import Workload
+from kvquant.study.timing import Workload
 
 CPU = torch.device("cpu")
 

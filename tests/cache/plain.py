@@ -13,7 +13,7 @@ import torch
 
 from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.quantization.batched_quant import outliers_per_side
-from kvquant.study.config import NuqScheme
+from kvquant.study.schemes import NuqScheme
 
 
 def codes_of(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:

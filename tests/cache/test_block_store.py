@@ -14,7 +14,7 @@ from kvquant.cache.block_store import BlockStore
 from kvquant.cache.codec import Codec
 from kvquant.cache.layout import Layout, Span
 from kvquant.errors import UserError
-from kvquant.study.config import KiviScheme, NuqScheme
+from kvquant.study.schemes import KiviScheme, NuqScheme
 from tests.support.caches import contents
 from tests.support.quantizers import layer_codec
 

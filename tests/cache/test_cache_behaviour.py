@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from kvquant.cache.footprint import cache_nbytes
-from kvquant.study.config import NuqScheme
+from kvquant.study.model_families import MODEL_FAMILIES
+from kvquant.study.schemes import NuqScheme
 from tests.support.caches import CLOSE, EXACT, GREEDY, LOSSY, ids, quantized, step
 from tests.support.models import tiny_model
 
@@ -53,7 +54,7 @@ def test_rope_scaling(name: str, spec: NuqScheme) -> None:
         torch.testing.assert_close(torch.cat(parts, 1), expected, **tolerance)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
 @pytest.mark.parametrize("mode", ["greedy", "sample", "beam"])
 def test_generate(family: str, mode: str) -> None:
     model = tiny_model(family)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvquant.models.loading import QuantizedModel
-from kvquant.study.config import KiviScheme, NuqScheme
+from kvquant.study.schemes import KiviScheme, NuqScheme
 from tests.support.caches import feed, quantized
 from tests.support.models import tiny_model
 

@@ -14,7 +14,7 @@ from kvquant.cache.block_store import BlockStore
 from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.cache.layout import Layout
 from kvquant.errors import UserError
-from kvquant.study.config import KvquantRefScheme
+from kvquant.study.schemes import KvquantRefScheme
 from tests.support.caches import CLOSE, EXACT, LOSSY, SPECS, ids, quantized, step
 from tests.support.models import tiny_model
 

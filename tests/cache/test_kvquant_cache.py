@@ -10,7 +10,8 @@ import torch
 from kvquant.cache.footprint import cache_elements, cache_nbytes
 from kvquant.errors import UserError
 from kvquant.models.loading import attention_layers
-from kvquant.study.config import NuqScheme
+from kvquant.study.model_families import MODEL_FAMILIES
+from kvquant.study.schemes import NuqScheme
 from tests.support.caches import SPECS, feed, quantized, stored
 from tests.support.models import tiny_model
 
@@ -68,7 +69,7 @@ def test_a_first_call_is_read_back_at_once_or_in_pieces(
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
 def test_all_outliers_is_the_unquantized_model(family: str) -> None:
     model = tiny_model(family)
     ids = torch.randint(0, 97, (2, 90))

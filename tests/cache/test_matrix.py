@@ -20,7 +20,7 @@ from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.kernels import reference
 from kvquant.schemes.registry import build_codecs
-from kvquant.study.config import NuqScheme
+from kvquant.study.schemes import NuqScheme
 from tests.cache import plain
 from tests.cache.plain import Sequence
 from tests.support.quantizers import random_quantizer

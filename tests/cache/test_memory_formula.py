@@ -21,7 +21,7 @@ from kvquant.cache.memory_formula import (
     plan_blocks,
     prefill_excess,
 )
-from kvquant.study.config import KiviScheme, NuqScheme
+from kvquant.study.schemes import KiviScheme, NuqScheme
 from tests.support.caches import quantized
 from tests.support.models import tiny_model
 

@@ -11,7 +11,7 @@ from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.cache.outlier_watch import OutlierWatch, widen_codecs
 from kvquant.errors import OutlierOverflow
 from kvquant.models.loading import QuantizedModel
-from kvquant.study.config import NuqScheme
+from kvquant.study.schemes import NuqScheme
 from tests.kernels.emulate import emulate
 from tests.support.caches import quantized
 from tests.support.models import tiny_model

@@ -15,7 +15,7 @@ from kvquant.cache.footprint import cache_nbytes
 from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.cache.positions import Shifts, shifts
 from kvquant.errors import UserError
-from kvquant.study.config import KvquantRefScheme
+from kvquant.study.schemes import KvquantRefScheme
 from tests.support.caches import EXACT, SPECS, ids, quantized, step
 from tests.support.models import tiny_model
 

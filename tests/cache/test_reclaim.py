@@ -19,7 +19,7 @@ from kvquant.cache.reclaim import MAX_DEAD, MAX_ROOM
 from kvquant.errors import UserError
 from kvquant.formats.blocked_sparse import SparseSlab, check_entries
 from kvquant.schemes.nuq import NuqCodec
-from kvquant.study.config import KiviScheme, NuqScheme
+from kvquant.study.schemes import KiviScheme, NuqScheme
 from tests.support.caches import contents, quantized
 from tests.support.models import tiny_model
 from tests.support.quantizers import layer_codec

@@ -12,7 +12,8 @@ from kvquant.calibration.collect import calibrate, draw_windows
 from kvquant.calibration.statistics import LayerStatistics, load_statistics, save_statistics
 from kvquant.errors import UserError
 from kvquant.quantization.quantizer_file import QuantizerManifest, load_quantizer, save_quantizer
-from kvquant.study.config import CalibrationSpec, NuqScheme
+from kvquant.study.calibration import CalibrationSpec
+from kvquant.study.schemes import NuqScheme
 from tests.support.models import tiny_model
 
 

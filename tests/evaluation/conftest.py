@@ -9,7 +9,8 @@ import pytest
 
 from kvquant.fetch.model import fetch_model
 from kvquant.models.loading import load_quantized_model
-from kvquant.study.config import Fp16Scheme, KiviScheme, parse_study
+from kvquant.study.config import parse_study
+from kvquant.study.schemes import Fp16Scheme, KiviScheme
 from tests.evaluation.asking import passkey_study
 from tests.support.models import save_tiny
 

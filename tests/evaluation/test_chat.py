@@ -20,8 +20,9 @@ from kvquant.evaluation.generated import Prompt, Rules, SeedPrompts, answer_seed
 from kvquant.evaluation.longbench import as_tokens
 from kvquant.evaluation.ruler import prompt_text
 from kvquant.evaluation.ruler_tasks import RulerSample
-from kvquant.study.config import ModelSpec, Study
+from kvquant.study.config import Study
 from kvquant.study.digests import calibration_digest, eval_digest, prompts_digest, quantizer_digest
+from kvquant.study.models import ModelSpec
 from tests.support.models import CHAT_TEMPLATE, tiny_tokenizer
 
 THINKING = CHAT_TEMPLATE.replace(

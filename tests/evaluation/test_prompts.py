@@ -16,8 +16,9 @@ from kvquant.evaluation.prompt_file import PromptFile, write_prompts
 from kvquant.evaluation.prompts import make_prompts
 from kvquant.evaluation.run import evaluate
 from kvquant.fetch.model import fetch_model
-from kvquant.study.config import ModelSpec, Study, parse_study
+from kvquant.study.config import Study, parse_study
 from kvquant.study.digests import eval_digest, prompts_digest, prompts_name
+from kvquant.study.models import ModelSpec
 from kvquant.study.records import EvalRecord, read_record
 from tests.evaluation.asking import passkey_study
 from tests.support.models import save_tiny

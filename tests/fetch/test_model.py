@@ -20,7 +20,7 @@ from kvquant.fetch.model import check_directory, convert_gguf, extract_gguf, fet
 from kvquant.formats.files import sha256_file
 from kvquant.models.generation import end_ids
 from kvquant.models.loading import load_quantized_model, read_manifest
-from kvquant.study.config import ModelSpec
+from kvquant.study.models import ModelSpec
 from tests.support.models import CHAT_TEMPLATE, save_tiny, tiny_tokenizer
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, INNER = 1, 64, 4, 2, 96

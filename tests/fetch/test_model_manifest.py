@@ -23,7 +23,7 @@ from kvquant.fetch.model_manifest import (
     verify_model,
 )
 from kvquant.models.loading import load_base_model, load_quantized_model, load_tokenizer
-from kvquant.study.config import ModelSpec
+from kvquant.study.models import ModelSpec
 from tests.support.models import save_tiny
 
 

@@ -21,7 +21,7 @@ from kvquant.kernels.arena_table import (
 )
 from kvquant.quantization.nuq import fit
 from kvquant.schemes.nuq import NuqCodec
-from kvquant.study.config import NuqScheme
+from kvquant.study.schemes import NuqScheme
 
 
 def test_a_block_number_holds_arena_and_place() -> None:

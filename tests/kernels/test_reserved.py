@@ -9,7 +9,7 @@ from kvquant.cache.block_store import BlockStore
 from kvquant.cache.layout import Layout
 from kvquant.quantization import batched_quant
 from kvquant.schemes.nuq import NuqCodec
-from kvquant.study.config import NuqScheme
+from kvquant.study.schemes import NuqScheme
 from tests.kernels.emulate import emulate
 from tests.support.quantizers import constant_quantizer
 

@@ -16,7 +16,7 @@ from kvquant.cache.packed_past import range_blocks
 from kvquant.kernels.cuda_decode import DecodeShape
 from kvquant.kernels.dispatch import use_triton_attention
 from kvquant.models.loading import QuantizedModel
-from kvquant.study.config import NuqScheme
+from kvquant.study.schemes import NuqScheme
 from tests.support.caches import quantized
 from tests.support.models import tiny_model
 from tests.support.past_case import PastCase, largest_error

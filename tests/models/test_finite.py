@@ -15,7 +15,8 @@ from kvquant.evaluation.perplexity import measure_windows
 from kvquant.models.generation import greedy
 from kvquant.models.loading import QuantizedModel, install_attention
 from kvquant.schemes.registry import ModelShape, build_caches, build_codecs
-from kvquant.study.config import CalibrationSpec, Fp16Scheme, KiviScheme
+from kvquant.study.calibration import CalibrationSpec
+from kvquant.study.schemes import Fp16Scheme, KiviScheme
 
 KIVI = KiviScheme(kind="kivi", bits=4, group=16, residual=32)
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12]]

@@ -14,7 +14,7 @@ from kvquant.errors import UserError
 from kvquant.models import generation
 from kvquant.models.generation import cut, end_ids, greedy, left_pad, share_out
 from kvquant.models.loading import load_quantized_model
-from kvquant.study.config import Fp16Scheme, KiviScheme
+from kvquant.study.schemes import Fp16Scheme, KiviScheme
 from tests.support.models import save_tiny
 
 LENGTHS = [7, 41, 1, 23, 64]

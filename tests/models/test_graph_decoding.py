@@ -10,7 +10,7 @@ import torch
 from kvquant.models.generation import greedy
 from kvquant.models.graph_decoding import GraphedDecoder
 from kvquant.models.loading import QuantizedModel
-from kvquant.study.config import NuqScheme
+from kvquant.study.schemes import NuqScheme
 from tests.support.caches import SPECS, quantized
 from tests.support.models import tiny_model
 from tests.support.quantizers import constant_quantizer

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from kvquant.errors import NonFinite, UserError
 from kvquant.models.loading import install_attention
-from kvquant.study.config import KvquantRefScheme
+from kvquant.study.schemes import KvquantRefScheme
 from tests.support.caches import EXACT, SPECS, ids, quantized, step
 from tests.support.models import tiny_model
 

@@ -11,7 +11,7 @@ import torch
 
 from kvquant.errors import UserError
 from kvquant.models.loading import default_dtype, load_quantized_model
-from kvquant.study.config import KiviScheme
+from kvquant.study.schemes import KiviScheme
 from tests.support.caches import ids, step
 from tests.support.models import save_tiny, tiny_model
 

@@ -15,7 +15,7 @@ from kvquant.benchmarks.append_stores import append_codec
 from kvquant.cache.footprint import cache_nbytes
 from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.models.loading import QuantizedModel, install_attention
-from kvquant.study.config import NuqScheme
+from kvquant.study.schemes import NuqScheme
 from tests.support.caches import CLOSE, EXACT, GREEDY, LOSSY, ids, quantized, step, stored
 from tests.support.models import tiny_model
 

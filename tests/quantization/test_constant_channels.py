@@ -18,7 +18,7 @@ from kvquant.quantization.batched_quant import BatchedKVQuantizer
 from kvquant.quantization.nuq import fit
 from kvquant.schemes.kvquant_store import ReferenceTables, SequenceStore
 from kvquant.schemes.nuq import NuqCodec
-from kvquant.study.config import KvquantRefScheme, NuqScheme
+from kvquant.study.schemes import KvquantRefScheme, NuqScheme
 from tests.kernels.emulate import emulate
 from tests.support.quantizers import token_major
 

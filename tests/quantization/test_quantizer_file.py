@@ -23,7 +23,8 @@ from kvquant.fetch.file_hashes import FileHashes
 from kvquant.formats.sealing import seal_of
 from kvquant.models.loading import load_quantized_model
 from kvquant.quantization.quantizer_file import load_quantizer
-from kvquant.study.config import CalibrationSpec, Fp16Scheme, KvquantRefScheme, NuqScheme
+from kvquant.study.calibration import CalibrationSpec
+from kvquant.study.schemes import Fp16Scheme, KvquantRefScheme, NuqScheme
 from tests.support.models import save_tiny, tiny_model
 from tests.support.quantizers import save_made_quantizer
 

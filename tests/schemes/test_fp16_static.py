@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvquant.cache.footprint import cache_nbytes
-from kvquant.study.config import Fp16StaticScheme
+from kvquant.study.schemes import Fp16StaticScheme
 from tests.support.caches import feed, quantized
 from tests.support.models import tiny_model
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvquant.schemes.fp8 import Fp8Codec, decode, encode, token_scale
-from kvquant.study.config import Fp8Scheme
+from kvquant.study.schemes import Fp8Scheme
 from tests.support.quantizers import assert_fake_is_packed, blocks, relative_error
 
 

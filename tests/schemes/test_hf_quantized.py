@@ -14,7 +14,7 @@ from kvquant.cache.footprint import cache_elements, cache_nbytes
 from kvquant.errors import UserError
 from kvquant.models.loading import load_quantized_model
 from kvquant.schemes import hf_quantized
-from kvquant.study.config import HfFp8Scheme, HfHqqScheme, HfQuantoScheme, SchemeSpec
+from kvquant.study.schemes import HfFp8Scheme, HfHqqScheme, HfQuantoScheme, SchemeSpec
 from tests.support.caches import feed, quantized, ragged
 from tests.support.models import tiny_model
 

@@ -8,7 +8,7 @@ import torch
 from kvquant.errors import UserError
 from kvquant.schemes.int4_hadamard import Int4HadamardCodec
 from kvquant.schemes.kivi import decode_groups, encode_groups
-from kvquant.study.config import Int4HadamardScheme
+from kvquant.study.schemes import Int4HadamardScheme
 from tests.support.quantizers import assert_fake_is_packed, blocks, relative_error
 
 CODEC = Int4HadamardCodec(Int4HadamardScheme(kind="int4-hadamard", block_size=32))

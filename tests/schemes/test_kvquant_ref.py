@@ -13,7 +13,7 @@ from kvquant.schemes import growing_sparse
 from kvquant.schemes.kvquant_store import ReferenceTables, SequenceStore
 from kvquant.schemes.nuq import NuqCodec
 from kvquant.schemes.registry import ModelShape, build_caches
-from kvquant.study.config import KvquantRefScheme, NuqScheme
+from kvquant.study.schemes import KvquantRefScheme, NuqScheme
 from tests.support.caches import feed, quantized, ragged
 from tests.support.models import tiny_model
 from tests.support.quantizers import narrow_quantizers

@@ -7,7 +7,7 @@ import torch
 
 from kvquant.errors import UserError
 from kvquant.schemes.turboquant import TurboQuantCodec, lloyd_max
-from kvquant.study.config import TurboQuantScheme
+from kvquant.study.schemes import TurboQuantScheme
 from tests.support.quantizers import assert_fake_is_packed, blocks, relative_error
 
 # Mean squared error of the optimal quantizer of a standard normal variable (Max, IRE Transactions

@@ -11,8 +11,8 @@ from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.cache.layout import Layout
 from kvquant.models.loading import QuantizedModel, install_attention
 from kvquant.schemes.registry import ModelShape, build_caches, build_codecs
-from kvquant.study.config import KiviScheme, NuqScheme
 from kvquant.study.digests import needs_calibration
+from kvquant.study.schemes import KiviScheme, NuqScheme
 from tests.support.quantizers import narrow_quantizers
 
 SPECS = [

@@ -12,7 +12,7 @@ from kvquant.kernels.arena_table import block_number
 from kvquant.kernels.cuda_decode import DecodeShape, DecodeStep, decode_attention
 from kvquant.kernels.decode_tables import RopeTables
 from kvquant.schemes.nuq import NuqCodec
-from kvquant.study.config import NuqScheme
+from kvquant.study.schemes import NuqScheme
 from tests.support.quantizers import random_quantizer
 from tests.support.rope import rope, rotate
 

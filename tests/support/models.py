@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kvquant.study.model_families import MODEL_FAMILIES
 from tests.support.text import TEXT
 
 CHAT_TEMPLATE = (
@@ -30,7 +31,7 @@ def tiny_model(family: str = "llama", heads: int = 4, kv_heads: int = 2, **extra
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": 512,
     }
-    if family == "mistral":
+    if family in MODEL_FAMILIES and MODEL_FAMILIES[family].window_in_config:
         common["sliding_window"] = None
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**common, **extra})

@@ -10,7 +10,7 @@ from kvquant.cache.block_store import BlockStore
 from kvquant.cache.layout import Layout
 from kvquant.cache.packed_past import Past, block_table
 from kvquant.schemes.nuq import NuqCodec
-from kvquant.study.config import NuqScheme
+from kvquant.study.schemes import NuqScheme
 from tests.support.quantizers import random_quantizer
 from tests.support.rope import rope, rotate
 

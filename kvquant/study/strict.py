@@ -1,27 +1,22 @@
-"""Numbers of a study as they are written: nothing is rounded, parsed from text or read from yes/no.
+"""The base of everything in a study file: fields are taken as they are written, or refused.
 
-The limits keep a typing error (a rep count of 10^12) from filling memory or a queue; each is far
-beyond what a machine can measure.
+Nothing is rounded, parsed from text or read from yes and no.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel
-
-MAX_TOKENS = 2**24  # of a prompt, a window, a cache
-MAX_BATCH = 2**16
-MAX_SAMPLES = 100_000  # of a task and seed
-MAX_WINDOWS = 1_000_000
-MAX_REPS = 1_000
-MAX_ROUNDS = 1_000_000
-MAX_MINUTES = 60 * 24 * 30
-MAX_SECONDS = 60.0 * MAX_MINUTES
-MAX_NAMES = 1_000  # schemes, tasks, workloads, seeds
-MAX_RESULTS = 1_000_000  # of a study
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:
@@ -78,3 +73,33 @@ def refuse_lossy(value: Any, annotation: Any) -> None:
                 raise ValueError(f"{one} is no whole number as written")
             if isinstance(one, int) and abs(one) > 10**18:
                 raise ValueError("is beyond every number that a study can use")
+
+
+class Strict(BaseModel):
+    """Base of everything in a study file: no unknown keys, no changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written(cls, raw: Any) -> Any:
+        for name, value in raw.items() if isinstance(raw, dict) else ():
+            if name in cls.model_fields:
+                try:
+                    refuse_lossy(value, cls.model_fields[name].annotation)
+                except ValueError as error:
+                    context = {"field": name, "reason": str(error)}
+                    raise PydanticCustomError("lossy", "{reason}", context) from None
+        return raw
+
+    # Options that came after results were published: at their default they are not written, so
+    # that the digest of what was measured before them stays.
+    later: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = plain(self)
+        for name in self.later:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                written.pop(name, None)
+        return written

@@ -1,0 +1,146 @@
+"""How a scheme kind is registered: one decorator on the class of its options.
+
+All that other places need to know of a kind is in its :class:`SchemeKind`: the study's schema, the
+table of kinds, the labels of figures, the tests that every kind must pass, and
+:mod:`kvquant.schemes.registry`, which imports the implementation when it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, TypeVar, get_args
+
+from kvquant.study.strict import Strict
+
+
+@dataclass(frozen=True)
+class SchemeKind:
+    """The registration of a scheme kind.
+
+    Attributes:
+        name: The value of the key `kind`.
+        options: The class of its options.
+        label: The name in figures.
+        summary: What the cache is, for the table of kinds.
+        codec: Names a function ("module:function") of the options, a layer's number and its
+            calibrated tables, or None, that returns the layer's codec.
+        caches: Names a function of the options, the model's shape and all layers' tables, or None,
+            that returns a maker of whole caches. With neither, the model keeps its own cache.
+        nominal_bits: Bits per element without scales and outliers; None: the option `bits`.
+        protocols: The protocols that the cache can be measured under.
+        quantizes: Whether the cache quantizes at all.
+        batches: Whether what a sequence reads back is the same in every batch.
+        reference: The publication; empty for none.
+        extra: The optional dependencies of this package that the kind needs; empty for none.
+    """
+
+    name: str
+    options: type[Scheme]
+    label: str
+    summary: str
+    codec: str | None
+    caches: str | None
+    nominal_bits: int | None
+    protocols: tuple[str, ...]
+    quantizes: bool
+    batches: bool
+    reference: str
+    extra: str
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the kind needs a quantizer that is built from calibration statistics."""
+        return issubclass(self.options, CalibratedScheme)
+
+
+class Scheme(Strict):
+    """A scheme of a study: its kind and the options of the kind."""
+
+    registration: ClassVar[SchemeKind]
+    if TYPE_CHECKING:  # a field of each subclass, which place it in the order that they are written
+        kind: str
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """The protocols that the scheme's cache can be measured under."""
+        return self.registration.protocols
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the scheme quantizes at all."""
+        return self.registration.quantizes
+
+    @property
+    def batches(self) -> bool:
+        """Whether what a sequence reads back is the same in every batch."""
+        return self.registration.batches
+
+    @property
+    def nominal_bits(self) -> int:
+        """Bits per element without scales and outliers."""
+        fixed = self.registration.nominal_bits
+        return int(getattr(self, "bits")) if fixed is None else fixed  # noqa: B009
+
+
+class CalibratedScheme(Scheme):
+    """A scheme that needs a quantizer built from calibration statistics."""
+
+    if TYPE_CHECKING:  # fields of each subclass, as above
+        bits: int
+        outliers: float
+        sinks: int
+        datatype: str
+        weighting: str
+        q_norm: bool
+
+
+SCHEME_KINDS: dict[str, SchemeKind] = {}
+Options = TypeVar("Options", bound=Scheme)
+
+
+def scheme_kind(
+    *,
+    label: str,
+    summary: str,
+    codec: str | None = None,
+    caches: str | None = None,
+    nominal_bits: int | None = None,
+    protocols: tuple[str, ...] = ("A", "B"),
+    quantizes: bool = True,
+    batches: bool = True,
+    reference: str = "",
+    extra: str = "",
+) -> Callable[[type[Options]], type[Options]]:
+    """Registers the decorated class as the options of a scheme kind (see :class:`SchemeKind`).
+
+    Raises:
+        ValueError: The kind is registered already, or the registration contradicts itself.
+    """
+
+    def register(options: type[Options]) -> type[Options]:
+        (name,) = get_args(options.model_fields["kind"].annotation)
+        if name in SCHEME_KINDS:
+            raise ValueError(f"scheme kind '{name}' is registered twice")
+        if codec is not None and caches is not None:
+            raise ValueError(f"scheme kind '{name}': names codecs and caches; leave one out")
+        if nominal_bits is None and "bits" not in options.model_fields:
+            raise ValueError(f"scheme kind '{name}': needs nominal_bits, or an option `bits`")
+        options.registration = SchemeKind(
+            name=name,
+            options=options,
+            label=label,
+            summary=summary,
+            codec=codec,
+            caches=caches,
+            nominal_bits=nominal_bits,
+            protocols=protocols,
+            quantizes=quantizes,
+            batches=batches,
+            reference=reference,
+            extra=extra,
+        )
+        SCHEME_KINDS[name] = options.registration
+        return options
+
+    return register
