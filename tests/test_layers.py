@@ -89,7 +89,7 @@ def _module_imports(root: Path) -> dict[str, set[str]]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kvquant"):
                 inside = {f"{node.module}.{a.name}" for a in node.names} & files.keys()
-                wanted |= inside or ({node.module} & files.keys())  # type: ignore[operator]
+                wanted |= inside or ({node.module or ""} & files.keys())
         found[name] = wanted - KNOWN.get(name, set())
     return found
 

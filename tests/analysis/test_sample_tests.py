@@ -110,7 +110,8 @@ def test_what_is_always_the_same_has_a_width_by_exact_bounds() -> None:
     single = score_test([[np.ones(1)]], 0.05, 200, 0)
     assert np.isnan([single.p, single.low, single.inner_high]).all()
     assert verdict(single, np.nan, 0.05, True, 0.1) == "inconclusive"
-    for empty in ([], [[]], [[np.zeros(0)]]):
+    nothing: list[Any] = [[], [[]], [[np.zeros(0)]]]
+    for empty in nothing:
         with pytest.raises(ValueError, match="empty"):
             score_test(empty, 0.05, 200, 0)
 

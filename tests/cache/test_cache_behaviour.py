@@ -44,7 +44,7 @@ def test_rope_scaling(name: str, spec: NuqScheme) -> None:
     with torch.inference_mode():
         expected = model(input_ids=tokens).logits
     qm = quantized(model, spec)
-    tolerance = CLOSE if spec is EXACT else {"atol": 0.3, "rtol": 0.3}
+    tolerance: dict[str, Any] = CLOSE if spec is EXACT else {"atol": 0.3, "rtol": 0.3}
     torch.testing.assert_close(step(model, qm.new_cache("B"), tokens), expected, **tolerance)
     cache = qm.new_cache()
     parts = [step(model, cache, part) for part in tokens.split([97, 1, 52], 1)]
@@ -119,7 +119,7 @@ def test_crop(keep: int, padded: bool) -> None:
     assert cache.get_seq_length() == keep
     tokens = torch.cat([prompt[:, :keep], more], 1)
     use = mask[:, : keep + 40] if padded else None
-    positions = (use.cumsum(1) - 1).clamp(min=0) if padded else None
+    positions = None if use is None else (use.cumsum(1) - 1).clamp(min=0)
     with torch.inference_mode():
         expected = model(input_ids=tokens, attention_mask=use, position_ids=positions).logits
         got = model(

@@ -44,7 +44,8 @@ def failing(target: Any, error: type[BaseException]) -> Iterator[None]:
 
     if isinstance(target, tuple):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(*target, fail)
+            owner, name = target
+            patch.setattr(owner, name, fail)
             yield
         return
     handle = target.register_forward_pre_hook(fail)

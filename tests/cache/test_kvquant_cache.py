@@ -12,7 +12,7 @@ from kvquant.errors import UserError
 from kvquant.models.loading import attention_layers
 from kvquant.study.model_families import MODEL_FAMILIES
 from kvquant.study.schemes import NuqScheme
-from tests.support.caches import SPECS, feed, quantized, stored
+from tests.support.caches import GREEDY, SPECS, feed, quantized, stored
 from tests.support.models import tiny_model
 
 
@@ -47,8 +47,8 @@ def test_a_sequence_in_a_ragged_batch_equals_itself_alone(spec: Any, side: str, 
     assert cache_elements(cache) == 2 * 2 * 2 * 16 * sum(lengths)
     for b, row in enumerate(rows):
         alone, single = feed(qm, row[None], None, [len(row)], proto)
-        place = mask[b].bool()
-        torch.testing.assert_close(logits[b, place], alone[0], atol=2e-3, rtol=1e-3)
+        shown = mask[b].bool()
+        torch.testing.assert_close(logits[b, shown], alone[0], atol=2e-3, rtol=1e-3)
         for a, c in zip(stored(cache, b)[:2], stored(single, 0)[:2], strict=True):
             torch.testing.assert_close(a, c, atol=2e-3, rtol=1e-3)
 
@@ -87,7 +87,7 @@ def test_left_padded_decode_follows_the_unquantized_model() -> None:
     prompts = torch.randint(1, 97, (2, 40))
     mask = torch.ones_like(prompts)
     mask[1, :13] = 0
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings = {**GREEDY, "max_new_tokens": 8}
     plain = model.generate(prompts, attention_mask=mask, **settings)
     ours = model.generate(prompts, attention_mask=mask, past_key_values=qm.new_cache(), **settings)
     assert torch.equal(plain, ours)
@@ -97,8 +97,7 @@ def test_beam_search_reorders_the_cache() -> None:
     model = tiny_model()
     qm = quantized(model, NuqScheme(kind="nuq", bits=2, outliers=1.0, block_size=32))
     prompts = torch.randint(1, 97, (2, 40))
-    settings = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
-    settings["eos_token_id"] = None
+    settings = {**GREEDY, "max_new_tokens": 6, "num_beams": 3}
     plain = model.generate(prompts, attention_mask=torch.ones_like(prompts), **settings)
     ours = model.generate(
         prompts,

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from kvquant.cache.footprint import cache_nbytes
 from kvquant.cache.kvquant_cache import KVQuantCache
+from kvquant.cache.layout import Span
 from kvquant.cache.positions import Shifts, shifts
 from kvquant.errors import UserError
 from kvquant.study.schemes import KvquantRefScheme
@@ -298,10 +299,10 @@ def test_positions_of_another_shape(where: torch.Tensor) -> None:
 
 
 def test_shifts() -> None:
-    whole = [slice(0, 3)] * 2
+    whole: list[Span] = [slice(0, 3)] * 2
     assert shifts(torch.tensor([[5, 6, 7]]), whole, [5, 2]) == [0, 3]
     assert shifts(torch.tensor([[5, 7, 8]]), whole, [5, 2]) is None
-    ragged = [slice(1, 3), torch.tensor([0, 2]), slice(0, 0)]
+    ragged: list[Span] = [slice(1, 3), torch.tensor([0, 2]), slice(0, 0)]
     assert shifts(torch.tensor([[9, 0, 1], [4, 9, 5], [1, 1, 1]]), ragged, [0, 3, 1]) == [
         0,
         1,

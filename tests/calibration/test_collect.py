@@ -41,7 +41,7 @@ def test_fisher_weights_are_squared_gradients_of_the_loss() -> None:
     total = 0.0
     for window in windows:
         ids = torch.tensor([window])
-        kept = []
+        kept: list[torch.Tensor] = []
 
         def hook(module: object, args: object, output: torch.Tensor, kept: list = kept) -> None:
             output.retain_grad()
@@ -52,7 +52,9 @@ def test_fisher_weights_are_squared_gradients_of_the_loss() -> None:
         embedded = model.model.embed_tokens(ids).requires_grad_()
         loss = model(inputs_embeds=embedded, labels=ids, use_cache=False).loss * 40
         loss.backward()
-        total += float((kept[0].grad[0, 1:] ** 2).sum())
+        gradient = kept[0].grad
+        assert gradient is not None
+        total += float((gradient[0, 1:] ** 2).sum())
         handle.remove()
     assert float(found[1].value_fisher[0].sum()) == pytest.approx(total, rel=1e-4)
     assert float(found[1].value_counts[0].sum()) == 2 * 39 * 32

@@ -206,7 +206,7 @@ def test_a_counter_that_cannot_be_true_ends_by_name(factor: float, message: str)
     monitor.start()
     clock.sleep(6.0)
     plain = nvml.nvmlDeviceGetTotalEnergyConsumption
-    nvml.nvmlDeviceGetTotalEnergyConsumption = lambda h: round(factor * plain(h))  # type: ignore[method-assign]
+    nvml.nvmlDeviceGetTotalEnergyConsumption = lambda h: round(factor * plain(h))  # type: ignore[assignment, method-assign]
     with pytest.raises(UserError, match=message):
         monitor.stop()
 

@@ -16,6 +16,7 @@ from kvquant.evaluation.prompt_file import PromptFile, write_prompts
 from kvquant.evaluation.prompts import make_prompts
 from kvquant.evaluation.run import evaluate
 from kvquant.fetch.model import fetch_model
+from kvquant.study import digests
 from kvquant.study.config import Study, parse_study
 from kvquant.study.digests import eval_digest, prompts_digest, prompts_name
 from kvquant.study.models import ModelSpec
@@ -112,12 +113,12 @@ def test_the_name_holds_what_prompts_depend_on(raw: dict[str, Any]) -> None:
 def test_another_version_of_prompts_is_another_result(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def digests() -> dict[str, str]:
+    def found() -> dict[str, str]:
         return {task: eval_digest(study, "tiny", "fp16", task, 0) for task in study.tasks}
 
-    before, name = digests(), prompts_name(study, "tiny", "passkey")
+    before, name = found(), prompts_name(study, "tiny", "passkey")
     monkeypatch.setitem(digests.VERSIONS, "prompts", 99)
-    after = digests()
+    after = found()
     assert {task for task in before if before[task] == after[task]} == {"ppl"}
     assert prompts_name(study, "tiny", "passkey") != name
 

@@ -36,8 +36,8 @@ def asked(study: Study, manifest: Path, seeds: list[int], task: str = "passkey")
 
 def measure(study: Study, manifest: Path, out: Path, seeds: list[int], **more: Any) -> Any:
     prompts = asked(study, manifest, seeds)
-    settings = {"model_manifest": manifest, "out_dir": out, "device": "cpu", "prompts": prompts}
-    settings |= more
+    settings: dict[str, Any] = {"model_manifest": manifest, "out_dir": out, "device": "cpu"}
+    settings |= {"prompts": prompts, **more}
     return evaluate(study, "tiny", settings.pop("scheme", "kivi-4"), "passkey", seeds, **settings)
 
 

@@ -75,7 +75,7 @@ def exchange(file: Path) -> None:
     other.replace(file)
 
 
-CHANGES: list[tuple[str, Callable[[Path], None]]] = [
+CHANGES: list[tuple[str, Callable[[Path], object]]] = [
     ("model.safetensors", flip),
     ("model.safetensors", zero),
     ("model.safetensors", exchange),
@@ -84,7 +84,7 @@ CHANGES: list[tuple[str, Callable[[Path], None]]] = [
     ("generation_config.json", edit),
     ("tokenizer.json", flip),
     ("tokenizer_config.json", edit),
-    ("chat_template.jinja", lambda file: file.write_text("{{ messages }}") and None),
+    ("chat_template.jinja", lambda file: file.write_text("{{ messages }}")),
     ("model-00002-of-00002.safetensors", Path.touch),
     ("adapter_config.json", Path.touch),
     ("model.safetensors.index.json", Path.touch),

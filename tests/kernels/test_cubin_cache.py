@@ -50,7 +50,12 @@ def test_a_damaged_file_is_made_again(place: Path, damage: str) -> None:
         file.unlink()
         file.mkdir()
     else:
-        file.write_bytes({"cut": content[:-1], "changed": content, "empty": b""}[damage])
+        contents: dict[str, bytes | bytearray] = {
+            "cut": content[:-1],
+            "changed": content,
+            "empty": b"",
+        }
+        file.write_bytes(contents[damage])
     assert cached([b"a"], make) == b"cubin 2"
     if damage != "folder":
         assert cached([b"a"], make) == b"cubin 2"

@@ -137,7 +137,8 @@ def test_tokens_of_a_batch_are_limited(
 ) -> None:
     qm, given_prompts, sizes = models[scheme], prompts(LENGTHS), []
     expected = greedy(qm, given_prompts, 8, batch_size=1)
-    plain, seen = generation._batch, []
+    plain = generation._batch
+    seen: list[Any] = []
 
     def watched(qm: Any, batch: list[list[int]], *rest: Any) -> Any:
         sizes.append([len(prompt) for prompt in batch])

@@ -16,7 +16,7 @@ from kvquant.models.loading import load_quantized_model
 from kvquant.schemes import hf_quantized
 from kvquant.study.schemes import HfFp8Scheme, HfHqqScheme, HfQuantoScheme, SchemeSpec
 from tests.support.caches import feed, quantized, ragged
-from tests.support.models import tiny_model
+from tests.support.models import save_tiny, tiny_model
 
 QUANTO = HfQuantoScheme(kind="hf-quanto", bits=4, group=16, residual=24)
 
@@ -115,7 +115,6 @@ def test_options_that_do_not_fit_the_model_are_refused(monkeypatch: pytest.Monke
 
 def test_a_saved_model_loads_in_one_call(tmp_path: Path) -> None:
     pytest.importorskip("optimum.quanto", reason="needs optimum-quanto")
-    from tests.evaluation.tiny import save_tiny
 
     folder = save_tiny(tmp_path)
     qm = load_quantized_model(folder, QUANTO, device="cpu")

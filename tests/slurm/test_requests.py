@@ -61,8 +61,8 @@ def test_whole_nodes_and_single_gpus_are_asked_for(
 
     if not slurm.accounting:
         return
-    fields = "JobID,Partition,Account,Comment%45,State,ReqTRES%75,Timelimit,NodeList"
-    listed = slurm("sacct", "-X", "-P", "-o", fields)
+    columns = "JobID,Partition,Account,Comment%45,State,ReqTRES%75,Timelimit,NodeList"
+    listed = slurm("sacct", "-X", "-P", "-o", columns)
     print(listed)
     row = next(r for r in listed.splitlines() if "rule_throughput" in r and "COMPLETED" in r)
     assert f"|{PARTITION}|{ACCOUNT}|" in row

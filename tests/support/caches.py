@@ -25,7 +25,7 @@ SPECS = [
 EXACT = NuqScheme(kind="nuq", bits=2, outliers=1.0, block_size=32)  # all outliers: 16 bits
 LOSSY = NuqScheme(kind="nuq", bits=3, outliers=0.01, block_size=32)
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-CLOSE = {"atol": 5e-3, "rtol": 5e-3}
+CLOSE: dict[str, Any] = {"atol": 5e-3, "rtol": 5e-3}
 
 
 def quantized(model: Any, spec: Any, quantizers: Any = None) -> QuantizedModel:

@@ -21,7 +21,7 @@ def tiny_model(family: str = "llama", heads: int = 4, kv_heads: int = 2, **extra
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": 97,
         "hidden_size": heads * 16,
         "head_dim": 16,

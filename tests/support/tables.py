@@ -57,7 +57,7 @@ def accuracy_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
                         facts |= {"rows_available": ROWS, "rows_official": 200}
                     bits = {0.0: 16.0, 0.01: 8.5, 0.05: 4.6, 0.3: 3.6, 1.0: 2.6}[loss]
                     key = {"model": model, "scheme": scheme, "task": name, "suite": task.suite}
-                    size = {"samples": len(score), "tokens": 4096 * len(score)}
+                    size: dict[str, float] = {"samples": len(score), "tokens": 4096 * len(score)}
                     size |= {"cache_bytes": int(bits * 1e6), "cache_elements": 8_000_000}
                     size |= {"bits_per_element": bits}
                     rows.append(

@@ -36,8 +36,8 @@ def outputs(verb: str, given: dict[str, list[str]]) -> list[Path]:
     elif verb == "kernels":
         files += [folder / f"{case}.json" for case in given["cases"]]
     elif verb == "tables":
-        names = ("summary", "perplexity", "passkey", "ruler", "longbench")
-        names += ("statistics", "throughput", "energy", "memory")
+        names = ["summary", "perplexity", "passkey", "ruler", "longbench"]
+        names += ["statistics", "throughput", "energy", "memory"]
         files += [folder / f"{name}.tex" for name in names]
     tables = {
         "aggregate": ("eval", "samples", "perf", "energy", "append", "kernels"),
