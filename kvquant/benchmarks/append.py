@@ -31,7 +31,7 @@ from kvquant.benchmarks.workload import check_device
 from kvquant.cache.codec import Codec
 from kvquant.errors import UserError
 from kvquant.models.oom_retry import fits_in_memory
-from kvquant.runtime.devices import use
+from kvquant.runtime.devices import set_current
 from kvquant.runtime.provenance import environment
 from kvquant.study.append import AppendSpec
 from kvquant.study.config import Study, load_study
@@ -70,7 +70,7 @@ class Data:
         self._length = length
 
     def take(self, count: int, at: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Some tokens' keys and values `[batch_size, kv_heads, count, head_dim]`."""
+        """Returns some tokens' keys and values `[batch_size, kv_heads, count, head_dim]`."""
         first = at % (self._length - count + 1)
         keys, values = self._both[:, :, :, first : first + count]
         return keys, values
@@ -123,7 +123,7 @@ class Series:
         self.nbytes = store.nbytes
 
     def point(self, name: str, fits: bool) -> AppendPoint:
-        """The record's point."""
+        """Returns the record's point."""
         here: dict[str, Any] = {"series": name, "chunk": self._chunk, "tokens": self._size}
         if not fits or not self.times:
             return AppendPoint(**here, status="oom")
@@ -138,7 +138,7 @@ class Series:
 
 
 def _new_store(codec: Codec | None, capacity: int) -> Store:
-    """An empty store of a scheme; it needs no capacity."""
+    """Returns an empty store of a scheme; it needs no capacity."""
     return GrowingStore() if codec is None else BlockedStore(codec)
 
 
@@ -229,7 +229,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--rep: must not be negative (got {args.rep})")
     if args.out.exists():  # told before minutes of measuring, not after
         raise UserError(f"--out: {args.out} exists; delete it by name to measure again")
-    device = use(check_device(args))
+    device = set_current(check_device(args))
     if device.type == "cpu":
         # A token is too little work for threads: their barriers would be what is timed.
         torch.set_num_threads(1)

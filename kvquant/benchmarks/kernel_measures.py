@@ -19,7 +19,7 @@ from kvquant.cache.footprint import cache_elements, cache_nbytes
 from kvquant.errors import UserError
 from kvquant.models.loading import QuantizedModel
 from kvquant.models.model_call import cache_argument
-from kvquant.models.sdpa import growing_lengths
+from kvquant.models.sdpa import without_cudnn
 from kvquant.study.config import Study
 from kvquant.study.kernels import SHAPES, WHOLE_MODEL, KernelCase, Measure
 from kvquant.study.records import KernelPart
@@ -275,7 +275,7 @@ def layer_step(bench: Bench, case: KernelCase) -> KernelPart:
                 side.bits_per_element = 8 * side.cache_bytes / cache_elements(cache, prompts.mask)
                 held.append(cache)
             mask, positions = prompts.after(next(done))
-            with growing_lengths():
+            with without_cudnn():
                 return bench.clock.time(
                     lambda: decoder(
                         input_ids=token, attention_mask=mask, position_ids=positions,

@@ -17,7 +17,7 @@ from rich.table import Table
 from kvquant.benchmarks.kernel_measures import Bench, prompt_lengths
 from kvquant.benchmarks.workload import check_device
 from kvquant.errors import UserError
-from kvquant.runtime.devices import use
+from kvquant.runtime.devices import set_current
 from kvquant.runtime.progress import note
 from kvquant.runtime.provenance import environment
 from kvquant.study.config import Study, load_study
@@ -48,7 +48,7 @@ def order(study: Study, names: list[str]) -> list[str]:
 
 
 def finished(file: Path, digest: str) -> KernelRecord | None:
-    """The record of a case that is there; None where there is none.
+    """Returns the record of a case that is there; None where there is none.
 
     Raises:
         UserError: It is damaged, or belongs to another specification.
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
     digests = {name: kernels_digest(study, name) for name in names}
     if not names:
         raise UserError("kernels: this study has no such section")
-    device = use(check_device(args))
+    device = set_current(check_device(args))
     block = getattr(study.scheme(study.headline), "block_size", 1)
     for name in names:
         case = study.kernel_cases()[name]

@@ -18,9 +18,9 @@ from kvquant.errors import UserError, unknown
 from kvquant.fetch.model_manifest import study_manifest
 from kvquant.models.loading import QuantizedModel, load_quantized_model, resolve_device
 from kvquant.models.model_call import cache_argument
-from kvquant.models.sdpa import growing_lengths
+from kvquant.models.sdpa import without_cudnn
 from kvquant.quantization.quantizer_file import check_digest
-from kvquant.runtime.devices import alone, use, visible
+from kvquant.runtime.devices import claim_alone, set_current, visible_devices
 from kvquant.runtime.provenance import device_name
 from kvquant.study.config import Study, load_study
 from kvquant.study.digests import needs_calibration, quantizer_digest
@@ -66,17 +66,17 @@ class Prepared:
         return self.qm.quantizes
 
     def baseline(self) -> Any:
-        """An empty unquantized cache."""
+        """Returns an empty unquantized cache."""
         return self.qm.baseline_cache()
 
     def scheme(self) -> Any:
-        """An empty cache of the scheme."""
+        """Returns an empty cache of the scheme."""
         return self.qm.new_cache("A")
 
     def _forward(
         self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Any
     ) -> torch.Tensor:
-        """The most likely next token of each prompt, `[batch_size, 1]`."""
+        """Returns the most likely next token of each prompt, `[batch_size, 1]`."""
         logits = self.qm.model(
             input_ids=ids,
             attention_mask=mask,
@@ -102,7 +102,7 @@ class Prepared:
         width, last = batch.ids.shape[1], batch.positions[:, -1:]
         ones = batch.mask.new_ones((batch.mask.shape[0], steps))
         mask = torch.cat([batch.mask, ones], 1) if batch.padded else None
-        with growing_lengths():
+        with without_cudnn():
             for step in range(1, steps + 1):
                 seen = None if mask is None else mask[:, : width + step]
                 token = self._forward(token, seen, last + step, cache)
@@ -116,7 +116,7 @@ class Prepared:
 
 
 def check_device(args: argparse.Namespace) -> torch.device:
-    """The device of the work, which must be the one that is named; a GPU must be free.
+    """Returns the device of the work, which must be the one that is named; a GPU must be free.
 
     The name was planned without CUDA. Here it is checked against the device that torch works on,
     known by its UUID.
@@ -127,7 +127,7 @@ def check_device(args: argparse.Namespace) -> torch.device:
     where = resolve_device(args.device)
     check_name([where], args.device_name)
     if where.type == "cuda":
-        alone(visible()[cuda_index(where)])
+        claim_alone(visible_devices()[cuda_index(where)])
     return where
 
 
@@ -177,7 +177,7 @@ def prepare(
         raise UserError(f"--rep: must not be negative (got {args.rep})")
     if args.out.exists():  # told before minutes of measuring, not after
         raise UserError(f"--out: {args.out} exists; delete it by name to measure again")
-    use(check_device(args))
+    set_current(check_device(args))
     if needs_calibration(scheme):
         check_digest(args.quantizer, quantizer_digest(study, args.model, args.scheme))
     workload = known[args.workload]

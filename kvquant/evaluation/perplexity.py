@@ -28,7 +28,7 @@ from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
 from kvquant.models.finite import not_finite
 from kvquant.models.model_call import cache_argument
-from kvquant.models.oom_retry import in_batches, whole
+from kvquant.models.oom_retry import in_batches, retry_on_overflow
 from kvquant.study.config import PerplexityTask
 from kvquant.study.samples import perplexity_summary
 
@@ -55,7 +55,7 @@ class WindowLosses:
 
 
 def window_starts(tokens: int, window: int, windows: int, seed: int) -> list[int]:
-    """First tokens of a seed's windows, ascending and without overlap.
+    """Returns first tokens of a seed's windows, ascending and without overlap.
 
     Seed 0 cuts from the first token on, as is usual; the others from a random offset below one
     window. Where fewer windows are asked for than fit, the seed draws them.
@@ -107,7 +107,7 @@ def _pieces(
 
 
 def divergence(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """KL divergence in nats of a distribution from its reference, `[...]`.
+    """Returns KL divergence in nats of a distribution from its reference, `[...]`.
 
     Args:
         reference: Logits of the unquantized cache, fp32 `[..., vocabulary]`.
@@ -147,13 +147,13 @@ def measure_windows(
                 nll[:, where] = losses.view_as(goal)
                 if len(caches) == 2:
                     kls[:, where] = divergence(logits[1], logits[0])
-        finally:  # `whole` empties the other one
+        finally:  # `retry_on_overflow` empties the other cache
             for other in caches[1:]:
                 other.layers.clear()
         shared = (ids.shape[0] - 1) * shared_nbytes(cache)
         return cache_nbytes(cache) + shared, cache_elements(cache)
 
-    nbytes, elements = whole(lambda: qm.new_cache(protocol), work)
+    nbytes, elements = retry_on_overflow(lambda: qm.new_cache(protocol), work)
     found = WindowLosses(nll.double().cpu(), kls.double().cpu() if kl else None, nbytes, elements)
     for losses, what in ((found.nll, "losses"), (found.kl, "divergences")):
         if losses is not None and not losses.isfinite().all():

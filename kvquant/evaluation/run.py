@@ -23,7 +23,7 @@ from kvquant.evaluation.base import Context, SuiteResult
 from kvquant.fetch.model_manifest import study_manifest
 from kvquant.fetch.texts import Part, load_text, read_data_manifest
 from kvquant.formats.files import read_json
-from kvquant.runtime.devices import claim, use
+from kvquant.runtime.devices import claim, set_current
 from kvquant.runtime.progress import Progress, note
 from kvquant.runtime.provenance import environment
 from kvquant.study.config import PerplexityTask, Study, TaskSpec, load_study
@@ -135,7 +135,7 @@ def _inputs(
     data_manifest: str | Path | None,
     quantizer: str | Path | None,
 ) -> dict[str, str]:
-    """Hashes of the files that seeds would be measured with, from their manifests, without torch.
+    """Returns hashes of the files that seeds would be measured with, from their manifests, without torch.
 
     What is missing is not needed if all seeds are finished, and is named when it is.
     """
@@ -155,7 +155,7 @@ def _inputs(
 def _asked(
     study: Study, model: str, task: str, seeds: list[int], prompts: str | Path | None
 ) -> PromptFile | None:
-    """The file of prompts, for the suites that have one."""
+    """Returns the file of prompts, for the suites that have one."""
     if not asks_prompts(study.task(task)):
         if prompts is not None:
             raise UserError(f"--prompts: task '{task}' reads a text and has no prompts")
@@ -168,7 +168,7 @@ def _asked(
 
 
 def _seeds_together(task: TaskSpec) -> int:
-    """How many seeds of a task are measured before their results are written."""
+    """Returns how many seeds of a task are measured before their results are written."""
     if isinstance(task, PerplexityTask):
         return 1
     return max(1, task.batch_size // task.samples) if task.samples else 1
@@ -208,7 +208,7 @@ def _loader(
         study_manifest(model_manifest, study, model),
         study.scheme(scheme),
         quantizer=quantizer,
-        device=str(use(resolve_device(claim(device)))),
+        device=str(set_current(resolve_device(claim(device)))),
     )
     if asked is not None:
         asked.check_tokenizer(qm.tokenizer)

@@ -1,4 +1,4 @@
-"""What is said where a model's numbers overflow: nothing is scored from NaN or infinity."""
+"""The error for a model whose numbers overflow, as nothing is scored from NaN or infinity."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 from kvquant.errors import NonFinite
 
-# Types that hold the range of fp32; what overflows in them is wrong in itself.
+# dtypes with the range of fp32, in which only wrong weights overflow.
 WIDE = (torch.bfloat16, torch.float32, torch.float64)
 
 
 def remedy(dtype: torch.dtype) -> str:
-    """The advice to somebody whose model overflows in a type."""
+    """Returns the advice for a model that overflows in a dtype."""
     name = str(dtype).removeprefix("torch.")
     if dtype in WIDE:
         return (
@@ -23,11 +23,11 @@ def remedy(dtype: torch.dtype) -> str:
 
 
 def not_finite(qm: Any, what: str) -> NonFinite:
-    """The error for a quantized model.
+    """Returns the error for numbers of a quantized model that are NaN or infinite.
 
     Args:
         qm: A `QuantizedModel`.
-        what: What is NaN or infinite, and where: "logits of step 3 of an answer".
+        what: The numbers and their place, such as "logits of step 3 of an answer".
     """
     scheme = qm.scheme
     bits = f"-{scheme.bits}" if hasattr(scheme, "bits") else ""

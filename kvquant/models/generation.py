@@ -15,33 +15,33 @@ from kvquant.errors import OutlierOverflow, UserError
 from kvquant.models.finite import not_finite
 from kvquant.models.graph_decoding import GraphedDecoder
 from kvquant.models.model_call import cache_argument
-from kvquant.models.oom_retry import in_batches, out_of_memory, whole
-from kvquant.models.sdpa import growing_lengths
+from kvquant.models.oom_retry import in_batches, out_of_memory, retry_on_overflow
+from kvquant.models.sdpa import without_cudnn
 from kvquant.runtime.progress import note
 
-# Looking at tokens makes the host wait for a GPU, so that is done once in so many steps there.
+# Steps between looks at the tokens on a GPU, because each look makes the host wait.
 CHECK_EVERY_CUDA = 8
-# Answers that have ended leave once so large a share has: leaving copies an unquantized cache.
+# Fraction of ended answers at which they leave the batch, which copies an unquantized cache.
 ENDED_SHARE = 0.25
-# Capturing a step costs about as much as so many steps without a graph.
-GRAPH_STEPS = 64
+# Fewest new tokens for a CUDA graph, as capturing costs about as much as so many steps without.
+MIN_GRAPH_STEPS = 64
 
 Stop = Callable[[list[int]], bool]
 
 
 class _NoGraph(Exception):
-    """A CUDA graph of the decode steps could not be made or run."""
+    """Raised when a CUDA graph of the decode steps cannot be captured or replayed."""
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What :func:`greedy` returns; lists have an entry a prompt, in the order of the prompts.
+    """Holds the answers of :func:`greedy` in the order of the prompts.
 
     Attributes:
         tokens: New tokens of each prompt, without the end token.
-        prompt_tokens: Tokens of all prompts.
-        row_bytes: Of each prompt: its batch's bytes after the prefill, shared out by tokens.
-        row_elements: Key and value elements of each prompt's tokens in those bytes.
+        prompt_tokens: Number of tokens of all prompts.
+        row_bytes: Cache bytes of each prompt after the prefill: its batch's, divided by tokens.
+        row_elements: Number of key and value elements of each prompt's tokens in those bytes.
     """
 
     tokens: list[list[int]]
@@ -51,17 +51,17 @@ class GenerationResult:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes that all batches' caches had allocated after their prefill."""
+        """Bytes that the caches of all batches had allocated after their prefill."""
         return sum(self.row_bytes)
 
     @property
     def cache_elements(self) -> int:
-        """Key and value elements of the prompts' tokens in those bytes."""
+        """Number of key and value elements of the prompts' tokens in those bytes."""
         return sum(self.row_elements)
 
 
 def end_ids(qm: Any) -> list[int]:
-    """Token ids that end an answer, from the generation configuration or the tokenizer."""
+    """Returns the ids of end tokens, from the generation configuration or the tokenizer."""
     config = getattr(qm.model, "generation_config", None)
     ids = getattr(config, "eos_token_id", None)
     if ids is None:
@@ -74,7 +74,7 @@ def end_ids(qm: Any) -> list[int]:
 def left_pad(
     prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids and attention mask `[batch_size, longest]`, int64, padding on the left."""
+    """Returns left-padded input ids and attention mask, int64 `[batch_size, longest]` each."""
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -87,12 +87,16 @@ def left_pad(
 def cut(
     tokens: list[int], eos_ids: Collection[int], stop: Stop | None, start: int = 0
 ) -> tuple[list[int], bool]:
-    """An answer up to its end, and whether it has ended.
+    """Returns an answer up to its end, and whether it has ended.
 
-    The end is the first end token (left out) or the first prefix for which `stop` is true (kept),
-    so it does not matter how far beyond it a batch went on.
+    The end is the first end token, which is dropped, or the first prefix for which `stop` is true,
+    which is kept. How far a batch continued after the end therefore does not matter.
 
-    The first `start` tokens are known to hold no end.
+    Args:
+        tokens: The answer so far.
+        eos_ids: Ids of end tokens.
+        stop: Returns True for an answer that needs no further token.
+        start: Number of leading tokens that are known to hold no end.
     """
     for at in range(start, len(tokens)):
         if tokens[at] in eos_ids:
@@ -115,20 +119,20 @@ def greedy(
     on_batch: Callable[[int], None] | None = None,
     graph: bool = True,
 ) -> GenerationResult:
-    """Greedy answers: one prefill a batch, then single-token steps on the same cache.
+    """Generates greedy answers, by one prefill per batch and single-token steps on its cache.
 
     Args:
         qm: A `kvquant.models.loading.QuantizedModel`.
         prompts: Token ids of each prompt.
-        max_new_tokens: Longest answer.
-        batch_size: Most prompts that go through the model together; those of similar length do.
-        batch_tokens: Most tokens of a batch's prompts, padding included; None: no limit. A prompt
-            that is longer goes alone.
-        eos_ids: Ids that end an answer; None takes the model's own.
-        stop: True for an answer (its tokens so far) that needs no further token.
-        protocol: Of the caches.
-        on_batch: Called with the number of prompts done.
-        graph: Decode long answers by a CUDA graph where the cache has one (:func:`graphed`).
+        max_new_tokens: Length of the longest answer in tokens.
+        batch_size: Largest number of prompts in a batch, which have similar lengths.
+        batch_tokens: Largest number of prompt tokens in a batch, padding included; None sets no
+            limit. A longer prompt is a batch of its own.
+        eos_ids: Ids of end tokens; None takes the model's own.
+        stop: Returns True for an answer (its tokens so far) that needs no further token.
+        protocol: Protocol of the caches, "A" or "B".
+        on_batch: Called with the number of finished prompts after each batch.
+        graph: Whether to decode long answers by a CUDA graph where possible (:func:`graphed`).
 
     Raises:
         UserError: A prompt is empty or does not fit the model's positions.
@@ -172,7 +176,7 @@ def greedy(
 
 
 def share_out(total: int, weights: Sequence[int]) -> list[int]:
-    """Whole numbers in proportion to `weights` whose sum is exactly `total`."""
+    """Returns integers in proportion to `weights` whose sum is exactly `total`."""
     whole, seen, given = sum(weights), 0, 0
     shares = []
     for weight in weights:
@@ -183,15 +187,17 @@ def share_out(total: int, weights: Sequence[int]) -> list[int]:
 
 
 def can_drop_rows(cache: Any) -> bool:
-    """Whether a cache can give up sequences; transformers' own quantized layers cannot."""
+    """Returns whether a cache can drop sequences; transformers' own quantized layers cannot."""
     if isinstance(cache, KVQuantCache):
         return True
     return all(type(layer) is Fp16Layer for layer in cache.layers)
 
 
 def graphed(qm: Any, cache: Any, new_tokens: int) -> GraphedDecoder | None:
-    """Decode steps of a filled cache as a CUDA graph; None where there is none or it cannot pay."""
-    if new_tokens < GRAPH_STEPS or qm.device.type != "cuda" or not isinstance(cache, KVQuantCache):
+    """Captures the decode steps of a cache as a CUDA graph, or returns None if that cannot pay."""
+    if new_tokens < MIN_GRAPH_STEPS or qm.device.type != "cuda":
+        return None
+    if not isinstance(cache, KVQuantCache):
         return None
     try:
         return GraphedDecoder(qm.model, cache, new_tokens)
@@ -212,7 +218,7 @@ def _batch(
     def work(cache: Any) -> GenerationResult:
         return _answer(qm, cache, prompts, max_new_tokens, ends, stop, graph)
 
-    return whole(lambda: qm.new_cache(protocol), work)
+    return retry_on_overflow(lambda: qm.new_cache(protocol), work)
 
 
 def _answer(
@@ -225,11 +231,11 @@ def _answer(
     graph: bool,
 ) -> GenerationResult:
     device = qm.device
-    pad_id = min(ends) if ends else 0  # masked, so any id serves
+    pad_id = min(ends) if ends else 0  # any id will do, as the mask hides it
     ids, mask = left_pad(prompts, pad_id, device)
     lengths = mask.sum(1, keepdim=True)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    # The mask of all steps is laid out once; a step only looks at a longer piece of it.
+    # The mask of all steps is built once, and each step takes a longer slice of it.
     steps = mask.new_ones((len(prompts), max_new_tokens))
     full_mask = torch.cat((mask, steps), dim=1)
     width = ids.shape[1]
@@ -245,18 +251,18 @@ def _answer(
     row_bytes = share_out(cache_nbytes(cache), sizes)
     row_elements = share_out(cache_elements(cache, mask), sizes)
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the prefill alone needed serves others on this GPU
+        torch.cuda.empty_cache()  # other processes may use what only the prefill needed
     decoder = graphed(qm, cache, max_new_tokens) if graph else None
     check_every = CHECK_EVERY_CUDA if device.type == "cuda" else 1
     answers: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
-    rows = list(range(len(prompts)))  # those in the cache, in its order
-    news: list[torch.Tensor] = []  # their tokens since they were last brought to the host
-    tops: list[torch.Tensor] = []  # and the logits of these, `[rows, 1]`
+    rows = list(range(len(prompts)))  # the prompts in the cache, in its order
+    news: list[torch.Tensor] = []  # their tokens that the host has not seen, `[rows, 1]` each
+    tops: list[torch.Tensor] = []  # the logits of these tokens, `[rows, 1]` each
     for step in range(max_new_tokens):
         token = logits.argmax(-1, keepdim=True)
         news.append(token)
-        tops.append(logits.gather(-1, token))  # NaN is the greatest to argmax
+        tops.append(logits.gather(-1, token))  # argmax treats NaN as the greatest
         if step + 1 == max_new_tokens:
             break
         if (step + 1) % check_every == 0:
@@ -265,7 +271,7 @@ def _answer(
             if not going:
                 break
             leave = len(rows) - len(going) >= ENDED_SHARE * len(rows)
-            # A graph is captured for its number of rows; there a step costs little anyway.
+            # A graph is captured for a fixed number of rows, and its steps are cheap anyway.
             if leave and decoder is None and can_drop_rows(cache):
                 chosen = torch.tensor(going, device=device)
                 cache.batch_select_indices(chosen)
@@ -274,7 +280,7 @@ def _answer(
         if decoder is not None:
             logits = _replay(decoder, token)
             continue
-        with growing_lengths():
+        with without_cudnn():
             logits = qm.model(
                 input_ids=token,
                 attention_mask=full_mask[:, : width + step + 1],
@@ -288,7 +294,7 @@ def _answer(
 
 
 def _replay(decoder: GraphedDecoder, token: torch.Tensor) -> torch.Tensor:
-    """A step of a graph. Anything but memory that goes wrong is tried again without one."""
+    """Replays one step of a graph; a failure other than out of memory leads to a retry without."""
     try:
         return decoder.step(token)
     except OutlierOverflow:
@@ -309,11 +315,11 @@ def _collect(
     stop: Stop | None,
     ended: list[bool],
 ) -> None:
-    """Brings new tokens to the host, behind the answers of their rows, and cuts what has ended.
+    """Copies new tokens to the host, appends them to the answers and cuts ended answers.
 
     Raises:
-        NonFinite: The greatest logit of a token that counts is NaN or infinite. What a row that has
-            ended goes on with does not count.
+        NonFinite: The greatest logit of a token is NaN or infinite. Tokens after the end of an
+            answer do not count.
     """
     if not news:
         return

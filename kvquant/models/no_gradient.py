@@ -1,4 +1,4 @@
-"""Outputs through which no gradient flows, and which say so instead of giving wrong ones."""
+"""Outputs that refuse a backward pass instead of giving wrong gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvquant.errors import UserError
 
 
 class _Refused(torch.autograd.Function):
-    """The identity, with a backward pass that raises."""
+    """Passes a tensor through and raises in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
@@ -19,18 +19,18 @@ class _Refused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> None:
         raise UserError(
-            "gradients: tokens that a quantized cache holds have none, so those of this call would "
-            "be wrong; train with a cache of transformers, or give the whole sequence in the first "
+            "gradients: tokens in a quantized cache have none, so those of this call would be "
+            "wrong: train with a cache of transformers, or give the whole sequence in the first "
             "call of a cache under protocol A"
         )
 
 
 def without_gradient(output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-    """The output, which refuses a backward pass that would reach the inputs.
+    """Returns `output` such that a backward pass raises if it would reach the inputs.
 
     Args:
-        output: Computed from the inputs and from tensors that were detached.
-        inputs: What a gradient would be expected for.
+        output: Computed from the inputs and from detached tensors.
+        inputs: Tensors for which a gradient could be expected.
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         refused: torch.Tensor = _Refused.apply(output.detach(), *inputs)

@@ -1,4 +1,4 @@
-"""Work that is cut smaller where memory runs out."""
+"""Out-of-memory handling: retry in smaller batches, and with more room for outliers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from kvquant.errors import OutlierOverflow
 from kvquant.runtime.progress import note
 
 T = TypeVar("T")
-# What allocators, cuBLAS and the driver say; only torch's own allocator has an exception class.
-_SAID = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# Messages of allocators, cuBLAS and the driver; only torch's allocator has an exception class.
+_MESSAGES = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out."""
+    """Returns whether an exception means that memory ran out."""
     return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _SAID)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _MESSAGES)
     )
 
 
-def give_back() -> None:
-    """Returns what a failed attempt held to the device.
+def release_memory() -> None:
+    """Frees the memory of a failed attempt.
 
-    To be called when its exception is gone, whose traceback keeps the attempt's tensors alive.
+    Call it after the `except` block, because the exception's traceback keeps tensors alive.
     """
     gc.collect()
     if torch.cuda.is_available():
@@ -34,7 +34,7 @@ def give_back() -> None:
 
 
 def fits_in_memory(work: Callable[[], object]) -> bool:
-    """Runs `work`; False if memory ran out, after giving back what the attempt held.
+    """Runs `work` and returns whether it fitted in memory, freeing the memory if it did not.
 
     Any other exception passes through.
     """
@@ -44,30 +44,33 @@ def fits_in_memory(work: Callable[[], object]) -> bool:
     except Exception as error:
         if not out_of_memory(error):
             raise
-    give_back()
+    release_memory()
     return False
 
 
-def whole(new_cache: Callable[[], Any], work: Callable[[Any], T]) -> T:
-    """What `work` returns for an empty cache that lost no outlier; fills a roomier one if it did.
+def retry_on_overflow(new_cache: Callable[[], Any], work: Callable[[Any], T]) -> T:
+    """Runs `work` on a new cache, again with more room if the cache lost outliers.
 
-    The cache is empty afterwards: its layers refer to it, so that its memory would wait for the
-    garbage collector.
+    The cache is emptied afterwards, because its layers refer to it and its memory would otherwise
+    wait for the garbage collector.
 
     Args:
-        new_cache: Makes one.
-        work: Fills it.
+        new_cache: Makes an empty cache.
+        work: Fills the cache and returns the result.
+
+    Returns:
+        The result of the run that lost no outlier.
     """
     while True:
         cache = new_cache()
-        settle = getattr(cache, "settle", None)  # others lose nothing
+        settle = getattr(cache, "settle", None)  # caches without it lose no outliers
         try:
             found = work(cache)
             if settle is not None:
                 settle()
             return found
         except OutlierOverflow as error:
-            note(f"once more with more room: {str(error).partition(';')[0]}")
+            note(f"retrying with more room: {str(error).partition(';')[0]}")
             cache.widen()
         finally:
             cache.layers.clear()
@@ -80,24 +83,24 @@ def in_batches(
     batch_size: int,
     batch_tokens: int | None = None,
 ) -> Iterator[tuple[list[int], T]]:
-    """Results of `work` for batches of sequences of similar length, the longest first.
+    """Runs `work` on batches of sequences of similar length, the longest first.
 
-    A batch that runs out of memory is halved, and no later one may be larger, counted in tokens.
+    A batch that runs out of memory is halved, and no later batch has more tokens than that half.
 
     Args:
-        sizes: Tokens of each sequence.
-        work: Gets the indices of a batch; it may be called again with the first of them.
-        batch_size: Most sequences of a batch.
-        batch_tokens: Most tokens of a batch of several sequences, padding included.
+        sizes: Number of tokens of each sequence.
+        work: Takes the indices of a batch; after a failure it is called again with half of them.
+        batch_size: Largest number of sequences in a batch.
+        batch_tokens: Largest number of tokens in a batch of several sequences, padding included.
 
     Yields:
-        The indices of a batch and what `work` returned for it.
+        The indices of a batch and the result of `work`.
     """
     order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
-    most, at = batch_tokens, 0
+    max_tokens, at = batch_tokens, 0
     while at < len(order):
         width = sizes[order[at]]
-        rows = batch_size if most is None else max(1, min(batch_size, most // width))
+        rows = batch_size if max_tokens is None else max(1, min(batch_size, max_tokens // width))
         batch = order[at : at + rows]
         try:
             found = work(batch)
@@ -108,7 +111,7 @@ def in_batches(
             at += len(batch)
             yield batch, found
             continue
-        give_back()
+        release_memory()
         half = (len(batch) + 1) // 2
-        most = half * width
-        note(f"out of memory: going on with batches of {half} x {width} tokens")
+        max_tokens = half * width
+        note(f"out of memory: continuing with batches of {half} x {width} tokens")

@@ -1,1 +1,1 @@
-"""The machine that a process runs on: devices, provenance, locks, progress, Slurm."""
+"""The machine of a process: GPU claims, provenance, locks, progress and Slurm."""

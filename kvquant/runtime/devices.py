@@ -1,8 +1,8 @@
-"""Processes that share the GPUs of one machine: each takes the GPU with the fewest of them.
+"""Claims of GPUs by processes on one machine, so that each gets the least used GPU.
 
-A process is a locked file in a folder of the user; the kernel gives the lock (`flock`) back when
-the process ends, however it ends. GPUs are named by their UUIDs, so it does not matter how
-CUDA_VISIBLE_DEVICES numbers them, and where it leaves one (Slurm), that one is taken.
+A claim is a locked file in a folder of the user. The kernel releases the lock (`flock`) when the
+process ends, however it ends. GPUs are named by their UUIDs, so their numbers in
+CUDA_VISIBLE_DEVICES do not matter. If only one GPU is visible, as on Slurm, it is that one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 _ALONE = ".alone"
-_BUSY = 1000  # a timed process counts as so many others
+_BUSY = 1000  # a timed process counts as many evaluations
 _held: dict[Path, IO[str]] = {}  # open files, so that the locks live as long as this process
 
 
@@ -32,11 +32,11 @@ def _folder() -> Path:
     return Path(tempfile.gettempdir()) / f"kvquant-gpus-{os.getuid()}"
 
 
-def visible() -> list[str]:
-    """Names of the devices that this process may use, in torch's order.
+def visible_devices() -> list[str]:
+    """Returns the names of the devices that this process may use, in torch's order.
 
-    They are UUIDs, so that another CUDA_VISIBLE_DEVICES gives the same device the same name; of a
-    MIG slice its own.
+    The names are UUIDs (a MIG slice has its own), so that a device has the same name under every
+    CUDA_VISIBLE_DEVICES.
     """
     import torch
 
@@ -45,15 +45,15 @@ def visible() -> list[str]:
 
 
 def _planned(index: int) -> str:
-    """The UUID of a device whose UUID torch does not tell; its number if NVML does neither."""
+    """Returns a device's UUID from NVML, for when torch reports none, or else its index."""
     try:
         return visible_gpus(load_nvml())[index].uuid or str(index)
     except Exception:  # no NVML, or fewer GPUs
         return str(index)
 
 
-def use(device: torch.device) -> torch.device:
-    """Makes a CUDA device torch's current one, where kernels are launched; returns it."""
+def set_current(device: torch.device) -> torch.device:
+    """Makes a CUDA device torch's current one, on which kernels are launched, and returns it."""
     import torch
 
     if device.type == "cuda" and device.index is not None:
@@ -71,10 +71,10 @@ def _locked(handle: IO[str], *, wait: bool = False) -> bool:
 
 @contextlib.contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Inside, no other process is inside with the same folder, which is made if it is missing.
+    """Keeps other processes out of a block for the same folder, which is made if missing.
 
     Raises:
-        OSError: It cannot be made, or another user can write it, who could put links in it.
+        OSError: The folder cannot be made, or another user can write it and could place links.
     """
     if private_folder(folder) is None:
         raise OSError(f"{folder} is not a folder of this user alone")
@@ -84,7 +84,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def _others(folder: Path, name: str) -> tuple[int, int]:
-    """(evaluations, timed jobs) of other living processes on a GPU; removes files of dead ones."""
+    """Counts the (evaluations, timed jobs) of other processes on a GPU and removes stale files."""
     found = [0, 0]
     for file in folder.glob(f"{name}.*"):
         if file in _held:
@@ -104,19 +104,19 @@ def _hold(folder: Path, name: str, suffix: str) -> None:
     _held[Path(path)] = stream
 
 
-def share(names: Sequence[str], folder: Path | None = None) -> int:
-    """Takes a place on the GPU with the fewest processes until this process ends.
+def claim_shared(names: Sequence[str], folder: Path | None = None) -> int:
+    """Claims a share of the GPU with the fewest processes until this process ends.
 
     Args:
-        names: Of the GPUs.
-        folder: Of the locks; None is the user's in the folder for temporary files.
+        names: UUIDs of the GPUs to choose from.
+        folder: Folder of the locks; None is the user's folder for temporary files.
 
     Returns:
-        Its index. Where files cannot be locked, chosen by the process number.
+        The index of the chosen GPU. If files cannot be locked, the process id decides.
     """
     place = folder or _folder()
     try:
-        with one_at_a_time(place):  # else two processes would choose the same GPU
+        with one_at_a_time(place):  # otherwise two processes could choose the same GPU
             loads = []
             for name in names:
                 evaluations, timed = _others(place, name)
@@ -128,15 +128,19 @@ def share(names: Sequence[str], folder: Path | None = None) -> int:
         return os.getpid() % len(names)
 
 
-def alone(name: str, folder: Path | None = None) -> None:
-    """Takes a GPU for a timed job until this process ends.
+def claim_alone(name: str, folder: Path | None = None) -> None:
+    """Claims a whole GPU for a timed job until this process ends.
+
+    Args:
+        name: UUID of the GPU.
+        folder: Folder of the locks; None is the user's folder for temporary files.
 
     Raises:
-        UserError: Other processes work on it, which would spoil what is timed.
+        UserError: Other processes use the GPU, which would disturb the timing.
     """
     place = folder or _folder()
     try:
-        with one_at_a_time(place):  # else two processes would choose the same GPU
+        with one_at_a_time(place):  # otherwise two processes could choose the same GPU
             count = sum(_others(place, name))
             if not count:
                 _hold(place, name, _ALONE)
@@ -144,28 +148,28 @@ def alone(name: str, folder: Path | None = None) -> None:
         return
     if count:
         raise UserError(
-            f"--device: {count} other process(es) of kvquant work on this GPU, and timing needs it "
+            f"--device: {count} other process(es) of kvquant use this GPU, and timing needs it "
             "alone: wait for them, or let the workflow run both (it keeps them apart)"
         )
 
 
 def claim(device: str) -> str:
-    """The device of an evaluation: for "cuda" and "auto" the visible GPU with the fewest processes.
+    """Claims the device of an evaluation: for "cuda" and "auto" the least used visible GPU.
 
-    It becomes torch's current device, where kernels are launched. "cpu" and "cuda:N" are kept; a
-    named GPU has a place taken on it, too, so that timed jobs see that it is in use.
+    The device becomes torch's current one, on which kernels are launched. "cpu" and "cuda:N" are
+    returned as they are, but "cuda:N" is also claimed, so that timed jobs see that it is in use.
     """
-    import torch  # here and not above: places are taken and counted without it
+    import torch  # not at the top, as claims need no torch
 
     if not device.startswith(("auto", "cuda")) or not torch.cuda.is_available():
         return device
-    names = visible()
+    names = visible_devices()
     if device not in ("auto", "cuda"):
-        number = device.removeprefix("cuda:")  # what is none, `resolve_device` refuses
+        number = device.removeprefix("cuda:")  # `resolve_device` refuses anything but a number
         if number.isdecimal() and int(number) < len(names):
-            share([names[int(number)]])
+            claim_shared([names[int(number)]])
         return device
-    index = share(names)
+    index = claim_shared(names)
     torch.cuda.set_device(index)
     if len(names) > 1:
         note(f"on GPU {index} of {len(names)}")

@@ -1,4 +1,4 @@
-"""The `python` that the workflow's rules call is the one that runs Snakemake."""
+"""Makes the workflow's rules call the same Python that runs Snakemake."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def find_own_python() -> None:
-    """Puts the folder of this interpreter first in PATH unless PATH names it already.
+    """Puts the folder of this interpreter first in PATH unless PATH already has it.
 
-    `.venv/bin/snakemake` started without its environment being active would otherwise run jobs
-    with another Python, which lacks the packages.
+    If `.venv/bin/snakemake` is started without activating its environment, jobs would otherwise
+    run with another Python, which lacks the packages.
     """
     folder, folders = str(Path(sys.executable).parent), os.environ.get("PATH", "").split(os.pathsep)
     if folder not in folders:

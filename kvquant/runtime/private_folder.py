@@ -1,7 +1,7 @@
-"""The user's own cache folder: nobody else may write what this library reads back from it.
+"""The user's private cache folder, which no other user may write.
 
-The folder is `$KVQUANT_CACHE`, else `kvquant` in `$XDG_CACHE_HOME` or `~/.cache`. What is kept
-there only saves time: where the folder cannot be had, or is not the user's alone, nothing is.
+The folder is `$KVQUANT_CACHE`, else `kvquant` in `$XDG_CACHE_HOME` or `~/.cache`. Its content only
+saves time, so nothing is cached if the folder cannot be made or other users can write it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import os
 import stat
 from pathlib import Path
 
-MAX_BYTES = 1 << 28  # of one file; a machine-code file has some hundred KB
+MAX_BYTES = 1 << 28  # per file; a compiled kernel has some hundred KB
 
 
 def cache_folder() -> Path:
-    """Where this library keeps what saves time.
+    """Returns the path of the library's cache folder.
 
     Raises:
-        RuntimeError: No variable names a folder and the user has no home.
+        RuntimeError: No variable names a folder and the user has no home folder.
     """
     chosen = os.environ.get("KVQUANT_CACHE")
     if chosen:
@@ -28,18 +28,19 @@ def cache_folder() -> Path:
 
 
 def _owned(found: os.stat_result) -> bool:
-    """Whether this user alone can write what was looked at."""
+    """Returns whether only this user can write a file or folder."""
     return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def private_folder(folder: Path) -> Path | None:
-    """A folder of this user alone, made with mode 0700 if it is missing.
+    """Returns a folder that only this user can write, making it with mode 0700 if missing.
 
     Args:
-        folder: Where; its parents get the umask's mode.
+        folder: Path of the folder; missing parents get the umask's mode.
 
     Returns:
-        The folder; None if it is a link, of another user, writable by others, or cannot be made.
+        The folder, or None if it is a link, belongs to another user, is writable by others, or
+        cannot be made.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -50,16 +51,16 @@ def private_folder(folder: Path) -> Path | None:
         return None
     if not stat.S_ISDIR(found.st_mode) or not _owned(found):
         return None
-    if found.st_mode & 0o077:  # others could only read: nothing in it is theirs
+    if found.st_mode & 0o077:  # others could only read it, so its content is trusted
         with contextlib.suppress(OSError):
             folder.chmod(0o700)
     return folder
 
 
 def read_private(file: Path) -> bytes | None:
-    """Bytes of a regular file that this user alone can write; None for everything else.
+    """Returns the content of a regular file that only this user can write, else None.
 
-    A link is not followed, and what is checked is what is read: the opened file.
+    Links are not followed, and the opened file itself is checked, so that it cannot be exchanged.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:

@@ -1,4 +1,4 @@
-"""Progress on stderr: one moving line on a terminal, few whole lines in a log file."""
+"""Progress on stderr: one updated line on a terminal, a few whole lines in a log file."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from types import TracebackType
 
 
 class Progress:
-    """A counter with a label, shown as amount, total and percent.
+    """Shows a labelled counter as amount, total and percent.
 
     Args:
-        label: What is counted.
+        label: Name of the counter.
         total: The final amount, or None while it is unknown.
-        unit: Printed behind the amounts.
-        scale: Amounts are divided by this before they are printed (1e6 for bytes in MB).
-        every: Seconds between lines in a log; a terminal is refreshed four times a second.
+        unit: Unit, printed after the amounts.
+        scale: Divisor of the printed amounts (1e6 for bytes in MB).
+        every: Seconds between lines in a log; a terminal is refreshed four times per second.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Progress:
         return f"{self.label}: {done} of {whole} ({share:.0f} %)"
 
     def update(self, amount: float, *, last: bool = False) -> None:
-        """Shows `amount` if enough time has passed, and always if it is the last one."""
+        """Shows `amount` if enough time has passed, and always if it is the `last` one."""
         now = time.monotonic()
         if not last and now - self._last < self._every:
             return
@@ -71,5 +71,5 @@ class Progress:
 
 
 def note(text: str) -> None:
-    """One line on stderr."""
+    """Prints one line to stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -44,9 +44,9 @@ def _git(*args: str) -> str | None:
 
 
 def _seen(nvml: Any) -> list[Gpu]:
-    """The GPUs of this process: those of torch once it uses any, before that by the environment.
+    """Returns the GPUs of this process: those of torch once it uses any, else by the environment.
 
-    Asking torch earlier would make it take memory of a GPU.
+    Asking torch earlier would make it allocate GPU memory.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -57,10 +57,10 @@ def _seen(nvml: Any) -> list[Gpu]:
 
 
 def _gpus(devices: Sequence[torch.device] | None = None) -> list[dict[str, Any]]:
-    """Name, memory and driver of GPUs, empty without NVML.
+    """Returns name, memory and driver of GPUs.
 
     Args:
-        devices: Those that were worked on; None is all that this process sees.
+        devices: The devices that were used; None takes all that this process sees.
     """
     on_gpu = [device for device in devices or () if device.type == "cuda"]
     if devices is not None and not on_gpu:
@@ -69,7 +69,7 @@ def _gpus(devices: Sequence[torch.device] | None = None) -> list[dict[str, Any]]
         nvml = load_nvml()
         found = _seen(nvml) if devices is None else [gpu_of(nvml, device) for device in on_gpu]
         driver = nvml.nvmlSystemGetDriverVersion()
-    except Exception:  # no driver or no library: a CPU machine, or what torch says of its devices
+    except Exception:  # no driver or library: a CPU machine, or torch describes its devices
         return [_by_torch(device) for device in on_gpu]
     return [
         {"name": gpu.name, "memory_bytes": _memory(nvml, gpu), "driver": driver} for gpu in found
@@ -79,7 +79,7 @@ def _gpus(devices: Sequence[torch.device] | None = None) -> list[dict[str, Any]]
 def _memory(nvml: Any, gpu: Gpu) -> int | None:
     try:
         return int(nvml.nvmlDeviceGetMemoryInfo(gpu.handle).total)
-    except Exception:  # GPUs that share the processor's memory do not say
+    except Exception:  # GPUs that share the CPU's memory do not report it
         return None
 
 
@@ -91,14 +91,14 @@ def _by_torch(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device | None = None) -> str:
-    """The kebab-case name of a GPU, or 'cpu' without one.
+    """Returns the kebab-case name of a GPU, or "cpu" without one.
 
-    Example: "NVIDIA H100 80GB HBM3" gives "h100-80gb-hbm3". A slice of a GPU has its profile in
-    the name, as "a100-sxm4-40gb-mig-3g-20gb".
+    For example, "NVIDIA H100 80GB HBM3" gives "h100-80gb-hbm3". The name of a MIG slice contains
+    its profile, as in "a100-sxm4-40gb-mig-3g-20gb".
 
     Args:
-        device: A device of torch that work runs on, known by its UUID. None is the first GPU that
-            CUDA will see by CUDA_VISIBLE_DEVICES: neither torch nor CUDA is started for that.
+        device: The torch device of the work. None takes the first GPU that CUDA will see by
+            CUDA_VISIBLE_DEVICES, without importing torch or starting CUDA.
     """
     if device is None:
         gpus = _gpus()
@@ -107,15 +107,15 @@ def device_name(device: torch.device | None = None) -> str:
         return "cpu"
     try:
         return short_name(gpu_of(load_nvml(), device).name)
-    except Exception:  # no NVML: torch knows the name of its device, too
+    except Exception:  # without NVML, torch knows the name of its device
         return short_name(str(_by_torch(device)["name"]))
 
 
 def environment(devices: Sequence[torch.device] | None = None) -> dict[str, Any]:
-    """Versions, hardware and the state of the source tree (no host names, no paths).
+    """Returns versions, hardware and the state of the source tree, without host names or paths.
 
     Args:
-        devices: The devices that were worked on, whose GPUs are listed; None lists those that this
+        devices: The devices that were used, whose GPUs are listed; None lists all that this
             process sees.
     """
     return {**_software(), "gpus": _gpus(devices), "slurm_job": os.environ.get("SLURM_JOB_ID")}
@@ -129,10 +129,10 @@ def _software() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    # A copy of the tree on another machine may have no history, or an older one: then it is told.
-    told = os.environ.get("KVQUANT_COMMIT")
-    commit = told or _git("rev-parse", "HEAD")
-    changes = None if told or not commit else _git("status", "--porcelain", "--untracked-files=no")
+    # A copy of the tree on another machine may lack its history, so a variable can name the commit.
+    given = os.environ.get("KVQUANT_COMMIT")
+    commit = given or _git("rev-parse", "HEAD")
+    changes = None if given or not commit else _git("status", "--porcelain", "--untracked-files=no")
     return {
         "commit": commit,
         "dirty": None if changes is None else bool(changes),

@@ -1,4 +1,4 @@
-"""What a finished run says: its claims, and where its products are."""
+"""The closing lines of a finished run: its claims and the paths of its products."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvquant.formats.files import read_text
 
 
 def claim_lines(file: Path) -> list[str]:
-    """The claims of a finished study, a line each; none of a file that cannot be read."""
+    """Returns one line per claim of a finished study, or none if the file cannot be read."""
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(file, "claims"))))
         several = len({row["model"] for row in rows} - {"any"}) > 1
@@ -25,5 +25,5 @@ def claim_lines(file: Path) -> list[str]:
 
 
 def product_lines(products: dict[str, Path]) -> list[str]:
-    """Where the products are that exist."""
+    """Returns one line with the path of each product that exists."""
     return [f"  {name:<8} {path}" for name, path in products.items() if path.exists()]

@@ -1,7 +1,7 @@
-"""One run at a time in a study's results, with a lock that dies with its holder.
+"""A lock on a study's results folder that allows one run at a time.
 
-Snakemake's own lock outlives a killed run and has to be removed by hand; the kernel gives an
-advisory `flock` back when its process ends, however it ends.
+Snakemake's own lock outlives a killed run and must be removed by hand. The kernel releases an
+advisory `flock` when its process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _held: list[IO[str]] = []  # open files, so that the locks live as long as this 
 def hold(folder: str | Path) -> None:
     """Locks a results folder until this process ends.
 
-    A file system without locks is left unlocked (use Snakemake's `--lock` there).
+    On a file system without locks the folder stays unlocked (use Snakemake's `--lock` there).
 
     Raises:
-        UserError: Another run holds the folder.
+        UserError: Another run has locked the folder.
     """
     file = Path(folder) / ".lock"
     make_folder(folder, "pathvars.results")
@@ -36,6 +36,6 @@ def hold(folder: str | Path) -> None:
     except OSError as error:
         handle.close()
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise UserError(f"{folder}: another run is writing here; wait for it") from None
+            raise UserError(f"{folder}: another run is writing here: wait for it") from None
         return
     _held.append(handle)

@@ -1,4 +1,4 @@
-"""Before a run on Slurm: no jobs of a killed run are left, and short faults are survived."""
+"""Prepares a run on Slurm: refuses leftover jobs and makes Slurm's commands retry."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ from kvquant.errors import UserError
 
 
 def leftovers(folder: Path, attempts: int = 12, pause: float = 5.0) -> list[tuple[str, str, str]]:
-    """(job id, state, rule) of the workflow's jobs with this working directory.
+    """Returns (job id, state, rule) of the workflow's jobs with this working directory.
+
+    Args:
+        folder: The working directory.
+        attempts: Number of times to ask the controller.
+        pause: Seconds between attempts.
 
     Raises:
-        UserError: The controller stayed silent, so nobody knows.
+        UserError: The controller did not answer.
     """
     command = ["squeue", "--me", "--noheader", "--format=%i|%T|%k|%Z"]
     for attempt in range(attempts):
@@ -37,10 +42,10 @@ def leftovers(folder: Path, attempts: int = 12, pause: float = 5.0) -> list[tupl
 
 
 def prepare(folder: Path) -> None:
-    """What a run on Slurm needs before its first job.
+    """Prepares a run on Slurm before its first job.
 
     Raises:
-        UserError: Jobs of an earlier run in this folder are left.
+        UserError: Jobs of an earlier run in this folder are still in Slurm.
     """
     refuse_leftovers(folder)
     patient_commands()
@@ -50,7 +55,7 @@ def refuse_leftovers(folder: Path) -> None:
     """Stops a run whose predecessor's jobs are still in Slurm.
 
     Raises:
-        UserError: Jobs are left, by name, with what to do about them.
+        UserError: Jobs are left; the message lists them and says what to do.
     """
     if shutil.which("squeue") is None:
         return  # sbatch will say so
@@ -64,11 +69,11 @@ def refuse_leftovers(folder: Path) -> None:
 
 
 def patient_commands() -> None:
-    """Puts stand-ins for Slurm's commands first in PATH: kvquant/runtime/slurm_client.py.
+    """Puts wrappers of Slurm's commands (:mod:`kvquant.runtime.slurm_client`) first in PATH.
 
-    `scontrol show config` is answered from now on as it is now. The executor reads MinJobAge there
-    before each check and, while the controller is silent, would ask `sacct` instead, which has no
-    answer where there is no accounting: it then forgets the jobs and waits for them for ever.
+    From now on `scontrol show config` returns its present answer. The executor reads MinJobAge from
+    it before each status check. If the controller does not answer, the executor asks `sacct`
+    instead, gets nothing where there is no accounting, and then waits for its jobs for ever.
     """
     folder = Path(tempfile.mkdtemp(prefix="kvquant-slurm-client."))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

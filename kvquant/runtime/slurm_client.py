@@ -1,8 +1,8 @@
-"""Stands before Slurm's commands while Snakemake runs, for faults of its executor (2.8.0).
+"""Wraps Slurm's commands while Snakemake runs, to work around faults of its executor (2.8.0).
 
-The executor takes a moment of a silent controller for a failed submission, which costs a job all
-its attempts within a minute, and waits for ever for a preempted job, which `squeue` lists until it
-is forgotten. :func:`kvquant.runtime.slurm.patient_commands` puts these stand-ins first in PATH.
+The executor counts a short silence of the controller as a failed submission, so that a job uses up
+its attempts within a minute. It also waits for ever for a preempted job, which `squeue` keeps
+listing. :func:`kvquant.runtime.slurm.patient_commands` puts these wrappers first in PATH.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-ATTEMPTS, PAUSE = 60, 20.0  # about 20 minutes, as the profiles grant to status checks
-# What the commands of a busy, restarting or unreachable controller print, in lower case. A request
-# may have been carried out all the same, with the answer lost on its way back.
+ATTEMPTS, PAUSE = 60, 20.0  # about 20 minutes, as the profiles allow for status checks
+# Messages of the commands, in lower case, when the controller is busy, restarting or unreachable.
+# It may have carried out the request even so, with only the answer lost.
 PASSING = (
     "unable to contact slurm controller",
     "connection refused",
@@ -36,7 +36,7 @@ PASSING = (
 
 
 class Silent(Exception):
-    """The controller did not answer, so nobody knows."""
+    """Raised when the controller does not answer, so that the state of a job is unknown."""
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -44,13 +44,13 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def accepted(sbatch: Sequence[str], squeue: str) -> str | None:
-    """The id of the waiting or running job that an `sbatch` without an answer left, if any.
+    """Returns the id of the job that an unanswered `sbatch` submitted, or None.
 
-    Snakemake names all jobs of a run alike and tells them apart by their comments; one of each is
-    active at a time.
+    Snakemake gives all jobs of a run the same name and tells them apart by their comments, of
+    which one is active at a time.
 
     Raises:
-        Silent: `squeue` has no answer either.
+        Silent: `squeue` does not answer either.
     """
     given = dict(itertools.pairwise(sbatch))
     name, comment = given.get("--job-name"), given.get("--comment")
@@ -66,9 +66,9 @@ def accepted(sbatch: Sequence[str], squeue: str) -> str | None:
 def patient(
     command: Sequence[str], attempts: int = ATTEMPTS, pause: float = PAUSE
 ) -> subprocess.CompletedProcess[str]:
-    """Repeats a command while its daemon has passing trouble; any other answer is the answer.
+    """Repeats a command while its daemon has a transient fault, and returns any other answer.
 
-    A submission is repeated only once `squeue` says that the last one left no job.
+    A submission is repeated only after `squeue` has confirmed that the last one left no job.
     """
     submits = Path(command[0]).name == "sbatch"
     done = _run(command)
@@ -89,16 +89,16 @@ def patient(
 
 
 def ended(listing: str) -> str:
-    """A listing of `id|state` in which preempted jobs count as cancelled.
+    """Returns a listing of `id|state` lines with preempted jobs shown as cancelled.
 
-    A job that Slurm puts back into the queue is listed as pending, so PREEMPTED is an end.
+    A job that Slurm requeues is listed as pending, so PREEMPTED means that the job has ended.
     """
     rows = [re.sub(r"\|PREEMPTED$", "|CANCELLED", line) for line in listing.splitlines()]
     return "".join(f"{row}\n" for row in rows)
 
 
 def main(command: Sequence[str]) -> int:
-    """Runs one of Slurm's commands, given by its path, and passes its answer on."""
+    """Runs one of Slurm's commands, given by its path, and passes on its output and exit status."""
     if Path(command[0]).name == "squeue":
         done = _run(command)
         sys.stdout.write(ended(done.stdout))

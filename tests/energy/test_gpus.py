@@ -234,7 +234,7 @@ def test_gpus_without_a_uuid_of_torch_are_named_by_nvml(
     host(mixed())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,1")
     torch_sees(monkeypatch, ["", ""], current=0)
-    assert devices.visible() == ["GPU-cc33", "GPU-ab22"]
+    assert devices.visible_devices() == ["GPU-cc33", "GPU-ab22"]
     assert provenance.visible_uuids() is None
 
 

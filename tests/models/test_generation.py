@@ -125,7 +125,7 @@ def test_out_of_gpu_memory_halves_the_batches(
     assert greedy(qm, given_prompts, 8, batch_size=8).tokens == expected.tokens
     # halved twice; what fits in the same number of tokens then goes together
     assert sizes == [[64, 41, 23, 7, 1], [64, 41, 23], [64, 41], [23, 7, 1]]
-    assert "going on with batches of 2 x 64" in capsys.readouterr().err
+    assert "continuing with batches of 2 x 64" in capsys.readouterr().err
     limit = 0
     with pytest.raises(torch.cuda.OutOfMemoryError):
         greedy(qm, given_prompts, 8, batch_size=8)

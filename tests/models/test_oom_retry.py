@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvquant.errors import OutlierOverflow
-from kvquant.models.oom_retry import in_batches, out_of_memory, whole
+from kvquant.models.oom_retry import in_batches, out_of_memory, retry_on_overflow
 
 SIZES = st.lists(st.integers(1, 300), max_size=40)
 
@@ -65,7 +65,7 @@ def test_what_a_failed_batch_held_is_gone_before_the_next(
 
     assert len(list(in_batches([5, 5, 5, 5], work, batch_size=4))) == 4
     assert len(alive) == 2
-    assert "going on with batches of 1 x 5 tokens" in capsys.readouterr().err
+    assert "continuing with batches of 1 x 5 tokens" in capsys.readouterr().err
 
 
 def test_one_that_does_not_fit_and_other_errors_are_told() -> None:
@@ -117,6 +117,6 @@ def test_a_cache_that_lost_outliers_is_filled_anew() -> None:
             assert self.layers
             self.widened = True
 
-    assert whole(Lossy, made.index) == 2
+    assert retry_on_overflow(Lossy, made.index) == 2
     assert [cache.widened for cache in made] == [True, True, False]
     assert not any(cache.layers for cache in made)

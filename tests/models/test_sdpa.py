@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvquant.models.sdpa import growing_lengths
+from kvquant.models.sdpa import without_cudnn
 
 
 def flags() -> tuple[bool, ...]:
@@ -19,6 +19,6 @@ def flags() -> tuple[bool, ...]:
 
 def test_without_cudnn_inside_and_as_before_outside() -> None:
     before = flags()
-    with growing_lengths():
+    with without_cudnn():
         assert flags() == (False, True, True, True)
     assert flags() == before

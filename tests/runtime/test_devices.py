@@ -21,10 +21,10 @@ import sys
 from pathlib import Path
 from kvquant.runtime import devices
 if sys.argv[2] == "alone":
-    devices.alone(sys.argv[3], Path(sys.argv[1]))
+    devices.claim_alone(sys.argv[3], Path(sys.argv[1]))
     print("alone", flush=True)
 else:
-    print(devices.share(sys.argv[3:], Path(sys.argv[1])), flush=True)
+    print(devices.claim_shared(sys.argv[3:], Path(sys.argv[1])), flush=True)
 sys.stdin.read()
 """
 
@@ -62,8 +62,8 @@ def test_processes_started_together_spread_evenly(tmp_path: Path, root: Path) ->
 def test_gpus_are_known_by_name(tmp_path: Path, root: Path) -> None:
     """Another numbering, or fewer of them, changes no count."""
     with holders(root, tmp_path, 1, NAMES[2:]):
-        assert devices.share(NAMES[2:], tmp_path) == 0
-        assert devices.share([NAMES[2], NAMES[0]], tmp_path) == 1
+        assert devices.claim_shared(NAMES[2:], tmp_path) == 0
+        assert devices.claim_shared([NAMES[2], NAMES[0]], tmp_path) == 1
 
 
 def test_the_place_of_a_killed_process_is_free(tmp_path: Path, root: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_place_of_a_killed_process_is_free(tmp_path: Path, root: Path) -> No
         middle = processes[found.index("1")]
         middle.kill()  # SIGKILL: no clean-up by the holder
         middle.wait()
-        assert devices.share(NAMES, tmp_path) == 1
+        assert devices.claim_shared(NAMES, tmp_path) == 1
     files = [file.name.split(".")[0] for file in tmp_path.iterdir()]
     assert Counter(files) == {
         "gpu-a": 1,
@@ -85,18 +85,18 @@ def test_the_place_of_a_killed_process_is_free(tmp_path: Path, root: Path) -> No
 def test_a_timed_job_is_alone(tmp_path: Path, root: Path) -> None:
     with holders(root, tmp_path, 1, NAMES[:1]):
         with pytest.raises(UserError, match=r"1 other process.* timing needs it alone"):
-            devices.alone(NAMES[0], tmp_path)
-        devices.alone(NAMES[1], tmp_path)
-        devices.alone(NAMES[1], tmp_path)  # its own lock is not in its way
-    devices.alone(NAMES[0], tmp_path)
+            devices.claim_alone(NAMES[0], tmp_path)
+        devices.claim_alone(NAMES[1], tmp_path)
+        devices.claim_alone(NAMES[1], tmp_path)  # its own lock is not in its way
+    devices.claim_alone(NAMES[0], tmp_path)
 
 
 def test_evaluations_avoid_a_gpu_that_is_timed(tmp_path: Path, root: Path) -> None:
     with holders(root, tmp_path, 1, NAMES[:1], "alone") as (_, said):
         assert said == ["alone"]
-        assert [devices.share(NAMES[:2], tmp_path) for _ in range(3)] == [1, 1, 1]
+        assert [devices.claim_shared(NAMES[:2], tmp_path) for _ in range(3)] == [1, 1, 1]
         with pytest.raises(UserError, match="alone"):
-            devices.alone(NAMES[0], tmp_path)
+            devices.claim_alone(NAMES[0], tmp_path)
 
 
 def test_without_locks_the_process_number_chooses(
@@ -105,15 +105,15 @@ def test_without_locks_the_process_number_chooses(
     (tmp_path / "file").write_text("")
     for process, expected in ((7, 1), (9, 0)):
         monkeypatch.setattr("os.getpid", lambda process=process: process)
-        assert devices.share(NAMES, tmp_path / "file/below") == expected
-    devices.alone(NAMES[0], tmp_path / "file/below")
+        assert devices.claim_shared(NAMES, tmp_path / "file/below") == expected
+    devices.claim_alone(NAMES[0], tmp_path / "file/below")
 
 
 def test_claim_sets_the_current_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     current: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setattr(devices, "visible", lambda: NAMES)
+    monkeypatch.setattr(devices, "visible_devices", lambda: NAMES)
     monkeypatch.setattr(devices, "_folder", lambda: tmp_path)
     devices._hold(tmp_path, NAMES[0], ".shared")
     held, devices._held = devices._held, {}  # as if another process held it

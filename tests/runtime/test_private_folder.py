@@ -10,7 +10,7 @@ import pytest
 from kvquant.errors import UserError
 from kvquant.kernels.cubin_cache import cached
 from kvquant.runtime import private_folder as module
-from kvquant.runtime.devices import alone, one_at_a_time, share
+from kvquant.runtime.devices import claim_alone, claim_shared, one_at_a_time
 from kvquant.runtime.private_folder import private_folder, read_private
 
 
@@ -111,8 +111,8 @@ def test_folder_of_another_user_is_not_used(
     locks.mkdir()
     with pytest.raises(OSError, match="not a folder of this user alone"), one_at_a_time(locks):
         pass
-    assert share(["gpu"], locks) == 0
-    alone("gpu", locks)
+    assert claim_shared(["gpu"], locks) == 0
+    claim_alone("gpu", locks)
     assert not list(locks.iterdir())
 
 
