@@ -135,7 +135,7 @@ def _inputs(
     data_manifest: str | Path | None,
     quantizer: str | Path | None,
 ) -> dict[str, str]:
-    """Returns hashes of the files that seeds would be measured with, from their manifests, without torch.
+    """Returns the hashes of the files that seeds depend on, from manifests and without torch.
 
     What is missing is not needed if all seeds are finished, and is named when it is.
     """
