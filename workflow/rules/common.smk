@@ -44,6 +44,7 @@ DEVICE_KIND = "cuda" if STUDY.gpus else "cpu"
 PLANNED = device_name() if STUDY.gpus else "cpu"
 DEVICE = PLANNED if STUDY.device == "auto" else STUDY.device
 STUDY_FILE = Path(STUDY.pathvars.get("results", "results/paper")) / "study.json"
+WORKLOADS = {*STUDY.throughput.workloads, *STUDY.energy.workloads}
 MEASURED = protected if STUDY.protect else (lambda files: files)
 
 
@@ -52,15 +53,16 @@ pathvars:  # also those that the study has from its base
 
 
 wildcard_constraints:
-    model="|".join(map(re.escape, STUDY.models)),
-    scheme="|".join(map(re.escape, STUDY.schemes)),
-    task="|".join(map(re.escape, STUDY.tasks)),
-    workload="|".join({*STUDY.throughput.workloads, *STUDY.energy.workloads} or {"none"}),
-    dataset=r"essays|wikitext2|squad|hotpotqa|longbench-[a-z0-9_-]+",
-    device=re.escape(DEVICE),
-    digest=r"[0-9a-f]{16}",
-    seed=r"\d+",
-    rep=r"\d+",
+    model="|".join(map(re.escape, STUDY.models)),  # a key of `models`
+    scheme="|".join(map(re.escape, STUDY.schemes)),  # a key of `schemes`
+    task="|".join(map(re.escape, STUDY.tasks)),  # a key of `tasks`
+    workload="|".join(WORKLOADS) or "none",  # a key of `workloads`
+    case="|".join(map(re.escape, STUDY.kernel_cases())) or "none",  # a key of `kernels.cases`
+    dataset=r"essays|wikitext2|squad|hotpotqa|longbench-[a-z0-9_-]+",  # a text that can be fetched
+    device=re.escape(DEVICE),  # the key `device`, or the GPU's own name
+    digest=r"[0-9a-f]{16}",  # a digest of model, task and seeds, which names the prompts
+    seed=r"\d+",  # an entry of `seeds`
+    rep=r"\d+",  # the repetition of an independent job, from 0
 
 
 def eval_digests(wildcards):
