@@ -2,153 +2,127 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
+from kvquant.cache.attending import AttendingLayer, Extent, FullAttention, NewTokens
 from kvquant.cache.block_store import BlockStore
 from kvquant.cache.codec import Codec
-from kvquant.cache.layout import AppendPlan
+from kvquant.cache.forward_plan import (
+    FirstCall,
+    ForwardPlan,
+    KernelStep,
+    Order,
+    PackedPast,
+    PastPieces,
+)
+from kvquant.cache.interface import QuantizeClock
 from kvquant.cache.past_pieces import Piece
-from kvquant.formats.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix
 from kvquant.formats.rope import rotate
 from kvquant.kernels.blockwise_attention import BlockwiseAttention
-from kvquant.kernels.cuda_decode import DecodeShape, decode_attention
-
-if TYPE_CHECKING:
-    from kvquant.cache.kvquant_cache import KVQuantCache
-
-FullAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+from kvquant.kernels.cuda_decode import decode_attention
 
 
-class BlockLayer(CacheLayerMixin):
-    """A layer of `KVQuantCache`; its tensors live in a :class:`BlockStore`."""
+class BlockLayer(AttendingLayer[ForwardPlan]):
+    """A layer of `KVQuantCache`; its tensors live in a :class:`BlockStore`.
 
-    is_sliding = False
-    is_compileable = False
+    Args:
+        codec: Packs and unpacks blocks.
+        extent: See :class:`AttendingLayer`.
+        clock: See :class:`AttendingLayer`.
+    """
+
     is_croppable = True
-    supports_early_init = False
 
-    def __init__(self, codec: Codec, owner: KVQuantCache, number: int) -> None:
-        super().__init__()
-        self.number = number
+    def __init__(self, codec: Codec, extent: Extent, clock: QuantizeClock) -> None:
+        super().__init__(extent, clock)
         self.store = BlockStore(codec)
         self.codec = codec
-        self._owner = owner
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: the store allocates on its first append."""
-
-    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Not available: an attention that does not know the cache would read it wrongly."""
-        raise RuntimeError(
-            "KVQuantCache needs the attention of kvquant: load the model through "
-            "kvquant.models.loading.load_quantized_model"
-        )
 
     def attend(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        scaling: float,
-        full: FullAttention,
+        self, plan: ForwardPlan, new: NewTokens, scaling: float, full: FullAttention
     ) -> torch.Tensor:
-        """Attention of a call's queries; stores the call's keys and values.
-
-        Args:
-            queries: Before RoPE, `[batch_size, num_heads, new_len, head_dim]`.
-            keys: New keys before RoPE, `[batch_size, num_kv_heads, new_len, head_dim]`.
-            values: New values, the same shape.
-            rope: Rotary table of the new tokens, `[batch_size, new_len, head_dim]` each.
-            scaling: Factor of the scores.
-            full: Attention of rotated queries, keys and values of this call alone, causal and
-                masked; used where there is no past to read, or it is what this call just stored.
-
-        Returns:
-            `[batch_size, new_len, num_heads, head_dim]`.
-        """
-        rope = self._owner.enter(self.number, queries, keys, rope)
-        out = self._attend(queries, keys, values, rope, scaling, full)
-        self._owner.leave(self.number)
+        """See :meth:`AttendingLayer.attend`."""
+        if plan.order is Order.APPEND_FIRST:
+            self._append(plan, new)
+        match plan.path:
+            case FirstCall():
+                out = full(new.queries, new.rotated_keys, new.values)
+            case KernelStep() as step:
+                out = self._step(plan, step, new, scaling)
+            case PackedPast() as packed:
+                out = self._packed(plan, packed, new, scaling, full)
+            case PastPieces() as pieces:
+                out = self._pieces(plan, pieces, new, scaling, full)
+        if plan.order is Order.READ_FIRST:
+            self._append(plan, new)
         return out
 
-    def _attend(
+    def offload(self) -> None:
+        """Refused: packed blocks are small and stay on their device."""
+        raise NotImplementedError("offloading: KVQuantCache does not offload its blocks")
+
+    def _step(
+        self, plan: ForwardPlan, step: KernelStep, new: NewTokens, scaling: float
+    ) -> torch.Tensor:
+        """One token per sequence by the kernel: it joins the tail, and all is read from there."""
+        store, tables, queries = self.store, self.codec.decode_tables, new.queries
+        assert store.tail is not None and store.sinks is not None
+        store.status = plan.status
+        arenas = store.arena_table()
+        assert arenas is not None
+        plan.storing()
+        store.check(new.keys, new.values)
+        store.write_token(new.keys, new.values, step.places)
+        out = decode_attention(
+            step.shape, queries[:, :, 0].to(store.tail[0].dtype), store.sinks, store.tail, arenas,
+            step.step, tables, scaling,
+        )  # fmt: skip
+        store.pack_full(plan.append)
+        return out.to(queries.dtype).unsqueeze(1)
+
+    def _packed(
         self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        plan: ForwardPlan,
+        packed: PackedPast,
+        new: NewTokens,
         scaling: float,
         full: FullAttention,
     ) -> torch.Tensor:
-        """See :meth:`attend`."""
-        owner, plan = self._owner, self._owner.plan
-        turned = rotate(keys, *rope)
-        stored = turned if self.codec.rotated_keys else keys
-        queries = rotate(queries, *rope)
-        simulated = owner.protocol == "B"
-        if owner.steps is not None:
-            return self._step(queries, keys, values, scaling)
-        if not simulated and not any(plan.before.lengths):
-            self._append(plan, stored, values)
-            return full(queries, turned, values)
-        if simulated:
-            self._append(plan, stored, values)
-        past = owner.past(queries)
-        if past is not None and self.store.arena_table() is not None:
-            own = None if simulated else (turned, values, owner.token_positions())
-            out = past.attend(self.store, queries, owner.query_positions, scaling, own)
-            if not simulated:
-                self._append(plan, stored, values)
-            return out
-        if simulated and owner.starts_whole(keys):
-            parts = [self._read(piece, simulated) for piece in owner.pieces(queries.shape)]
-            return full(
-                queries, *(torch.cat(x, 2).to(queries.dtype) for x in zip(*parts, strict=True))
-            )
-        attention = BlockwiseAttention(queries, owner.query_positions, keys.shape[1], scaling)
-        for piece in owner.pieces(queries.shape):
-            attention.add(*self._read(piece, simulated), piece.positions)
-        if not simulated:
-            attention.add(turned, values, owner.new_positions)
-            self._append(plan, stored, values)
+        """Attention over the packed past by the Triton kernels."""
+        if self.store.arena_table() is None:
+            return self._pieces(plan, packed.pieces, new, scaling, full)
+        own = None if plan.simulated else (new.rotated_keys, new.values, plan.token_positions)
+        return packed.past.attend(self.store, new.queries, plan.query_positions, scaling, own)
+
+    def _pieces(
+        self,
+        plan: ForwardPlan,
+        pieces: PastPieces,
+        new: NewTokens,
+        scaling: float,
+        full: FullAttention,
+    ) -> torch.Tensor:
+        """Attention over the past in PyTorch, piece by piece."""
+        if pieces.whole:
+            parts = [self._read(plan, piece) for piece in pieces.cut()]
+            both = (torch.cat(x, 2).to(new.queries.dtype) for x in zip(*parts, strict=True))
+            return full(new.queries, *both)
+        heads = new.keys.shape[1]
+        attention = BlockwiseAttention(new.queries, plan.query_positions, heads, scaling)
+        for piece in pieces.cut():
+            attention.add(*self._read(plan, piece), piece.positions)
+        if not plan.simulated:
+            attention.add(new.rotated_keys, new.values, plan.new_positions)
         return attention.result()
 
-    def _step(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """A token a sequence by the kernel: it joins the tail, and all is read from there."""
-        owner, store = self._owner, self.store
-        steps, tables = owner.steps, self.codec.decode_tables
-        assert steps is not None and store.tail is not None and store.sinks is not None
-        store.status = owner.status(keys.device)
-        arenas = store.arena_table()
-        assert arenas is not None and tables is not None
-        owner.calls.store()
-        store.check(keys, values)
-        store.write_token(keys, values, owner.step_places)
-        out = decode_attention(
-            steps.shape, queries[:, :, 0].to(store.tail[0].dtype), store.sinks, store.tail, arenas,
-            owner.step, tables, scaling,
-        )  # fmt: skip
-        if not owner.captured:
-            store.pack_full(owner.plan)
-        return out.to(queries.dtype).unsqueeze(1)
-
-    def _read(self, piece: Piece, simulated: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, plan: ForwardPlan, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated keys and values of a piece, `[batch_size, num_kv_heads, columns, head_dim]`."""
-        store, plan = self.store, self._owner.plan
+        store = self.store
         assert store.sinks is not None
         if piece.part == "sinks":
             keys, values = (x[:, :, : piece.columns] for x in store.sinks)
         elif piece.part == "tail":
-            view = plan.after if simulated else plan.before
-            keys, values = store.read_tail(view, fake=simulated)
+            keys, values = store.read_tail(plan.view, fake=plan.simulated)
         else:
             keys, values = self._blocks(piece)
         if not self.codec.rotated_keys:
@@ -173,62 +147,10 @@ class BlockLayer(CacheLayerMixin):
                 place[gather.sequences, :, gather.ordinals] = x
         return out[0].flatten(2, 3), out[1].flatten(2, 3)
 
-    def _append(self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
-        owner = self._owner
-        owner.calls.store()
-        keys, values = keys.detach(), values.detach()
-        self.store.status = owner.status(keys.device)
-        if owner.timed and keys.is_cuda:
-            torch.cuda.synchronize(keys.device)
-        start = time.perf_counter()
-        self.store.append(plan, keys, values)
-        if owner.timed and keys.is_cuda:
-            torch.cuda.synchronize(keys.device)
-        owner.quantize_seconds += time.perf_counter() - start
-
-    def decode_shape(self, query_heads: int) -> DecodeShape | None:
-        """What kernels that read the past are compiled for; None where none reads it."""
-        tail = self.store.tail
-        if tail is None:
-            return None
-        _, heads, _, dim = tail[0].shape
-        return self.codec.decode_shape(dim, query_heads // heads, tail[0].dtype)
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences; -1 before the first call."""
-        return self._owner.batch_size
-
-    def get_seq_length(self) -> int:
-        """Columns seen so far, padding included, as transformers counts."""
-        return self._owner.columns
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """No maximum (older name)."""
-        return -1
-
-    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
-        """Key length and offset for the attention mask of a call with `query_length` columns."""
-        if isinstance(query_length, torch.Tensor):
-            query_length = query_length.shape[0]
-        return self._owner.columns + query_length, 0
-
-    def offload(self) -> None:
-        """Refused: packed blocks are small and stay on their device."""
-        raise NotImplementedError("offloading: KVQuantCache does not offload its blocks")
-
-    @property
-    def key_outliers(self) -> list[BlockedCSCMatrix]:
-        """Exact key outliers in packed blocks, one matrix a sequence."""
-        tables = self._owner.layout.table
-        return [BlockedCSCMatrix(self.store.outliers("keys", t)) for t in tables]
-
-    @property
-    def value_outliers(self) -> list[BlockedCSRMatrix]:
-        """Exact value outliers in packed blocks, one matrix a sequence."""
-        tables = self._owner.layout.table
-        return [BlockedCSRMatrix(self.store.outliers("values", t)) for t in tables]
+    def _append(self, plan: ForwardPlan, new: NewTokens) -> None:
+        """Stores the tokens of a call and times it."""
+        keys = new.rotated_keys if self.codec.rotated_keys else new.keys
+        plan.storing()
+        self.store.status = plan.status
+        with self.clock.measure(keys.device):
+            self.store.append(plan.append, keys.detach(), new.values.detach())

@@ -21,6 +21,11 @@ from kvquant.kernels.arena_table import ARENA_FIELDS
 ARENA_ROOM = 64  # rows of the kernels' table of arenas at first
 
 
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit dtype of sinks and tails whose tokens come in a dtype."""
+    return dtype if dtype is torch.bfloat16 else torch.float16
+
+
 def _fill(blocks: torch.Tensor, at: int, tokens: torch.Tensor) -> None:
     """Writes `[num_heads, n, head_dim]` from token `at` on into `[blocks, num_heads, size, dim]`.
 
@@ -104,7 +109,7 @@ class BlockStore:
 
     def _allocate(self, keys: torch.Tensor) -> None:
         batch, heads, _, dim = keys.shape
-        kind = keys.dtype if keys.dtype is torch.bfloat16 else torch.float16
+        kind = stored_dtype(keys.dtype)
 
         def pair(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
             shape = (batch, heads, tokens, dim)

@@ -94,21 +94,26 @@ class CallRope:
             self._table = self.counted(counted)
         return wrong
 
-    def table(self, rope: Table, spans: list[Span], lengths: list[int], kind: torch.dtype) -> Table:
-        """The rotary table by which a layer rotates the new columns, `[batch_size, new_len, dim]`.
+    def table(
+        self, rope: Table, spans: list[Span], lengths: list[int], dtype: torch.dtype
+    ) -> Table | None:
+        """The rotary table of the new columns, `[batch_size, new_len, head_dim]` each.
 
         Args:
             rope: The model's, `[1 or batch_size, new_len, head_dim]` each; kept if need be.
             spans: Columns of each sequence that are tokens.
             lengths: Tokens of each sequence before.
-            kind: Of the queries.
+            dtype: The dtype of the queries.
+
+        Returns:
+            None where it is the model's.
         """
         if self.kept is not None and not self._taken:
             self.kept.append(rope, spans, lengths)
             self._taken = True
         if self._table is None:
-            return rope
-        return self._table[0].to(kind), self._table[1].to(kind)
+            return None
+        return self._table[0].to(dtype), self._table[1].to(dtype)
 
     def state(self) -> tuple[KeptRope | None, Shifts | None]:
         """What :meth:`restore` goes back to; to be taken before a call begins."""

@@ -1,8 +1,9 @@
 """What a cache may offer beyond transformers' interface; the library asks for these, not for kinds.
 
 A scheme whose cache is not made of packed blocks, unlike
-:class:`kvquant.cache.kvquant_cache.KVQuantCache`, implements one or both, and
-evaluation, generation and benchmarks take it as they take the others.
+:class:`kvquant.cache.kvquant_cache.KVQuantCache`, counts its own bytes (:class:`CountedCache`),
+attends by itself (:class:`kvquant.cache.attending.AttendingCache`), or both; evaluation, generation
+and benchmarks take it as they take the others.
 """
 
 from __future__ import annotations
@@ -11,60 +12,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
-from torch import nn
-
-
-class AttendingCache(ABC):
-    """A cache whose layers do the attention themselves, from keys before RoPE.
-
-    Its layers have the method `attend` of :class:`kvquant.cache.block_layer.BlockLayer`. Other
-    caches get keys after RoPE from the model's own attention, as in plain transformers.
-    """
-
-    # The inputs of a forward call of the whole model, until its decoder begins; whoever finds its
-    # own inputs here is part of that call and leaves its end to it.
-    outer: torch.Tensor | None = None
-    within: bool = False  # whether the current call is part of one of the whole model
-    # Rotary embedding of the model it was made for, by which stored keys are turned; None: not said
-    rotary: nn.Module | None = None
-    position_limit: int | None = None  # of the model, as its first call found it
-    protocol: Literal["A", "B"]
-
-    @abstractmethod
-    def begin_forward(
-        self,
-        batch: int,
-        new_len: int,
-        mask: torch.Tensor | None,
-        device: torch.device,
-        positions: torch.Tensor | None = None,
-        *,
-        given: bool = True,
-        held: bool = False,
-    ) -> None:
-        """Told before each forward call which columns are tokens.
-
-        Args:
-            batch: Sequences.
-            new_len: New columns.
-            mask: `[batch_size, columns]` with 1 = token, 0 = padding, or None for no padding.
-            device: Of the model.
-            positions: int64 `[1 or batch_size, new_len]` that the new columns are rotated by, or
-                None: a token's number in its sequence.
-            given: Whether the caller of the model gave the positions; else they are its default.
-            held: The call ends with :meth:`end_forward`, else with its last layer.
-        """
-
-    @abstractmethod
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns seen so far in whole calls, padding included."""
-
-    @abstractmethod
-    def end_forward(self) -> None:
-        """Told after a whole forward call that was begun as `held`; without one, does nothing."""
 
 
 def sequence_indices(

@@ -8,57 +8,46 @@ which columns are tokens (`begin_forward`), so that padding is neither stored no
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
 
+from kvquant.cache.attending import AttendingCache, Extent, Protocol
 from kvquant.cache.block_layer import BlockLayer
 from kvquant.cache.block_store import BlockStore
 from kvquant.cache.call_rope import CallRope
 from kvquant.cache.codec import Codec
-from kvquant.cache.decode_step import KernelSteps, StepTables
+from kvquant.cache.decode_step import StepTables
 from kvquant.cache.forward_call import CallRecord, ForwardCall
-from kvquant.cache.interface import AttendingCache, sequence_indices
+from kvquant.cache.forward_plan import ForwardPlan
+from kvquant.cache.interface import QuantizeClock, sequence_indices
+from kvquant.cache.kept_rope import Table
 from kvquant.cache.late_check import LateCheck
-from kvquant.cache.layout import AppendPlan, Layout, Snapshot, View
+from kvquant.cache.layout import Layout, Snapshot
 from kvquant.cache.outlier_watch import OutlierWatch, widen_codecs
-from kvquant.cache.packed_past import Past
 from kvquant.cache.padding import Padding
-from kvquant.cache.past_pieces import Piece
-from kvquant.cache.past_reader import PastReader
+from kvquant.cache.planner import Planner
 from kvquant.cache.positions import check_batch
 from kvquant.errors import UserError
+from kvquant.formats.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix
 from kvquant.formats.rope import Rope
-from kvquant.kernels.cuda_decode import DecodeStep
-
-Protocol = Literal["A", "B"]
 
 
-# Key elements of a layer that protocol B reads back at once (0.5 GB with the values, in 32 bits).
-MOST_READ_BACK = 1 << 26
-
-
-class KVQuantCache(Cache, AttendingCache):
+class KVQuantCache(AttendingCache[ForwardPlan]):
     """A transformers cache of packed blocks.
 
     Args:
-        codecs: One a layer.
+        codecs: One codec per layer.
         rope: Positions `[1, n]` to the rotary table `(cos, sin)`, each `[1, n, head_dim]`.
-        protocol: "A": the tokens of a call attend to each other in full precision and to the past
-            from the cache (serving). "B": everything is read from the cache (KVQuant's perplexity).
+        protocol: See :class:`AttendingCache`.
         static_rope: Whether a position's rotation is the same however long the sequence; decode
             kernels need that.
         keep_rope: Keep the rotation of each token as it came, because that of a position changes
             from call to call (dynamic scaling).
 
     Attributes:
-        columns: Seen so far in whole calls, padding included.
-        calls: Which call runs, and whether one ended early.
         layout: Where tokens are; shared by all layers.
-        plan: What the layers do in the current call.
-        timed: Synchronise around quantization so that `quantize_seconds` is right on a GPU.
-        quantize_seconds: Time spent in quantize and pack since creation.
     """
 
     def __init__(
@@ -70,34 +59,30 @@ class KVQuantCache(Cache, AttendingCache):
         static_rope: bool = False,
         keep_rope: bool = False,
     ) -> None:
-        if protocol not in ("A", "B"):
-            raise ValueError(f"protocol: must be 'A' or 'B', got {protocol!r}")
         shapes = {(c.sinks, c.block_size, c.residual) for c in codecs}
         if len(shapes) != 1:
             raise ValueError("codecs: all layers need the same sinks, block_size and residual")
-        super().__init__(layers=[BlockLayer(codec, self, i) for i, codec in enumerate(codecs)])
-        self.columns = 0
-        self.calls = CallRecord()
-        self.protocol = protocol
+        extent, clock = Extent(), QuantizeClock()
+        layers = [BlockLayer(codec, extent, clock) for codec in codecs]
+        super().__init__(layers, protocol, extent, clock)
         self.layout = Layout(*shapes.pop())
-        self.timed = False
-        self.quantize_seconds = 0.0
-        self.plan: AppendPlan
+        self.static_rope = static_rope
         self._before = self.layout.view()  # before the current call
-        self.query_positions: torch.Tensor
-        self.new_positions: torch.Tensor | None = None
         self._rope = CallRope(rope, keep=keep_rope, rotated=codecs[0].rotated_keys)
         self._padding = Padding()
-        self._reader = PastReader(simulated=protocol == "B")
         self._watch, self._late = OutlierWatch(), LateCheck()
-        self.static_rope = static_rope
-        # Of a decode step that kernels take: None in other calls.
-        self.steps: StepTables | None = None
-        self.step: DecodeStep
-        self.step_places: torch.Tensor
-        self.captured = False  # a graph plans its calls itself (kvquant.models.graph_decoding)
-        self.query_heads = 0  # learnt from the first call
-        self._kernels = KernelSteps()
+        self._planner = self._new_planner()
+
+    def _new_planner(self, query_heads: int = 0) -> Planner:
+        return Planner(
+            self.layout,
+            self._rope,
+            self.layers[0].store,
+            simulated=self.protocol == "B",
+            static_rope=self.static_rope,
+            storing=self.calls.store,
+            query_heads=query_heads,
+        )
 
     def begin_forward(
         self,
@@ -109,7 +94,7 @@ class KVQuantCache(Cache, AttendingCache):
         *,
         given: bool = True,
         held: bool = False,
-    ) -> None:
+    ) -> ForwardPlan:
         """See :meth:`AttendingCache.begin_forward`; plans where the new tokens go.
 
         Raises:
@@ -117,8 +102,8 @@ class KVQuantCache(Cache, AttendingCache):
                 positions do not fit.
             UserError: An earlier call ended early.
         """
-        if self.captured:
-            return
+        if self.calls.handed is not None:
+            return self.calls.handed
         self.calls.hear(self._watch.check, self._late.check)
         check_batch(positions, batch, new_len, len(self.layout.table))
         before = self.layout.snapshot()
@@ -126,18 +111,15 @@ class KVQuantCache(Cache, AttendingCache):
         self.calls.begin(ForwardCall(len(self.layers), new_len, held, self._undo(before)))
         total = self.columns + new_len
         spans = self._padding.spans(batch, new_len, total, mask)
-        self.query_positions, self.new_positions = self._padding.positions(
-            batch, new_len, total, mask, device
-        )
-        moved = self._rope.begin(
-            positions, given, spans, self._before.lengths, self.query_positions
-        )
+        where = self._padding.positions(batch, new_len, total, mask, device)
+        moved = self._rope.begin(positions, given, spans, self._before.lengths, where[0])
         self._late.note(self._padding.wrong, moved)
-        self.plan = self.layout.append(spans)
-        self._reader.begin(self.layout, self.plan)
-        if self.plan.arena >= 0:
+        append = self.layout.append(spans)
+        if append.arena >= 0:
             self._watch.note_packing()
-        self._begin_step(self.plan.before, device)
+        plan = self._planner.begin(append, *where)
+        self.calls.planned(plan)
+        return plan
 
     def _undo(self, before: Snapshot) -> Callable[[], None]:
         """Puts the cache back as it is now, after a call that has stored nothing."""
@@ -147,109 +129,47 @@ class KVQuantCache(Cache, AttendingCache):
             self.layout.restore(before)
             self._padding = padding
             self._rope.restore(rope)
-            self._forget_tables()
+            self._planner.forget_blocks()
 
         return undo
 
-    def enter(
-        self,
-        layer: int,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer begins its part of the current call; see :meth:`BlockLayer.attend`.
-
-        Returns:
-            The rotary table by which the layer shall rotate the new columns.
-
-        Raises:
-            UserError: There is no call for it.
-        """
-        if self.captured:
-            return rope
-        self.calls.enter(layer, keys.shape[2])
-        self.query_heads = queries.shape[1]
-        return self._rope.table(rope, self.plan.spans, self.plan.before.lengths, queries.dtype)
-
-    def leave(self, layer: int) -> None:
-        """A layer has done its part of the current call."""
-        if not self.captured and self.calls.leave(layer):
-            self.end_forward()
-
-    def end_forward(self) -> None:
-        """Takes the columns of the call in that all layers have stored.
-
-        Raises:
-            UserError: A layer took no part.
-        """
-        if not self.captured and self.calls.end():
-            self.columns += self.query_positions.shape[1]
-            self.calls.close()
+    def meet(
+        self, plan: ForwardPlan, queries: torch.Tensor, keys: torch.Tensor, rope: Table
+    ) -> ForwardPlan:
+        """See :meth:`AttendingCache.meet`."""
+        return self._planner.meet(plan, queries, keys, rope, self._watch.status(keys.device))
 
     def step_tables(self, device: torch.device) -> StepTables | None:
         """The tables of decode kernels, or None where the PyTorch path takes the steps."""
-        if not (self.static_rope and self.protocol == "A" and self._rope.kept is None):
-            return None
-        layer, rope = self.layers[0], self._rope.counted
-        shape = layer.decode_shape(self.query_heads)
-        return self._kernels.tables(shape, self.layout, layer.store, rope, device)
+        return self._planner.step_tables(device)
 
-    def _begin_step(self, before: View, device: torch.device) -> None:
-        self.steps = None
-        if not self.plan.decode or device.type != "cuda":
-            return
-        if (steps := self.step_tables(device)) is None:
-            return
-        self.step_places = steps.take_step(self.layout, before)
-        self.step, self.steps = steps.step(), steps
+    def graph_plan(self, steps: StepTables, positions: torch.Tensor) -> ForwardPlan:
+        """The plan of a step whose lengths advance on the device alone, for a CUDA graph.
+
+        :meth:`count_step` does the host's side after each replay.
+
+        Args:
+            steps: Tables with room for the steps to come.
+            positions: int64 `[batch_size, 1]`, which the graph advances.
+        """
+        return self._planner.graph(steps, positions, self._watch.status(positions.device))
+
+    def planned(self, plan: ForwardPlan) -> AbstractContextManager[None]:
+        """Inside, calls of the model follow a plan of :meth:`graph_plan` and are not counted."""
+        return self.calls.handing(plan)
 
     def count_step(self, steps: StepTables) -> None:
-        """After a replayed step: the host's side of it, and packing of the tails that it filled."""
+        """Does the host's side of a replayed step, and packs the tails that it filled."""
         self.calls.hear(self._watch.check, self._late.check)
         with self.calls.changing("a replayed step"):
-            self.plan = self.layout.append([slice(0, 1)] * len(self.layout.table))
-            if self.plan.arena >= 0:
+            append = self.layout.append([slice(0, 1)] * len(self.layout.table))
+            if append.arena >= 0:
                 self._watch.note_packing()
             steps.count_token()
             for layer in self.layers:
-                layer.store.pack_full(self.plan)
+                layer.store.pack_full(append)
             self._padding.count_token()
-            self.columns += 1
-
-    def pieces(self, queries: torch.Size) -> list[Piece]:
-        """The past that the current call reads, cut so that a piece's scores stay small.
-
-        Args:
-            queries: Shape of the queries, `(batch_size, num_heads, q_len, head_dim)`.
-        """
-        return self._reader.pieces(self._rope.read, queries, self.query_positions.device)
-
-    def token_positions(self) -> torch.Tensor | None:
-        """`new_positions`, or None where all of the call's columns are tokens."""
-        return None if self.plan.whole(self.query_positions.shape[1]) else self.new_positions
-
-    def starts_whole(self, keys: torch.Tensor) -> bool:
-        """Whether the current call is the first, without padding, and small enough to read back.
-
-        Args:
-            keys: Of the current call, `[batch_size, num_kv_heads, new_len, head_dim]`.
-        """
-        first = not any(self.plan.before.lengths) and self.token_positions() is None
-        return first and keys.numel() <= MOST_READ_BACK
-
-    def past(self, queries: torch.Tensor) -> Past | None:
-        """What the Triton kernels need to attend to the past, or None where they do not apply.
-
-        Args:
-            queries: Of the current call, `[batch_size, num_heads, q_len, head_dim]`.
-        """
-        if not self._reader.asked:
-            layer, counted = self.layers[0], self._rope.kept is None
-            plain = counted and not layer.codec.rotated_keys
-            shape = layer.decode_shape(self.query_heads) if plain else None
-            self._reader.find(self._rope.counted, queries, shape, layer.store.kv_heads)
-        return self._reader.past
+            self.extent.columns += 1
 
     def settle(self) -> None:
         """Waits for the device and raises if what it packed so far is not whole.
@@ -266,9 +186,15 @@ class KVQuantCache(Cache, AttendingCache):
         """Gives the next caches of these codecs the room for outliers that this one lacked."""
         widen_codecs(layer.store for layer in self.layers)
 
-    def status(self, device: torch.device) -> torch.Tensor | None:
-        """See :meth:`OutlierWatch.status`."""
-        return self._watch.status(device)
+    def key_outliers(self, layer: int) -> list[BlockedCSCMatrix]:
+        """Exact key outliers in a layer's packed blocks, one matrix per sequence."""
+        store = self.layers[layer].store
+        return [BlockedCSCMatrix(store.outliers("keys", table)) for table in self.layout.table]
+
+    def value_outliers(self, layer: int) -> list[BlockedCSRMatrix]:
+        """Exact value outliers in a layer's packed blocks, one matrix per sequence."""
+        store = self.layers[layer].store
+        return [BlockedCSRMatrix(store.outliers("values", table)) for table in self.layout.table]
 
     @property
     def lengths(self) -> list[int]:
@@ -288,13 +214,13 @@ class KVQuantCache(Cache, AttendingCache):
     def reset(self) -> None:
         """Forgets everything."""
         self.layout = self.layout.empty()
-        self._reader, self._kernels = PastReader(simulated=self.protocol == "B"), KernelSteps()
         self._padding, self._watch, self._late = Padding(), OutlierWatch(), LateCheck()
         self._rope = self._rope.empty()
-        self.columns = 0
+        self.extent.columns = 0
         for layer in self.layers:
             layer.store = BlockStore(layer.codec)
         self.calls = CallRecord()
+        self._planner = self._new_planner()
 
     def _select(self, indices: torch.Tensor) -> None:
         if not self.layout.table:
@@ -302,7 +228,7 @@ class KVQuantCache(Cache, AttendingCache):
         order, before = indices.tolist(), len(self.layout.table)
         with self.calls.changing("choosing or cutting its sequences"):
             self.layout.select(order)
-            self._forget_tables()
+            self._planner.forget_blocks()
             self._padding.select(indices)
             self._rope.select(indices, order)
             for layer in self.layers:
@@ -316,10 +242,6 @@ class KVQuantCache(Cache, AttendingCache):
         if change is not None:
             for layer in self.layers:
                 layer.store.reclaim(change)
-
-    def _forget_tables(self) -> None:
-        self._reader.forget_blocks()
-        self._kernels.forget()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorders the sequences for beam search, if there is one index in range per sequence.
@@ -366,11 +288,11 @@ class KVQuantCache(Cache, AttendingCache):
         with self.calls.changing("choosing or cutting its sequences"):
             lengths = self._padding.crop(keep) or [keep] * len(self.layout.table)
             cuts = self.layout.crop(lengths)
-            self._forget_tables()
+            self._planner.forget_blocks()
             for layer in self.layers:
                 layer.store.uncut(cuts)
             self._reclaim()
-            self.columns = keep
+            self.extent.columns = keep
 
     def copy(self) -> KVQuantCache:
         """A cache that goes on from here, to reuse a prompt; packed blocks are shared."""
@@ -380,14 +302,14 @@ class KVQuantCache(Cache, AttendingCache):
         other._rope, other.layout = rope, self.layout.fork()
         other._padding = self._padding.fork()
         other._watch = self._watch.fork()
-        other.query_heads = self.query_heads
-        other.columns, other.rotary = self.columns, self.rotary
+        other.extent.columns, other.rotary = self.columns, self.rotary
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             theirs.store = mine.store.fork()
+        other._planner = other._new_planner(self._planner.query_heads)
         return other
 
     def __copy__(self) -> KVQuantCache:
-        """See :meth:`copy`; layers know their cache, so that two cannot share them."""
+        """See :meth:`copy`; two caches cannot share layers."""
         return self.copy()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVQuantCache:

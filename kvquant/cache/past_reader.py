@@ -1,85 +1,78 @@
-"""What the layers of a call share to read the past: pieces for PyTorch, tables for kernels.
+"""Decides how a call reads the past: by the Triton kernels, or by PyTorch piece by piece.
 
-Both are worked out once per call, when its first layer asks; block numbers outlive a call.
+That is decided once per call, when its first layer brings queries; block numbers outlive a call.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
 
 import torch
 
-from kvquant.cache.layout import AppendPlan, Layout, View
+from kvquant.cache.call_rope import CallRope
+from kvquant.cache.forward_plan import ForwardPlan, PackedPast, PastPieces
+from kvquant.cache.layout import Layout
 from kvquant.cache.packed_past import Past, block_table, range_blocks
-from kvquant.cache.past_pieces import Piece, cut_past
-from kvquant.formats.rope import Rope
+from kvquant.cache.past_pieces import cut_past
 from kvquant.kernels.cuda_decode import DecodeShape
 from kvquant.kernels.dispatch import use_triton_attention
 
+# Key elements per layer that protocol B reads back at once (0.5 GB with the values, in 32 bits).
+MAX_READ_BACK = 1 << 26
+
 
 class PastReader:
-    """The past of a cache, as the current call reads it.
+    """Reads the past of one cache."""
 
-    Args:
-        simulated: Whether the call's own tokens are read from the cache, too (protocol B).
-    """
-
-    def __init__(self, *, simulated: bool) -> None:
-        self._simulated = simulated
-        self._layout: Layout
-        self._view: View
-        # Of the current call; None and False: not asked yet.
-        self._pieces: list[Piece] | None = None
-        self._past: Past | Literal[False] | None = False
-        self._block_table: tuple[list[int], torch.Tensor | None] | None = None
-
-    def begin(self, layout: Layout, plan: AppendPlan) -> None:
-        """A call begins; what was for an earlier one is forgotten."""
-        self._layout, self._view = layout, plan.after if self._simulated else plan.before
-        self._pieces, self._past = None, False
+    def __init__(self) -> None:
+        # The blocks of each sequence and the table that kernels read; None if it was not needed
+        self._numbers: tuple[list[int], torch.Tensor | None] | None = None
 
     def forget_blocks(self) -> None:
-        """Sequences have other blocks than before."""
-        self._block_table = None
+        """Told when sequences have other blocks than before."""
+        self._numbers = None
 
-    def pieces(self, rope: Rope, queries: torch.Size, device: torch.device) -> list[Piece]:
-        """See :func:`kvquant.cache.past_pieces.cut_past`."""
-        if self._pieces is None:
-            # A step's queries see all that came before; others need their positions compared.
-            causal = self._simulated and queries[2] > 1
-            self._pieces = cut_past(self._layout, self._view, rope, queries, device, causal=causal)
-        return self._pieces
-
-    @property
-    def asked(self) -> bool:
-        """Whether the current call knows if there is a :attr:`past`."""
-        return self._past is not False
-
-    @property
-    def past(self) -> Past | None:
-        """What Triton kernels need, or None where they do not apply."""
-        return None if self._past is False else self._past
-
-    def find(
-        self, rope: Rope, queries: torch.Tensor, shape: DecodeShape | None, kv_heads: int
-    ) -> None:
-        """Finds out whether Triton kernels read the past, and what they need.
+    def path(
+        self,
+        plan: ForwardPlan,
+        layout: Layout,
+        rope: CallRope,
+        shape: DecodeShape | None,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+    ) -> PackedPast | PastPieces:
+        """How a call reads the past.
 
         Args:
-            rope: Of counted positions.
-            queries: `[batch_size, num_heads, q_len, head_dim]`.
-            shape: Of the codec's kernels; None if it has none.
-            kv_heads: Of the cache.
+            plan: The plan of the call.
+            layout: Layout of the cache.
+            rope: Rotation of the tokens.
+            shape: What kernels that read the past are compiled for; None if the codec has none.
+            queries: `[batch_size, num_heads, new_len, head_dim]`.
+            keys: `[batch_size, num_kv_heads, new_len, head_dim]`.
         """
-        self._past, view = None, self._view
-        if shape is None or not use_triton_attention(shape, queries):
-            return
-        if self._block_table is None or self._block_table[0] != view.blocks:
-            table = block_table(self._layout, view.blocks, queries.device)
-            self._block_table = (list(view.blocks), table)
-        numbers = self._block_table[1]
-        if numbers is not None:
-            step = range_blocks(queries.shape[0] * kv_heads, shape, queries.element_size())
-            self._past = Past.make(
-                shape, self._layout, view, numbers, rope, step, causal=self._simulated
-            )  # fmt: skip
+        # A step's queries see all that came before; others need their positions compared.
+        causal = plan.simulated and queries.shape[2] > 1
+        device = plan.query_positions.device
+        cut = functools.partial(
+            cut_past, layout, plan.view, rope.read, queries.shape, device, causal=causal
+        )
+        whole = plan.simulated and plan.first and plan.token_positions is None
+        pieces = PastPieces(functools.cache(cut), whole and keys.numel() <= MAX_READ_BACK)
+        if rope.kept is not None or shape is None or not use_triton_attention(shape, queries):
+            return pieces
+        numbers = self._block_numbers(layout, plan.view.blocks, queries.device)
+        if numbers is None:
+            return pieces
+        step = range_blocks(queries.shape[0] * keys.shape[1], shape, queries.element_size())
+        past = Past.make(
+            shape, layout, plan.view, numbers, rope.counted, step, causal=plan.simulated
+        )
+        return PackedPast(past, pieces)
+
+    def _block_numbers(
+        self, layout: Layout, blocks: list[int], device: torch.device
+    ) -> torch.Tensor | None:
+        if self._numbers is None or self._numbers[0] != blocks:
+            self._numbers = (list(blocks), block_table(layout, blocks, device))
+        return self._numbers[1]

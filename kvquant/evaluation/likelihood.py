@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kvquant.cache.kvquant_cache import Protocol
+from kvquant.cache.attending import Protocol
 from kvquant.models.finite import not_finite
 from kvquant.models.model_call import cache_argument
 

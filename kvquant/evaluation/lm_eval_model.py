@@ -25,7 +25,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import model_registry, register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from kvquant.cache.kvquant_cache import Protocol
+from kvquant.cache.attending import Protocol
 from kvquant.errors import UserError
 from kvquant.evaluation.chat import has_template, with_fixed_day
 from kvquant.evaluation.likelihood import score

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
+from kvquant.cache.attending import Protocol
 from kvquant.cache.footprint import cache_elements, cache_nbytes, shared_nbytes
-from kvquant.cache.kvquant_cache import Protocol
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
 from kvquant.models.finite import not_finite

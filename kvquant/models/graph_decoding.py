@@ -7,6 +7,7 @@ the step. The graph is captured anew only where a table outgrew its room.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,21 @@ import torch
 from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.energy.gpus import devices_of
 from kvquant.models.model_call import cache_argument
+
+
+@dataclass(frozen=True)
+class CapturedStep:
+    """A captured graph.
+
+    Attributes:
+        graph: The work of one step.
+        logits: `[batch_size, vocab_size]`, where each replay writes them.
+        addresses: Addresses of the tables that the graph reads.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor
+    addresses: tuple[int, ...]
 
 
 class GraphedDecoder:
@@ -44,35 +60,39 @@ class GraphedDecoder:
         self._tokens = torch.zeros((batch, 1), dtype=torch.long, device=device)
         lengths = torch.tensor(cache.lengths, device=device)[:, None]
         self._positions = lengths.long()
-        self._logits: torch.Tensor
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._captured: tuple[int, ...] = ()
+        self._captured: CapturedStep | None = None
 
-    def _work(self) -> None:
-        cache = self._cache
-        cache.step_places = self._steps.take_places()
-        output = self._model(
-            input_ids=self._tokens,
-            position_ids=self._positions,
-            **cache_argument(self._model, cache),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self._logits = output.logits[:, -1]
+    def _work(self) -> torch.Tensor:
+        """A step of the model by a plan that reads all lengths on the device; gives its logits."""
+        plan = self._cache.graph_plan(self._steps, self._positions)
+        with self._cache.planned(plan):
+            output = self._model(
+                input_ids=self._tokens,
+                position_ids=self._positions,
+                **cache_argument(self._model, self._cache),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits: torch.Tensor = output.logits[:, -1]
         self._positions += 1
+        return logits
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> CapturedStep:
         """Tables in line with the layout, and a graph that reads them."""
-        cache, layout = self._cache, self._cache.layout
+        cache, layout, captured = self._cache, self._cache.layout, self._captured
         blocks = [len(t) for t in layout.table]
-        if self._graph is None:
+        if captured is None:
             self._steps.reserve(layout, max(blocks) + self._room)
         self._steps.write(layout, blocks, layout.tails)
         arenas = [layer.store.arena_table() for layer in cache.layers]
         now = (*self._steps.addresses(), *(t.data_ptr() for t in arenas if t is not None))
-        if self._graph is not None and now == self._captured:
-            return
-        cache.step, cache.steps = self._steps.step(whole=True), self._steps
+        if captured is None or now != captured.addresses:
+            captured = self._captured = None  # its memory is free for the next one
+            captured = self._captured = self._capture(now)
+        return captured
+
+    def _capture(self, addresses: tuple[int, ...]) -> CapturedStep:
+        """Captures the graph of a step, after one that warms up, and undoes what they counted."""
         lengths, positions = self._steps.lengths.clone(), self._positions.clone()
 
         def undo() -> None:  # what a step wrote into the tails is written again
@@ -85,15 +105,15 @@ class GraphedDecoder:
             self._work()
             undo()
         torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._work()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._work()
         undo()
-        self._captured = now
+        return CapturedStep(graph, logits, addresses)
 
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """One token a sequence.
+        """One token per sequence.
 
         Args:
             tokens: int64 `[batch_size, 1]`.
@@ -101,15 +121,9 @@ class GraphedDecoder:
         Returns:
             Logits `[batch_size, vocab_size]`, overwritten by the next step.
         """
-        cache = self._cache
-        cache.captured = True
-        try:
-            with torch.cuda.device_of(self._tokens):  # where the graph is captured and runs
-                self._prepare()
-                assert self._graph is not None
-                self._tokens.copy_(tokens)
-                self._graph.replay()
-        finally:
-            cache.captured, cache.steps = False, None
-        cache.count_step(self._steps)
-        return self._logits
+        with torch.cuda.device_of(self._tokens):  # where the graph is captured and runs
+            captured = self._prepare()
+            self._tokens.copy_(tokens)
+            captured.graph.replay()
+        self._cache.count_step(self._steps)
+        return captured.logits

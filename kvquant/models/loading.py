@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvquant.cache.attending import AttendingCache, Protocol
 from kvquant.cache.codec import Codec
 from kvquant.cache.fp16_layer import new_baseline_cache
-from kvquant.cache.interface import AttendingCache
-from kvquant.cache.kvquant_cache import KVQuantCache, Protocol
+from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.errors import UserError
 from kvquant.fetch.file_hashes import FileHashes
 from kvquant.fetch.model_manifest import ModelManifest as ModelManifest

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from kvquant.cache.interface import AttendingCache
+from kvquant.cache.attending import AttendingCache
 from kvquant.errors import UserError
 
 CACHE_NAMES = ("cache", "past_key_values")  # newest first

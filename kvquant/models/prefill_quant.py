@@ -19,17 +19,16 @@ _KNOWN = _USED | {"position_ids", "use_cache", "output_attentions", "output_hidd
 
 @torch.compiler.disable(reason="the cache plans on the host and changes its shapes as it grows")
 def _attend(module: Any, cache: Any, *args: Any) -> torch.Tensor:
-    """See :meth:`kvquant.cache.block_layer.BlockLayer.attend`.
+    """See :meth:`kvquant.cache.attending.AttendingCache.attend`.
 
-    In a compiled model the graph ends here and goes on after. The layer is looked up in here, so
-    that compiled code serves all layers. Kernels are launched on the layer's own GPU, whichever is
-    the process's current one. Gradients are those of a first call that attends in full precision,
-    or refused.
+    In a compiled model the graph ends here and goes on after. The layer's number is looked up in
+    here, so that compiled code serves all layers. Kernels are launched on the layer's own GPU,
+    whichever is the process's current one. Gradients are those of a first call that attends in full
+    precision, or refused.
     """
-    layer = cache.layers[module.layer_idx]
     exact = cache.protocol == "A" and not cache.get_seq_length()
     with torch.cuda.device_of(args[0]):
-        output: torch.Tensor = layer.attend(*args)
+        output: torch.Tensor = cache.attend(module.layer_idx, *args)
     return output if exact else without_gradient(output, *args[:3])
 
 

@@ -30,20 +30,24 @@ fixed width (42 entries a token), which changes the numbers where a token has mo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvquant.cache.block_layer import FullAttention
-from kvquant.cache.forward_call import CallRecord, ForwardCall
-from kvquant.cache.interface import (
+from kvquant.cache.attending import (
     AttendingCache,
-    CountedCache,
-    QuantizeClock,
-    sequence_indices,
+    AttendingLayer,
+    CallPlan,
+    Extent,
+    FullAttention,
+    NewTokens,
+    Protocol,
 )
-from kvquant.cache.kvquant_cache import Protocol
+from kvquant.cache.forward_call import CallRecord, ForwardCall
+from kvquant.cache.interface import CountedCache, QuantizeClock, sequence_indices
+from kvquant.cache.kept_rope import Table
 from kvquant.cache.layout import Span
 from kvquant.cache.padding import host_mask
 from kvquant.cache.positions import Shifts, shifts
@@ -55,157 +59,109 @@ from kvquant.schemes.registry import CacheFactory, ModelShape
 from kvquant.study.schemes import KvquantRefScheme
 
 
-class ReferenceLayer(CacheLayerMixin):
-    """A layer of :class:`ReferenceCache`: one store a sequence."""
+@dataclass(frozen=True)
+class ReferencePlan(CallPlan):
+    """What every layer does in one call.
 
-    is_sliding = False
-    is_compileable = False
+    Attributes:
+        spans: Columns of each sequence that are tokens.
+        new_positions: int64 `[batch_size, new_len]`, positions as keys; `NEVER` for padding.
+        key_positions: int64 `[1, columns]`, positions of all keys.
+        key_rope: Rotary table of `key_positions`.
+        simulated: Whether the call's own tokens are read from the cache, too (protocol B).
+        mask: bool `[batch_size, columns]` on the host after the call; None if all are tokens.
+        shifts: Shifts of positions after the call.
+        storing: To be called before anything is stored: the call cannot be undone from then on.
+    """
+
+    spans: list[Span]
+    new_positions: torch.Tensor
+    key_positions: torch.Tensor
+    key_rope: Table
+    simulated: bool
+    mask: torch.Tensor | None
+    shifts: Shifts
+    storing: Callable[[], None]
+
+
+class ReferenceLayer(AttendingLayer[ReferencePlan]):
+    """A layer of :class:`ReferenceCache`: one store per sequence.
+
+    Args:
+        tables: Calibration of the layer.
+        extent: See :class:`AttendingLayer`.
+        clock: See :class:`AttendingLayer`.
+    """
+
     is_croppable = False
-    supports_early_init = False
 
-    def __init__(self, tables: ReferenceTables, owner: ReferenceCache, number: int) -> None:
-        super().__init__()
-        self.number = number
+    def __init__(self, tables: ReferenceTables, extent: Extent, clock: QuantizeClock) -> None:
+        super().__init__(extent, clock)
         self.tables = tables
-        self._owner = owner
         self.stores: list[SequenceStore] = []
 
     def attend(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        scaling: float,
-        full: FullAttention,
+        self, plan: ReferencePlan, new: NewTokens, scaling: float, full: FullAttention
     ) -> torch.Tensor:
-        """See :meth:`kvquant.cache.block_layer.BlockLayer.attend`."""
-        calls = self._owner.calls
-        calls.enter(self.number, keys.shape[2])
-        out = self._attend(queries, keys, values, rope, scaling, full)
-        if calls.leave(self.number):
-            self._owner.end_forward()
+        """See :meth:`AttendingLayer.attend`."""
+        if plan.simulated:
+            self._append(plan, new)
+            return self._read(plan, new, scaling)
+        if any(store.length for store in self.stores):
+            out = self._read(plan, new, scaling)
+        else:
+            out = full(new.queries, new.rotated_keys, new.values)
+        self._append(plan, new)
         return out
 
-    def _attend(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        scaling: float,
-        full: FullAttention,
-    ) -> torch.Tensor:
-        """See :meth:`attend`."""
-        owner = self._owner
-        if owner.counted_rope is not None:
-            rope = (owner.counted_rope[0].to(keys.dtype), owner.counted_rope[1].to(keys.dtype))
-        turned, queries = rotate(keys, *rope), rotate(queries, *rope)
-        simulated = owner.protocol == "B"
-        if not simulated and not any(store.length for store in self.stores):
-            out = full(queries, turned, values)
-            self._append(keys, turned, values)
-            return out
-        if simulated:
-            self._append(keys, turned, values)
+    def _read(self, plan: ReferencePlan, new: NewTokens, scaling: float) -> torch.Tensor:
+        """Attention over what is stored, one sequence after the other."""
         parts = []
         for b, store in enumerate(self.stores):
-            positions = owner.query_positions[b : b + 1]
-            attention = BlockwiseAttention(queries[b : b + 1], positions, keys.shape[1], scaling)
+            row = slice(b, b + 1)
+            positions, heads = plan.query_positions[row], new.keys.shape[1]
+            attention = BlockwiseAttention(new.queries[row], positions, heads, scaling)
             for first, k, v, rotated in store.pieces():
                 where = slice(first, first + k.shape[2])
-                cos, sin = owner.rope_table
+                cos, sin = plan.key_rope
                 k = k if rotated else rotate(k, cos[:, where], sin[:, where])
-                attention.add(k, v, owner.key_positions[:, where] if simulated else None)
-            if not simulated:
-                seen = owner.new_positions[b : b + 1]
-                attention.add(turned[b : b + 1], values[b : b + 1], seen)
+                attention.add(k, v, plan.key_positions[:, where] if plan.simulated else None)
+            if not plan.simulated:
+                attention.add(new.rotated_keys[row], new.values[row], plan.new_positions[row])
             parts.append(attention.result())
-        if not simulated:
-            self._append(keys, turned, values)
         return torch.cat(parts)
 
     @torch.inference_mode()
-    def _append(self, keys: torch.Tensor, turned: torch.Tensor, values: torch.Tensor) -> None:
+    def _append(self, plan: ReferencePlan, new: NewTokens) -> None:
         """Packs the call's tokens, one sequence after the other."""
-        kind = keys.dtype if keys.dtype is torch.bfloat16 else torch.float16
-        self._owner.calls.store()
-        with self._owner.measure(keys.device):
-            for b, span in enumerate(self._owner.spans):
-                k, r, v = (x[b][:, span].to(kind) for x in (keys, turned, values))
+        kind = new.keys.dtype if new.keys.dtype is torch.bfloat16 else torch.float16
+        plan.storing()
+        with self.clock.measure(new.keys.device):
+            for b, span in enumerate(plan.spans):
+                given = (new.keys, new.rotated_keys, new.values)
+                keys, rotated, values = (x[b][:, span].to(kind) for x in given)
                 if len(self.stores) <= b:
-                    self.stores.append(SequenceStore(self.tables, k))
-                self.stores[b].append(k, r, v)
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do."""
-
-    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Not available: an attention that does not know the cache would read it wrongly."""
-        raise RuntimeError(
-            "ReferenceCache needs the attention of kvquant: load the model through "
-            "kvquant.models.loading.load_quantized_model"
-        )
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences; -1 before the first call."""
-        return len(self.stores) or -1
-
-    def get_seq_length(self) -> int:
-        """Columns seen so far, padding included, as transformers counts."""
-        return self._owner.columns
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """No maximum (older name)."""
-        return -1
-
-    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
-        """Key length and offset for the attention mask of a call with `query_length` columns."""
-        if isinstance(query_length, torch.Tensor):
-            query_length = query_length.shape[0]
-        return self._owner.columns + query_length, 0
+                    self.stores.append(SequenceStore(self.tables, keys))
+                self.stores[b].append(keys, rotated, values)
 
 
-class ReferenceCache(Cache, AttendingCache, QuantizeClock, CountedCache):
+class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
     """KVQuant's cache (see the module).
 
     Args:
-        tables: One a layer.
+        tables: One table per layer.
         rope: Positions `[1, n]` to the rotary table `(cos, sin)`, each `[1, n, head_dim]`.
-        protocol: As of :class:`kvquant.cache.kvquant_cache.KVQuantCache`.
-
-    Attributes:
-        columns: Seen so far in whole calls, padding included.
-        calls: Which call runs, and whether one ended early.
-        spans: Columns of the current call that are tokens, of each sequence.
+        protocol: See :class:`AttendingCache`.
     """
 
     def __init__(self, tables: list[ReferenceTables], rope: Rope, protocol: Protocol = "A") -> None:
-        if protocol not in ("A", "B"):
-            raise ValueError(f"protocol: must be 'A' or 'B', got {protocol!r}")
-        QuantizeClock.__init__(self)
-        Cache.__init__(self, layers=[ReferenceLayer(t, self, i) for i, t in enumerate(tables)])
-        self.columns = 0
-        self.calls = CallRecord()
-        self.protocol = protocol
+        extent, clock = Extent(), QuantizeClock()
+        layers = [ReferenceLayer(t, extent, clock) for t in tables]
+        super().__init__(layers, protocol, extent, clock)
         self._rope = rope
-        self.spans: list[Span] = []
-        self.query_positions: torch.Tensor
-        self.new_positions: torch.Tensor
-        self.key_positions: torch.Tensor
-        self.rope_table: tuple[torch.Tensor, torch.Tensor]
         # bool [batch_size, columns] on the host; None as long as all are tokens
         self._mask: torch.Tensor | None = None
-        self._new_mask: torch.Tensor | None = None
         self._shifts: Shifts | None = None  # of positions, before the first call
-        self._new_shifts: Shifts | None = None
-        # Of the current call, where the model's positions are shifted
-        self.counted_rope: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def begin_forward(
         self,
@@ -217,7 +173,7 @@ class ReferenceCache(Cache, AttendingCache, QuantizeClock, CountedCache):
         *,
         given: bool = True,
         held: bool = False,
-    ) -> None:
+    ) -> ReferencePlan:
         """See :meth:`AttendingCache.begin_forward`; waits for the device, as the public code does.
 
         Raises:
@@ -225,64 +181,87 @@ class ReferenceCache(Cache, AttendingCache, QuantizeClock, CountedCache):
             UserError: An earlier call ended early.
         """
         self.calls.check()
-        past = self.columns
-        self._new_mask = None
         lengths = [store.length for store in self.layers[0].stores] or [0] * batch
         if len(lengths) != batch:
             raise ValueError(f"input_ids: a batch of {batch}, but the cache holds {len(lengths)}")
-        total = past + new_len
-        counted = torch.arange(past, total, device=device).expand(batch, -1)
-        self.query_positions = self.new_positions = counted
-        self.spans = [slice(0, new_len)] * batch
+        past, total = self.columns, self.columns + new_len
+        queries = keys = torch.arange(past, total, device=device).expand(batch, -1)
+        spans: list[Span] = [slice(0, new_len)] * batch
+        new_mask = None
         if mask is None and self._mask is not None:
             raise ValueError("attention_mask: needed for every call of a padded batch")
         if mask is not None:
-            if mask.dim() != 2 or tuple(mask.shape) != (batch, total):
-                raise ValueError(
-                    f"attention_mask: shape {tuple(mask.shape)}, expected {(batch, total)}"
-                )
-            host = host_mask(mask)
-            known = torch.ones_like(host[:, :past]) if self._mask is None else self._mask
-            if not torch.equal(host[:, :past], known):
-                raise ValueError(
-                    "attention_mask: an earlier column was a token and is padding now, or was "
-                    "padding and is a token now; keep the earlier columns"
-                )
-            self._new_mask = None if bool(host.all()) else host
+            host = self._host_mask(mask, batch, total)
+            new_mask = None if bool(host.all()) else host
             counts = mask.bool().long().cumsum(1)
-            self.query_positions = (counts[:, past:] - 1).clamp(min=0)
-            new = mask[:, past:].bool()
-            self.new_positions = torch.where(new, self.query_positions, NEVER)
-            self.spans = [_span(row) for row in host[:, past:]]
-        self._take_positions(positions, given, lengths)
+            queries = (counts[:, past:] - 1).clamp(min=0)
+            keys = torch.where(mask[:, past:].bool(), queries, NEVER)
+            spans = [_span(row) for row in host[:, past:]]
+        followed, shifted = self._follow(positions, given, spans, lengths)
         self.calls.begin(ForwardCall(len(self.layers), new_len, held, lambda: None))
-        self.key_positions = torch.arange(total, device=device)[None]
-        self.rope_table = self._rope(self.key_positions)
+        key_positions = torch.arange(total, device=device)[None]
+        plan = ReferencePlan(
+            query_positions=queries,
+            rope=self._rope(queries) if shifted else None,
+            spans=spans,
+            new_positions=keys,
+            key_positions=key_positions,
+            key_rope=self._rope(key_positions),
+            simulated=self.protocol == "B",
+            mask=new_mask,
+            shifts=followed,
+            storing=self.calls.store,
+        )
+        self.calls.planned(plan)
+        return plan
 
-    def _take_positions(
-        self, positions: torch.Tensor | None, given: bool, lengths: list[int]
-    ) -> None:
+    def _host_mask(self, mask: torch.Tensor, batch: int, total: int) -> torch.Tensor:
+        """The mask of a call on the host, if it goes on from the earlier ones."""
+        if mask.dim() != 2 or tuple(mask.shape) != (batch, total):
+            raise ValueError(
+                f"attention_mask: shape {tuple(mask.shape)}, expected {(batch, total)}"
+            )
+        host, past = host_mask(mask), self.columns
+        known = torch.ones_like(host[:, :past]) if self._mask is None else self._mask
+        if not torch.equal(host[:, :past], known):
+            raise ValueError(
+                "attention_mask: an earlier column was a token and is padding now, or was "
+                "padding and is a token now; keep the earlier columns"
+            )
+        return host
+
+    def _follow(
+        self, positions: torch.Tensor | None, given: bool, spans: list[Span], lengths: list[int]
+    ) -> tuple[Shifts, bool]:
+        """The shifts after a call, and whether its positions are not the numbers of its tokens."""
         old = self._shifts or Shifts([0] * len(lengths), True)
-        self._new_shifts, self.counted_rope = old, None
         if positions is None:
-            return
-        new = shifts(positions, self.spans, lengths)
+            return old, False
+        new = shifts(positions, spans, lengths)
         followed = None if new is None else old.follow(new, lengths, given)
         if new is None or followed is None:
             raise ValueError(
                 "position_ids: KVQuant's cache counts the tokens of a sequence and takes no "
                 "positions that jump; pass attention_mask.cumsum(1) - 1 of the new columns"
             )
-        self._new_shifts = followed
-        if any(new):
-            self.counted_rope = self._rope(self.query_positions)
+        return followed, any(new)
 
-    def end_forward(self) -> None:
-        """See :meth:`AttendingCache.end_forward`."""
-        if self.calls.end():
-            self.columns += self.query_positions.shape[1]
-            self._mask, self._shifts = self._new_mask, self._new_shifts
-            self.calls.close()
+    def meet(
+        self, plan: ReferencePlan, queries: torch.Tensor, keys: torch.Tensor, rope: Table
+    ) -> ReferencePlan:
+        """See :meth:`AttendingCache.meet`."""
+        if plan.rope is None:
+            return plan
+        return replace(plan, rope=(plan.rope[0].to(keys.dtype), plan.rope[1].to(keys.dtype)))
+
+    def ended(self, plan: ReferencePlan) -> None:
+        """See :meth:`AttendingCache.ended`."""
+        self._mask, self._shifts = plan.mask, plan.shifts
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences; -1 before the first call."""
+        return len(self.layers[0].stores) or -1
 
     def _choose(self, order: list[int]) -> None:
         if not self.layers[0].stores:
@@ -308,14 +287,14 @@ class ReferenceCache(Cache, AttendingCache, QuantizeClock, CountedCache):
         self.calls.check()
         tables = [layer.tables for layer in self.layers]
         other = ReferenceCache(tables, self._rope, self.protocol)
-        other.columns, other.rotary = self.columns, self.rotary
+        other.extent.columns, other.rotary = self.columns, self.rotary
         other._mask, other._shifts = self._mask, self._shifts
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             theirs.stores = [store.fork() for store in mine.stores]
         return other
 
     def __copy__(self) -> ReferenceCache:
-        """See :meth:`copy`; layers know their cache, so that two cannot share them."""
+        """See :meth:`copy`; two caches cannot share layers."""
         return self.copy()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReferenceCache:
@@ -324,8 +303,8 @@ class ReferenceCache(Cache, AttendingCache, QuantizeClock, CountedCache):
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.columns, self.calls = 0, CallRecord()
-        self._mask = self._new_mask = self._shifts = self._new_shifts = None
+        self.extent.columns, self.calls = 0, CallRecord()
+        self._mask = self._shifts = None
         for layer in self.layers:
             layer.stores = []
 

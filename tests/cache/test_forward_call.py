@@ -137,7 +137,7 @@ def test_a_plan_that_is_half_made_is_undone(monkeypatch: pytest.MonkeyPatch) -> 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_begin_step", stop)
+        patch.setattr(cache._planner, "begin", stop)
         for _ in range(3):
             with pytest.raises(KeyboardInterrupt):
                 step(qm.model, cache, ids(2, 100))

@@ -61,7 +61,7 @@ def test_a_first_call_is_read_back_at_once_or_in_pieces(
     ids = torch.randint(0, 97, (3, 150))
     found = []
     for most in (1 << 26, 0):
-        monkeypatch.setattr("kvquant.cache.kvquant_cache.MOST_READ_BACK", most)
+        monkeypatch.setattr("kvquant.cache.past_reader.MAX_READ_BACK", most)
         found.append(feed(qm, ids, None, [150], "B"))
     (at_once, one), (in_pieces, other) = found
     torch.testing.assert_close(at_once, in_pieces, atol=1e-4, rtol=1e-4)

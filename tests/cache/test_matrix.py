@@ -104,11 +104,15 @@ class Run:
             self.cache.begin_forward(len(rows), stop - first, seen, torch.device("cpu"))
             part = slice(first, stop)
             new_mask = mask[:, part].bool()
-            turned = tuple(x.to(given[0].dtype) for x in rope(positions[:, part], dim))
+            cos, sin = (x.to(given[0].dtype) for x in rope(positions[:, part], dim))
+            queries, keys, values = (x[:, :, part] for x in given)
             with torch.inference_mode():
-                out = self.cache.layers[0].attend(
-                    *(x[:, :, part] for x in given),
-                    turned,
+                out = self.cache.attend(
+                    0,
+                    queries,
+                    keys,
+                    values,
+                    (cos, sin),
                     dim**-0.5,
                     functools.partial(full_attention, new_mask, dim**-0.5),
                 )
@@ -130,12 +134,12 @@ class Run:
         assert layer.get_seq_length() == self.ends[-1]
 
     def check_outliers(self, b: int, row: Sequence) -> None:
-        layer, part = self.cache.layers[0], row.packed(row.length)
+        part = row.packed(row.length)
         if part.stop == part.start:
             return
         found = (
-            (layer.key_outliers[b].to_standard_csc().to_dense().T, row.key_outliers, 0),
-            (layer.value_outliers[b].to_standard_csr().to_dense(), row.value_outliers, 1),
+            (self.cache.key_outliers(0)[b].to_standard_csc().to_dense().T, row.key_outliers, 0),
+            (self.cache.value_outliers(0)[b].to_standard_csr().to_dense(), row.value_outliers, 1),
         )
         for dense, aside, which in found:
             want = torch.where(aside, row.rounded[which], 0)[part].flatten(1)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kvquant.cache import packed_past
+from kvquant.cache.forward_plan import PackedPast
 from kvquant.cache.packed_past import range_blocks
 from kvquant.kernels.cuda_decode import DecodeShape
 from kvquant.kernels.dispatch import use_triton_attention
@@ -118,7 +119,15 @@ def test_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
 def logits(qm: QuantizedModel, ids: torch.Tensor, mask: Any, chunks: list[int], proto: Any) -> Any:
     cache, out, at = qm.new_cache(proto), [], 0
     places = (mask.cumsum(1) - 1).clamp(min=0)
-    used = 0
+    used, plain = 0, cache.meet
+
+    def meet(*args: Any) -> Any:
+        nonlocal used
+        plan = plain(*args)
+        used += isinstance(plan.path, PackedPast)
+        return plan
+
+    cache.meet = meet
     for size in chunks:
         part = slice(at, at + size)
         result = qm.model(
@@ -128,7 +137,6 @@ def logits(qm: QuantizedModel, ids: torch.Tensor, mask: Any, chunks: list[int], 
             past_key_values=cache,
             use_cache=True,
         )
-        used += bool(cache._reader._past)
         out.append(result.logits)
         at += size
     return torch.where(mask[..., None].bool(), torch.cat(out, 1), 0), used

@@ -1,0 +1,296 @@
+"""Caches whose layers do the attention themselves, and what every one of them does alike.
+
+The model's hooks begin and end a forward call (:mod:`kvquant.models.hooks`); its attention modules
+hand their queries, keys and values to :meth:`AttendingCache.attend`. One plan per call says what to
+do, and each layer gets it as an argument: a layer knows its tensors and no cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvquant.cache.forward_call import CallRecord
+from kvquant.cache.interface import QuantizeClock
+from kvquant.cache.kept_rope import Table
+from kvquant.formats.rope import rotate
+
+Protocol = Literal["A", "B"]
+FullAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """What the plan of a forward call says in every cache.
+
+    Attributes:
+        query_positions: int64 `[batch_size, new_len]`, numbers of the new columns in their
+            sequences.
+        rope: Rotary table of the new columns where it is not the model's, `[batch_size, new_len,
+            head_dim]` each.
+    """
+
+    query_positions: torch.Tensor
+    rope: Table | None
+
+
+Plan = TypeVar("Plan", bound=CallPlan)
+
+
+class NewTokens:
+    """The new columns of a call as one layer gets them.
+
+    Args:
+        queries: Before RoPE, `[batch_size, num_heads, new_len, head_dim]`.
+        keys: Before RoPE, `[batch_size, num_kv_heads, new_len, head_dim]`.
+        values: The same shape.
+        rope: Rotary table, `[1 or batch_size, new_len, head_dim]` each.
+
+    Attributes:
+        queries: After RoPE.
+    """
+
+    def __init__(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rope: Table
+    ) -> None:
+        self.queries = rotate(queries, *rope)
+        self.keys = keys
+        self.values = values
+        self._rope = rope
+
+    @functools.cached_property
+    def rotated_keys(self) -> torch.Tensor:
+        """The keys after RoPE, which not every path needs."""
+        return rotate(self.keys, *self._rope)
+
+
+@dataclass
+class Extent:
+    """How far all layers of a cache have come; the cache counts, its layers read.
+
+    Attributes:
+        columns: Columns seen in whole calls, padding included.
+    """
+
+    columns: int = 0
+
+
+class AttendingLayer(CacheLayerMixin, Generic[Plan]):
+    """One layer of an :class:`AttendingCache`.
+
+    Args:
+        extent: The extent that the cache counts.
+        clock: The clock of quantization.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, extent: Extent, clock: QuantizeClock) -> None:
+        super().__init__()
+        self._extent = extent
+        self.clock = clock
+
+    @abstractmethod
+    def attend(
+        self, plan: Plan, new: NewTokens, scaling: float, full: FullAttention
+    ) -> torch.Tensor:
+        """Attention of a call's queries; stores the call's keys and values.
+
+        Args:
+            plan: The plan of the call, the same for all layers.
+            new: The layer's queries, keys and values.
+            scaling: Factor of the scores.
+            full: Attention of rotated queries, keys and values of this call alone, causal and
+                masked; used where there is no past to read, or it is what this call just stored.
+
+        Returns:
+            `[batch_size, new_len, num_heads, head_dim]`.
+        """
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: a layer allocates with its first tokens."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Not available: an attention that does not know the cache would read it wrongly."""
+        raise RuntimeError(
+            "a quantized cache needs the attention of kvquant: load the model through "
+            "kvquant.models.loading.load_quantized_model"
+        )
+
+    def get_seq_length(self) -> int:
+        """Columns seen so far, padding included, as transformers counts."""
+        return self._extent.columns
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """No maximum (older name)."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        """Key length and offset for the attention mask of a call with `query_length` columns."""
+        if isinstance(query_length, torch.Tensor):
+            query_length = query_length.shape[0]
+        return self._extent.columns + query_length, 0
+
+
+class AttendingCache(Cache, ABC, Generic[Plan]):
+    """A cache whose layers do the attention themselves, from keys before RoPE.
+
+    Other caches get keys after RoPE from the model's own attention, as in plain transformers.
+
+    Args:
+        layers: The layers, which share `extent` and `clock`.
+        protocol: "A": the tokens of a call attend to each other in full precision and to the past
+            from the cache (serving). "B": everything is read from the cache (KVQuant's perplexity).
+        extent: The extent that the cache counts.
+        clock: The clock of quantization.
+
+    Attributes:
+        calls: Which call runs, its plan, and whether one ended early.
+    """
+
+    # The inputs of a forward call of the whole model, until its decoder begins; whoever finds its
+    # own inputs here is part of that call and leaves its end to it.
+    outer: torch.Tensor | None = None
+    within: bool = False  # whether the current call is part of one of the whole model
+    # Rotary embedding of the model it was made for, by which stored keys are turned; None: not said
+    rotary: nn.Module | None = None
+    position_limit: int | None = None  # of the model, as its first call found it
+
+    def __init__(
+        self,
+        layers: Sequence[AttendingLayer[Plan]],
+        protocol: Protocol,
+        extent: Extent,
+        clock: QuantizeClock,
+    ) -> None:
+        if protocol not in ("A", "B"):
+            raise ValueError(f"protocol: must be 'A' or 'B', got {protocol!r}")
+        super().__init__(layers=list(layers))
+        self.protocol = protocol
+        self.extent = extent
+        self.clock = clock
+        self.calls: CallRecord[Plan] = CallRecord()
+
+    @abstractmethod
+    def begin_forward(
+        self,
+        batch: int,
+        new_len: int,
+        mask: torch.Tensor | None,
+        device: torch.device,
+        positions: torch.Tensor | None = None,
+        *,
+        given: bool = True,
+        held: bool = False,
+    ) -> Plan:
+        """Begins a forward call, once which columns are tokens is known; makes its plan.
+
+        Args:
+            batch: Sequences.
+            new_len: New columns.
+            mask: `[batch_size, columns]` with 1 = token, 0 = padding, or None for no padding.
+            device: Device of the model.
+            positions: int64 `[1 or batch_size, new_len]` that the new columns are rotated by, or
+                None: a token's number in its sequence.
+            given: Whether the caller of the model gave the positions; else they are its default.
+            held: The call ends with :meth:`end_forward`, else with its last layer.
+        """
+
+    @abstractmethod
+    def meet(self, plan: Plan, queries: torch.Tensor, keys: torch.Tensor, rope: Table) -> Plan:
+        """The plan of the call that runs, completed by what its first layer brings.
+
+        Args:
+            plan: The plan that :meth:`begin_forward` made.
+            queries: Before RoPE, `[batch_size, num_heads, new_len, head_dim]`.
+            keys: Before RoPE, `[batch_size, num_kv_heads, new_len, head_dim]`.
+            rope: The model's rotary table, `[1 or batch_size, new_len, head_dim]` each.
+        """
+
+    def attend(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rope: Table,
+        scaling: float,
+        full: FullAttention,
+    ) -> torch.Tensor:
+        """A layer's part of the current call: attention of its queries, and storing what is new.
+
+        Args:
+            layer: Number of the layer.
+            queries: Before RoPE, `[batch_size, num_heads, new_len, head_dim]`.
+            keys: New keys before RoPE, `[batch_size, num_kv_heads, new_len, head_dim]`.
+            values: New values, the same shape.
+            rope: The model's rotary table, `[1 or batch_size, new_len, head_dim]` each.
+            scaling: Factor of the scores.
+            full: See :meth:`AttendingLayer.attend`.
+
+        Returns:
+            `[batch_size, new_len, num_heads, head_dim]`.
+
+        Raises:
+            UserError: There is no call, and so no plan, for the layer.
+        """
+        plan, first = self.calls.enter(layer, keys.shape[2])
+        if first:
+            plan = self.meet(plan, queries, keys, rope)
+            self.calls.planned(plan)
+        new = NewTokens(queries, keys, values, rope if plan.rope is None else plan.rope)
+        out: torch.Tensor = self.layers[layer].attend(plan, new, scaling, full)
+        if self.calls.leave(layer):
+            self.end_forward()
+        return out
+
+    def end_forward(self) -> None:
+        """Takes in the columns of the call that runs; without one, does nothing.
+
+        Raises:
+            UserError: A layer took no part.
+        """
+        plan = self.calls.end()
+        if plan is not None:
+            self.extent.columns += plan.query_positions.shape[1]
+            self.ended(plan)
+            self.calls.close()
+
+    def ended(self, plan: Plan) -> None:
+        """Takes over what the plan of a whole call says of the calls to come."""
+
+    @property
+    def columns(self) -> int:
+        """Columns seen so far in whole calls, padding included."""
+        return self.extent.columns
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen so far in whole calls, padding included."""
+        return self.extent.columns
+
+    @property
+    def timed(self) -> bool:
+        """Whether to synchronise around quantization, so that its time is right on a GPU."""
+        return self.clock.timed
+
+    @timed.setter
+    def timed(self, timed: bool) -> None:
+        self.clock.timed = timed
+
+    @property
+    def quantize_seconds(self) -> float:
+        """Time spent in quantize and pack since creation."""
+        return self.clock.quantize_seconds

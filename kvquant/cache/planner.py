@@ -1,0 +1,163 @@
+"""Makes the plans of a cache's calls: what is stored when, and which path reads the past."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from kvquant.cache.block_store import BlockStore, stored_dtype
+from kvquant.cache.call_rope import CallRope
+from kvquant.cache.decode_step import KernelSteps, StepTables
+from kvquant.cache.forward_plan import FirstCall, ForwardPlan, KernelStep, Order, PastPieces
+from kvquant.cache.kept_rope import Table
+from kvquant.cache.layout import AppendPlan, Layout
+from kvquant.cache.past_reader import PastReader
+from kvquant.kernels.cuda_decode import DecodeShape
+
+NO_PIECES = PastPieces(list, whole=False)  # until the first layer of a call has come
+
+
+class Planner:
+    """Plans the calls of one cache.
+
+    Args:
+        layout: Layout of the cache.
+        rope: Rotation of its tokens.
+        store: Store of its first layer, which is like those of the others.
+        simulated: Whether a call's own tokens are read from the cache, too (protocol B).
+        static_rope: Whether a position's rotation is the same however long the sequence.
+        storing: See :class:`ForwardPlan`.
+        query_heads: Query heads of the model; 0: not known before the first call.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        rope: CallRope,
+        store: BlockStore,
+        *,
+        simulated: bool,
+        static_rope: bool,
+        storing: Callable[[], None],
+        query_heads: int = 0,
+    ) -> None:
+        self._layout, self._rope, self._store = layout, rope, store
+        self._simulated, self._static_rope = simulated, static_rope
+        self._storing = storing
+        self.query_heads = query_heads
+        self._reader, self._kernels = PastReader(), KernelSteps()
+
+    def forget_blocks(self) -> None:
+        """Told when sequences have other blocks than before."""
+        self._reader.forget_blocks()
+        self._kernels.forget()
+
+    def begin(
+        self, append: AppendPlan, queries: torch.Tensor, keys: torch.Tensor | None
+    ) -> ForwardPlan:
+        """The plan of a call, as far as it is known before its first layer.
+
+        Args:
+            append: Where the new tokens go.
+            queries: int64 `[batch_size, new_len]`, positions of the new columns as queries.
+            keys: The same as keys; see :attr:`ForwardPlan.new_positions`.
+        """
+        step = self._kernel_step(append, queries.device)
+        first = not self._simulated and not any(append.before.lengths)
+        if step is not None:
+            order = Order.WITHIN_STEP
+        else:
+            order = Order.APPEND_FIRST if first or self._simulated else Order.READ_FIRST
+        return ForwardPlan(
+            query_positions=queries,
+            rope=None,
+            append=append,
+            view=append.after if self._simulated else append.before,
+            new_positions=keys,
+            simulated=self._simulated,
+            order=order,
+            path=step or (FirstCall() if first else NO_PIECES),
+            storing=self._storing,
+            status=None,
+        )
+
+    def meet(
+        self,
+        plan: ForwardPlan,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        rope: Table,
+        status: torch.Tensor | None,
+    ) -> ForwardPlan:
+        """The plan of a call, completed by what its first layer brings.
+
+        Args:
+            plan: The plan from :meth:`begin`.
+            queries: Before RoPE, `[batch_size, num_heads, new_len, head_dim]`.
+            keys: Before RoPE, `[batch_size, num_kv_heads, new_len, head_dim]`.
+            rope: The model's rotary table, `[1 or batch_size, new_len, head_dim]` each.
+            status: See :class:`ForwardPlan`.
+        """
+        self.query_heads = queries.shape[1]
+        append, path = plan.append, plan.path
+        table = self._rope.table(rope, append.spans, append.before.lengths, queries.dtype)
+        if path is NO_PIECES:
+            shape = self._decode_shape(keys)
+            path = self._reader.path(plan, self._layout, self._rope, shape, queries, keys)
+        return replace(plan, rope=table, path=path, status=status)
+
+    def _decode_shape(self, like: torch.Tensor) -> DecodeShape | None:
+        """What kernels that read the past are compiled for, or None where none reads it.
+
+        Args:
+            like: `[batch_size, num_kv_heads, n, head_dim]`, keys or what is stored of them.
+        """
+        codec = self._store.codec
+        if codec.rotated_keys:
+            return None
+        _, heads, _, dim = like.shape
+        return codec.decode_shape(dim, self.query_heads // heads, stored_dtype(like.dtype))
+
+    def step_tables(self, device: torch.device) -> StepTables | None:
+        """The tables of decode kernels, or None where the PyTorch path takes the steps."""
+        rope, tail = self._rope, self._store.tail
+        if not self._static_rope or self._simulated or rope.kept is not None or tail is None:
+            return None
+        shape = self._decode_shape(tail[0])
+        return self._kernels.tables(shape, self._layout, self._store, rope.counted, device)
+
+    def _kernel_step(self, append: AppendPlan, device: torch.device) -> KernelStep | None:
+        """A decode step by the CUDA kernel, or None where it does not take the call."""
+        if not append.decode or (steps := self.step_tables(device)) is None:
+            return None
+        places = steps.take_step(self._layout, append.before)
+        return KernelStep(steps.shape, steps.step(), places)
+
+    def graph(
+        self, steps: StepTables, positions: torch.Tensor, status: torch.Tensor | None
+    ) -> ForwardPlan:
+        """The plan of a step that a CUDA graph captures; nothing in it depends on host lengths.
+
+        Args:
+            steps: Tables with room for the steps to come.
+            positions: int64 `[batch_size, 1]`, which the graph advances.
+            status: See :class:`ForwardPlan`.
+        """
+        view = self._layout.view()
+        spans: list[slice | torch.Tensor] = [slice(0, 1)] * len(view.lengths)
+        # No block of it becomes full: what does is packed behind the replay.
+        append = AppendPlan(spans, view, view, arena=-1, at=0, capacity=0, decode=True)
+        return ForwardPlan(
+            query_positions=positions,
+            rope=None,
+            append=append,
+            view=view,
+            new_positions=None,
+            simulated=False,
+            order=Order.WITHIN_STEP,
+            path=KernelStep(steps.shape, steps.step(whole=True), steps.take_places()),
+            storing=self._storing,
+            status=status,
+        )
