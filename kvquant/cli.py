@@ -31,7 +31,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "seal": ("kvquant.study.seal", "add missing seals to records of an older schema"),
     "statistics": ("kvquant.analysis.statistics", "run paired tests of every scheme and task"),
     "pareto": ("kvquant.analysis.pareto", "join accuracy, speed, energy and bits per scheme"),
-    "plot": ("kvquant.analysis.figures", "draw one figure from the tables"),
+    "plot": ("kvquant.analysis.plot", "draw one figure from the tables"),
     "tables": ("kvquant.analysis.latex", "write the paper's LaTeX tables and numbers"),
     "html": ("kvquant.analysis.html_tables", "write claims and tables as HTML for the report"),
     "report": ("kvquant.analysis.report", "write the HTML report of a finished study"),

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from kvquant.analysis.evidence import (
-    MIN_PROMPTS,
-    MIN_SEEDS,
-    Outcome,
-    against_bar,
-    interval,
-    not_measured,
-)
+from kvquant.analysis.claim_list import MIN_PROMPTS, MIN_SEEDS
+from kvquant.analysis.evidence import Outcome, against_bar, interval, not_measured
 from kvquant.analysis.study_tables import Tables
 from kvquant.study.schemes import NuqScheme
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from kvquant.analysis.evidence import MIN_ROUNDS, MIN_TRIALS, Outcome, against_bar, not_measured
+from kvquant.analysis.claim_list import MIN_ROUNDS, MIN_TRIALS
+from kvquant.analysis.evidence import Outcome, against_bar, not_measured
 from kvquant.analysis.pareto import counted
 from kvquant.analysis.study_tables import Tables
 
@@ -130,3 +131,8 @@ def over_reference(t: Tables) -> Outcome:
         return not_measured(f"{value}; defined for a GPU")
     met = against_bar(worst.speed.min(), worst.speed.max(), 3.0, at_most=False)
     return Outcome(value, met, *_rounds(worst))
+
+
+def capacity(t: Tables) -> Outcome:
+    """Judges the tokens that fit in a memory budget, which no study measures yet."""
+    return not_measured("capacity is not measured in this study")

@@ -24,7 +24,7 @@ from kvquant.analysis.spec_checks import (
 from kvquant.analysis.tables import read_table, write_table
 from kvquant.errors import UserError, printable
 from kvquant.formats.files import read_text
-from kvquant.study.config import Study, load_study
+from kvquant.study.config import SUITES, Study, load_study
 from kvquant.study.digests import (
     append_digest,
     energy_digest,
@@ -48,13 +48,15 @@ from kvquant.study.samples import verified_samples
 __all__ = ["Problems", "collect", "read_table", "write_table"]
 
 # Metrics of some suites that tables show beside the one that statistics use.
-SUITE_METRICS = ("kl", "rows_available", "rows_official")
+SUITE_METRICS = tuple(metric for suite in SUITES.values() for metric in suite.table_metrics)
 MEASURE_BOTH = "delete it and run.json beside it to measure the seed again"
 
 
 def _sample_score(row: dict[str, Any], suite: str) -> float:
-    """A sample's score: mean negative log likelihood for perplexity, else the suite's score."""
-    return row["nll"] / row["tokens"] if suite == "perplexity" else float(row["score"])
+    """A sample's score: the mean negative log likelihood of a window, else the suite's score."""
+    if SUITES[suite].metric_type == "likelihood":
+        return float(row["nll"] / row["tokens"])
+    return float(row["score"])
 
 
 def _verified(

@@ -1,4 +1,4 @@
-"""What a claim's verdict rests on: minimum evidence, intervals and bars."""
+"""The outcome of a claim and its verdict, from intervals and bars."""
 
 from __future__ import annotations
 
@@ -10,12 +10,6 @@ from scipy import stats
 SUPPORTED, NOT_SUPPORTED = "supported", "not supported"
 NOT_ENOUGH, NOT_MEASURED = "not enough evidence", "not measured here"
 VERDICTS = (SUPPORTED, NOT_SUPPORTED, NOT_ENOUGH, NOT_MEASURED)
-
-# Below these a value is shown, and no verdict is given.
-MIN_SEEDS = 5
-MIN_PROMPTS = 100
-MIN_ROUNDS = 5
-MIN_TRIALS = 5
 
 
 @dataclass(frozen=True)

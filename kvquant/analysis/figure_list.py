@@ -1,47 +1,154 @@
-"""Which figures a study has something to show for; read by the workflow, so without torch."""
+"""The figures of a study: name, caption, condition to exist and drawing code of each.
+
+A figure is registered here and nowhere else. The workflow plans it, `kvquant plot` draws it, and
+the report and the paper show its caption. The workflow reads this list, so it imports neither torch
+nor pandas and names the drawing code.
+"""
 
 from __future__ import annotations
 
-from kvquant.errors import UserError
-from kvquant.study.config import PasskeyTask, PerplexityTask, Study
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvquant.analysis.sections import Section
+from kvquant.errors import UserError, unknown
+from kvquant.study.config import PasskeyTask, Study
+from kvquant.study.registrations import by_name
 
 
-def _compared(study: Study, kind: type) -> bool:
-    """Whether a scheme beside the baseline is evaluated on a task of `kind`."""
+@dataclass(frozen=True)
+class Figure:
+    """A figure and when a study has it.
+
+    Attributes:
+        name: The name of its files.
+        section: Where the report and the paper show it.
+        label: What it shows, in a few words.
+        caption: What it shows and how to read it, in plain text.
+        condition: Whether a study has something to show in it.
+        reason: Why a study has not; follows the words "the study".
+        draw: Names the drawing function ("module:attribute") of (study, folder of collected
+            tables), which returns a Matplotlib figure.
+    """
+
+    name: str
+    section: Section
+    label: str
+    caption: str
+    condition: Callable[[Study], bool]
+    reason: str
+    draw: str
+
+
+def _compares(study: Study, suite: str | None = None) -> bool:
+    """Whether a scheme beside the baseline is evaluated on a task (of one suite)."""
     return any(
         study.evaluates(scheme, name)
         for name, task in study.tasks.items()
-        if isinstance(task, kind)
+        if suite in (None, task.suite)
         for scheme in study.schemes
         if scheme != study.baseline
     )
 
 
-def reasons(study: Study) -> dict[str, str]:
-    """Figure -> why this study has nothing to show in it; "" for one that is made."""
-    lengths = {t.length for t in study.tasks.values() if isinstance(t, PasskeyTask)}
-    checks = {
-        "pareto": (_compared(study, object), "compares no scheme with the baseline"),
-        "perplexity": (_compared(study, PerplexityTask), "compares no scheme on a perplexity task"),
-        "throughput": (bool(study.throughput_cells()), "times no workload of a scheme"),
-        "passkey": (len(lengths) > 1, "has passkey tasks of fewer than two lengths"),
-        "append": (study.append is not None, "has no section 'append'"),
-        "kernels": (bool(study.kernel_cases()), "has no section 'kernels'"),
-    }
-    return {name: "" if shown else f"the study {why}" for name, (shown, why) in checks.items()}
+def _has_passkey_lengths(study: Study) -> bool:
+    """Whether passkey tasks have two lengths."""
+    return len({t.length for t in study.tasks.values() if isinstance(t, PasskeyTask)}) > 1
+
+
+_LIST = (
+    Figure(
+        name="pareto",
+        section=Section.ACCURACY_AGAINST_COST,
+        label="accuracy, bits, speed and energy",
+        caption="Accuracy lost against bits, speed and energy. Each marker is a cache scheme, a "
+        "column of panels is a model, and a panel shows the workload that its label names; down is "
+        "closer to the unquantized cache. Vertical bars are 95 % intervals over seeds; horizontal "
+        "bars are the spread of seeds (bits), of rounds and repetitions (speed), or of trials and "
+        "repetitions (energy). The line joins the schemes that no other scheme beats in that "
+        "panel, and a hollow marker is beaten. Energy is shown where counters measured it.",
+        condition=_compares,
+        reason="compares no scheme with the baseline",
+        draw="kvquant.analysis.figures.pareto:draw",
+    ),
+    Figure(
+        name="perplexity",
+        section=Section.ACCURACY_BY_TASK,
+        label="perplexity",
+        caption="Increase of perplexity over the unquantized cache, paired by seed, with a panel "
+        "per model and task. Bars are 95 % confidence intervals over seeds, and small dots are the "
+        "single seeds.",
+        condition=lambda study: _compares(study, "perplexity"),
+        reason="compares no scheme on a perplexity task",
+        draw="kvquant.analysis.figures.perplexity:draw",
+    ),
+    Figure(
+        name="throughput",
+        section=Section.THROUGHPUT,
+        label="prefill and decode against the baseline",
+        caption="Speed of prefill and decode over the unquantized cache, measured in turns in one "
+        "process, with a row of panels per model. Markers are medians over repetitions, and bars "
+        "span the 10th to 90th percentile of the rounds of all repetitions. Right of 1 a scheme is "
+        "faster.",
+        condition=lambda study: bool(study.throughput_cells()),
+        reason="times no workload of a scheme",
+        draw="kvquant.analysis.figures.throughput:draw",
+    ),
+    Figure(
+        name="passkey",
+        section=Section.ACCURACY_BY_TASK,
+        label="passkey by length and depth",
+        caption="Share of passkeys that were found, by prompt length and by depth of the key in "
+        "the prompt, over all seeds, with a panel per model and scheme.",
+        condition=_has_passkey_lengths,
+        reason="has passkey tasks of fewer than two lengths",
+        draw="kvquant.analysis.figures.passkey:draw",
+    ),
+    Figure(
+        name="append",
+        section=Section.THROUGHPUT,
+        label="cost of an appended token by cache size",
+        caption="Time of one more token when the cache of one layer already holds many. It "
+        "includes quantization, packing of the token's block and storage, and no reading of the "
+        "cache. Our cache writes into memory that is already allocated. The series concatenation "
+        "is the same quantizer with arrays that every call allocates and copies anew, as KVQuant's "
+        "public code does, and fp16 is the growing cache of transformers. Bands span the 10th to "
+        "90th percentile of rounds that take turns in one process.",
+        condition=lambda study: study.append is not None,
+        reason="has no section 'append'",
+        draw="kvquant.analysis.figures.append:draw",
+    ),
+    Figure(
+        name="kernels",
+        section=Section.THROUGHPUT,
+        label="kernels against their floor, fp16 and peers",
+        caption="Top: share of the rate of a device copy that each kernel reaches, over the bytes "
+        "that it has to read and write; a kernel that only reads can exceed a copy. Middle and "
+        "bottom: time of fp16 and of peers over ours, in turns in one process; right of 1 ours is "
+        "faster. Bars span the 10th to 90th percentile of the rounds. Weights and data are random, "
+        "and a decode step of one layer includes its weights and the host's launches.",
+        condition=lambda study: bool(study.kernel_cases()),
+        reason="has no section 'kernels'",
+        draw="kvquant.analysis.figures.kernels:draw",
+    ),
+)
+FIGURES = by_name(_LIST)
 
 
 def shown(study: Study) -> list[str]:
-    """Names of the figures that are made."""
-    return [name for name, reason in reasons(study).items() if not reason]
+    """Returns the names of the figures that a study has."""
+    return [name for name, figure in FIGURES.items() if figure.condition(study)]
 
 
 def check(study: Study, name: str) -> None:
-    """Refuses a figure that has nothing to show.
+    """Refuses a figure that there is not, or that has nothing to show.
 
     Raises:
-        UserError: With the reason, and the figures that there are.
+        UserError: Names the figures that there are, and the reason.
     """
-    if reason := reasons(study)[name]:
+    if name not in FIGURES:
+        raise unknown("figure", name, FIGURES)
+    if not FIGURES[name].condition(study):
         there = ", ".join(shown(study)) or "none"
-        raise UserError(f"figure {name}: {reason}; figures of this study: {there}")
+        reason = FIGURES[name].reason
+        raise UserError(f"figure {name}: the study {reason}; figures of this study: {there}")

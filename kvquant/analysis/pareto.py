@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 
 from kvquant.analysis.tables import read_table, write_table
-from kvquant.study.config import Study, load_study
+from kvquant.study.config import SUITES, Study, load_study
+from kvquant.study.suite import likelihood_suites
 from kvquant.study.timing import EnergySpec, TimingSpec
-
-SCORED = ("passkey", "ruler", "longbench")  # suites of a score in percent
 
 
 def dominated(costs: np.ndarray) -> np.ndarray:
@@ -87,12 +86,12 @@ def pareto_table(
             spec = study.schemes[scheme]
             for kept in ("sinks", "residual"):  # first and most recent tokens in 16 bits
                 row[kept] = getattr(spec, kept, 0) if spec.quantizes else np.nan
-            for suite in ("perplexity", *SCORED):
+            for suite in SUITES:
                 values = mine[mine.suite == suite].groupby("task")["value"].mean()
                 reference = base[base.suite == suite].groupby("task")["value"].mean()
                 row[suite] = values.mean() if len(values) else np.nan
                 row[f"{suite}_change"] = (values - reference).mean() if len(values) else np.nan
-            language = mine[mine.suite == "perplexity"]
+            language = mine[mine.suite.isin(likelihood_suites())]
             row["kl"] = language["kl"].mean() if "kl" in language else np.nan
             sized = language if len(language) else mine
             row["bits_per_element"] = _bits(sized)
@@ -124,8 +123,10 @@ def pareto_table(
         mine = table["model"] == model
         costs = np.column_stack(
             [
-                table.loc[mine, "perplexity_change"],
-                *(-table.loc[mine, f"{suite}_change"] for suite in SCORED),
+                *(
+                    table.loc[mine, f"{name}_change"] * (-1 if suite.higher_is_better else 1)
+                    for name, suite in SUITES.items()
+                ),
                 table.loc[mine, "bits_per_element"],
                 -table.loc[mine, "prefill_ratio"],
                 table.loc[mine, "energy_ratio"],

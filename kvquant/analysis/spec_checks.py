@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvquant.study.config import LongBenchTask, PerplexityTask, Study
+from kvquant.study.config import SUITES, Study
 from kvquant.study.prompt_lengths import prompt_lengths
 from kvquant.study.records import (
     AppendRecord,
@@ -16,6 +16,7 @@ from kvquant.study.records import (
     KernelRecord,
     ThroughputRecord,
 )
+from kvquant.study.suite import AnsweredTask
 
 
 def _are(record: Any, expected: dict[str, Any]) -> None:
@@ -28,27 +29,18 @@ def _are(record: Any, expected: dict[str, Any]) -> None:
 
 
 def check_evaluation(study: Study, record: EvalRecord) -> None:
-    """Suite, protocol, samples and what is measured besides."""
+    """Checks suite, protocol, number of samples and further metrics of an evaluation."""
     task = study.task(record.task)
-    protocol = task.protocol if isinstance(task, PerplexityTask) else "A"
-    _are(record, {"suite": task.suite, "protocol": protocol})
-    if isinstance(task, PerplexityTask):
-        asked = task.windows
+    _are(record, {"suite": task.suite, "protocol": task.cache_protocol()})
+    if not SUITES[task.suite].asks_prompts:
         _are(record, {"prompts_sha256": None})
-        if ("kl" in record.metrics) != task.kl:
-            raise ValueError(f"field 'metrics.kl': the study says kl: {str(task.kl).lower()}")
-        if task.window and record.metrics.get("window") != task.window:
-            raise ValueError(f"field 'metrics.window': the study's is {task.window}")
-    else:
-        asked = task.samples
-        if record.prompts_sha256 is None:
-            raise ValueError("field 'prompts_sha256': is missing")
-    if isinstance(task, LongBenchTask):
-        rows = record.metrics.get("rows_available", 0.0)
-        asked = int(min(asked or rows, rows))
+    elif record.prompts_sha256 is None:
+        raise ValueError("field 'prompts_sha256': is missing")
+    task.check_metrics(record.metrics)
+    asked = task.samples_expected(record.metrics)
     if asked and record.samples != asked:
         raise ValueError(f"field 'samples': is {record.samples}, but the study asks for {asked}")
-    if not isinstance(task, PerplexityTask) and record.tokens > record.samples * task.length:
+    if isinstance(task, AnsweredTask) and record.tokens > record.samples * task.length:
         raise ValueError(f"field 'tokens': prompts are longer than the task's {task.length}")
 
 

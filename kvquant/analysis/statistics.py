@@ -36,6 +36,7 @@ from kvquant.analysis.sample_tests import (
 from kvquant.analysis.tables import read_table, write_table
 from kvquant.errors import UserError
 from kvquant.study.config import Margin, Study, load_study
+from kvquant.study.suite import scored_suites
 
 POINTS = 100.0  # in a task's value, of a sample's score of 1
 FAMILY = ["model", "level", "suite"]  # comparisons that Holm adjusts together
@@ -184,7 +185,7 @@ def _suite_means(evaluations: pd.DataFrame) -> pd.DataFrame:
     Perplexities of different windows have no meaningful mean, and one task is its own mean. Where a
     scheme lacks tasks of the suite (an unfinished study), its mean would be one of other tasks.
     """
-    scored = evaluations[evaluations["suite"] != "perplexity"]
+    scored = evaluations[evaluations["suite"].isin(scored_suites())]
     if not len(scored):
         return evaluations.iloc[:0]
     keys = ["model", "scheme", "suite", "seed"]
@@ -272,7 +273,7 @@ def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> 
                 what = f"{model}/{scheme}/{name}" + (" suite" if level == "suite" else "")
                 first = ours.iloc[0]
                 suite = str(first["suite"])
-                margin = study.statistics.margins.get(suite)  # type: ignore[call-overload]
+                margin = study.statistics.margins.get(suite)
                 if margin is None:
                     raise UserError(f"statistics.margins: no margin for the suite '{suite}'")
                 by_seed = _pair(ours, base, ["seed"], what)
@@ -281,7 +282,7 @@ def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> 
                 pairs = _pair(scored, base_samples, keys, what)
                 places = scored[list(dict.fromkeys([*keys, "task", *PLACES]))]
                 pairs = pairs.merge(places, on=keys)
-                compare = _windows if suite == "perplexity" else _scores
+                compare = _scores if suite in scored_suites() else _windows
                 found = compare(study, by_seed, pairs, margin, what)
                 facts = {fact: first[fact] for fact in ("suite", "metric", "higher_is_better")}
                 row = {"model": model, "level": level, "task": name, "scheme": scheme, **facts}

@@ -1,8 +1,4 @@
-"""The paper's accuracy tables: one a suite, and a summary with the verdict of every suite.
-
-Each is written for every study, so that the paper can always be compiled; where a study has no task
-of a suite, the table says so.
-"""
+"""The paper's accuracy tables: one per suite, one of families, and a summary with verdicts."""
 
 from __future__ import annotations
 
@@ -11,10 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from kvquant.analysis.booktabs import HEAD, Latex, booktabs, number, p_value, signed
-from kvquant.analysis.pareto import SCORED
+from kvquant.analysis.booktabs import Latex, booktabs, number, p_value, signed
 from kvquant.analysis.study_tables import Tables
-from kvquant.study.config import PasskeyTask, Study
+from kvquant.study.config import SUITES, Study
+from kvquant.study.suite import likelihood_suites, scored_suites
+from kvquant.study.task_families import families
 
 # Shown behind a score; the captions of the paper explain them.
 MARKS = {
@@ -39,17 +36,17 @@ def kept_tokens(study: Study, scheme: str) -> str:
     return f"{getattr(spec, 'sinks', 0)} + {getattr(spec, 'residual', 0)}"
 
 
-def longbench_name(t: Tables) -> str:
-    """LongBench's name in tables, with the number of rows where official rows are missing."""
-    tasks = t.evaluations[t.evaluations.suite == "longbench"].drop_duplicates("task")
-    if not len(tasks) or (tasks.rows_available >= tasks.rows_official).all():
-        return "LongBench"
-    return f"LongBench subset ({int(tasks.rows_available.sum())} rows)"
+def suite_name(t: Tables, suite: str) -> str:
+    """Returns a suite's label, with the number of rows where the data is not complete.
 
-
-def missing(what: str) -> str:
-    """Stands where a study has nothing to show."""
-    return f"{HEAD}This study has no {what} task.\n"
+    An example is "LongBench subset (n rows)".
+    """
+    label = SUITES[suite].label
+    tasks = t.evaluations[t.evaluations.suite == suite].drop_duplicates("task")
+    rows, official = tasks.rows_available, tasks.rows_official
+    if (rows >= official).all() or rows.isna().all():
+        return label
+    return f"{label} subset ({int(rows.sum())} rows)"
 
 
 def _caches(t: Tables) -> Iterator[tuple[dict[str, str], pd.Series]]:
@@ -90,11 +87,9 @@ def marked(value: float, test: pd.Series | None, digits: int = 1) -> Latex:
     return Latex(rf"{number(value, digits)}\makebox[0.9em][l]{{{mark}}}")
 
 
-def perplexity(t: Tables) -> str:
-    """Perplexity, its change with interval and tests, and the KL divergence, by task and scheme."""
-    values = t.evaluations[t.evaluations.suite == "perplexity"]
-    if not len(values):
-        return missing("perplexity")
+def likelihoods(t: Tables, suite: str) -> str:
+    """Builds the table of a suite of likelihoods: value, change, tests and KL divergence."""
+    values = t.evaluations[t.evaluations.suite == suite]
     rows = []
     for (model, task), group in values.groupby(["model", "task"], sort=False):
         for scheme, mine in group.groupby("scheme", sort=False):
@@ -103,7 +98,7 @@ def perplexity(t: Tables) -> str:
             row |= {"task": task, "scheme": scheme}
             row["16-bit"] = kept_tokens(t.study, str(scheme))
             row["bits"] = number(8 * mine.cache_bytes.sum() / mine.cache_elements.sum())
-            row["perplexity"] = number(mine.value.mean())
+            row[SUITES[suite].label] = number(mine.value.mean())
             row["KL, nats"] = number(mine.kl.mean(), 4)
             if test is None:
                 row |= dict.fromkeys(("change [95 % CI]", "margin", "p (Holm)", "verdict"), "-")
@@ -118,8 +113,9 @@ def perplexity(t: Tables) -> str:
     return booktabs(table, "l" * (table.shape[1] - 8) + "rrrrrrrl", size="scriptsize", tight=True)
 
 
-def _scores(t: Tables, suite: str, names: dict[str, str]) -> str:
-    """Rows of schemes, columns of tasks and their mean, marked by verdict."""
+def scores(t: Tables, suite: str) -> str:
+    """Builds the table of a suite of scores: schemes by tasks and their mean, with verdicts."""
+    names = _columns(t, suite)
     rows = []
     for row, chosen in _caches(t):
         mine = t.evaluations[chosen & (t.evaluations.suite == suite)]
@@ -141,41 +137,46 @@ def _scores(t: Tables, suite: str, names: dict[str, str]) -> str:
     return booktabs(table, columns, size="scriptsize", rotate=len(names) > 6, tight=True)
 
 
-def _names(t: Tables, suite: str) -> dict[str, str]:
-    """Task -> its column's head: the name without the suite's."""
-    found = t.evaluations[t.evaluations.suite == suite].task.unique()
-    return {str(task): str(task).removeprefix(f"{suite}-") for task in found}
+def _columns(t: Tables, suite: str) -> dict[str, str]:
+    """Returns the head of each task's column, with the rows where the data has a number of them."""
+    mine = t.evaluations[t.evaluations.suite == suite].drop_duplicates("task")
+    heads = {}
+    for task, rows in zip(mine.task.astype(str), mine.rows_available, strict=True):
+        head = t.study.task(task).column(task)
+        heads[task] = head if np.isnan(rows) else f"{head} ({int(rows)})"
+    return heads
 
 
-def passkey(t: Tables) -> str:
-    """Accuracy by prompt length."""
-    names = {}
-    for name in _names(t, "passkey"):
-        task = t.study.task(name)
-        assert isinstance(task, PasskeyTask)
-        names[name] = f"{task.length:,} tokens"
-    return _scores(t, "passkey", names) if names else missing("passkey")
-
-
-def ruler(t: Tables) -> str:
-    """RULER's tasks and their mean."""
-    names = _names(t, "ruler")
-    return _scores(t, "ruler", names) if names else missing("RULER")
-
-
-def longbench(t: Tables) -> str:
-    """LongBench's tasks and their mean, with the rows that there are."""
-    names = _names(t, "longbench")
-    rows = t.evaluations.drop_duplicates("task").set_index("task").rows_available
-    shown = {task: f"{name} ({int(rows[task])})" for task, name in names.items()}
-    return _scores(t, "longbench", shown) if names else missing("LongBench")
+def family_means(t: Tables) -> str:
+    """Builds the table of families: schemes by families of tasks, of every suite that has some."""
+    tasks: dict[str, list[str]] = {}
+    for suite in t.evaluations.suite.unique():
+        for family in families(suite):
+            mine = [
+                name
+                for name, task in t.study.tasks.items()
+                if task.suite == suite and getattr(task, "task", None) in family.tasks
+            ]
+            if mine:
+                tasks[f"{SUITES[suite].label} {family.label}"] = mine
+    rows = []
+    for row, chosen in _caches(t):
+        means = t.evaluations[chosen].groupby("task", sort=False)["value"].mean()
+        cells: dict[str, str] = dict(row)
+        for head, names in tasks.items():
+            # an unfinished study lacks some tasks, and then has no mean of the family
+            cells[head] = number(means.reindex(names).mean(skipna=False), 1)
+        rows.append(cells)
+    table = pd.DataFrame(rows, dtype=object)
+    labels = table.shape[1] - len(tasks)
+    columns = "l" * labels + "r" * len(tasks)
+    return booktabs(table, columns, size="scriptsize", rotate=True, tight=True)
 
 
 def summary(t: Tables) -> str:
     """Bits, perplexity, KL divergence and the mean of every suite, marked by verdict."""
-    heads = {"passkey": "passkey", "ruler": "RULER", "longbench": longbench_name(t)}
-    suites = [s for s in SCORED if (t.evaluations.suite == s).any()]
-    language = t.evaluations[t.evaluations.suite == "perplexity"]
+    suites = [s for s in scored_suites() if (t.evaluations.suite == s).any()]
+    language = t.evaluations[t.evaluations.suite.isin(likelihood_suites())]
     tasks = language.task.unique()
     rows = []
     for row, chosen in _caches(t):
@@ -188,11 +189,12 @@ def summary(t: Tables) -> str:
         if len(tasks):
             first = mine[mine.task == tasks[0]]
             test = _test(t, "task", tasks[0], model, scheme)
-            cells["perplexity"] = marked(first.value.mean(), test, digits=2)
+            head = SUITES[t.study.tasks[tasks[0]].suite].label
+            cells[head] = marked(first.value.mean(), test, digits=2)
             if not np.isnan(first.kl.mean()):
                 cells["KL, nats"] = number(first.kl.mean(), 4)
         for suite in suites:
-            cells[heads[suite]] = marked(front[suite], suite_test(t, suite, model, scheme))
+            cells[suite_name(t, suite)] = marked(front[suite], suite_test(t, suite, model, scheme))
         rows.append(cells)
     table = pd.DataFrame(rows, dtype=object).fillna("-")
     labels = 1 + (len(t.study.models) > 1)

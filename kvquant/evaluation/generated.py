@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvquant.errors import UserError
-from kvquant.evaluation.base import Context, SuiteResult
+from kvquant.evaluation.base import Context, Source, SuiteResult
 from kvquant.evaluation.chat import spoken
 from kvquant.models.generation import Stop, greedy
 from kvquant.runtime.progress import note
-from kvquant.study.samples import score_summary
+from kvquant.study.sample_types import score_summary
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,18 @@ class Rules:
     score: Callable[[Prompt, str], float]
     metric: str = "score"
     stop: Stop | None = None
+
+
+class Answered(NamedTuple):
+    """The code of a suite whose answers are generated.
+
+    Attributes:
+        prepare: (source, task, seed) to the seed's prompts; needs no model.
+        rules: (task, tokenizer) to how answers are scored.
+    """
+
+    prepare: Callable[[Source, Any, int], SeedPrompts]
+    rules: Callable[[Any, Any], Rules]
 
 
 def answer_seeds(

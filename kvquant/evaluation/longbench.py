@@ -13,7 +13,7 @@ from typing import Any
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Source, check_length, encode
 from kvquant.evaluation.chat import DEFAULT_CHAT, Chat, has_template
-from kvquant.evaluation.generated import Prompt, Rules, SeedPrompts
+from kvquant.evaluation.generated import Answered, Prompt, Rules, SeedPrompts
 from kvquant.evaluation.longbench_tasks import (
     LongBenchDefinition,
     definition,
@@ -142,3 +142,6 @@ def longbench_rules(spec: LongBenchTask, tokenizer: Any) -> Rules:
 
     # A further line is not looked at, so it is not generated either.
     return Rules(score, stop=second_line if task.first_line else None)
+
+
+LONGBENCH = Answered(prepare_longbench, longbench_rules)

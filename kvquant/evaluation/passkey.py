@@ -13,7 +13,7 @@ from typing import Any
 
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Source, check_length, encode
-from kvquant.evaluation.generated import Prompt, Rules, SeedPrompts
+from kvquant.evaluation.generated import Answered, Prompt, Rules, SeedPrompts
 from kvquant.study.config import PasskeyTask
 
 TASK = (
@@ -131,3 +131,6 @@ def passkey_rules(spec: PasskeyTask, tokenizer: Any) -> Rules:
         return float(is_right(answer, prompt.record["key"]))
 
     return Rules(score, metric="accuracy", stop=ended)
+
+
+PASSKEY = Answered(prepare_passkey, passkey_rules)

@@ -60,7 +60,7 @@ def make_prompts(
     from kvquant.evaluation.base import Source
     from kvquant.evaluation.chat import Chat
     from kvquant.evaluation.prompt_file import probe, write_prompts
-    from kvquant.evaluation.registry import ANSWERED
+    from kvquant.evaluation.registry import answered
     from kvquant.fetch.model_manifest import study_manifest
     from kvquant.models.loading import load_tokenizer
 
@@ -75,7 +75,7 @@ def make_prompts(
     start, found = time.monotonic(), {}
     with Progress(f"{model} {task} prompts", len(seeds), unit="seeds") as progress:
         for seed in seeds:
-            found[seed] = ANSWERED[spec.suite].prepare(source, spec, seed)
+            found[seed] = answered(spec.suite).prepare(source, spec, seed)
             progress.update(len(found))
     header = write_prompts(
         out,

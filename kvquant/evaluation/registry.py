@@ -1,35 +1,27 @@
-"""Suite name -> the functions that measure seeds of a task."""
+"""The code of the suites, imported when a suite is measured (:mod:`kvquant.study.suite`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import cast
 
 from kvquant.errors import unknown
-from kvquant.evaluation.base import Context, Source, SuiteResult
-from kvquant.evaluation.generated import Rules, SeedPrompts, answer_seeds
-from kvquant.evaluation.longbench import longbench_rules, prepare_longbench
-from kvquant.evaluation.passkey import passkey_rules, prepare_passkey
-from kvquant.evaluation.perplexity import run_perplexity
-from kvquant.evaluation.ruler import prepare_ruler, ruler_rules
-from kvquant.study.config import PerplexityTask, TaskSpec
+from kvquant.evaluation.base import Context, SuiteResult
+from kvquant.evaluation.generated import Answered, SeedPrompts, answer_seeds
+from kvquant.study.config import SUITES, TaskSpec
+from kvquant.study.dotted import load
 
 
-class Answered(NamedTuple):
-    """A suite of answers: what it asks, which needs no model, and how it scores."""
+def answered(suite: str) -> Answered:
+    """Returns the code of a suite whose answers are generated.
 
-    prepare: Callable[[Source, Any, int], SeedPrompts]
-    rules: Callable[[Any, Any], Rules]
-
-
-# Their prompts are prepared once for all schemes, and their seeds may share batches.
-ANSWERED: dict[str, Answered] = {
-    "longbench": Answered(prepare_longbench, longbench_rules),
-    "passkey": Answered(prepare_passkey, passkey_rules),
-    "ruler": Answered(prepare_ruler, ruler_rules),
-}
-# Others measure one seed at a time.
-SUITES: dict[str, Callable[[Context, Any, int], SuiteResult]] = {"perplexity": run_perplexity}
+    Raises:
+        UserError: There is no such suite.
+    """
+    asking = [name for name, known in SUITES.items() if known.asks_prompts]
+    if suite not in asking:
+        raise unknown("suite", suite, asking)
+    return cast(Answered, load(SUITES[suite].implementation))
 
 
 def run_suite(
@@ -41,14 +33,13 @@ def run_suite(
         context: The model.
         spec: The task.
         seeds: The seeds.
-        prompts: What each seed asks, for a suite of answers.
+        prompts: The prompts of each seed, for a suite whose answers are generated.
 
     Raises:
-        UserError: The suite is unknown, or the task does not fit the model.
+        UserError: The task does not fit the model.
     """
-    if spec.suite in SUITES:
-        return [SUITES[spec.suite](context, spec, seed) for seed in seeds]
-    if spec.suite in ANSWERED and not isinstance(spec, PerplexityTask):
-        rules = ANSWERED[spec.suite].rules(spec, context.qm.tokenizer)
-        return answer_seeds(context, prompts, rules, spec.batch_size)
-    raise unknown("suite", spec.suite, (*ANSWERED, *SUITES))
+    if not SUITES[spec.suite].asks_prompts:
+        measure = load(SUITES[spec.suite].implementation)
+        return [measure(context, spec, seed) for seed in seeds]
+    rules = answered(spec.suite).rules(spec, context.qm.tokenizer)
+    return answer_seeds(context, prompts, rules, spec.batch_size)

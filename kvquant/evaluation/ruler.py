@@ -12,7 +12,7 @@ from typing import Any
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Source, check_length, encode
 from kvquant.evaluation.chat import DEFAULT_CHAT, Chat, has_template
-from kvquant.evaluation.generated import Prompt, Rules, SeedPrompts
+from kvquant.evaluation.generated import Answered, Prompt, Rules, SeedPrompts
 from kvquant.evaluation.ruler_tasks import (
     RulerDefinition,
     RulerSample,
@@ -97,3 +97,6 @@ def ruler_rules(spec: RulerTask, tokenizer: Any) -> Rules:
     """An answer's score is the share of the references found in it."""
     task = definition(spec.task)
     return Rules(lambda prompt, answer: score_answer(task, prompt.record["references"], answer))
+
+
+RULER = Answered(prepare_ruler, ruler_rules)

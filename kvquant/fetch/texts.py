@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from kvquant.errors import UserError
 from kvquant.formats.files import read_bytes, read_json
+from kvquant.study.datasets import DATASETS
 
 SCHEMA_VERSION = 1
 FIELD = "--data-manifest"
@@ -20,21 +21,6 @@ FIELDS = {
 }
 SHA256 = re.compile(r"[0-9a-f]{64}")
 FETCHED = ("pypi", "hub", "data_dir")  # any other source is the user's own text
-# (sha256, characters, test_from) of texts that are the same on every machine.
-PINNED = {
-    "essays": (
-        "b3a70ebc054f2eab5057baf3c4b7e857711472be8086240a516fd29b648ad857",
-        643_830,
-        459_742,
-    ),
-    "wikitext2": (
-        "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83",
-        1_294_336,
-        0,
-    ),
-}
-NAMES = ("sha256", "characters", "test_from")
-TEST_ONLY = ("squad", "hotpotqa", "longbench-")
 Part = Literal["all", "calibration", "test"]
 
 
@@ -78,12 +64,12 @@ def _checked(file: Path, raw: Any) -> DataManifest:
         **{n: raw[n] for n in FIELDS if n != "file"}, file=file.parent / raw["file"]
     )
     if found.source in FETCHED:
-        pinned = PINNED.get(found.dataset)
-        known = (found.sha256, found.characters, found.test_from)
-        for name, is_, must in zip(NAMES, known, pinned or (), strict=False):
-            if is_ != must:
-                raise ValueError(f"{name}: {is_}, but '{found.dataset}' has {must}")
-        if found.dataset.startswith(TEST_ONLY) and found.test_from != 0:
+        known = DATASETS.get(found.dataset)
+        if known is not None and known.pinned is not None:
+            for name, must in asdict(known.pinned).items():
+                if (is_ := getattr(found, name)) != must:
+                    raise ValueError(f"{name}: {is_}, but '{found.dataset}' has {must}")
+        if known is not None and known.test_only and found.test_from != 0:
             raise ValueError(f"test_from: '{found.dataset}' is test text only")
     return found
 

@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from kvquant.errors import unknown
+from kvquant.study.datasets import DATASETS
 from kvquant.study.limits import MAX_NAMES, MAX_RESULTS, MAX_SEED
 from kvquant.study.paths import NAME
 from kvquant.study.scheme_kinds import CalibratedScheme
 from kvquant.study.sections import StudySections
-from kvquant.study.tasks import (
-    LONGBENCH_TASKS,
-    MIN_RULER_LENGTH,
-    RULER_TASKS,
-    TEXTS,
-    LongBenchTask,
-    PerplexityTask,
-    RulerTask,
-)
 
 MAX_NAME = 64
 # Words that tables and figures use beside the study's own keys.
@@ -110,8 +102,7 @@ def _evaluation(study: StudySections) -> Iterator[str]:
 
 
 def _protocol(study: StudySections, task: str) -> str:
-    spec = study.tasks[task]
-    return spec.protocol if isinstance(spec, PerplexityTask) else "A"
+    return study.tasks[task].cache_protocol()
 
 
 def _can(study: StudySections, scheme: str, task: str) -> bool:
@@ -119,25 +110,11 @@ def _can(study: StudySections, scheme: str, task: str) -> bool:
 
 
 def _tasks(study: StudySections) -> Iterator[str]:
-    texts = [*TEXTS, *(f"longbench-{name}" for name in LONGBENCH_TASKS)]
-    datasets = {"calibration.dataset": study.calibration.dataset}
+    if study.calibration.dataset not in DATASETS:
+        yield f"calibration.dataset: {unknown('dataset', study.calibration.dataset, DATASETS)}"
     for name, task in study.tasks.items():
-        if isinstance(task, RulerTask | LongBenchTask):
-            known = RULER_TASKS if isinstance(task, RulerTask) else LONGBENCH_TASKS
-            if task.task not in known:
-                reason = unknown(f"{task.suite} task", task.task, known)
-                yield f"tasks.{name}.task: {reason}"
-            if task.max_new_tokens >= task.length:
-                yield f"tasks.{name}.max_new_tokens: leaves no room for a prompt in `length`"
-        if isinstance(task, RulerTask):
-            least = MIN_RULER_LENGTH.get(task.task, 0)
-            if task.length < least:
-                yield f"tasks.{name}.length: '{task.task}' needs at least {least} tokens"
-        if isinstance(task, PerplexityTask):
-            datasets[f"tasks.{name}.dataset"] = task.dataset
-    for field, dataset in datasets.items():
-        if dataset not in texts:
-            yield f"{field}: {unknown('dataset', dataset, texts)}"
+        for option, reason in task.problems():
+            yield f"tasks.{name}.{option}: {reason}"
 
 
 def _timed(study: StudySections) -> Iterator[str]:

@@ -15,20 +15,20 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from kvquant.errors import UserError
 from kvquant.study.checks import problems
+from kvquant.study.margin import Margin as Margin
 from kvquant.study.overlay import read_study
 from kvquant.study.scheme_kinds import SCHEME_KINDS
 from kvquant.study.sections import StudySections
-from kvquant.study.statistics import Margin as Margin
 from kvquant.study.statistics import StatisticsSpec as StatisticsSpec
 from kvquant.study.tasks import LONGBENCH_TASKS as LONGBENCH_TASKS
 from kvquant.study.tasks import RULER_TASKS as RULER_TASKS
+from kvquant.study.tasks import SUITES as SUITES
 from kvquant.study.tasks import EvaluationSpec as EvaluationSpec
 from kvquant.study.tasks import LongBenchTask as LongBenchTask
 from kvquant.study.tasks import PasskeyTask as PasskeyTask
 from kvquant.study.tasks import PerplexityTask as PerplexityTask
 from kvquant.study.tasks import RulerTask as RulerTask
 from kvquant.study.tasks import TaskSpec as TaskSpec
-from kvquant.study.tasks import task_dataset as task_dataset
 from kvquant.study.timing import EnergySpec, TimingSpec
 
 
@@ -49,9 +49,7 @@ class Study(StudySections):
         """Whether a scheme is evaluated on a task: chosen, and able to run its protocol."""
         if not self._chosen(scheme) or task not in self.evaluation.tasks.get(scheme, [task]):
             return False
-        spec = self.task(task)
-        protocol = spec.protocol if isinstance(spec, PerplexityTask) else "A"
-        return protocol in self.scheme(scheme).protocols
+        return self.task(task).cache_protocol() in self.scheme(scheme).protocols
 
     def eval_cells(self) -> list[tuple[str, str]]:
         """(scheme, task) of every evaluation job of a model."""
@@ -88,7 +86,7 @@ class Study(StudySections):
 
     def datasets(self) -> list[str]:
         """Every data set that calibration or a task needs."""
-        found = {task_dataset(task) for task in self.tasks.values()} | {self.calibration.dataset}
+        found = {task.dataset_name() for task in self.tasks.values()} | {self.calibration.dataset}
         return sorted(name for name in found if name is not None)
 
 
@@ -108,7 +106,7 @@ def parse_study(raw: Any, where: str = "config") -> Study:
     except ValidationError as error:
         lines = []
         for item in error.errors():
-            tags = {*SCHEME_KINDS, "perplexity", "passkey", "ruler", "longbench"}
+            tags = {*SCHEME_KINDS, *SUITES}
             tagged = item["loc"][:1] in (("schemes",), ("tasks",))  # their third part is the kind
             path = ".".join(
                 str(p) for i, p in enumerate(item["loc"]) if not (tagged and i == 2 and p in tags)

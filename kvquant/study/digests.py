@@ -12,13 +12,11 @@ from typing import Any
 
 from kvquant.errors import UserError, unknown
 from kvquant.formats.files import parse_json
-from kvquant.study.config import PerplexityTask, Study, TaskSpec, digest, task_dataset
+from kvquant.study.config import SUITES, Study, TaskSpec, digest
 from kvquant.study.models import CHAT_OPTIONS, ModelSpec
 from kvquant.study.scheme_kinds import CalibratedScheme
 from kvquant.study.schemes import SchemeSpec
 from kvquant.study.timing import EnergySpec, TimingSpec
-
-CHAT_SUITES = ("longbench", "ruler")  # whose prompts are turns of the model's chat template
 
 VERSIONS = {
     # Of files' forms, not of what they hold: 2 has hashes. A bump makes the files again.
@@ -36,12 +34,12 @@ def needs_calibration(scheme: SchemeSpec) -> bool:
 
 def dataset_of(task: TaskSpec) -> str | None:
     """The text a task reads, or None when it makes its own."""
-    return task_dataset(task)
+    return task.dataset_name()
 
 
 def asks_prompts(task: TaskSpec) -> bool:
     """Whether the task's answers are generated, to prompts that are prepared once for all."""
-    return not isinstance(task, PerplexityTask)
+    return SUITES[task.suite].asks_prompts
 
 
 @functools.cache
@@ -66,7 +64,7 @@ def _weights(model: ModelSpec) -> dict[str, Any]:
 
 def _chat(study: Study, model: str, task: TaskSpec) -> list[dict[str, Any]]:
     """What a task's prompts owe to the model's chat template; nothing at the defaults."""
-    if task.suite not in CHAT_SUITES:
+    if not SUITES[task.suite].uses_chat:
         return []
     chosen = study.model(model).model_dump(mode="json", include=set(CHAT_OPTIONS))
     return [chosen] if chosen else []
@@ -101,8 +99,7 @@ def prompts_name(study: Study, model: str, task: str) -> str:
 def eval_digest(study: Study, model: str, scheme: str, task: str, seed: int) -> str:
     """Digest of one evaluation result. Expected run times and windows a batch do not count."""
     chosen = study.task(task)
-    speed = {"minutes"} | ({"batch_size"} if isinstance(chosen, PerplexityTask) else set())
-    spec = chosen.model_dump(mode="json", exclude=speed)
+    spec = chosen.model_dump(mode="json", exclude=set(chosen.speed_options))
     versions = [VERSIONS["evaluate"]]
     if asks_prompts(chosen):
         versions.append(VERSIONS["prompts"])

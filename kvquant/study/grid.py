@@ -6,8 +6,9 @@ import argparse
 import math
 from dataclasses import dataclass
 
-from kvquant.study.config import PerplexityTask, Study, load_study
+from kvquant.study.config import Study, load_study
 from kvquant.study.digests import asks_prompts, needs_calibration
+from kvquant.study.suite import count_of
 
 CPUS_PER_GPU = 16  # a GPU's share of a node with 128 cores and 8 GPUs
 CALIBRATION_MINUTES = 120
@@ -94,22 +95,14 @@ def _timed_seconds(study: Study, rule: str) -> float:
     return spec.idle_seconds + 2 * 2 * spec.trials * spec.seconds
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number or 'all'} {noun}{'' if number == 1 else 's'}"
-
-
 def grid_rows(study: Study) -> list[tuple[str, int, int, str]]:
     """(stage, jobs, results, what) of every measured stage."""
     models, seeds = len(study.models), len(study.seeds)
     rows = []
     for name, task in study.tasks.items():
-        if isinstance(task, PerplexityTask):
-            size = f"of {task.window} tokens" if task.window else "of all the model's positions"
-            what = f"{_count(task.windows, 'window')} {size}, protocol {task.protocol}"
-        else:
-            what = f"{_count(task.samples, 'sample')} of {task.length} tokens"
         jobs = models * sum(study.evaluates(scheme, name) for scheme in study.schemes)
-        rows.append((f"evaluate {name}", jobs, jobs * seeds, f"{what}, {_count(seeds, 'seed')}"))
+        what = f"{task.describe()}, {count_of(seeds, 'seed')}"
+        rows.append((f"evaluate {name}", jobs, jobs * seeds, what))
     for stage, cells, spec in (
         ("throughput", study.throughput_cells(), study.throughput),
         ("energy", study.energy_cells(), study.energy),

@@ -1,37 +1,57 @@
-"""The study's tasks and its section `evaluation:`; part of :mod:`kvquant.study.config`."""
+"""The suites with their tasks' options, and the study's section `evaluation:`.
+
+A suite is a class with the decorator :func:`kvquant.study.suite.suite`; nothing else lists it.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import Field, model_validator
 
-from kvquant.study.limits import MAX_BATCH, MAX_MINUTES, MAX_SAMPLES, MAX_TOKENS, MAX_WINDOWS
+from kvquant.errors import unknown
+from kvquant.study.datasets import DATASETS
+from kvquant.study.limits import MAX_BATCH, MAX_SAMPLES, MAX_TOKENS, MAX_WINDOWS
+from kvquant.study.margin import Margin
+from kvquant.study.sample_types import (
+    LongBenchSample,
+    PasskeySample,
+    PerplexitySample,
+    RulerSample,
+    check_data_rows,
+    check_windows,
+    longbench_summary,
+    perplexity_summary,
+    score_summary,
+)
 from kvquant.study.strict import Strict
+from kvquant.study.suite import SUITES as SUITES
+from kvquant.study.suite import AnsweredTask, Protocol, Task, count_of, suite
+from kvquant.study.task_families import family_of, task_names
 
-# The tasks of the pinned lm-eval that the suites can run; tests hold these lists against it.
-RULER_TASKS = (
-    *("niah_single_1", "niah_single_2", "niah_single_3"),
-    *("niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
-    *("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2"),
+RULER_TASKS = task_names("ruler")
+LONGBENCH_TASKS = task_names("longbench")
+
+
+@suite(
+    label="perplexity",
+    implementation="kvquant.evaluation.perplexity:run_perplexity",
+    metric="perplexity",
+    metric_type="likelihood",
+    higher_is_better=False,
+    loss_axis="perplexity increase",
+    margin=Margin(relative=0.01),
+    sample=PerplexitySample,
+    summary=perplexity_summary,
+    check_samples=check_windows,
+    table_metrics=("kl",),
+    asks_prompts=False,
+    caption="Perplexity: mean over seeds, change with its 95 % interval, KL divergence of the next "
+    "token from the unquantized cache.",
+    table="kvquant.analysis.suite_tables:likelihoods",
 )
-LONGBENCH_TASKS = (
-    *("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"),
-    *("gov_report", "qmsum", "multi_news", "trec", "triviaqa", "samsum"),
-    *("passage_retrieval_en", "passage_count", "lcc", "repobench-p"),
-)
-
-
-TEXTS = (
-    "essays",
-    "wikitext2",
-    "squad",
-    "hotpotqa",
-)  # of fetch.datasets, beside LongBench's
-MIN_RULER_LENGTH = {"vt": 400}  # its shortest chain with instruction and answer
-
-
-class PerplexityTask(Strict):
+class PerplexityTask(Task):
     """Perplexity over non-overlapping windows; the seed moves the first window's offset."""
 
     suite: Literal["perplexity"] = Field(description="suite of the task")
@@ -42,15 +62,14 @@ class PerplexityTask(Strict):
     windows: int = Field(
         0, ge=0, le=MAX_WINDOWS, description="windows per seed; 0 takes the whole text"
     )
-    protocol: Literal["A", "B"] = Field(
+    protocol: Protocol = Field(
         "B", description="A: a prompt attends in full precision; B: every token reads codes"
     )
     chunk: int = Field(256, ge=1, le=MAX_TOKENS, description="tokens per chunk (protocol A)")
     batch_size: int = Field(1, ge=1, le=MAX_BATCH, description="windows per batch at most")
     kl: bool = Field(True, description="also the KL divergence to the unquantized cache")
-    minutes: int = Field(
-        30, ge=1, le=MAX_MINUTES, description="expected run time of one seed on one GPU"
-    )
+
+    speed_options = frozenset({"minutes", "batch_size"})
 
     @model_validator(mode="after")
     def _window(self) -> PerplexityTask:
@@ -58,8 +77,50 @@ class PerplexityTask(Strict):
             raise ValueError("window: must be 0 (all positions of the model) or at least 32")
         return self
 
+    def cache_protocol(self) -> Protocol:
+        """Returns the protocol by which the cache is measured."""
+        return self.protocol
 
-class PasskeyTask(Strict):
+    def dataset_name(self) -> str:
+        """Returns the data set that the task reads."""
+        return self.dataset
+
+    def sample_count(self) -> int:
+        """Returns the windows of one seed; 0 stands for the whole text."""
+        return self.windows
+
+    def describe(self) -> str:
+        """Returns the number and the length of the windows, and the protocol."""
+        size = f"of {self.window} tokens" if self.window else "of all the model's positions"
+        return f"{count_of(self.windows, 'window')} {size}, protocol {self.protocol}"
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yields an unknown data set."""
+        if self.dataset not in DATASETS:
+            yield "dataset", str(unknown("dataset", self.dataset, DATASETS))
+
+    def check_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Checks that a record has a divergence where one is asked for, and the asked window.
+
+        Raises:
+            ValueError: It is of other options; the message names the metric.
+        """
+        if ("kl" in metrics) != self.kl:
+            raise ValueError(f"field 'metrics.kl': the study says kl: {str(self.kl).lower()}")
+        if self.window and metrics.get("window") != self.window:
+            raise ValueError(f"field 'metrics.window': the study's is {self.window}")
+
+
+@suite(
+    label="passkey",
+    implementation="kvquant.evaluation.passkey:PASSKEY",
+    metric="accuracy",
+    margin=Margin(relative=0.05),
+    sample=PasskeySample,
+    summary=score_summary("accuracy"),
+    caption="Passkey retrieval by prompt length.",
+)
+class PasskeyTask(AnsweredTask):
     """Passkey retrieval (Mohtashami and Jaggi, arXiv 2305.16300); the seed draws key and place."""
 
     suite: Literal["passkey"] = Field(description="suite of the task")
@@ -67,29 +128,70 @@ class PasskeyTask(Strict):
     samples: int = Field(
         10, ge=1, le=MAX_SAMPLES, description="prompts per seed, their depths spread evenly"
     )
-    batch_size: int = Field(4, ge=1, le=MAX_BATCH, description="prompts per batch at most")
-    minutes: int = Field(
-        30, ge=1, le=MAX_MINUTES, description="expected run time of one seed on one GPU"
-    )
+
+    def column(self, name: str) -> str:
+        """Returns the prompt length."""
+        return f"{self.length:,} tokens"
 
 
-class RulerTask(Strict):
+class _FamilyTask(AnsweredTask):
+    """A task that is one of its suite's families (:mod:`kvquant.study.task_families`)."""
+
+    if TYPE_CHECKING:  # fields of each subclass
+        task: str
+        max_new_tokens: int
+
+    def dataset_name(self) -> str | None:
+        """Returns the data set that the task reads."""
+        family = family_of(self.suite, self.task)
+        return None if family is None else family.tasks[self.task]
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yields an unknown task, and lengths that leave no room."""
+        family = family_of(self.suite, self.task)
+        if family is None:
+            yield "task", str(unknown(f"{self.suite} task", self.task, task_names(self.suite)))
+        if self.max_new_tokens >= self.length:
+            yield "max_new_tokens", "leaves no room for a prompt in `length`"
+        if family is not None and self.length < family.min_length:
+            yield "length", f"'{self.task}' needs at least {family.min_length} tokens"
+
+
+@suite(
+    label="RULER",
+    implementation="kvquant.evaluation.ruler:RULER",
+    metric="score",
+    margin=Margin(relative=0.05, absolute=2.0),
+    sample=RulerSample,
+    summary=score_summary("score"),
+    uses_chat=True,
+    caption="{suite}.",
+)
+class RulerTask(_FamilyTask):
     """One RULER task (arXiv 2404.06654), generated and scored by the pinned lm-eval package."""
 
     suite: Literal["ruler"] = Field(description="suite of the task")
     task: str = Field(description="niah_single_1, niah_single_2, niah_multikey_1, vt, ...")
     length: int = Field(4096, ge=256, le=MAX_TOKENS, description="prompt plus answer tokens")
     samples: int = Field(20, ge=1, le=MAX_SAMPLES, description="prompts per seed")
-    batch_size: int = Field(4, ge=1, le=MAX_BATCH, description="prompts per batch at most")
     max_new_tokens: int = Field(
         0, ge=0, le=MAX_TOKENS, description="0 keeps RULER's own generation length"
     )
-    minutes: int = Field(
-        30, ge=1, le=MAX_MINUTES, description="expected run time of one seed on one GPU"
-    )
 
 
-class LongBenchTask(Strict):
+@suite(
+    label="LongBench",
+    implementation="kvquant.evaluation.longbench:LONGBENCH",
+    metric="score",
+    margin=Margin(relative=0.05, absolute=2.0),
+    sample=LongBenchSample,
+    summary=longbench_summary,
+    check_samples=check_data_rows,
+    table_metrics=("rows_available", "rows_official"),
+    uses_chat=True,
+    caption="{suite}; in brackets the rows of each task.",
+)
+class LongBenchTask(_FamilyTask):
     """One English task of LongBench (arXiv 2308.14508), as in the pinned lm-eval package."""
 
     suite: Literal["longbench"] = Field(description="suite of the task")
@@ -106,29 +208,23 @@ class LongBenchTask(Strict):
         le=MAX_SAMPLES,
         description="rows that each seed draws; 0, or more than all, takes all",
     )
-    batch_size: int = Field(4, ge=1, le=MAX_BATCH, description="prompts per batch at most")
     max_new_tokens: int = Field(
         0, ge=0, le=MAX_TOKENS, description="0 keeps LongBench's own generation length"
     )
-    minutes: int = Field(
-        30, ge=1, le=MAX_MINUTES, description="expected run time of one seed on one GPU"
-    )
+
+    def samples_expected(self, metrics: Mapping[str, float]) -> int:
+        """Returns the rows that a record must hold: at most as many as the data has."""
+        available = int(metrics.get("rows_available", 0.0))
+        return min(self.samples or available, available)
 
 
-TaskSpec = Annotated[
-    PerplexityTask | PasskeyTask | RulerTask | LongBenchTask, Field(discriminator="suite")
-]
-
-
-def task_dataset(task: TaskSpec) -> str | None:
-    """The data set a task reads, or None when it makes its own text."""
-    if isinstance(task, PerplexityTask):
-        return task.dataset
-    if isinstance(task, LongBenchTask):
-        return f"longbench-{task.task}"
-    if isinstance(task, RulerTask):
-        return {"qa_1": "squad", "qa_2": "hotpotqa"}.get(task.task, "essays")
-    return None
+if TYPE_CHECKING:
+    TaskSpec = Task
+else:
+    TaskSpec = Annotated[
+        Union[tuple(suite.tasks for suite in SUITES.values())],  # noqa: UP007
+        Field(discriminator="suite"),
+    ]
 
 
 class EvaluationSpec(Strict):

@@ -285,9 +285,10 @@ def test_all_sample_rows_are_parsed() -> None:
     """What the suites write is what is read (their own tests hold the real ones against it)."""
     import numpy as np
 
-    from kvquant.study.samples import SAMPLES, parse_samples
+    from kvquant.study.config import SUITES
+    from kvquant.study.samples import parse_samples
 
-    for suite in SAMPLES:
+    for suite in SUITES:
         rows = sample_rows(suite, np.random.default_rng(0), 3)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         assert parse_samples(text, suite) == rows

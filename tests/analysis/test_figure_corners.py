@@ -10,13 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kvquant.analysis import figures
-from kvquant.analysis.append_figure import append_panels
+from kvquant.analysis.figures.append import append_panels
+from kvquant.analysis.figures.style import plt
+from kvquant.analysis.plot import draw_figure
 from kvquant.analysis.tables import write_table
 from kvquant.study.config import Study, parse_study
 from tests.support.tables import two_models, write_tables
-
-plt = figures.plt
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +38,9 @@ def tables(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def drawn(name: str, study: Study, folder: Path) -> Any:
     """A figure, drawn with every warning an error."""
-    with warnings.catch_warnings(), plt.rc_context(figures.STYLE):
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = figures.FIGURES[name](study, folder)
+        figure = draw_figure(name, study, folder)
         figure.canvas.draw()
     for axis in figure.axes:
         assert np.isfinite([*axis.get_xlim(), *axis.get_ylim()]).all()

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kvquant.analysis import figures
 from kvquant.analysis.collect import Problems, _kernel_rows, write_table
+from kvquant.analysis.plot import draw_figure
 from kvquant.benchmarks.turns import Role, Side, Status, to_records
 from kvquant.errors import UserError
 from kvquant.study.config import Study, load_study
@@ -71,8 +71,7 @@ def drawn(study: Study, folder: Path, broken: dict[str, Status] | None = None) -
         pd.DataFrame(_kernel_rows(study, folder, "gpu", problems)), folder / "kernels.parquet"
     )
     assert problems == []
-    with figures.plt.rc_context(figures.STYLE):
-        return figures.kernels(study, folder)
+    return draw_figure("kernels", study, folder)
 
 
 @pytest.fixture
@@ -125,7 +124,7 @@ def test_panels_without_data_are_left_out(study: Study, tmp_path: Path) -> None:
         drawn(one, tmp_path / "none", {"nuq3-1pct": "oom"})
     raw["kernels"] = None
     with pytest.raises(UserError, match="no section 'kernels'"):
-        figures.kernels(Study.model_validate(raw), tmp_path)
+        draw_figure("kernels", Study.model_validate(raw), tmp_path)
 
 
 def test_all_text_lies_inside_the_page(study: Study, tmp_path: Path) -> None:

@@ -12,8 +12,11 @@ import matplotlib
 import pandas as pd
 import pytest
 
-from kvquant.analysis import claims, figure_list, figures, latex
+from kvquant.analysis import claims, cost_tables, figure_list, latex, macros, plot
+from kvquant.analysis.figures.style import plt
+from kvquant.analysis.plot import draw_figure
 from kvquant.analysis.study_tables import load_tables
+from kvquant.analysis.table_list import TABLES
 from kvquant.analysis.tables import write_table
 from kvquant.study.config import Study, load_study, parse_study
 from tests.support.tables import two_models, write_tables
@@ -36,7 +39,7 @@ def build(study: Study, folder: Path) -> Path:
     )
     for name in figure_list.shown(study):
         out = [paper / f"figures/{name}.pdf"]
-        figures.run(argparse.Namespace(**common, figure=name, out=out))
+        plot.run(argparse.Namespace(**common, figure=name, out=out))
     return paper
 
 
@@ -95,7 +98,7 @@ def test_it_compiles_and_shows_every_model(root: Path, study: Study, paper: Path
         assert words in text
 
 
-@pytest.mark.parametrize("name", sorted(latex.TABLES))
+@pytest.mark.parametrize("name", sorted(TABLES))
 def test_rows_are_told_apart(study: Study, paper: Path, name: str) -> None:
     """In every table the model is a column, and no two rows have the same labels."""
     head, *rows = cells(paper / f"tables/{name}.tex")
@@ -139,7 +142,7 @@ def axes_of(figure: matplotlib.figure.Figure) -> dict[str, int]:
 def test_throughput_draws_every_model_and_repetition(study: Study, paper: Path) -> None:
     """A mark spans all repetitions: the medians of one rep alone give another picture."""
     perf = pd.read_parquet(paper.parent / "tables/perf.parquet")
-    figure = figures.throughput(study, paper.parent / "tables")
+    figure = draw_figure("throughput", study, paper.parent / "tables")
     assert len(figure.axes) == 2 * len(study.models)
     for axes, model in zip(zip(*[iter(figure.axes)] * 2, strict=True), study.models, strict=True):
         assert axes[0].get_title("left") == model
@@ -147,11 +150,11 @@ def test_throughput_draws_every_model_and_repetition(study: Study, paper: Path) 
         drawn = sorted(float(bars.lines[0].get_xdata()[0]) for bars in axes[0].containers)
         expected = mine.groupby(["scheme", "workload"]).prefill_ratio.median().dropna()
         assert drawn == pytest.approx(sorted(expected))
-    figures.plt.close(figure)
+    plt.close(figure)
 
 
 def test_pareto_tells_models_and_workloads_apart(study: Study, paper: Path) -> None:
-    figure = figures.pareto(study, paper.parent / "tables")
+    figure = draw_figure("pareto", study, paper.parent / "tables")
     rows = 1 + len(study.throughput.workloads) + len(study.energy.workloads)
     assert len(figure.axes) == rows * len(study.models)
     titles = [axis.get_title() for axis in figure.axes[: len(study.models)]]
@@ -164,7 +167,7 @@ def test_pareto_tells_models_and_workloads_apart(study: Study, paper: Path) -> N
     for axis in figure.axes:
         for bars in axis.containers:
             assert bars.has_yerr and bars.has_xerr
-    figures.plt.close(figure)
+    plt.close(figure)
 
 
 @pytest.mark.fault(
@@ -176,11 +179,11 @@ def test_estimated_energy_is_not_in_the_pareto(study: Study, paper: Path, tmp_pa
     shutil.copytree(paper.parent / "tables", tmp_path, dirs_exist_ok=True)
     energy = pd.read_parquet(tmp_path / "energy.parquet").assign(source="estimated")
     write_table(energy, tmp_path / "energy.parquet")
-    figure = figures.pareto(study, tmp_path)
+    figure = draw_figure("pareto", study, tmp_path)
     assert not any("energy" in axis.get_xlabel() for axis in figure.axes)
-    figures.plt.close(figure)
+    plt.close(figure)
     tables = load_tables(study, tmp_path)
-    assert all(r[-3] == "-" for r in _rows(latex.energy(tables))[1:])
+    assert all(r[-3] == "-" for r in _rows(cost_tables.energy(tables))[1:])
 
 
 def _rows(text: str) -> list[list[str]]:
@@ -195,7 +198,7 @@ def test_keys_that_spell_the_same_macro(root: Path, tmp_path: Path) -> None:
     raw["models"] = {"m": next(iter(raw["models"].values()))}
     study = parse_study(raw)
     write_tables(study, tmp_path)
-    text = latex.numbers(load_tables(study, tmp_path))
+    text = macros.numbers(load_tables(study, tmp_path))
     names = re.findall(r"\\newcommand{\\(\w+)}", text)
     assert len(names) == len(set(names))
 

@@ -10,9 +10,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kvquant.analysis import figures, latex, suite_tables
+from kvquant.analysis import latex, macros, suite_tables
 from kvquant.analysis.booktabs import Latex, booktabs
+from kvquant.analysis.figure_list import FIGURES
+from kvquant.analysis.figures.style import look, plt
+from kvquant.analysis.latex import build_table
+from kvquant.analysis.plot import draw_figure
 from kvquant.analysis.study_tables import Tables, load_tables
+from kvquant.analysis.table_list import OF_EVALUATIONS, TABLES
 from kvquant.analysis.tables import write_table
 from kvquant.errors import UserError
 from kvquant.study.config import load_study
@@ -39,9 +44,9 @@ def rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.removesuffix(r"\\").split(" & ")] for line in lines]
 
 
-@pytest.mark.parametrize("name", sorted(latex.TABLES))
+@pytest.mark.parametrize("name", sorted(TABLES))
 def test_every_row_has_every_column(tables: Tables, name: str) -> None:
-    text = latex.TABLES[name](tables)
+    text = build_table(name, tables)
     cells = rows(text)
     assert len(cells) > 1 and len({len(row) for row in cells}) == 1
     assert text.startswith("% generated") and "nan" not in text
@@ -50,7 +55,7 @@ def test_every_row_has_every_column(tables: Tables, name: str) -> None:
 
 
 def test_ruler_has_13_tasks_and_their_mean(tables: Tables) -> None:
-    cells = rows(suite_tables.ruler(tables))
+    cells = rows(suite_tables.scores(tables, "ruler"))
     assert len(cells[0]) == 1 + 13 + 1 and "mean" in cells[0][-1]
     assert [row[0] for row in cells[1:]] == list(tables.study.schemes)
     values = [float(re.match(r"[\d.]+", cell)[0]) for cell in cells[3][1:]]  # type: ignore[index]
@@ -63,25 +68,25 @@ def test_ruler_has_13_tasks_and_their_mean(tables: Tables) -> None:
 
 def test_a_subset_is_called_one_everywhere(tables: Tables) -> None:
     name = "LongBench subset (72 rows)"
-    assert suite_tables.longbench_name(tables) == name
+    assert suite_tables.suite_name(tables, "longbench") == name
     assert name in rows(suite_tables.summary(tables))[0]
-    assert rf"\newcommand{{\kvLongBench}}{{{name}}}" in latex.numbers(tables)
-    assert "(12)" in rows(suite_tables.longbench(tables))[0][1]
+    assert rf"\newcommand{{\kvLongBench}}{{{name}}}" in macros.numbers(tables)
+    assert "(12)" in rows(suite_tables.scores(tables, "longbench"))[0][1]
     whole = tables.evaluations.assign(rows_available=200.0)
     complete = replace(tables, evaluations=whole)
-    assert suite_tables.longbench_name(complete) == "LongBench"
+    assert suite_tables.suite_name(complete, "longbench") == "LongBench"
 
 
 def test_a_suite_without_tasks_is_told(tables: Tables) -> None:
     kept = tables.evaluations[tables.evaluations.suite == "perplexity"]
     less = replace(tables, evaluations=kept)
     for name in ("passkey", "ruler", "longbench"):
-        assert latex.TABLES[name](less).splitlines()[1].startswith("This study has no")
+        assert build_table(name, less).splitlines()[1].startswith("This study has no")
     assert len(rows(suite_tables.summary(less))[0]) == 5
 
 
 def test_kl_and_verdicts_are_macros(tables: Tables) -> None:
-    text = latex.numbers(tables)
+    text = macros.numbers(tables)
     for name in ("NuqThreeOnepctKl", "NuqThreeOnepctRulerVerdict", "HeadlineKl"):
         assert f"\\kv{name}}}" in text
     names = re.findall(r"\\newcommand\{\\(\w+)\}", text)
@@ -98,14 +103,14 @@ def test_marked_cells_stay_latex_and_text_is_escaped() -> None:
 def test_schemes_look_different(root: Path) -> None:
     study = load_study(root / "config/h100.yaml").model_copy(update={"append": None})
     many = study.model_copy(update={"schemes": {f"s{n}": n for n in range(40)}})
-    assert len({figures._look(many, name) for name in many.schemes}) == 40
+    assert len({look(many, name) for name in many.schemes}) == 40
 
 
-@pytest.mark.parametrize("name", sorted(set(figures.FIGURES) - {"append", "kernels"}))
+@pytest.mark.parametrize("name", sorted(set(FIGURES) - {"append", "kernels"}))
 def test_every_figure_is_drawn(tables: Tables, folder: Path, name: str, tmp_path: Path) -> None:
-    figure = figures.FIGURES[name](tables.study, folder)
+    figure = draw_figure(name, tables.study, folder)
     figure.savefig(tmp_path / "figure.pdf")
-    figures.plt.close(figure)
+    plt.close(figure)
     assert (tmp_path / "figure.pdf").stat().st_size > 3000
 
 
@@ -127,7 +132,7 @@ def test_accuracy_tables_of_an_unfinished_study(root: Path, folder: Path, tmp_pa
         present=True,
     )
     latex.run(args)
-    assert {f.stem for f in (tmp_path / "tex").iterdir()} == set(latex.ACCURACY)
+    assert {f.stem for f in (tmp_path / "tex").iterdir()} == set(OF_EVALUATIONS)
     cells = rows((tmp_path / "tex/ruler.tex").read_text(encoding="utf-8"))
     kivi = next(row for row in cells if row[0] == "kivi-4")
     assert [cell.startswith("-") for cell in kivi[1:]].count(True) == 3  # and the mean

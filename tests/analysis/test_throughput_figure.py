@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kvquant.analysis import figures
+from kvquant.analysis.figures import throughput
+from kvquant.analysis.figures.style import MARKERS, plt
 from kvquant.study.config import parse_study
 
 SCHEMES = ("kivi-4", "kivi-3", "kivi-2")
@@ -37,8 +38,8 @@ def test_marks_lie_in_their_rows(
            for p in ("p10", "p90")}
         for s in SCHEMES for w in range(workloads)
     ]  # fmt: skip
-    monkeypatch.setattr(figures, "read_table", lambda tables, name: pd.DataFrame(rows))
-    figure = figures.throughput(study, tmp_path)
+    monkeypatch.setattr(throughput, "read_table", lambda tables, name: pd.DataFrame(rows))
+    figure = throughput.draw(study, tmp_path)
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     legend = figure.legends[0]
     shown = {
@@ -46,7 +47,7 @@ def test_marks_lie_in_their_rows(
         for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)
     }
     assert list(shown) == [f"w{w}" for w in range(workloads)]
-    assert len(set(shown.values())) == min(workloads, len(figures.MARKERS))
+    assert len(set(shown.values())) == min(workloads, len(MARKERS))
     for axis in figure.axes:  # the second shows the first one's names
         bottom, top = axis.get_ylim()
         assert (names, top, bottom) == (list(SCHEMES), -0.5, 2.5)
@@ -57,4 +58,4 @@ def test_marks_lie_in_their_rows(
         for x, y in marks:
             assert names[round(y)] == SCHEMES[int(x) - 1] and abs(y - round(y)) < 0.5
     figure.savefig(tmp_path / "throughput.pdf")
-    figures.plt.close(figure)
+    plt.close(figure)

@@ -10,7 +10,7 @@ from typing import Any
 from kvquant.evaluation.base import Context, Source, SuiteResult
 from kvquant.evaluation.generated import SeedPrompts
 from kvquant.evaluation.prompt_file import PromptFile, probe, write_prompts
-from kvquant.evaluation.registry import ANSWERED, run_suite
+from kvquant.evaluation.registry import answered, run_suite
 from kvquant.study.config import TaskSpec
 
 DIGEST = "0" * 16
@@ -19,7 +19,7 @@ DIGEST = "0" * 16
 def prepare(qm: Any, task: str, text: str, spec: TaskSpec, seed: int) -> SeedPrompts:
     """A seed's prompts in the tokens of a model."""
     source = Source(qm.tokenizer, qm.position_limit, task, lambda part: text)
-    return ANSWERED[spec.suite].prepare(source, spec, seed)
+    return answered(spec.suite).prepare(source, spec, seed)
 
 
 def write(path: Path, tokenizer: Any, seeds: dict[int, SeedPrompts]) -> None:

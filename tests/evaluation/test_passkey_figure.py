@@ -9,7 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kvquant.analysis import figures
+from kvquant.analysis.figures import passkey
+from kvquant.analysis.figures.style import plt
+from kvquant.analysis.plot import draw_figure
 from kvquant.errors import UserError
 from kvquant.study.config import Study, parse_study
 
@@ -40,17 +42,17 @@ def test_cells_are_means_over_length_and_depth(
         for seed in range(2)
         for i in range(20)
     ]
-    monkeypatch.setattr(figures, "read_table", lambda tables, name: pd.DataFrame(rows))
-    figure = figures.passkey(study_of(2048, 1024), tmp_path)
+    monkeypatch.setattr(passkey, "read_table", lambda tables, name: pd.DataFrame(rows))
+    figure = passkey.draw(study_of(2048, 1024), tmp_path)
     shown = {a.get_title(): np.asarray(a.images[0].get_array()) for a in figure.axes if a.images}
     assert shown["fp16"].shape == (10, 2) and (shown["fp16"] == 100).all()
     assert (shown["kivi-2"][:, 0] == 100).all()
     assert (shown["kivi-2"][:5, 1] == 100).all() and (shown["kivi-2"][5:, 1] == 0).all()
     figure.savefig(tmp_path / "passkey.pdf")
-    figures.plt.close(figure)
+    plt.close(figure)
 
 
 def test_one_length_is_no_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "read_table", lambda tables, name: pd.DataFrame())
+    monkeypatch.setattr(passkey, "read_table", lambda tables, name: pd.DataFrame())
     with pytest.raises(UserError, match="fewer than two lengths"):
-        figures.passkey(study_of(1024), tmp_path)
+        draw_figure("passkey", study_of(1024), tmp_path)

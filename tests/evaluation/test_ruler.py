@@ -24,7 +24,7 @@ from kvquant.evaluation.ruler_tasks import (
     ruler_names,
     score_answer,
 )
-from kvquant.fetch.datasets import DATASETS
+from kvquant.fetch.datasets import get_text
 from kvquant.study.config import RULER_TASKS, RulerTask
 from tests.evaluation.asking import asker
 from tests.support.models import tiny_tokenizer
@@ -146,7 +146,7 @@ def test_one_of_several_references_is_a_whole_point() -> None:
 @pytest.mark.parametrize("name", ["qa_1", "qa_2"])
 def test_questions_of_the_real_documents(name: str, data_dir: Path, tmp_path: Path) -> None:
     dataset = {"qa_1": "squad", "qa_2": "hotpotqa"}[name]
-    text = DATASETS[dataset](tmp_path, str(data_dir)).text
+    text = get_text(dataset, tmp_path, str(data_dir)).text
     samples = make_samples(
         definition(name), count, length=2500, overhead=10, samples=3, seed=2, text=lambda: text
     )

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from kvquant.errors import UserError
 from kvquant.fetch.datasets import (
-    WIKITEXT_TEXT_SHA256,
     fetch_data,
     join_rows,
     rows_of_file,
 )
-from kvquant.fetch.texts import PINNED, load_text, read_data_manifest
+from kvquant.fetch.texts import load_text, read_data_manifest
+from kvquant.study.datasets import DATASETS
 
 TEXT = "Zwölf Boxkämpfer\n\njagen Viktor quer."
 
@@ -104,7 +104,9 @@ def test_test_only_text_cannot_calibrate(manifest: Path) -> None:
 def test_edited_manifest_is_refused(
     manifest: Path, change: dict[str, object], message: str
 ) -> None:
-    digest, characters, test_from = PINNED["essays"]
+    pinned = DATASETS["essays"].pinned
+    assert pinned is not None
+    digest, characters, test_from = pinned.sha256, pinned.characters, pinned.test_from
     facts = {**json.loads(manifest.read_text()), "dataset": "essays", "sha256": digest}
     facts |= {"characters": characters, "test_from": test_from}
     manifest.write_text(json.dumps(facts))
@@ -170,7 +172,7 @@ def test_rows_of_a_raw_file(lines: list[str]) -> None:
 
 def test_wikitext_from_data_dir(tmp_path: Path, data_dir: Path) -> None:
     found = fetch_data("wikitext2", tmp_path / "manifest.json", str(data_dir))
-    assert found["sha256"] == WIKITEXT_TEXT_SHA256
+    assert (pinned := DATASETS["wikitext2"].pinned) and found["sha256"] == pinned.sha256
     text = load_text(tmp_path / "manifest.json", "test")
     assert text.startswith("\n\n = Robert Boulter = \n")
     assert len(text) == found["characters"] == 1_294_336

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from kvquant.cli import main
 from kvquant.errors import UserError
 from kvquant.study.config import load_study, parse_study
+from kvquant.study.datasets import DATASETS
 from kvquant.study.datatypes import DATATYPES
+from kvquant.study.dotted import load
 from kvquant.study.study_file import parse_mapping
-from kvquant.study.tasks import LONGBENCH_TASKS, TEXTS
+from kvquant.study.tasks import LONGBENCH_TASKS
 
 
 @pytest.fixture(scope="module")
@@ -255,11 +257,11 @@ def test_any_value_in_any_field_is_taken_or_told(raw: dict[str, Any], data: st.D
 
 
 def test_lists_of_names_are_the_registries(raw: dict[str, Any]) -> None:
-    from kvquant.fetch.datasets import DATASETS
-
     for name in DATATYPES:
         assert parse_study(changed(raw, "schemes/nuq3-1pct/datatype", name))
-    assert {*TEXTS, *(f"longbench-{name}" for name in LONGBENCH_TASKS)} == set(DATASETS)
+    texts = ("essays", "wikitext2", "squad", "hotpotqa")
+    assert {*texts, *(f"longbench-{name}" for name in LONGBENCH_TASKS)} == set(DATASETS)
+    assert all(callable(load(dataset.fetch)) for dataset in DATASETS.values())
 
 
 def test_snakemake_refuses_a_key_that_stands_twice(root: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from kvquant.errors import UserError
 from kvquant.evaluation.prompt_file import PromptFile
 from kvquant.formats.files import sha256_text
 from kvquant.formats.sealing import seal_of
+from kvquant.study.config import SUITES
 from kvquant.study.records import (
     AppendRecord,
     EnergyRecord,
@@ -27,7 +28,7 @@ from kvquant.study.records import (
     ThroughputRecord,
     read_record,
 )
-from kvquant.study.samples import SAMPLES, verified_samples
+from kvquant.study.samples import verified_samples
 from tests.support.studies import eval_record, study_of, write_study
 
 KINDS: dict[str, tuple[type[Record], str]] = {
@@ -115,7 +116,7 @@ def test_values_in_a_record(finished: Path, tmp_path: Path, kind: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("suite", SAMPLES)
+@pytest.mark.parametrize("suite", SUITES)
 def test_samples(finished: Path, suite: str) -> None:
     tasks = {"perplexity": "ppl", "passkey": "passkey", "ruler": "ruler", "longbench": "qasper"}
     text = (finished / f"eval/tiny/nuq3/{tasks[suite]}/seed0/samples.jsonl").read_text()

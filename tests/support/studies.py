@@ -11,7 +11,7 @@ import numpy as np
 from kvquant.benchmarks.timing import summarize
 from kvquant.benchmarks.turns import Side, to_records
 from kvquant.study import digests
-from kvquant.study.config import Study, parse_study
+from kvquant.study.config import SUITES, Study, parse_study
 from kvquant.study.prompt_lengths import prompt_lengths
 from kvquant.study.records import (
     AppendPoint,
@@ -26,7 +26,6 @@ from kvquant.study.records import (
     write_record,
     write_samples,
 )
-from kvquant.study.samples import SAMPLES
 
 DEVICE = "gpu"
 INPUTS = {"model": "a" * 64}
@@ -86,15 +85,14 @@ def write_evaluation(
     """The two files of a seed."""
     spec = study.task(task)
     rng = np.random.default_rng([seed, *f"{scheme}{task}".encode()])
-    count: int = spec.windows if spec.suite == "perplexity" else spec.samples
-    rows = sample_rows(spec.suite, rng, count)
-    rules = SAMPLES[spec.suite]
+    rows = sample_rows(spec.suite, rng, spec.sample_count())
+    rules = SUITES[spec.suite]
     summary = rules.summary(rows)
     metrics = dict(summary.metrics)
     if spec.suite == "longbench":
         metrics |= {"rows_available": 9.0, "rows_official": 200.0, "subset": 1.0}
     folder = results / "eval" / model / scheme / task / f"seed{seed}"
-    prompts = None if spec.suite == "perplexity" else f"{seed}" * 64
+    prompts = f"{seed}" * 64 if SUITES[spec.suite].asks_prompts else None
     size = int(rng.integers(10_000, 20_000))
     record = EvalRecord(
         study=study.study,
@@ -105,7 +103,7 @@ def write_evaluation(
         task=task,
         seed=seed,
         suite=spec.suite,
-        protocol="B" if spec.suite == "perplexity" else "A",
+        protocol=spec.cache_protocol(),
         metric=rules.metric,
         higher_is_better=rules.higher_is_better,
         value=metrics[rules.metric],

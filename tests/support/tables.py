@@ -13,7 +13,7 @@ import yaml
 from kvquant.analysis.collect import write_table
 from kvquant.analysis.pareto import pareto_table
 from kvquant.analysis.statistics import test_all as compare_all
-from kvquant.study.config import LongBenchTask, PasskeyTask, PerplexityTask, Study
+from kvquant.study.config import SUITES, LongBenchTask, PasskeyTask, Study
 
 TITLE = r"50 % of #1 & $2 {x} a_b \ ~ ^ é ß µ 中 <>"
 REPS = 2
@@ -37,20 +37,21 @@ def accuracy_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
                     hard = np.random.default_rng(zlib.crc32(f"{model}{name}{seed}".encode()))
                     noise = np.random.default_rng(zlib.crc32(f"{scheme}{name}{seed}".encode()))
                     loss = damage(study, scheme)
-                    facts: dict[str, object] = {"higher_is_better": True, "metric": "score"}
-                    if isinstance(task, PerplexityTask):
+                    suite = SUITES[task.suite]
+                    facts: dict[str, object] = {"higher_is_better": suite.higher_is_better}
+                    facts["metric"] = suite.metric
+                    likelihood = suite.metric_type == "likelihood"
+                    if likelihood:
                         score = 3.0 + 0.05 * hard.normal(size=8) + 0.2 * loss
                         score = score + 0.01 * loss * noise.normal(size=8)
-                        facts = {"higher_is_better": False, "metric": "perplexity"}
                         value = float(np.exp(score.mean()))
-                        facts["kl"] = 0.15 * loss if task.kl else None
+                        facts["kl"] = 0.15 * loss if getattr(task, "kl", False) else None
                     else:
-                        count = task.samples or ROWS
+                        count = task.sample_count() or ROWS
                         depth = np.linspace(0, 1, count)
                         chance = 0.95 - 0.75 * loss * (0.3 + 0.7 * depth)
                         if isinstance(task, PasskeyTask):
                             chance = chance - 0.5 * loss * task.length / 8192
-                            facts["metric"] = "accuracy"
                         score = (hard.random(count) < chance).astype(float)
                         value = float(100 * score.mean())
                     if isinstance(task, LongBenchTask):
@@ -64,12 +65,11 @@ def accuracy_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
                         {**key, "seed": seed, "protocol": "A", "value": value} | size | facts
                     )
                     shares_rows = isinstance(task, LongBenchTask)
-                    cut = isinstance(task, PerplexityTask)
                     samples += [
                         {**key, "seed": seed, "sample": at, "score": float(one)}
                         | {"row": (at + seed) % ROWS if shares_rows else None}
-                        | {"start": 2048 * (8 * seed + at) if cut else None}
-                        | {"tokens": 2047 if cut else None}
+                        | {"start": 2048 * (8 * seed + at) if likelihood else None}
+                        | {"tokens": 2047 if likelihood else None}
                         for at, one in enumerate(score)
                     ]
     extra = dict.fromkeys(("kl", "rows_available", "rows_official"), np.nan)

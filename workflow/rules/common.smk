@@ -5,7 +5,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from kvquant.study import digests
+from kvquant.study import datasets, digests
 from kvquant.study.config import parse_study
 from kvquant.errors import UserError
 from kvquant.formats.files import sweep_tree
@@ -58,7 +58,7 @@ wildcard_constraints:
     task="|".join(map(re.escape, STUDY.tasks)),  # a key of `tasks`
     workload="|".join(WORKLOADS) or "none",  # a key of `workloads`
     case="|".join(map(re.escape, STUDY.kernel_cases())) or "none",  # a key of `kernels.cases`
-    dataset=r"essays|wikitext2|squad|hotpotqa|longbench-[a-z0-9_-]+",  # a text that can be fetched
+    dataset=datasets.wildcard_pattern(),  # a text that can be fetched
     device=re.escape(DEVICE),  # the key `device`, or the GPU's own name
     digest=r"[0-9a-f]{16}",  # a digest of model, task and seeds, which names the prompts
     seed=r"\d+",  # an entry of `seeds`

@@ -1,18 +1,12 @@
-# Figures, LaTeX tables, numbers and claims; all read tables only.
-# A figure that has nothing to show is not asked for.
+# Figures, LaTeX tables, numbers and claims; all read tables only. Which there are, with captions and
+# sections, is registered in kvquant/analysis: figure_list.py, table_list.py, page_list.py.
 from kvquant.analysis import figure_list
+from kvquant.analysis.page_list import PAGES
 from kvquant.analysis.report import remove_if_cut
+from kvquant.analysis.table_list import TABLES
 from kvquant.runtime.run_end import claim_lines, product_lines
 
-SECTIONS = {
-    "pareto": ("1 Accuracy against cost", "accuracy, bits, speed and energy"),
-    "perplexity": ("2 Accuracy by task", "perplexity"),
-    "throughput": ("3 Throughput", "prefill and decode against the baseline"),
-    "passkey": ("2 Accuracy by task", "passkey by length and depth"),
-    "append": ("3 Throughput", "cost of an appended token by cache size"),
-    "kernels": ("3 Throughput", "kernels against their floor, fp16 and peers"),
-}
-FIGURES = {name: SECTIONS[name] for name in figure_list.shown(STUDY)}
+FIGURES = {name: figure_list.FIGURES[name] for name in figure_list.shown(STUDY)}
 
 
 localrules:
@@ -31,8 +25,8 @@ rule plot:
         report(
             "<paper>/figures/{figure}.svg",
             caption="../report/figure.rst",
-            category=lambda wildcards: FIGURES[wildcards.figure][0],
-            labels=lambda wildcards: {"figure": FIGURES[wildcards.figure][1]},
+            category=lambda wildcards: str(FIGURES[wildcards.figure].section),
+            labels=lambda wildcards: {"figure": FIGURES[wildcards.figure].label},
         ),
     log:
         "<logs>/paper/{figure}.log",
@@ -41,6 +35,7 @@ rule plot:
     params:
         study=STUDY_FILE,
         tables=lambda wildcards, input: Path(input[0]).parent,
+        caption=lambda wildcards: FIGURES[wildcards.figure].caption,  # read by figure.rst
     message:
         "Drawing {wildcards.figure}"
     shell:
@@ -54,10 +49,6 @@ rule figures:
         expand("<paper>/figures/{figure}.pdf", figure=FIGURES),
 
 
-TABLES = ["summary", "perplexity", "passkey", "ruler", "longbench"]
-TABLES += ["statistics", "throughput", "energy", "memory"]
-
-
 rule tables:
     """The LaTeX tables, and every number of the text as a macro."""
     input:
@@ -67,6 +58,7 @@ rule tables:
     output:
         tables=expand("<paper>/tables/{table}.tex", table=TABLES),
         numbers="<paper>/numbers.tex",
+        floats="<paper>/floats.tex",
     log:
         "<logs>/paper/tables.log",
     params:
@@ -100,16 +92,6 @@ rule claims:
         " --out {output.csv:q} --tex {output.tex:q} > {log:q} 2>&1"
 
 
-PAGES = {
-    "claims": ("0 Claims", "claims", "claims"),
-    "summary": ("1 Accuracy against cost", "all axes", "pareto_table"),
-    "accuracy": ("2 Accuracy by task", "every seed", "collected"),
-    "throughput": ("3 Throughput", "every job", "collected"),
-    "energy": ("4 Energy", "every job", "collected"),
-    "tests": ("5 Statistics", "paired tests", "tests"),
-}
-
-
 localrules:
     html,
 
@@ -123,11 +105,11 @@ rule html:
         [
             report(
                 f"<results>/report/{name}.html",
-                caption=f"../report/{caption}.rst",
-                category=category,
-                labels={"table": label},
+                caption="../report/page.rst",
+                category=str(page.section),
+                labels={"table": page.label},
             )
-            for name, (category, label, caption) in PAGES.items()
+            for name, page in PAGES.items()
         ],
     log:
         "<logs>/paper/html.log",

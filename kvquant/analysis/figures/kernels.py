@@ -1,11 +1,17 @@
-"""The panels of the figure `kernels`: share of the copy rate, fp16 and peers over ours."""
+"""The figure `kernels`: share of the copy rate, and time of fp16 and of peers over ours."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pandas as pd
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from kvquant.analysis.figures.style import WIDTH, height_of_rows, marks, plt
+from kvquant.analysis.tables import read_table
+from kvquant.errors import UserError
+from kvquant.study.config import Study
 
 WORDS = {
     "pack": "quantize and pack",
@@ -23,13 +29,13 @@ FP16 = {  # backends of torch's attention; whole models choose one of them
 }
 WHOLE = ("#CC79A7", "D")
 PEERS = (("#D55E00", "D"), ("#E69F00", "P"), ("#0072B2", "X"), ("#009E73", "*"))  # by measurement
-# What is said of a side without a ratio; 'ok': ours has no time.
+# Text in place of a missing ratio, by status; with 'ok' our own time is missing.
 MISSING = {"ok": "no time of ours", "oom": "out of memory", "refused": "cannot run"}
 Looks = dict[str, tuple[str, str]]
 
 
 def _labelled(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """(label, sides) of every measurement, all cases of a kind together.
+    """Returns (label, sides) of every measurement, all cases of a kind together.
 
     Cases that measure the same on the same shape, for the sake of other peers, are one row, named
     after the first.
@@ -46,22 +52,22 @@ def _of_first_case(groups: list[tuple[str, pd.DataFrame]]) -> list[tuple[str, pd
 
 
 def rates(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Measurements whose bytes are known, without the copies."""
+    """Returns the measurements whose bytes are known, without the copies."""
     return _of_first_case(_labelled(rows[(rows.role != "copy") & rows.copy_share.notna()]))
 
 
 def ratios(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Measurements that compare ours with fp16."""
+    """Returns the measurements that compare ours with fp16."""
     return _of_first_case(_labelled(rows[(rows.role == "fp16") & rows.over_ours_median.notna()]))
 
 
 def look(side: str, role: str) -> tuple[str, str]:
-    """Colour and marker of ours or of a 16-bit side."""
+    """Returns color and marker of ours or of a 16-bit side."""
     return OURS if role == "ours" else FP16.get(side, WHOLE)
 
 
 def legend(rows: pd.DataFrame, ours: str) -> Looks:
-    """What the first two panels show: name, colour, marker."""
+    """Returns color and marker of each name in the first two panels."""
     there = set(rows[rows.status == "ok"].side)
     whole = [s for s in dict.fromkeys(rows[rows.role == "fp16"].side) if s not in FP16]
     found = {ours: OURS} | {f"fp16, {s}": look for s, look in FP16.items() if s in there}
@@ -71,7 +77,7 @@ def legend(rows: pd.DataFrame, ours: str) -> Looks:
 def _point(
     axis: Any, x: float, place: float, ends: list[float], looks: tuple[str, str], size: float = 4
 ) -> None:
-    """A median with its whiskers."""
+    """Draws a median with its whiskers."""
     error = [[max(0.0, x - min(ends))], [max(0.0, max(ends) - x)]]
     style = {"color": looks[0], "elinewidth": 0.8, "capsize": size / 2, "ms": size}
     axis.errorbar(x, place, xerr=error, fmt=looks[1], **style)
@@ -84,7 +90,7 @@ def _names(axis: Any, labels: list[str]) -> None:
 
 
 def rate_panel(axis: Any, found: list[tuple[str, pd.DataFrame]]) -> None:
-    """Share of the rate of a device copy, a row a measurement."""
+    """Draws the share of the rate of a device copy, a row per measurement."""
     for place, (_, sides) in enumerate(found):
         for side in sides.itertuples():
             # a rate is bytes over time: the slowest rounds give the lower end
@@ -108,7 +114,7 @@ def _ratio_scale(axis: Any) -> None:
 
 
 def ratio_panel(axis: Any, found: list[tuple[str, pd.DataFrame]]) -> None:
-    """Time of fp16 over ours on a logarithmic scale, a row a measurement."""
+    """Draws time of fp16 over ours on a logarithmic scale, a row per measurement."""
     for place, (_, sides) in enumerate(found):
         for side in sides.itertuples():
             ends = [side.over_ours_p10, side.over_ours_p90]
@@ -119,7 +125,7 @@ def ratio_panel(axis: Any, found: list[tuple[str, pd.DataFrame]]) -> None:
 
 
 def peers_panel(axis: Any, peers: pd.DataFrame) -> Looks:
-    """Time of peers over ours, a row a peer, a marker a measurement; returns the markers."""
+    """Draws time of peers over ours, a row per peer, and returns the marker per measurement."""
     names = list(dict.fromkeys(peers.side))
     groups = _labelled(peers)
     looks = {label: PEERS[i % len(PEERS)] for i, (label, _) in enumerate(groups)}
@@ -138,3 +144,36 @@ def peers_panel(axis: Any, peers: pd.DataFrame) -> Looks:
     _names(axis, names)
     axis.set_xlabel("time of peers over ours (right of 1: ours is faster)", loc="right")
     return looks
+
+
+def draw(study: Study, tables: Path) -> Any:
+    """Draws kernels against the rate of a copy, against fp16, and against peers."""
+    rows = read_table(tables, "kernels")
+    above, middle, peers = rates(rows), ratios(rows), rows[rows.role == "peer"]
+    counts = [n for n in (len(above), len(middle), peers.side.nunique()) if n]
+    if not counts:
+        raise UserError("figure kernels: no kernel and no comparison has a time")
+    heights = [height_of_rows(n) for n in counts]
+    figure, axes = plt.subplots(
+        len(counts), 1, figsize=(WIDTH, 0.9 + sum(heights)), height_ratios=heights, squeeze=False
+    )
+    left = iter(axes[:, 0])
+    if above:
+        rate_panel(next(left), above)
+    if middle:
+        ratio_panel(next(left), middle)
+    _legend(figure, legend(rows, study.headline), "upper")
+    if len(peers):
+        _legend(figure, peers_panel(next(left), peers), "lower")
+    return figure
+
+
+def _legend(figure: Any, looks: Looks, where: Literal["upper", "lower"]) -> None:
+    figure.legend(
+        handles=marks(looks, ms=4),
+        loc=f"outside {where} center",
+        ncols=3 if where == "upper" else 1,
+        frameon=False,
+        handletextpad=0.2,
+        columnspacing=1.0,
+    )

@@ -1,4 +1,4 @@
-"""The figure `pareto`: accuracy lost against each cost, a column per model.
+"""The panels of the figure `pareto`: accuracy lost against each cost, a column per model.
 
 A panel shows one cost of one named workload: ratios of different workloads are not comparable.
 Energy is shown where counters measured it. Error bars: vertical the 95 % interval over seeds,
@@ -16,18 +16,19 @@ import pandas as pd
 
 from kvquant.analysis.labels import workload_label
 from kvquant.analysis.pareto import counted, dominated
-from kvquant.study.config import Study
+from kvquant.study.config import SUITES, Study
+from kvquant.study.suite import likelihood_suites
 
 MAX_WORKLOADS = 4  # panels of one cost; a page has room for no more
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One cost of one workload, of every model.
+    """One cost of one workload, for every model.
 
     Attributes:
-        label: Of the horizontal axis.
-        more_is_better: Its direction.
+        label: Text of the horizontal axis.
+        more_is_better: The direction of the horizontal axis.
         points: Columns model, scheme, x, x_low, x_high, y, y_low, y_high.
     """
 
@@ -37,20 +38,19 @@ class Panel:
 
 
 def quality_task(study: Study) -> str | None:
-    """The task of the vertical axis: the first of perplexity, or else the first of all."""
-    language = [name for name, task in study.tasks.items() if task.suite == "perplexity"]
+    """Returns the task of the vertical axis: the first of perplexity, or else the first of all."""
+    likelihoods = likelihood_suites()
+    language = [name for name, task in study.tasks.items() if task.suite in likelihoods]
     return next(iter(language or study.tasks), None)
 
 
 def quality_label(study: Study, task: str) -> str:
-    """Of the vertical axis."""
-    if study.tasks[task].suite == "perplexity":
-        return f"perplexity increase, {task}"
-    return f"points lost, {task}"
+    """Returns the text of the vertical axis."""
+    return f"{SUITES[study.tasks[task].suite].loss_axis}, {task}"
 
 
 def quality(study: Study, evaluations: pd.DataFrame, tests: pd.DataFrame) -> pd.DataFrame:
-    """Loss of every evaluated scheme on :func:`quality_task`, with its interval over seeds."""
+    """Returns the loss of every scheme on :func:`quality_task`, with its interval over seeds."""
     task, rows = quality_task(study), []
     mine = evaluations[evaluations.task == task]
     for (model, scheme), group in mine.groupby(["model", "scheme"], sort=False):
@@ -80,7 +80,7 @@ _X = ["x", "x_low", "x_high"]
 
 
 def _speeds(rows: pd.DataFrame) -> dict[str, float]:
-    """Median over repetitions of the prefill ratio, and the rounds' spread of all of them."""
+    """Returns the median prefill ratio over repetitions, and the spread of all their rounds."""
     ratio = rows.prefill_ratio.astype(float)
     ends = [rows.base_prefill_ms_median / rows[f"scheme_prefill_ms_{p}"] for p in ("p90", "p10")]
     spread = pd.concat([*ends, ratio]).astype(float)
@@ -88,7 +88,7 @@ def _speeds(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def _joules(rows: pd.DataFrame) -> dict[str, float]:
-    """The same of energy ratios; spread of trials where the table has it."""
+    """Returns the median energy ratio over repetitions, and the spread of trials."""
     ratio = rows.energy_ratio.astype(float)
     ends = [rows[c].astype(float) for c in ("energy_ratio_low", "energy_ratio_high") if c in rows]
     spread = pd.concat([*ends, ratio])
@@ -96,7 +96,7 @@ def _joules(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def _ratios(study: Study, table: pd.DataFrame, workload: str, column: str) -> pd.DataFrame:
-    """A row a (model, scheme) that has a ratio; the baseline's is 1 where any scheme has one."""
+    """Returns a row per (model, scheme) with a ratio, and 1 for the baseline of such a model."""
     rows: list[dict[str, Any]] = []
     if column not in table:
         return pd.DataFrame(rows, columns=[*_KEYS, *_X])
@@ -116,7 +116,7 @@ def panels(
     perf: pd.DataFrame,
     energy: pd.DataFrame,
 ) -> list[Panel]:
-    """What the figure shows; a panel without a compared scheme is left out."""
+    """Returns the panels of the figure, without those that compare no scheme."""
     losses = quality(study, evaluations, tests)
     bits = losses.rename(columns=dict(zip(("bits", "bits_low", "bits_high"), _X, strict=True)))
     found = [Panel("bits per element, everything included", False, bits)]
@@ -138,7 +138,7 @@ def panels(
 
 
 def draw(axis: Any, panel: Panel, model: str, looks: dict[str, tuple[str, str]]) -> None:
-    """One model's points of a panel, with bars and the frontier."""
+    """Draws one model's points of a panel, with bars and the frontier."""
     points = panel.points[panel.points.model == model]
     costs = np.column_stack([-points.x if panel.more_is_better else points.x, points.y])
     beaten = dominated(costs.astype(float)) if len(points) else np.zeros(0, dtype=bool)

@@ -1,15 +1,20 @@
-"""The panels of the figure `append`: one for each number of tokens a call."""
+"""The figure `append`: the cost of an appended token by cache size."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-CONCATENATION = ("#D55E00", "D")  # colour and marker of KVQuant's procedure
+from kvquant.analysis.figures.style import WIDTH, look, plt
+from kvquant.analysis.tables import read_table
+from kvquant.study.config import Study
+
+CONCATENATION = ("#D55E00", "D")  # color and marker of KVQuant's procedure
 
 
 def _size(tokens: float, _: Any = None) -> str:
@@ -19,12 +24,12 @@ def _size(tokens: float, _: Any = None) -> str:
 def append_panels(
     axes: Sequence[Any], points: pd.DataFrame, looks: dict[str, tuple[str, str]]
 ) -> None:
-    """Draws cost per token against size, medians with bands from the 10th to 90th percentile.
+    """Draws cost per token against cache size, medians with bands of the 10th to 90th percentile.
 
     Args:
-        axes: One a chunk, in increasing order.
+        axes: One per chunk size, in increasing order.
         points: The table `append`.
-        looks: Colour and marker of each scheme.
+        looks: Color and marker of each scheme.
     """
     looks = {**looks, "concatenation": CONCATENATION}
     sizes = sorted(points.tokens.unique())
@@ -58,3 +63,21 @@ def append_panels(
         calls = "1 token a call" if chunk == 1 else f"{chunk} tokens a call"
         axis.set_ylabel(f"µs a token, {calls}")
     axes[-1].set_xlabel("tokens in the cache")
+
+
+def draw(study: Study, tables: Path) -> Any:
+    """Draws the cost of an appended token, a panel per number of tokens in a call."""
+    assert study.append is not None
+    points = read_table(tables, "append")
+    looks = {scheme: look(study, scheme) for scheme in study.append_schemes()}
+    chunks = study.append.chunks
+    figure, axes = plt.subplots(
+        len(chunks), 1, figsize=(WIDTH, 0.5 + 1.75 * len(chunks)), sharex=True, squeeze=False
+    )
+    append_panels(axes[:, 0], points, looks)
+    figure.align_ylabels()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=3, frameon=False, handletextpad=0.4
+    )
+    return figure

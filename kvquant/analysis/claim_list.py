@@ -1,0 +1,117 @@
+"""The claims of the paper: text, definition, where each applies and the code of its verdict.
+
+A claim is registered here and nowhere else: `kvquant claims` judges it, and the paper and the
+report show it. No number is typed: bars come from the definitions, values from the tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kvquant.study.registrations import by_name
+
+# Minimum of evidence for a verdict; below it a value is shown and no verdict is given.
+MIN_SEEDS = 5
+MIN_PROMPTS = 100
+MIN_ROUNDS = 5
+MIN_TRIALS = 5
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper.
+
+    Attributes:
+        name: The claim's name in code.
+        text: The claim in a few words.
+        definition: Scheme, baseline, protocol or workload, the bar, and the least evidence.
+        judge: Names the verdict function ("module:attribute") of
+            :class:`kvquant.analysis.study_tables.Tables`, which returns a
+            :class:`kvquant.analysis.evidence.Outcome`.
+        applies_to: "model" where it is judged for each model of a study, whose rows alone the
+            tables then hold; "study" where it needs no model.
+    """
+
+    name: str
+    text: str
+    definition: str
+    judge: str
+    applies_to: Literal["model", "study"] = "model"
+
+
+_LIST = (
+    Claim(
+        name="loss-grows",
+        text="Loss grows as bits fall",
+        definition="perplexity, protocol of the task: fp16 < 4 < 3 < 2 bits, 1 % outliers, paired "
+        f"by seed: the 95 % interval of every step above 0, at least {MIN_SEEDS} seeds",
+        judge="kvquant.analysis.claims_of_accuracy:ordering",
+    ),
+    Claim(
+        name="loss-on-7b",
+        text="Under 0.1 perplexity at 3 bits",
+        definition="headline scheme against fp16 on Llama-2-7B, upper end of the 95 % interval "
+        f"below 0.1 on every perplexity task, at least {MIN_SEEDS} seeds",
+        judge="kvquant.analysis.claims_of_accuracy:loss_on_7b",
+    ),
+    Claim(
+        name="passkey-kept",
+        text="Passkey retrieval kept",
+        definition="headline scheme against fp16, protocol A, paired test of every passkey task: "
+        f"not worse beyond the margin, at least {MIN_PROMPTS} prompts and {MIN_SEEDS} seeds per "
+        "task",
+        judge="kvquant.analysis.claims_of_accuracy:passkey",
+    ),
+    Claim(
+        name="bits-per-element",
+        text="At most 3.6 bits per element",
+        definition="headline scheme, allocated bytes over elements at 16K tokens or more",
+        judge="kvquant.analysis.claims_of_accuracy:bits_per_element",
+    ),
+    Claim(
+        name="prefill-speed",
+        text="Prefill at fp16 speed",
+        definition="headline scheme over fp16, prefill tokens/s, interleaved, GPU: at least 0.98 "
+        f"in every repetition of the worst workload, at least {MIN_ROUNDS} rounds",
+        judge="kvquant.analysis.claims_of_cost:prefill",
+    ),
+    Claim(
+        name="quantization-share",
+        text="Quantization is cheap",
+        definition="headline scheme: quantize and pack over the fp16 prefill: at most 15 % in "
+        f"every repetition of the worst workload, at least {MIN_ROUNDS} rounds",
+        judge="kvquant.analysis.claims_of_cost:quantize_share",
+    ),
+    Claim(
+        name="energy-per-token",
+        text="Energy per token falls by 45 %",
+        definition="headline scheme over fp16, whole job, measured by counters: at most 0.55 in "
+        f"every repetition of the worst workload, at least {MIN_TRIALS} trials",
+        judge="kvquant.analysis.claims_of_cost:energy",
+    ),
+    Claim(
+        name="append-growth",
+        text="Append cost does not grow",
+        definition="headline scheme, one layer, one token a call: cost of a token, packing of its "
+        f"block included, at 128K tokens over 1K, medians of at least {MIN_ROUNDS} rounds: at most "
+        "1.2",
+        judge="kvquant.analysis.claims_of_cost:append",
+        applies_to="study",
+    ),
+    Claim(
+        name="prefill-over-kvquant",
+        text="Three times the prefill of KVQuant's procedure",
+        definition="prefill tokens/s over a one-sequence, growing-array reference, GPU: at least "
+        f"3 in every repetition of the worst workload, at least {MIN_ROUNDS} rounds",
+        judge="kvquant.analysis.claims_of_cost:over_reference",
+    ),
+    Claim(
+        name="capacity",
+        text="Four times the tokens in 40 GB",
+        definition="tokens that fit in a 40 GB budget over fp16: at least 4",
+        judge="kvquant.analysis.claims_of_cost:capacity",
+        applies_to="study",
+    ),
+)
+CLAIMS = by_name(_LIST)

@@ -1,0 +1,109 @@
+"""The paper's LaTeX tables of comparisons, speed, energy and memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kvquant.analysis import suite_tables
+from kvquant.analysis.booktabs import booktabs, number, p_value, signed
+from kvquant.analysis.study_tables import Tables
+
+
+def _sides(t: Tables, row: Any, reps: int) -> dict[str, Any]:
+    """The first columns of a timed row: the model and the repetition only where there are more."""
+    first = {"model": row.model} if len(t.study.models) > 1 else {}
+    last = {"rep": row.rep + 1} if reps > 1 else {}
+    return first | {"workload": row.workload, "scheme": row.scheme} | last
+
+
+def _timed(rows: list[dict[str, Any]], figures: int, texts: int = 0) -> str:
+    """A table of timed rows: `figures` columns of numbers, then `texts` columns of text."""
+    table = pd.DataFrame(rows, dtype=object)
+    labels = table.shape[1] - figures - texts if rows else 0
+    return booktabs(table, "l" * labels + "r" * figures + "l" * texts)
+
+
+def statistics(t: Tables) -> str:
+    """Both tests of every comparison, its family and margin, and the verdict: suites' means first.
+
+    The interval, the pairs won and lost and the first p are of prompts (rows, windows), which give
+    the verdict; the second p is the t-test over seeds, where seeds are independent.
+    """
+    ordered = t.tests.sort_values("level", kind="stable", key=lambda level: level != "suite")
+    several = len(t.study.models) > 1
+    rows = [
+        ({"model": r.model} if several else {})
+        | {
+            "task": f"{r.task} (mean)" if r.level == "suite" else r.task,
+            "scheme": r.scheme,
+            "16-bit": suite_tables.kept_tokens(t.study, str(r.scheme)),
+            "base": number(r.baseline_mean, 1),
+            "difference [95 % CI]": signed(r.difference, r.sample_ci_low, r.sample_ci_high),
+            "margin": number(r.margin),
+            "won:lost/n": f"{r.won}:{r.lost}/{r.sample_pairs}",
+            "p (pairs)": p_value(r.p_sample_holm),
+            "p (seeds)": p_value(r.p_holm) if r.paired_by == "seed" else "-",
+            "family": r.family_size,
+            "verdict": r.verdict,
+        }
+        for r in ordered.itertuples()
+    ]
+    columns = "l" * (3 + several) + "rrrrrrrl"
+    return booktabs(pd.DataFrame(rows, dtype=object), columns, size="tiny", pages=True, tight=True)
+
+
+def _speed(row: Any, side: str) -> str:
+    """Prompt tokens a second of one side, or why there are none."""
+    if getattr(row, f"{side}_status", "ok") == "oom":
+        return "out of memory"
+    return number(getattr(row, f"{side}_prefill_tokens_per_s"), 0)
+
+
+def throughput(t: Tables) -> str:
+    """Speeds over the baseline and the share of quantization, a row a repetition."""
+    rows = [
+        _sides(t, r, t.study.throughput.reps)
+        | {
+            "tok/s": _speed(r, "scheme"),
+            "fp16 tok/s": _speed(r, "base"),
+            "prefill": number(r.prefill_ratio, 3),
+            "decode": number(r.decode_ratio, 3),
+            "quantize": "-" if np.isnan(r.quantize_share) else f"{100 * r.quantize_share:.1f} %",
+            "rounds": r.scheme_rounds,
+        }
+        for r in t.perf.itertuples()
+    ]
+    return _timed(rows, 6)
+
+
+def energy(t: Tables) -> str:
+    """Joules per token, a row a repetition; says where no counter was read."""
+    rows = [
+        _sides(t, r, t.study.energy.reps)
+        | {
+            "J/token": number(r.scheme_joules_per_token, 4),
+            "fp16 J/token": number(r.base_joules_per_token, 4),
+            "ratio": number(r.energy_ratio, 3) if r.source != "estimated" else "-",
+            "trials": r.scheme_trials,
+            "source": r.source,
+        }
+        for r in t.energy.itertuples()
+    ]
+    return _timed(rows, 4, 1)
+
+
+def memory(t: Tables) -> str:
+    """Bits per element from allocated bytes, by suite."""
+    rows, several = [], len(t.study.models) > 1
+    for (model, scheme), group in t.evaluations.groupby(["model", "scheme"], sort=False):
+        row = {"model": model} if several else {}
+        row |= {"scheme": scheme}
+        for suite, part in group.groupby("suite", sort=False):
+            row[str(suite)] = number(8 * part.cache_bytes.sum() / part.cache_elements.sum())
+        rows.append(row)
+    table = pd.DataFrame(rows).fillna("-")  # a scheme that cannot run a task's protocol
+    labels = 1 + several
+    return booktabs(table, "l" * labels + "r" * (table.shape[1] - labels), size="footnotesize")

@@ -1,0 +1,166 @@
+"""The tables that the report shows as HTML pages: source, place, caption and columns of each.
+
+A page is registered here and nowhere else. The workflow reads this list, so it imports neither
+torch nor pandas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvquant.analysis.sections import Section
+from kvquant.study.config import SUITES
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of the report.
+
+    Attributes:
+        source: The collected table.
+        section: Where the report shows it.
+        label: What it shows, in a few words.
+        caption: What a row is and how to read it, in plain text.
+        heads: The head of each column that the page shows, in order; other columns are in the
+            collected table alone.
+    """
+
+    source: str
+    section: Section
+    label: str
+    caption: str
+    heads: dict[str, str]
+
+
+_TIMED = {"device": "device", "model": "model", "workload": "workload", "scheme": "scheme"}
+_TIMED |= {"rep": "repetition"}
+PAGES = {
+    "claims": Page(
+        "claims",
+        Section.CLAIMS,
+        "claims",
+        "Each claim with its verdict, what was measured in this study, on how much evidence, and "
+        "how it is defined. The verdict is 'not enough evidence' where too little was measured or "
+        "where the interval holds the bar. Square brackets hold an interval or the spread of "
+        "repetitions.",
+        {n: n for n in ("claim", "model", "verdict", "measured", "evidence", "definition")},
+    ),
+    "summary": Page(
+        "pareto",
+        Section.ACCURACY_AGAINST_COST,
+        "all axes",
+        "A row per model and scheme: means over the tasks of each suite and their difference to "
+        "the unquantized cache, bits per element with everything included, and speed and energy "
+        "over the unquantized cache on the workload that is named (energy where counters "
+        "measured it). A scheme is beaten where another is at least as good on every axis and "
+        "better on one.",
+        {
+            "model": "model",
+            "scheme": "scheme",
+            "bits_per_element": "bits per element",
+            **{
+                column: head
+                for suite in SUITES
+                for column, head in (
+                    (suite, suite),
+                    (f"{suite}_change", "difference"),
+                )
+            },
+            "kl": "KL divergence, nats",
+            "prefill_workload": "timed workload",
+            "prefill_ratio": "prefill speed",
+            "decode_ratio": "decode speed",
+            "quantize_share": "quantizing, share of prefill",
+            "energy_workload": "metered workload",
+            "energy_ratio": "energy per token",
+            "sinks": "16-bit tokens, first",
+            "residual": "16-bit tokens, latest",
+            "dominated": "beaten",
+        },
+    ),
+    "tests": Page(
+        "tests",
+        Section.STATISTICS,
+        "paired tests",
+        "Every comparison with the unquantized cache. The difference, its 95 % interval and p are "
+        "of pairs of prompts or windows, p after Holm's correction within the family; the verdict "
+        "weighs them against the margin of equivalence. Behind it the same of pairs of seeds.",
+        {
+            "model": "model",
+            "task": "task",
+            "scheme": "scheme",
+            "verdict": "verdict",
+            "baseline_mean": "16-bit cache",
+            "mean": "scheme's mean",
+            "sample_difference": "difference",
+            "sample_ci_low": "from",
+            "sample_ci_high": "to",
+            "margin": "margin",
+            "won": "won",
+            "lost": "lost",
+            "sample_pairs": "of pairs",
+            "unit": "a pair is a",
+            "p_sample_holm": "p",
+            "family_size": "family size",
+            "pairs": "seeds",
+            "difference": "difference, seeds",
+            "ci_low": "from, seeds",
+            "ci_high": "to, seeds",
+            "p_holm": "p, seeds",
+            "effect_size": "Cohen's d, seeds",
+            "note": "note",
+        },
+    ),
+    "accuracy": Page(
+        "eval",
+        Section.ACCURACY_BY_TASK,
+        "every seed",
+        "Every result of an evaluation: one seed of one task.",
+        {
+            "model": "model",
+            "task": "task",
+            "scheme": "scheme",
+            "seed": "seed",
+            "value": "value",
+            "metric": "metric",
+            "protocol": "protocol",
+            "kl": "KL divergence, nats",
+            "bits_per_element": "bits per element",
+            "samples": "samples",
+            "tokens": "tokens",
+            "rows_available": "rows in the set",
+        },
+    ),
+    "throughput": Page(
+        "perf",
+        Section.THROUGHPUT,
+        "every job",
+        "Every throughput job: a scheme and the unquantized cache in turns in one process. Speeds "
+        "are over the unquantized cache: above 1 is faster.",
+        {
+            **_TIMED,
+            "scheme_status": "status",
+            "prefill_ratio": "prefill speed",
+            "decode_ratio": "decode speed",
+            "quantize_share": "quantizing, share of prefill",
+            "scheme_prefill_tokens_per_s": "prefill, tokens/s",
+            "base_prefill_tokens_per_s": "unquantized, tokens/s",
+            "scheme_rounds": "rounds",
+        },
+    ),
+    "energy": Page(
+        "energy",
+        Section.ENERGY,
+        "every job",
+        "Every energy job. A ratio below 1 is less energy than the unquantized cache takes. No "
+        "claim rests on a source that says 'estimated'.",
+        {
+            **_TIMED,
+            "source": "source",
+            "energy_ratio": "energy per token, ratio",
+            "scheme_joules_per_token": "J per token",
+            "base_joules_per_token": "unquantized, J per token",
+            "scheme_trials": "trials",
+        },
+    ),
+}

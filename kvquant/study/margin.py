@@ -1,0 +1,76 @@
+"""The margin of equivalence of a suite, part of the study's section `statistics:`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pydantic import Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
+
+from kvquant.study.strict import Strict
+
+
+class Margin(Strict):
+    """How large a difference from the baseline may be and still be called equivalent.
+
+    The margin is the smaller of `relative` times the baseline's mean and `absolute`. A plain number
+    stands for `absolute` alone.
+    """
+
+    relative: float | None = Field(
+        0.05, gt=0, lt=1, allow_inf_nan=False, description="share of the baseline's mean"
+    )
+    absolute: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="at most so much, in the unit of the metric"
+    )
+    floor: float = Field(
+        10.0,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+        description="points; a baseline that scores less shows no loss (none for perplexity)",
+    )
+    chance: float = Field(
+        0.0, ge=0, lt=100, allow_inf_nan=False, description="points that guessing scores"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, given: Any) -> Any:
+        if isinstance(given, int | float) and not isinstance(given, bool):
+            return {"relative": None, "absolute": given}
+        return given
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Margin:
+        if self.relative is None and self.absolute is None:
+            raise ValueError("needs the field 'relative' or 'absolute'")
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        plain = {"type": "number", "exclusiveMinimum": 0, "description": "`absolute` alone"}
+        mapping = handler.resolve_ref_schema(handler(core_schema))
+        return {"anyOf": [plain, dict(mapping)], "title": "Margin"}
+
+    def half_width(self, baseline: float) -> float:
+        """The margin for a baseline of that mean, in the unit of the metric.
+
+        Args:
+            baseline: Mean of the metric under the baseline; 0 gives a margin of 0 unless only
+                `absolute` is set.
+        """
+        parts = [self.absolute] if self.absolute is not None else []
+        if self.relative is not None:
+            parts.append(self.relative * abs(baseline))
+        return min(parts)
+
+    def in_nats(self, perplexity: float) -> float:
+        """The margin of a baseline's perplexity as a difference of mean negative log likelihoods.
+
+        A perplexity that is higher by the margin m has a mean that is higher by log(1 + m / p).
+        """
+        return math.log1p(self.half_width(perplexity) / perplexity)

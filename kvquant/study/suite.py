@@ -1,0 +1,219 @@
+"""What a suite of tasks registers: its tasks' options, its code, its metric and its words.
+
+A suite is registered where the options of its tasks are defined (:mod:`kvquant.study.tasks`), with
+the decorator :func:`suite`. Digests, prompts, statistics, tables, figures and the JSON schema of a
+study read the registration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, Field
+
+from kvquant.study.limits import MAX_BATCH, MAX_MINUTES
+from kvquant.study.margin import Margin
+from kvquant.study.sample_types import Rows, Summary
+from kvquant.study.strict import Strict
+
+Protocol = Literal["A", "B"]
+MetricType = Literal["likelihood", "score"]
+
+
+def count_of(number: int, noun: str) -> str:
+    """Returns a count with its noun; 0 stands for all."""
+    return f"{number or 'all'} {noun}{'' if number == 1 else 's'}"
+
+
+class Task(Strict):
+    """The options that tasks of every suite have, and what the workflow asks of a task."""
+
+    if (
+        TYPE_CHECKING
+    ):  # fields of each subclass, which place them in the order that they are written
+        suite: str
+        batch_size: int
+    minutes: int = Field(
+        30, ge=1, le=MAX_MINUTES, description="expected run time of one seed on one GPU"
+    )
+
+    # Options that change no result, which the digest of a result leaves out.
+    speed_options: ClassVar[frozenset[str]] = frozenset({"minutes"})
+
+    def cache_protocol(self) -> Protocol:
+        """Returns the protocol by which the cache is measured."""
+        return "A"
+
+    def dataset_name(self) -> str | None:
+        """Returns the data set that the task reads; None for a task that makes its own text."""
+        return None
+
+    def sample_count(self) -> int:
+        """Returns the samples of one seed; 0 stands for all that the data has."""
+        raise NotImplementedError
+
+    def samples_expected(self, metrics: Mapping[str, float]) -> int:
+        """Returns the samples that a record of the task must hold; 0 stands for any number."""
+        return self.sample_count()
+
+    def describe(self) -> str:
+        """Returns the size of the task in a few words."""
+        raise NotImplementedError
+
+    def column(self, name: str) -> str:
+        """Returns the head of the task's column in tables.
+
+        Args:
+            name: The task's name in the study.
+        """
+        return name.removeprefix(f"{self.suite}-")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yields (option, what is wrong with it) for what pydantic alone does not check."""
+        return iter(())
+
+    def check_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Checks a record's metrics against the task's options.
+
+        Raises:
+            ValueError: They are of other options; the message names the metric.
+        """
+
+
+class AnsweredTask(Task):
+    """A task whose samples are prompts with generated answers."""
+
+    if TYPE_CHECKING:  # as above
+        length: int
+        samples: int
+    batch_size: int = Field(4, ge=1, le=MAX_BATCH, description="prompts per batch at most")
+
+    def sample_count(self) -> int:
+        """Returns the prompts of one seed; 0 stands for all that the data has."""
+        return self.samples
+
+    def describe(self) -> str:
+        """Returns the number and the length of the prompts."""
+        return f"{count_of(self.samples, 'sample')} of {self.length} tokens"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite: tasks that are measured by the same code and scored by the same metric.
+
+    Attributes:
+        name: The value of the option `suite` of its tasks.
+        label: The name in text and tables.
+        tasks: The options of its tasks.
+        implementation: Names the code ("module:attribute"): a
+            :class:`kvquant.evaluation.generated.Answered` where answers are generated, else a
+            function of (context, task, seed) that returns a
+            :class:`kvquant.evaluation.base.SuiteResult`.
+        asks_prompts: Whether answers are generated, to prompts that are prepared once for all
+            schemes.
+        uses_chat: Whether prompts are turns of the model's chat template.
+        metric: The name of the metric that statistics use.
+        metric_type: "likelihood" for losses of windows of text, compared in nats; "score" for
+            scores of samples from 0 to 1, compared in percentage points.
+        higher_is_better: The metric's direction.
+        loss_axis: The text of an axis that shows how much a scheme loses, with its unit.
+        margin: The margin of equivalence where a study names none.
+        sample: The fields of a line of `samples.jsonl`.
+        summary: The metrics that follow from samples.
+        check_samples: Further checks of (metrics, samples); raises ValueError.
+        table_metrics: Further metrics that the collected table of evaluations has as columns.
+        caption: The caption of the suite's LaTeX table; "{suite}" stands for the label, with the
+            number of rows where the data is not complete.
+        table: Names the builder ("module:attribute") of the suite's LaTeX table.
+    """
+
+    name: str
+    label: str
+    tasks: type[Task]
+    implementation: str
+    asks_prompts: bool
+    uses_chat: bool
+    metric: str
+    metric_type: MetricType
+    higher_is_better: bool
+    loss_axis: str
+    margin: Margin
+    sample: type[BaseModel]
+    summary: Callable[[Rows], Summary]
+    check_samples: Callable[[Mapping[str, float], Rows], None] | None
+    table_metrics: tuple[str, ...]
+    caption: str
+    table: str
+
+
+SUITES: dict[str, Suite] = {}
+
+
+def scored_suites() -> list[str]:
+    """Returns the suites whose samples have scores, which have a mean over tasks."""
+    return [name for name, known in SUITES.items() if known.metric_type == "score"]
+
+
+def likelihood_suites() -> list[str]:
+    """Returns the suites whose samples are losses of windows of text."""
+    return [name for name, known in SUITES.items() if known.metric_type == "likelihood"]
+
+
+T = TypeVar("T", bound=type[Task])
+
+
+def suite(
+    *,
+    label: str,
+    implementation: str,
+    metric: str,
+    margin: Margin,
+    sample: type[BaseModel],
+    summary: Callable[[Rows], Summary],
+    caption: str,
+    asks_prompts: bool = True,
+    uses_chat: bool = False,
+    metric_type: MetricType = "score",
+    higher_is_better: bool = True,
+    loss_axis: str = "points lost",
+    check_samples: Callable[[Mapping[str, float], Rows], None] | None = None,
+    table_metrics: tuple[str, ...] = (),
+    table: str = "kvquant.analysis.suite_tables:scores",
+) -> Callable[[T], T]:
+    """Registers a suite with the options of its tasks; see :class:`Suite` for the arguments."""
+
+    def register(tasks: T) -> T:
+        name = _name(tasks)
+        if name in SUITES:
+            raise ValueError(f"the suite '{name}' is registered twice")
+        SUITES[name] = Suite(
+            name=name,
+            label=label,
+            tasks=tasks,
+            implementation=implementation,
+            asks_prompts=asks_prompts,
+            uses_chat=uses_chat,
+            metric=metric,
+            metric_type=metric_type,
+            higher_is_better=higher_is_better,
+            loss_axis=loss_axis,
+            margin=margin,
+            sample=sample,
+            summary=summary,
+            check_samples=check_samples,
+            table_metrics=table_metrics,
+            caption=caption,
+            table=table,
+        )
+        return tasks
+
+    return register
+
+
+def _name(tasks: type[Task]) -> str:
+    """The suite's name: the only value that its tasks' option `suite` may have."""
+    annotation: Any = tasks.model_fields["suite"].annotation
+    (name,) = annotation.__args__
+    return str(name)
