@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from kvquant.cache.layout import Layout
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
-from kvquant.quantization.batched_quant import outliers_per_side
+from kvquant.formats.layer_quantizer import outliers_per_side
 from kvquant.study.schemes import KiviScheme, NuqScheme
 
 HALF = 2  # bytes of a 16-bit number

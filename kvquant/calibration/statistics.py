@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from kvquant.errors import UserError
+from kvquant.formats.layer_quantizer import outliers_per_side
 from kvquant.formats.tensor_file import read_info, read_tensors, save_pair
 from kvquant.kernels.pytorch_fused import inverse_range, split_outliers
-from kvquant.quantization.batched_quant import outliers_per_side
 
 VALUE_BINS = 1024
 MAX_LAYERS = 4096

@@ -61,20 +61,6 @@ class DecodeShape:
     outliers: bool
     fraction: float = 0.01
 
-    def refusal(self) -> str | None:
-        """Why the kernel does not take this shape, or None."""
-        if self.head_dim not in (64, 128, 256):
-            return f"head_dim {self.head_dim} is none of 64, 128, 256"
-        if self.group > 8:
-            return f"{self.group} query heads a kv head are more than 8"
-        if self.bits not in (2, 3, 4):
-            return f"{self.bits} bits"
-        if self.block_size != 32 and self.block_size % 64:
-            return f"block_size {self.block_size} is neither 32 nor a multiple of 64"
-        if self.dtype not in (torch.float16, torch.bfloat16):
-            return f"the cache holds {self.dtype}"
-        return None
-
     @property
     def chunk(self) -> int:
         """Tokens a warp takes at a time."""

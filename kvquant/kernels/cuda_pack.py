@@ -80,22 +80,6 @@ class PackShape:
         """Threads a block and head of keys."""
         return self.block_size * self.head_dim // (2 * PAIRS_A_THREAD * ROWS)
 
-    def refusal(self) -> str | None:
-        """Why the kernels do not take this shape, or None."""
-        if self.head_dim not in (64, 128, 256):
-            return f"head_dim {self.head_dim} is none of 64, 128, 256"
-        if self.bits not in (2, 3, 4):
-            return f"{self.bits} bits"
-        if self.dtype not in (torch.float16, torch.bfloat16):
-            return f"the cache holds {self.dtype}"
-        if self.heads * self.head_dim > 16384:
-            return f"{self.heads} heads of {self.head_dim} are more than 16384 channels"
-        if self.block_size % 16 or self.key_threads % WARP or self.key_threads > 1024:
-            return f"block_size {self.block_size} with head_dim {self.head_dim}"
-        if self.per_side >= min(self.workers, self.units):
-            return f"{self.per_side} outliers an end are too many"
-        return None
-
     def constants(self) -> dict[str, int]:
         """Macros of the source file."""
         elements = self.block_size * self.head_dim
@@ -114,12 +98,6 @@ class PackShape:
             "COUNT32": int(count_dtype(elements) is torch.int32),
             "BF16": int(self.dtype is torch.bfloat16),
         }
-
-
-def takes(x: torch.Tensor) -> bool:
-    """Whether blocks lie in memory as the kernels need them: two channels are one load."""
-    even = all(step % 2 == 0 for step in x.stride()[:3])
-    return x.stride(3) == 1 and even and x.data_ptr() % 4 == 0
 
 
 @functools.cache

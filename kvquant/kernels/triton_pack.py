@@ -278,13 +278,6 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def supported(x: torch.Tensor) -> bool:
-    """Whether the kernels take blocks `[blocks, num_heads, block_size, head_dim]`."""
-    _, heads, size, dim = x.shape
-    fits = dim % 8 == 0 and dim >= 32 and heads * dim <= 16384
-    return fits and size == _power_of_two(size) and x.stride(3) == 1
-
-
 def _slab(target: PackTarget) -> tuple[torch.Tensor | int, ...]:
     """The sparse arguments of a kernel; without outliers any tensor stands for each."""
     if target.values is None:

@@ -15,11 +15,12 @@ import torch
 
 from kvquant.errors import NonFiniteTokens
 from kvquant.formats.blocked_sparse import SparseSlab, count_dtype, position_dtype
-from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.formats.layer_quantizer import LayerQuantizer, outliers_per_side
 from kvquant.formats.packing import pack, packed_bytes, unpack
 from kvquant.kernels import cuda_pack
 from kvquant.kernels import pytorch_fused as fused
-from kvquant.kernels.dispatch import use_cuda_pack, use_triton
+from kvquant.kernels.backends import Backend, select
+from kvquant.kernels.cache_shape import CacheShape, input_layout
 from kvquant.kernels.pack_target import PackTarget
 from kvquant.kernels.thresholds import key_table, key_thresholds
 
@@ -51,16 +52,6 @@ class PackedValues:
         """Allocated bytes."""
         sparse = self.outliers.nbytes if self.outliers else 0
         return self.codes.nbytes + self.zero.nbytes + self.scale.nbytes + sparse
-
-
-def outliers_per_side(fraction: float, channels: int) -> int:
-    """Value outliers at each end of a token: half the fraction, at least one unless it is 0.
-
-    Example: 1 % of 4096 channels is 20 at each end (0.98 %); of 192 channels, 1 (1.04 %).
-    """
-    if fraction <= 0:
-        return 0
-    return min(max(1, round(fraction * channels / 2)), (channels + 1) // 2)
 
 
 class BatchedKVQuantizer:
@@ -160,7 +151,7 @@ class BatchedKVQuantizer:
             What :meth:`pack_keys` and :meth:`pack_values` return, and an int32 `[1]` tensor that is
             1 if the input holds NaN or Inf.
         """
-        if not self.kernels_apply(keys, values):
+        if self.backend(keys, values) not in ("cuda", "triton"):
             return None
         blocks, heads, size, dim = keys.shape
         device = keys.device
@@ -226,41 +217,46 @@ class BatchedKVQuantizer:
         Returns:
             False, with nothing written, where no kernel applies.
         """
-        shape = self._cuda_shape(keys, values)
-        if shape is not None:
+        shape = self._shape(keys, values)
+        backend = select("pack", shape, keys.device).backend
+        if backend == "cuda":
             table = self._key_table(keys.dtype)
             cuda_pack.pack(
-                shape, keys, values, table, self._value_midpoints, key_target, value_target,
-                zero_out, scale_out,
+                shape.pack_shape, keys, values, table, self._value_midpoints, key_target,
+                value_target, zero_out, scale_out,
             )  # fmt: skip
             return True
-        if not self._triton_applies(keys, values):
+        if backend != "triton":
             return False
         from kvquant.kernels import triton_pack as kernels
 
-        per_side = outliers_per_side(self.outliers, values.shape[1] * values.shape[3])
         kernels.pack_keys(
             keys, self.tables.key_zero, self._inverse, self._key_midpoints, self.bits, key_target
         )
         kernels.pack_values(
-            values, self._value_midpoints, self.bits, per_side, value_target, zero_out, scale_out
-        )
+            values, self._value_midpoints, self.bits, shape.outliers_per_side, value_target,
+            zero_out, scale_out,
+        )  # fmt: skip
         return True
 
-    def kernels_apply(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
-        """Whether there are GPU kernels for these blocks."""
-        return self._cuda_shape(keys, values) is not None or self._triton_applies(keys, values)
+    def backend(self, keys: torch.Tensor, values: torch.Tensor) -> Backend | None:
+        """The backend that packs these blocks; None if they are refused by each."""
+        return select("pack", self._shape(keys, values), keys.device).backend
 
-    def _cuda_shape(self, keys: torch.Tensor, values: torch.Tensor) -> cuda_pack.PackShape | None:
-        """What the CUDA kernels are compiled for, or None where they do not apply."""
-        if self.outliers >= 1 or not (cuda_pack.takes(keys) and cuda_pack.takes(values)):
-            return None
+    def _shape(self, keys: torch.Tensor, values: torch.Tensor) -> CacheShape:
+        """The properties of blocks that decide which backend packs them."""
         _, heads, size, dim = keys.shape
-        per_side = outliers_per_side(self.outliers, heads * dim)
-        shape = cuda_pack.PackShape(
-            self.bits, dim, heads, size, keys.dtype, self.outliers > 0, per_side
+        return CacheShape(
+            head_dim=dim,
+            kv_heads=heads,
+            queries_per_kv_head=1,  # packing does not depend on it
+            dtype=keys.dtype,
+            codebook="nuq",
+            bits=self.bits,
+            block_size=size,
+            outliers=self.outliers,
+            input_layout=input_layout(keys, values),
         )
-        return shape if use_cuda_pack(shape, keys.device) else None
 
     def _key_table(self, dtype: torch.dtype) -> torch.Tensor:
         """Thresholds of the key channels as the CUDA kernel reads them; made once a type."""
@@ -274,16 +270,6 @@ class BatchedKVQuantizer:
             )
             self._key_tables[dtype] = key_table(thresholds)
         return self._key_tables[dtype]
-
-    def _triton_applies(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
-        if self.outliers >= 1 or not use_triton(keys):
-            return False
-        from kvquant.kernels import triton_pack as kernels
-
-        channels = values.shape[1] * values.shape[3]
-        if 2 * outliers_per_side(self.outliers, channels) >= channels:
-            return False
-        return kernels.supported(keys) and kernels.supported(values)
 
     def pack_keys(self, x: torch.Tensor) -> PackedKeys:
         """Packs key blocks `[blocks, num_heads, block_size, head_dim]` (fp16/bf16, before RoPE)."""

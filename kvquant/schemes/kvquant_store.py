@@ -7,10 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.formats.layer_quantizer import LayerQuantizer, outliers_per_side
 from kvquant.formats.packing import pack, unpack
 from kvquant.kernels import pytorch_fused as fused
-from kvquant.quantization.batched_quant import outliers_per_side
 from kvquant.schemes.growing_sparse import PIECE, Compressed
 from kvquant.study.schemes import KvquantRefScheme
 

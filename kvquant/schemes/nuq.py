@@ -9,17 +9,12 @@ import torch
 from kvquant.cache.codec import Codec, Packed
 from kvquant.errors import UserError
 from kvquant.formats.blocked_sparse import SparseSlab
-from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.formats.layer_quantizer import LayerQuantizer, outliers_per_side
 from kvquant.formats.packing import packed_bytes
 from kvquant.kernels.cuda_decode import DecodeShape
 from kvquant.kernels.decode_tables import HeadTables
 from kvquant.kernels.pack_target import PackTarget
-from kvquant.quantization.batched_quant import (
-    BatchedKVQuantizer,
-    PackedKeys,
-    PackedValues,
-    outliers_per_side,
-)
+from kvquant.quantization.batched_quant import BatchedKVQuantizer, PackedKeys, PackedValues
 from kvquant.study.schemes import NuqScheme
 
 MAX_CHANNELS = 1 << 16  # that the order of a token's elements is found among
@@ -91,7 +86,7 @@ class NuqCodec(Codec):
 
     def reserve(self, blocks: int, like: torch.Tensor) -> Packed | None:
         """See :meth:`Codec.reserve`; for kernels that pack in place."""
-        if not self.quantizer.kernels_apply(like, like):
+        if self.quantizer.backend(like, like) not in ("cuda", "triton"):
             return None
         _, heads, size, dim = like.shape
         shape = (blocks, heads, size, dim)

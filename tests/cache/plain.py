@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from kvquant.formats.layer_quantizer import LayerQuantizer
-from kvquant.quantization.batched_quant import outliers_per_side
+from kvquant.formats.layer_quantizer import LayerQuantizer, outliers_per_side
 from kvquant.study.schemes import NuqScheme
 
 

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from kvquant.kernels import cuda_decode, cuda_pack
-from kvquant.quantization import batched_quant
+from kvquant.kernels import backends, cuda_decode, cuda_pack
 
 HERE = Path(__file__).parent
 SHARED_BYTES = 228 * 1024  # of a multiprocessor of an H100
@@ -86,6 +85,5 @@ def emulate(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 1) -> None:
         functions=_pack_functions,
         multiprocessors=lambda index: multiprocessors,
     )
-    monkeypatch.setattr(
-        batched_quant, "use_cuda_pack", lambda shape, device: shape.refusal() is None
-    )
+    facts = backends.DeviceFacts("cuda", capability=(9, 0), triton=False)
+    monkeypatch.setattr(backends, "device_facts", lambda device: facts)

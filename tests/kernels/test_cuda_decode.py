@@ -108,13 +108,6 @@ def test_a_compile_error_is_told() -> None:
         compile_cubin("decode.cu", {"BITS": 3}, "sm_90")
 
 
-def test_what_the_kernel_does_not_take_is_named() -> None:
-    assert DecodeShape(3, 80, 1, 64, torch.float16, True).refusal() == (
-        "head_dim 80 is none of 64, 128, 256"
-    )
-    assert "16 query heads" in str(DecodeShape(3, 128, 16, 64, torch.float16, True).refusal())
-
-
 @pytest.mark.parametrize(("batch", "chunks"), [(1, 256), (16, 256), (1, 2048), (4, 1), (64, 3)])
 def test_splits_cover_all_chunks(batch: int, chunks: int) -> None:
     each, splits = plan_splits(batch, 8, chunks, 132, 16, 4)

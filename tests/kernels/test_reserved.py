@@ -7,7 +7,6 @@ import torch
 
 from kvquant.cache.block_store import BlockStore
 from kvquant.cache.layout import Layout
-from kvquant.quantization import batched_quant
 from kvquant.schemes.nuq import NuqCodec
 from kvquant.study.schemes import NuqScheme
 from tests.kernels.emulate import emulate
@@ -23,7 +22,6 @@ def test_same_as_without_kernels(
 ) -> None:
     if wish == "triton":
         pytest.importorskip("triton")
-    real = batched_quant.use_cuda_pack
     torch.manual_seed(2)
     tables = constant_quantizer(1, 64, 3, 2.3)
     codec = NuqCodec(
@@ -35,8 +33,6 @@ def test_same_as_without_kernels(
         monkeypatch.setenv("KVQUANT_KERNELS", kernels)
         if DEVICE == "cpu" and kernels == "auto":
             emulate(monkeypatch)
-        else:
-            monkeypatch.setattr(batched_quant, "use_cuda_pack", real)
         store, layout = BlockStore(codec), Layout(codec.sinks, codec.block_size, codec.residual)
         for part in (slice(0, 70), slice(70, 71), slice(71, 103)):
             columns = part.stop - part.start

@@ -15,7 +15,6 @@ from kvquant.cache import packed_past
 from kvquant.cache.forward_plan import PackedPast
 from kvquant.cache.packed_past import range_blocks
 from kvquant.kernels.cuda_decode import DecodeShape
-from kvquant.kernels.dispatch import use_triton_attention
 from kvquant.models.loading import QuantizedModel
 from kvquant.study.schemes import NuqScheme
 from tests.support.caches import quantized
@@ -101,18 +100,6 @@ def test_workspace_is_bounded() -> None:
         assert tokens <= packed_past.MOST_TOKENS
         assert taken <= packed_past.MOST_BYTES or tokens == packed_past.LEAST_TOKENS
     assert range_blocks(100_000, replace(shape, block_size=1024), 2) == 1
-
-
-def test_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = DecodeShape(3, 128, 1, 64, torch.float16, True)
-    query = torch.zeros(1, 1, 1, 128)
-    monkeypatch.setenv("KVQUANT_KERNELS", "auto")
-    assert not use_triton_attention(shape, query)
-    monkeypatch.setenv("KVQUANT_KERNELS", "triton")
-    assert use_triton_attention(shape, query)
-    assert not use_triton_attention(replace(shape, head_dim=80), query)
-    monkeypatch.setenv("KVQUANT_KERNELS", "pytorch")
-    assert not use_triton_attention(shape, query)
 
 
 @torch.inference_mode()

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvquant.formats.layer_quantizer import outliers_per_side
 from kvquant.kernels import reference
-from kvquant.quantization.batched_quant import BatchedKVQuantizer, outliers_per_side
+from kvquant.quantization.batched_quant import BatchedKVQuantizer
 from tests.support.quantizers import random_quantizer, token_major
 
 

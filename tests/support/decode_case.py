@@ -91,7 +91,6 @@ def decode_error(
     tail = (held[0, :, :, sinks:].contiguous(), held[1, :, :, sinks:].contiguous())
     numbers = torch.tensor([(sinks, n, t) for n, t in lengths], dtype=torch.int32, device=device)
     shape = DecodeShape(bits, dim, group, size, dtype, outliers > 0)
-    assert shape.refusal() is None
     chunks = most * (size // shape.chunk)
     made = RopeTables.make(
         lambda p: rope(p, dim, factor), shape.chunk, sinks, chunks + size // shape.chunk, table
