@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from kvquant.kernels.arena_table import MAX_ARENAS, MAX_PLACES
 from kvquant.kernels.cache_shape import CacheShape
-from kvquant.kernels.cuda_decode import MOST_ARENAS, MOST_PLACES
 from kvquant.kernels.cuda_pack import WARP
 
 HALF = (torch.float16, torch.bfloat16)
@@ -83,15 +83,15 @@ def _readable_blocks(shape: CacheShape) -> Iterator[str]:
             "blocks: PyTorch packed some of them, whose memory kernels cannot address; see why "
             "packing refused the kernels, or keep KVQUANT_KERNELS as it was in the first call"
         )
-    if shape.arenas >= MOST_ARENAS:
+    if shape.arenas > MAX_ARENAS:
         yield (
-            f"arenas: {shape.arenas} are not fewer than {MOST_ARENAS}, which block numbers can "
-            "tell apart; prefill in longer chunks"
+            f"arenas: {shape.arenas} are more than the {MAX_ARENAS} that block numbers can tell "
+            "apart; prefill in longer chunks"
         )
-    if shape.arena_blocks >= MOST_PLACES:
+    if shape.arena_blocks > MAX_PLACES:
         yield (
-            f"arena_blocks: {shape.arena_blocks} are not fewer than {MOST_PLACES}, which block "
-            "numbers can tell apart; prefill in shorter chunks or smaller batches"
+            f"arena_blocks: {shape.arena_blocks} are more than the {MAX_PLACES} that block numbers "
+            "can tell apart; prefill in shorter chunks or smaller batches"
         )
 
 

@@ -1,9 +1,9 @@
-"""The quantizer of one layer's keys and values: blocks of tokens in, packed blocks out.
+"""The quantizer of one layer: it packs blocks of keys and values, and reads them back.
 
-Order of work (KVQuant, arXiv 2401.18079): normalize, detect outliers, code the inliers, store the
-outliers exactly; back: look up, scale, put the outliers in their places. Everything that is decided
-for a token depends on that token and on calibration alone, so a sequence gets the same codes
-whatever batch it stands in and in whatever chunks it arrives.
+Packing normalizes, detects outliers, codes the inliers and stores the outliers exactly (KVQuant,
+arXiv 2401.18079). Reading looks levels up, scales them and puts the outliers in their places. Every
+decision about a token depends on that token and on calibration alone. A sequence therefore gets the
+same codes whatever batch it is part of, and in whatever chunks it arrives.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from kvquant.kernels.thresholds import key_table, key_thresholds
 
 @dataclass(frozen=True)
 class PackedKeys:
-    """Key blocks: uint8 codes `[blocks, num_heads, bytes]` and exact outliers."""
+    """Packed keys: uint8 codes `[blocks, num_heads, bytes]` and exact outliers."""
 
     codes: torch.Tensor
     outliers: SparseSlab | None
 
     @property
     def nbytes(self) -> int:
-        """Allocated bytes."""
+        """Bytes of all tensors."""
         return self.codes.nbytes + (self.outliers.nbytes if self.outliers else 0)
 
 
 @dataclass(frozen=True)
 class PackedValues:
-    """Value blocks: codes, 16-bit zero and scale a token `[blocks, block_size]`, outliers."""
+    """Packed values: codes, 16-bit zero and scale per token `[blocks, block_size]`, outliers."""
 
     codes: torch.Tensor
     zero: torch.Tensor
@@ -49,18 +49,21 @@ class PackedValues:
 
     @property
     def nbytes(self) -> int:
-        """Allocated bytes."""
+        """Bytes of all tensors."""
         sparse = self.outliers.nbytes if self.outliers else 0
         return self.codes.nbytes + self.zero.nbytes + self.scale.nbytes + sparse
 
 
 class BatchedKVQuantizer:
-    """Quantizes blocks of a layer's keys (before RoPE) and values.
+    """Quantizes blocks of one layer's keys (before RoPE) and values.
 
     Args:
-        tables: The layer's calibration.
-        bits: 2, 3 or 4.
-        outliers: Fraction of exact outliers; 0 for none, 1 for all (a 16-bit passthrough).
+        tables: Key ranges and codebooks of the layer.
+        bits: Per code, 2, 3 or 4.
+        outliers: Fraction of elements kept exactly: 0 for none, 1 for all (a 16-bit passthrough).
+
+    Attributes:
+        key_room: Factor of the room for key outliers, see :meth:`key_slots`.
     """
 
     def __init__(self, tables: LayerQuantizer, bits: int, outliers: float) -> None:
@@ -77,19 +80,19 @@ class BatchedKVQuantizer:
         self._inverse = fused.channel_inverse(self._scale)
         self._key_midpoints = fused.midpoints(tables.key_levels)
         self._value_midpoints = fused.midpoints(tables.value_levels)
-        self.key_room = 1.0  # times what is expected; see key_slots
+        self.key_room = 1.0
         self._key_tables: dict[torch.dtype, torch.Tensor] = {}
 
     def _check(self, x: torch.Tensor, name: str) -> None:
         if x.dtype not in (torch.float16, torch.bfloat16):
             raise TypeError(f"{name}: expected fp16 or bf16 blocks, got {x.dtype}")
-        # On a GPU the host would wait for the answer; whoever packs there asks `not_finite`.
+        # On a GPU the host would wait for the answer; callers ask `not_finite` there instead.
         if not x.is_cuda and not bool(torch.isfinite(x).all()):
             raise NonFiniteTokens(name)
 
     @staticmethod
     def not_finite(*blocks: torch.Tensor) -> torch.Tensor:
-        """int32 `[1]`, 1 if any block holds NaN or Inf."""
+        """Returns an int32 tensor `[1]` that is 1 if any block holds NaN or Inf, without a sync."""
         found = torch.stack([torch.isfinite(x).all() for x in blocks])
         return (~found.all()).int().view(1)
 
@@ -141,23 +144,23 @@ class BatchedKVQuantizer:
     def kernel_pack(
         self, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[PackedKeys, PackedValues, torch.Tensor] | None:
-        """Both at once by GPU kernels, or None where they do not apply.
+        """Packs keys and values by GPU kernels; None where PyTorch was selected.
 
         Args:
             keys: fp16/bf16 `[blocks, num_heads, block_size, head_dim]`.
             values: The same shape.
 
         Returns:
-            What :meth:`pack_keys` and :meth:`pack_values` return, and an int32 `[1]` tensor that is
-            1 if the input holds NaN or Inf.
+            The results of :meth:`pack_keys` and :meth:`pack_values`, and an int32 `[1]` tensor that
+            is 1 if the input holds NaN or Inf.
         """
         if self.backend(keys, values) not in ("cuda", "triton"):
             return None
         blocks, heads, size, dim = keys.shape
         device = keys.device
         per_side = outliers_per_side(self.outliers, heads * dim)
-        # One array, since each fill of a few bytes costs a launch: what the kernels report, no
-        # excess (values have a slot for each of their outliers), and the two cursors.
+        # One array, because each fill of a few bytes costs a launch: the kernels' status (2), the
+        # excess of values (always 0: each of their outliers has a slot), and the two cursors.
         words = torch.zeros(5, dtype=torch.int32, device=device)
         status, none = words[:2], words[2]
 
@@ -215,7 +218,7 @@ class BatchedKVQuantizer:
             scale_out: The same.
 
         Returns:
-            False, with nothing written, where no kernel applies.
+            False, with nothing written, where PyTorch was selected.
         """
         shape = self._shape(keys, values)
         backend = select("pack", shape, keys.device).backend
@@ -259,7 +262,7 @@ class BatchedKVQuantizer:
         )
 
     def _key_table(self, dtype: torch.dtype) -> torch.Tensor:
-        """Thresholds of the key channels as the CUDA kernel reads them; made once a type."""
+        """Thresholds of the key channels as the CUDA kernel reads them, made once per dtype."""
         if dtype not in self._key_tables:
             thresholds = key_thresholds(
                 self.tables.key_zero,
@@ -275,7 +278,7 @@ class BatchedKVQuantizer:
         """Packs key blocks `[blocks, num_heads, block_size, head_dim]` (fp16/bf16, before RoPE)."""
         self._check(x, "keys")
         codes, mask = self._encode_keys(x)
-        packed = pack(codes, self.bits).flatten(2)  # a token's bytes stand together
+        packed = pack(codes, self.bits).flatten(2)  # bytes of a token are contiguous
         sparse = None if mask is None else SparseSlab.from_mask(x, mask, self.key_slots(x.numel()))
         return PackedKeys(packed, sparse)
 
@@ -283,7 +286,7 @@ class BatchedKVQuantizer:
         return unpack(packed.unflatten(2, (shape[2], -1)), self.bits)
 
     def unpack_keys(self, packed: PackedKeys, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
-        """fp32 keys of the given block shape, bit for bit what :meth:`fake_keys` returns."""
+        """Reads fp32 keys of a block shape back, bit for bit what :meth:`fake_keys` returns."""
         out = self._decode_keys(self._unpack(packed.codes, shape))
         if packed.outliers is not None:
             packed.outliers.put_into(out)
@@ -293,7 +296,7 @@ class BatchedKVQuantizer:
         """Packs value blocks `[blocks, num_heads, block_size, head_dim]` (fp16/bf16)."""
         self._check(x, "values")
         codes, zero, scale, mask = self._encode_values(x)
-        packed = pack(codes, self.bits).flatten(2)  # a token's bytes stand together
+        packed = pack(codes, self.bits).flatten(2)  # bytes of a token are contiguous
         per_token = 2 * outliers_per_side(self.outliers, x.shape[1] * x.shape[3])
         slots = min(x.shape[0] * x.shape[2] * per_token, x.numel())
         sparse = None if mask is None else SparseSlab.from_mask(x, mask, slots)
@@ -302,7 +305,7 @@ class BatchedKVQuantizer:
     def unpack_values(
         self, packed: PackedValues, shape: torch.Size | tuple[int, ...]
     ) -> torch.Tensor:
-        """fp32 values of the given block shape."""
+        """Reads fp32 values of a block shape back, as :meth:`fake_values` returns them."""
         codes = self._unpack(packed.codes, shape)
         out = self._decode_values(codes, packed.zero, packed.scale)
         if packed.outliers is not None:
@@ -310,14 +313,14 @@ class BatchedKVQuantizer:
         return out
 
     def fake_keys(self, x: torch.Tensor) -> torch.Tensor:
-        """Quantized and dequantized keys without packing; any number of tokens a block."""
+        """Quantizes and dequantizes keys without packing, any number of tokens per block."""
         self._check(x, "keys")
         codes, mask = self._encode_keys(x)
         out = self._decode_keys(codes)
         return out if mask is None else torch.where(mask, x.float(), out)
 
     def fake_values(self, x: torch.Tensor) -> torch.Tensor:
-        """Quantized and dequantized values without packing; any number of tokens a block."""
+        """Quantizes and dequantizes values without packing, any number of tokens per block."""
         self._check(x, "values")
         codes, zero, scale, mask = self._encode_values(x)
         out = self._decode_values(codes, zero, scale)

@@ -1,4 +1,4 @@
-"""Orthogonal Hadamard rotation of vectors, by butterflies.
+"""The orthogonal Hadamard rotation of vectors, computed by butterflies.
 
 A vector of `m * 2**k` elements, `m` one of 1, 12, 20, 28, is rotated by the Kronecker product of a
 Paley matrix of order `m` (Paley, J. Math. Phys. 12, 1933) and Sylvester's matrix of order `2**k`.
@@ -15,15 +15,15 @@ import torch
 
 from kvquant.errors import UserError
 
-# order of the factor: the prime of its construction
+# Order of a Paley matrix to the prime that it is constructed from.
 _PALEY = {12: 11, 20: 19, 28: 13}
 
 
 def factors(size: int) -> tuple[int, int]:
-    """`(m, 2**k)` with `m * 2**k == size`.
+    """Returns the factors `(m, 2**k)` of a size for which Hadamard matrices are known.
 
     Raises:
-        UserError: No such factors.
+        UserError: The size has no such factors.
     """
     for order in (1, *_PALEY):
         rest = size // order
@@ -37,7 +37,7 @@ def factors(size: int) -> tuple[int, int]:
 
 @functools.cache
 def _paley(order: int) -> tuple[tuple[int, ...], ...]:
-    """A Hadamard matrix of the given order, rows of +-1."""
+    """The rows of a Hadamard matrix of the given order, of elements +1 and -1."""
     prime = _PALEY[order]
     squares = {i * i % prime for i in range(1, prime)}
 
@@ -65,7 +65,7 @@ def _paley(order: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _multiply(x: torch.Tensor, order: int, *, transposed: bool) -> torch.Tensor:
-    """Paley's matrix times the second to last dimension, `[..., order, n]`."""
+    """The product of Paley's matrix and the second to last dimension of `[..., order, n]`."""
     matrix = _paley(order)
     parts = x.unbind(-2)
     out = []
@@ -79,11 +79,11 @@ def _multiply(x: torch.Tensor, order: int, *, transposed: bool) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:
-    """The rotation of the last dimension, or its inverse; lengths are kept.
+    """Rotates the last dimension, or rotates it back; lengths are kept.
 
     Args:
         x: fp32 `[..., size]`, `size` as :func:`factors` allows.
-        inverse: Rotate back.
+        inverse: Whether to rotate back.
 
     Returns:
         fp32 of the same shape.

@@ -22,7 +22,7 @@ from kvquant.study.dotted import load
 
 @dataclass(frozen=True)
 class Histogram:
-    """Weighted histogram of normalized data on [-1, 1].
+    """A weighted histogram of normalized data on [-1, 1].
 
     Attributes:
         centers: float64 `[bins]`, increasing.
@@ -36,7 +36,7 @@ class Histogram:
 
 
 def kmeans_1d(centers: np.ndarray, weights: np.ndarray, clusters: int) -> np.ndarray:
-    """Globally optimal weighted k-means of points on a line.
+    """Finds the globally optimal weighted k-means clusters of points on a line.
 
     Args:
         centers: float64 `[n]`, increasing.

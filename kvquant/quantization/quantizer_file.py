@@ -1,4 +1,4 @@
-"""The quantizer artifact: `quantizer.json` and `quantizer.safetensors`; never a pickle."""
+"""The files of a quantizer: `quantizer.json` and `quantizer.safetensors`, never a pickle."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ MAX_LAYERS = 4096
 
 
 class QuantizerManifest(BaseModel):
-    """What the tables were built from and for.
+    """The manifest of a quantizer: what its tables were built from, and for what.
 
     Attributes:
         spec: The scheme's options.
         weights_sha256: Of the model's weights.
         model_identity: Of all files of the model (see :mod:`kvquant.fetch.model_manifest`).
-        text: What calibration read, which perplexity must not be measured on.
+        text: The text that calibration read; perplexity must not be measured on it.
         tensors_sha256: Of the safetensors file; set when it is written.
-        seal: sha256 over everything else here; set when it is written.
+        seal: sha256 of all other fields; set when it is written.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -54,12 +54,12 @@ class QuantizerManifest(BaseModel):
 
 
 def tensors_path(manifest: Path) -> Path:
-    """The tensor file that belongs to a quantizer.json."""
+    """The path of the tensor file that belongs to a quantizer.json."""
     return manifest.with_suffix(".safetensors")
 
 
 def save_quantizer(path: Path, manifest: QuantizerManifest, layers: list[LayerQuantizer]) -> None:
-    """Writes both files; the JSON last, so that its presence means a whole artifact."""
+    """Writes both files, the JSON last, so that its presence means that both are whole."""
     tensors = {
         f"layers.{i}.{field}": getattr(layer, field)
         for i, layer in enumerate(layers)
@@ -69,7 +69,7 @@ def save_quantizer(path: Path, manifest: QuantizerManifest, layers: list[LayerQu
 
 
 def read_quantizer(path: Path) -> QuantizerManifest:
-    """The JSON of a quantizer, without its tensors.
+    """Reads the manifest of a quantizer without its tensors.
 
     Raises:
         UserError: It is missing, damaged, was edited, or is of an older version.
@@ -84,10 +84,10 @@ def read_quantizer(path: Path) -> QuantizerManifest:
 
 
 def scheme_of(path: Path, manifest: QuantizerManifest) -> CalibratedScheme:
-    """The scheme that a quantizer was built for.
+    """Returns the scheme that a quantizer was built for.
 
     Raises:
-        UserError: The file tells none that takes a quantizer.
+        UserError: The manifest names no scheme that takes a quantizer.
     """
     try:
         found: Scheme = TypeAdapter(SchemeSpec).validate_python(manifest.spec)
@@ -101,7 +101,7 @@ def scheme_of(path: Path, manifest: QuantizerManifest) -> CalibratedScheme:
 
 
 def check_scheme(path: Path, manifest: QuantizerManifest, scheme: Scheme) -> None:
-    """A quantizer serves the scheme that it was built for and no other.
+    """Refuses a quantizer that was built for another scheme.
 
     Raises:
         UserError: An option differs; the message names it.
@@ -118,7 +118,7 @@ def check_scheme(path: Path, manifest: QuantizerManifest, scheme: Scheme) -> Non
 
 
 def check_digest(path: Path, digest: str) -> QuantizerManifest:
-    """A quantizer of a study is the one that the study's entries make; returns its JSON.
+    """Refuses a quantizer that other entries of a study made; returns its manifest.
 
     Args:
         path: quantizer.json.

@@ -90,8 +90,8 @@ SHAPES: list[tuple[Operation, Backend, dict[str, Any], str]] = [
     ("decode", "cuda", {"kept_rope": True}, "kept_rope: .*; use a model whose rope"),
     ("decode", "cuda", {"narrow_tables": False}, "calibration: .* float16 .*; calibrate on other"),
     ("decode", "cuda", {"packed_by_kernels": False}, "blocks: PyTorch packed .*; see why"),
-    ("decode", "cuda", {"arenas": 1 << 11}, "arenas: 2048 .* 2048, .*; prefill in longer chunks"),
-    ("decode", "cuda", {"arena_blocks": 1 << 20}, "arena_blocks: 1048576 .*; prefill in shorter"),
+    ("decode", "cuda", {"arenas": 2049}, "arenas: 2049 .* 2048 .*; prefill in longer chunks"),
+    ("decode", "cuda", {"arena_blocks": (1 << 20) + 1}, "arena_blocks: 1048577 .*; prefill"),
     ("past", "triton", {"codebook": "turboquant"}, "codebook: .*'turboquant'"),
     ("past", "triton", {"head_dim": 96}, "head_dim: 96 is none of 32, 64, 128, 256"),
     ("past", "triton", {"query_dtype": torch.float32}, "query_dtype: float32 .*; load the model"),
@@ -182,8 +182,8 @@ SHAPE_VALUES = st.builds(
     static_rope=st.booleans(),
     kept_rope=st.booleans(),
     packed_by_kernels=st.booleans(),
-    arenas=st.sampled_from([0, 1, 2047, 2048]),
-    arena_blocks=st.sampled_from([0, 1, (1 << 20) - 1, 1 << 20]),
+    arenas=st.sampled_from([0, 1, 2048, 2049]),
+    arena_blocks=st.sampled_from([0, 1, 1 << 20, (1 << 20) + 1]),
     input_layout=st.sampled_from(["pairs", "channels", "strided"]),
 )
 FACTS = st.builds(
