@@ -1,4 +1,7 @@
-"""The command line: help of every verb, one-line errors."""
+"""The command line: help of every verb, one-line errors.
+
+Also covers: __main__, errors.
+"""
 
 import pytest
 

@@ -1,4 +1,7 @@
-"""Collecting: what a record says of itself is recomputed, also where someone sealed it again."""
+"""Collecting: what a record says of itself is recomputed, also where someone sealed it again.
+
+Also covers: analysis.problems, analysis.spec_checks, study.record_checks, study.samples.
+"""
 
 from __future__ import annotations
 

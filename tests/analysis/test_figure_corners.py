@@ -1,4 +1,7 @@
-"""Figures of little, of nothing and of the unusual: drawn without a warning, in finite limits."""
+"""Figures of little, of nothing and of the unusual: drawn without a warning, in finite limits.
+
+Also covers: analysis.append_figure, analysis.figures, analysis.labels, analysis.pareto_figure.
+"""
 
 from __future__ import annotations
 

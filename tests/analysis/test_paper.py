@@ -1,4 +1,8 @@
-"""The paper of several models and repetitions: it compiles, and every table tells rows apart."""
+"""The paper of several models and repetitions: it compiles, and every table tells rows apart.
+
+Also covers: analysis.claims, analysis.claims_of_accuracy, analysis.claims_of_cost,
+analysis.figure_list, analysis.latex.
+"""
 
 from __future__ import annotations
 

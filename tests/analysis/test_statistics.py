@@ -1,4 +1,7 @@
-"""Paired tests against scipy, and the degenerate cases."""
+"""Paired tests against scipy, and the degenerate cases.
+
+Also covers: analysis.paired, analysis.pareto.
+"""
 
 from typing import Any
 

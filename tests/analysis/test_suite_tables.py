@@ -1,4 +1,7 @@
-"""The LaTeX tables of the suites, the summary and their macros, from plausible results."""
+"""The LaTeX tables of the suites, the summary and their macros, from plausible results.
+
+Also covers: analysis.booktabs, analysis.study_tables.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`kvquant bench append`: the stores hold what they were given, the record says what was timed."""
+"""`kvquant bench append`: the stores hold what they were given, the record says what was timed.
+
+Also covers: benchmarks.append_stores, study.append.
+"""
 
 from __future__ import annotations
 

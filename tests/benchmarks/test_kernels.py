@@ -1,4 +1,7 @@
-"""`kvquant bench kernels`: records, resuming, what is refused; on a CPU with a tiny shape."""
+"""`kvquant bench kernels`: records, resuming, what is refused; on a CPU with a tiny shape.
+
+Also covers: benchmarks.bench, benchmarks.kernel_measures, benchmarks.random_model, study.kernels.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The measurement of a chunk over a packed past, small, wherever kernels run."""
+"""The measurement of a chunk over a packed past, small, wherever kernels run.
+
+Also covers: benchmarks.decode.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`kvquant throughput` on a tiny model."""
+"""`kvquant throughput` on a tiny model.
+
+Also covers: benchmarks.workload, study.prompt_lengths, study.timing.
+"""
 
 from __future__ import annotations
 

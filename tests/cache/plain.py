@@ -1,4 +1,4 @@
-"""DESIGN section 4 written down plainly: one sequence, no blocks in memory, no packing, no batch.
+"""The cache written down plainly: one sequence, no blocks in memory, no packing, no batch.
 
 What the cache must hold of a sequence and what attention over it must give. Codes need the cache's
 own fp32 arithmetic to be equal bit for bit; attention is in float64.

@@ -1,4 +1,7 @@
-"""A ragged batch in the store: each sequence as if alone, whatever the padding and chunks."""
+"""A ragged batch in the store: each sequence as if alone, whatever the padding and chunks.
+
+Also covers: cache.arena, cache.codec, cache.layout.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ HEADS = 2
 
 
 def expected(c: Codec, keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
-    """DESIGN's state of one sequence `[heads, tokens, dim]`: sinks, quantized blocks, tail."""
+    """The state of one sequence `[heads, tokens, dim]`: sinks, quantized blocks, tail."""
     length = keys.shape[1]
     packed = max(0, (length - c.sinks - c.residual) // c.block_size) * c.block_size
     out = [keys.float().clone(), values.float().clone()]

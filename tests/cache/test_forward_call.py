@@ -1,4 +1,7 @@
-"""Calls that end early: the cache is as before, or refused by name; never silently torn."""
+"""Calls that end early: the cache is as before, or refused by name; never silently torn.
+
+Also covers: cache.block_layer, cache.decode_step, cache.past_reader.
+"""
 
 from __future__ import annotations
 

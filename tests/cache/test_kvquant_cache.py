@@ -1,4 +1,7 @@
-"""The cache inside real attention: chunks, batches, padding, families, protocols."""
+"""The cache inside real attention: chunks, batches, padding, families, protocols.
+
+Also covers: cache.footprint, cache.interface.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Bytes by formula, bytes that the cache reports, and bytes that torch holds are one number."""
+"""Bytes by formula, bytes that the cache reports, and bytes that torch holds are one number.
+
+Also covers: cache.fp16_layer.
+"""
 
 from __future__ import annotations
 

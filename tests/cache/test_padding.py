@@ -1,4 +1,7 @@
-"""Padding on either side or in between: which columns are tokens, and at which positions."""
+"""Padding on either side or in between: which columns are tokens, and at which positions.
+
+Also covers: kernels.blockwise_attention.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Positions and masks of any kind, against transformers' own cache (every element exact)."""
+"""Positions and masks of any kind, against transformers' own cache (every element exact).
+
+Also covers: cache.call_rope, cache.kept_rope, cache.late_check, formats.rope.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Calibration statistics against plain loops, and the quantizer built from them."""
+"""Calibration statistics against plain loops, and the quantizer built from them.
+
+Also covers: calibration.build, calibration.statistics, study.calibration.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Sampling during a region, and carbon bookkeeping."""
+"""Sampling during a region, and carbon bookkeeping.
+
+Also covers: energy.carbon.
+"""
 
 from __future__ import annotations
 

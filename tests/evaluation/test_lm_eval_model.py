@@ -1,4 +1,7 @@
-"""The lm-eval model: its scores are the model's, and its command line runs an offline task."""
+"""The lm-eval model: its scores are the model's, and its command line runs an offline task.
+
+Also covers: evaluation.likelihood, evaluation.lm_eval_options.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""LongBench: rules read from lm-eval, the cut in the middle, subsets, and bad data."""
+"""LongBench: rules read from lm-eval, the cut in the middle, subsets, and bad data.
+
+Also covers: evaluation.longbench_tasks, fetch.lm_eval_files, fetch.longbench_rows.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The verb prompts: the same file for the same specification, and no file for another one."""
+"""The verb prompts: the same file for the same specification, and no file for another one.
+
+Also covers: evaluation.generated, evaluation.prompt_file.
+"""
 
 from __future__ import annotations
 

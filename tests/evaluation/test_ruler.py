@@ -1,4 +1,7 @@
-"""RULER samples come from the pinned lm-eval, without a network and without a trace in globals."""
+"""RULER samples come from the pinned lm-eval, without a network and without a trace in globals.
+
+Also covers: evaluation.ruler_limits, evaluation.ruler_tasks.
+"""
 
 from __future__ import annotations
 

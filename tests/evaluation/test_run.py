@@ -1,4 +1,7 @@
-"""The verb evaluate: seeds are independent, finished ones are reused, damaged ones are told."""
+"""The verb evaluate: seeds are independent, finished ones are reused, damaged ones are told.
+
+Also covers: evaluation.base, evaluation.registry, evaluation.seed_files.
+"""
 
 from __future__ import annotations
 

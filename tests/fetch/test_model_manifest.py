@@ -1,4 +1,7 @@
-"""A model whose files changed after fetch-model is refused, and the file is named."""
+"""A model whose files changed after fetch-model is refused, and the file is named.
+
+Also covers: fetch.file_hashes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A text is the one of its manifest, and calibration never sees the test part."""
+"""A text is the one of its manifest, and calibration never sees the test part.
+
+Also covers: fetch.datasets.
+"""
 
 from __future__ import annotations
 

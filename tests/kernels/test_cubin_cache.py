@@ -1,4 +1,7 @@
-"""Compiled kernels on disk: made once, never believed when damaged, never needed."""
+"""Compiled kernels on disk: made once, never believed when damaged, never needed.
+
+Also covers: kernels.cuda_build.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Thresholds against the arithmetic that they replace, for every 16-bit number."""
+"""Thresholds against the arithmetic that they replace, for every 16-bit number.
+
+Also covers: kernels.pytorch_fused.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Attention over a packed past by the Triton kernels against attention in float64.
 
 On a GPU, else under Triton's interpreter.
+
+Also covers: cache.packed_past, kernels.dispatch, kernels.triton_expand, kernels.triton_tiles.
 """
 
 from __future__ import annotations

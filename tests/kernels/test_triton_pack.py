@@ -1,4 +1,7 @@
-"""The packing kernels against the PyTorch path: on a GPU, else under Triton's interpreter."""
+"""The packing kernels against the PyTorch path: on a GPU, else under Triton's interpreter.
+
+Also covers: kernels.pack_target.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A cache and the model it is used with: another model, gradients, copies, pickles."""
+"""A cache and the model it is used with: another model, gradients, copies, pickles.
+
+Also covers: models.no_gradient.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What the drop-in attention leaves as it was, and what it refuses."""
+"""What the drop-in attention leaves as it was, and what it refuses.
+
+Also covers: models.model_call.
+"""
 
 from __future__ import annotations
 

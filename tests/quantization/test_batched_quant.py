@@ -1,4 +1,7 @@
-"""The layer quantizer against the loops of kernels.reference, and bit-exact packing."""
+"""The layer quantizer against the loops of kernels.reference, and bit-exact packing.
+
+Also covers: kernels.reference.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""A quantizer or its statistics that were altered, exchanged or cut short are refused by name."""
+"""A quantizer or its statistics that were altered, exchanged or cut short are refused by name.
+
+Also covers: formats.layer_quantizer, formats.tensor_file.
+"""
 
 from __future__ import annotations
 

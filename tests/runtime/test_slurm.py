@@ -1,4 +1,7 @@
-"""Jobs that a killed run left in Slurm, with a stand-in for squeue."""
+"""Jobs that a killed run left in Slurm, with a stand-in for squeue.
+
+Also covers: runtime.slurm_client.
+"""
 
 from __future__ import annotations
 

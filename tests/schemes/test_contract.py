@@ -1,6 +1,8 @@
 """What every registered scheme kind must do, whoever wrote its cache.
 
 Kinds that are listed nowhere here are tested with the options of :func:`derived`.
+
+Also covers: schemes.kivi, schemes.nuq, schemes.registry, study.dotted, study.scheme_kinds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""KVQuant's procedure: nuq's numbers, standard arrays, growth by concatenation."""
+"""KVQuant's procedure: nuq's numbers, standard arrays, growth by concatenation.
+
+Also covers: schemes.growing_sparse, schemes.kvquant_store.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Study files: all shipped ones are valid, every kind of mistake is one clear line."""
+"""Study files: all shipped ones are valid, every kind of mistake is one clear line.
+
+Also covers: study.schema.
+"""
 
 from __future__ import annotations
 

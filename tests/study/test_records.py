@@ -1,4 +1,7 @@
-"""Records: created once, whole, sealed, verified when read."""
+"""Records: created once, whole, sealed, verified when read.
+
+Also covers: formats.sealing, study.record_types.
+"""
 
 from __future__ import annotations
 

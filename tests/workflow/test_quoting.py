@@ -1,4 +1,7 @@
-"""No configured string means anything to a shell: paths with spaces work, others are refused."""
+"""No configured string means anything to a shell: paths with spaces work, others are refused.
+
+Also covers: study.paths.
+"""
 
 from __future__ import annotations
 
