@@ -1,6 +1,7 @@
 """Collecting: what a record says of itself is recomputed, also where someone sealed it again.
 
-Also covers: analysis.problems, analysis.spec_checks, study.record_checks, study.samples.
+Also covers: analysis.problems, analysis.spec_checks, study.record_checks, study.sample_types,
+study.samples.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Verdicts need evidence; pages of the report escape what they show.
 
-Also covers: analysis.html_tables, analysis.report, runtime.run_end.
+Also covers: analysis.html_tables, analysis.page_list, analysis.report, analysis.sections,
+runtime.run_end.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The LaTeX tables of the suites, the summary and their macros, from plausible results.
 
-Also covers: analysis.booktabs, analysis.study_tables.
+Also covers: analysis.booktabs, analysis.study_tables, analysis.table_list.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The cache inside real attention: chunks, batches, padding, families, protocols.
 
-Also covers: cache.footprint, cache.interface.
+Also covers: cache.attending, cache.footprint, cache.interface.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A study is checked whole before anything runs; every mistake is one line that names its field.
 
-Also covers: study.datatypes, study.limits, study.model_families, study.models, study.registrations,
-study.schemes, study.sections, study.statistics, study.strict, study.study_file, study.tasks.
+Also covers: study.datasets, study.datatypes, study.limits, study.margin, study.model_families,
+study.models, study.registrations, study.schemes, study.sections, study.statistics, study.strict,
+study.study_file, study.suite, study.task_families, study.tasks.
 """
 
 from __future__ import annotations

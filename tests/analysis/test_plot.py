@@ -1,6 +1,8 @@
 """Figures of little, of nothing and of the unusual: drawn without a warning, in finite limits.
 
-Also covers: analysis.append_figure, analysis.figures, analysis.labels, analysis.pareto_figure.
+Also covers: analysis.figure_list, analysis.figures.append, analysis.figures.pareto,
+analysis.figures.pareto_panels, analysis.figures.perplexity, analysis.figures.style,
+analysis.labels.
 """
 
 from __future__ import annotations
