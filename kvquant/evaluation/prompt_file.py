@@ -193,7 +193,7 @@ class PromptFile:
             if hashlib.sha256(b"".join(share)).hexdigest() != entry.sha256:
                 raise ValueError(f"the prompts of seed {entry.seed} are others")
             if entry.seed in shares:
-                raise ValueError(f"seed {entry.seed} stands twice")
+                raise ValueError(f"seed {entry.seed} is given twice")
             shares[entry.seed] = share
         if at != len(lines):
             raise ValueError("more prompts than the first line says")

@@ -16,9 +16,9 @@ from kvquant.study.strict import Strict
 
 
 class AppendSpec(Strict):
-    """What a token costs when it is appended to a cache that already holds many.
+    """Settings of the append benchmark: the cost of a token in a cache that holds many.
 
-    One layer, random 16-bit data; needs no model.
+    It measures one layer with random 16-bit data and needs no model.
     """
 
     sizes: list[int] = Field(

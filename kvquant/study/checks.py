@@ -49,7 +49,7 @@ def _not_among(field: str, names: Iterable[str], known: Iterable[str], what: str
             hint = str(unknown(what, name, known)).split(": ", 1)[1]
             yield f"{field}: '{name}' is not among the {what}s; {hint}"
         elif name in seen:
-            yield f"{field}: '{name}' stands twice"
+            yield f"{field}: '{name}' is given twice"
         seen.add(name)
 
 

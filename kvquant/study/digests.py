@@ -1,7 +1,7 @@
-"""What every result depends on: digests of specifications and of stage versions (torch-free).
+"""Digests of everything that a result depends on: specifications and versions of stages.
 
-A stage's VERSION is bumped by hand when its meaning changes; that reruns the stage and nothing
-before it. Comments and speed-ups do not bump it.
+A stage's version is increased by hand when its meaning changes, which reruns this stage and those
+after it. Comments and speed-ups do not change it. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from kvquant.study.schemes import SchemeSpec
 from kvquant.study.timing import EnergySpec, TimingSpec
 
 VERSIONS = {
-    # Of files' forms, not of what they hold: 2 has hashes. A bump makes the files again.
+    # Versions of file formats, not of content: 2 has hashes. An increase makes the files again.
     **{"fetch": 2, "statistics-file": 2, "quantizer-file": 2},
     **{"calibrate": 1, "quantize": 1, "prompts": 1, "evaluate": 1},
     **{"throughput": 1, "append": 1, "kernels": 1},
-    "energy": 2,  # 2: of the model's own GPUs; each processor socket once; settled averages
+    "energy": 2,  # 2: only the model's own GPUs, each CPU socket once, settled averages
 }
 
 
 def needs_calibration(scheme: SchemeSpec) -> bool:
-    """Whether the scheme needs a quantizer built from calibration statistics."""
+    """Returns whether the scheme needs a quantizer built from calibration statistics."""
     return isinstance(scheme, CalibratedScheme)
 
 
 def dataset_of(task: TaskSpec) -> str | None:
-    """The text a task reads, or None when it makes its own."""
+    """Returns the name of the text that a task reads, or None if it makes its own."""
     return task.dataset_name()
 
 
 def asks_prompts(task: TaskSpec) -> bool:
-    """Whether the task's answers are generated, to prompts that are prepared once for all."""
+    """Returns whether the task generates answers to prompts that are prepared once."""
     return SUITES[task.suite].asks_prompts
 
 
 @functools.cache
 def settled(file: str, digest: str) -> bool:
-    """Whether a JSON file is there and records `digest`: it need not be made again."""
+    """Returns whether a JSON file exists and records `digest`, so that it is up to date."""
     try:
         found = parse_json(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -53,17 +53,17 @@ def settled(file: str, digest: str) -> bool:
 
 
 def weights_digest(model: ModelSpec) -> str:
-    """Of what a fetched model depends on: not on the machines that will use it."""
+    """Returns the digest of what a fetched model depends on, without the machines' resources."""
     return digest(model.model_dump(mode="json", exclude={"gpus", "mem_gb", *CHAT_OPTIONS}))
 
 
 def _weights(model: ModelSpec) -> dict[str, Any]:
-    """A model without the options that its chat template alone depends on."""
+    """Returns a model's specification without the options of its chat template."""
     return model.model_dump(mode="json", exclude=set(CHAT_OPTIONS))
 
 
 def _chat(study: Study, model: str, task: TaskSpec) -> list[dict[str, Any]]:
-    """What a task's prompts owe to the model's chat template; nothing at the defaults."""
+    """Returns the chat options that a task's prompts depend on, or nothing for the defaults."""
     if not SUITES[task.suite].uses_chat:
         return []
     chosen = study.model(model).model_dump(mode="json", include=set(CHAT_OPTIONS))
@@ -71,12 +71,12 @@ def _chat(study: Study, model: str, task: TaskSpec) -> list[dict[str, Any]]:
 
 
 def calibration_digest(study: Study, model: str) -> str:
-    """Digest of a model's calibration statistics."""
+    """Returns the digest of a model's calibration statistics."""
     return digest(_weights(study.model(model)), study.calibration, VERSIONS["calibrate"])
 
 
 def quantizer_digest(study: Study, model: str, scheme: str) -> str:
-    """Digest of a scheme as built for a model; without calibration, of the scheme alone."""
+    """Returns the digest of a scheme built for a model, from calibration if it needs one."""
     spec = study.scheme(scheme)
     if not needs_calibration(spec):
         return digest(_weights(study.model(model)), spec)
@@ -84,7 +84,7 @@ def quantizer_digest(study: Study, model: str, scheme: str) -> str:
 
 
 def prompts_digest(study: Study, model: str, task: str) -> str:
-    """Digest of what a task asks a model, whatever the seeds."""
+    """Returns the digest of a task's prompts for a model, independent of the seeds."""
     chosen = study.task(task)
     spec = chosen.model_dump(mode="json", exclude={"minutes", "batch_size"})
     chat = _chat(study, model, chosen)
@@ -92,12 +92,12 @@ def prompts_digest(study: Study, model: str, task: str) -> str:
 
 
 def prompts_name(study: Study, model: str, task: str) -> str:
-    """Names a file of prompts by all that it holds: a file of this name is never made again."""
+    """Returns the name of a prompt file, which identifies its content including the seeds."""
     return digest(prompts_digest(study, model, task), sorted(study.seeds))
 
 
 def eval_digest(study: Study, model: str, scheme: str, task: str, seed: int) -> str:
-    """Digest of one evaluation result. Expected run times and windows a batch do not count."""
+    """Returns the digest of an evaluation result, without expected run time and batch size."""
     chosen = study.task(task)
     spec = chosen.model_dump(mode="json", exclude=set(chosen.speed_options))
     versions = [VERSIONS["evaluate"]]
@@ -116,21 +116,21 @@ def _timing(spec: TimingSpec | EnergySpec, workload: str) -> dict[str, object]:
 
 
 def perf_digest(study: Study, model: str, scheme: str, workload: str) -> str:
-    """Digest of one throughput result."""
+    """Returns the digest of one throughput result."""
     timing = _timing(study.throughput, workload)
     return digest(quantizer_digest(study, model, scheme), timing, VERSIONS["throughput"])
 
 
 def energy_digest(study: Study, model: str, scheme: str, workload: str) -> str:
-    """Digest of one energy result."""
+    """Returns the digest of one energy result."""
     timing = _timing(study.energy, workload)
     return digest(quantizer_digest(study, model, scheme), timing, VERSIONS["energy"])
 
 
 def append_digest(study: Study) -> str:
-    """Digest of an append result: shapes, sizes and the schemes themselves, no model."""
+    """Returns the digest of an append result: shapes, sizes and schemes, but no model."""
     if study.append is None:
-        raise UserError("append: this study has no such section")
+        raise UserError("append: this study has no such section: add it to the study file")
     spec = study.append.model_dump(mode="json", exclude={"schemes", "reps", "minutes"})
     schemes = {name: study.scheme(name).model_dump(mode="json") for name in study.append_schemes()}
     reference = study.scheme(study.headline) if study.append.concatenation else None
@@ -138,9 +138,9 @@ def append_digest(study: Study) -> str:
 
 
 def kernels_digest(study: Study, case: str) -> str:
-    """Digest of a case of the kernel benchmark: its shape, rounds, and the schemes it times."""
+    """Returns the digest of a kernel benchmark's case: shape, rounds and timed schemes."""
     if study.kernels is None:
-        raise UserError("kernels: this study has no such section")
+        raise UserError("kernels: this study has no such section: add it to the study file")
     if case not in study.kernels.cases:
         raise unknown("case", case, study.kernels.cases)
     spec = study.kernels.cases[case]

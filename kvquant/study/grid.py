@@ -1,4 +1,4 @@
-"""`kvquant grid`: what a study will run, shown before it starts."""
+"""`kvquant grid`: shows the jobs of a study and their resources before it starts."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from kvquant.study.suite import count_of
 
 CPUS_PER_GPU = 16  # a GPU's share of a node with 128 cores and 8 GPUs
 CALIBRATION_MINUTES = 120
-PREPARE_MINUTES = 60  # of prompts, or a quantizer from statistics
+PREPARE_MINUTES = 60  # to prepare prompts, or to build a quantizer from statistics
 PREPARE_MEM_MB = 4_000
-TIMED_MINUTES = 30  # of a timed job beside its timed rounds: loading, warm-up, a slow disk
+TIMED_MINUTES = 30  # beside the timed rounds of a job: loading, warm-up, a slow disk
 BENCH_MEM_MB = 16_000  # torch, and on a CPU one layer of the append benchmark at its largest size
-LOAD_MINUTES = 3  # one process: imports, weights from a shared file system, first kernels
+LOAD_MINUTES = 3  # per process: imports, weights from a shared file system, first kernels
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one job asks of a scheduler."""
+    """Holds the resources that one job requests from a scheduler."""
 
     gpus: int
     mem_mb: int
@@ -31,10 +31,10 @@ class Request:
 def request(
     study: Study, rule: str, model: str | None, task: str | None = None, attempt: int = 1
 ) -> Request:
-    """What a job of `rule` asks for; time and memory grow with each attempt.
+    """Returns the resources of a job of `rule`, whose time and memory grow with each attempt.
 
-    A timed job of several GPUs takes a node's share of memory for each of them and has no more to
-    ask for: growing would exceed the node, and such a job waits for ever.
+    A timed job of several GPUs already requests their whole share of the node's memory. Its memory
+    does not grow, because a job that exceeds the node would wait for ever.
     """
     if rule in ("prompts", "quantize"):
         return Request(0, PREPARE_MEM_MB * attempt, PREPARE_MINUTES * attempt)
@@ -78,9 +78,9 @@ def threads(study: Study, rule: str, cores: int) -> int:
 
 
 def place_in_line(study: Study, model: str, scheme: str, task: str) -> int:
-    """When an evaluation's turn comes: tasks as the study lists them, in each all schemes.
+    """Returns an evaluation's place in the order of jobs: by task, then model, then scheme.
 
-    A run that is cut short has then finished the first tasks for every scheme, to be compared.
+    An interrupted run has then finished the first tasks for every scheme, which can be compared.
     """
     place = list(study.tasks).index(task)
     place = place * len(study.models) + list(study.models).index(model)
@@ -88,7 +88,7 @@ def place_in_line(study: Study, model: str, scheme: str, task: str) -> int:
 
 
 def _timed_seconds(study: Study, rule: str) -> float:
-    """Upper bound of the timed part: the scheme and the baseline, prefill and decode."""
+    """Returns an upper bound in seconds of a job's timed part, for scheme and baseline."""
     if rule == "throughput":
         return 2 * study.throughput.max_seconds
     spec = study.energy
@@ -96,7 +96,7 @@ def _timed_seconds(study: Study, rule: str) -> float:
 
 
 def grid_rows(study: Study) -> list[tuple[str, int, int, str]]:
-    """(stage, jobs, results, what) of every measured stage."""
+    """Returns (stage, jobs, results, description) of every measured stage."""
     models, seeds = len(study.models), len(study.seeds)
     rows = []
     for name, task in study.tasks.items():
@@ -119,7 +119,7 @@ def grid_rows(study: Study) -> list[tuple[str, int, int, str]]:
 
 
 def job_rows(study: Study) -> list[tuple[str, int, float]]:
-    """(rule, jobs, GPU-hours requested by their first attempts) of every measuring rule."""
+    """Returns (rule, jobs, GPU-hours that first attempts request) of every measuring rule."""
     rows = []
     built = sum(needs_calibration(s) for s in study.schemes.values())
 
@@ -152,12 +152,12 @@ def job_rows(study: Study) -> list[tuple[str, int, float]]:
 
 
 def expected_gpu_hours(study: Study) -> float:
-    """GPU-hours that the first attempts of all jobs ask for; 0 for a CPU study."""
+    """Returns the GPU-hours that the first attempts of all jobs request; 0 for a CPU study."""
     return sum(hours for _, _, hours in job_rows(study))
 
 
-def one_job_a_seed(study: Study) -> tuple[int, float]:
-    """(jobs, GPU-hours) if each seed were a job of its own and loaded its model anew."""
+def one_job_per_seed(study: Study) -> tuple[int, float]:
+    """Returns (jobs, GPU-hours) if each seed were a job of its own that loaded its model."""
     rows = job_rows(study)
     evaluations = next(jobs for rule, jobs, _ in rows if rule == "evaluate")
     more = evaluations * (len(study.seeds) - 1)
@@ -171,22 +171,22 @@ def one_job_a_seed(study: Study) -> tuple[int, float]:
 
 
 def summary_lines(study: Study) -> list[str]:
-    """Jobs and GPU-hours by rule, and what one job a seed would have been."""
+    """Returns lines with jobs and GPU-hours by rule, also for the case of one job per seed."""
     rows = job_rows(study)
     total = sum(jobs for _, jobs, _ in rows)
     lines = [f"  {'rule':<32} {'jobs':>5}      GPU-hours requested"]
     for rule, jobs, hours in [*rows, ("all", total, expected_gpu_hours(study))]:
         lines.append(f"  {rule:<32} {jobs:>5} jobs {hours:>9,.1f}")
-    jobs, hours = one_job_a_seed(study)
+    jobs, hours = one_job_per_seed(study)
     lines.append(
-        f"  with one job a seed: {jobs} jobs, {hours:,.1f} GPU-hours "
-        f"({LOAD_MINUTES} minutes a job to load the model)"
+        f"  with one job per seed: {jobs} jobs, {hours:,.1f} GPU-hours "
+        f"({LOAD_MINUTES} minutes per job to load the model)"
     )
     return lines
 
 
 def grid_lines(study: Study) -> list[str]:
-    """The grid as plain lines."""
+    """Returns the grid as plain lines."""
     lines = [
         f"Study '{study.study}': {len(study.models)} model(s) {', '.join(study.models)}; "
         f"{len(study.schemes)} schemes {', '.join(study.schemes)}"
@@ -197,13 +197,13 @@ def grid_lines(study: Study) -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant grid`."""
+    """Adds the options of `kvquant grid`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints the grid as a table."""
-    # Here and not above: the Snakefile imports this module for `grid_lines`.
+    # Not at the top: the Snakefile imports this module for `grid_lines`.
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -11,7 +11,7 @@ from kvquant.study.strict import Strict
 
 Measure = Literal["pack", "attention", "prefill", "steps", "layer-step", "continue"]
 ShapeName = Literal["7b-mha", "8b-gqa", "tiny"]
-ON_GPU: tuple[Measure, ...] = ("attention", "steps", "continue")  # without one there is no kernel
+ON_GPU: tuple[Measure, ...] = ("attention", "steps", "continue")  # they have no CPU kernel
 WITH_PEERS: tuple[Measure, ...] = ("prefill", "layer-step")
 WHOLE_MODEL: tuple[Measure, ...] = ("prefill", "steps")
 
@@ -45,7 +45,7 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 class KernelCase(Strict):
-    """One shape of a model with random weights, and what is timed on it."""
+    """Settings of one case: the shape of a model with random weights and its measurements."""
 
     shape: ShapeName = Field(description="dimensions of the model")
     batch: int = Field(1, ge=1, le=MAX_BATCH, description="sequences")
@@ -67,14 +67,17 @@ class KernelCase(Strict):
         for name in ("measure", "peers"):
             values = getattr(self, name)
             if len(set(values)) != len(values):
-                raise ValueError(f"{name}: an entry stands twice")
+                raise ValueError(f"{name}: an entry is given twice")
         if self.peers and not set(self.measure) & set(WITH_PEERS):
             raise ValueError(f"peers: measured in {' and '.join(WITH_PEERS)} only")
         return self
 
 
 class KernelsSpec(Strict):
-    """Kernels of the headline scheme against copies, fp16 and peers; needs no model's weights."""
+    """Settings of the kernel benchmark: the headline scheme against copies, fp16 and peers.
+
+    It needs no model's weights.
+    """
 
     cases: dict[str, KernelCase] = Field(min_length=1, description="cases by name, one job each")
     rounds: int = Field(20, ge=5, le=MAX_ROUNDS, description="timed rounds at most")

@@ -12,7 +12,7 @@ from kvquant.study.strict import Strict
 
 
 class Margin(Strict):
-    """How large a difference from the baseline may be and still be called equivalent.
+    """The largest difference from the baseline that still counts as equivalent.
 
     The margin is the smaller of `relative` times the baseline's mean and `absolute`. A plain number
     stands for `absolute` alone.
@@ -57,7 +57,7 @@ class Margin(Strict):
         return {"anyOf": [plain, dict(mapping)], "title": "Margin"}
 
     def half_width(self, baseline: float) -> float:
-        """The margin for a baseline of that mean, in the unit of the metric.
+        """Returns the margin for a baseline with the given mean, in the unit of the metric.
 
         Args:
             baseline: Mean of the metric under the baseline; 0 gives a margin of 0 unless only
@@ -69,8 +69,8 @@ class Margin(Strict):
         return min(parts)
 
     def in_nats(self, perplexity: float) -> float:
-        """The margin of a baseline's perplexity as a difference of mean negative log likelihoods.
+        """Returns the margin of a perplexity as a difference of mean negative log likelihoods.
 
-        A perplexity that is higher by the margin m has a mean that is higher by log(1 + m / p).
+        A perplexity p that grows by the margin m has a mean that grows by log(1 + m / p).
         """
         return math.log1p(self.half_width(perplexity) / perplexity)

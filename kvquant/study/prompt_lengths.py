@@ -1,4 +1,4 @@
-"""Lengths of a workload's prompts (torch-free: records are held against them)."""
+"""Lengths of a workload's prompts, without torch, as records are checked against them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from kvquant.study.timing import Workload
 
 
 def prompt_lengths(workload: Workload) -> list[int]:
-    """Tokens of each prompt: all equal, or falling evenly from `prompt` to half of it.
+    """Returns the tokens of each prompt: all equal, or falling evenly from `prompt` to half.
 
-    Example: prompt 512, batch 3, ragged: 512, 384, 256.
+    For example, a ragged workload with prompt 512 and batch size 3 has lengths 512, 384 and 256.
     """
     n, longest = workload.batch_size, workload.prompt
     if not workload.ragged or n == 1:

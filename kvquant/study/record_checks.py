@@ -1,4 +1,4 @@
-"""What a record says twice must agree: rates, ratios and shares follow from what was measured."""
+"""Checks that the derived fields of a record (rates, ratios, shares) follow from the others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LEVELS = {"p10": 10, "median": 50, "p90": 90, "p99": 99}
 
 
 def _follows(field: str, found: float | None, expected: float | None) -> None:
-    """Raises ValueError unless a number is what others give."""
+    """Raises ValueError unless a number equals the one that other fields give."""
     if found is None and expected is None:
         return
     if (
@@ -45,7 +45,7 @@ def _at_least(field: str, found: float | None, least: float) -> None:
 
 
 def _percentile(values: Sequence[float], level: float) -> float:
-    """As numpy's: linear between the two nearest."""
+    """Returns a percentile as numpy does, interpolated between the two nearest values."""
     ordered = sorted(values)
     at = (len(ordered) - 1) * level / 100
     low = math.floor(at)
@@ -117,7 +117,7 @@ def _throughput(record: ThroughputRecord) -> None:
     ratio = record.prefill_ratio
     if ours.prefill_rounds_ms is not None and base.prefill_rounds_ms is not None:
         if len(ours.prefill_rounds_ms) != len(base.prefill_rounds_ms):
-            raise ValueError("field 'prefill_rounds_ms': the sides have not as many rounds")
+            raise ValueError("field 'prefill_rounds_ms': the sides differ in number of rounds")
         pairs = zip(base.prefill_rounds_ms, ours.prefill_rounds_ms, strict=True)
         ratio = statistics.median(b / s for b, s in pairs)
     _follows("prefill_ratio", record.prefill_ratio, ratio)
@@ -166,8 +166,7 @@ def _energy(record: EnergyRecord) -> None:
     guessed = record.method.startswith(("estimate", "rapl")) or record.device == "cpu"
     if (counted and record.source != "nvml") or (guessed and record.source == "nvml"):
         raise ValueError(
-            f"field 'source': is '{record.source}', which is not what the method says "
-            f"({record.method})"
+            f"field 'source': is '{record.source}', which contradicts the method ({record.method})"
         )
 
 
@@ -175,13 +174,13 @@ def _append(record: AppendRecord) -> None:
     _at_least("rep", record.rep, 0)
     places = [(p.series, p.chunk, p.tokens) for p in record.points]
     if len(set(places)) != len(places):
-        raise ValueError("field 'points': one stands twice")
+        raise ValueError("field 'points': one is given twice")
     for point in record.points:
         where = f"points.{point.series}"
         times = (point.token_ms, point.call_ms, point.cache_bytes)
         if any((part is None) == (point.status == "ok") for part in times):
             raise ValueError(
-                f"field '{where}.status': is '{point.status}', which the times are not"
+                f"field '{where}.status': is '{point.status}', which contradicts the times"
             )
         _spread(f"{where}.token_ms", point.token_ms)
         _spread(f"{where}.call_ms", point.call_ms)
@@ -214,12 +213,12 @@ def _kernel_side(side: KernelSide, part: KernelPart, copy: float | None) -> None
 def _kernels(record: KernelRecord) -> None:
     for name in ("batch", "tokens"):
         _at_least(name, getattr(record, name), 1)
-    most = record.batch * record.tokens
-    if not record.tokens <= record.all_tokens <= most:
-        raise ValueError(f"field 'all_tokens': is not from {record.tokens} to {most}")
+    max_tokens = record.batch * record.tokens
+    if not record.tokens <= record.all_tokens <= max_tokens:
+        raise ValueError(f"field 'all_tokens': is not from {record.tokens} to {max_tokens}")
     measures = [part.measure for part in record.parts]
     if len(set(measures)) != len(measures):
-        raise ValueError("field 'parts': one stands twice")
+        raise ValueError("field 'parts': one is given twice")
     for part in record.parts:
         copy = part.copy_gb_per_s
         for side in part.sides:
@@ -234,7 +233,7 @@ def check_record(record: Any) -> None:
     """Recomputes the derived fields of a record from its own other fields.
 
     Raises:
-        ValueError: A field is not what the others give; the message names it.
+        ValueError: A field contradicts the others; the message names it.
     """
     checks: dict[type[Any], Callable[[Any], None]] = {
         EvalRecord: _evaluation,

@@ -1,7 +1,7 @@
-"""What a job leaves behind: typed records, which :mod:`kvquant.study.records` writes and reads.
+"""Typed records of finished jobs, which :mod:`kvquant.study.records` writes and reads.
 
-Types are strict: a number in quotes, NaN and a field that nobody knows are refused, also when a
-record is made.
+Types are strict: a number in quotes, NaN and an unknown field are refused, also when a record is
+created.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ SCHEMA_VERSION = 2
 
 
 class Strict(BaseModel):
-    """A part of a record."""
+    """Base of records and their parts, which refuses unknown fields and non-finite numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Record(Strict):
-    """What all records have in common."""
+    """Base of all records, with their common fields."""
 
     schema_version: Literal[2] = 2
     study: str
@@ -37,7 +37,7 @@ class Record(Strict):
 
 
 class EvalRecord(Record):
-    """Accuracy of one (model, scheme, task, seed): ``run.json``."""
+    """Holds the accuracy of one (model, scheme, task, seed), the content of ``run.json``."""
 
     kind: Literal["eval"] = "eval"
     model: str
@@ -49,7 +49,7 @@ class EvalRecord(Record):
     metric: str = Field(description="name of the metric that statistics use")
     higher_is_better: bool
     value: float = Field(description="the metric over all samples of this seed")
-    metrics: dict[str, float] = Field(description="every metric, the named one included")
+    metrics: dict[str, float] = Field(description="all metrics, including `metric`")
     samples: int
     tokens: int = Field(description="prompt or text tokens that went through the cache")
     cache_bytes: int = Field(description="bytes allocated by the cache, summed over samples")
@@ -65,7 +65,7 @@ class EvalRecord(Record):
 
 
 class Percentiles(Strict):
-    """Over `n` rounds; milliseconds unless the field says otherwise."""
+    """Holds percentiles over `n` rounds, in milliseconds unless the field says otherwise."""
 
     median: float
     p10: float
@@ -75,7 +75,7 @@ class Percentiles(Strict):
 
 
 class PerfSide(Strict):
-    """One scheme's side of an interleaved throughput job."""
+    """Holds one scheme's side of an interleaved throughput job."""
 
     scheme: str
     status: Literal["ok", "oom"]
@@ -94,7 +94,7 @@ class PerfSide(Strict):
 
 
 class ThroughputRecord(Record):
-    """Latency of one (device, model, scheme, workload, rep), interleaved with the baseline."""
+    """Holds latency of one (device, model, scheme, workload, rep) and of the baseline."""
 
     kind: Literal["throughput"] = "throughput"
     device: str
@@ -115,7 +115,7 @@ class ThroughputRecord(Record):
 
 
 class EnergySide(Strict):
-    """One scheme's side of an interleaved energy job; a list holds one value a trial."""
+    """Holds one scheme's side of an interleaved energy job, with one list entry per trial."""
 
     scheme: str
     joules: list[float]
@@ -127,7 +127,7 @@ class EnergySide(Strict):
 
 
 class EnergyRecord(Record):
-    """Energy of one (device, model, scheme, workload, rep), interleaved with the baseline."""
+    """Holds energy of one (device, model, scheme, workload, rep) and of the baseline."""
 
     kind: Literal["energy"] = "energy"
     device: str
@@ -136,7 +136,7 @@ class EnergyRecord(Record):
     workload: str
     rep: int
     source: Literal["nvml", "estimated"]
-    method: str = Field(description="which counter or model of power gave the numbers")
+    method: str = Field(description="counter or power model behind the numbers")
     idle_watts: float
     scheme_side: EnergySide
     baseline_side: EnergySide
@@ -146,11 +146,11 @@ class EnergyRecord(Record):
 
 
 class AppendPoint(Strict):
-    """One cache at one size, appended to `chunk` tokens a call."""
+    """Holds the times of one cache at one size, to which each call appends `chunk` tokens."""
 
     series: str = Field(description="scheme, or 'concatenation'")
-    chunk: int = Field(description="tokens a sequence and call")
-    tokens: int = Field(description="tokens a sequence held before the timed calls")
+    chunk: int = Field(description="tokens per sequence and call")
+    tokens: int = Field(description="tokens per sequence before the timed calls")
     status: Literal["ok", "oom"]
     token_ms: Percentiles | None = Field(
         None, description="a token's share of a round, which fills whole blocks"
@@ -160,7 +160,7 @@ class AppendPoint(Strict):
 
 
 class AppendRecord(Record):
-    """Cost of appending to one layer's cache as it grows, all series in turns in one process."""
+    """Holds the cost of appending to one layer's cache as it grows, with all series in turns."""
 
     kind: Literal["append"] = "append"
     device: str
@@ -168,12 +168,12 @@ class AppendRecord(Record):
     batch_size: int
     kv_heads: int
     head_dim: int
-    round_tokens: dict[str, int] = Field(description="tokens a sequence gets in a round, by chunk")
+    round_tokens: dict[str, int] = Field(description="tokens per sequence and round, by chunk")
     points: list[AppendPoint]
 
 
 class KernelSide(Strict):
-    """One side of an interleaved measurement."""
+    """Holds one side of an interleaved measurement."""
 
     side: str = Field(description="a scheme, 'copy', or a backend of torch's fp16 attention")
     role: Literal["ours", "copy", "fp16", "peer"]
@@ -183,7 +183,7 @@ class KernelSide(Strict):
     over_ours: Percentiles | None = Field(
         None, description="its time over ours in the same round, no unit; above 1 ours is faster"
     )
-    nbytes: int | None = Field(None, description="bytes that it has to read and write")
+    nbytes: int | None = Field(None, description="bytes that the side must read and write")
     gb_per_s: float | None = Field(None, description="those bytes over the median time")
     copy_share: float | None = Field(None, description="that rate over the rate of a device copy")
     floor_ms: float | None = Field(None, description="those bytes at the rate of a device copy")
@@ -197,7 +197,7 @@ class KernelSide(Strict):
 
 
 class KernelPart(Strict):
-    """One measurement of a case: sides in turns in one process."""
+    """Holds one measurement of a case, whose sides ran in turns in one process."""
 
     measure: Measure
     copy_gb_per_s: float | None = Field(
@@ -207,7 +207,7 @@ class KernelPart(Strict):
 
 
 class KernelRecord(Record):
-    """Kernels of the headline scheme at one shape."""
+    """Holds the measurements of the headline scheme's kernels at one shape."""
 
     kind: Literal["kernels"] = "kernels"
     device: str
@@ -215,7 +215,7 @@ class KernelRecord(Record):
     shape: str
     scheme: str
     batch: int
-    tokens: int = Field(description="of the longest sequence")
-    all_tokens: int = Field(description="of all sequences in prefill, steps and layer-step")
+    tokens: int = Field(description="tokens of the longest sequence")
+    all_tokens: int = Field(description="tokens of all sequences in prefill, steps and layer-step")
     parts: list[KernelPart]
     seconds: float = Field(description="wall time of the case; not part of any table")

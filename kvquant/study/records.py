@@ -1,4 +1,4 @@
-"""Records and samples on disk: sealed and written once and atomically, verified when read."""
+"""Reads and writes records and samples: sealed, written once and verified when read."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ R = TypeVar("R", bound=BaseModel)
 
 
 def record_text(record: BaseModel) -> str:
-    """A record as it is written: indented JSON with its seal."""
+    """Returns a record as indented JSON with its seal."""
     if isinstance(record, Record):
         content = json.loads(record.model_dump_json(exclude={SEAL}))
         record = record.model_copy(update={SEAL: seal_of(content)})
@@ -67,8 +67,8 @@ def write_record(path: str | Path, record: BaseModel) -> None:
     """Seals a record and writes it through :func:`kvquant.formats.files.write_new`.
 
     Raises:
-        UserError: A derived field is not what the others give; or the file is there with other
-            content, or cannot be written.
+        UserError: A derived field contradicts the others, the file exists with other content, or
+            it cannot be written.
     """
     try:
         check_record(record)
@@ -92,7 +92,7 @@ def write_samples(path: str | Path, rows: Iterable[dict[str, Any]]) -> str:
 
 
 def absent(path: Path) -> bool:
-    """Whether nothing at all has this name: no file, no folder, no link to nothing."""
+    """Returns whether the path is free: no file, no folder and no dangling link."""
     try:
         path.lstat()
     except FileNotFoundError:
@@ -103,7 +103,7 @@ def absent(path: Path) -> bool:
 
 
 def parse_record(text: str, model: type[R], where: str | Path) -> R:
-    """A record from its text; see :func:`read_record`."""
+    """Parses and verifies the text of a record; see :func:`read_record`."""
     try:
         raw = parse_json(text)
         if (
@@ -112,8 +112,8 @@ def parse_record(text: str, model: type[R], where: str | Path) -> R:
             and "schema_version" in (model.model_fields)
         ):
             raise UserError(
-                f"{where}: field 'schema_version': is 1, of before records were sealed, now it is "
-                f"{SCHEMA_VERSION}: seal what is there once with `kvquant seal --results FOLDER`"
+                f"{where}: field 'schema_version': is 1, from before records were sealed, not "
+                f"{SCHEMA_VERSION}: seal the records once with `kvquant seal --results FOLDER`"
             )
         record = model.model_validate(raw)
         if SEAL in model.model_fields:
@@ -123,7 +123,7 @@ def parse_record(text: str, model: type[R], where: str | Path) -> R:
         first = error.errors()[0]
         field = ".".join(str(p) for p in first["loc"]) or "record"
         what = f"field '{field}': {first['msg']}"
-    except (ValueError, ArithmeticError) as error:  # numbers that cannot be divided or stored
+    except (ValueError, ArithmeticError) as error:  # also numbers that cannot be divided or stored
         what = str(error)
     else:
         return record
@@ -134,8 +134,8 @@ def read_record(path: str | Path, model: type[R]) -> R:
     """Reads and verifies a record.
 
     Raises:
-        UserError: The file is missing, truncated, not JSON, of another schema, or was changed after
-            it was written; the message names the file and says how to get it measured again.
+        UserError: The file is missing, truncated, not JSON, of another schema or changed after it
+            was written; the message names the file and says how to measure it again.
     """
     file = Path(path)
     if absent(file):

@@ -1,4 +1,4 @@
-"""Tables of registrations, in which no name stands twice."""
+"""Tables of registrations, in which no name is given twice."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""The samples of each suite as `samples.jsonl` holds them, and the metrics that they give.
+"""The samples of each suite in `samples.jsonl`, and the metrics that follow from them.
 
-The suites compute a seed's value with the same functions by which it is recomputed wherever a
-record is read.
+Suites compute the value of a seed with these functions, and reading a record computes it again.
 """
 
 from __future__ import annotations
@@ -19,41 +18,41 @@ Rows = Sequence[dict[str, Any]]
 
 
 class PerplexitySample(Strict):
-    """A window of text."""
+    """Describes the loss of one window of text."""
 
     index: int = Field(ge=0)
-    start: int = Field(ge=0, description="first token in the text")
-    tokens: int = Field(ge=1, description="scored ones")
+    start: int = Field(ge=0, description="index of the first token in the text")
+    tokens: int = Field(ge=1, description="number of scored tokens")
     nll: float = Field(ge=0, description="negative log likelihood of all scored tokens, nats")
-    kl: float | None = Field(None, description="divergence from the unquantized cache, the same")
+    kl: float | None = Field(None, description="KL divergence from the unquantized cache, nats")
 
 
 class AnsweredSample(Strict):
-    """A prompt and its answer."""
+    """Describes a prompt and its answer."""
 
     index: int = Field(ge=0)
     prompt_tokens: int = Field(ge=1)
     answer: str
     score: float = Field(ge=0, le=1)
     thought: str | None = Field(None, description="what the model wrote before the answer")
-    thought_finished: bool | None = Field(None, description="else the answer is empty")
+    thought_finished: bool | None = Field(None, description="if False, the answer is empty")
 
 
 class PasskeySample(AnsweredSample):
-    """A hidden number and where it was, as a share of the filler."""
+    """Describes an answer to a passkey prompt: the key and its depth in the filler, 0 to 1."""
 
     key: int
     depth: float = Field(ge=0, le=1)
 
 
 class RulerSample(AnsweredSample):
-    """What should be found in the answer."""
+    """Describes an answer to a RULER prompt and the references that it should contain."""
 
     references: list[str]
 
 
 class LongBenchSample(AnsweredSample):
-    """A row of the data."""
+    """Describes an answer to a row of LongBench's data."""
 
     row: int = Field(ge=0)
     cut: bool = Field(description="whether the prompt lost its middle")
@@ -62,14 +61,14 @@ class LongBenchSample(AnsweredSample):
 
 @dataclass(frozen=True)
 class Summary:
-    """What samples give: the metrics that follow from them, and tokens through the cache."""
+    """Holds the metrics that follow from samples and the tokens that went through the cache."""
 
     metrics: dict[str, float]
     tokens: int
 
 
 def perplexity_summary(rows: Rows) -> Summary:
-    """Perplexity: exp of the mean negative log likelihood over all scored tokens."""
+    """Returns the perplexity: exp of the mean negative log likelihood over scored tokens."""
     scored = sum(row["tokens"] for row in rows)
     mean = math.fsum(row["nll"] for row in rows) / scored
     window = max(row["tokens"] for row in rows) + 1  # the first token is not scored
@@ -80,7 +79,7 @@ def perplexity_summary(rows: Rows) -> Summary:
 
 
 def score_summary(metric: str) -> Callable[[Rows], Summary]:
-    """The mean score in percent, under a name, and shares of thoughts where there is any."""
+    """Returns a function for the mean score in percent and, if there are any, thoughts."""
 
     def summary(rows: Rows) -> Summary:
         metrics = {metric: 100.0 * sum(row["score"] for row in rows) / len(rows)}
@@ -93,7 +92,7 @@ def score_summary(metric: str) -> Callable[[Rows], Summary]:
 
 
 def longbench_summary(rows: Rows) -> Summary:
-    """The mean score in percent, and the share of prompts that were cut."""
+    """Returns the mean score in percent and the fraction of prompts that were cut."""
     plain = score_summary("score")(rows)
     share = sum(row["cut"] for row in rows) / len(rows)
     return Summary(plain.metrics | {"cut_share": share}, plain.tokens)
@@ -106,7 +105,7 @@ def check_windows(metrics: Mapping[str, float], rows: Rows) -> None:
         ValueError: The record tells a divergence that its samples lack, or windows overlap.
     """
     if "kl" in metrics and any(row.get("kl") is None for row in rows):
-        raise ValueError("field 'metrics.kl': its samples have none")
+        raise ValueError("field 'metrics.kl': the samples have none")
     ends = [row["start"] + row["tokens"] for row in rows]
     if any(row["start"] <= end for row, end in zip(rows[1:], ends, strict=False)):
         raise ValueError("windows overlap")
@@ -116,11 +115,11 @@ def check_data_rows(metrics: Mapping[str, float], rows: Rows) -> None:
     """Checks that samples are different rows of the data, and rows that there are.
 
     Raises:
-        ValueError: A row stands twice, or the data has fewer rows.
+        ValueError: A row is given twice, or the data has fewer rows.
     """
     numbers = [row["row"] for row in rows]
     if len(set(numbers)) != len(numbers):
-        raise ValueError("field 'row': a row of the data stands twice")
+        raise ValueError("field 'row': a row of the data is given twice")
     available = metrics.get("rows_available", math.inf)
     if max(numbers) >= available:
         raise ValueError(f"field 'row': is {max(numbers)}, but there are {available:g} rows")

@@ -1,7 +1,7 @@
-"""Reading `samples.jsonl` and holding a record against it (torch-free, cheap).
+"""Reads `samples.jsonl` and checks a record against it, without torch.
 
-The suites compute a seed's value with the same functions by which it is recomputed here; so a
-record says what its samples give, or it is refused.
+Suites compute the value of a seed with the same functions as this check, so that a record that
+contradicts its samples is refused.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from kvquant.study.record_types import EvalRecord
 from kvquant.study.sample_types import Rows
 from kvquant.study.tasks import SUITES
 
-TOLERANCE = 1e-9  # relative: libraries of other machines round exp otherwise
+TOLERANCE = 1e-9  # relative, because libraries on other machines round exp differently
 
 
 def parse_samples(text: str, suite: str) -> list[dict[str, Any]]:
-    """The rows of a `samples.jsonl`.
+    """Returns the rows of a `samples.jsonl`.
 
     Raises:
-        ValueError: A line is not a sample of the suite, or samples do not count 0, 1, 2, ...; the
+        ValueError: A line is not a sample of the suite, or indices are not 0, 1, 2, ...; the
             message names the line.
     """
     rules = SUITES.get(suite)
     rows: list[dict[str, Any]] = []
     if rules is None:
         raise ValueError(f"field 'suite': '{suite}' is none of {', '.join(SUITES)}")
-    # not splitlines(), which also cuts at U+2028 inside an answer
+    # Not splitlines(), which also splits at U+2028 inside an answer.
     for number, line in enumerate(filter(None, text.split("\n")), start=1):
         try:
             row = parse_json(line)
@@ -55,10 +55,10 @@ def _same(found: float, expected: float) -> bool:
 
 
 def check_against_samples(record: EvalRecord, rows: Rows) -> None:
-    """Recomputes what a record says of its samples.
+    """Checks the fields of a record that follow from its samples.
 
     Raises:
-        ValueError: It says something else; the message names the field.
+        ValueError: A field contradicts the samples; the message names it.
     """
     rules = SUITES[record.suite]
     summary = rules.summary(rows)
@@ -87,17 +87,16 @@ def check_against_samples(record: EvalRecord, rows: Rows) -> None:
 def verified_samples(
     record: EvalRecord, text: str, where: object, again: str
 ) -> list[dict[str, Any]]:
-    """The samples of a record, which must be those that it was written with.
+    """Returns the samples of a record after checking that they belong to it.
 
     Args:
         record: A record whose seal was checked.
-        text: Of `samples.jsonl`.
-        where: The samples' file, for messages.
-        again: How to get them measured again, for messages.
+        text: Content of `samples.jsonl`.
+        where: Path of the samples, for messages.
+        again: How the user measures them again, for messages.
 
     Raises:
-        UserError: They are others, are not samples of the suite, or do not give what the record
-            says.
+        UserError: The samples are not those of the record, not of its suite, or contradict it.
     """
     if sha256_text(text) != record.samples_sha256:
         raise UserError(

@@ -1,7 +1,7 @@
-"""`kvquant seal`: gives records of before there were seals theirs, once, without measuring again.
+"""`kvquant seal`: adds seals to records of schema version 1 without measuring them again.
 
-A record of schema version 1 had no seal. Everything in it that can be recomputed is recomputed
-first, also from its samples; a folder with one record that does not hold is left as it is.
+Records of schema version 1 have no seal. Everything that can be recomputed from the record and its
+samples is checked first. If one record fails, the whole folder is left unchanged.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ FOLDERS = ("eval", "perf", "energy", "append", "kernels")
 
 
 def record_files(results: Path) -> list[Path]:
-    """Every record below a study's results folder.
+    """Returns the files of all records below a study's results folder.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no record.
     """
     found = [file for name in FOLDERS for file in sorted((results / name).rglob("*.json"))]
     if not found:
@@ -46,10 +46,10 @@ def record_files(results: Path) -> list[Path]:
 
 
 def sealed(file: Path) -> str | None:
-    """The text of a record of schema version 1 with its seal; None for one that has its seal.
+    """Returns the sealed text of a record of schema version 1, or None for one with a seal.
 
     Raises:
-        UserError: It is damaged, or says what its own numbers do not give.
+        UserError: The record is damaged or contradicts itself.
     """
     raw: Any = read_json(file, "record")
     kind = KINDS.get(raw.get("kind", "") if isinstance(raw, dict) else "")
@@ -69,20 +69,20 @@ def sealed(file: Path) -> str | None:
         samples = file.with_name("samples.jsonl")
         verified_samples(record, read_text(samples, "samples", AGAIN), samples, AGAIN)
     content = parse_json(text)
-    # Nothing but the version, the inputs and the seal may differ from what was measured.
+    # Only the version, the inputs and the seal may differ from the original record.
     if {k: v for k, v in content.items() if k != "seal"} != raw:
         raise UserError(f"{file}: holds more than a record, or numbers in another form")
     return text
 
 
 def seal_folder(results: Path) -> tuple[int, int]:
-    """Seals the records of a study.
+    """Seals the records of a study, or none of them if one cannot be sealed.
 
     Returns:
-        How many were sealed, and how many had their seal.
+        The number of newly sealed records and of those that had a seal.
 
     Raises:
-        UserError: One line for every record that cannot be sealed; then none is.
+        UserError: Some records cannot be sealed; the message has one line for each.
     """
     texts: dict[Path, str] = {}
     problems: list[str] = []
@@ -103,11 +103,11 @@ def seal_folder(results: Path) -> tuple[int, int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant seal`."""
+    """Adds the options of `kvquant seal`."""
     parser.add_argument("--results", required=True, type=Path, help="the study's results folder")
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs `kvquant seal`."""
     new, before = seal_folder(args.results)
-    print(f"seal: {new} records sealed, {before} had their seal")
+    print(f"seal: {new} records sealed, {before} already had a seal")

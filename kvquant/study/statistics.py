@@ -21,7 +21,7 @@ def _margins() -> dict[SuiteName, Margin]:
 
 
 class StatisticsSpec(Strict):
-    """How schemes are compared with the baseline."""
+    """Settings of the comparison of schemes with the baseline."""
 
     alpha: float = Field(0.05, gt=0, lt=1, description="significance level of the tests")
     margins: dict[SuiteName, Margin] = Field(

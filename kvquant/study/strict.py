@@ -58,7 +58,7 @@ def refuse_lossy(value: Any, annotation: Any) -> None:
     for one in _scalars(value):
         if isinstance(one, bool):
             if bool not in kinds:
-                raise ValueError(f"{str(one).lower()} is no number")
+                raise ValueError(f"{str(one).lower()} is not a number")
         elif isinstance(one, str):
             if str not in kinds:
                 number = kinds & {int, float}

@@ -24,7 +24,7 @@ MAX_VALUES = 200_000  # with every alias written out
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses a key that stands twice."""
+    """A safe loader that refuses a key that is given twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
                 )
             if name in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.MarkedYAMLError(
-                    problem=f"key '{name}' stands twice", problem_mark=key.start_mark
+                    problem=f"key '{name}' is given twice", problem_mark=key.start_mark
                 )
             seen.add(name)
         return super().construct_mapping(node, deep=deep)

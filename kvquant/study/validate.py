@@ -1,4 +1,4 @@
-"""`kvquant study`: validates a study file and writes it with every default filled in."""
+"""`kvquant study`: validates a study file and writes it with all defaults filled in."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from kvquant.study.config import digest, load_study
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant study`."""
+    """Adds the options of `kvquant study`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--out", type=Path, help="JSON to write; default: print it")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Validates and writes the study."""
+    """Runs `kvquant study`."""
     study = load_study(args.study)
     text = study.model_dump_json(indent=2) + "\n"
     if args.out is None:

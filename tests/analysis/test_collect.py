@@ -235,7 +235,7 @@ def test_samples_are_those_of_the_record(
     [
         (put("score", to="1.0"), "line 2: field 'score'"),
         (put("score", to=2.0), "line 2: field 'score'"),
-        (put("score", to=float("nan")), "line 2: NaN is no number"),
+        (put("score", to=float("nan")), "line 2: NaN is not a number"),
         (put("index", to=0), "line 2: field 'index': is 0, not 1"),
         (put("more", to=0), "line 2: field 'more'"),
         (lambda row: row.pop("answer"), "line 2: field 'answer'"),
@@ -261,7 +261,7 @@ def test_samples_are_strict_also_with_a_right_hash(
 def test_doubled_keys_are_refused(study: Study, results: Path) -> None:
     file = results / EVAL
     file.write_text(file.read_text().replace('"kind"', '"value": 100.0,\n  "kind"'))
-    assert "key 'value' stands twice" in refused(study, results)
+    assert "key 'value' is given twice" in refused(study, results)
 
 
 @pytest.mark.parametrize("what", ["folder", "link", "bytes", "parent"])

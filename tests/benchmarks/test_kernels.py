@@ -173,7 +173,7 @@ def test_another_configuration_is_not_overwritten(
         ({"measure": ["pack", "attention"]}, {}, [], "'attention' needs a GPU"),
         ({"measure": []}, {}, [], "kernels.cases.one.measure: List should have at least 1 item"),
         ({"measure": ["packing"]}, {}, [], "kernels.cases.one.measure.0: Input should be 'pack'"),
-        ({"measure": ["pack", "pack"]}, {}, [], "measure: an entry stands twice"),
+        ({"measure": ["pack", "pack"]}, {}, [], "measure: an entry is given twice"),
         ({"shape": "70b"}, {}, [], "kernels.cases.one.shape: Input should be '7b-mha'"),
         ({"tokens": 40}, {}, [], "kernels.cases.one.tokens: Input should be a multiple of 32"),
         ({"peers": ["kivi-4"]}, {}, [], "peers: measured in prefill and layer-step only"),

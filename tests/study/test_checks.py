@@ -84,17 +84,17 @@ MISTAKES = [
     ("seeds", [0, 0], "seeds: must be distinct"),
     ("seeds", [0, -1], "seeds: must be distinct and not negative"),
     ("seeds", [0, 1.5], "seeds: 1.5 is no whole number"),
-    ("seeds", [0, True], "seeds: true is no number"),
+    ("seeds", [0, True], "seeds: true is not a number"),
     ("energy/trials", 2.0, "energy.trials: 2.0 is no whole number"),
     ("energy/trials", 1.5, "energy.trials: 1.5 is no whole number"),
     ("energy/trials", "3", "energy.trials: '3' is text"),
-    ("energy/trials", True, "energy.trials: true is no number"),
+    ("energy/trials", True, "energy.trials: true is not a number"),
     ("energy/trials", "1e3", "energy.trials: '1e3' is text"),
     ("energy/seconds", "2", "energy.seconds: '2' is text"),
-    ("energy/seconds", True, "energy.seconds: true is no number"),
+    ("energy/seconds", True, "energy.seconds: true is not a number"),
     ("protect", 1, "protect: 1 is a number"),
     ("protect", "yes", "protect: 'yes' is text"),
-    ("schemes/nuq3-1pct/bits", True, "schemes.nuq3-1pct.bits: true is no number"),
+    ("schemes/nuq3-1pct/bits", True, "schemes.nuq3-1pct.bits: true is not a number"),
     ("schemes/nuq3-1pct/bits", 3.0, "schemes.nuq3-1pct.bits: 3.0 is no whole number"),
     ("tasks/passkey-1k/length", 64, "tasks.passkey-1k.length"),
     ("tasks/ruler-niah-single-1/length", 10, "tasks.ruler-niah-single-1.length"),
@@ -103,8 +103,8 @@ MISTAKES = [
     ("tasks/ruler-niah-single-1/max_new_tokens", 768, "max_new_tokens: leaves no room"),
     ("throughput/workloads/p2048-b1/schemes", ["nuq5"], "p2048-b1.schemes: 'nuq5' is not among"),
     ("throughput/schemes", ["nuq4-1pct"], "'nuq3-1pct' is not in throughput.schemes"),
-    ("throughput/schemes", ["nuq4-1pct"] * 2, "throughput.schemes: 'nuq4-1pct' stands twice"),
-    ("evaluation/schemes", ["fp16", "fp16"], "evaluation.schemes: 'fp16' stands twice"),
+    ("throughput/schemes", ["nuq4-1pct"] * 2, "throughput.schemes: 'nuq4-1pct' is given twice"),
+    ("evaluation/schemes", ["fp16", "fp16"], "evaluation.schemes: 'fp16' is given twice"),
     ("append/schemes", ["nuq5"], "append.schemes: 'nuq5' is not among"),
     ("schemes/Nuq", {"kind": "fp8"}, "schemes: 'Nuq' must be kebab case"),
     ("schemes/a--b", {"kind": "fp8"}, "schemes: 'a--b' must be kebab case"),
@@ -179,7 +179,7 @@ FILES = {
     "deep block": (b"\n".join(b" " * i + b"a:" for i in range(500)), "nested deeper than"),
     "alias bomb": (BOMB.encode(), "aliases written out"),
     "cycle": (b"a: &a [*a]", "refers to itself"),
-    "double key": (b"study: a\nseeds: [1]\nstudy: b\n", "line 3: key 'study' stands twice"),
+    "double key": (b"study: a\nseeds: [1]\nstudy: b\n", "line 3: key 'study' is given twice"),
     "tab": (b"study: a\n\tseeds: [1]\n", "line 2: .*character"),
     "not UTF-8": (b"study: \xff\xfe", "is not UTF-8"),
     "binary": (bytes(range(256)), "is not UTF-8"),
@@ -287,4 +287,4 @@ def test_snakemake_refuses_a_key_that_stands_twice(root: Path, tmp_path: Path) -
     )
     assert done.returncode != 0
     assert "Traceback" not in done.stderr + done.stdout, done.stderr[-2000:]
-    assert "key 'study' stands twice" in done.stdout + done.stderr
+    assert "key 'study' is given twice" in done.stdout + done.stderr

@@ -13,7 +13,7 @@ from kvquant.study.grid import (
     grid_lines,
     grid_rows,
     job_rows,
-    one_job_a_seed,
+    one_job_per_seed,
     place_in_line,
     request,
 )
@@ -88,7 +88,7 @@ def test_hours_are_sums_over_jobs(root: Path) -> None:
     minutes = sum(study.task(t).minutes for _, t in study.eval_cells()) * len(study.seeds)
     assert rows["evaluate"][0] == len(study.models) * len(study.eval_cells())
     assert rows["evaluate"][1] == pytest.approx(len(study.models) * minutes / 60)
-    jobs, hours = one_job_a_seed(study)
+    jobs, hours = one_job_per_seed(study)
     more = rows["evaluate"][0] * (len(study.seeds) - 1)
     assert jobs == sum(j for j, _ in rows.values()) + more
     assert hours == pytest.approx(expected_gpu_hours(study) + more * 3 / 60)

@@ -41,8 +41,8 @@ def test_written_once_and_never_replaced(tmp_path: Path) -> None:
         ("{}", "field 'study'"),
         ("[1]", "field 'record'"),
         ("\udcff", "byte 0 is not UTF-8"),
-        ('{"study": "a", "study": "b"}', "key 'study' stands twice"),
-        ('{"value": NaN}', "NaN is no number"),
+        ('{"study": "a", "study": "b"}', "key 'study' is given twice"),
+        ('{"value": NaN}', "NaN is not a number"),
         ('{"value": 1e999}', "1e999 is beyond every number"),
     ],
 )

@@ -31,7 +31,7 @@ def test_sealed_once_with_nothing_else_changed(
     files = [old(tmp_path, seed) for seed in (0, 1)]
     before = files[0].read_text().splitlines()
     assert main(["seal", "--results", str(tmp_path)]) == 0
-    assert "2 records sealed, 0 had their seal" in capsys.readouterr().out
+    assert "2 records sealed, 0 already had a seal" in capsys.readouterr().out
     assert read_record(files[0], EvalRecord).samples == 4
     after = files[0].read_text().splitlines()
     assert set(before) - set(after) == {'  "schema_version": 1,'}
@@ -40,7 +40,7 @@ def test_sealed_once_with_nothing_else_changed(
     }
     content = [file.read_bytes() for file in files]
     assert main(["seal", "--results", str(tmp_path)]) == 0
-    assert "0 records sealed, 2 had their seal" in capsys.readouterr().out
+    assert "0 records sealed, 2 already had a seal" in capsys.readouterr().out
     assert [file.read_bytes() for file in files] == content
 
 

@@ -22,7 +22,7 @@ find_own_python()
 def config_files():
     """The files that make the study, the workflow's own first.
 
-    They are read here once more: Snakemake knows no `base`, and of a key that stands twice it takes
+    They are read here once more: Snakemake knows no `base`, and of a key that occurs twice it takes
     the last.
     """
     settings = workflow.config_settings
