@@ -1,1 +1,1 @@
-"""Calibration: statistics of keys and values, and the quantizer built from them."""
+"""Collects statistics of keys and values and builds quantizers from them."""

@@ -1,4 +1,4 @@
-"""From calibration statistics to the quantizer of one scheme."""
+"""`kvquant quantize`: builds the quantizer of one scheme from calibration statistics."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from kvquant.study.config import load_study
 from kvquant.study.digests import calibration_digest, quantizer_digest
 from kvquant.study.scheme_kinds import CalibratedScheme
 
-GRID = 1024
+GRID = 1024  # bins of normalized histograms on [-1, 1]
 
 
 def percentile(
     counts: torch.Tensor, low: torch.Tensor, width: torch.Tensor, q: float
 ) -> torch.Tensor:
-    """Quantile of each row's histogram, linear inside a bin.
+    """Returns a quantile of each row's histogram, interpolated linearly inside a bin.
 
     Args:
-        counts: fp32 `[rows, bins]`.
+        counts: fp32 `[rows, bins]`, elements per bin.
         low: fp32 `[rows]`, left end of the grid.
         width: fp32 `[rows]`, width of a bin.
         q: Quantile in [0, 1].
@@ -40,7 +40,7 @@ def percentile(
     """
     cumulative = counts.double().cumsum(1)
     target = cumulative[:, -1:] * q
-    # the first bin whose cumulated count reaches the target; for q = 0 the first filled one
+    # The first bin whose cumulated count reaches the target; for q = 0 the first filled bin.
     index = torch.searchsorted(cumulative, target.clamp(min=1e-9)).clamp_(max=counts.shape[1] - 1)
     inside = counts.double().gather(1, index)
     before = cumulative.gather(1, index) - inside
@@ -51,22 +51,26 @@ def percentile(
 def key_ranges(
     statistics: LayerStatistics, outliers: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Zero and scale of each key channel, and which channels have no range to speak of.
+    """Returns zero and scale of each key channel, and which channels are constant.
 
-    A quantile that falls into a bin with half of a channel's elements, as of a constant, says
-    nothing about where in it they are. Such a bin is inside the range whole, with what rounding may
-    have moved, so that the constant is no outlier and whatever differs from it is one.
+    If one bin holds half of a channel's elements, as for a constant, a quantile inside this bin
+    does not tell where in it they lie. The range then includes the whole bin and the rounding error
+    of its ends, so that the constant is an inlier and any other value an outlier.
+
+    Args:
+        statistics: The layer's histograms.
+        outliers: Fraction of the elements outside the range; from 1 on the range has none.
 
     Returns:
-        fp32 `[channels]`, fp32 `[channels]`, bool `[channels]`.
+        Zero, fp32 `[channels]`, scale, fp32 `[channels]`, and constant, bool `[channels]`.
     """
     tail = outliers / 2 if outliers < 1 else 0.0
     counts, left, width = statistics.counts, statistics.low, statistics.width
     low = percentile(counts, left, width, tail)
     high = percentile(counts, left, width, 1.0 - tail)
-    most = counts.max(1)
-    crowded = most.values * 2 >= counts.sum(1)
-    begin = left.double() + most.indices * width.double()
+    fullest = counts.max(1)
+    crowded = fullest.values * 2 >= counts.sum(1)
+    begin = left.double() + fullest.indices * width.double()
     end = begin + width.double()
     rounding = 4 * torch.finfo(torch.float32).eps * torch.maximum(begin.abs(), end.abs())
     low = torch.where(crowded, torch.minimum(low, (begin - rounding).float()), low)
@@ -82,9 +86,9 @@ def key_histogram(
     constant: torch.Tensor,
     weighting: str,
 ) -> Histogram:
-    """The layer's keys normalized by `(x - zero) / scale`, inliers only, all channels together.
+    """Returns one histogram of all inlier keys of a layer, normalized by `(x - zero) / scale`.
 
-    Constant channels are left out: any level is as good for them.
+    Constant channels are left out, because every level codes them equally well.
     """
     bins = statistics.counts.shape[1]
     centers = statistics.low[:, None] + (torch.arange(bins) + 0.5) * statistics.width[:, None]
@@ -111,7 +115,7 @@ def _centers(bins: int) -> np.ndarray:
 
 
 def value_histogram(statistics: LayerStatistics, fraction: int, weighting: str) -> Histogram:
-    """The layer's normalized values for one of the calibrated outlier fractions."""
+    """Returns the histogram of a layer's normalized values for one outlier fraction, by index."""
     source = {
         "none": statistics.value_counts,
         "fisher": statistics.value_fisher,
@@ -124,29 +128,39 @@ def value_histogram(statistics: LayerStatistics, fraction: int, weighting: str) 
 def build_layer(
     statistics: LayerStatistics, spec: CalibratedScheme, fractions: list[float], heads: int
 ) -> tuple[LayerQuantizer, float, float]:
-    """Ranges and codebooks of one layer.
+    """Builds the key ranges and codebooks of one layer.
+
+    Args:
+        statistics: The layer's histograms.
+        spec: The scheme.
+        fractions: Outlier fractions of the calibration.
+        heads: Number of kv heads.
 
     Returns:
-        The tables, and the weighted mean squared error of coding the normalized keys and values.
+        The layer's quantizer, and the weighted mean squared errors of coding normalized keys and
+        normalized values.
+
+    Raises:
+        UserError: The scheme does not fit the statistics.
     """
     zero, scale, constant = key_ranges(statistics, spec.outliers)
     if spec.outliers == 0 and bool(constant.any()):
         raise UserError(
             f"outliers: 0, but {int(constant.sum())} key channels of a layer were constant in "
-            "calibration, and nothing would be left of what differs from them later; choose "
-            "outliers > 0, which keeps that exactly, or a longer calibration text"
+            "calibration, so that any other value would be lost: choose outliers > 0, which keeps "
+            "such values exactly, or a longer calibration text"
         )
     keys = key_histogram(statistics, zero, scale, constant, spec.weighting)
     values = value_histogram(statistics, _fraction(spec, fractions), spec.weighting)
     levels, errors = [], []
     for name, histogram in (("keys", keys), ("values", values)):
         datatype = spec.datatype
-        if not histogram.counts.any():  # all constant: any levels will do
+        if not histogram.counts.any():  # all channels are constant: any levels will do
             datatype = "uniform"
         elif not histogram.weights.any():
             raise UserError(
                 f"weighting: '{spec.weighting}', but all gradients of the {name} of a layer were "
-                "0 in calibration; calibrate in 32 bits, or choose weighting: none"
+                "0 in calibration: calibrate in fp32, or choose weighting: none"
             )
         level = fit(datatype, spec.bits, histogram)
         if spec.q_norm:
@@ -166,7 +180,7 @@ def _fraction(spec: CalibratedScheme, fractions: list[float]) -> int:
 
 
 def coding_error(histogram: Histogram, levels: np.ndarray) -> float:
-    """Weighted mean squared error of coding a histogram with sorted levels."""
+    """Returns the weighted mean squared error of coding a histogram with sorted levels."""
     codes = np.searchsorted((levels[:-1] + levels[1:]) / 2, histogram.centers)
     total = histogram.weights.sum()
     error = histogram.weights * (histogram.centers - levels[codes]) ** 2
@@ -174,7 +188,7 @@ def coding_error(histogram: Histogram, levels: np.ndarray) -> float:
 
 
 class StatisticsInfo(BaseModel):
-    """What stats.json tells of the statistics beside it."""
+    """Describes the fields of stats.json that building a quantizer needs."""
 
     model_config = ConfigDict(strict=True)
 
@@ -201,7 +215,7 @@ def _info(stats: Path, raw: dict[str, object]) -> StatisticsInfo:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant quantize`."""
+    """Adds the options of `kvquant quantize`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--model", required=True)
     parser.add_argument("--scheme", required=True)
@@ -210,7 +224,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Builds and writes one quantizer."""
+    """Runs `kvquant quantize`."""
     study = load_study(args.study)
     study.model(args.model)
     spec = study.scheme(args.scheme)
@@ -224,7 +238,10 @@ def run(args: argparse.Namespace) -> None:
         )
     fractions = info.calibration.outlier_fractions
     if spec.outliers < 1 and spec.outliers not in fractions:
-        raise UserError(f"schemes.{args.scheme}.outliers: not calibrated, known: {fractions}")
+        raise UserError(
+            f"schemes.{args.scheme}.outliers: {spec.outliers} was not calibrated: choose one of "
+            f"{fractions}, or add it to calibration.outlier_fractions"
+        )
     built = [build_layer(layer, spec, fractions, info.num_kv_heads) for layer in layers]
     errors = {
         "keys": float(np.mean([b[1] for b in built])),

@@ -1,15 +1,15 @@
-"""Calibration: one pass over text with activations and Fisher gradients, in bounded memory.
+"""`kvquant calibrate`: one pass over text for activations and Fisher gradients in bounded memory.
 
-Each window is one forward and one backward pass. A hook on every layer's keys (before RoPE) and
-values adds the activations and their squared loss gradients to histograms the moment the gradient
-arrives, and the layer's tensors are freed: memory is one window's graph plus the histograms,
-whatever the number of windows.
+Each window is one forward and one backward pass. Hooks on the keys (before RoPE) and values of
+every layer add the activations and their squared loss gradients to histograms as soon as a gradient
+arrives. The layer's tensors are then freed, so that memory holds one window's graph and the
+histograms, whatever the number of windows.
 
-Keys are static per channel, but a channel's range is known only at the end. Their histograms are
-therefore kept in raw units, one a channel, on a grid laid out by the first window that doubles when
-later data leaves it; percentiles come from the counts, and the normalized histogram of any range is
-an affine map of the bins. Values are normalized per token online, so their histogram is already
-that of the normalized data, one for each outlier fraction.
+Key ranges are static per channel, but known only at the end. The histogram of each channel is
+therefore kept in raw units. The first window defines its grid, which doubles when later data leaves
+it. Percentiles come from the counts, and the normalized histogram for any range is an affine map of
+the bins. Values are normalized online per token, so their histograms hold normalized data, with one
+histogram for each outlier fraction.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from kvquant.study.digests import VERSIONS, calibration_digest
 
 
 class _Collector:
-    """Hooks on the key and value projections of every layer."""
+    """Collects statistics by hooks on the key and value projections of every layer."""
 
     def __init__(self, model: Any, spec: CalibrationSpec) -> None:
         self.spec = spec
         self.layers = attention_layers(model)
         self.statistics: list[LayerStatistics | None] = [None] * len(self.layers)
         self._late: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        # Of the window at hand: what -> whether it is finite, on the device.
+        # Maps names of the current window's tensors to whether they are finite, on the device.
         self._finite: dict[str, torch.Tensor] = {}
         self.handles = []
         for i, module in enumerate(self.layers):
@@ -52,10 +52,10 @@ class _Collector:
     def _hook(self, layer: int, *, is_key: bool) -> Any:
         def forward_hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
             if not output.requires_grad:
-                output = output.requires_grad_()  # weights are frozen: the graph starts here
+                output = output.requires_grad_()  # the graph starts here, as weights are frozen
             data = output.detach()
             name = f"layer {layer}: {'keys' if is_key else 'values'}"
-            # Values are coded from 16 bits.
+            # Values are quantized from fp16, in which they must be finite, too.
             self._finite[name] = (data if is_key else data.half()).isfinite().all()
             output.register_hook(lambda grad: self._receive(layer, is_key, data, grad))
             return output
@@ -67,7 +67,7 @@ class _Collector:
         name = f"layer {layer}: gradients of the {'keys' if is_key else 'values'}"
         self._finite[name] = grad.isfinite().all()
         skip = self.spec.sinks
-        # the loss is a mean over the window's tokens; undo it so that windows weigh alike
+        # The loss is a mean over the window's tokens; undo it so that tokens weigh equally.
         tokens = data.shape[1]
         x = data[0, skip:].reshape(tokens - skip, -1).float()
         fisher = (grad[0, skip:].reshape(tokens - skip, -1).float() * tokens) ** 2
@@ -79,12 +79,12 @@ class _Collector:
             assert statistics is not None
             statistics.add_keys(x, fisher)
         elif statistics is None:
-            self._late[layer] = (x, fisher)  # of the first window; the keys come after
+            self._late[layer] = (x, fisher)  # in the first window, keys arrive after values
         else:
             statistics.add_values(x, fisher, fractions)
 
     def run(self, model: Any, windows: list[list[int]], device: torch.device) -> None:
-        """One forward and backward pass a window.
+        """Runs one forward and one backward pass per window.
 
         Raises:
             NonFinite: A window's loss, activations or gradients are NaN or infinite.
@@ -99,11 +99,11 @@ class _Collector:
                 handle.remove()
 
     def _window(self, model: Any, ids: torch.Tensor, where: str) -> float:
-        """The loss of one window, whose statistics are added."""
+        """Adds the statistics of one window and returns its loss."""
         self._late, self._finite = {}, {}
         with torch.enable_grad():
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            # Before the backward pass, which adds what it meets to the statistics.
+            # Check before the backward pass, which adds its gradients to the statistics.
             self._finite["the loss"] = loss.isfinite().all()
             self._check(model, where)
             loss.backward()
@@ -115,7 +115,7 @@ class _Collector:
         return float(loss.item())
 
     def _check(self, model: Any, where: str) -> None:
-        """Looks at what a pass found, all of it at once."""
+        """Checks with one host sync that all tensors of a pass were finite."""
         finite = torch.stack(list(self._finite.values())).tolist()
         if not all(finite):
             what = list(self._finite)[finite.index(False)]
@@ -125,7 +125,7 @@ class _Collector:
 
 
 def draw_windows(ids: list[int], spec: CalibrationSpec) -> list[list[int]]:
-    """Random windows of a tokenized text, without overlap while the text is long enough.
+    """Draws random windows of a tokenized text, without overlap if the text is long enough.
 
     Raises:
         UserError: The text is shorter than one window.
@@ -144,15 +144,15 @@ def draw_windows(ids: list[int], spec: CalibrationSpec) -> list[list[int]]:
 
 
 def calibrate(model: Any, windows: list[list[int]], spec: CalibrationSpec) -> list[LayerStatistics]:
-    """Statistics of every layer.
+    """Collects the statistics of every layer.
 
     Args:
         model: A causal LM with frozen weights, in evaluation mode.
-        windows: Token ids, one list a window.
+        windows: Token ids of each window.
         spec: Sinks, bins and outlier fractions.
 
     Raises:
-        UserError: There is no window, or one has no token behind the sinks.
+        UserError: There is no window, or one has no token after the sinks.
         NonFinite: A window's loss, activations or gradients are NaN or infinite.
     """
     if not windows or min(map(len, windows)) < max(spec.sinks + 1, 2):
@@ -170,7 +170,7 @@ def calibrate(model: Any, windows: list[list[int]], spec: CalibrationSpec) -> li
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant calibrate`."""
+    """Adds the options of `kvquant calibrate`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--model", required=True, help="name of the model in the study")
     parser.add_argument("--model-manifest", required=True, type=Path)
@@ -180,7 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Calibrates one model and writes its statistics."""
+    """Runs `kvquant calibrate`."""
     from kvquant.fetch.text_overlap import calibrated_text
     from kvquant.fetch.texts import load_text
 

@@ -1,4 +1,4 @@
-"""The histograms that calibration collects, and their file; no model is needed to read them."""
+"""The histograms that calibration collects, and their file, which is read without a model."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ AGAIN = "calibrate again"
 
 @dataclass
 class LayerStatistics:
-    """Histograms of one layer.
+    """Holds the histograms of one layer.
 
     Attributes:
         low: fp32 `[channels]`, left end of each key channel's grid.
-        width: fp32 `[channels]`, width of its bins.
-        counts: fp32 `[channels, bins]`, elements.
-        fisher: fp32 `[channels, bins]`, summed squared gradients.
-        value_counts: fp32 `[fractions, VALUE_BINS]` on [-1, 1].
-        value_fisher: fp32, the same shape.
-        value_fisher_range2: fp32, squared gradients times the token's squared range.
+        width: fp32 `[channels]`, width of the bins of each key channel.
+        counts: fp32 `[channels, bins]`, number of key elements per bin.
+        fisher: fp32 `[channels, bins]`, sum of squared key gradients per bin.
+        value_counts: fp32 `[fractions, VALUE_BINS]`, number of normalized value elements per bin
+            of [-1, 1], for each outlier fraction.
+        value_fisher: fp32, the same shape, sum of squared value gradients per bin.
+        value_fisher_range2: fp32, the same shape, sum of squared value gradients times the
+            token's squared range.
     """
 
     low: torch.Tensor
@@ -43,7 +45,13 @@ class LayerStatistics:
 
     @classmethod
     def from_first(cls, keys: torch.Tensor, bins: int, fractions: int) -> LayerStatistics:
-        """Lays out the grids: the range of the first window and half of it more on each side."""
+        """Makes empty histograms whose grid extends the first window's range by half on each side.
+
+        Args:
+            keys: Keys of the first window, fp32 `[tokens, channels]`.
+            bins: Number of bins per key channel.
+            fractions: Number of outlier fractions.
+        """
         channels, device = keys.shape[1], keys.device
         low, high = keys.amin(0), keys.amax(0)
         margin = (high - low).clamp_(min=1e-6) * 0.5
@@ -62,7 +70,7 @@ class LayerStatistics:
         )
 
     def consistent(self, channels: int | None = None) -> bool:
-        """Whether the tables have the shapes and signs that they can have together."""
+        """Returns whether shapes and signs of the tables are consistent."""
         if self.low.dim() != 1 or self.counts.dim() != 2 or self.value_counts.dim() != 2:
             return False
         keys = (len(self.low), self.counts.shape[1])
@@ -121,7 +129,7 @@ class LayerStatistics:
 
 
 def save_statistics(path: Path, layers: list[LayerStatistics], info: dict[str, Any]) -> None:
-    """Writes stats.safetensors and stats.json (the JSON last), each with its hash in the JSON."""
+    """Writes stats.safetensors, then stats.json with the hashes of both."""
     tensors = {
         f"layers.{i}.{name}": tensor
         for i, layer in enumerate(layers)
@@ -131,10 +139,10 @@ def save_statistics(path: Path, layers: list[LayerStatistics], info: dict[str, A
 
 
 def load_statistics(path: Path) -> tuple[list[LayerStatistics], dict[str, Any]]:
-    """Reads what :func:`save_statistics` wrote.
+    """Reads the statistics that :func:`save_statistics` wrote.
 
     Raises:
-        UserError: A file is missing, damaged, was edited, or is not of the other.
+        UserError: A file is missing, damaged or edited, or the two do not belong together.
     """
     manifest = path.with_suffix(".json")
     info = read_info(manifest, FIELD, AGAIN)
@@ -157,6 +165,6 @@ def load_statistics(path: Path) -> tuple[list[LayerStatistics], dict[str, Any]]:
 
 
 def _channels(info: dict[str, Any]) -> int | None:
-    """The number of key channels per layer, where the JSON states its factors."""
+    """Returns the number of key channels per layer, or None if the JSON does not state it."""
     heads, dim = info.get("num_kv_heads"), info.get("head_dim")
     return heads * dim if type(heads) is int and type(dim) is int else None
