@@ -72,6 +72,7 @@ class BlockStore:
         self.tail: tuple[torch.Tensor, torch.Tensor] | None = None
         # int32 [2], shared by the layers of a cache on a GPU: outliers lost, NaN or Inf seen
         self.status: torch.Tensor | None = None
+        self._reserved = True  # all arenas, so that kernels can read them
         self._arena_table: tuple[int, torch.Tensor] | None = None
         self._kinds: tuple[torch.dtype, torch.dtype] | None = None  # of the first call's input
 
@@ -99,6 +100,8 @@ class BlockStore:
         batch, heads, _, dim = self.tail[0].shape
         found = (keys.shape[0], keys.shape[1], keys.shape[3], keys.device, *kinds)
         held = (batch, heads, dim, self.tail[0].device, *self._kinds)
+        if found == held:
+            return
         names = ("sequences", "kv heads", "head_dim", "device", "dtype of keys", "dtype of values")
         for name, mine, theirs in zip(names, held, found, strict=True):
             if mine != theirs:
@@ -170,14 +173,16 @@ class BlockStore:
                 index = at.view(-1, 1, 1, 1).expand(-1, buffer.shape[1], 1, buffer.shape[3])
                 buffer.scatter_(2, index, x.to(buffer.dtype))
 
-    @torch.inference_mode()
     def pack_full(self, plan: AppendPlan) -> None:
         """Packs the oldest block of each tail that the step filled."""
+        if plan.arena >= 0:
+            self._pack_full(plan)
+
+    @torch.inference_mode()
+    def _pack_full(self, plan: AppendPlan) -> None:
         assert self.tail is not None
         batch = self.tail[0].shape[0]
         full = [b for b in range(batch) if plan.new_blocks(b)]
-        if not full:
-            return
         size, residual = self.codec.block_size, self.codec.residual
         chosen: Index = slice(None)
         if len(full) < batch:
@@ -265,6 +270,7 @@ class BlockStore:
     def _set_arena(self, number: int, arena: Arena) -> None:
         self.arenas += [NO_ARENA] * (number - len(self.arenas))
         self.arenas[number : number + 1] = [arena]
+        self._reserved = all(a.reserved for a in self.arenas)
         if self._arena_table is not None:  # its row is written before it is read
             self._arena_table = (min(number, self._arena_table[0]), self._arena_table[1])
 
@@ -292,7 +298,7 @@ class BlockStore:
 
         The same tensor as long as the arenas find room in it, so that a captured graph keeps it.
         """
-        if self.tail is None or not all(a.reserved for a in self.arenas):
+        if self.tail is None or not self._reserved:
             return None
         count = len(self.arenas)
         if self._arena_table is None or self._arena_table[1].shape[0] < count:
@@ -367,6 +373,7 @@ class BlockStore:
         """A copy that shares packed blocks."""
         other = BlockStore(self.codec)
         other.arenas, other._kinds = list(self.arenas), self._kinds
+        other._reserved = self._reserved
         if self.tail is not None and self.sinks is not None:
             other.sinks = (self.sinks[0].clone(), self.sinks[1].clone())
             other.tail = (self.tail[0].clone(), self.tail[1].clone())

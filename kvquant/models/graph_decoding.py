@@ -51,7 +51,7 @@ class GraphedDecoder:
         if len(devices) > 1:
             raise ValueError("model: a graph holds the work of one GPU; call the model instead")
         device = devices[0]
-        steps = cache.step_tables(device) if device.type == "cuda" else None
+        steps = cache.step_tables(device)
         if steps is None or min(cache.lengths) < cache.layout.sinks:
             raise ValueError("cache: the decode kernel does not take it; call the model instead")
         self._steps = steps
