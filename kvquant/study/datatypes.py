@@ -56,6 +56,7 @@ DATATYPES = by_name(
             label="UNIFORM",
             summary="evenly spaced levels, both ends included",
         ),
+        # A new datatype goes above this line.
     )
 )
 

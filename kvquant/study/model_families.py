@@ -41,6 +41,7 @@ MODEL_FAMILIES = by_name(
         ),
         ModelFamily("qwen2", label="Qwen2", attention="Qwen2Attention"),
         ModelFamily("qwen3", label="Qwen3", attention="Qwen3Attention"),
+        # A new family goes above this line.
     )
 )
 

@@ -4,11 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvquant.errors import UserError
 from kvquant.quantization.nuq import Histogram, fit, kmeans_1d, normal_float, q_norm
+from kvquant.study.datatypes import DATATYPES
 
 
 def _cost(x: np.ndarray, w: np.ndarray, levels: np.ndarray) -> float:
@@ -74,3 +76,19 @@ def test_q_norm_restores_mean_and_spread() -> None:
 def test_unknown_datatype_offers_names() -> None:
     with pytest.raises(UserError, match="did you mean nuq"):
         fit("nuk", 3)
+
+
+@pytest.mark.parametrize("name", DATATYPES)
+def test_every_datatype_gives_sorted_levels(name: str) -> None:
+    centers = np.linspace(-0.99, 0.99, 200)
+    weights = np.exp(-8 * centers**2)
+    histogram = Histogram(centers, weights, weights)
+    for bits in (2, 3, 4):
+        levels = fit(name, bits, histogram)
+        assert levels.shape == (2**bits,) and levels.dtype is torch.float32
+        assert bool((levels.diff() > 0).all()) and float(levels.abs().max()) <= 1.0
+    if DATATYPES[name].fitted:
+        with pytest.raises(ValueError, match=f"datatype '{name}' is fitted to calibration data"):
+            fit(name, 3)
+    else:
+        assert torch.equal(fit(name, 3), fit(name, 3, histogram))

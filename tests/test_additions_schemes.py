@@ -1,0 +1,173 @@
+"""One scheme kind, one datatype and one model family are added in a copy, as CONTRIBUTING says.
+
+Each takes at most one file and one registration. Every list, table and test finds it by itself.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.additions import RepositoryCopy
+
+pytestmark = pytest.mark.slow
+
+CODEC = '''
+    """Signed 8-bit integers with one scale per token and head."""
+
+    from __future__ import annotations
+
+    import torch
+
+    from kvquant.cache.codec import Codec, Packed
+    from kvquant.formats.layer_quantizer import LayerQuantizer
+    from kvquant.study.schemes import Int8Scheme
+
+
+    def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns codes and 16-bit scales."""
+        scale = (x.float().abs().amax(-1, keepdim=True) / 127).clamp(min=1e-6).to(x.dtype)
+        return (x.float() / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
+
+
+    class Int8Codec(Codec):
+        """Packs one layer; needs no calibration."""
+
+        rotated_keys = True
+
+        def __init__(self, spec: Int8Scheme) -> None:
+            self.sinks, self.block_size, self.residual = spec.sinks, spec.block_size, spec.residual
+
+        def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
+            """See :meth:`Codec.pack`."""
+            (k, k_scale), (v, v_scale) = encode(keys), encode(values)
+            return Packed({"k": k, "k_scale": k_scale, "v": v, "v_scale": v_scale})
+
+        def unpack(
+            self, packed: Packed, shape: tuple[int, int, int, int]
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            """See :meth:`Codec.unpack`."""
+            d = packed.dense
+            keys, values = (d[n].float() * d[f"{n}_scale"].float() for n in ("k", "v"))
+            return keys.view(shape), values.view(shape)
+
+        def fake(
+            self, keys: torch.Tensor, values: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            """See :meth:`Codec.fake`."""
+            (k, k_scale), (v, v_scale) = encode(keys), encode(values)
+            return k.float() * k_scale.float(), v.float() * v_scale.float()
+
+
+    def make_codec(spec: Int8Scheme, layer: int, tables: LayerQuantizer | None) -> Codec:
+        """Returns the codec of a layer, which is the same for all layers."""
+        return Int8Codec(spec)
+'''
+KIND = '''
+    @scheme_kind(
+        label="INT8",
+        summary="INT8, one scale per token and head",
+        codec="kvquant.schemes.int8:make_codec",
+        nominal_bits=8,
+    )
+    class Int8Scheme(_TokenScheme):
+        """8-bit integers."""
+
+        kind: Literal["int8"] = Field(description="kind of the scheme")
+
+
+'''
+CUBIC = '''
+    """Levels that lie closer together around zero."""
+
+    from __future__ import annotations
+
+    import numpy as np
+
+
+    def levels(bits: int, histogram: object = None) -> np.ndarray:
+        """Returns cubes of evenly spaced numbers."""
+        return np.linspace(-1.0, 1.0, 2**bits) ** 3
+'''
+DATATYPE = """
+    Datatype("cubic", "kvquant.quantization.cubic:levels", "CUBIC", "cubes of even steps"),
+"""
+FAMILY = """
+    ModelFamily("granite", label="Granite", attention="GraniteAttention"),
+"""
+ENTRIES = """
+schemes:
+  int8: {kind: int8, sinks: 1}
+  cubic: {kind: nuq, bits: 3, datatype: cubic}
+"""
+
+
+@pytest.fixture(scope="module")
+def copy(root: Path, tmp_path_factory: pytest.TempPathFactory) -> RepositoryCopy:
+    """The repository with one of each added."""
+    copy = RepositoryCopy(root, tmp_path_factory.mktemp("additions") / "copy")
+    copy.add_file("kvquant/schemes/int8.py", CODEC)
+    copy.insert_before("kvquant/study/schemes.py", "# A new kind goes above", KIND)
+    copy.add_file("kvquant/quantization/cubic.py", CUBIC)
+    copy.insert_before("kvquant/study/datatypes.py", "# A new datatype goes above", DATATYPE)
+    copy.insert_before("kvquant/study/model_families.py", "# A new family goes above", FAMILY)
+    return copy
+
+
+def test_each_addition_is_one_registration(copy: RepositoryCopy) -> None:
+    registrations = {name: n for name, n in copy.edits.items() if name.startswith("kvquant/study/")}
+    assert registrations == {
+        "kvquant/study/schemes.py": 10,
+        "kvquant/study/datatypes.py": 1,
+        "kvquant/study/model_families.py": 1,
+    }
+    others = set(copy.edits) - set(registrations)
+    assert others == {"kvquant/schemes/int8.py", "kvquant/quantization/cubic.py"}
+
+
+def test_studies_accept_them_and_refuse_what_is_near(copy: RepositoryCopy) -> None:
+    demo = (copy.root / "config/demo.yaml").read_text(encoding="utf-8")
+    file = copy.root / "more.yaml"
+    assert demo.count("\nschemes:\n") == 1
+    more = demo.replace("\nschemes:\n", ENTRIES)
+    file.write_text(more, encoding="utf-8")
+    written = json.loads(copy.python("-m", "kvquant", "study", "--study", str(file)))
+    assert written["schemes"]["int8"] == {
+        "kind": "int8", "sinks": 1, "block_size": 64, "residual": 0,
+    }  # fmt: skip
+    assert written["schemes"]["cubic"]["datatype"] == "cubic"
+    file.write_text(more.replace("datatype: cubic", "datatype: cubi"), encoding="utf-8")
+    told = copy.python("-m", "kvquant", "study", "--study", str(file), check=False)
+    assert "schemes.cubic.datatype: unknown datatype 'cubi': did you mean cubic" in told
+
+
+def test_schema_tables_and_labels_list_them(copy: RepositoryCopy) -> None:
+    copy.python("-m", "kvquant", "schema")
+    schema = json.loads((copy.root / "config/schema.json").read_text(encoding="utf-8"))
+    assert schema["$defs"]["Int8Scheme"]["properties"]["kind"]["const"] == "int8"
+    copy.python("docs/tables.py")
+    page = (copy.root / "config/README.md").read_text(encoding="utf-8")
+    assert "| `int8` | INT8, one scale per token and head | 8 | A, B |" in page
+    assert "| `cubic` | cubes of even steps | key ranges only |" in page
+    assert "| Granite | `granite` | `GraniteAttention` |" in page
+    told = copy.pytest("tests/test_tables.py", "tests/study/test_config.py", "tests/test_layers.py")
+    assert "passed" in told and "failed" not in told
+
+
+def test_the_scheme_kind_passes_the_contract(copy: RepositoryCopy) -> None:
+    told = copy.pytest("tests/schemes/test_contract.py", "-k", "int8")
+    count = int(told.split(" passed")[0].split()[-1])
+    assert count >= 15 and "failed" not in told, told[-2000:]
+
+
+def test_the_datatype_passes_its_tests(copy: RepositoryCopy) -> None:
+    told = copy.pytest("tests/quantization/test_nuq.py", "-k", "cubic")
+    assert "1 passed" in told
+
+
+def test_a_model_of_the_family_loads_and_passes_the_tests_of_families(copy: RepositoryCopy) -> None:
+    files = ("tests/models/test_families.py", "tests/cache/test_kvquant_cache.py")
+    told = copy.pytest(*files, "-k", "granite")
+    assert "3 passed" in told, told[-2000:]
