@@ -10,7 +10,7 @@ import torch
 from kvquant.errors import UserError
 from kvquant.models.hooks import attention_layers
 from kvquant.models.loading import load_quantized_model
-from kvquant.study.model_families import MODEL_FAMILIES, family_of_attention
+from kvquant.study.model_families import MODEL_FAMILIES, ModelFamily, family_of_attention
 from kvquant.study.schemes import Fp8Scheme
 from tests.support.models import tiny_model, tiny_tokenizer
 
@@ -35,7 +35,7 @@ def test_a_saved_model_loads_and_answers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", MODEL_FAMILIES.values(), ids=lambda family: family.name)
-def test_an_attention_class_belongs_to_one_family(family: object) -> None:
+def test_an_attention_class_belongs_to_one_family(family: ModelFamily) -> None:
     attentions = [one.attention for one in MODEL_FAMILIES.values()]
     assert len(set(attentions)) == len(attentions)
     assert family in map(family_of_attention, attentions)
