@@ -1,8 +1,9 @@
 """CUDA C++ kernels, compiled at run time by NVRTC, which every CUDA build of torch brings along.
 
-Nothing is built at installation and no compiler of the machine is needed. A kernel is compiled for
-the constants of a cache (bits, head_dim, ...) when it is first used, in about two seconds, and kept
-on disk (:mod:`kvquant.kernels.cubin_cache`).
+Nothing is built at installation, and the machine needs no compiler. A kernel is compiled for the
+constants of a cache (bits, head_dim, ...) when it is first used, in about two seconds, and kept on
+disk (:mod:`kvquant.kernels.cubin_cache`). The constants reach the source as a generated header
+(:mod:`kvquant.kernels.cuda_header`).
 """
 
 from __future__ import annotations
@@ -16,26 +17,27 @@ from typing import Any
 import torch
 
 from kvquant.kernels.cubin_cache import cached
+from kvquant.kernels.cuda_header import HEADER_NAME
 
 
 class KernelUnavailable(RuntimeError):
-    """A kernel cannot be compiled or loaded here; callers take the PyTorch path."""
+    """Raised where a kernel cannot be compiled or loaded; callers take the PyTorch path."""
 
 
 def _check(result: tuple[Any, ...], doing: str) -> Any:
-    """The value of a `cuda.bindings` call, whose first item is its error."""
+    """Returns the value of a `cuda.bindings` call, whose first item is its error."""
     error = result[0]
     if int(error) != 0:
         raise KernelUnavailable(f"{doing}: {error}")
     return result[1] if len(result) == 2 else result[1:]
 
 
-def compile_cubin(source: str, constants: dict[str, int], architecture: str) -> bytes:
-    """Machine code of a source file in `kvquant/kernels/cuda`; needs no GPU.
+def compile_cubin(source: str, header: str, architecture: str) -> bytes:
+    """Compiles a source file in `kvquant/kernels/cuda` to machine code, which needs no GPU.
 
     Args:
-        source: File name; it may include those that end with .cuh.
-        constants: Macros.
+        source: File name. It may include those that end with .cuh.
+        header: Text of `generated.cuh` (:func:`kvquant.kernels.cuda_header.cuda_header`).
         architecture: For example "sm_90".
 
     Raises:
@@ -49,8 +51,8 @@ def compile_cubin(source: str, constants: dict[str, int], architecture: str) -> 
     text = folder.joinpath(source).read_bytes()
     names = sorted(f.name for f in folder.iterdir() if f.name.endswith(".cuh"))
     headers = {name: folder.joinpath(name).read_bytes() for name in names}
+    headers[HEADER_NAME] = header.encode()
     options = [f"--gpu-architecture={architecture}", "--std=c++17", "-default-device"]
-    options += [f"-D{name}={value}" for name, value in constants.items()]
     flags = [option.encode() for option in options]
     try:
         version = _check(nvrtc.nvrtcVersion(), "NVRTC version")
@@ -63,7 +65,7 @@ def compile_cubin(source: str, constants: dict[str, int], architecture: str) -> 
 def _compile(
     nvrtc: Any, source: str, text: bytes, headers: dict[str, bytes], flags: list[bytes]
 ) -> bytes:
-    """Machine code by NVRTC, without a cache."""
+    """Compiles by NVRTC, without looking into the cache."""
     included = (len(headers), list(headers.values()), [name.encode() for name in headers])
     program = _check(nvrtc.nvrtcCreateProgram(text, source.encode(), *included), "NVRTC")
     status = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
@@ -78,12 +80,12 @@ def _compile(
 
 
 def index_of(x: torch.Tensor) -> int:
-    """Number of a tensor's GPU."""
+    """The index of the GPU that holds a tensor."""
     return x.device.index if x.device.index is not None else torch.cuda.current_device()
 
 
 def multiprocessors(index: int) -> int:
-    """Of a GPU."""
+    """The number of multiprocessors of a GPU."""
     count: int = torch.cuda.get_device_properties(index).multi_processor_count
     return count
 
@@ -101,24 +103,24 @@ class Module:
     driver: Any
 
     def number(self, name: str) -> int:
-        """An `int` constant of the module."""
+        """Reads an `int` constant of the module."""
         address, _ = _check(self.driver.cuModuleGetGlobal(self.handle, name.encode()), name)
         value = ctypes.c_int()
         self.driver.cuMemcpyDtoH(ctypes.addressof(value), address, 4)
         return value.value
 
     def function(self, name: str, shared_bytes: int = 0) -> Function:
-        """A kernel.
+        """Looks up a kernel.
 
         Args:
             name: Its name.
-            shared_bytes: Dynamic shared memory of a launch.
+            shared_bytes: Dynamic shared memory of a launch, in bytes.
         """
         handle = _check(self.driver.cuModuleGetFunction(self.handle, name.encode()), name)
         if shared_bytes > 48 * 1024:
             attribute = self.driver.CUfunction_attribute
-            most = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            status = self.driver.cuFuncSetAttribute(handle, most, shared_bytes)
+            name_of_limit = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            status = self.driver.cuFuncSetAttribute(handle, name_of_limit, shared_bytes)
             _check((*status, None), f"{name}: {shared_bytes} bytes of shared memory")
         return Function(handle, self.driver, shared_bytes)
 
@@ -137,7 +139,7 @@ class Function:
         threads: int,
         *arguments: ctypes.Structure | ctypes._SimpleCData[Any],
     ) -> None:
-        """Launches; the arguments are copied, so they may be reused at once."""
+        """Launches the kernel; the arguments are copied, so they may be reused at once."""
         pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         stream = torch.cuda.current_stream().cuda_stream
         status = self.driver.cuLaunchKernel(
@@ -149,16 +151,16 @@ class Function:
 
 
 @functools.cache
-def load(source: str, constants: tuple[tuple[str, int], ...], device: int) -> Module:
-    """Compiles and loads a source file for a GPU, once a process.
+def load(source: str, header: str, device: int) -> Module:
+    """Compiles and loads a source file for a GPU, once per process.
 
     Args:
         source: File name in `kvquant/kernels/cuda`.
-        constants: Macros.
+        header: Text of `generated.cuh`.
         device: CUDA device index.
     """
     major, minor = torch.cuda.get_device_capability(device)
-    cubin = compile_cubin(source, dict(constants), f"sm_{major}{minor}")
+    cubin = compile_cubin(source, header, f"sm_{major}{minor}")
     from cuda.bindings import driver
 
     with torch.cuda.device(device):

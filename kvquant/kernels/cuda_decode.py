@@ -1,7 +1,8 @@
 """Decode attention from packed blocks by the CUDA kernel `cuda/decode.cu`.
 
-What a launch needs and where it comes from: pointers of the arenas (one table a layer), the
-sequences' blocks and lengths (one table for all layers), rotary tables, and the 16-bit tokens.
+A launch reads the arena table of its layer, block numbers and lengths that all layers share, rotary
+tables, and the tokens that the cache keeps in 16 bits. The past is cut into splits (split-KV), one
+thread block each, and a second kernel adds them up.
 """
 
 from __future__ import annotations
@@ -15,42 +16,29 @@ import torch
 
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
 from kvquant.kernels.cuda_build import Function, index_of, load, multiprocessors
-from kvquant.kernels.decode_tables import HeadTables, RopeTables, head_table_bytes
+from kvquant.kernels.cuda_header import cuda_header
+from kvquant.kernels.cuda_structs import DecodeParams, head_table_struct
+from kvquant.kernels.decode_tables import HeadTables, RopeTables
 
-PROGRAMS = 2  # that a multiprocessor's registers and shared memory are shared by
-KTILES = 1  # tiles of 16 tokens of keys that a warp takes together
-OVERHEAD = 0.8  # chunks of each warp that begin and end of a program last as long as
-COMBINE = 256  # threads of the second pass, as in the source file
-
-
-class _Args(ctypes.Structure):
-    """`struct Args` of the kernel."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            "query", "sink_keys", "sink_values", "tail_keys", "tail_values", "arenas", "table",
-            "lengths", "head_tables", "value_levels", "rope", "phases", "thetas", "part_out",
-            "part_sum",
-        )),
-        *((name, ctypes.c_int) for name in (
-            "heads", "table_stride", "sink_room", "tail_room", "chunks_a_split",
-        )),
-        ("scaling", ctypes.c_float),
-    ]  # fmt: skip
+BLOCKS_PER_SM = 2  # thread blocks that share a multiprocessor's registers and shared memory
+KEY_TILES = 1  # tiles of 16 tokens of keys that a warp takes together
+OVERHEAD = 0.8  # a thread block's begin and end last as long as so many chunks of each warp
+COMBINE_THREADS = 256  # threads per thread block of the second kernel, as in the source file
 
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """What the kernel is compiled for.
+    """The shape of a cache that the kernel is compiled for.
 
     Attributes:
-        bits: 2, 3 or 4.
+        bits: Bits per code: 2, 3 or 4.
         head_dim: 64, 128 or 256.
-        group: Query heads a kv head.
-        block_size: Tokens a block.
+        group: Query heads per kv head.
+        block_size: Tokens per block.
         dtype: fp16 or bf16.
-        outliers: Whether there are any.
-        fraction: About how many, to choose how many a thread takes at a time.
+        outliers: Whether the cache keeps exact outliers.
+        fraction: About which share of the elements are outliers. It decides how many of a block
+            are staged in shared memory.
     """
 
     bits: int
@@ -63,34 +51,40 @@ class DecodeShape:
 
     @property
     def chunk(self) -> int:
-        """Tokens a warp takes at a time."""
+        """The number of tokens that a warp takes at a time."""
         return min(self.block_size, 64)
 
     @property
     def warps(self) -> int:
-        """Warps a program; they share its tables, and each has an output of its own."""
+        """Warps per thread block, which share its tables; each has an output of its own."""
         return 8 if self.group * self.head_dim <= 1024 else 4
 
     def split(self, shared_bytes: int) -> int:
-        """Most chunks a program takes; a whole number of blocks.
+        """The largest number of chunks that a thread block takes: a whole number of blocks.
 
         Args:
-            shared_bytes: Shared memory of a multiprocessor, which two programs shall share.
+            shared_bytes: Shared memory of a multiprocessor, which two thread blocks shall share.
         """
-        least = max(self.warps, self.block_size // self.chunk)
-        most = 8 * least
-        while most > least and self.space_bytes(most) > shared_bytes // PROGRAMS - 1024:
-            most -= least
-        return most
+        smallest = max(self.warps, self.block_size // self.chunk)
+        chunks = 8 * smallest
+        while chunks > smallest and self.smem_bytes(chunks) > shared_bytes // BLOCKS_PER_SM - 1024:
+            chunks -= smallest
+        return chunks
 
     @property
     def rounds(self) -> int:
-        """Outliers a lane and block that wait in shared memory: half more than on average."""
+        """Outliers per lane and block that are staged: half more than there are on average."""
         elements = self.block_size * self.head_dim
         return min(8, max(1, math.ceil(1.5 * self.fraction * elements / 32)))
 
-    def space_bytes(self, split: int) -> int:
-        """Room for a program's shared memory, `struct Space` of the source, which checks it."""
+    def smem_bytes(self, split: int) -> int:
+        """Counts a thread block's shared memory, `struct SharedStorage` of the source.
+
+        The source refuses a count that is too small or far too large.
+
+        Args:
+            split: Chunks that the thread block takes at most.
+        """
         chunk, half, dim, group = self.chunk, self.head_dim // 2, self.head_dim, self.group
         words, blocks, warps = dim // 32, split * self.chunk // self.block_size, self.warps
         position = position_dtype(self.block_size * dim).itemsize
@@ -101,12 +95,12 @@ class DecodeShape:
         scores = group * (split * chunk + 8) * 4
         queries = dim * (1 << (group - 1).bit_length()) * 4 + dim * 8 + group * dim * 8
         numbers = warps * (group * 12 + 4) + blocks * (self.block_size * 4 + 76) + 4
-        calibration = head_table_bytes(self.bits, dim)
+        calibration = ctypes.sizeof(head_table_struct(self.bits, dim))
         total = max(tables, outputs) + lists + scores + queries + calibration + numbers
         return total + 128  # members are aligned
 
-    def constants(self, shared_bytes: int) -> dict[str, int]:
-        """Macros of the source file.
+    def constants(self, shared_bytes: int) -> dict[str, int | bool]:
+        """Constants of the source (`cuda/decode_shape.cuh` says what they mean).
 
         Args:
             shared_bytes: Shared memory of a multiprocessor.
@@ -114,34 +108,41 @@ class DecodeShape:
         elements, split = self.block_size * self.head_dim, self.split(shared_bytes)
         return {
             "BITS": self.bits,
-            "DIM": self.head_dim,
-            "GROUP": self.group,
-            "SIZE": self.block_size,
-            "POS32": int(position_dtype(elements) is torch.int32),
-            "COUNT32": int(count_dtype(elements) is torch.int32),
-            "BF16": int(self.dtype is torch.bfloat16),
-            "OUTLIERS": int(self.outliers),
-            "WARPS": self.warps,
-            "MIN_BLOCKS": PROGRAMS,
-            "KTILES": KTILES,
-            "SPLIT": split,
-            "SPACE": self.space_bytes(split),
-            "HEAD_BYTES": head_table_bytes(self.bits, self.head_dim),
-            "ROUNDS": self.rounds,
+            "HEAD_DIM": self.head_dim,
+            "GROUP_SIZE": self.group,
+            "BLOCK_SIZE": self.block_size,
+            "WIDE_POSITIONS": position_dtype(elements) is torch.int32,
+            "WIDE_COUNTS": count_dtype(elements) is torch.int32,
+            "BF16": self.dtype is torch.bfloat16,
+            "HAS_OUTLIERS": self.outliers,
+            "NUM_WARPS": self.warps,
+            "MIN_BLOCKS_PER_SM": BLOCKS_PER_SM,
+            "KEY_TILES": KEY_TILES,
+            "MAX_CHUNKS": split,
+            "SMEM_BYTES": self.smem_bytes(split),
+            "OUTLIER_ROUNDS": self.rounds,
         }
+
+    def header(self, shared_bytes: int) -> str:
+        """The text of `generated.cuh` for this shape.
+
+        Args:
+            shared_bytes: Shared memory of a multiprocessor.
+        """
+        structs = (DecodeParams, head_table_struct(self.bits, self.head_dim))
+        return cuda_header(self.constants(shared_bytes), structs)
 
 
 def shared_memory(device: int) -> int:
-    """Bytes of shared memory of a GPU's multiprocessor."""
+    """The shared memory of a GPU's multiprocessor, in bytes."""
     return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
 
 
 @functools.cache
 def functions(shape: DecodeShape, device: int) -> tuple[Function, Function]:
-    """The kernel and its second pass, compiled for a GPU."""
-    constants = shape.constants(shared_memory(device))
-    module = load("decode.cu", tuple(constants.items()), device)
-    return module.function("decode", module.number("space_bytes")), module.function("combine")
+    """The kernels `decode` and `combine`, compiled for a GPU."""
+    module = load("decode.cu", shape.header(shared_memory(device)), device)
+    return module.function("decode", module.number("smem_bytes")), module.function("combine")
 
 
 def plan_splits(
@@ -153,19 +154,28 @@ def plan_splits(
     warps: int,
     multiple: int = 1,
 ) -> tuple[int, int]:
-    """How the past is cut: `(chunks a split, splits)`, without the split of 16-bit tokens.
+    """Plans how the past is cut: `(chunks per split, splits)` without the split of 16-bit tokens.
 
-    A program takes a multiple of its warps' number of chunks, `most` at most. Of the possible
-    numbers the one is taken whose waves of programs last the shortest, where beginning and end of
-    a program are taken to last as long as OVERHEAD chunks of each warp.
+    A thread block takes a multiple of its warps' number of chunks. Of the possible numbers the one
+    is taken whose waves of thread blocks last the shortest, where the beginning and the end of a
+    thread block are taken to last as long as OVERHEAD chunks of each warp.
+
+    Args:
+        batch: Sequences.
+        heads: kv heads.
+        chunks: Chunks of the longest sequence.
+        multiprocessors: Of the GPU.
+        most: The largest number of chunks that a thread block takes.
+        warps: Warps per thread block.
+        multiple: Chunks per block of the cache, which are not divided.
     """
     step = max(warps, multiple)
     if chunks == 0:
         return step, 0
 
     def lasts(each: int) -> float:
-        programs = batch * heads * math.ceil(chunks / each)
-        return math.ceil(programs / (PROGRAMS * multiprocessors)) * (each / warps + OVERHEAD)
+        blocks = batch * heads * math.ceil(chunks / each)
+        return math.ceil(blocks / (BLOCKS_PER_SM * multiprocessors)) * (each / warps + OVERHEAD)
 
     each = min(range(most // step * step, 0, -step), key=lasts)
     return each, math.ceil(chunks / each)
@@ -173,12 +183,12 @@ def plan_splits(
 
 @dataclass
 class DecodeStep:
-    """What all layers of a decode step share.
+    """Arguments of the kernel that all layers of a decode step share.
 
     Attributes:
         table: int32 `[batch_size, room]`, the number of each block (`arena_table`).
-        lengths: int32 `[batch_size, 3]`, sinks held, blocks, tokens in the tail with the new one.
-        chunks: At least the chunks of the longest sequence.
+        lengths: int32 `[batch_size, 3]`: sinks held, blocks, tokens in the tail with the new one.
+        chunks: At least the number of chunks of the longest sequence.
         rope: Rotary tables for so many chunks.
     """
 
@@ -198,7 +208,7 @@ def decode_attention(
     tables: HeadTables,
     scaling: float,
 ) -> torch.Tensor:
-    """Attention of one query a sequence over all its tokens.
+    """Computes the attention of one query per sequence over all its tokens.
 
     Args:
         shape: Of the cache.
@@ -211,7 +221,7 @@ def decode_attention(
         scaling: Factor of the scores.
 
     Returns:
-        `[batch_size, num_heads, head_dim]` in the type of the query.
+        `[batch_size, num_heads, head_dim]` in the dtype of the query.
     """
     batch, query_heads, dim = query.shape
     heads = tail[0].shape[1]
@@ -225,22 +235,22 @@ def decode_attention(
     )
     splits += 1
     query, out = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
-    part_out = torch.empty(batch * query_heads * splits * dim, dtype=torch.float32, device=device)
-    part_sum = torch.empty(batch * query_heads * splits * 2, dtype=torch.float32, device=device)
-    args = _Args(
+    partial_out = torch.empty(batch * query_heads * splits * dim, dtype=torch.float32, device=device)
+    partial_state = torch.empty(batch * query_heads * splits * 2, dtype=torch.float32, device=device)
+    params = DecodeParams(
         query.data_ptr(), sinks[0].data_ptr(), sinks[1].data_ptr(), tail[0].data_ptr(),
         tail[1].data_ptr(), arenas.data_ptr(), step.table.data_ptr(), step.lengths.data_ptr(),
         tables.heads.data_ptr(), tables.value_levels.data_ptr(), step.rope.places.data_ptr(),
         step.rope.phases.data_ptr(), step.rope.thetas.data_ptr(),
-        part_out.data_ptr(), part_sum.data_ptr(), heads, step.table.stride(0), sinks[0].shape[2],
+        partial_out.data_ptr(), partial_state.data_ptr(), heads, step.table.stride(0), sinks[0].shape[2],
         tail[0].shape[2], each, scaling * math.log2(math.e),
     )  # fmt: skip
-    kernel((heads, batch, splits), shape.warps * 32, args)
+    kernel((heads, batch, splits), shape.warps * 32, params)
     combine(
         (batch * query_heads, 1, 1),
-        COMBINE,
-        ctypes.c_void_p(part_out.data_ptr()),
-        ctypes.c_void_p(part_sum.data_ptr()),
+        COMBINE_THREADS,
+        ctypes.c_void_p(partial_out.data_ptr()),
+        ctypes.c_void_p(partial_state.data_ptr()),
         ctypes.c_void_p(out.data_ptr()),
         ctypes.c_int(splits),
     )

@@ -9,48 +9,32 @@ from dataclasses import dataclass
 import torch
 
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
+from kvquant.kernels import cuda_structs
 from kvquant.kernels.cuda_build import Function, index_of, load, multiprocessors
+from kvquant.kernels.cuda_header import cuda_header
 from kvquant.kernels.pack_target import PackTarget
 
-ROWS = 4  # a thread of keys, as in the source file
+ROWS_PER_THREAD = 4  # of keys, as in the source file
 WARP = 32
-PAIRS_A_THREAD = 8  # neighbouring channels, of eight lanes
-KEY_ROOM = 768  # threads of keys for which a multiprocessor's registers suffice
-VALUE_ROOM, SMALL_VALUE_ROOM = 896, 1024  # of values; where a program has one warp
-WAVES = 4  # programs of values a multiprocessor's room before they take several tokens
-LONG = 1 << 23  # elements from which keys and values are packed at once
-MAX_TOKENS = 4  # that a program of values takes
-
-
-class _Source(ctypes.Structure):
-    """`struct Source` of the kernels."""
-
-    _fields_ = [
-        ("x", ctypes.c_void_p),
-        *((name, ctypes.c_longlong) for name in ("block", "head", "token")),
-    ]
-
-
-class _Target(ctypes.Structure):
-    """`struct Target` of the kernels."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            "codes", "status", "begin", "count", "positions", "values", "cursor",
-        )),
-        ("slots", ctypes.c_int),
-    ]  # fmt: skip
+PAIRS_PER_THREAD = 8  # pairs of neighbouring channels, one from each of eight lanes
+KEY_THREADS_PER_SM = 768  # threads of keys for which a multiprocessor's registers suffice
+VALUE_THREADS_PER_SM = 896  # the same of values
+ONE_WARP_THREADS_PER_SM = 1024  # of values, where a thread block has one warp
+WAVES = 4  # waves of thread blocks of values before one takes several tokens
+MIN_ELEMENTS_AT_ONCE = 1 << 23  # elements from which keys and values are packed side by side
+MAX_TOKENS = 4  # tokens that a thread block of values takes at most
+GROUP_THREADS = 256  # threads that sort the outliers of a block, as in the source file
 
 
 @dataclass(frozen=True)
 class PackShape:
-    """What the kernels are compiled for.
+    """The shape of a cache that the kernels are compiled for.
 
     Attributes:
-        bits: 2, 3 or 4.
+        bits: Bits per code: 2, 3 or 4.
         head_dim: 64, 128 or 256.
         heads: kv heads.
-        block_size: Tokens a block.
+        block_size: Tokens per block.
         dtype: fp16 or bf16.
         outliers: Whether keys have any.
         per_side: Outliers at each end of a token's values.
@@ -66,61 +50,65 @@ class PackShape:
 
     @property
     def units(self) -> int:
-        """Threads that a token of all heads would occupy."""
-        return self.heads * self.head_dim // (2 * PAIRS_A_THREAD)
+        """Threads that a token of all heads would occupy, one row of 16 channels each."""
+        return self.heads * self.head_dim // (2 * PAIRS_PER_THREAD)
 
     @property
     def workers(self) -> int:
-        """Threads a token of values; each takes four units, more where there are many."""
-        least = -(-(self.per_side + 1) // WARP)  # each offers its largest to the selection
-        return min(512, max(least, -(-self.units // (4 * WARP))) * WARP)
+        """Threads per token of values; each takes four units, or more where there are many."""
+        selecting = -(-(self.per_side + 1) // WARP)  # each thread offers its largest elements
+        return min(512, max(selecting, -(-self.units // (4 * WARP))) * WARP)
 
     @property
     def key_threads(self) -> int:
-        """Threads a block and head of keys."""
-        return self.block_size * self.head_dim // (2 * PAIRS_A_THREAD * ROWS)
+        """Threads per block and kv head of keys."""
+        return self.block_size * self.head_dim // (2 * PAIRS_PER_THREAD * ROWS_PER_THREAD)
 
-    def constants(self) -> dict[str, int]:
-        """Macros of the source file."""
+    def constants(self) -> dict[str, int | bool]:
+        """Constants of the source (`cuda/pack_shape.cuh` says what they mean)."""
         elements = self.block_size * self.head_dim
         return {
             "BITS": self.bits,
-            "DIM": self.head_dim,
-            "HEADS": self.heads,
-            "SIZE": self.block_size,
-            "OUTLIERS": int(self.outliers),
-            "PER_SIDE": self.per_side,
-            "WORKERS": self.workers,
-            "AHEAD": 0,
-            "KEY_BLOCKS": max(1, KEY_ROOM // self.key_threads),
-            "VALUE_BLOCKS": value_programs(self.workers),
-            "POS32": int(position_dtype(elements) is torch.int32),
-            "COUNT32": int(count_dtype(elements) is torch.int32),
-            "BF16": int(self.dtype is torch.bfloat16),
+            "HEAD_DIM": self.head_dim,
+            "NUM_KV_HEADS": self.heads,
+            "BLOCK_SIZE": self.block_size,
+            "HAS_KEY_OUTLIERS": self.outliers,
+            "OUTLIERS_PER_SIDE": self.per_side,
+            "VALUE_THREADS": self.workers,
+            "MIN_KEY_BLOCKS_PER_SM": max(1, KEY_THREADS_PER_SM // self.key_threads),
+            "MIN_VALUE_BLOCKS_PER_SM": value_blocks_per_sm(self.workers),
+            "WIDE_POSITIONS": position_dtype(elements) is torch.int32,
+            "WIDE_COUNTS": count_dtype(elements) is torch.int32,
+            "BF16": self.dtype is torch.bfloat16,
         }
+
+    def header(self) -> str:
+        """The text of `generated.cuh` for this shape."""
+        structs = (cuda_structs.PackSource, cuda_structs.PackTarget)
+        return cuda_header(self.constants(), structs)
 
 
 @functools.cache
 def functions(shape: PackShape, device: int) -> tuple[Function, Function, Function | None]:
-    """The kernels of keys, of values and of the values' outliers, compiled for a GPU."""
-    module = load("pack.cu", tuple(shape.constants().items()), device)
+    """The kernels `pack_keys`, `pack_values` and `group_values`, compiled for a GPU."""
+    module = load("pack.cu", shape.header(), device)
     group = module.function("group_values") if shape.per_side else None
     return module.function("pack_keys"), module.function("pack_values"), group
 
 
-def _source(x: torch.Tensor) -> _Source:
-    return _Source(x.data_ptr(), *x.stride()[:3])
+def _source(x: torch.Tensor) -> cuda_structs.PackSource:
+    return cuda_structs.PackSource(x.data_ptr(), *x.stride()[:3])
 
 
-def _target(target: PackTarget) -> _Target:
+def _target(target: PackTarget) -> cuda_structs.PackTarget:
     parts = (target.begin, target.count, target.positions, target.values, target.cursor)
     pointers = [0 if t is None else t.data_ptr() for t in parts]
     slots = 0 if target.values is None else target.values.numel()
-    return _Target(target.codes.data_ptr(), target.status.data_ptr(), *pointers, slots)
+    return cuda_structs.PackTarget(target.codes.data_ptr(), target.status.data_ptr(), *pointers, slots)
 
 
 def pack_keys(shape: PackShape, x: torch.Tensor, table: torch.Tensor, target: PackTarget) -> None:
-    """Writes codes and outliers of key blocks.
+    """Quantizes key blocks and writes their codes and outliers.
 
     Args:
         shape: Of the cache.
@@ -139,16 +127,27 @@ def pack_keys(shape: PackShape, x: torch.Tensor, table: torch.Tensor, target: Pa
     )  # fmt: skip
 
 
-def value_programs(workers: int) -> int:
-    """Programs of values that a multiprocessor takes at once."""
-    return max(1, (VALUE_ROOM if workers > WARP else SMALL_VALUE_ROOM) // workers)
+def value_blocks_per_sm(workers: int) -> int:
+    """Thread blocks of values that a multiprocessor takes at once.
+
+    Args:
+        workers: Threads per thread block.
+    """
+    threads = VALUE_THREADS_PER_SM if workers > WARP else ONE_WARP_THREADS_PER_SM
+    return max(1, threads // workers)
 
 
-def tokens_a_program(spots: int, multiprocessors: int, workers: int) -> int:
-    """Tokens that a program of values takes: one while there is room for all, a few at most."""
-    at_once = multiprocessors * value_programs(workers)
-    waves = WAVES if workers > WARP else 1  # small programs are mostly beginning and end
-    return max(1, min(MAX_TOKENS, spots // (waves * at_once)))
+def tokens_per_block(tokens: int, multiprocessors: int, workers: int) -> int:
+    """Tokens that a thread block of values takes: one while there is room for all, a few at most.
+
+    Args:
+        tokens: All tokens of the call.
+        multiprocessors: Of the GPU.
+        workers: Threads per thread block.
+    """
+    at_once = multiprocessors * value_blocks_per_sm(workers)
+    waves = WAVES if workers > WARP else 1  # small thread blocks are mostly beginning and end
+    return max(1, min(MAX_TOKENS, tokens // (waves * at_once)))
 
 
 def pack_values(
@@ -159,7 +158,7 @@ def pack_values(
     zero_out: torch.Tensor,
     scale_out: torch.Tensor,
 ) -> None:
-    """Writes codes, zero, scale and outliers of value blocks.
+    """Quantizes value blocks and writes their codes, zeros, scales and outliers.
 
     Args:
         shape: Of the cache.
@@ -176,23 +175,23 @@ def pack_values(
     index = index_of(x)
     _, kernel, group = functions(shape, index)
     blocks = x.shape[0]
-    spots, chosen = blocks * shape.block_size, 2 * shape.per_side
-    found = torch.empty(spots * chosen, dtype=torch.int32, device=x.device)
-    each = tokens_a_program(spots, multiprocessors(index), shape.workers)
+    tokens, outliers = blocks * shape.block_size, 2 * shape.per_side
+    found = torch.empty(tokens * outliers, dtype=torch.int32, device=x.device)
+    each = tokens_per_block(tokens, multiprocessors(index), shape.workers)
     kernel(
-        (-(-spots // each), 1, 1), shape.workers,
+        (-(-tokens // each), 1, 1), shape.workers,
         _source(x), *(ctypes.c_void_p(t.data_ptr()) for t in (
             target.codes, target.status, zero_out, scale_out, midpoints, found,
         )),
-        ctypes.c_int(spots), ctypes.c_int(each),
+        ctypes.c_int(tokens), ctypes.c_int(each),
     )  # fmt: skip
     if group is not None:
-        group((blocks, 1, 1), 256, _target(target), ctypes.c_void_p(found.data_ptr()))
+        group((blocks, 1, 1), GROUP_THREADS, _target(target), ctypes.c_void_p(found.data_ptr()))
 
 
 @functools.cache
 def _beside(index: int) -> torch.cuda.Stream:
-    """A stream of a GPU for what may run beside the current one."""
+    """A second stream of a GPU, for what may run beside the current one."""
     return torch.cuda.Stream(torch.device("cuda", index))
 
 
@@ -207,7 +206,10 @@ def pack(
     zero_out: torch.Tensor,
     scale_out: torch.Tensor,
 ) -> None:
-    """Both; long inputs at once, so that keys use what the last programs of values leave idle.
+    """Quantizes and packs key and value blocks.
+
+    Long inputs are packed side by side, so that keys use the multiprocessors that the last thread
+    blocks of values leave idle.
 
     Args:
         shape: Of the cache.
@@ -220,7 +222,7 @@ def pack(
         zero_out: Of :func:`pack_values`.
         scale_out: Of :func:`pack_values`.
     """
-    if keys.device.type != "cuda" or keys.numel() < LONG:
+    if keys.device.type != "cuda" or keys.numel() < MIN_ELEMENTS_AT_ONCE:
         pack_keys(shape, keys, table, key_target)
         pack_values(shape, values, midpoints, value_target, zero_out, scale_out)
         return

@@ -1,4 +1,4 @@
-"""Tables that the CUDA decode kernel copies instead of computing them in every program."""
+"""Tables that the CUDA decode kernel copies instead of computing them in every thread block."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import torch
 
 from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.formats.rope import Rope
+from kvquant.kernels.cuda_structs import head_table_struct
 
 
 @dataclass(frozen=True)
 class RopeTables:
-    """Rotary tables of the kernel.
+    """Rotary tables of the decode kernel.
 
     Attributes:
         places: fp16 `[chunk, head_dim / 2, 2]` reordered: rotations inside a chunk.
         phases: fp32 `[1 + chunks, head_dim / 2]`, angles in radians, from -pi to pi, of position 0
             and of the chunks' first positions.
-        thetas: fp32 `[head_dim / 2 + 1]`, radians a position; behind them the factor that the rope
+        thetas: fp32 `[head_dim / 2 + 1]`: radians per position, then the factor that the rope
             scaling puts on cosine and sine.
     """
 
@@ -30,7 +31,7 @@ class RopeTables:
     def make(
         cls, rope: Rope, chunk: int, sinks: int, chunks: int, like: torch.Tensor
     ) -> RopeTables:
-        """Tables for chunks 0 to `chunks` (one more than full: the tail begins there).
+        """Makes tables for chunks 0 to `chunks` (one more than full: the tail begins there).
 
         A factor that the rope scaling puts on cosine and sine stays out of them: the kernel turns
         queries and keys, and multiplies one of the two.
@@ -53,13 +54,8 @@ class RopeTables:
         return cls(ordered, phases, torch.cat((thetas, factor)))
 
 
-def head_table_bytes(bits: int, head_dim: int) -> int:
-    """Bytes of `struct HeadTable` of the source."""
-    return head_dim * 4 + 4 * max(8, 1 << bits) + (4 << bits) + 16
-
-
 def _level_bytes(levels: torch.Tensor) -> torch.Tensor:
-    """uint8: the high bytes of fp16 levels, then the low ones, at least 8 of each."""
+    """Returns the high bytes of fp16 levels, then the low ones, at least 8 of each; uint8."""
     both = levels.half().view(torch.uint8).view(-1, 2)
     room = both.new_zeros(max(8, len(levels)), 2)
     room[: len(levels)] = both
@@ -68,11 +64,11 @@ def _level_bytes(levels: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class HeadTables:
-    """What the kernel reads of a layer's calibration.
+    """The calibration of one layer as the decode kernel reads it.
 
     Attributes:
-        heads: uint8 `[num_kv_heads, bytes]`; a row is a `struct HeadTable`, and behind it for each
-            channel the two fp16 numbers that its lowest and its highest level stand for.
+        heads: uint8 `[num_kv_heads, bytes]`. A row is a `struct HeadTable`, followed for each
+            channel by the two fp16 numbers that its lowest and its highest level stand for.
         value_levels: fp32 `[2**bits]`.
     """
 
@@ -81,7 +77,7 @@ class HeadTables:
 
     @classmethod
     def make(cls, tables: LayerQuantizer) -> HeadTables:
-        """Tables for a layer, on its device."""
+        """Makes the tables of one layer on the device of its calibration."""
         heads, dim = tables.key_scale.shape
         scale, zero = tables.key_scale.half(), tables.key_zero.half()
         # channel c = t * (dim / 16) + 4 w + i + (dim / 4) j + (dim / 2) n, read as [w, j, t, n, i]
@@ -94,13 +90,18 @@ class HeadTables:
         edges = torch.stack((tables.key_levels[0], tables.key_levels[-1])).half().double()
         ends = (edges * scale.double()[..., None] + zero.double()[..., None]).half()
         furthest = ends.float().abs().amax((1, 2))
-        shared = torch.cat((
-            _level_bytes(tables.key_levels), _level_bytes(levels), middles.view(torch.uint8),
-            torch.stack((levels[-1], levels[0])).half().float().view(torch.uint8),
-        ))  # fmt: skip
-        own = torch.stack((furthest, torch.zeros_like(furthest)), -1)
-        parts = (
-            channels.view(torch.uint8), shared.expand(heads, -1), own.view(torch.uint8),
-            ends.reshape(heads, -1).view(torch.uint8),
-        )  # fmt: skip
-        return cls(torch.cat(parts, 1), levels)
+        value_ends = torch.stack((levels[-1], levels[0])).half().float()
+        level_bytes = torch.cat((_level_bytes(tables.key_levels), _level_bytes(levels)))
+        fields = {
+            "key_operands": channels.view(torch.uint8),
+            "levels": level_bytes.expand(heads, -1),
+            "value_midpoints": middles.view(torch.uint8).expand(heads, -1),
+            "value_ends": value_ends.view(torch.uint8).expand(heads, -1),
+            "largest_key": furthest[:, None].contiguous().view(torch.uint8),
+            "padding": furthest.new_zeros(heads, 1).view(torch.uint8),
+        }
+        struct = head_table_struct(len(levels).bit_length() - 1, dim)
+        parts = [fields[name] for name, *_ in struct._fields_]
+        sizes = [getattr(struct, name).size for name, *_ in struct._fields_]
+        assert [part.shape[1] for part in parts] == sizes
+        return cls(torch.cat((*parts, ends.reshape(heads, -1).view(torch.uint8)), 1), levels)

@@ -1,7 +1,13 @@
-// Types of all kernels, and what a CPU has another word for.
+// Types that all kernels share.
+//
+// `generated.cuh` is written by Python (cuda_header.py): the constants of the cache's shape, the
+// encoding of block numbers and arena rows, and the layout of the structs that Python fills.
+#pragma once
+
+#include "generated.cuh"
 
 #ifdef EMULATED
-#include "emulated.h"  // tests only
+#include "emulated.h"  // tests only: CUDA's words for a CPU
 #else
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -9,19 +15,18 @@ typedef unsigned char u8;
 typedef long long i64;
 typedef unsigned long long u64;
 
-#define DEVICE __device__ __forceinline__
-#define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
-#define SHARED __shared__
+// The dynamic shared memory of a launch; an emulator must know its size.
+#define DYNAMIC_SHARED(name, bytes) extern __shared__ __align__(16) u8 name[]
 #endif
 
-// Of an outlier: its place in a block, and how many a block has.
-#if POS32
-typedef int pos_t;
-#else
-typedef u16 pos_t;
-#endif
-#if COUNT32
-typedef int count_t;
-#else
-typedef short count_t;
-#endif
+template <bool CONDITION, typename A, typename B> struct Select {
+  typedef A type;
+};
+template <typename A, typename B> struct Select<false, A, B> {
+  typedef B type;
+};
+
+// An outlier's place in its block: token * HEAD_DIM + channel.
+typedef Select<WIDE_POSITIONS, int, u16>::type position_t;
+// The number of outliers in a block.
+typedef Select<WIDE_COUNTS, int, short>::type count_t;
