@@ -235,15 +235,16 @@ def decode_attention(
     )
     splits += 1
     query, out = query.contiguous(), torch.empty_like(query, memory_format=torch.contiguous_format)
-    partial_out = torch.empty(batch * query_heads * splits * dim, dtype=torch.float32, device=device)
-    partial_state = torch.empty(batch * query_heads * splits * 2, dtype=torch.float32, device=device)
+    states = batch * query_heads * splits
+    partial_out = torch.empty(states * dim, dtype=torch.float32, device=device)
+    partial_state = torch.empty(states * 2, dtype=torch.float32, device=device)
     params = DecodeParams(
         query.data_ptr(), sinks[0].data_ptr(), sinks[1].data_ptr(), tail[0].data_ptr(),
         tail[1].data_ptr(), arenas.data_ptr(), step.table.data_ptr(), step.lengths.data_ptr(),
         tables.heads.data_ptr(), tables.value_levels.data_ptr(), step.rope.places.data_ptr(),
         step.rope.phases.data_ptr(), step.rope.thetas.data_ptr(),
-        partial_out.data_ptr(), partial_state.data_ptr(), heads, step.table.stride(0), sinks[0].shape[2],
-        tail[0].shape[2], each, scaling * math.log2(math.e),
+        partial_out.data_ptr(), partial_state.data_ptr(), heads, step.table.stride(0),
+        sinks[0].shape[2], tail[0].shape[2], each, scaling * math.log2(math.e),
     )  # fmt: skip
     kernel((heads, batch, splits), shape.warps * 32, params)
     combine(

@@ -101,10 +101,11 @@ def _source(x: torch.Tensor) -> cuda_structs.PackSource:
 
 
 def _target(target: PackTarget) -> cuda_structs.PackTarget:
-    parts = (target.begin, target.count, target.positions, target.values, target.cursor)
-    pointers = [0 if t is None else t.data_ptr() for t in parts]
+    lists = (target.begin, target.count, target.positions, target.values, target.cursor)
+    tensors = (target.codes, target.status, *lists)
+    pointers = [0 if t is None else t.data_ptr() for t in tensors]
     slots = 0 if target.values is None else target.values.numel()
-    return cuda_structs.PackTarget(target.codes.data_ptr(), target.status.data_ptr(), *pointers, slots)
+    return cuda_structs.PackTarget(*pointers, slots)
 
 
 def pack_keys(shape: PackShape, x: torch.Tensor, table: torch.Tensor, target: PackTarget) -> None:

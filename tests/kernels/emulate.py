@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from kvquant.kernels import backends, cuda_decode, cuda_pack
+from kvquant.kernels.cuda_header import HEADER_NAME
 
 HERE = Path(__file__).parent
 SHARED_BYTES = 228 * 1024  # of a multiprocessor of an H100
@@ -22,16 +23,17 @@ SOURCES = Path(cuda_pack.__file__).parent / "cuda"
 
 
 @functools.cache
-def _library(name: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+def _library(name: str, header: str) -> ctypes.CDLL:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / f"{name}.so"
-        macros = [f"-D{name}={value}" for name, value in constants]
+        Path(folder, HEADER_NAME).write_text(header)
         subprocess.run(
             [
                 "g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-DEMULATED",
-                *macros, f"-I{HERE}", f"-I{SOURCES}", HERE / f"emulated_{name}.cpp", "-o", out,
+                "-fvisibility=hidden", f"-I{folder}", f"-I{HERE}", f"-I{SOURCES}",
+                HERE / f"emulated_{name}.cpp", "-o", out,
             ],
             check=True,
         )  # fmt: skip
@@ -50,13 +52,13 @@ def _function(library: ctypes.CDLL, name: str) -> Callable[..., None]:
 
 
 def _pack_functions(shape: cuda_pack.PackShape, device: int) -> tuple[Any, Any, Any]:
-    library = _library("pack", tuple(shape.constants().items()))
+    library = _library("pack", shape.header())
     group = _function(library, "group_values") if shape.per_side else None
     return _function(library, "pack_keys"), _function(library, "pack_values"), group
 
 
 def _decode_functions(shape: cuda_decode.DecodeShape, device: int) -> tuple[Any, Any]:
-    library = _library("decode", tuple(shape.constants(SHARED_BYTES).items()))
+    library = _library("decode", shape.header(SHARED_BYTES))
     return _function(library, "decode"), _function(library, "combine")
 
 

@@ -1,5 +1,6 @@
-// What the kernels need of CUDA, for a CPU: the threads of a program are coroutines that change places
-// at barriers and warp collectives. Programs run one after the other.
+// What the kernels need of CUDA, for a CPU: the threads of a thread block are coroutines that
+// change places at barriers and warp collectives. Thread blocks run one after the other.
+#pragma once
 
 #include <ucontext.h>
 
@@ -38,14 +39,14 @@ static int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-#define DEVICE static inline
-#define MEMBER inline
-#define SEPARATE static
-#define APART static
-#define KERNEL(threads, blocks) static void
-#define SHARED static
-#define CONSTANT static const
-#define DYNAMIC(name, bytes) alignas(16) static u8 name[bytes]
+#define __global__
+#define __device__
+#define __constant__
+#define __forceinline__ inline
+#define __noinline__
+#define __launch_bounds__(threads, blocks)
+#define __shared__ static
+#define DYNAMIC_SHARED(name, bytes) alignas(16) static u8 name[bytes]
 #define __align__(n) __attribute__((aligned(n)))
 
 using std::max;
@@ -64,7 +65,9 @@ struct Thread {
 };
 static std::vector<Thread> threads;
 static ucontext_t scheduler;
-static struct { unsigned x, y, z; } threadIdx, blockIdx, gridDim;
+static struct {
+  unsigned x, y, z;
+} threadIdx, blockIdx, gridDim;
 static std::function<void()> body;
 
 static void leave(State state) {
@@ -84,7 +87,7 @@ enum { SUM, MAX, MIN, BELOW };  // BELOW + lanes
 static u32 warp_sum(u32 x) { return collective(SUM, x); }
 static int warp_max(int x) { return (int)collective(MAX, (u32)x); }
 static int warp_min(int x) { return (int)collective(MIN, (u32)x); }
-static u32 from_below(u32 x, int lanes) { return collective(BELOW + lanes, x); }
+static u32 from_lane_below(u32 x, int lanes) { return collective(BELOW + lanes, x); }
 
 // What the lanes of a warp show each other: everyone has shown it, and nobody shows the next thing
 // before all have seen it.
@@ -106,7 +109,9 @@ template <typename X> static X from_lane(X x, int lane) {
   return x;
 }
 template <typename X> static X __shfl_sync(u32, X x, int lane) { return from_lane(x, lane); }
-template <typename X> static X __shfl_xor_sync(u32, X x, int mask) { return from_lane(x, (threadIdx.x % 32) ^ mask); }
+template <typename X> static X __shfl_xor_sync(u32, X x, int mask) {
+  return from_lane(x, (threadIdx.x % 32) ^ mask);
+}
 template <typename X> static X __reduce_max_sync(u32, X x) {
   u32 bits = (u32)x;
   X most = x;
@@ -140,7 +145,7 @@ static void entry() {
   leave(DONE);
 }
 
-static void run_program(int count) {
+static void run_thread_block(int count) {
   if ((int)threads.size() != count) {
     threads = std::vector<Thread>(count);
     for (Thread& t : threads) t.stack.resize(1 << 16);
@@ -172,7 +177,7 @@ static void run_program(int count) {
       moved = true;
     }
     if (!moved) {
-      fprintf(stderr, "emulated program: threads wait for each other\n");
+      fprintf(stderr, "emulated thread block: threads wait for each other\n");
       abort();
     }
   }
@@ -183,46 +188,46 @@ template <typename F> static void launch(int x, int y, int z, int count, F f) {
   gridDim = {(unsigned)x, (unsigned)y, (unsigned)z};
   for (int i = 0; i < x * y * z; ++i) {
     blockIdx = {(unsigned)(i % x), (unsigned)(i / x % y), (unsigned)(i / x / y)};
-    run_program(count);
+    run_thread_block(count);
   }
 }
 
 // ------------------------------------------------------------------------------- arithmetic
 
 static float to_float(u16 x) {
-#if BF16
-  u32 wide = (u32)x << 16;
-  float f;
-  memcpy(&f, &wide, 4);
-  return f;
-#else
-  _Float16 h;
-  memcpy(&h, &x, 2);
-  return (float)h;
-#endif
+  if constexpr (BF16) {
+    u32 wide = (u32)x << 16;
+    float f;
+    memcpy(&f, &wide, 4);
+    return f;
+  } else {
+    _Float16 h;
+    memcpy(&h, &x, 2);
+    return (float)h;
+  }
 }
 static u16 to_16(float x) {
   u16 d;
-#if BF16
-  u32 wide;
-  memcpy(&wide, &x, 4);
-  d = x != x ? 0x7FFF : (u16)((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16);
-#else
-  _Float16 h = (_Float16)x;
-  memcpy(&d, &h, 2);
-#endif
+  if constexpr (BF16) {
+    u32 wide;
+    memcpy(&wide, &x, 4);
+    d = x != x ? 0x7FFF : (u16)((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16);
+  } else {
+    _Float16 h = (_Float16)x;
+    memcpy(&d, &h, 2);
+  }
   return d;
 }
 template <typename F> static u32 halves(u32 a, u32 b, F f) {
   u32 low = f((u16)a, (u16)b), high = f((u16)(a >> 16), (u16)(b >> 16));
   return (low & 0xFFFF) | high << 16;
 }
-#define COMPARE(name, test)                                                        \
-  static u32 name(u32 a, u32 b) {                                                  \
-    return halves(a, b, [](u16 p, u16 q) -> u32 {                                  \
-      float x = to_float(p), y = to_float(q);                                      \
-      return (test) ? 0xFFFF : 0;                                                  \
-    });                                                                            \
+#define COMPARE(name, test)                       \
+  static u32 name(u32 a, u32 b) {                 \
+    return halves(a, b, [](u16 p, u16 q) -> u32 { \
+      float x = to_float(p), y = to_float(q);     \
+      return (test) ? 0xFFFF : 0;                 \
+    });                                           \
   }
 COMPARE(ge2, x >= y)
 COMPARE(le2, x <= y)

@@ -1,12 +1,15 @@
-// `decode.cu` as a library for a CPU; arguments as cuLaunchKernel has them.
+// The decode kernel as a library for a CPU; arguments as cuLaunchKernel has them.
 #include "decode.cu"
 
-#define A(type, i) (*(type*)a[i])
+#define ARGUMENT(type, i) (*(type*)arguments[i])
 
-extern "C" void launch_decode(int x, int y, int z, int threads, void** a) {
-  launch(x, y, z, threads, [=] { decode(A(Args, 0)); });
+#pragma GCC visibility push(default)
+extern "C" void launch_decode(int x, int y, int z, int threads, void** arguments) {
+  launch(x, y, z, threads, [=] { decode(ARGUMENT(DecodeParams, 0)); });
 }
-extern "C" void launch_combine(int x, int y, int z, int threads, void** a) {
-  launch(x, y, z, threads,
-         [=] { combine(A(const float*, 0), A(const float*, 1), A(u16*, 2), A(int, 3)); });
+extern "C" void launch_combine(int x, int y, int z, int threads, void** arguments) {
+  launch(x, y, z, threads, [=] {
+    combine(ARGUMENT(const float*, 0), ARGUMENT(const float*, 1), ARGUMENT(u16*, 2),
+            ARGUMENT(int, 3));
+  });
 }

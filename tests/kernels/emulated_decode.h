@@ -1,7 +1,8 @@
-// The instructions that `decode.cu` names by itself, for a CPU.
+// The instructions that the decode kernel names by itself, for a CPU.
+#pragma once
 
-static u32 bytes(u32 a, u32 b, u32 s) { return __byte_perm(a, b, s & 0x7777); }
-static u32 choose(u32 mask, u32 yes, u32 no) { return (yes & mask) | (no & ~mask); }
+static u32 permute_bytes(u32 a, u32 b, u32 s) { return __byte_perm(a, b, s & 0x7777); }
+static u32 select_bits(u32 mask, u32 yes, u32 no) { return (yes & mask) | (no & ~mask); }
 static float from_half(u16 x) {
   _Float16 h;
   memcpy(&h, &x, 2);
@@ -28,18 +29,18 @@ static u32 mul2(u32 a, u32 b) { return fma2(a, b, 0x80008000u); }
 static u32 neg2(u32 a) { return a ^ 0x80008000u; }
 static float cosine(float x) { return cosf(x); }
 static float sine(float x) { return sinf(x); }
-static void copy16(void* to, const void* from) { memcpy(to, from, 16); }
-static void copies_done() {}
-static void fetch(const u8*) {}
+static void cp_async_16(void* to, const void* from) { memcpy(to, from, 16); }
+static void cp_async_wait_all() {}
+static void prefetch_l2(const u8*) {}
 template <int N> static void load_words(u32 (&w)[N], const u8* p) { memcpy(w, p, 4 * N); }
-static void copy4(void* to, const void* from) { memcpy(to, from, 4); }
+static void cp_async_4(void* to, const void* from) { memcpy(to, from, 4); }
 static u32 load_short(const u8* p) {
   u16 x;
   memcpy(&x, p, 2);
   return x;
 }
 // mma.m16n8k16: rows of A are lane / 4 and that + 8, columns of B are lane / 4.
-static void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+static void mma_m16n8k16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   const u32 mine[6] = {a0, a1, a2, a3, b0, b1};
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   exchange(mine, 6, [&](const Thread* warp) {
@@ -49,7 +50,8 @@ static void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
         for (int half = 0; half < 2; ++half) {
           const u32 *a = warp[4 * g + k].shown, *b = warp[4 * column + k].shown;
           for (int part = 0; part < 2; ++part)
-            d[i] += from_half((u16)(a[row + 2 * half] >> (16 * part))) * from_half((u16)(b[4 + half] >> (16 * part)));
+            d[i] += from_half((u16)(a[row + 2 * half] >> (16 * part))) *
+                    from_half((u16)(b[4 + half] >> (16 * part)));
         }
     }
   });

@@ -16,6 +16,7 @@ from kvquant.kernels import cuda_build
 from kvquant.kernels.cubin_cache import cached, folder
 from kvquant.kernels.cuda_build import KernelUnavailable, compile_cubin
 from kvquant.kernels.cuda_decode import DecodeShape
+from kvquant.kernels.cuda_header import cuda_header
 
 
 @pytest.fixture
@@ -113,19 +114,19 @@ def test_nvrtc_compiles_once_for_options_and_source(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
-    constants = DecodeShape(2, 64, 3, 64, torch.float16, True).constants(233_472)
-    first = compile_cubin("decode.cu", constants, "sm_90")
+    header = DecodeShape(2, 64, 3, 64, torch.float16, True).header(233_472)
+    first = compile_cubin("decode.cu", header, "sm_90")
 
     def never(*args: object) -> bytes:
         raise AssertionError("compiled again")
 
     compiled = cuda_build._compile
     monkeypatch.setattr(cuda_build, "_compile", never)
-    assert compile_cubin("decode.cu", constants, "sm_90") == first
+    assert compile_cubin("decode.cu", header, "sm_90") == first
     with pytest.raises(AssertionError, match="again"):
-        compile_cubin("decode.cu", constants, "sm_80")
+        compile_cubin("decode.cu", header, "sm_80")
     monkeypatch.setattr(cuda_build, "_compile", compiled)
     for _ in range(2):  # an error is not kept
         with pytest.raises(KernelUnavailable, match=r"decode\.cu"):
-            compile_cubin("decode.cu", {"BITS": 3}, "sm_90")
+            compile_cubin("decode.cu", cuda_header({"BITS": 3}, ()), "sm_90")
     assert len(list(place.iterdir())) == 1

@@ -11,6 +11,7 @@ from kvquant.kernels.cuda_decode import (
     functions,
     plan_splits,
 )
+from kvquant.kernels.cuda_header import cuda_header
 from tests.kernels.emulate import emulate_decode
 from tests.support.decode_case import TOLERANCE, decode_error
 
@@ -65,13 +66,13 @@ def test_source_on_a_cpu(
 
 
 @pytest.mark.parametrize("group", [1, 4])
-def test_an_outlier_in_every_token_of_a_program(
+def test_an_outlier_in_every_token_of_a_thread_block(
     group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sums of thousands of large parts stay within the integers that they are made of."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        emulate_decode(monkeypatch)  # one multiprocessor: programs as long as they come
+        emulate_decode(monkeypatch)  # one multiprocessor: the largest splits
     error = decode_error(
         3, 128, group, 64, 0.01, torch.float16, [(64, 1)], heads=1, device=device, column=60.0
     )
@@ -99,13 +100,13 @@ def test_special_cases(case: str) -> None:
 def test_compiles_without_a_gpu(bits: int, arch: str) -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
     shape = DecodeShape(bits, 128, 4, 64, torch.float16, True)
-    assert len(compile_cubin("decode.cu", shape.constants(SHARED[arch]), arch)) > 10_000
+    assert len(compile_cubin("decode.cu", shape.header(SHARED[arch]), arch)) > 10_000
 
 
 def test_a_compile_error_is_told() -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
     with pytest.raises(KernelUnavailable, match=r"decode\.cu"):
-        compile_cubin("decode.cu", {"BITS": 3}, "sm_90")
+        compile_cubin("decode.cu", cuda_header({"BITS": 3}, ()), "sm_90")
 
 
 @pytest.mark.parametrize(("batch", "chunks"), [(1, 256), (16, 256), (1, 2048), (4, 1), (64, 3)])
@@ -123,16 +124,20 @@ def test_room_in_shared_memory(bits: int, dim: int, group: int, size: int) -> No
     for shared in SHARED.values():
         split = shape.split(shared)
         assert split % shape.warps == 0 and split * shape.chunk % size == 0
-        assert shape.space_bytes(split) <= shared - 1024
+        assert shape.smem_bytes(split) <= shared - 1024
 
 
 @pytest.mark.parametrize(("dim", "group", "size"), [(64, 3, 32), (256, 8, 512), (128, 1, 128)])
 def test_shared_memory_is_what_the_kernel_takes(dim: int, group: int, size: int) -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
-    constants = DecodeShape(3, dim, group, size, torch.float16, True).constants(SHARED["sm_90"])
-    compile_cubin("decode.cu", constants, "sm_90")
+    shape = DecodeShape(3, dim, group, size, torch.float16, True)
+    header, constants = shape.header(SHARED["sm_90"]), shape.constants(SHARED["sm_90"])
+    compile_cubin("decode.cu", header, "sm_90")
+    wrong = header.replace(
+        f"SMEM_BYTES = {constants['SMEM_BYTES']};", f"SMEM_BYTES = {constants['SMEM_BYTES'] - 256};"
+    )
     with pytest.raises(KernelUnavailable, match="counts other bytes"):
-        compile_cubin("decode.cu", constants | {"SPACE": constants["SPACE"] - 256}, "sm_90")
+        compile_cubin("decode.cu", wrong, "sm_90")
 
 
 def test_functions_need_a_gpu() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvquant.kernels.cuda_build import compile_cubin
-from kvquant.kernels.cuda_pack import PackShape, tokens_a_program
+from kvquant.kernels.cuda_pack import PackShape, tokens_per_block
 from kvquant.quantization.batched_quant import BatchedKVQuantizer
 from tests.kernels.emulate import emulate
 from tests.support.packing import check_packed, check_shared_arena
@@ -116,10 +116,10 @@ def test_whole_layers_on_a_gpu(
     check(make(heads, dim, bits, outliers), keys[2:3].contiguous(), values[2:3].contiguous())
 
 
-def test_several_tokens_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_tokens_per_block(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvquant.kernels import cuda_pack
 
-    monkeypatch.setattr(cuda_pack, "tokens_a_program", lambda *_: 7)
+    monkeypatch.setattr(cuda_pack, "tokens_per_block", lambda *_: 7)
     for kind in ("normal", "constant tokens"):
         keys, values = tokens(kind, (2, 32, 8, 128), torch.float16, 9)
         check(make(8, 128, 3, 0.01), keys, values)
@@ -182,10 +182,10 @@ def test_what_does_not_lie_even_is_left_to_others() -> None:
 )
 def test_compiles_without_a_gpu(shape: PackShape, arch: str) -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
-    assert len(compile_cubin("pack.cu", shape.constants(), arch)) > 10_000
+    assert len(compile_cubin("pack.cu", shape.header(), arch)) > 10_000
 
 
 def test_a_program_takes_several_tokens_only_where_there_are_many() -> None:
-    assert tokens_a_program(64, 132, 128) == 1
-    assert tokens_a_program(16384, 132, 128) >= 1
-    assert np.all(np.diff([tokens_a_program(n, 132, 128) for n in range(64, 10**6, 9999)]) >= 0)
+    assert tokens_per_block(64, 132, 128) == 1
+    assert tokens_per_block(16384, 132, 128) >= 1
+    assert np.all(np.diff([tokens_per_block(n, 132, 128) for n in range(64, 10**6, 9999)]) >= 0)

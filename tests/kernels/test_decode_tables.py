@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import cmath
+import ctypes
 import struct
 
 import pytest
 import torch
 
 from kvquant.formats.layer_quantizer import LayerQuantizer
-from kvquant.kernels.decode_tables import HeadTables, RopeTables, head_table_bytes
+from kvquant.kernels.cuda_structs import head_table_struct
+from kvquant.kernels.decode_tables import HeadTables, RopeTables
 from kvquant.quantization.nuq import fit
 from tests.support.rope import rope
 
@@ -28,7 +30,7 @@ def test_head_tables(bits: int, dim: int) -> None:
     )
     made = HeadTables.make(tables)
     assert made.value_levels is tables.value_levels
-    assert made.heads.shape == (heads, head_table_bytes(bits, dim) + 4 * dim)
+    assert made.heads.shape == (heads, ctypes.sizeof(head_table_struct(bits, dim)) + 4 * dim)
     for h, row in enumerate(made.heads):
         data = row.numpy().tobytes()
         # Scales and zeros by selector word and lane of four, eight channels each.
@@ -60,7 +62,7 @@ def test_head_tables(bits: int, dim: int) -> None:
         last, first_level, furthest, _ = struct.unpack_from("<4f", data, at)
         assert (last, first_level) == (half(ours[-1]), half(ours[0]))
         at += 16
-        assert at == head_table_bytes(bits, dim)
+        assert at == ctypes.sizeof(head_table_struct(bits, dim))
         ends = struct.unpack_from(f"<{2 * dim}e", data, at)
         for c in range(dim):
             for side, level in enumerate((tables.key_levels[0], tables.key_levels[-1])):

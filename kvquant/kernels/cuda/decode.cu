@@ -14,14 +14,16 @@
 //      of all queries of a group then cost as much as those of one. Rows are tokens. A key is level
 //      * scale + zero of its channel, rotated by its place in the chunk; the query is rotated back
 //      by the chunk's first position (decode_scores.cuh).
-//   3. Softmax. The scores of the whole thread block are there, so weights need no correction later.
+//   3. Softmax. The scores of the whole thread block are there, so weights need no correction
+//   later.
 //   4. Outliers of values: (exact - dequantized) times the weight, added up for each channel.
-//   5. Output, one chunk per warp at a time; rows are channels. A token's scale goes into its weight
+//   5. Output, one chunk per warp at a time; rows are channels. A token's scale goes into its
+//   weight
 //      and its zero into one sum (decode_output.cuh).
-// The sums of phases 1 and 4 are of integers, in units of their largest part, in shared memory: they
-// do not depend on the order of the additions, and integer additions are faster there than those of
-// floats. What these phases read is copied to shared memory while the thread does something else
-// (cp.async), and codes are fetched into the L2 cache one chunk ahead.
+// The sums of phases 1 and 4 are of integers, in units of their largest part, in shared memory:
+// they do not depend on the order of the additions, and integer additions are faster there than
+// those of floats. What these phases read is copied to shared memory while the thread does
+// something else (cp.async), and codes are fetched into the L2 cache one chunk ahead.
 //
 // The last split of each sequence takes its 16-bit tokens (decode_16bit.cuh). A second kernel,
 // `combine`, adds up the splits.
@@ -32,8 +34,10 @@
 #include "decode_prepare.cuh"
 #include "decode_scores.cuh"
 
-// Phases 1 to 5 over the packed chunks of a  Returns the unit of `smem.out_change`.
-__device__ __forceinline__ float attend_packed(const DecodeParams& params, SharedStorage& smem, float score_scale, int num_chunks, int warp_idx, int lane_idx, int g, int t) {
+// Phases 1 to 5 over the packed chunks of a split. Returns the unit of `smem.out_change`.
+__device__ __forceinline__ float attend_packed(const DecodeParams& params, SharedStorage& smem,
+                                               float score_scale, int num_chunks, int warp_idx,
+                                               int lane_idx, int g, int t) {
   const int num_blocks = num_chunks / CHUNKS_PER_BLOCK;
   float unit = 0.0f;
   if constexpr (HAS_OUTLIERS) {
@@ -69,7 +73,8 @@ __device__ __forceinline__ float attend_packed(const DecodeParams& params, Share
 
 // Adds up the warps' outputs and writes the split's state: maximum, sum and output of each query.
 // `state`: index of the split's first query.
-__device__ __forceinline__ void write_state(const DecodeParams& params, const SharedStorage& smem, i64 state, float unit) {
+__device__ __forceinline__ void write_state(const DecodeParams& params, const SharedStorage& smem,
+                                            i64 state, float unit) {
   for (int i = threadIdx.x; i < GROUP_SIZE * HEAD_DIM; i += NUM_THREADS) {
     const int q = i / HEAD_DIM, c = i % HEAD_DIM;
     float value = (float)smem.out_change[q][c] * unit;
@@ -93,14 +98,19 @@ __device__ __forceinline__ void write_state(const DecodeParams& params, const Sh
   }
 }
 
-__device__ __forceinline__ void attend_split(const DecodeParams& params, SharedStorage& smem, BlockFinder& finder, i64 state, bool in_16bit, int first_chunk, int num_chunks, int batch_idx, int kv_head_idx, int warp_idx, int lane_idx) {
+// All phases of a thread block.
+__device__ __forceinline__ void attend_split(const DecodeParams& params, SharedStorage& smem,
+                                             BlockFinder& finder, i64 state, bool in_16bit,
+                                             int first_chunk, int num_chunks, int batch_idx,
+                                             int kv_head_idx, int warp_idx, int lane_idx) {
   const int g = lane_idx / 4, t = lane_idx % 4;
   // Loads are issued before what needs them; the dependent steps of finding the blocks are spread
   // among them.
   finder.read_arena(params);
   const float score_scale = __ldg(params.thetas + HALF_DIM) * params.score_scale;
   QueryLoads queries;
-  queries.load(params.query + (i64)(batch_idx * params.num_kv_heads + kv_head_idx) * GROUP_SIZE * HEAD_DIM);
+  queries.load(params.query +
+               (i64)(batch_idx * params.num_kv_heads + kv_head_idx) * GROUP_SIZE * HEAD_DIM);
   copy_tables(params, smem, kv_head_idx, first_chunk, num_chunks);
   finder.read_outlier_lists(params, kv_head_idx);
   queries.store(smem, score_scale, warp_idx, lane_idx);
@@ -117,23 +127,32 @@ __device__ __forceinline__ void attend_split(const DecodeParams& params, SharedS
   write_state(params, smem, state, unit);
 }
 
-// Grid: [num_kv_heads, batch, splits]. Heads come first, so that the splits in 16 bits, which take a
-// short time, start last and fill what the last wave of thread blocks leaves free.
-extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS_PER_SM) decode(const DecodeParams params) {
+// Grid: [num_kv_heads, batch, splits]. Heads come first, so that the splits in 16 bits, which take
+// a short time, start last and fill what the last wave of thread blocks leaves free.
+extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS_PER_SM)
+    decode(const DecodeParams params) {
   DYNAMIC_SHARED(smem_raw, SMEM_BYTES);
   SharedStorage& smem = *(SharedStorage*)smem_raw;
   const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
-  const int kv_head_idx = blockIdx.x, batch_idx = blockIdx.y, split_idx = blockIdx.z, num_splits = gridDim.z;
+  const int kv_head_idx = blockIdx.x, batch_idx = blockIdx.y, split_idx = blockIdx.z,
+            num_splits = gridDim.z;
   const int row = batch_idx * params.num_kv_heads + kv_head_idx;
   const i64 state = ((i64)row * num_splits + split_idx) * GROUP_SIZE;
   const bool in_16bit = split_idx == num_splits - 1;
   const int first_chunk = in_16bit ? 0 : split_idx * params.chunks_per_split;
   BlockFinder finder;
-  finder.read_numbers(params.block_table + (i64)batch_idx * params.block_table_stride + first_chunk / CHUNKS_PER_BLOCK, params.block_table_stride - first_chunk / CHUNKS_PER_BLOCK, warp_idx, lane_idx);
-  const int num_chunks = in_16bit ? 0 : min(params.chunks_per_split, params.lengths[batch_idx * 3 + 1] * CHUNKS_PER_BLOCK - first_chunk);
+  finder.read_numbers(params.block_table + (i64)batch_idx * params.block_table_stride +
+                          first_chunk / CHUNKS_PER_BLOCK,
+                      params.block_table_stride - first_chunk / CHUNKS_PER_BLOCK, warp_idx,
+                      lane_idx);
+  const int num_chunks =
+      in_16bit ? 0
+               : min(params.chunks_per_split,
+                     params.lengths[batch_idx * 3 + 1] * CHUNKS_PER_BLOCK - first_chunk);
   finder.limit(num_chunks / CHUNKS_PER_BLOCK, warp_idx, lane_idx);
   if (in_16bit || num_chunks > 0) {
-    attend_split(params, smem, finder, state, in_16bit, first_chunk, num_chunks, batch_idx, kv_head_idx, warp_idx, lane_idx);
+    attend_split(params, smem, finder, state, in_16bit, first_chunk, num_chunks, batch_idx,
+                 kv_head_idx, warp_idx, lane_idx);
   } else if (threadIdx.x < GROUP_SIZE) {
     params.partial_state[(state + threadIdx.x) * 2] = NO_SCORE;
     params.partial_state[(state + threadIdx.x) * 2 + 1] = 0.0f;
@@ -147,8 +166,9 @@ constexpr int SPLITS_PER_WARP = 32 / COMBINE_WARPS;  // of the first 32 splits
 // Adds up the splits of one query head of a sequence, weighted by their maxima. A thread block has
 // little to do but to wait for memory, so its warps share the splits, and what they read first, the
 // outputs of the first 32 splits, does not depend on the rest.
-extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) combine(
-    const float* __restrict__ partial_out, const float* __restrict__ partial_state, u16* __restrict__ out, int num_splits) {
+extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1)
+    combine(const float* __restrict__ partial_out, const float* __restrict__ partial_state,
+            u16* __restrict__ out, int num_splits) {
   __shared__ float rows[COMBINE_WARPS][HEAD_DIM];
   const int row = blockIdx.x, warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
   const i64 first = (i64)(row / GROUP_SIZE) * num_splits * GROUP_SIZE + row % GROUP_SIZE;
@@ -159,10 +179,13 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) combine(
   for (int k = 0; k < SPLITS_PER_WARP; k++)
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 32; i++)
-      if (warp_idx + k * COMBINE_WARPS < num_splits) ahead[k][i] = __ldg(outs + (warp_idx + k * COMBINE_WARPS) * GROUP_SIZE * HEAD_DIM + i * 32);
-  const float2 own = lane_idx < num_splits ? __ldg(states + lane_idx * GROUP_SIZE) : make_float2(NO_SCORE, 0.0f);
+      if (warp_idx + k * COMBINE_WARPS < num_splits)
+        ahead[k][i] = __ldg(outs + (warp_idx + k * COMBINE_WARPS) * GROUP_SIZE * HEAD_DIM + i * 32);
+  const float2 own =
+      lane_idx < num_splits ? __ldg(states + lane_idx * GROUP_SIZE) : make_float2(NO_SCORE, 0.0f);
   float maximum = own.x;
-  for (int s = lane_idx + 32; s < num_splits; s += 32) maximum = fmaxf(maximum, __ldg(&states[s * GROUP_SIZE].x));
+  for (int s = lane_idx + 32; s < num_splits; s += 32)
+    maximum = fmaxf(maximum, __ldg(&states[s * GROUP_SIZE].x));
   maximum = warp_max_signed(maximum);
   float factor = own.y > 0.0f ? exp2(own.x - maximum) : 0.0f;  // an empty split wrote no output
   float total = factor * own.y;
@@ -176,7 +199,9 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) combine(
       if (f > 0.0f) sum[i] = fmaf(f, ahead[k][i], sum[i]);
   }
   for (int begin = 32; begin < num_splits; begin += 32) {
-    const float2 more = begin + lane_idx < num_splits ? __ldg(states + (begin + lane_idx) * GROUP_SIZE) : make_float2(NO_SCORE, 0.0f);
+    const float2 more = begin + lane_idx < num_splits
+                            ? __ldg(states + (begin + lane_idx) * GROUP_SIZE)
+                            : make_float2(NO_SCORE, 0.0f);
     factor = more.y > 0.0f ? exp2(more.x - maximum) : 0.0f;
     total = fmaf(factor, more.y, total);
 #pragma unroll
@@ -184,7 +209,11 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) combine(
       const float f = __shfl_sync(~0u, factor, warp_idx + k * COMBINE_WARPS);
 #pragma unroll
       for (int i = 0; i < HEAD_DIM / 32; i++)
-        if (f > 0.0f) sum[i] = fmaf(f, __ldg(outs + (begin + warp_idx + k * COMBINE_WARPS) * GROUP_SIZE * HEAD_DIM + i * 32), sum[i]);
+        if (f > 0.0f)
+          sum[i] = fmaf(
+              f,
+              __ldg(outs + (begin + warp_idx + k * COMBINE_WARPS) * GROUP_SIZE * HEAD_DIM + i * 32),
+              sum[i]);
     }
   }
 #pragma unroll

@@ -23,13 +23,14 @@ template <typename E> __device__ __forceinline__ int elements_before(const E* p)
   return (int)((u64)p & 15) / (int)sizeof(E);
 }
 
-// Begins to copy the 16-byte pieces that hold the elements of two arrays: half of the lanes copy the
-// one, the others the other.
+// Begins to copy the 16-byte pieces that hold the elements of two arrays: half of the lanes copy
+// the one, the others the other.
 //
 // \tparam MAX_COUNT  most elements per array
 // \tparam A, B       types of the elements
 template <int MAX_COUNT, typename A, typename B>
-__device__ __forceinline__ void stage_arrays(A* to_a, const A* from_a, B* to_b, const B* from_b, int count, int lane_idx) {
+__device__ __forceinline__ void stage_arrays(A* to_a, const A* from_a, B* to_b, const B* from_b,
+                                             int count, int lane_idx) {
   const bool second = lane_idx & 16;
   const u8* const from = second ? (const u8*)from_b : (const u8*)from_a;
   u8* const to = second ? (u8*)to_b : (u8*)to_a;
@@ -48,23 +49,30 @@ struct OutlierView {
   const position_t *positions, *staged_positions;
   const u16 *values, *staged_values;
 
-  __device__ __forceinline__ OutlierView(const BlockEntry& block, const StagedOutliers& staged, int side)
-      : count(block.num_outliers[side]), positions(block.positions[side]), values(block.outliers[side]) {
+  __device__ __forceinline__ OutlierView(const BlockEntry& block, const StagedOutliers& staged,
+                                         int side)
+      : count(block.num_outliers[side]),
+        positions(block.positions[side]),
+        values(block.outliers[side]) {
     staged_positions = staged.positions + elements_before(positions);
     staged_values = staged.values + elements_before(values);
   }
 };
-__device__ __forceinline__ void stage_outliers(StagedOutliers& staged, const BlockEntry& block, int side, int lane_idx) {
+__device__ __forceinline__ void stage_outliers(StagedOutliers& staged, const BlockEntry& block,
+                                               int side, int lane_idx) {
   const int count = min(block.num_outliers[side], STAGED_OUTLIERS);
-  stage_arrays<STAGED_OUTLIERS>(staged.positions, block.positions[side], staged.values, block.outliers[side], count, lane_idx);
+  stage_arrays<STAGED_OUTLIERS>(staged.positions, block.positions[side], staged.values,
+                                block.outliers[side], count, lane_idx);
 }
 
 // Begins to copy the outliers of one side of the warp's blocks.
-__device__ __forceinline__ void stage_warp_outliers(SharedStorage& smem, int side, int num_blocks, int warp_idx, int lane_idx) {
+__device__ __forceinline__ void stage_warp_outliers(SharedStorage& smem, int side, int num_blocks,
+                                                    int warp_idx, int lane_idx) {
 #pragma unroll 1
   for (int j = 0; j < MAX_BLOCKS_PER_WARP; j++) {
     const int block_idx = warp_idx + j * NUM_WARPS;
-    if (block_idx < num_blocks) stage_outliers(smem.staged[block_idx], smem.blocks[block_idx], side, lane_idx);
+    if (block_idx < num_blocks)
+      stage_outliers(smem.staged[block_idx], smem.blocks[block_idx], side, lane_idx);
   }
 }
 
@@ -76,8 +84,10 @@ struct BlockFinder {
   i64 address[NUM_ARENA_FIELDS];
   int begin[2], count[2];
 
-  // Reads the block numbers. `capacity`: entries of the table, of which later ones may hold no block.
-  __device__ __forceinline__ void read_numbers(const int* block_table, int capacity, int warp_idx, int lane_idx) {
+  // Reads the block numbers. `capacity`: entries of the table, of which later ones may hold no
+  // block.
+  __device__ __forceinline__ void read_numbers(const int* block_table, int capacity, int warp_idx,
+                                               int lane_idx) {
     found = lane_idx < MAX_BLOCKS_PER_WARP && warp_idx + lane_idx * NUM_WARPS < capacity;
     block_number = found ? (u32)__ldg(block_table + warp_idx + lane_idx * NUM_WARPS) : 0;
   }
@@ -88,7 +98,8 @@ struct BlockFinder {
     if (!found) return;
     const i64* arena = params.arenas + (i64)(block_number >> PLACE_BITS) * NUM_ARENA_FIELDS;
 #pragma unroll
-    for (int i = 0; i < (HAS_OUTLIERS ? (int)NUM_ARENA_FIELDS : (int)KEY_BEGIN); i++) address[i] = __ldg(arena + i);
+    for (int i = 0; i < (HAS_OUTLIERS ? (int)NUM_ARENA_FIELDS : (int)KEY_BEGIN); i++)
+      address[i] = __ldg(arena + i);
   }
   __device__ __forceinline__ u32 place() const { return block_number & ((1u << PLACE_BITS) - 1); }
   __device__ __forceinline__ void read_outlier_lists(const DecodeParams& params, int kv_head_idx) {
@@ -101,7 +112,8 @@ struct BlockFinder {
       count[VALUES] = __ldg((const count_t*)address[VALUE_COUNT] + list);
     }
   }
-  __device__ __forceinline__ void store(const DecodeParams& params, SharedStorage& smem, int kv_head_idx, int warp_idx, int lane_idx) const {
+  __device__ __forceinline__ void store(const DecodeParams& params, SharedStorage& smem,
+                                        int kv_head_idx, int warp_idx, int lane_idx) const {
     if (!found) return;
     const i64 token_block = place(), head_block = token_block * params.num_kv_heads + kv_head_idx;
     BlockEntry& block = smem.blocks[warp_idx + lane_idx * NUM_WARPS];
@@ -121,7 +133,8 @@ struct BlockFinder {
 };
 
 // Where a chunk's codes of one side begin; of a chunk behind the last one, any codes.
-__device__ __forceinline__ const u8* chunk_codes(const SharedStorage& smem, int side, int kv_chunk_idx, int num_chunks) {
+__device__ __forceinline__ const u8* chunk_codes(const SharedStorage& smem, int side,
+                                                 int kv_chunk_idx, int num_chunks) {
   return smem.blocks[kv_chunk_idx < num_chunks ? kv_chunk_idx / CHUNKS_PER_BLOCK : 0].codes[side] +
          kv_chunk_idx % CHUNKS_PER_BLOCK * (CHUNK_SIZE * TOKEN_BYTES);
 }

@@ -1,15 +1,16 @@
 // Packed codes in registers, as selectors of byte permutations that look up levels.
 //
 // A token's row holds the codes' lower two bits as a plane of HEAD_DIM / 4 bytes; behind it, with 3
-// bits per code, their third bits as HEAD_DIM / 8 bytes, with 4 bits the second half of the nibbles.
-// A selector's nibbles are codes: the low ones of channels c.., the high ones of c + HALF_DIM...
+// bits per code, their third bits as HEAD_DIM / 8 bytes, with 4 bits the second half of the
+// nibbles. A selector's nibbles are codes: the low ones of channels c.., the high ones of c +
+// HALF_DIM...
 #pragma once
 
 #include "decode_instructions.cuh"
 #include "decode_shape.cuh"
 
-// The selectors in the lower and in the upper bit pairs of a word of the plane. `top_bits`: the word
-// with third bits, of 3-bit codes.
+// The selectors in the lower and in the upper bit pairs of a word of the plane. `top_bits`: the
+// word with third bits, of 3-bit codes.
 __device__ __forceinline__ u32 first_selectors(u32 plane, u32 top_bits) {
   if constexpr (BITS == 3) return (plane & 0x33333333u) | ((top_bits << 2) & 0x44444444u);
   else return plane & 0x33333333u;
@@ -28,8 +29,10 @@ struct KeyCodes {
     for (int h = 0; h < 2; h++) {
       const u8* row = codes + (8 * h + g) * TOKEN_BYTES;
       load_words(low[h][0], row + HEAD_DIM / 16 * t);
-      if constexpr (BITS == 4) load_words(low[h][CODE_PLANES - 1], row + HEAD_DIM / 4 + HEAD_DIM / 16 * t);
-      else if constexpr (BITS == 3) load_words(high[h], row + HEAD_DIM / 4 + HEAD_DIM / 16 * (t & 1));
+      if constexpr (BITS == 4)
+        load_words(low[h][CODE_PLANES - 1], row + HEAD_DIM / 4 + HEAD_DIM / 16 * t);
+      else if constexpr (BITS == 3)
+        load_words(high[h], row + HEAD_DIM / 4 + HEAD_DIM / 16 * (t & 1));
     }
   }
   __device__ __forceinline__ u32 selector(int h, int w, int j, int t) const {
@@ -41,7 +44,9 @@ struct KeyCodes {
 
 // Where a thread's codes of the values of tokens r and r + 1 of a tile lie, r = 2t + (0, 8). The
 // second offset is that of the third bits, or of 4-bit codes' second half.
-__device__ __forceinline__ int value_low_offset(int g, int t) { return 2 * t * TOKEN_BYTES + VALUE_BYTES * g; }
+__device__ __forceinline__ int value_low_offset(int g, int t) {
+  return 2 * t * TOKEN_BYTES + VALUE_BYTES * g;
+}
 __device__ __forceinline__ int value_high_offset(int g, int t) {
   return 2 * t * TOKEN_BYTES + HEAD_DIM / 4 + (BITS == 3 ? VALUE_BYTES * (g & 3) : VALUE_BYTES * g);
 }
@@ -67,6 +72,7 @@ struct ValueCodes {
   __device__ __forceinline__ u32 selector(int h, int e, int w, int j, int g) const {
     if constexpr (BITS == 4) return low[h][e][j][w];
     const u32 top_bits = BITS == 3 ? high[h][e][w] >> (g >> 2) : 0;
-    return j ? second_selectors(low[h][e][0][w], top_bits) : first_selectors(low[h][e][0][w], top_bits);
+    return j ? second_selectors(low[h][e][0][w], top_bits)
+             : first_selectors(low[h][e][0][w], top_bits);
   }
 };

@@ -7,7 +7,8 @@
 #include "decode_blocks.cuh"
 
 // The largest magnitude of the outliers of one side of the warp's blocks.
-__device__ __forceinline__ u32 largest_outlier(const SharedStorage& smem, int side, int num_blocks, int warp_idx, int lane_idx) {
+__device__ __forceinline__ u32 largest_outlier(const SharedStorage& smem, int side, int num_blocks,
+                                               int warp_idx, int lane_idx) {
   u32 largest = 0;
 #pragma unroll 1
   for (int j = 0; j < MAX_BLOCKS_PER_WARP; j++) {
@@ -39,15 +40,17 @@ struct ScoreCorrection {
     const KeyChannel channel = smem.k_channels[c];
     const float low = low_half(channel.level_ends), high = high_half(channel.level_ends);
     const float d = (x - (x + x > low + high ? high : low)) * inverse;
-    const float angle = fmaf((float)(token - chunk * CHUNK_SIZE), channel.theta,
-                             smem.tables.phases[block_idx * CHUNKS_PER_BLOCK + chunk][c % HALF_DIM]);
+    const float angle =
+        fmaf((float)(token - chunk * CHUNK_SIZE), channel.theta,
+             smem.tables.phases[block_idx * CHUNKS_PER_BLOCK + chunk][c % HALF_DIM]);
     return make_float2(d * cosine(angle), d * sine(angle));
   }
   __device__ __forceinline__ void add(int position, float2 d, const QueryPair& pair) const {
 #pragma unroll
     for (int q = 0; q < GROUP_SIZE; q++) {
       const float a = load16((u16)(pair.query[q] & 0xFFFF)), b = load16((u16)(pair.query[q] >> 16));
-      atomicAdd(&smem.score_change[q][block_idx * BLOCK_SIZE + position / HEAD_DIM], round_to_int(b, d.y, a, d.x));
+      atomicAdd(&smem.score_change[q][block_idx * BLOCK_SIZE + position / HEAD_DIM],
+                round_to_int(b, d.y, a, d.x));
     }
   }
   __device__ __forceinline__ void add_all(const OutlierView& outliers, int lane_idx) const {
@@ -69,17 +72,20 @@ struct ScoreCorrection {
 #pragma unroll 1
     for (int i = STAGED_OUTLIERS + lane_idx; i < outliers.count; i += 32) {
       const int position = (int)__ldg(outliers.positions + i);
-      add(position, residual(position, load16(__ldg(outliers.values + i))), smem.query_pairs[position % HEAD_DIM]);
+      add(position, residual(position, load16(__ldg(outliers.values + i))),
+          smem.query_pairs[position % HEAD_DIM]);
     }
   }
 };
 
 // Phase 1: corrections of the scores of the warp's blocks, in a unit of the warp.
-__device__ __forceinline__ void correct_scores(SharedStorage& smem, int num_blocks, int warp_idx, int lane_idx, float score_scale) {
+__device__ __forceinline__ void correct_scores(SharedStorage& smem, int num_blocks, int warp_idx,
+                                               int lane_idx, float score_scale) {
   // An outlier differs from its level by no more than the largest of both.
-  const float reach = sqrtf(warp_max(lane_idx < NUM_WARPS ? smem.query_reach[lane_idx] : 0.0f)) * 1.01f;
-  const float bound =
-      load16((u16)largest_outlier(smem, KEYS, num_blocks, warp_idx, lane_idx)) + smem.head_table.largest_key;
+  const float reach =
+      sqrtf(warp_max(lane_idx < NUM_WARPS ? smem.query_reach[lane_idx] : 0.0f)) * 1.01f;
+  const float bound = load16((u16)largest_outlier(smem, KEYS, num_blocks, warp_idx, lane_idx)) +
+                      smem.head_table.largest_key;
   const float unit = bound * reach * score_scale * SCORE_UNIT;
   const float inverse = unit > 1e-30f ? score_scale / unit : 0.0f;
 #pragma unroll 1
@@ -92,9 +98,10 @@ __device__ __forceinline__ void correct_scores(SharedStorage& smem, int num_bloc
   }
 }
 
-// The level of the dense code that the packer found for the same number. Only nearly constant tokens
-// need it.
-__device__ __noinline__ float find_level(const float* midpoints, const float* levels, float away, float scale) {
+// The level of the dense code that the packer found for the same number. Only nearly constant
+// tokens need it.
+__device__ __noinline__ float find_level(const float* midpoints, const float* levels, float away,
+                                         float scale) {
   const float normalized = away * (scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, scale));
   int code = 0;
   for (int k = NUM_LEVELS / 2; k; k >>= 1) code += normalized > midpoints[code + k - 1] ? k : 0;
@@ -112,16 +119,19 @@ struct OutputCorrection {
 
   // The exact value minus the dequantized one, in units.
   __device__ __forceinline__ float residual(int position, float x) const {
-    const float zero = load16(zeros[position / HEAD_DIM]), scale = load16(scales[position / HEAD_DIM]);
+    const float zero = load16(zeros[position / HEAD_DIM]),
+                scale = load16(scales[position / HEAD_DIM]);
     const float away = x - zero;
     float level = away > 0.0f ? high : low;  // almost always: it lies outside the others' range
-    if (fabsf(away) <= scale * bound) level = find_level(smem.head_table.value_midpoints, value_levels, away, scale);
+    if (fabsf(away) <= scale * bound)
+      level = find_level(smem.head_table.value_midpoints, value_levels, away, scale);
     return (x - fmaf(level, scale, zero)) * inverse;
   }
   __device__ __forceinline__ void load_weights(int position, u32 (&w)[GROUP_SIZE]) const {
     const int token = block_idx * BLOCK_SIZE + position / HEAD_DIM;
 #pragma unroll
-    for (int q = 0; q < GROUP_SIZE; q++) w[q] = ((const u16*)&smem.weight[q][token / 2].y)[token % 2];
+    for (int q = 0; q < GROUP_SIZE; q++)
+      w[q] = ((const u16*)&smem.weight[q][token / 2].y)[token % 2];
   }
   __device__ __forceinline__ void add(int position, float d, const u32 (&w)[GROUP_SIZE]) const {
 #pragma unroll
@@ -136,12 +146,14 @@ struct OutputCorrection {
       const int first = i < outliers.count ? (int)outliers.staged_positions[i] : 0;
       u32 first_weights[GROUP_SIZE];
       load_weights(first, first_weights);
-      const float d = i < outliers.count ? residual(first, load16(outliers.staged_values[i])) : 0.0f;
+      const float d =
+          i < outliers.count ? residual(first, load16(outliers.staged_values[i])) : 0.0f;
       if (r + 1 < OUTLIER_ROUNDS && (r + 1) * 32 < outliers.count) {
         const int second = k < outliers.count ? (int)outliers.staged_positions[k] : 0;
         u32 second_weights[GROUP_SIZE];
         load_weights(second, second_weights);
-        const float e = k < outliers.count ? residual(second, load16(outliers.staged_values[k])) : 0.0f;
+        const float e =
+            k < outliers.count ? residual(second, load16(outliers.staged_values[k])) : 0.0f;
         if (k < outliers.count) add(second, e, second_weights);
       }
       if (i < outliers.count) add(first, d, first_weights);
@@ -157,7 +169,9 @@ struct OutputCorrection {
 };
 
 // Phase 4: corrections of the output by the warp's blocks, in a unit that all warps share.
-__device__ __forceinline__ void correct_output(const DecodeParams& params, SharedStorage& smem, int num_blocks, int warp_idx, int lane_idx, float unit) {
+__device__ __forceinline__ void correct_output(const DecodeParams& params, SharedStorage& smem,
+                                               int num_blocks, int warp_idx, int lane_idx,
+                                               float unit) {
   const float inverse = unit > 1e-30f ? 1.0f / unit : 0.0f;
   const HeadTable& table = smem.head_table;
   const float high = table.value_ends[0], low = table.value_ends[1];
@@ -168,7 +182,9 @@ __device__ __forceinline__ void correct_output(const DecodeParams& params, Share
     const int block_idx = warp_idx + j * NUM_WARPS;
     if (block_idx >= num_blocks) break;
     const OutlierView outliers(smem.blocks[block_idx], smem.staged[block_idx], VALUES);
-    const u16 *zeros = (const u16*)smem.v_zeros[block_idx], *scales = (const u16*)smem.v_scales[block_idx];
-    OutputCorrection{smem, params.value_levels, block_idx, zeros, scales, inverse, low, high, bound}.add_all(outliers, lane_idx);
+    const u16 *zeros = (const u16*)smem.v_zeros[block_idx],
+              *scales = (const u16*)smem.v_scales[block_idx];
+    OutputCorrection{smem, params.value_levels, block_idx, zeros, scales, inverse, low, high, bound}
+        .add_all(outliers, lane_idx);
   }
 }

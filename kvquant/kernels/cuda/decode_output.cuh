@@ -5,7 +5,9 @@
 #include "decode_codes.cuh"
 
 // Adds the weighted values of a tile of 16 tokens: channels in rows, queries 2t, 2t + 1 in columns.
-__device__ __forceinline__ void multiply_value_tile(float (&out)[HEAD_DIM / 16][4], const ValueCodes& codes, const Levels& levels, u32 w0, u32 w1, int g) {
+__device__ __forceinline__ void multiply_value_tile(float (&out)[HEAD_DIM / 16][4],
+                                                    const ValueCodes& codes, const Levels& levels,
+                                                    u32 w0, u32 w1, int g) {
 #pragma unroll
   for (int w = 0; w < VALUE_WORDS; w++)
 #pragma unroll
@@ -26,13 +28,16 @@ __device__ __forceinline__ void multiply_value_tile(float (&out)[HEAD_DIM / 16][
           levels.look_up(mixed[n][0] >> (16 * half), h0, l0);
           levels.look_up(mixed[n][1] >> (16 * half), h1, l1);
           const int tile = ((w * 2 + j) * 2 + n) * VALUE_HALVES + half;
-          mma_m16n8k16(out[tile], permute_bytes(l0, h0, 0x5140), permute_bytes(l0, h0, 0x7362), permute_bytes(l1, h1, 0x5140), permute_bytes(l1, h1, 0x7362), w0, w1);
+          mma_m16n8k16(out[tile], permute_bytes(l0, h0, 0x5140), permute_bytes(l0, h0, 0x7362),
+                       permute_bytes(l1, h1, 0x5140), permute_bytes(l1, h1, 0x7362), w0, w1);
         }
     }
 }
 
 // The weighted values of the warp's chunks, as accumulators.
-__device__ __forceinline__ void accumulate_values(const SharedStorage& smem, int num_chunks, int warp_idx, int lane_idx, float (&out)[HEAD_DIM / 16][4]) {
+__device__ __forceinline__ void accumulate_values(const SharedStorage& smem, int num_chunks,
+                                                  int warp_idx, int lane_idx,
+                                                  float (&out)[HEAD_DIM / 16][4]) {
   const int g = lane_idx / 4, t = lane_idx % 4;
   Levels levels;
   levels.load(smem.head_table.levels[VALUES], lane_idx);
@@ -51,7 +56,8 @@ __device__ __forceinline__ void accumulate_values(const SharedStorage& smem, int
       odd.load(low_codes + (16 * m + 16) * TOKEN_BYTES, high_codes + (16 * m + 16) * TOKEN_BYTES);
       multiply_value_tile(out, even, levels, weights[8 * m].x, weights[8 * m + 4].x, g);
       if (m + 2 < TILES_PER_CHUNK)
-        even.load(low_codes + (16 * m + 32) * TOKEN_BYTES, high_codes + (16 * m + 32) * TOKEN_BYTES);
+        even.load(low_codes + (16 * m + 32) * TOKEN_BYTES,
+                  high_codes + (16 * m + 32) * TOKEN_BYTES);
       else if (kv_chunk_idx + NUM_WARPS < num_chunks)
         even.load(next_codes + low, next_codes + high);
       multiply_value_tile(out, odd, levels, weights[8 * m + 8].x, weights[8 * m + 12].x, g);
@@ -61,10 +67,13 @@ __device__ __forceinline__ void accumulate_values(const SharedStorage& smem, int
 }
 
 // Writes a warp's accumulators to shared memory, by query and channel.
-__device__ __forceinline__ void store_accumulators(SharedStorage& smem, const float (&out)[HEAD_DIM / 16][4], int warp_idx, int g, int t) {
+__device__ __forceinline__ void store_accumulators(SharedStorage& smem,
+                                                   const float (&out)[HEAD_DIM / 16][4],
+                                                   int warp_idx, int g, int t) {
 #pragma unroll
   for (int tile = 0; tile < HEAD_DIM / 16; tile++) {
-    const int half = tile % VALUE_HALVES, n = tile / VALUE_HALVES % 2, j = tile / VALUE_HALVES / 2 % 2, w = tile / VALUE_HALVES / 4;
+    const int half = tile % VALUE_HALVES, n = tile / VALUE_HALVES % 2,
+              j = tile / VALUE_HALVES / 2 % 2, w = tile / VALUE_HALVES / 4;
     const int c = VALUE_BYTES * g + 4 * w + 2 * half + (HEAD_DIM / 4) * j + HALF_DIM * n;
 #pragma unroll
     for (int k = 0; k < 4; k++) {

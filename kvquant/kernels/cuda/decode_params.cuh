@@ -15,12 +15,14 @@ struct DecodeParams {
   const int* lengths;      // [batch, 3]: sinks held, blocks, tokens in the tail
   const u8* head_tables;   // [num_kv_heads, HEAD_TABLE_STRIDE]
   const float* value_levels;
-  const u8* rope;          // [CHUNK_SIZE, KEY_SELECTORS, 4, {cos x 4, sin x 4}] fp16: places in a chunk
-  const float* phases;     // [1 + chunks, HALF_DIM] radians: of position 0 and of the chunks' first tokens
-  const float* thetas;     // [HALF_DIM + 1]: radians per token, then the factor on cosine and sine
-  float* partial_out;      // [batch, num_kv_heads, splits, GROUP_SIZE, HEAD_DIM]
-  float* partial_state;    // [batch, num_kv_heads, splits, GROUP_SIZE, 2]: maximum and sum of the scores
+  const u8* rope;  // [CHUNK_SIZE, KEY_SELECTORS, 4, {cos x 4, sin x 4}] fp16: places in a chunk
+  const float*
+      phases;  // [1 + chunks, HALF_DIM] radians: of position 0 and of the chunks' first tokens
+  const float* thetas;  // [HALF_DIM + 1]: radians per token, then the factor on cosine and sine
+  float* partial_out;   // [batch, num_kv_heads, splits, GROUP_SIZE, HEAD_DIM]
+  float*
+      partial_state;  // [batch, num_kv_heads, splits, GROUP_SIZE, 2]: maximum and sum of the scores
   int num_kv_heads, block_table_stride, sink_capacity, tail_capacity, chunks_per_split;
-  float score_scale;       // of the scores, times log2(e)
+  float score_scale;  // of the scores, times log2(e)
 };
 template struct DecodeParamsLayout<DecodeParams>;

@@ -18,7 +18,8 @@ struct QueryLoads {
   }
   // Writes the pairs to shared memory, the sums of the output's corrections as zeros, and the
   // largest squared length of the warp's pairs.
-  __device__ __forceinline__ void store(SharedStorage& smem, float score_scale, int warp_idx, int lane_idx) const {
+  __device__ __forceinline__ void store(SharedStorage& smem, float score_scale, int warp_idx,
+                                        int lane_idx) const {
     float reach = 0.0f;
 #pragma unroll
     for (int k = 0; k < COUNT; k++) {
@@ -43,34 +44,44 @@ struct QueryLoads {
 };
 
 // Begins to copy the rotary tables and the kv head's calibration.
-__device__ __forceinline__ void copy_tables(const DecodeParams& params, SharedStorage& smem, int kv_head_idx, int first_chunk, int num_chunks) {
+__device__ __forceinline__ void copy_tables(const DecodeParams& params, SharedStorage& smem,
+                                            int kv_head_idx, int first_chunk, int num_chunks) {
   const u8* const head_table = params.head_tables + (i64)kv_head_idx * HEAD_TABLE_STRIDE;
   thread_block_loop<CHUNK_SIZE * KEY_SELECTORS * 4>([&](int i) {
-    cp_async_16(smem.tables.rope + i / (KEY_SELECTORS * 4) * ROPE_STRIDE + i % (KEY_SELECTORS * 4) * 16, (const uint4*)params.rope + i);
+    cp_async_16(
+        smem.tables.rope + i / (KEY_SELECTORS * 4) * ROPE_STRIDE + i % (KEY_SELECTORS * 4) * 16,
+        (const uint4*)params.rope + i);
   });
   thread_block_loop<MAX_CHUNKS * HALF_DIM / 4>([&](int i) {
     if (i < num_chunks * (HALF_DIM / 4))
-      cp_async_16((float4*)smem.tables.phases + i, (const float4*)(params.phases + (i64)(first_chunk + 1) * HALF_DIM) + i);
+      cp_async_16((float4*)smem.tables.phases + i,
+                  (const float4*)(params.phases + (i64)(first_chunk + 1) * HALF_DIM) + i);
   });
-  thread_block_loop<HEAD_TABLE_BYTES / 16>([&](int i) { cp_async_16((uint4*)&smem.head_table + i, (const uint4*)head_table + i); });
+  thread_block_loop<HEAD_TABLE_BYTES / 16>(
+      [&](int i) { cp_async_16((uint4*)&smem.head_table + i, (const uint4*)head_table + i); });
   if constexpr (HAS_OUTLIERS) {
     thread_block_loop<2 * HEAD_DIM>([&](int i) {
-      cp_async_4((u32*)smem.k_channels + i, i % 2 ? (const u32*)params.thetas + i / 2 % HALF_DIM : (const u32*)(head_table + HEAD_TABLE_BYTES) + i / 2);
+      cp_async_4((u32*)smem.k_channels + i,
+                 i % 2 ? (const u32*)params.thetas + i / 2 % HALF_DIM
+                       : (const u32*)(head_table + HEAD_TABLE_BYTES) + i / 2);
     });
-    thread_block_loop<GROUP_SIZE * SCORE_STRIDE / 4>([&](int i) { ((int4*)smem.score_change)[i] = make_int4(0, 0, 0, 0); });
+    thread_block_loop<GROUP_SIZE * SCORE_STRIDE / 4>(
+        [&](int i) { ((int4*)smem.score_change)[i] = make_int4(0, 0, 0, 0); });
   }
 }
 
-// Begins to copy zeros, scales and the keys' outliers of the warp's blocks, and fetches the codes of
-// its first chunk.
-__device__ __forceinline__ void copy_blocks(SharedStorage& smem, int num_chunks, int warp_idx, int lane_idx) {
+// Begins to copy zeros, scales and the keys' outliers of the warp's blocks, and fetches the codes
+// of its first chunk.
+__device__ __forceinline__ void copy_blocks(SharedStorage& smem, int num_chunks, int warp_idx,
+                                            int lane_idx) {
   const int num_blocks = num_chunks / CHUNKS_PER_BLOCK;
 #pragma unroll 1
   for (int j = 0; j < MAX_BLOCKS_PER_WARP; j++) {
     const int block_idx = warp_idx + j * NUM_WARPS;
     if (block_idx >= num_blocks) break;
     const BlockEntry& block = smem.blocks[block_idx];
-    stage_arrays<BLOCK_SIZE>((u16*)smem.v_zeros[block_idx], block.v_zeros, (u16*)smem.v_scales[block_idx], block.v_scales, BLOCK_SIZE, lane_idx);
+    stage_arrays<BLOCK_SIZE>((u16*)smem.v_zeros[block_idx], block.v_zeros,
+                             (u16*)smem.v_scales[block_idx], block.v_scales, BLOCK_SIZE, lane_idx);
     if constexpr (HAS_OUTLIERS) stage_outliers(smem.staged[block_idx], block, KEYS, lane_idx);
   }
   if (CHUNKS_PER_BLOCK == 1 && warp_idx < num_chunks) {  // else the block's entry is another warp's

@@ -4,11 +4,16 @@
 #include "decode_blocks.cuh"
 #include "decode_codes.cuh"
 
-// Rotates a warp's queries back by a chunk's first position and writes them as fp16 operands. A lane
-// takes four neighbouring frequencies at a time, or of grouped queries only some of the queries.
-__device__ __forceinline__ void unrotate_queries(const SharedStorage& smem, uint4 (*to)[QUERY_STRIDE], const float* phases, int lane_idx) {
+// Rotates a warp's queries back by a chunk's first position and writes them as fp16 operands. A
+// lane takes four neighbouring frequencies at a time, or of grouped queries only some of the
+// queries.
+__device__ __forceinline__ void unrotate_queries(const SharedStorage& smem,
+                                                 uint4 (*to)[QUERY_STRIDE], const float* phases,
+                                                 int lane_idx) {
   constexpr int QUADS = HALF_DIM / 4;
-  constexpr int LANES_PER_QUAD = QUADS >= 32 || GROUP_SIZE == 1 ? 1 : QUADS == 16 || GROUP_SIZE < 4 ? 2 : 4;
+  constexpr int LANES_PER_QUAD = QUADS >= 32 || GROUP_SIZE == 1  ? 1
+                                 : QUADS == 16 || GROUP_SIZE < 4 ? 2
+                                                                 : 4;
 #pragma unroll
   for (int item = lane_idx; item < QUADS * LANES_PER_QUAD; item += 32) {
     const int quad = item % QUADS, f = 4 * quad;
@@ -19,7 +24,8 @@ __device__ __forceinline__ void unrotate_queries(const SharedStorage& smem, uint
     const int operand = (rest % KEY_WORDS * 2 + j) * 4 + rest / KEY_WORDS;
 #pragma unroll
     for (int q = item / QUADS; q < GROUP_SIZE; q += LANES_PER_QUAD) {
-      const float4 x = *(const float4*)&smem.query[q][f], y = *(const float4*)&smem.query[q][f + HALF_DIM];
+      const float4 x = *(const float4*)&smem.query[q][f],
+                   y = *(const float4*)&smem.query[q][f + HALF_DIM];
       const float a[4] = {x.x, x.y, x.z, x.w}, b[4] = {y.x, y.y, y.z, y.w};
       float low[4], high[4];
 #pragma unroll
@@ -27,7 +33,8 @@ __device__ __forceinline__ void unrotate_queries(const SharedStorage& smem, uint
         low[i] = fmaf(a[i], c[i], b[i] * s[i]);
         high[i] = fmaf(b[i], c[i], -a[i] * s[i]);
       }
-      to[q][operand] = make_uint4(pack2(low[0], low[1]), pack2(high[0], high[1]), pack2(low[2], low[3]), pack2(high[2], high[3]));
+      to[q][operand] = make_uint4(pack2(low[0], low[1]), pack2(high[0], high[1]),
+                                  pack2(low[2], low[3]), pack2(high[2], high[3]));
     }
   }
 }
@@ -41,7 +48,8 @@ template <bool IN_REGISTERS> struct KeyOperands {
   __device__ __forceinline__ KeyOperands(const SharedStorage& smem, int t) {
 #pragma unroll
     for (int s = 0; s < KEY_SELECTORS; s++)
-      scales[s] = smem.head_table.key_operands[s][t][0], zeros[s] = smem.head_table.key_operands[s][t][1];
+      scales[s] = smem.head_table.key_operands[s][t][0],
+      zeros[s] = smem.head_table.key_operands[s][t][1];
   }
   __device__ __forceinline__ void set_queries(const uint4* unrotated) {
 #pragma unroll
@@ -65,7 +73,9 @@ template <> struct KeyOperands<false> {
 typedef KeyOperands<KEY_SELECTORS <= 4> HeldOperands;
 
 // Dequantizes and rotates the four channel pairs of one selector: operands of two products.
-__device__ __forceinline__ void dequantize_keys(u32 (&first)[2], u32 (&second)[2], u32 selector, const Levels& levels, const uint4& scale, const uint4& zero, const u8* rope) {
+__device__ __forceinline__ void dequantize_keys(u32 (&first)[2], u32 (&second)[2], u32 selector,
+                                                const Levels& levels, const uint4& scale,
+                                                const uint4& zero, const u8* rope) {
   u32 h0, l0, h1, l1;
   levels.look_up(selector, h0, l0);
   levels.look_up(selector >> 16, h1, l1);
@@ -86,7 +96,10 @@ __device__ __forceinline__ void dequantize_keys(u32 (&first)[2], u32 (&second)[2
 //
 // \tparam N  number of tiles
 template <int N>
-__device__ __forceinline__ void multiply_key_tiles(float (&scores)[N][4], const HeldOperands& operands, const KeyCodes (&codes)[N], const Levels& levels, const u8* rope, int t) {
+__device__ __forceinline__ void multiply_key_tiles(float (&scores)[N][4],
+                                                   const HeldOperands& operands,
+                                                   const KeyCodes (&codes)[N], const Levels& levels,
+                                                   const u8* rope, int t) {
 #pragma unroll
   for (int k = 0; k < N; k++) scores[k][0] = scores[k][1] = scores[k][2] = scores[k][3] = 0.0f;
 #pragma unroll
@@ -101,9 +114,12 @@ __device__ __forceinline__ void multiply_key_tiles(float (&scores)[N][4], const 
         u32 first[2][2], second[2][2];
 #pragma unroll
         for (int h = 0; h < 2; h++)
-          dequantize_keys(first[h], second[h], codes[k].selector(h, w, j, t), levels, scale, zero, rope + (16 * k + 8 * h) * ROPE_STRIDE + s * 64);
-        mma_m16n8k16(scores[k], first[0][0], first[1][0], first[0][1], first[1][1], query.x, query.y);
-        mma_m16n8k16(scores[k], second[0][0], second[1][0], second[0][1], second[1][1], query.z, query.w);
+          dequantize_keys(first[h], second[h], codes[k].selector(h, w, j, t), levels, scale, zero,
+                          rope + (16 * k + 8 * h) * ROPE_STRIDE + s * 64);
+        mma_m16n8k16(scores[k], first[0][0], first[1][0], first[0][1], first[1][1], query.x,
+                     query.y);
+        mma_m16n8k16(scores[k], second[0][0], second[1][0], second[0][1], second[1][1], query.z,
+                     query.w);
       }
     }
 }
@@ -125,23 +141,27 @@ struct ScoreTiles {
 #pragma unroll
         for (int i = 0; i < 4; i++)
           if (2 * t + i % 2 < GROUP_SIZE)
-            change[k][i] = *(const int*)(scores + i % 2 * SCORE_STRIDE + 16 * (tile + k) + i / 2 * 8);
+            change[k][i] =
+                *(const int*)(scores + i % 2 * SCORE_STRIDE + 16 * (tile + k) + i / 2 * 8);
   }
-  __device__ __forceinline__ void store(const float (&raw)[TILES_PER_STEP][4], int tile, float (&maximum)[2]) const {
+  __device__ __forceinline__ void store(const float (&raw)[TILES_PER_STEP][4], int tile,
+                                        float (&maximum)[2]) const {
 #pragma unroll
     for (int k = 0; k < TILES_PER_STEP; k++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         float x = raw[k][i];
         if constexpr (HAS_OUTLIERS) x = fmaf((float)change[k][i], unit, x);
-        if (2 * t + i % 2 < GROUP_SIZE) scores[i % 2 * SCORE_STRIDE + 16 * (tile + k) + i / 2 * 8] = x;
+        if (2 * t + i % 2 < GROUP_SIZE)
+          scores[i % 2 * SCORE_STRIDE + 16 * (tile + k) + i / 2 * 8] = x;
         maximum[i % 2] = fmaxf(maximum[i % 2], x);
       }
   }
 };
 
 // Phase 2: scores of the warp's chunks, and their maxima.
-__device__ __forceinline__ void compute_scores(SharedStorage& smem, int num_chunks, int warp_idx, int lane_idx) {
+__device__ __forceinline__ void compute_scores(SharedStorage& smem, int num_chunks, int warp_idx,
+                                               int lane_idx) {
   const int g = lane_idx / 4, t = lane_idx % 4;
   Levels levels;
   levels.load(smem.head_table.levels[KEYS], lane_idx);
@@ -151,7 +171,7 @@ __device__ __forceinline__ void compute_scores(SharedStorage& smem, int num_chun
   float maximum[2] = {NO_SCORE, NO_SCORE};
   HeldOperands operands(smem, t);
   KeyCodes even[TILES_PER_STEP], odd[TILES_PER_STEP];
-  auto load = [&](KeyCodes (&codes)[TILES_PER_STEP], const u8* from) {
+  auto load = [&](KeyCodes(&codes)[TILES_PER_STEP], const u8* from) {
 #pragma unroll
     for (int k = 0; k < TILES_PER_STEP; k++) codes[k].load(from + 16 * k * TOKEN_BYTES, g, t);
   };
@@ -168,7 +188,9 @@ __device__ __forceinline__ void compute_scores(SharedStorage& smem, int num_chun
     __syncwarp();
     operands.set_queries(query);
     ScoreTiles tiles{&smem.score[2 * t < GROUP_SIZE ? 2 * t : 0][kv_chunk_idx * CHUNK_SIZE + g],
-                     HAS_OUTLIERS ? smem.score_units[kv_chunk_idx / CHUNKS_PER_BLOCK] : 0.0f, t, {}};
+                     HAS_OUTLIERS ? smem.score_units[kv_chunk_idx / CHUNKS_PER_BLOCK] : 0.0f,
+                     t,
+                     {}};
 #pragma unroll 1
     for (int m = 0; m < TILES_PER_CHUNK; m += 2 * TILES_PER_STEP) {
       const bool last = m + 2 * TILES_PER_STEP >= TILES_PER_CHUNK;
@@ -180,7 +202,8 @@ __device__ __forceinline__ void compute_scores(SharedStorage& smem, int num_chun
       if (!last || kv_chunk_idx + NUM_WARPS < num_chunks)
         load(even, last ? next_codes : k_codes + 16 * (m + 2 * TILES_PER_STEP) * TOKEN_BYTES);
       tiles.load_changes(m + TILES_PER_STEP);
-      multiply_key_tiles(scores, operands, odd, levels, rope + 16 * (m + TILES_PER_STEP) * ROPE_STRIDE, t);
+      multiply_key_tiles(scores, operands, odd, levels,
+                         rope + 16 * (m + TILES_PER_STEP) * ROPE_STRIDE, t);
       tiles.store(scores, m + TILES_PER_STEP, maximum);
     }
     __syncwarp();  // the queries are overwritten for the next chunk
@@ -189,14 +212,16 @@ __device__ __forceinline__ void compute_scores(SharedStorage& smem, int num_chun
 #pragma unroll
   for (int n = 0; n < 2; n++) {
 #pragma unroll
-    for (int d = 4; d < 32; d <<= 1) maximum[n] = fmaxf(maximum[n], __shfl_xor_sync(~0u, maximum[n], d));
+    for (int d = 4; d < 32; d <<= 1)
+      maximum[n] = fmaxf(maximum[n], __shfl_xor_sync(~0u, maximum[n], d));
     if (g == 0 && 2 * t + n < GROUP_SIZE) smem.score_max[2 * t + n][warp_idx] = maximum[n];
   }
 }
 
 // Phase 3: weights of the warp's chunks, relative to the maxima of all warps, and their sums. A
 // token's scale goes into its weight, its zero into one sum.
-__device__ __forceinline__ void compute_weights(SharedStorage& smem, int num_chunks, int warp_idx, int lane_idx) {
+__device__ __forceinline__ void compute_weights(SharedStorage& smem, int num_chunks, int warp_idx,
+                                                int lane_idx) {
   float maximum[GROUP_SIZE], sum[GROUP_SIZE], zeros[GROUP_SIZE];
 #pragma unroll
   for (int q = 0; q < GROUP_SIZE; q++) {
@@ -207,14 +232,17 @@ __device__ __forceinline__ void compute_weights(SharedStorage& smem, int num_chu
   for (int kv_chunk_idx = warp_idx; kv_chunk_idx < num_chunks; kv_chunk_idx += NUM_WARPS)
     if (lane_idx < PAIRS_PER_CHUNK) {
       const int pair = kv_chunk_idx % CHUNKS_PER_BLOCK * PAIRS_PER_CHUNK + lane_idx;
-      const u32 both_scales = smem.v_scales[kv_chunk_idx / CHUNKS_PER_BLOCK][pair], both_zeros = smem.v_zeros[kv_chunk_idx / CHUNKS_PER_BLOCK][pair];
-      const float scale[2] = {load16((u16)(both_scales & 0xFFFF)), load16((u16)(both_scales >> 16))};
+      const u32 both_scales = smem.v_scales[kv_chunk_idx / CHUNKS_PER_BLOCK][pair],
+                both_zeros = smem.v_zeros[kv_chunk_idx / CHUNKS_PER_BLOCK][pair];
+      const float scale[2] = {load16((u16)(both_scales & 0xFFFF)),
+                              load16((u16)(both_scales >> 16))};
       const float zero[2] = {load16((u16)(both_zeros & 0xFFFF)), load16((u16)(both_zeros >> 16))};
 #pragma unroll
       for (int q = 0; q < GROUP_SIZE; q++) {
         uint2* const weight = &smem.weight[q][kv_chunk_idx * PAIRS_PER_CHUNK + lane_idx];
         const uint2 scores = *weight;
-        const float a = exp2(__uint_as_float(scores.x) - maximum[q]), b = exp2(__uint_as_float(scores.y) - maximum[q]);
+        const float a = exp2(__uint_as_float(scores.x) - maximum[q]),
+                    b = exp2(__uint_as_float(scores.y) - maximum[q]);
         sum[q] += a + b;
         zeros[q] = fmaf(a, zero[0], fmaf(b, zero[1], zeros[q]));
         *weight = make_uint2(pack2(a * scale[0], b * scale[1]), pack2(a, b));

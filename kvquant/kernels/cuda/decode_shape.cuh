@@ -28,23 +28,23 @@ constexpr int PAIRS_PER_CHUNK = CHUNK_SIZE / 2;  // pairs of neighbouring tokens
 constexpr int MAX_BLOCKS = MAX_CHUNKS / CHUNKS_PER_BLOCK;
 constexpr int MAX_BLOCKS_PER_WARP = (MAX_BLOCKS + NUM_WARPS - 1) / NUM_WARPS;
 
-constexpr int HALF_DIM = HEAD_DIM / 2;         // RoPE turns channels c and c + HALF_DIM together
+constexpr int HALF_DIM = HEAD_DIM / 2;  // RoPE turns channels c and c + HALF_DIM together
 constexpr int TOKEN_BYTES = HEAD_DIM * BITS / 8;
 constexpr int NUM_LEVELS = 1 << BITS;
 constexpr int LEVEL_WORDS = NUM_LEVELS > 8 ? 4 : 2;  // words of the levels' high (or low) bytes
 
 // What a thread holds of a token's codes, whose lower two bits make a plane of HEAD_DIM / 4 bytes.
-constexpr int KEY_WORDS = HEAD_DIM / 64;         // words of the plane, of keys
-constexpr int KEY_SELECTORS = 2 * KEY_WORDS;     // selector words that these become
-constexpr int VALUE_BYTES = HEAD_DIM / 32;       // bytes of the plane, of values
+constexpr int KEY_WORDS = HEAD_DIM / 64;      // words of the plane, of keys
+constexpr int KEY_SELECTORS = 2 * KEY_WORDS;  // selector words that these become
+constexpr int VALUE_BYTES = HEAD_DIM / 32;    // bytes of the plane, of values
 constexpr int VALUE_WORDS = VALUE_BYTES >= 4 ? VALUE_BYTES / 4 : 1;
 // Selectors look up four levels at a time; of 2-byte words one half is empty.
 constexpr int VALUE_HALVES = VALUE_BYTES >= 4 ? 2 : 1;
-constexpr int CODE_PLANES = BITS == 4 ? 2 : 1;   // planes of two bits
+constexpr int CODE_PLANES = BITS == 4 ? 2 : 1;  // planes of two bits
 
 // Strides in shared memory, padded so that threads that read together meet different banks.
-constexpr int ROPE_STRIDE = HALF_DIM * 4 + 64;         // bytes per token
-constexpr int QUERY_STRIDE = KEY_SELECTORS * 4 + 1;    // operands per query
+constexpr int ROPE_STRIDE = HALF_DIM * 4 + 64;             // bytes per token
+constexpr int QUERY_STRIDE = KEY_SELECTORS * 4 + 1;        // operands per query
 constexpr int SCORE_STRIDE = MAX_CHUNKS * CHUNK_SIZE + 8;  // scores per query
 constexpr int PADDED_GROUP_SIZE = GROUP_SIZE > 4 ? 8 : GROUP_SIZE == 3 ? 4 : GROUP_SIZE;
 

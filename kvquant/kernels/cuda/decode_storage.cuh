@@ -82,7 +82,7 @@ __device__ __forceinline__ int rope_offset(int token, int f) {
 
 // Where channel `c` of a query lies in its operands, in halves.
 __device__ __forceinline__ int query_offset(int c) {
-  int f = c % HALF_DIM, j = f / (HEAD_DIM / 4), rest = f % (HEAD_DIM / 4), t = rest / (HEAD_DIM / 16),
-      w = rest % (HEAD_DIM / 16) / 4;
+  int f = c % HALF_DIM, j = f / (HEAD_DIM / 4), rest = f % (HEAD_DIM / 4),
+      t = rest / (HEAD_DIM / 16), w = rest % (HEAD_DIM / 16) / 4;
   return ((w * 2 + j) * 4 + t) * 8 + (f % 4) / 2 * 4 + (c / HALF_DIM) * 2 + f % 2;
 }

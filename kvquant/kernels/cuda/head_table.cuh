@@ -23,10 +23,10 @@ struct Levels {
     if constexpr (NUM_LEVELS > 8) {
       u32 inner = selector & 0x7777;
       u32 half = ((selector >> 1) & 0x4444) | 0x3210;
-      high_bytes =
-          permute_bytes(permute_bytes(high[0], high[1], inner), permute_bytes(high[2], high[3], inner), half);
-      low_bytes =
-          permute_bytes(permute_bytes(low[0], low[1], inner), permute_bytes(low[2], low[3], inner), half);
+      high_bytes = permute_bytes(permute_bytes(high[0], high[1], inner),
+                                 permute_bytes(high[2], high[3], inner), half);
+      low_bytes = permute_bytes(permute_bytes(low[0], low[1], inner),
+                                permute_bytes(low[2], low[3], inner), half);
     } else {
       high_bytes = permute_bytes(high[0], high[1], selector);
       low_bytes = permute_bytes(low[0], low[1], selector);
@@ -39,10 +39,10 @@ struct __align__(16) HeadTable {
   // By selector word and thread of four: scale and zero of the thread's eight channels, those of
   // the lower half of head_dim first.
   uint4 key_operands[KEY_SELECTORS][4][2];
-  Levels levels[2];                  // of keys, of values
+  Levels levels[2];                   // of keys, of values
   float value_midpoints[NUM_LEVELS];  // where the values' codes change
-  float value_ends[2];               // the last and the first level of values
-  float largest_key;                 // the largest magnitude that a level of keys stands for
+  float value_ends[2];                // the last and the first level of values
+  float largest_key;                  // the largest magnitude that a level of keys stands for
   float padding;
 };
 template struct HeadTableLayout<HeadTable>;

@@ -8,14 +8,16 @@
 
 #include "pack_instructions.cuh"
 
-// The code bits of a row that a thread has: the lower half of a word is for channel c, the upper one
-// for c + 1. With 4 bits `low` and `high` are nibbles of even and odd lane pairs; else `low` has the
-// lower two bits and `high` the third ones.
+// The code bits of a row that a thread has: the lower half of a word is for channel c, the upper
+// one for c + 1. With 4 bits `low` and `high` are nibbles of even and odd lane pairs; else `low`
+// has the lower two bits and `high` the third ones.
 struct CodeBits {
   u32 low = 0, high = 0;
 };
 
-__device__ __forceinline__ u32 choose(u32 mask, u32 yes, u32 no) { return (mask & yes) | (~mask & no); }
+__device__ __forceinline__ u32 choose(u32 mask, u32 yes, u32 no) {
+  return (mask & yes) | (~mask & no);
+}
 
 // Adds the codes of two elements of a lane. `t`: thresholds, each in both halves.
 __device__ __forceinline__ void encode(CodeBits& c, u32 x, const u32* t, int lane) {
@@ -60,5 +62,6 @@ __device__ __forceinline__ void store_bytes(u8* out, u32 word) {
 __device__ __forceinline__ void store_codes(u8* out, const CodeBits& c) {
   store_bytes(out, c.low);
   if constexpr (BITS == 4) store_bytes(out + 2 * LANE_CHANNELS, c.high);
-  else if constexpr (BITS == 3) *(u16*)(out + 2 * LANE_CHANNELS) = (u16)__byte_perm(c.high, 0, 0x4420);
+  else if constexpr (BITS == 3)
+    *(u16*)(out + 2 * LANE_CHANNELS) = (u16)__byte_perm(c.high, 0, 0x4420);
 }

@@ -9,21 +9,23 @@ constexpr bool COMPARE_AS_FLOATS = BF16 && __CUDA_ARCH__ < 900;
 
 // Comparisons whose results are masks of both halves. Unordered ones (u) are true for NaN. A macro,
 // since an instruction's name must be a literal.
-#define COMPARE(name, op)                                                                            \
-  __device__ __forceinline__ u32 name(u32 a, u32 b) {                                                \
-    if constexpr (COMPARE_AS_FLOATS) {                                                               \
-      u32 low, high;                                                                                 \
-      asm("set." op ".u32.f32 %0, %1, %2;"                                                           \
-          : "=r"(low) : "f"(__uint_as_float(a << 16)), "f"(__uint_as_float(b << 16)));               \
-      asm("set." op ".u32.f32 %0, %1, %2;"                                                           \
-          : "=r"(high) : "f"(__uint_as_float(a & 0xFFFF0000u)), "f"(__uint_as_float(b & 0xFFFF0000u))); \
-      return __byte_perm(low, high, 0x7610);                                                         \
-    } else {                                                                                         \
-      u32 d;                                                                                         \
-      if constexpr (BF16) asm("set." op ".u32.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));       \
-      else asm("set." op ".u32.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));                       \
-      return d;                                                                                      \
-    }                                                                                                \
+#define COMPARE(name, op)                                                                      \
+  __device__ __forceinline__ u32 name(u32 a, u32 b) {                                          \
+    if constexpr (COMPARE_AS_FLOATS) {                                                         \
+      u32 low, high;                                                                           \
+      asm("set." op ".u32.f32 %0, %1, %2;"                                                     \
+          : "=r"(low)                                                                          \
+          : "f"(__uint_as_float(a << 16)), "f"(__uint_as_float(b << 16)));                     \
+      asm("set." op ".u32.f32 %0, %1, %2;"                                                     \
+          : "=r"(high)                                                                         \
+          : "f"(__uint_as_float(a & 0xFFFF0000u)), "f"(__uint_as_float(b & 0xFFFF0000u)));     \
+      return __byte_perm(low, high, 0x7610);                                                   \
+    } else {                                                                                   \
+      u32 d;                                                                                   \
+      if constexpr (BF16) asm("set." op ".u32.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); \
+      else asm("set." op ".u32.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));                 \
+      return d;                                                                                \
+    }                                                                                          \
   }
 COMPARE(ge2, "ge")
 COMPARE(le2, "le")
@@ -67,12 +69,18 @@ __device__ __forceinline__ u32 load2(const u16* p) {
 __device__ __forceinline__ u32 warp_sum(u32 x) { return __reduce_add_sync(~0u, x); }
 __device__ __forceinline__ int warp_max(int x) { return __reduce_max_sync(~0u, x); }
 __device__ __forceinline__ int warp_min(int x) { return __reduce_min_sync(~0u, x); }
-__device__ __forceinline__ u32 from_lane_below(u32 x, int lanes) { return __shfl_up_sync(~0u, x, lanes); }
+__device__ __forceinline__ u32 from_lane_below(u32 x, int lanes) {
+  return __shfl_up_sync(~0u, x, lanes);
+}
 #endif
 
 __device__ __forceinline__ bool not_finite(u16 x) { return (x & 0x7FFF) >= INFINITY_BITS; }
 __device__ __forceinline__ u32 absolute(u32 x) { return x & 0x7FFF7FFFu; }
 
 // Integers that are ordered as the floats are (-0 counts as 0), and back.
-__device__ __forceinline__ int ordered(u32 raw) { return raw & 0x8000 ? -(int)(raw & 0x7FFF) : (int)raw; }
-__device__ __forceinline__ u32 unordered(int order) { return order < 0 ? 0x8000u | (u32)-order : (u32)order; }
+__device__ __forceinline__ int ordered(u32 raw) {
+  return raw & 0x8000 ? -(int)(raw & 0x7FFF) : (int)raw;
+}
+__device__ __forceinline__ u32 unordered(int order) {
+  return order < 0 ? 0x8000u | (u32)-order : (u32)order;
+}

@@ -22,7 +22,9 @@ struct KeyRows {
 // Encodes a thread's rows. `marks`: a bit per outlier, for row i, lane j and channel c or c + 1 in
 // word i / 2, bit 8 * (i % 2) + j of the lower or the upper half. `bad`: whether a number is not
 // finite, where there are no outliers (else those are checked).
-__device__ __forceinline__ void encode_rows(CodeBits (&codes)[ROWS_PER_THREAD], u32 (&marks)[ROWS_PER_THREAD / 2], u32& bad, const KeyRows& rows, const uint4* table) {
+__device__ __forceinline__ void encode_rows(CodeBits (&codes)[ROWS_PER_THREAD],
+                                            u32 (&marks)[ROWS_PER_THREAD / 2], u32& bad,
+                                            const KeyRows& rows, const uint4* table) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     u32 thresholds[THRESHOLD_VECTORS * 4];
@@ -36,7 +38,8 @@ __device__ __forceinline__ void encode_rows(CodeBits (&codes)[ROWS_PER_THREAD], 
     for (int i = 0; i < ROWS_PER_THREAD; ++i) {
       encode(codes[i], rows.w[i][j], thresholds, j);
       if constexpr (HAS_KEY_OUTLIERS) {
-        u32 outside = le2(rows.w[i][j], thresholds[NUM_THRESHOLDS]) | geu2(rows.w[i][j], thresholds[NUM_THRESHOLDS + HAS_KEY_OUTLIERS]);
+        u32 outside = le2(rows.w[i][j], thresholds[NUM_THRESHOLDS]) |
+                      geu2(rows.w[i][j], thresholds[NUM_THRESHOLDS + HAS_KEY_OUTLIERS]);
         marks[i / 2] |= outside & (BOTH_HALVES << (8 * (i & 1) + j));
       } else {
         bad |= geu2(absolute(rows.w[i][j]), INFINITY_BITS * BOTH_HALVES);
@@ -56,7 +59,10 @@ __device__ __forceinline__ int inclusive_sum(int x, int lane_idx) {
 }
 
 // Writes a thread's outliers from `slot` on; returns whether one is not finite.
-__device__ __forceinline__ u32 write_outliers(const PackTarget& target, const u16* x, i64 token_stride, const u32 (&marks)[ROWS_PER_THREAD / 2], int count, int slot, int first_row, int pair) {
+__device__ __forceinline__ u32 write_outliers(const PackTarget& target, const u16* x,
+                                              i64 token_stride,
+                                              const u32 (&marks)[ROWS_PER_THREAD / 2], int count,
+                                              int slot, int first_row, int pair) {
   u32 bad = 0, remaining = marks[0];
   int half = 0;
   while (count--) {
@@ -78,20 +84,22 @@ __device__ __forceinline__ u32 write_outliers(const PackTarget& target, const u1
 
 // `table` [NUM_KV_HEADS, 8 lanes, THRESHOLD_VECTORS, THREADS_PER_ROW]: the thresholds, then the
 // largest number that is an outlier below the range and the smallest one above.
-extern "C" __global__ void __launch_bounds__(KEY_THREADS, MIN_KEY_BLOCKS_PER_SM) pack_keys(
-    const PackSource source, const PackTarget target, const uint4* __restrict__ table) {
+extern "C" __global__ void __launch_bounds__(KEY_THREADS, MIN_KEY_BLOCKS_PER_SM)
+    pack_keys(const PackSource source, const PackTarget target, const uint4* __restrict__ table) {
   __shared__ __align__(16) u8 code_smem[BLOCK_SIZE * ROW_BYTES];
   __shared__ int warp_counts[KEY_WARPS];
   __shared__ int first_slot;
   const int tid = threadIdx.x, list = blockIdx.x;
   const int kv_head_idx = list % NUM_KV_HEADS, block_idx = list / NUM_KV_HEADS;
   const int pair = tid % THREADS_PER_ROW, first_row = tid / THREADS_PER_ROW;
-  const u16* x = source.x + block_idx * source.block_stride + kv_head_idx * source.head_stride + 2 * pair;
+  const u16* x =
+      source.x + block_idx * source.block_stride + kv_head_idx * source.head_stride + 2 * pair;
   KeyRows rows;
   rows.load(x, first_row, source.token_stride);
   CodeBits codes[ROWS_PER_THREAD];
   u32 marks[ROWS_PER_THREAD / 2] = {}, bad = 0;
-  encode_rows(codes, marks, bad, rows, table + kv_head_idx * (8 * THRESHOLD_VECTORS * THREADS_PER_ROW) + pair);
+  encode_rows(codes, marks, bad, rows,
+              table + kv_head_idx * (8 * THRESHOLD_VECTORS * THREADS_PER_ROW) + pair);
 #pragma unroll
   for (int i = 0; i < ROWS_PER_THREAD; ++i)
     store_codes(code_smem + (first_row + i * ROW_STRIDE) * ROW_BYTES + 2 * pair, codes[i]);
@@ -119,7 +127,8 @@ extern "C" __global__ void __launch_bounds__(KEY_THREADS, MIN_KEY_BLOCKS_PER_SM)
       open_list(target, list, first_slot, total);
     }
     __syncthreads();
-    bad |= write_outliers(target, x, source.token_stride, marks, count, first_slot + before + prefix - count, first_row, pair);
+    bad |= write_outliers(target, x, source.token_stride, marks, count,
+                          first_slot + before + prefix - count, first_row, pair);
   }
   if (bad) target.status[1] = 1;
 }

@@ -1,5 +1,5 @@
-// Arguments of the packing kernels. Python fills the same structs (cuda_structs.py); the instantiated
-// templates below refuse a field that lies elsewhere.
+// Arguments of the packing kernels. Python fills the same structs (cuda_structs.py); the
+// instantiated templates below refuse a field that lies elsewhere.
 #pragma once
 
 #include "types.cuh"

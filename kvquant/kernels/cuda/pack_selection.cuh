@@ -1,32 +1,38 @@
 // The outliers of a token of values, by rank, and the ends of what is left.
 //
-// A bound with a little more than OUTLIERS_PER_SIDE threads' largest elements at or above it picks a
-// few candidates, which are ranked. Ties or a crowd that make too many candidates are cut off by a
-// search for the exact place. Side 0 is the upper end; side 1 the lower one, by negated elements.
+// A bound with a little more than OUTLIERS_PER_SIDE threads' largest elements at or above it picks
+// a few candidates, which are ranked. Ties or a crowd that make too many candidates are cut off by
+// a search for the exact place. Side 0 is the upper end; side 1 the lower one, by negated elements.
 #pragma once
 
 #include "pack_instructions.cuh"
 #include "pack_params.cuh"
 
-// A sort key: larger for larger elements, and of equal ones for the lower channel. The last bit keeps
-// the sign of a zero.
+// A sort key: larger for larger elements, and of equal ones for the lower channel. The last bit
+// keeps the sign of a zero.
 __device__ __forceinline__ int sort_key(u32 raw, int channel) {
   return ordered(raw) * 65536 + 2 * (NUM_CHANNELS - 1 - channel) + ((raw & 0xFFFF) == 0x8000);
 }
-__device__ __forceinline__ u32 element_of(int key) { return unordered(key >> 16) | (key & 1 ? 0x8000u : 0u); }
-__device__ __forceinline__ int channel_of(int key) { return NUM_CHANNELS - 1 - ((key & 0xFFFF) >> 1); }
+__device__ __forceinline__ u32 element_of(int key) {
+  return unordered(key >> 16) | (key & 1 ? 0x8000u : 0u);
+}
+__device__ __forceinline__ int channel_of(int key) {
+  return NUM_CHANNELS - 1 - ((key & 0xFFFF) >> 1);
+}
 
 // What a thread has of a token: its units' pairs of channels.
 struct TokenRow {
   u32 w[UNITS_PER_THREAD][8];
 
   __device__ __forceinline__ void load(const PackSource& source, int token_idx) {
-    const u16* x = source.x + (i64)(token_idx / BLOCK_SIZE) * source.block_stride + (i64)(token_idx % BLOCK_SIZE) * source.token_stride;
+    const u16* x = source.x + (i64)(token_idx / BLOCK_SIZE) * source.block_stride +
+                   (i64)(token_idx % BLOCK_SIZE) * source.token_stride;
 #pragma unroll
     for (int u = 0; u < UNITS_PER_THREAD; ++u) {
       int unit = threadIdx.x + u * VALUE_THREADS;
       if (EVEN_UNITS || unit < NUM_UNITS) {
-        const u16* p = x + (unit / THREADS_PER_ROW) * source.head_stride + 2 * (unit % THREADS_PER_ROW);
+        const u16* p =
+            x + (unit / THREADS_PER_ROW) * source.head_stride + 2 * (unit % THREADS_PER_ROW);
 #pragma unroll
         for (int j = 0; j < 8; ++j) w[u][j] = load2(p + j * LANE_CHANNELS);
       }
@@ -55,8 +61,8 @@ struct Selection {
   u32 thresholds[NUM_THRESHOLDS];
 };
 
-// Finds a bound with a little more than OUTLIERS_PER_SIDE of the threads' largest elements at or above
-// it. One warp.
+// Finds a bound with a little more than OUTLIERS_PER_SIDE of the threads' largest elements at or
+// above it. One warp.
 __device__ __forceinline__ u32 find_bound(const u32* extremes, int lane_idx) {
   u32 words[VALUE_THREADS / 32];
   int low = INFINITY_BITS, high = -INFINITY_BITS;
@@ -83,10 +89,11 @@ __device__ __forceinline__ u32 find_bound(const u32* extremes, int lane_idx) {
   return unordered(low) * BOTH_HALVES;
 }
 
-// Finds the OUTLIERS_PER_SIDE + 1 largest elements by a search over sort keys, where ties or a crowd
-// make too many candidates. This is rare, and the row is read again in each step, which costs other
-// tokens no registers.
-__device__ __forceinline__ void search_exactly(const u16* x, const PackSource& source, Selection& smem, int side) {
+// Finds the OUTLIERS_PER_SIDE + 1 largest elements by a search over sort keys, where ties or a
+// crowd make too many candidates. This is rare, and the row is read again in each step, which costs
+// other tokens no registers.
+__device__ __forceinline__ void search_exactly(const u16* x, const PackSource& source,
+                                               Selection& smem, int side) {
   const u32 flip = side ? 0x8000u : 0u;
   i64 low = -2147483647, high = 2147483647;
   while (low < high) {
@@ -108,7 +115,8 @@ __device__ __forceinline__ void search_exactly(const u16* x, const PackSource& s
 #pragma unroll 1
   for (int c = threadIdx.x; c < NUM_CHANNELS; c += VALUE_THREADS) {
     int key = sort_key(x[(c / HEAD_DIM) * source.head_stride + c % HEAD_DIM] ^ flip, c);
-    if (key >= low) smem.candidates[side][min(atomicAdd(&smem.count[side], 1), MAX_CANDIDATES - 1)] = key;
+    if (key >= low)
+      smem.candidates[side][min(atomicAdd(&smem.count[side], 1), MAX_CANDIDATES - 1)] = key;
   }
 }
 
@@ -126,8 +134,10 @@ __device__ __forceinline__ void find_bounds(Selection& smem) {
 }
 
 // Lists the channels of the elements at or beyond a bound.
-__device__ __forceinline__ void collect_candidates(const TokenRow& row, Selection& smem, u32 above, u32 below) {
-  u32 marks[UNITS_PER_THREAD] = {};  // bits 0..7 of a half: lanes at or above the bound, 8..15: below theirs
+__device__ __forceinline__ void collect_candidates(const TokenRow& row, Selection& smem, u32 above,
+                                                   u32 below) {
+  u32 marks[UNITS_PER_THREAD] =
+      {};  // bits 0..7 of a half: lanes at or above the bound, 8..15: below theirs
   for_pairs(row, [&](int u, int j, u32 w) {
     marks[u] |= ge2(w, above) & (BOTH_HALVES << j);
     marks[u] |= le2(w, below) & (BOTH_HALVES << (8 + j));
@@ -135,12 +145,14 @@ __device__ __forceinline__ void collect_candidates(const TokenRow& row, Selectio
 #pragma unroll
   for (int u = 0; u < UNITS_PER_THREAD; ++u) {
     u32 remaining = marks[u];
-    const int unit = threadIdx.x + u * VALUE_THREADS, base = (unit / THREADS_PER_ROW) * HEAD_DIM + 2 * (unit % THREADS_PER_ROW);
+    const int unit = threadIdx.x + u * VALUE_THREADS,
+              base = (unit / THREADS_PER_ROW) * HEAD_DIM + 2 * (unit % THREADS_PER_ROW);
     while (remaining) {
       int bit = __ffs(remaining) - 1, side = (bit >> 3) & 1;
       remaining &= remaining - 1;
       int slot = atomicAdd(&smem.count[side], 1);
-      if (slot < MAX_CANDIDATES) smem.candidates[side][slot] = base + (bit & 7) * LANE_CHANNELS + (bit >> 4);
+      if (slot < MAX_CANDIDATES)
+        smem.candidates[side][slot] = base + (bit & 7) * LANE_CHANNELS + (bit >> 4);
     }
   }
   __syncthreads();
@@ -159,7 +171,8 @@ __device__ __forceinline__ bool is_upper_outlier(const Selection& smem, int mirr
 }
 
 // Ranks the candidates of one side and writes the outliers among them.
-__device__ __forceinline__ void rank_candidates(Selection& smem, int side, int own, u32 flip, u32 above, u32* token_outliers) {
+__device__ __forceinline__ void rank_candidates(Selection& smem, int side, int own, u32 flip,
+                                                u32 above, u32* token_outliers) {
   const int* candidates = smem.candidates[side];
   const int number = min(smem.count[side], MAX_CANDIDATES), least = ordered(above & 0xFFFF);
   for (int i = own; i < number; i += VALUE_THREADS / 2) {
@@ -182,7 +195,9 @@ __device__ __forceinline__ void rank_candidates(Selection& smem, int side, int o
 }
 
 // Writes the token's outliers to `token_outliers` and the ends of the rest to shared memory.
-__device__ __forceinline__ void select_outliers(const TokenRow& row, const u16* x, const PackSource& source, Selection& smem, u32* token_outliers) {
+__device__ __forceinline__ void select_outliers(const TokenRow& row, const u16* x,
+                                                const PackSource& source, Selection& smem,
+                                                u32* token_outliers) {
   const int tid = threadIdx.x;
   find_bounds(smem);
   const u32 above = smem.bound[0], below = smem.bound[1] ^ 0x80008000u;
@@ -191,10 +206,12 @@ __device__ __forceinline__ void select_outliers(const TokenRow& row, const u16* 
   const int side = tid / (VALUE_THREADS / 2), own = tid % (VALUE_THREADS / 2);
   const u32 flip = side ? 0x8000u : 0u;
   int* candidates = smem.candidates[side];
-  const bool too_many_above = smem.count[0] > MAX_CANDIDATES, too_many_below = smem.count[1] > MAX_CANDIDATES;
+  const bool too_many_above = smem.count[0] > MAX_CANDIDATES,
+             too_many_below = smem.count[1] > MAX_CANDIDATES;
   for (int i = own; i < min(smem.count[side], MAX_CANDIDATES); i += VALUE_THREADS / 2) {
     int channel = candidates[i];
-    candidates[i] = sort_key(x[(channel / HEAD_DIM) * source.head_stride + channel % HEAD_DIM] ^ flip, channel);
+    candidates[i] =
+        sort_key(x[(channel / HEAD_DIM) * source.head_stride + channel % HEAD_DIM] ^ flip, channel);
   }
   __syncthreads();
   if (too_many_above || too_many_below) {

@@ -1,5 +1,5 @@
-// Values: a thread block takes tokens of all kv heads. Zero and scale of a token come from the range
-// that is left without its outliers; then each of NUM_THRESHOLDS threads finds a threshold.
+// Values: a thread block takes tokens of all kv heads. Zero and scale of a token come from the
+// range that is left without its outliers; then each of NUM_THRESHOLDS threads finds a threshold.
 #pragma once
 
 #include "pack_codes.cuh"
@@ -7,7 +7,8 @@
 #include "pack_selection.cuh"
 
 // The smallest 16-bit number that is above a midpoint when normalized; infinity if none is.
-__device__ __forceinline__ u32 find_threshold(float zero, float inverse, float scale, float midpoint) {
+__device__ __forceinline__ u32 find_threshold(float zero, float inverse, float scale,
+                                              float midpoint) {
   auto above = [&](int order) {
     float x = to_float((u16)unordered(order));
     return __fmul_rn(__fsub_rn(x, zero), inverse) > midpoint;
@@ -40,9 +41,11 @@ __device__ __forceinline__ void offer_extremes(const TokenRow& row, Selection& s
     smallest = begun ? min2(smallest, w) : w;
     begun = true;
   });
-  if (geu2(absolute(largest), INFINITY_BITS * BOTH_HALVES) | geu2(absolute(smallest), INFINITY_BITS * BOTH_HALVES))
+  if (geu2(absolute(largest), INFINITY_BITS * BOTH_HALVES) |
+      geu2(absolute(smallest), INFINITY_BITS * BOTH_HALVES))
     status[1] = 1;
-  if (!EVEN_UNITS && tid >= NUM_UNITS) largest = (0x8000 | INFINITY_BITS) * BOTH_HALVES, smallest = INFINITY_BITS * BOTH_HALVES;
+  if (!EVEN_UNITS && tid >= NUM_UNITS)
+    largest = (0x8000 | INFINITY_BITS) * BOTH_HALVES, smallest = INFINITY_BITS * BOTH_HALVES;
   smem.extremes[0][tid] = largest;
   smem.extremes[1][tid] = smallest ^ 0x80008000u;
   if (tid < 2) smem.count[tid] = 0;
@@ -52,7 +55,8 @@ __device__ __forceinline__ void offer_extremes(const TokenRow& row, Selection& s
 __device__ __forceinline__ void find_ends(Selection& smem) {
   const int tid = threadIdx.x;
   if (tid < 64 || VALUE_THREADS == 32) {
-    for (int side = VALUE_THREADS == 32 ? 0 : tid >> 5; side < (VALUE_THREADS == 32 ? 2 : 1 + (tid >> 5)); ++side) {
+    for (int side = VALUE_THREADS == 32 ? 0 : tid >> 5;
+         side < (VALUE_THREADS == 32 ? 2 : 1 + (tid >> 5)); ++side) {
       int largest = -INFINITY_BITS;
       for (int i = tid & 31; i < VALUE_THREADS; i += 32) {
         u32 w = smem.extremes[side][i];
@@ -65,7 +69,8 @@ __device__ __forceinline__ void find_ends(Selection& smem) {
 }
 
 // Zero and scale from the ends of the range; each thread finds one threshold.
-__device__ __forceinline__ void find_thresholds(Selection& smem, const float* midpoints, u16* zeros, u16* scales, int token_idx) {
+__device__ __forceinline__ void find_thresholds(Selection& smem, const float* midpoints, u16* zeros,
+                                                u16* scales, int token_idx) {
   const int tid = threadIdx.x;
   if (tid < NUM_THRESHOLDS) {
     float high = to_float((u16)unordered(smem.inlier_end[0]));
@@ -91,17 +96,20 @@ __device__ __forceinline__ void encode_token(const TokenRow& row, const Selectio
       CodeBits codes;
 #pragma unroll
       for (int j = 0; j < 8; ++j) encode(codes, row.w[u][j], thresholds, j);
-      store_codes(out + (unit / THREADS_PER_ROW) * (BLOCK_SIZE * ROW_BYTES) + 2 * (unit % THREADS_PER_ROW), codes);
+      store_codes(
+          out + (unit / THREADS_PER_ROW) * (BLOCK_SIZE * ROW_BYTES) + 2 * (unit % THREADS_PER_ROW),
+          codes);
     }
   }
 }
 
 // A thread block takes `tokens_per_block` of all `num_tokens`. `token_outliers` [num_tokens,
 // OUTLIERS_PER_TOKEN]: element and channel.
-extern "C" __global__ void __launch_bounds__(VALUE_THREADS, MIN_VALUE_BLOCKS_PER_SM) pack_values(
-    const PackSource source, u8* __restrict__ codes, int* status, u16* __restrict__ zeros,
-    u16* __restrict__ scales, const float* __restrict__ midpoints, u32* __restrict__ token_outliers,
-    int num_tokens, int tokens_per_block) {
+extern "C" __global__ void __launch_bounds__(VALUE_THREADS, MIN_VALUE_BLOCKS_PER_SM)
+    pack_values(const PackSource source, u8* __restrict__ codes, int* status,
+                u16* __restrict__ zeros, u16* __restrict__ scales,
+                const float* __restrict__ midpoints, u32* __restrict__ token_outliers,
+                int num_tokens, int tokens_per_block) {
   __shared__ Selection smem;
   int token_idx = blockIdx.x * tokens_per_block;
   const int stop = min(token_idx + tokens_per_block, num_tokens);
@@ -112,18 +120,22 @@ extern "C" __global__ void __launch_bounds__(VALUE_THREADS, MIN_VALUE_BLOCKS_PER
     offer_extremes(row, smem, status);
     __syncthreads();
     if constexpr (OUTLIERS_PER_SIDE > 0) {
-      const u16* x = source.x + (i64)(token_idx / BLOCK_SIZE) * source.block_stride + (i64)(token_idx % BLOCK_SIZE) * source.token_stride;
+      const u16* x = source.x + (i64)(token_idx / BLOCK_SIZE) * source.block_stride +
+                     (i64)(token_idx % BLOCK_SIZE) * source.token_stride;
       select_outliers(row, x, source, smem, token_outliers + (i64)token_idx * OUTLIERS_PER_TOKEN);
     } else {
       find_ends(smem);
     }
     find_thresholds(smem, midpoints, zeros, scales, token_idx);
-    encode_token(row, smem, codes + (i64)(token_idx / BLOCK_SIZE) * (NUM_KV_HEADS * BLOCK_SIZE * ROW_BYTES) + (token_idx % BLOCK_SIZE) * ROW_BYTES);
+    encode_token(row, smem,
+                 codes + (i64)(token_idx / BLOCK_SIZE) * (NUM_KV_HEADS * BLOCK_SIZE * ROW_BYTES) +
+                     (token_idx % BLOCK_SIZE) * ROW_BYTES);
   }
 }
 
 // Hands out the slots of a block's lists, one list per kv head. One warp.
-__device__ __forceinline__ void open_lists(const PackTarget& target, const int* head_counts, int* next_slot, int block_idx) {
+__device__ __forceinline__ void open_lists(const PackTarget& target, const int* head_counts,
+                                           int* next_slot, int block_idx) {
   const int lane_idx = threadIdx.x;
   int total = 0, base = 0;
   for (int h = lane_idx; h < NUM_KV_HEADS; h += 32) total += head_counts[h];
@@ -145,10 +157,11 @@ __device__ __forceinline__ void open_lists(const PackTarget& target, const int* 
 }
 
 // Sorts the lists of a block's tokens by kv head. One thread block per block.
-extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1) group_values(
-    const PackTarget target, const u32* __restrict__ token_outliers) {
+extern "C" __global__ void __launch_bounds__(GROUP_THREADS, 1)
+    group_values(const PackTarget target, const u32* __restrict__ token_outliers) {
   __shared__ int head_counts[NUM_KV_HEADS], next_slot[NUM_KV_HEADS];
-  const int tid = threadIdx.x, block_idx = blockIdx.x, num_entries = BLOCK_SIZE * OUTLIERS_PER_TOKEN;
+  const int tid = threadIdx.x, block_idx = blockIdx.x,
+            num_entries = BLOCK_SIZE * OUTLIERS_PER_TOKEN;
   token_outliers += (i64)block_idx * num_entries;
   for (int h = tid; h < NUM_KV_HEADS; h += GROUP_THREADS) head_counts[h] = 0;
   __syncthreads();
