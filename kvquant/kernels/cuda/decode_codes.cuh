@@ -1,9 +1,9 @@
 // Packed codes in registers, as selectors of byte permutations that look up levels.
 //
-// A token's row holds the codes' lower two bits as a plane of HEAD_DIM / 4 bytes; behind it, with 3
-// bits per code, their third bits as HEAD_DIM / 8 bytes, with 4 bits the second half of the
-// nibbles. A selector's nibbles are codes: the low ones of channels c.., the high ones of c +
-// HALF_DIM...
+// A row, one token of the kv head, is laid out by formats/packing.py. With 2 or 3 bits it begins
+// with a plane of the codes' lower two bits, HEAD_DIM / 4 bytes, which the third bits follow,
+// HEAD_DIM / 8 bytes. With 4 bits it is one plane of HEAD_DIM / 2 bytes, taken in two halves. A
+// selector's nibbles are codes: the low ones of channels c.., the high ones of c + HALF_DIM..
 #pragma once
 
 #include "decode_instructions.cuh"
