@@ -19,7 +19,8 @@ from kvquant.benchmarks.timing import summarize
 from kvquant.cache.arena import Arena
 from kvquant.cache.codec import Packed
 from kvquant.formats.layer_quantizer import LayerQuantizer
-from kvquant.kernels.cuda_decode import DecodeShape, DecodeStep, decode_attention
+from kvquant.kernels.backends import demand
+from kvquant.kernels.cuda_decode import DecodeStep, decode_attention
 from kvquant.kernels.decode_tables import RopeTables
 from kvquant.schemes.nuq import NuqCodec
 from kvquant.study.schemes import NuqScheme
@@ -153,7 +154,9 @@ def measure_decode(
     codec = NuqCodec(spec, tables)
     blocks = batch * tokens // block_size
     each = tokens // block_size
-    shape = DecodeShape(bits, dim, heads // kv_heads, block_size, torch.float16, outliers > 0)
+    whole = codec.cache_shape(dim, kv_heads, heads, torch.float16)
+    demand("decode", "cuda", whole, torch.device(device))
+    shape = whole.decode_shape
     # Enough layers that their packed bytes exceed the L2 cache several times.
     packed_bytes = 2 * batch * tokens * kv_heads * dim * bits // 8
     layers = max(1, min(16, math.ceil(4e8 / packed_bytes)))

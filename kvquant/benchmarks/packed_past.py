@@ -28,6 +28,7 @@ from kvquant.cache.packed_past import Past, block_table, range_blocks
 from kvquant.cache.past_pieces import MOST_SCORES, MOST_TOKENS
 from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.formats.rope import rotate
+from kvquant.kernels.backends import demand
 from kvquant.kernels.blockwise_attention import BlockwiseAttention
 from kvquant.quantization.nuq import fit
 from kvquant.schemes.nuq import NuqCodec
@@ -166,10 +167,11 @@ def measure_continuation(
     codec = NuqCodec(spec, tables)
     store, layout = _packed_past(codec, batch, kv_heads, dim, past, where)
     rope = _rope(dim)
-    shape = codec.decode_shape(dim, heads // kv_heads, torch.float16)
+    whole = codec.cache_shape(dim, kv_heads, heads, torch.float16)
+    demand("past", "triton", whole, where)
+    shape = whole.decode_shape
     view = layout.view()
     table = block_table(layout, view.blocks, where)
-    assert shape is not None and table is not None
     step = range_blocks(batch * kv_heads, shape, 2)
     queries = torch.randn(batch, heads, chunk, dim, device=where).half()
     own = torch.randn(2, batch, kv_heads, chunk, dim, device=where).half()

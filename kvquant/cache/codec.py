@@ -10,7 +10,7 @@ import torch
 
 from kvquant.formats.blocked_sparse import SparseSlab
 from kvquant.formats.layer_quantizer import LayerQuantizer
-from kvquant.kernels.cuda_decode import DecodeShape
+from kvquant.kernels.cache_shape import CacheShape
 from kvquant.kernels.decode_tables import HeadTables
 
 
@@ -53,6 +53,7 @@ class Codec(ABC):
         residual: Most recent tokens that stay 16-bit besides an unfinished block.
         shared_bytes: Bytes of tables that all sequences of the layer share.
         tables: The layer's calibration, if the codec has one.
+        narrow_tables: Whether zeros and scales of the tables fit in fp16, as kernels read them.
     """
 
     rotated_keys: bool = False
@@ -61,6 +62,7 @@ class Codec(ABC):
     residual: int = 0
     shared_bytes: int = 0
     tables: LayerQuantizer | None = None
+    narrow_tables: bool = True
 
     def check_model(self, num_kv_heads: int, head_dim: int) -> None:  # noqa: B027
         """Refuses a model that the codec cannot serve, when it is loaded.
@@ -105,9 +107,27 @@ class Codec(ABC):
         """Gives caches made from now on `factor` times the room for outliers."""
         raise NotImplementedError
 
-    def decode_shape(self, head_dim: int, group: int, dtype: torch.dtype) -> DecodeShape | None:
-        """What a decode kernel is compiled for, or None if the codec has no kernel."""
-        return None
+    def cache_shape(
+        self, head_dim: int, kv_heads: int, query_heads: int, dtype: torch.dtype
+    ) -> CacheShape:
+        """The properties of a model's cache of such blocks that decide which kernels apply.
+
+        Args:
+            head_dim: Channels per head.
+            kv_heads: Key and value heads.
+            query_heads: Query heads.
+            dtype: Of the 16-bit tokens that the cache holds.
+        """
+        return CacheShape(
+            head_dim=head_dim,
+            kv_heads=kv_heads,
+            queries_per_kv_head=query_heads // kv_heads,
+            dtype=dtype,
+            codebook=type(self).__name__,
+            block_size=self.block_size,
+            sinks=self.sinks,
+            narrow_tables=self.narrow_tables,
+        )
 
     @property
     def decode_tables(self) -> HeadTables:

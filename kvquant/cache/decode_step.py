@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from kvquant.cache.block_store import BlockStore
 from kvquant.cache.layout import Layout, View
 from kvquant.formats.rope import Rope
-from kvquant.kernels.arena_table import block_numbers, numbers_fit
+from kvquant.kernels.arena_table import block_numbers
 from kvquant.kernels.cuda_decode import DecodeShape, DecodeStep
 from kvquant.kernels.decode_tables import RopeTables
-from kvquant.kernels.dispatch import use_cuda
 
 
 class StepTables:
@@ -37,11 +35,6 @@ class StepTables:
         self._lengths = torch.empty(0, dtype=torch.int32, device=device)
         self._tables: RopeTables | None = None
         self._chunks = 0
-
-    def fits(self, layout: Layout) -> bool:
-        """Whether the numbers of all blocks fit in the table's entries."""
-        capacity = max((a.capacity for a in layout.arenas), default=0)
-        return numbers_fit(len(layout.arenas), capacity) and layout.sinks <= self.shape.chunk
 
     def reserve(self, layout: Layout, blocks: int) -> None:
         """Makes room for sequences of so many blocks; tensors are replaced if it was too small."""
@@ -131,28 +124,17 @@ class KernelSteps:
     def __init__(self) -> None:
         self._tables: StepTables | None = None
 
-    def tables(
-        self,
-        shape: DecodeShape | None,
-        layout: Layout,
-        store: BlockStore,
-        rope: Rope,
-        device: torch.device,
-    ) -> StepTables | None:
-        """The tables of a cache, or None where the PyTorch path takes its steps.
+    def tables(self, shape: DecodeShape, rope: Rope, device: torch.device) -> StepTables:
+        """The tables of a cache whose steps the kernel takes.
 
         Args:
-            shape: What the kernel is compiled for; None if it does not apply.
-            layout: Of the cache.
-            store: Of its first layer.
-            rope: Of the model; does not depend on the length of the sequence.
-            device: Of the cache.
+            shape: The constants that the kernel is compiled for.
+            rope: Rotation of the model; does not depend on the length of the sequence.
+            device: Device of the cache.
         """
-        if shape is None or not use_cuda(shape, device) or store.arena_table() is None:
-            return None
         if self._tables is None or self._tables.shape != shape:
             self._tables = StepTables(shape, rope, device)
-        return self._tables if self._tables.fits(layout) else None
+        return self._tables
 
     def forget(self) -> None:
         """See :meth:`StepTables.forget`."""

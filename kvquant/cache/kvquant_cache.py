@@ -80,6 +80,7 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
             self.layers[0].store,
             simulated=self.protocol == "B",
             static_rope=self.static_rope,
+            narrow_tables=all(layer.codec.narrow_tables for layer in self.layers),
             storing=self.calls.store,
             query_heads=query_heads,
         )
@@ -140,8 +141,23 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
         return self._planner.meet(plan, queries, keys, rope, self._watch.status(keys.device))
 
     def step_tables(self, device: torch.device) -> StepTables | None:
-        """The tables of decode kernels, or None where the PyTorch path takes the steps."""
+        """The tables of the decode kernel, or None where another backend takes the steps."""
         return self._planner.step_tables(device)
+
+    def step_refusals(self, device: torch.device) -> tuple[str, ...]:
+        """The reasons why the decode kernel does not take the next step of every sequence.
+
+        Args:
+            device: Device of the cache.
+        """
+        selection = self._planner.select_step(device)
+        if selection is None:
+            return ("cache: it is empty; call the model with the prompts first",)
+        shortest, sinks = min(self.lengths), self.layout.sinks
+        if shortest < sinks:
+            told = f"lengths: a sequence of {shortest} tokens is shorter than the {sinks} sinks"
+            return (f"{told}; call the model until it is longer", *selection.reasons("cuda"))
+        return selection.reasons("cuda")
 
     def graph_plan(self, steps: StepTables, positions: torch.Tensor) -> ForwardPlan:
         """The plan of a step whose lengths advance on the device alone, for a CUDA graph.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvquant.cache.layout import Layout, View
-from kvquant.kernels.arena_table import block_numbers, numbers_fit
+from kvquant.kernels.arena_table import block_numbers
 from kvquant.kernels.cuda_decode import DecodeShape
 
 if TYPE_CHECKING:
@@ -26,11 +26,8 @@ if TYPE_CHECKING:
 MOST_TOKENS, MOST_BYTES, LEAST_TOKENS = 4096, 1 << 29, 256
 
 
-def block_table(layout: Layout, blocks: list[int], device: torch.device) -> torch.Tensor | None:
-    """Block numbers, int32 `[batch_size, most blocks]`; None if a block has no number."""
-    capacity = max((arena.capacity for arena in layout.arenas), default=0)
-    if not numbers_fit(len(layout.arenas), capacity):
-        return None
+def block_table(layout: Layout, blocks: list[int], device: torch.device) -> torch.Tensor:
+    """Block numbers of the sequences, int32 `[batch_size, most blocks]`."""
     return block_numbers(layout.table, blocks).to(device, non_blocking=True)
 
 

@@ -14,8 +14,8 @@ from kvquant.cache.forward_plan import ForwardPlan, PackedPast, PastPieces
 from kvquant.cache.layout import Layout
 from kvquant.cache.packed_past import Past, block_table, range_blocks
 from kvquant.cache.past_pieces import cut_past
-from kvquant.kernels.cuda_decode import DecodeShape
-from kvquant.kernels.dispatch import use_triton_attention
+from kvquant.kernels.backends import select
+from kvquant.kernels.cache_shape import CacheShape
 
 # Key elements per layer that protocol B reads back at once (0.5 GB with the values, in 32 bits).
 MAX_READ_BACK = 1 << 26
@@ -25,8 +25,8 @@ class PastReader:
     """Reads the past of one cache."""
 
     def __init__(self) -> None:
-        # The blocks of each sequence and the table that kernels read; None if it was not needed
-        self._numbers: tuple[list[int], torch.Tensor | None] | None = None
+        # The blocks of each sequence and the table that kernels read, if it was needed.
+        self._numbers: tuple[list[int], torch.Tensor] | None = None
 
     def forget_blocks(self) -> None:
         """Told when sequences have other blocks than before."""
@@ -37,7 +37,7 @@ class PastReader:
         plan: ForwardPlan,
         layout: Layout,
         rope: CallRope,
-        shape: DecodeShape | None,
+        shape: CacheShape,
         queries: torch.Tensor,
         keys: torch.Tensor,
     ) -> PackedPast | PastPieces:
@@ -47,7 +47,7 @@ class PastReader:
             plan: The plan of the call.
             layout: Layout of the cache.
             rope: Rotation of the tokens.
-            shape: What kernels that read the past are compiled for; None if the codec has none.
+            shape: The properties of the cache that decide which kernels read it.
             queries: `[batch_size, num_heads, new_len, head_dim]`.
             keys: `[batch_size, num_kv_heads, new_len, head_dim]`.
         """
@@ -59,20 +59,18 @@ class PastReader:
         )
         whole = plan.simulated and plan.first and plan.token_positions is None
         pieces = PastPieces(functools.cache(cut), whole and keys.numel() <= MAX_READ_BACK)
-        if rope.kept is not None or shape is None or not use_triton_attention(shape, queries):
+        if select("past", shape, queries.device).backend != "triton":
             return pieces
-        numbers = self._block_numbers(layout, plan.view.blocks, queries.device)
-        if numbers is None:
-            return pieces
-        step = range_blocks(queries.shape[0] * keys.shape[1], shape, queries.element_size())
+        numbers, read = self._block_numbers(layout, plan.view.blocks, device), shape.decode_shape
+        step = range_blocks(queries.shape[0] * keys.shape[1], read, queries.element_size())
         past = Past.make(
-            shape, layout, plan.view, numbers, rope.counted, step, causal=plan.simulated
+            read, layout, plan.view, numbers, rope.counted, step, causal=plan.simulated
         )
         return PackedPast(past, pieces)
 
     def _block_numbers(
         self, layout: Layout, blocks: list[int], device: torch.device
-    ) -> torch.Tensor | None:
+    ) -> torch.Tensor:
         if self._numbers is None or self._numbers[0] != blocks:
             self._numbers = (list(blocks), block_table(layout, blocks, device))
         return self._numbers[1]

@@ -14,7 +14,8 @@ from kvquant.cache.forward_plan import FirstCall, ForwardPlan, KernelStep, Order
 from kvquant.cache.kept_rope import Table
 from kvquant.cache.layout import AppendPlan, Layout
 from kvquant.cache.past_reader import PastReader
-from kvquant.kernels.cuda_decode import DecodeShape
+from kvquant.kernels.backends import Selection, select
+from kvquant.kernels.cache_shape import CacheShape
 
 NO_PIECES = PastPieces(list, whole=False)  # until the first layer of a call has come
 
@@ -28,6 +29,7 @@ class Planner:
         store: Store of its first layer, which is like those of the others.
         simulated: Whether a call's own tokens are read from the cache, too (protocol B).
         static_rope: Whether a position's rotation is the same however long the sequence.
+        narrow_tables: Whether the calibration of all layers is such (:class:`Codec`).
         storing: See :class:`ForwardPlan`.
         query_heads: Query heads of the model; 0: not known before the first call.
     """
@@ -40,11 +42,13 @@ class Planner:
         *,
         simulated: bool,
         static_rope: bool,
+        narrow_tables: bool,
         storing: Callable[[], None],
         query_heads: int = 0,
     ) -> None:
         self._layout, self._rope, self._store = layout, rope, store
         self._simulated, self._static_rope = simulated, static_rope
+        self._narrow_tables = narrow_tables
         self._storing = storing
         self.query_heads = query_heads
         self._reader, self._kernels = PastReader(), KernelSteps()
@@ -104,29 +108,46 @@ class Planner:
         append, path = plan.append, plan.path
         table = self._rope.table(rope, append.spans, append.before.lengths, queries.dtype)
         if path is NO_PIECES:
-            shape = self._decode_shape(keys)
+            shape = self._shape(keys, queries.dtype)
             path = self._reader.path(plan, self._layout, self._rope, shape, queries, keys)
         return replace(plan, rope=table, path=path, status=status)
 
-    def _decode_shape(self, like: torch.Tensor) -> DecodeShape | None:
-        """What kernels that read the past are compiled for, or None where none reads it.
+    def _shape(self, like: torch.Tensor, query_dtype: torch.dtype | None = None) -> CacheShape:
+        """The properties of the cache and of the call that decide which backends run.
 
         Args:
             like: `[batch_size, num_kv_heads, n, head_dim]`, keys or what is stored of them.
+            query_dtype: Dtype of the call's queries; None where it does not matter.
         """
-        codec = self._store.codec
-        if codec.rotated_keys:
-            return None
         _, heads, _, dim = like.shape
-        return codec.decode_shape(dim, self.query_heads // heads, stored_dtype(like.dtype))
+        store, arenas = self._store, self._layout.arenas
+        dtype = stored_dtype(like.dtype)
+        return replace(
+            store.codec.cache_shape(dim, heads, self.query_heads, dtype),
+            query_dtype=query_dtype,
+            protocol="B" if self._simulated else "A",
+            static_rope=self._static_rope,
+            kept_rope=self._rope.kept is not None,
+            narrow_tables=self._narrow_tables,
+            packed_by_kernels=all(arena.reserved for arena in store.arenas),
+            arenas=len(arenas),
+            arena_blocks=max((arena.capacity for arena in arenas), default=0),
+        )
+
+    def select_step(self, device: torch.device) -> Selection | None:
+        """The backend of a decode step and the reasons against others; None before any call."""
+        tail = self._store.tail
+        return None if tail is None else select("decode", self._shape(tail[0]), device)
 
     def step_tables(self, device: torch.device) -> StepTables | None:
-        """The tables of decode kernels, or None where the PyTorch path takes the steps."""
-        rope, tail = self._rope, self._store.tail
-        if not self._static_rope or self._simulated or rope.kept is not None or tail is None:
+        """The tables of the decode kernel, or None where another backend takes the steps."""
+        tail = self._store.tail
+        if tail is None:
             return None
-        shape = self._decode_shape(tail[0])
-        return self._kernels.tables(shape, self._layout, self._store, rope.counted, device)
+        shape = self._shape(tail[0])
+        if select("decode", shape, device).backend != "cuda":
+            return None
+        return self._kernels.tables(shape.decode_shape, self._rope.counted, device)
 
     def _kernel_step(self, append: AppendPlan, device: torch.device) -> KernelStep | None:
         """A decode step by the CUDA kernel, or None where it does not take the call."""

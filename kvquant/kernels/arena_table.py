@@ -28,16 +28,6 @@ ARENA_FIELDS = (
 )
 
 
-def numbers_fit(arenas: int, capacity: int) -> bool:
-    """Whether block numbers can name every block of a cache.
-
-    Args:
-        arenas: Number of arenas.
-        capacity: Blocks that the largest arena has room for.
-    """
-    return arenas <= MAX_ARENAS and capacity <= MAX_PLACES
-
-
 def block_number(arena: int, place: int) -> int:
     """The number of the block at a place of an arena.
 
@@ -54,7 +44,8 @@ def block_numbers(
 ) -> torch.Tensor:
     """Block numbers of sequences as an int32 tensor `[batch_size, most blocks]`, on the CPU.
 
-    The caller has asked :func:`numbers_fit`; this loop runs in the decode path and checks nothing.
+    Backends refuse what has no number (:mod:`kvquant.kernels.limits`); this loop runs in the decode
+    path and checks nothing.
 
     Args:
         sequences: Arena and place of each block of each sequence.

@@ -148,6 +148,18 @@ def select(operation: Operation, shape: CacheShape, device: torch.device) -> Sel
     return decide(operation, shape, device_facts(device), wish())
 
 
+def demand(operation: Operation, backend: Backend, shape: CacheShape, device: torch.device) -> None:
+    """Refuses to go on if another backend was selected than the one that shall be measured.
+
+    Raises:
+        UserError: Says every reason.
+    """
+    selection = select(operation, shape, device)
+    if selection.backend != backend:
+        told = f"{TITLES[operation]}: {backend} does not take this shape"
+        raise UserError(". ".join((told, *selection.reasons(backend))))
+
+
 def report(shape: CacheShape, device: torch.device) -> dict[Operation, Selection]:
     """The backend of each operation for a model's shape, without compiling or allocating.
 

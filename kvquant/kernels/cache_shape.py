@@ -37,8 +37,8 @@ class CacheShape:
         dtype: Of the 16-bit tokens that the cache holds.
         codebook: How packed codes are read: "nuq" for tables of levels with static key channels and
             online value ranges; any other name is one that no kernel reads.
-        bits: Per code.
         block_size: Tokens per block.
+        bits: Per code of the codebook "nuq".
         sinks: First tokens of each sequence that stay 16-bit.
         outliers: Fraction of elements that are kept exactly.
         narrow_tables: Whether the calibration of every layer fits in fp16.
@@ -57,8 +57,8 @@ class CacheShape:
     queries_per_kv_head: int
     dtype: torch.dtype
     codebook: str
-    bits: int
     block_size: int
+    bits: int = 0
     sinks: int = 0
     outliers: float = 0.0
     narrow_tables: bool = True

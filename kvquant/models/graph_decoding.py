@@ -51,9 +51,10 @@ class GraphedDecoder:
         if len(devices) > 1:
             raise ValueError("model: a graph holds the work of one GPU; call the model instead")
         device = devices[0]
-        steps = cache.step_tables(device)
-        if steps is None or min(cache.lengths) < cache.layout.sinks:
-            raise ValueError("cache: the decode kernel does not take it; call the model instead")
+        steps, refusals = cache.step_tables(device), cache.step_refusals(device)
+        if steps is None or refusals:
+            told = "cache: the decode kernel does not take it; call the model instead"
+            raise ValueError(". ".join((told, *refusals)))
         self._steps = steps
         batch = len(cache.lengths)
         self._room = new_tokens // cache.layout.block_size + 2

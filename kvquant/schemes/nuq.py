@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,7 @@ from kvquant.errors import UserError
 from kvquant.formats.blocked_sparse import SparseSlab
 from kvquant.formats.layer_quantizer import LayerQuantizer, outliers_per_side
 from kvquant.formats.packing import packed_bytes
-from kvquant.kernels.cuda_decode import DecodeShape
+from kvquant.kernels.cache_shape import CacheShape
 from kvquant.kernels.decode_tables import HeadTables
 from kvquant.kernels.pack_target import PackTarget
 from kvquant.quantization.batched_quant import BatchedKVQuantizer, PackedKeys, PackedValues
@@ -29,9 +30,8 @@ class NuqCodec(Codec):
         self.block_size = spec.block_size
         self.shared_bytes = tables.nbytes
         self.tables = tables
-        # Decode kernels read zeros and scales as fp16.
         furthest = tables.key_zero.abs() + tables.key_scale
-        self._narrow = bool((furthest <= torch.finfo(torch.float16).max).all())
+        self.narrow_tables = bool((furthest <= torch.finfo(torch.float16).max).all())
 
     def check_model(self, num_kv_heads: int, head_dim: int) -> None:
         """See :meth:`Codec.check_model`."""
@@ -66,14 +66,13 @@ class NuqCodec(Codec):
         }
         return Packed(dense, sparse, bad)
 
-    def decode_shape(self, head_dim: int, group: int, dtype: torch.dtype) -> DecodeShape | None:
-        """See :meth:`Codec.decode_shape`."""
-        if self.quantizer.outliers >= 1 or not self._narrow:  # the first is for tests
-            return None
+    def cache_shape(
+        self, head_dim: int, kv_heads: int, query_heads: int, dtype: torch.dtype
+    ) -> CacheShape:
+        """See :meth:`Codec.cache_shape`."""
+        shape = super().cache_shape(head_dim, kv_heads, query_heads, dtype)
         bits, outliers = self.quantizer.bits, self.quantizer.outliers
-        return DecodeShape(
-            bits, head_dim, group, self.block_size, dtype, outliers > 0, outliers or 0.01
-        )
+        return replace(shape, codebook="nuq", bits=bits, outliers=outliers)
 
     @functools.cached_property
     def decode_tables(self) -> HeadTables:

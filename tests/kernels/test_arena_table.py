@@ -17,7 +17,6 @@ from kvquant.kernels.arena_table import (
     block_number,
     block_numbers,
     cuda_constants,
-    numbers_fit,
 )
 from kvquant.quantization.nuq import fit
 from kvquant.schemes.nuq import NuqCodec
@@ -36,12 +35,6 @@ def test_a_block_number_holds_arena_and_place() -> None:
 def test_what_does_not_fit_is_refused(arena: int, place: int) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         block_number(arena, place)
-
-
-def test_numbers_fit_up_to_the_last_place() -> None:
-    assert numbers_fit(MAX_ARENAS, MAX_PLACES)
-    assert not numbers_fit(MAX_ARENAS + 1, 1)
-    assert not numbers_fit(1, MAX_PLACES + 1)
 
 
 def test_block_numbers_of_ragged_sequences() -> None:

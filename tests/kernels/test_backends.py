@@ -20,6 +20,7 @@ from kvquant.kernels.backends import (
     Operation,
     Selection,
     decide,
+    demand,
     device_facts,
     report,
     select,
@@ -142,6 +143,12 @@ def test_a_device_is_refused_for_one_reason(
     assert re.match(says, reason)
 
 
+def test_numbers_fit_up_to_the_last_block() -> None:
+    most: dict[str, Any] = {"arenas": 1 << 11, "arena_blocks": 1 << 20}
+    assert ask("decode", **most).backend == "cuda"
+    assert ask("past", **most).backend == "triton"
+
+
 def test_several_reasons_are_all_told() -> None:
     found = ask("decode", CPU, "triton", head_dim=80, protocol="B")
     told = [reason.split(":")[0] for reason in found.reasons("cuda")]
@@ -247,6 +254,13 @@ def test_select_reads_the_device_and_the_environment(monkeypatch: pytest.MonkeyP
     assert wish() == "auto"
     assert device_facts(cpu).type == "cpu"
     assert select("decode", SHAPE, cpu).reasons("cuda")[0].startswith("device: cpu")
+
+
+def test_a_measurement_demands_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVQUANT_KERNELS", "auto")
+    demand("decode", "pytorch", SHAPE, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"decode step: cuda does not .*\. device: .*\. sinks: 99"):
+        demand("decode", "cuda", replace(SHAPE, sinks=99), torch.device("cpu"))
 
 
 def test_a_report_knows_what_packing_means_for_reading(monkeypatch: pytest.MonkeyPatch) -> None:

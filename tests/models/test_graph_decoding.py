@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvquant.kernels import backends
 from kvquant.models.generation import greedy
 from kvquant.models.graph_decoding import GraphedDecoder
 from kvquant.models.loading import QuantizedModel
@@ -143,10 +144,43 @@ class TestOnGpu:
         assert beams.shape == (2, 130)
 
 
-def test_a_cache_without_a_kernel_is_refused() -> None:
-    qm = quantized(tiny_model(), SPECS[0])
+def cpu_cache(spec: NuqScheme, tokens: int, reaches: tuple[float, float]) -> tuple[Any, Any]:
+    """A model of two layers on a CPU and its cache of some tokens."""
+    model = tiny_model(head_dim=DIM)
+    tables = [constant_quantizer(2, DIM, spec.bits, reach) for reach in reaches]
+    qm = quantized(model, spec, tables)
     cache = qm.new_cache()
     with torch.inference_mode():
-        qm.model(input_ids=torch.randint(0, 97, (1, 40)), past_key_values=cache)
-    with pytest.raises(ValueError, match="decode kernel"):
+        qm.model(input_ids=torch.randint(0, 97, (1, tokens)), past_key_values=cache)
+    return qm, cache
+
+
+def test_a_cache_without_a_kernel_is_refused_with_the_reasons() -> None:
+    qm = quantized(tiny_model(), SPECS[0])
+    cache = qm.new_cache()
+    with pytest.raises(ValueError, match=r"decode kernel .*\. cache: it is empty; call the model"):
         GraphedDecoder(qm.model, cache)
+    with torch.inference_mode():
+        qm.model(input_ids=torch.randint(0, 97, (1, 40)), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"instead\. device: cpu .*\. head_dim: 16 is none of 64"):
+        GraphedDecoder(qm.model, cache)
+
+
+def test_the_reasons_are_those_of_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decision is one for the cache, though only its second layer exceeds fp16."""
+    spec = NuqScheme(kind="nuq", bits=3, sinks=3, block_size=32)
+    where = torch.device("cpu")
+    (_, plain), (_, wide) = (cpu_cache(spec, 2, reaches) for reaches in ((1.0, 1.0), (1.0, 7e4)))
+    facts = backends.DeviceFacts("cuda", capability=(9, 0))
+    monkeypatch.setattr(backends, "device_facts", lambda device: facts)
+    monkeypatch.setattr(backends, "_load_problem", lambda shape, index: None)
+    (short,) = plain.step_refusals(where)
+    assert short == (
+        "lengths: a sequence of 2 tokens is shorter than the 3 sinks; call the model until it is "
+        "longer"
+    )
+    assert plain.step_tables(where) is not None
+    assert [reason.split(":")[0] for reason in wide.step_refusals(where)] == [
+        "lengths", "calibration",
+    ]  # fmt: skip
+    assert wide.step_tables(where) is None

@@ -252,5 +252,6 @@ def test_ranges_beyond_16_bits_are_not_for_the_decode_kernel() -> None:
     """It reads zero and scale as fp16, of which these would make infinity."""
     for scale, zero in ((1.0, 70000.0), (70000.0, 0.0), (40000.0, -40000.0)):
         codec = NuqCodec(SPEC, tables([scale] * 64, [zero] * 64))
-        assert codec.decode_shape(64, 1, torch.bfloat16) is None
-    assert NuqCodec(SPEC, tables([1.0] * 64, [2.0] * 64)).decode_shape(64, 1, torch.float16)
+        assert not codec.cache_shape(64, 1, 1, torch.bfloat16).narrow_tables
+    codec = NuqCodec(SPEC, tables([1.0] * 64, [2.0] * 64))
+    assert codec.cache_shape(64, 1, 1, torch.float16).narrow_tables

@@ -90,10 +90,8 @@ class PastCase:
         """As :class:`KVQuantCache` makes it."""
         view = self.layout.view()
         kind = self.store.tail[0].dtype  # type: ignore[index]
-        shape = self.codec.decode_shape(self.dim, self.group, kind)
-        assert shape is not None
+        shape = self.codec.cache_shape(self.dim, 1, self.group, kind).decode_shape
         table = block_table(self.layout, view.blocks, self.queries.device)
-        assert table is not None
 
         def turns(p: torch.Tensor) -> Any:
             return rope(p, self.dim, self.factor)

@@ -1,0 +1,70 @@
+"""The backends that a scheme's cache would get with a model, before either is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from kvquant.cache.block_store import stored_dtype
+from kvquant.kernels.backends import Operation, Selection, report
+from kvquant.kernels.cache_shape import CacheShape
+from kvquant.study.scheme_kinds import Scheme
+from kvquant.study.schemes import NuqScheme
+
+
+def backend_report(
+    scheme: Scheme,
+    *,
+    head_dim: int,
+    kv_heads: int,
+    query_heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    protocol: str = "A",
+    static_rope: bool = True,
+) -> dict[Operation, Selection]:
+    """Selects the backend of each operation without loading, compiling or allocating anything.
+
+    What only a calibration or the calls can tell is taken to suit the kernels.
+
+    Args:
+        scheme: The scheme of the cache.
+        head_dim: Channels per head of the model.
+        kv_heads: Key and value heads.
+        query_heads: Query heads.
+        dtype: Of the model's weights.
+        device: Where the model shall lie.
+        protocol: "A" or "B".
+        static_rope: Whether the rope scaling does not change with the length of a sequence.
+
+    Returns:
+        A selection per operation, whose `backend`, `refused` and `lines()` can be printed; nothing
+        for a scheme that does not pack blocks.
+
+    Raises:
+        UserError: `KVQUANT_KERNELS` is not one of the known values.
+    """
+    if scheme.registration.codec is None:
+        return {}
+    shape = CacheShape(
+        head_dim=head_dim,
+        kv_heads=kv_heads,
+        queries_per_kv_head=query_heads // kv_heads,
+        dtype=stored_dtype(dtype),
+        codebook=scheme.kind,
+        block_size=64,  # other kinds may have other sizes, which nothing here depends on
+        query_dtype=dtype,
+        protocol=protocol,
+        static_rope=static_rope,
+        kept_rope=not static_rope,
+    )
+    if isinstance(scheme, NuqScheme):
+        shape = replace(
+            shape,
+            block_size=scheme.block_size,
+            bits=scheme.bits,
+            sinks=scheme.sinks,
+            outliers=scheme.outliers,
+        )
+    return report(shape, device)

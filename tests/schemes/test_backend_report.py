@@ -1,0 +1,61 @@
+"""The report of backends agrees with what a cache of the scheme asks for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.kernels import backends
+from kvquant.kernels.backends import DeviceFacts
+from kvquant.kernels.cache_shape import CacheShape
+from kvquant.quantization.nuq import fit
+from kvquant.schemes import backend_report as module
+from kvquant.schemes.backend_report import backend_report
+from kvquant.schemes.nuq import NuqCodec
+from kvquant.study.schemes import Fp16Scheme, KiviScheme, NuqScheme
+
+NUQ = NuqScheme(kind="nuq", bits=3, sinks=2, block_size=128)
+MODEL: dict[str, Any] = {
+    "head_dim": 128, "kv_heads": 8, "query_heads": 32, "dtype": torch.bfloat16,
+}  # fmt: skip
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    facts = DeviceFacts("cuda", capability=(9, 0))
+    monkeypatch.setattr(backends, "device_facts", lambda device: facts)
+    monkeypatch.setenv("KVQUANT_KERNELS", "auto")
+    return torch.device("cuda")
+
+
+def test_a_gpu_gets_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = backend_report(NUQ, **MODEL, device=on_gpu(monkeypatch))
+    assert [s.backend for s in found.values()] == ["cuda", "cuda", "triton"]
+    assert [line for s in found.values() for line in s.lines()] == [
+        "quantize and pack: cuda", "decode step: cuda", "attention over a packed past: triton",
+    ]  # fmt: skip
+
+
+def test_reasons_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = on_gpu(monkeypatch)
+    found = backend_report(NUQ, **MODEL, device=device, protocol="B", static_rope=False)
+    assert [r.split(":")[0] for r in found["decode"].reasons("cuda")] == [
+        "protocol", "static_rope", "kept_rope",
+    ]  # fmt: skip
+    kivi = backend_report(KiviScheme(kind="kivi", bits=4), **MODEL, device=device)
+    assert {s.backend for s in kivi.values()} == {"pytorch"}
+    assert "'kivi'" in kivi["pack"].reasons("cuda")[0]
+    assert backend_report(Fp16Scheme(kind="fp16"), **MODEL, device=device) == {}
+
+
+def test_the_shape_is_the_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[CacheShape] = []
+    monkeypatch.setattr(module, "report", lambda shape, device: asked.append(shape))
+    backend_report(NUQ, **MODEL, device=torch.device("cpu"))
+    levels = fit("nf", 3)
+    tables = LayerQuantizer(torch.zeros(8, 128), torch.ones(8, 128), levels, levels)
+    codec = NuqCodec(NUQ, tables)
+    assert codec.cache_shape(128, 8, 32, torch.bfloat16) == replace(asked[0], query_dtype=None)
