@@ -1,4 +1,7 @@
-"""The decision which backend runs: each reason against one, and that there is always an answer."""
+"""The decision which backend runs: each reason against one, and that there is always an answer.
+
+Also covers: kernels.cache_shape, kernels.limits.
+"""
 
 from __future__ import annotations
 

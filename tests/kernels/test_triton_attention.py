@@ -2,7 +2,7 @@
 
 On a GPU, else under Triton's interpreter.
 
-Also covers: cache.packed_past, kernels.dispatch, kernels.triton_expand, kernels.triton_tiles.
+Also covers: cache.packed_past, kernels.triton_expand, kernels.triton_tiles.
 """
 
 from __future__ import annotations
