@@ -24,7 +24,7 @@ from kvquant.analysis.spec_checks import (
 from kvquant.analysis.tables import read_table, write_table
 from kvquant.errors import UserError, printable
 from kvquant.formats.files import read_text
-from kvquant.study.config import SUITES, Study, load_study
+from kvquant.study.config import Study, load_study
 from kvquant.study.digests import (
     append_digest,
     energy_digest,
@@ -44,6 +44,7 @@ from kvquant.study.records import (
     absent,
 )
 from kvquant.study.samples import verified_samples
+from kvquant.study.tasks import SUITES
 
 __all__ = ["Problems", "collect", "read_table", "write_table"]
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from kvquant.analysis.sections import Section
 from kvquant.errors import UserError, unknown
-from kvquant.study.config import PasskeyTask, Study
+from kvquant.study.config import Study
 from kvquant.study.registrations import by_name
+from kvquant.study.tasks import PasskeyTask
 
 
 @dataclass(frozen=True)

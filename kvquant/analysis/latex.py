@@ -13,8 +13,9 @@ from kvquant.analysis.study_tables import Tables, load_tables
 from kvquant.analysis.suite_tables import suite_name
 from kvquant.analysis.table_list import OF_EVALUATIONS, TABLES
 from kvquant.errors import UserError
-from kvquant.study.config import SUITES, load_study
+from kvquant.study.config import load_study
 from kvquant.study.dotted import load
+from kvquant.study.tasks import SUITES
 
 # The paper's sections of tables and figures: the name of a macro, and what it shows.
 PARTS = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvquant.analysis.sections import Section
-from kvquant.study.config import SUITES
+from kvquant.study.tasks import SUITES
 
 
 @dataclass(frozen=True)

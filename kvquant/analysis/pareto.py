@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 
 from kvquant.analysis.tables import read_table, write_table
-from kvquant.study.config import SUITES, Study, load_study
+from kvquant.study.config import Study, load_study
 from kvquant.study.suite import likelihood_suites
+from kvquant.study.tasks import SUITES
 from kvquant.study.timing import EnergySpec, TimingSpec
 
 

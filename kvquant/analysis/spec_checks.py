@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvquant.study.config import SUITES, Study
+from kvquant.study.config import Study
 from kvquant.study.prompt_lengths import prompt_lengths
 from kvquant.study.records import (
     AppendRecord,
@@ -17,6 +17,7 @@ from kvquant.study.records import (
     ThroughputRecord,
 )
 from kvquant.study.suite import AnsweredTask
+from kvquant.study.tasks import SUITES
 
 
 def _are(record: Any, expected: dict[str, Any]) -> None:

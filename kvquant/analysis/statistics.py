@@ -35,7 +35,8 @@ from kvquant.analysis.sample_tests import (
 )
 from kvquant.analysis.tables import read_table, write_table
 from kvquant.errors import UserError
-from kvquant.study.config import Margin, Study, load_study
+from kvquant.study.config import Study, load_study
+from kvquant.study.margin import Margin
 from kvquant.study.suite import scored_suites
 
 POINTS = 100.0  # in a task's value, of a sample's score of 1

@@ -9,9 +9,10 @@ import pandas as pd
 
 from kvquant.analysis.booktabs import Latex, booktabs, number, p_value, signed
 from kvquant.analysis.study_tables import Tables
-from kvquant.study.config import SUITES, Study
+from kvquant.study.config import Study
 from kvquant.study.suite import likelihood_suites, scored_suites
 from kvquant.study.task_families import families
+from kvquant.study.tasks import SUITES
 
 # Shown behind a score; the captions of the paper explain them.
 MARKS = {

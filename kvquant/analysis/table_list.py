@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvquant.analysis.sections import Section
-from kvquant.study.config import SUITES
 from kvquant.study.registrations import by_name
 from kvquant.study.task_families import families
+from kvquant.study.tasks import SUITES
 
 if TYPE_CHECKING:
     from kvquant.analysis.study_tables import Tables

@@ -20,7 +20,7 @@ from kvquant.evaluation.longbench_tasks import (
     score_answer,
 )
 from kvquant.fetch.longbench_rows import official_rows, read_rows
-from kvquant.study.config import LongBenchTask
+from kvquant.study.tasks import LongBenchTask
 
 ATTEMPTS = 5
 

@@ -14,7 +14,7 @@ from typing import Any
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Source, check_length, encode
 from kvquant.evaluation.generated import Answered, Prompt, Rules, SeedPrompts
-from kvquant.study.config import PasskeyTask
+from kvquant.study.tasks import PasskeyTask
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "

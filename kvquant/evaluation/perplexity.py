@@ -29,8 +29,8 @@ from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
 from kvquant.models.finite import not_finite
 from kvquant.models.model_call import cache_argument
 from kvquant.models.oom_retry import in_batches, retry_on_overflow
-from kvquant.study.config import PerplexityTask
 from kvquant.study.sample_types import perplexity_summary
+from kvquant.study.tasks import PerplexityTask
 
 LOGIT_POSITIONS = 512  # logits of so many positions, of all windows, are in memory at a time
 

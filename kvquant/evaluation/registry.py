@@ -8,8 +8,8 @@ from typing import cast
 from kvquant.errors import unknown
 from kvquant.evaluation.base import Context, SuiteResult
 from kvquant.evaluation.generated import Answered, SeedPrompts, answer_seeds
-from kvquant.study.config import SUITES, TaskSpec
 from kvquant.study.dotted import load
+from kvquant.study.tasks import SUITES, TaskSpec
 
 
 def answered(suite: str) -> Answered:

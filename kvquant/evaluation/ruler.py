@@ -20,7 +20,7 @@ from kvquant.evaluation.ruler_tasks import (
     make_samples,
     score_answer,
 )
-from kvquant.study.config import RulerTask
+from kvquant.study.tasks import RulerTask
 
 PREFIX_ROOM = 48  # tokens kept free for the answer's prefix, which is known only with the sample
 ATTEMPTS = 5

@@ -26,7 +26,7 @@ from kvquant.formats.files import read_json
 from kvquant.runtime.devices import claim, set_current
 from kvquant.runtime.progress import Progress, note
 from kvquant.runtime.provenance import environment
-from kvquant.study.config import Study, TaskSpec, load_study
+from kvquant.study.config import Study, load_study
 from kvquant.study.digests import (
     asks_prompts,
     dataset_of,
@@ -36,6 +36,7 @@ from kvquant.study.digests import (
     quantizer_digest,
 )
 from kvquant.study.records import EvalRecord
+from kvquant.study.tasks import TaskSpec
 
 if TYPE_CHECKING:
     from kvquant.evaluation.prompt_file import PromptFile

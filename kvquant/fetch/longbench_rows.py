@@ -7,7 +7,7 @@ from typing import Any
 from kvquant.errors import UserError, unknown
 from kvquant.fetch.lm_eval_files import task_files
 from kvquant.formats.files import parse_json
-from kvquant.study.config import LONGBENCH_TASKS
+from kvquant.study.tasks import LONGBENCH_TASKS
 
 PACKAGE = "lm_eval.tasks.longbench"
 # Number of rows of the official data; fewer are reported as a subset.

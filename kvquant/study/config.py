@@ -15,20 +15,10 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from kvquant.errors import UserError
 from kvquant.study.checks import problems
-from kvquant.study.margin import Margin as Margin
 from kvquant.study.overlay import read_study
 from kvquant.study.scheme_kinds import SCHEME_KINDS
 from kvquant.study.sections import StudySections
-from kvquant.study.statistics import StatisticsSpec as StatisticsSpec
-from kvquant.study.tasks import LONGBENCH_TASKS as LONGBENCH_TASKS
-from kvquant.study.tasks import RULER_TASKS as RULER_TASKS
-from kvquant.study.tasks import SUITES as SUITES
-from kvquant.study.tasks import EvaluationSpec as EvaluationSpec
-from kvquant.study.tasks import LongBenchTask as LongBenchTask
-from kvquant.study.tasks import PasskeyTask as PasskeyTask
-from kvquant.study.tasks import PerplexityTask as PerplexityTask
-from kvquant.study.tasks import RulerTask as RulerTask
-from kvquant.study.tasks import TaskSpec as TaskSpec
+from kvquant.study.tasks import SUITES
 from kvquant.study.timing import EnergySpec, TimingSpec
 
 

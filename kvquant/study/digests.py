@@ -12,10 +12,11 @@ from typing import Any
 
 from kvquant.errors import UserError, unknown
 from kvquant.formats.files import parse_json
-from kvquant.study.config import SUITES, Study, TaskSpec, digest
+from kvquant.study.config import Study, digest
 from kvquant.study.models import CHAT_OPTIONS, ModelSpec
 from kvquant.study.scheme_kinds import CalibratedScheme
 from kvquant.study.schemes import SchemeSpec
+from kvquant.study.tasks import SUITES, TaskSpec
 from kvquant.study.timing import EnergySpec, TimingSpec
 
 VERSIONS = {

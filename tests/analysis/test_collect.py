@@ -289,8 +289,8 @@ def test_all_sample_rows_are_parsed() -> None:
     """What the suites write is what is read (their own tests hold the real ones against it)."""
     import numpy as np
 
-    from kvquant.study.config import SUITES
     from kvquant.study.samples import parse_samples
+    from kvquant.study.tasks import SUITES
 
     for suite in SUITES:
         rows = sample_rows(suite, np.random.default_rng(0), 3)

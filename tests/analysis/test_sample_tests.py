@@ -22,7 +22,8 @@ from kvquant.analysis.sample_tests import (
 )
 from kvquant.analysis.statistics import test_all as compare_all
 from kvquant.analysis.statistics import verdict
-from kvquant.study.config import Margin, Study, parse_study
+from kvquant.study.config import Study, parse_study
+from kvquant.study.margin import Margin
 
 Pair = tuple[pd.DataFrame, pd.DataFrame]
 

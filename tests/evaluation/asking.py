@@ -11,7 +11,7 @@ from kvquant.evaluation.base import Context, Source, SuiteResult
 from kvquant.evaluation.generated import SeedPrompts
 from kvquant.evaluation.prompt_file import PromptFile, probe, write_prompts
 from kvquant.evaluation.registry import answered, run_suite
-from kvquant.study.config import TaskSpec
+from kvquant.study.tasks import TaskSpec
 
 DIGEST = "0" * 16
 

@@ -12,8 +12,8 @@ from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, check_length
 from kvquant.models.generation import greedy
 from kvquant.models.loading import load_quantized_model
-from kvquant.study.config import LongBenchTask, PasskeyTask, RulerTask
 from kvquant.study.schemes import Fp16Scheme, KiviScheme
+from kvquant.study.tasks import LongBenchTask, PasskeyTask, RulerTask
 from tests.evaluation.asking import asker, prepare
 from tests.support.models import save_tiny
 from tests.support.text import ESSAYS, TEXT

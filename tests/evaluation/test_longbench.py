@@ -19,7 +19,8 @@ from kvquant.fetch import datasets as fetch
 from kvquant.fetch.datasets import fetch_data
 from kvquant.fetch.lm_eval_files import task_files
 from kvquant.fetch.longbench_rows import PACKAGE, read_rows
-from kvquant.study.config import LONGBENCH_TASKS, LongBenchTask, parse_study
+from kvquant.study.config import parse_study
+from kvquant.study.tasks import LONGBENCH_TASKS, LongBenchTask
 from tests.evaluation.asking import asker
 from tests.support.models import tiny_tokenizer
 from tests.support.text import TEXT, json_lines, longbench_row

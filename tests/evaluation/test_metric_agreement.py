@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from kvquant.evaluation import longbench_tasks, ruler_tasks
-from kvquant.study.config import LONGBENCH_TASKS, RULER_TASKS
+from kvquant.study.tasks import LONGBENCH_TASKS, RULER_TASKS
 
 ANSWERS = 240
 EDGES = (

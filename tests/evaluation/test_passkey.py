@@ -19,7 +19,7 @@ from kvquant.evaluation.passkey import (
     make_sample,
     passkey_prompt,
 )
-from kvquant.study.config import PasskeyTask
+from kvquant.study.tasks import PasskeyTask
 from tests.evaluation.asking import asker
 from tests.support.models import tiny_tokenizer
 

@@ -16,7 +16,7 @@ from kvquant.errors import UserError
 from kvquant.evaluation import perplexity
 from kvquant.evaluation.base import Context
 from kvquant.evaluation.perplexity import divergence, measure_windows, run_perplexity, window_starts
-from kvquant.study.config import PerplexityTask
+from kvquant.study.tasks import PerplexityTask
 from tests.support.text import TEXT
 
 LONG = TEXT * 30

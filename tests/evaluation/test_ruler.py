@@ -28,7 +28,7 @@ from kvquant.evaluation.ruler_tasks import (
     score_answer,
 )
 from kvquant.fetch.datasets import get_text
-from kvquant.study.config import RULER_TASKS, RulerTask
+from kvquant.study.tasks import RULER_TASKS, RulerTask
 from tests.evaluation.asking import asker
 from tests.support.models import tiny_tokenizer
 from tests.support.text import ESSAYS, TEXT

@@ -18,7 +18,6 @@ from kvquant.errors import UserError
 from kvquant.evaluation.prompt_file import PromptFile
 from kvquant.formats.files import sha256_text
 from kvquant.formats.sealing import seal_of
-from kvquant.study.config import SUITES
 from kvquant.study.records import (
     AppendRecord,
     EnergyRecord,
@@ -29,6 +28,7 @@ from kvquant.study.records import (
     read_record,
 )
 from kvquant.study.samples import verified_samples
+from kvquant.study.tasks import SUITES
 from tests.support.studies import eval_record, study_of, write_study
 
 KINDS: dict[str, tuple[type[Record], str]] = {

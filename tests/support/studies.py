@@ -11,7 +11,7 @@ import numpy as np
 from kvquant.benchmarks.timing import summarize
 from kvquant.benchmarks.turns import Side, to_records
 from kvquant.study import digests
-from kvquant.study.config import SUITES, Study, parse_study
+from kvquant.study.config import Study, parse_study
 from kvquant.study.prompt_lengths import prompt_lengths
 from kvquant.study.records import (
     AppendPoint,
@@ -26,6 +26,7 @@ from kvquant.study.records import (
     write_record,
     write_samples,
 )
+from kvquant.study.tasks import SUITES
 
 DEVICE = "gpu"
 INPUTS = {"model": "a" * 64}

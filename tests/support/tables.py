@@ -13,7 +13,8 @@ import yaml
 from kvquant.analysis.collect import write_table
 from kvquant.analysis.pareto import pareto_table
 from kvquant.analysis.statistics import test_all as compare_all
-from kvquant.study.config import SUITES, LongBenchTask, PasskeyTask, Study
+from kvquant.study.config import Study
+from kvquant.study.tasks import SUITES, LongBenchTask, PasskeyTask
 
 TITLE = r"50 % of #1 & $2 {x} a_b \ ~ ^ é ß µ 中 <>"
 REPS = 2

@@ -16,8 +16,9 @@ import pandas as pd
 
 from kvquant.analysis.labels import workload_label
 from kvquant.analysis.pareto import counted, dominated
-from kvquant.study.config import SUITES, Study
+from kvquant.study.config import Study
 from kvquant.study.suite import likelihood_suites
+from kvquant.study.tasks import SUITES
 
 MAX_WORKLOADS = 4  # panels of one cost; a page has room for no more
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from kvquant.analysis.figures.style import WIDTH, plt
 from kvquant.analysis.tables import read_table
-from kvquant.study.config import PasskeyTask, Study
+from kvquant.study.config import Study
+from kvquant.study.tasks import PasskeyTask
 
 DEPTHS = 10  # rows of the heat map
 

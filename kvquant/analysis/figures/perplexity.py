@@ -7,7 +7,8 @@ from typing import Any
 
 from kvquant.analysis.figures.style import WIDTH, height_of_rows, look, loss_scale, plt
 from kvquant.analysis.tables import read_table
-from kvquant.study.config import SUITES, Study
+from kvquant.study.config import Study
+from kvquant.study.tasks import SUITES
 
 SUITE = "perplexity"
 
