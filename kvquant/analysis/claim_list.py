@@ -113,5 +113,5 @@ _LIST = (
         judge="kvquant.analysis.claims_of_cost:capacity",
         applies_to="study",
     ),
-)
+)  # end of the list
 CLAIMS = by_name(_LIST)

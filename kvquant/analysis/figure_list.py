@@ -132,7 +132,7 @@ _LIST = (
         reason="has no section 'kernels'",
         draw="kvquant.analysis.figures.kernels:draw",
     ),
-)
+)  # end of the list
 FIGURES = by_name(_LIST)
 
 

@@ -119,6 +119,6 @@ _LIST = (
         "tokens.",
         build="kvquant.analysis.cost_tables:memory",
     ),
-)
+)  # end of the list
 TABLES = by_name(_LIST)
 OF_EVALUATIONS = tuple(name for name, table in TABLES.items() if table.of_evaluations)

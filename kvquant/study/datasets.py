@@ -81,6 +81,7 @@ _LIST = (
         arguments=("hotpotqa",),
         test_only=True,
     ),
+    # A data set per task of LongBench.
     *(
         DataSet(
             f"longbench-{task}",

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 
 from kvquant.study.limits import MAX_BATCH, MAX_MINUTES
 from kvquant.study.margin import Margin
-from kvquant.study.sample_types import Rows, Summary
+from kvquant.study.sample_types import AnsweredSample, Rows, Summary, score_summary
 from kvquant.study.strict import Strict
 
 Protocol = Literal["A", "B"]
@@ -170,9 +170,9 @@ def suite(
     implementation: str,
     metric: str,
     margin: Margin,
-    sample: type[BaseModel],
-    summary: Callable[[Rows], Summary],
     caption: str,
+    sample: type[BaseModel] = AnsweredSample,
+    summary: Callable[[Rows], Summary] | None = None,
     asks_prompts: bool = True,
     uses_chat: bool = False,
     metric_type: MetricType = "score",
@@ -182,7 +182,10 @@ def suite(
     table_metrics: tuple[str, ...] = (),
     table: str = "kvquant.analysis.suite_tables:scores",
 ) -> Callable[[T], T]:
-    """Registers a suite with the options of its tasks; see :class:`Suite` for the arguments."""
+    """Registers a suite with the options of its tasks; see :class:`Suite` for the arguments.
+
+    Without a `summary`, the metric is the samples' mean score in percent.
+    """
 
     def register(tasks: T) -> T:
         name = _name(tasks)
@@ -201,7 +204,7 @@ def suite(
             loss_axis=loss_axis,
             margin=margin,
             sample=sample,
-            summary=summary,
+            summary=score_summary(metric) if summary is None else summary,
             check_samples=check_samples,
             table_metrics=table_metrics,
             caption=caption,

@@ -23,7 +23,6 @@ from kvquant.study.sample_types import (
     check_windows,
     longbench_summary,
     perplexity_summary,
-    score_summary,
 )
 from kvquant.study.strict import Strict
 from kvquant.study.suite import SUITES as SUITES
@@ -117,7 +116,6 @@ class PerplexityTask(Task):
     metric="accuracy",
     margin=Margin(relative=0.05),
     sample=PasskeySample,
-    summary=score_summary("accuracy"),
     caption="Passkey retrieval by prompt length.",
 )
 class PasskeyTask(AnsweredTask):
@@ -163,7 +161,6 @@ class _FamilyTask(AnsweredTask):
     metric="score",
     margin=Margin(relative=0.05, absolute=2.0),
     sample=RulerSample,
-    summary=score_summary("score"),
     uses_chat=True,
     caption="{suite}.",
 )
@@ -218,6 +215,7 @@ class LongBenchTask(_FamilyTask):
         return min(self.samples or available, available)
 
 
+# Every suite that is registered above.
 if TYPE_CHECKING:
     TaskSpec = Task
 else:
