@@ -1,1 +1,1 @@
-"""From records to tables, tests, figures and claims: pure functions on tables and thin verbs."""
+"""Makes tables, tests, figures and claims from records: pure functions on tables and thin verbs."""

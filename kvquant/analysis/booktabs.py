@@ -1,4 +1,4 @@
-"""Plain parts of the LaTeX tables: escaped cells, numbers, rules."""
+"""Builds LaTeX tables: escaped cells, formatted numbers and booktabs rules."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Latex(str):
 
 
 def escape(text: object) -> str:
-    """LaTeX-safe text."""
+    """Returns text that is safe in LaTeX."""
     if isinstance(text, Latex):
         return str(text)
     return "".join(map(_letter, unicodedata.normalize("NFC", str(text))))
 
 
 def _letter(c: str) -> str:
-    """One character for a LaTeX without fonts beyond Latin: what it cannot set is named."""
+    """Returns one character for LaTeX with Latin fonts; a character that it cannot set is named."""
     if c in _ESCAPES:
         return _ESCAPES[c]
     if " " <= c <= "~":
@@ -70,7 +70,7 @@ _LINE = 17.0  # cm of a line
 
 
 def _letters(cell: object) -> int:
-    """Letters of a cell as printed, about."""
+    """Returns about how many letters of a cell are printed."""
     text = str(cell)
     if isinstance(cell, Latex):
         text = re.sub(r"\\[a-zA-Z]+(\[[^]]*\])*|[{}$]", "", text)
@@ -78,7 +78,7 @@ def _letters(cell: object) -> int:
 
 
 def _fit(table: pd.DataFrame, columns: str, size: str) -> tuple[str, str, bool]:
-    """(columns, font size, tight) with which a table that cannot be scaled fits the line.
+    """Returns (columns, font size, tight) with which a table that cannot be scaled fits the line.
 
     Where not even the smallest font does, text breaks at its hyphens and spaces.
     """
@@ -119,7 +119,7 @@ def booktabs(
     pages: bool = False,
     empty: str = "Nothing of this kind was measured in this study.",
 ) -> str:
-    """A table with booktabs rules, never wider than the line.
+    """Returns a table with booktabs rules that is never wider than the line.
 
     Args:
         table: Cells; text is escaped, :class:`Latex` is not.
@@ -162,7 +162,7 @@ def booktabs(
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A number, or a dash where nothing was measured."""
+    """Returns a formatted number, or a dash where nothing was measured."""
     if value is None or np.isnan(value):
         return "-"
     if np.isinf(value):
@@ -171,7 +171,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def signed(value: float, low: float, high: float) -> str:
-    """A difference and its interval, without one where it is not known."""
+    """Returns a difference with its interval, or without one where it is not known."""
     if np.isnan(value):
         return "-"
     if np.isnan(low):
@@ -180,7 +180,7 @@ def signed(value: float, low: float, high: float) -> str:
 
 
 def p_value(value: float) -> str:
-    """A p value without false precision."""
+    """Returns a p value without false precision."""
     if np.isnan(value):
         return "-"
     return "< 0.001" if value < 0.001 else f"{value:.3f}"

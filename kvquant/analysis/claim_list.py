@@ -1,4 +1,4 @@
-"""The claims of the paper: text, definition, where each applies and the code of its verdict.
+"""The claims of the paper: text, definition, where each applies, and verdict code.
 
 A claim is registered here and nowhere else: `kvquant claims` judges it, and the paper and the
 report show it. No number is typed: bars come from the definitions, values from the tables.

@@ -1,4 +1,4 @@
-"""`kvquant claims`: each claim with its definition, the measured value and the verdict.
+"""`kvquant claims`: writes each claim with its definition, measured value and verdict.
 
 A claim reads the tables of one model and returns what was measured, on how much, and whether that
 meets the bar, or says why this study cannot speak to it. A verdict asks for a stated minimum of

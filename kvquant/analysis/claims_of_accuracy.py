@@ -1,4 +1,4 @@
-"""What the claims about accuracy and size measure: loss by bits, passkeys, bits per element."""
+"""Verdicts of the claims about accuracy and size: loss by bits, passkeys, bits per element."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ KEPT = ("identical", "equivalent", "better", "better (within margin)", "worse (w
 
 
 def ordering(t: Tables) -> Outcome:
-    """Loss grows with every step to fewer bits among our schemes, paired by seed."""
+    """Judges whether loss grows with every step to fewer bits among our schemes, paired by seed."""
     head = t.study.schemes[t.study.headline]
     by_bits = {
         s.bits: name
@@ -45,7 +45,7 @@ def ordering(t: Tables) -> Outcome:
 
 
 def loss_on_7b(t: Tables) -> Outcome:
-    """Loss of the headline scheme on Llama-2-7B stays under a tenth of a perplexity."""
+    """Judges whether the headline scheme's loss on Llama-2-7B stays under 0.1 perplexity."""
     rows = t.headline_tests("perplexity")
     rows = rows[rows.model.str.contains("llama-2-7b")] if len(rows) else rows
     if not len(rows):
@@ -58,7 +58,7 @@ def loss_on_7b(t: Tables) -> Outcome:
 
 
 def passkey(t: Tables) -> Outcome:
-    """The headline scheme is not worse on any passkey task."""
+    """Judges whether the headline scheme is not worse on any passkey task."""
     rows = t.headline_tests("passkey")
     if not len(rows):
         return not_measured("no passkey task")
@@ -74,7 +74,7 @@ def passkey(t: Tables) -> Outcome:
 
 
 def bits_per_element(t: Tables) -> Outcome:
-    """Bytes allocated over elements stored, of long prompts."""
+    """Judges the bytes allocated over elements stored, for long prompts."""
     rows = t.evaluations[t.evaluations.scheme == t.study.headline]
     if not len(rows):
         return not_measured("the headline scheme is not evaluated")

@@ -1,4 +1,4 @@
-"""What the claims about cost measure: prefill, quantization, energy and appended tokens."""
+"""Verdicts of the claims about cost: prefill, quantization, energy and appended tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvquant.analysis.study_tables import Tables
 
 
 def _worst(rows: pd.DataFrame, column: str, *, largest: bool) -> tuple[str, pd.DataFrame]:
-    """The workload whose median over repetitions is worst, and its rows with a value."""
+    """Returns the workload whose median over repetitions is worst, and its rows with a value."""
     rows = rows[rows[column].notna()]
     medians = rows.groupby("workload")[column].median()
     name = str(medians.idxmax() if largest else medians.idxmin())
@@ -26,13 +26,13 @@ def _spread(rows: pd.DataFrame, column: str) -> str:
 
 
 def _rounds(rows: pd.DataFrame) -> tuple[str, bool]:
-    """Evidence of a timed claim, and whether it suffices."""
+    """Returns the evidence of a timed claim, and whether it suffices."""
     fewest, reps = int(rows.scheme_rounds.min()), len(rows)
     return f"{reps} repetition{'s' * (reps > 1)} of {fewest} rounds or more", fewest >= MIN_ROUNDS
 
 
 def prefill(t: Tables) -> Outcome:
-    """Prefill of the headline scheme on its worst workload, over the baseline."""
+    """Judges the headline scheme's prefill on its worst workload, over the baseline."""
     rows = t.headline_perf()
     if not len(rows) or rows["prefill_ratio"].isna().all():
         return not_measured("no throughput measured")
@@ -46,7 +46,7 @@ def prefill(t: Tables) -> Outcome:
 
 
 def quantize_share(t: Tables) -> Outcome:
-    """Quantization as a share of the baseline's prefill, on the worst workload."""
+    """Judges quantization as a share of the baseline's prefill, on the worst workload."""
     rows = t.headline_perf()
     if not len(rows) or rows["quantize_share"].isna().all():
         return not_measured("no throughput measured")
@@ -58,7 +58,7 @@ def quantize_share(t: Tables) -> Outcome:
 
 
 def energy(t: Tables) -> Outcome:
-    """Measured energy of the headline scheme on its worst workload, over the baseline."""
+    """Judges the headline scheme's measured energy on its worst workload, over the baseline."""
     rows = t.energy[t.energy["scheme"] == t.study.headline] if len(t.energy) else t.energy
     if not len(rows):
         return not_measured("no energy measured")
@@ -75,7 +75,7 @@ def energy(t: Tables) -> Outcome:
 
 
 def append_growth(points: pd.DataFrame, series: str) -> tuple[float, int, int] | None:
-    """Cost of a token, one a call, at the largest size over that at the smallest.
+    """Returns the cost of a token, one per call, at the largest size over that at the smallest.
 
     Args:
         points: The table `append`.
@@ -99,7 +99,7 @@ def append_growth(points: pd.DataFrame, series: str) -> tuple[float, int, int] |
 
 
 def append(t: Tables) -> Outcome:
-    """Cost of an appended token at the largest cache over that at the smallest."""
+    """Judges the cost of an appended token at the largest cache over that at the smallest."""
     ours = append_growth(t.append, t.study.headline)
     if ours is None:
         return not_measured("append is not measured in this study")
@@ -115,7 +115,7 @@ def append(t: Tables) -> Outcome:
 
 
 def over_reference(t: Tables) -> Outcome:
-    """Prefill over KVQuant's procedure on the same workload, both against the same baseline."""
+    """Judges prefill over KVQuant's procedure on one workload, both against the same baseline."""
     names = [n for n, s in t.study.schemes.items() if s.kind == "kvquant-ref"]
     theirs = t.perf[t.perf["scheme"].isin(names)] if len(t.perf) else t.perf
     ours = t.headline_perf() if len(t.perf) else t.perf

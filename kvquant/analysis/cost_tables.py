@@ -13,21 +13,21 @@ from kvquant.analysis.study_tables import Tables
 
 
 def _sides(t: Tables, row: Any, reps: int) -> dict[str, Any]:
-    """The first columns of a timed row: the model and the repetition only where there are more."""
+    """Returns the first columns of a timed row: model and repetition where there are several."""
     first = {"model": row.model} if len(t.study.models) > 1 else {}
     last = {"rep": row.rep + 1} if reps > 1 else {}
     return first | {"workload": row.workload, "scheme": row.scheme} | last
 
 
 def _timed(rows: list[dict[str, Any]], figures: int, texts: int = 0) -> str:
-    """A table of timed rows: `figures` columns of numbers, then `texts` columns of text."""
+    """Returns a table of timed rows: `figures` columns of numbers, then `texts` columns of text."""
     table = pd.DataFrame(rows, dtype=object)
     labels = table.shape[1] - figures - texts if rows else 0
     return booktabs(table, "l" * labels + "r" * figures + "l" * texts)
 
 
 def statistics(t: Tables) -> str:
-    """Both tests of every comparison, its family and margin, and the verdict: suites' means first.
+    """Builds the table of all comparisons: both tests, family, margin and verdict.
 
     The interval, the pairs won and lost and the first p are of prompts (rows, windows), which give
     the verdict; the second p is the t-test over seeds, where seeds are independent.
@@ -56,14 +56,14 @@ def statistics(t: Tables) -> str:
 
 
 def _speed(row: Any, side: str) -> str:
-    """Prompt tokens a second of one side, or why there are none."""
+    """Returns the prompt tokens per second of one side, or why there are none."""
     if getattr(row, f"{side}_status", "ok") == "oom":
         return "out of memory"
     return number(getattr(row, f"{side}_prefill_tokens_per_s"), 0)
 
 
 def throughput(t: Tables) -> str:
-    """Speeds over the baseline and the share of quantization, a row a repetition."""
+    """Builds the table of speeds over the baseline, a row per repetition."""
     rows = [
         _sides(t, r, t.study.throughput.reps)
         | {
@@ -80,7 +80,7 @@ def throughput(t: Tables) -> str:
 
 
 def energy(t: Tables) -> str:
-    """Joules per token, a row a repetition; says where no counter was read."""
+    """Builds the table of joules per token, a row per repetition, with the source of each."""
     rows = [
         _sides(t, r, t.study.energy.reps)
         | {
@@ -96,7 +96,7 @@ def energy(t: Tables) -> str:
 
 
 def memory(t: Tables) -> str:
-    """Bits per element from allocated bytes, by suite."""
+    """Builds the table of bits per element from allocated bytes, by suite."""
     rows, several = [], len(t.study.models) > 1
     for (model, scheme), group in t.evaluations.groupby(["model", "scheme"], sort=False):
         row = {"model": model} if several else {}

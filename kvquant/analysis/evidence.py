@@ -14,7 +14,7 @@ VERDICTS = (SUPPORTED, NOT_SUPPORTED, NOT_ENOUGH, NOT_MEASURED)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured for a claim.
+    """The measurement for a claim and its verdict.
 
     Attributes:
         value: The measured value with its interval, or why there is none.
@@ -30,7 +30,7 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """One of :data:`VERDICTS`."""
+        """Returns one of :data:`VERDICTS`."""
         if not self.evidence:
             return NOT_MEASURED
         if not self.enough or self.met is None:
@@ -39,12 +39,12 @@ class Outcome:
 
 
 def not_measured(reason: str) -> Outcome:
-    """The outcome of a claim that this study cannot speak to."""
+    """Returns the outcome of a claim on which this study has no measurement."""
     return Outcome(reason, None)
 
 
 def against_bar(low: float, high: float, bar: float, *, at_most: bool) -> bool | None:
-    """Whether an interval lies on the right side of a bar.
+    """Returns whether an interval lies on the right side of a bar.
 
     Args:
         low: Lower end.
@@ -62,7 +62,7 @@ def against_bar(low: float, high: float, bar: float, *, at_most: bool) -> bool |
 
 
 def interval(differences: np.ndarray, alpha: float) -> tuple[float, float]:
-    """Student's interval of the mean of differences `[n]`; NaN for fewer than two or one NaN."""
+    """Returns Student's interval of the mean of differences `[n]`; NaN for fewer than two."""
     n = differences.size
     if n < 2 or not np.isfinite(differences).all():
         return float("nan"), float("nan")

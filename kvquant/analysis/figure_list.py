@@ -42,7 +42,7 @@ class Figure:
 
 
 def _compares(study: Study, suite: str | None = None) -> bool:
-    """Whether a scheme beside the baseline is evaluated on a task (of one suite)."""
+    """Returns whether a scheme is compared with the baseline on a task, of one suite if given."""
     return any(
         study.evaluates(scheme, name)
         for name, task in study.tasks.items()
@@ -53,7 +53,7 @@ def _compares(study: Study, suite: str | None = None) -> bool:
 
 
 def _has_passkey_lengths(study: Study) -> bool:
-    """Whether passkey tasks have two lengths."""
+    """Returns whether the passkey tasks have at least two lengths."""
     return len({t.length for t in study.tasks.values() if isinstance(t, PasskeyTask)}) > 1
 
 

@@ -1,4 +1,4 @@
-"""`kvquant html`: the claims and tables as HTML pages with captions, for the report."""
+"""`kvquant html`: writes claims and tables as HTML pages with captions, for the report."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ td.no { color: #a63a00; font-weight: 600; }
 
 
 def _number(value: float) -> str:
-    """Four digits that count, no exponent where a person reads without one."""
+    """Returns a number with four significant digits, without an exponent where it reads well."""
     if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 1000):
         return f"{value:,.0f}"
     return f"{value:.4g}" if abs(value) >= 1e-4 else f"{value:.1g}"
 
 
 def _cell(value: Any) -> str:
-    """A cell: numbers to the right, verdicts in colour."""
+    """Returns a cell with numbers to the right and verdicts in color."""
     if value is None or value is pd.NA or (isinstance(value, float) and pd.isna(value)):
         return "<td class='number'>-</td>"
     if isinstance(value, bool):
@@ -57,13 +57,13 @@ def _cell(value: Any) -> str:
 
 
 def _side(column: pd.Series) -> str:
-    """The class of a head: over numbers it stands to the right."""
+    """Returns the class of a head, which stands to the right over numbers."""
     numbers = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
     return " class='number'" if numbers else ""
 
 
 def page(table: pd.DataFrame, title: str, caption: str) -> str:
-    """A page with one table; everything in it is escaped."""
+    """Returns a page with one table, in which everything is escaped."""
     heads = "".join(
         f"<th{_side(table.iloc[:, i])}>{html.escape(str(head).replace('_', ' '))}</th>"
         for i, head in enumerate(table.columns)
@@ -82,7 +82,7 @@ def page(table: pd.DataFrame, title: str, caption: str) -> str:
 
 
 def table_of(study: Study, folder: Path, name: str) -> pd.DataFrame:
-    """The table of one page, with its heads; a column in which nothing stands is left out."""
+    """Returns the table of one page with its heads, without columns that are empty."""
     shown = PAGES[name]
     if shown.source == "claims":
         table = judge(load_tables(study, folder))

@@ -23,14 +23,14 @@ def _plain(study: Study, key: str) -> str:
 
 
 def scheme_labels(study: Study) -> dict[str, str]:
-    """The label of every scheme; of schemes that differ in other options the key stands behind."""
+    """Returns each scheme's label, with its key where schemes differ in other options alone."""
     plain = {key: _plain(study, key) for key in study.schemes}
     seen = list(plain.values())
     return {k: text if seen.count(text) == 1 else f"{text} ({k})" for k, text in plain.items()}
 
 
 def workload_label(workload: Workload) -> str:
-    """What a workload does, in one phrase."""
+    """Returns what a workload does, in one phrase."""
     lengths = f"{workload.prompt:,}-token prompt"
     if workload.batch_size > 1:
         shape = ", ragged" if workload.ragged else ""

@@ -1,4 +1,4 @@
-"""`kvquant tables`: the paper's LaTeX tables, its numbers as macros, and where it shows what."""
+"""`kvquant tables`: writes the paper's LaTeX tables, its numbers, and its list of floats."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build_table(name: str, tables: Tables) -> str:
 
 
 def _shown_in(section: Section, tables: Tables) -> list[str]:
-    """The lines that show a section: each table with the figure of its name, then other figures."""
+    """Returns the lines of a section: each table with its figure, then the other figures."""
     drawn = [
         name
         for name in figure_list.shown(tables.study)

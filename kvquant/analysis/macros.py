@@ -1,4 +1,4 @@
-"""`numbers.tex`: a LaTeX macro for every number of the paper's text."""
+"""Writes `numbers.tex`, which has a LaTeX macro for every number of the paper's text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DIGITS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight"
 
 
 def macro(*words: str) -> str:
-    """A LaTeX macro name: digits spelt, words in camel case.
+    """Returns a LaTeX macro name: digits are spelt, words are in camel case.
 
     Example: ("nuq3-1pct", "bits") gives "NuqThreeOnepctBits".
     """
@@ -28,7 +28,7 @@ def macro(*words: str) -> str:
 
 
 def _each_model(values: dict[str, str]) -> str:
-    """The value of every model, named where there are several."""
+    """Returns the value of every model, with its name where there are several."""
     if len(values) == 1:
         return next(iter(values.values()))
     named = [f"{value} ({escape(model)})" for model, value in values.items()]
@@ -36,7 +36,7 @@ def _each_model(values: dict[str, str]) -> str:
 
 
 def _headline(t: Tables) -> dict[str, str]:
-    """What the text says of the headline scheme, of every model."""
+    """Returns the macros of the headline scheme, with a value for every model."""
     columns = {"Bits": ("bits_per_element", 2), "Loss": ("perplexity_change", 2)}
     columns |= {"Prefill": ("prefill_ratio", 3), "Kl": ("kl", 4)}
     mine = t.pareto[t.pareto.scheme == t.study.headline].set_index("model")
@@ -49,7 +49,7 @@ def _headline(t: Tables) -> dict[str, str]:
 
 
 def numbers(t: Tables) -> str:
-    """Macros of the numbers that the text may use.
+    """Returns the macros of all numbers that the text may use.
 
     Names are unique: of two keys that are spelt the same, the second gets "Again".
     """

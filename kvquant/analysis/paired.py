@@ -17,10 +17,10 @@ TINY = float(np.finfo(float).tiny)  # no p value is smaller: 0 would be a certai
 
 @dataclass(frozen=True)
 class PairedTest:
-    """One comparison.
+    """The result of one paired comparison of means.
 
     Attributes:
-        n: Pairs.
+        n: Number of pairs.
         mean: Mean difference (scheme minus baseline).
         low: Lower end of the confidence interval of the mean.
         high: Upper end.
@@ -46,7 +46,7 @@ class PairedTest:
 
 
 def paired_test(differences: np.ndarray, margin: float, alpha: float) -> PairedTest:
-    """Paired t-test, interval, TOST and effect size of differences `[n]`.
+    """Returns paired t-test, interval, TOST and effect size of differences `[n]`.
 
     Raises:
         ValueError: No difference, or a margin that is negative or no number.
@@ -57,7 +57,7 @@ def paired_test(differences: np.ndarray, margin: float, alpha: float) -> PairedT
 def grouped_test(
     groups: list[np.ndarray], margin: float, alpha: float, *, inflation: float = 1.0
 ) -> PairedTest:
-    """The same of the mean of groups' mean differences, each group with a variance of its own.
+    """Tests the mean of groups' mean differences, each group with a variance of its own.
 
     Degrees of freedom are Welch's and Satterthwaite's; with one group all is the paired t-test.
 
@@ -108,7 +108,7 @@ def grouped_test(
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's step-down adjustment (Scandinavian J. Statistics 6, 1979); NaN stays NaN."""
+    """Returns p values after Holm's step-down adjustment (Scand. J. Statistics 6, 1979)."""
     values = np.asarray(p, dtype=float)
     out = np.full(values.shape, np.nan)
     known = np.flatnonzero(~np.isnan(values))

@@ -1,4 +1,4 @@
-"""`kvquant pareto`: accuracy, bits, speed and energy of every scheme side by side."""
+"""`kvquant pareto`: puts accuracy, bits, speed and energy of every scheme side by side."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvquant.study.timing import EnergySpec, TimingSpec
 
 
 def dominated(costs: np.ndarray) -> np.ndarray:
-    """Which rows another row beats.
+    """Returns which rows another row beats.
 
     A row is dominated if another is at least as good on every axis that the first was measured on,
     and better on one. A row that misses one of those axes cannot dominate.
@@ -41,7 +41,7 @@ def dominated(costs: np.ndarray) -> np.ndarray:
 
 
 def first_workload(spec: TimingSpec | EnergySpec, *, answered: bool = False) -> str | None:
-    """The workload that stands for a stage where one number is asked for: the study's first.
+    """Returns the workload that stands for a stage where one number is asked for: the first.
 
     Args:
         spec: The stage.
@@ -52,19 +52,19 @@ def first_workload(spec: TimingSpec | EnergySpec, *, answered: bool = False) -> 
 
 
 def counted(energy: pd.DataFrame) -> pd.DataFrame:
-    """Energy rows that were measured by counters; an estimate may be off by more than schemes."""
+    """Returns the energy rows that counters measured; estimates err by more than schemes differ."""
     return energy[energy["source"] != "estimated"] if "source" in energy else energy
 
 
 def _bits(rows: pd.DataFrame) -> float:
-    """Bits an element; NaN for a scheme that is timed only."""
+    """Returns bits per element; NaN for a scheme that is only timed."""
     return 8 * rows.cache_bytes.sum() / rows.cache_elements.sum() if len(rows) else np.nan
 
 
 def pareto_table(
     study: Study, evaluations: pd.DataFrame, perf: pd.DataFrame, energy: pd.DataFrame
 ) -> pd.DataFrame:
-    """One row a (model, scheme).
+    """Returns a row per (model, scheme).
 
     `bits_per_element` is that of the first perplexity task, or of all tasks without one: contexts
     of one length, so that schemes are compared under the same share of 16-bit tokens. `kl` is the

@@ -1,4 +1,4 @@
-"""`kvquant plot`: the paper's figures, drawn from collected tables only."""
+"""`kvquant plot`: draws the paper's figures from collected tables alone."""
 
 from __future__ import annotations
 

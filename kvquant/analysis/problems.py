@@ -1,4 +1,4 @@
-"""Reading a study's records: all that cannot be used is named at once."""
+"""Reads a study's records and names all that cannot be used at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _stale(file: Path, found: str, expected: str) -> str:
 
 
 class Problems(list[str]):
-    """What is wrong with the records, for one message.
+    """The problems of a study's records, collected for one message.
 
     Args:
         present: Records that are not there yet are no problem: the study is unfinished.
@@ -46,12 +46,12 @@ class Problems(list[str]):
     def read(
         self, file: Path, kind: type[R], digest: str, names: Mapping[str, Any] | None = None
     ) -> R | None:
-        """A record of the specification with that digest; None where there is none to use.
+        """Reads a record of the specification with that digest; None where there is none to use.
 
         Args:
-            file: Where it should be.
-            kind: Its type.
-            digest: Of the specification.
+            file: Path of the record.
+            kind: Type of the record.
+            digest: Digest of the specification.
             names: Fields that the path names, which must be the record's own.
         """
         if self.present and absent(file):
@@ -78,7 +78,7 @@ class Problems(list[str]):
         return record
 
     def _same_inputs(self, file: Path, record: Record) -> bool:
-        """Whether a record was measured with the same files as those before it."""
+        """Returns whether a record was measured with the same files as the records before it."""
         for what, found in record.inputs.items():
             if what not in SCOPES or not all(hasattr(record, name) for name in SCOPES[what]):
                 continue
@@ -96,7 +96,7 @@ class Problems(list[str]):
     def fits(
         self, file: Path, check: Callable[[Study, Any], None], study: Study, record: Record
     ) -> bool:
-        """Whether a record is what the study asks for."""
+        """Returns whether a record is what the study asks for."""
         try:
             check(study, record)
         except (ValueError, ArithmeticError) as error:

@@ -1,4 +1,4 @@
-"""`kvquant report`: Snakemake's HTML report of a study, whole or not at all.
+"""`kvquant report`: writes Snakemake's HTML report of a study, whole or not at all.
 
 Snakemake makes reports of workflows that have ended. A second process makes it here, of the targets
 that the report shows, while the job that called it is the only one in the way of the end.
@@ -19,7 +19,7 @@ END = b"</html>"
 
 
 def whole(report: Path) -> bool:
-    """Whether a report is there to its last tag."""
+    """Returns whether a report is there to its last tag."""
     try:
         with report.open("rb") as file:
             file.seek(max(0, report.stat().st_size - 4096))
@@ -29,7 +29,7 @@ def whole(report: Path) -> bool:
 
 
 def remove_if_cut(report: Path) -> None:
-    """Removes a report that was cut short, so that it is planned: Snakemake looks into no file.
+    """Removes a truncated report so that Snakemake plans it, because Snakemake opens no file.
 
     Another time would not do: Snakemake also compares what a job has read, and that is unchanged.
     """

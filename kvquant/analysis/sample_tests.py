@@ -1,4 +1,4 @@
-"""Paired tests of single prompts or windows of text, which give the verdicts.
+"""Tests single prompts or windows of text in pairs, which gives the verdicts.
 
 Prompts are nested in the seeds that drew them: an interval resamples seeds and, within each, its
 prompts, so that it would show an effect of the seed. Where seeds draw from one set of rows, a row
@@ -17,24 +17,25 @@ from scipy import stats
 
 from kvquant.analysis.paired import TINY, PairedTest
 
-Strata = list[list[np.ndarray]]  # tasks, of each its seeds' (or one set of rows') differences
+# For each task, the differences of each seed, or of one set of rows that seeds share.
+Strata = list[list[np.ndarray]]
 EQUAL = 1e-12  # scores that differ by less are rounding
 
 
 @dataclass(frozen=True)
 class SampleTest:
-    """A comparison of units, in the unit of their scores.
+    """The result of comparing units (prompts, rows or windows), in the unit of their scores.
 
     Attributes:
-        n: Units.
+        n: Number of units.
         won: Units in which the scheme is better than the baseline.
         lost: Units in which it is worse.
         mean: Mean difference (scheme minus baseline): of tasks, of seeds, of units.
         low: Lower end of the confidence interval of the mean; NaN if it cannot be told.
         high: Upper end.
-        inner_low: The same of level 1 - 2 alpha, by which equivalence is judged.
+        inner_low: Lower end at level 1 - 2 alpha, by which equivalence is judged.
         inner_high: Upper end.
-        p: Two-sided; 1 if no unit differs, NaN for a single unit.
+        p: Two-sided p value; 1 if no unit differs, NaN for a single unit.
     """
 
     n: int
@@ -49,25 +50,25 @@ class SampleTest:
 
     @property
     def tied(self) -> int:
-        """Units in which both are the same."""
+        """Returns the units in which both are the same."""
         return self.n - self.won - self.lost
 
 
 def sign_test(won: int, lost: int) -> float:
-    """Exact two-sided p of as many units won as lost (binomial, 1/2; ties do not count)."""
+    """Returns the exact two-sided p of the sign test, in which ties do not count."""
     if won + lost == 0:
         return 1.0
     return max(TINY, float(stats.binomtest(won, won + lost, 0.5).pvalue))
 
 
 def clustered_means(strata: Strata, draws: int, seed: int) -> np.ndarray:
-    """Bootstrap means `[draws]` of tasks' means of seeds' means.
+    """Returns bootstrap means `[draws]` of tasks' means of seeds' means.
 
     Args:
         strata: Differences; a task with one array is resampled in it, one with several resamples
             the arrays and then within each.
-        draws: How many.
-        seed: Of the random numbers.
+        draws: Number of draws.
+        seed: Seed of the random numbers.
     """
     generator = np.random.default_rng(seed)
     total = np.zeros(draws)
@@ -89,18 +90,18 @@ def clustered_means(strata: Strata, draws: int, seed: int) -> np.ndarray:
 def mean_interval(
     strata: Strata, alpha: float, draws: int, seed: int, bounds: tuple[float, float]
 ) -> tuple[float, float, float, float]:
-    """Intervals of levels 1 - alpha and 1 - 2 alpha of a mean (low, high, low, high).
+    """Returns intervals of levels 1 - alpha and 1 - 2 alpha of a mean (low, high, low, high).
 
     Percentiles of :func:`clustered_means`. Where nothing varies the bootstrap knows no width; then
     exact binomial bounds say what share of further units may be different (none of n was: at most
     1 - a^(1/n) with confidence 1 - a), and those as far away as scores can be.
 
     Args:
-        strata: Of every task; each has a unit.
+        strata: Values of every task, each with a unit at least.
         alpha: One minus the level.
-        draws: Of the bootstrap.
-        seed: Of the bootstrap.
-        bounds: The least and the greatest value that a unit can have.
+        draws: Draws of the bootstrap.
+        seed: Seed of the bootstrap.
+        bounds: The smallest and the largest value that a unit can have.
     """
     flat = np.concatenate([c for clusters in strata for c in clusters])
     if flat.size < 2:
@@ -119,13 +120,13 @@ def mean_interval(
 
 
 def score_test(strata: Strata, alpha: float, draws: int, seed: int) -> SampleTest:
-    """Sign test and clustered interval of differences of scores between 0 and 1.
+    """Returns sign test and clustered interval for differences of scores between 0 and 1.
 
     Args:
         strata: Differences (scheme minus baseline) of every task's seeds or rows.
         alpha: One minus the interval's level.
-        draws: Of the bootstrap.
-        seed: Of the bootstrap.
+        draws: Draws of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Raises:
         ValueError: A task without a unit.
@@ -141,11 +142,11 @@ def score_test(strata: Strata, alpha: float, draws: int, seed: int) -> SampleTes
 
 
 def window_test(differences: np.ndarray, test: PairedTest) -> SampleTest:
-    """A t-test over windows as a test of units; lower is better.
+    """Returns a t-test over windows as a test of units, where lower is better.
 
     Args:
-        differences: Of mean negative log likelihoods `[windows]`, which do not overlap.
-        test: Of them.
+        differences: Differences of mean negative log likelihoods `[windows]` that share no token.
+        test: The t-test of the differences.
     """
     won, lost = int((differences < -EQUAL).sum()), int((differences > EQUAL).sum())
     ends = test.low, test.high, test.inner_low, test.inner_high
@@ -153,7 +154,7 @@ def window_test(differences: np.ndarray, test: PairedTest) -> SampleTest:
 
 
 def series_inflation(values: np.ndarray) -> float:
-    """How much more the mean of a series varies than that of as many independent values; >= 1.
+    """Returns how many times the variance of a series' mean exceeds that of independent values.
 
     Neighbouring windows come from one article and lose alike. Newey and West's estimate (1987) with
     Bartlett weights over the root of third order of n lags; 1 below 20 values, which cannot tell.
@@ -171,7 +172,7 @@ def series_inflation(values: np.ndarray) -> float:
 
 
 def separate_windows(windows: pd.DataFrame) -> pd.DataFrame:
-    """Windows of a task that share no token: in the order of seeds, each that overlaps none before.
+    """Returns windows of a task that share no token, chosen in the order of seeds.
 
     Where every seed takes the whole text that leaves the first seed's. The choice depends on the
     places alone, so it is the same for every scheme.

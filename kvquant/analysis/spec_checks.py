@@ -1,4 +1,4 @@
-"""Whether a record is what its study asks for: what the digest alone does not tell of it.
+"""Checks that a record is what its study asks for, beyond what its digest says.
 
 All functions raise ValueError with the field's name.
 """
@@ -46,7 +46,7 @@ def check_evaluation(study: Study, record: EvalRecord) -> None:
 
 
 def check_throughput(study: Study, record: ThroughputRecord) -> None:
-    """Both sides and the prompts."""
+    """Checks the sides and the prompts of a throughput record."""
     workload = study.throughput.workloads[record.workload]
     _are(
         record,
@@ -64,7 +64,7 @@ def check_throughput(study: Study, record: ThroughputRecord) -> None:
 
 
 def check_energy(study: Study, record: EnergyRecord) -> None:
-    """Both sides, their trials and the tokens of whole jobs."""
+    """Checks the sides of an energy record, their trials and the tokens of whole jobs."""
     workload = study.energy.workloads[record.workload]
     _are(
         record,
@@ -82,7 +82,7 @@ def check_energy(study: Study, record: EnergyRecord) -> None:
 
 
 def check_append(study: Study, record: AppendRecord) -> None:
-    """The shape, and every size of every chunk."""
+    """Checks the shape of an append record, and that it has every size of every chunk."""
     spec = study.append
     assert spec is not None
     _are(record, {n: getattr(spec, n) for n in ("batch_size", "kv_heads", "head_dim")})
@@ -98,7 +98,7 @@ def check_append(study: Study, record: AppendRecord) -> None:
 
 
 def check_kernels(study: Study, record: KernelRecord) -> None:
-    """The case's shape and measurements."""
+    """Checks the shape and the measurements of a kernel record's case."""
     case = study.kernel_cases()[record.case]
     shape = {name: getattr(case, name) for name in ("shape", "batch", "tokens")}
     _are(record, {**shape, "scheme": study.headline})

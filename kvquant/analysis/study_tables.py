@@ -13,7 +13,7 @@ from kvquant.study.config import Study
 
 @dataclass(frozen=True)
 class Tables:
-    """What claims may read."""
+    """The collected tables of a study."""
 
     study: Study
     evaluations: pd.DataFrame
@@ -25,16 +25,16 @@ class Tables:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether timings come from a GPU."""
+        """Returns whether timings come from a GPU."""
         return self.study.gpus > 0
 
     def devices(self) -> list[str]:
-        """Names of the devices on which something was timed."""
+        """Returns the names of the devices on which something was timed."""
         timed = [t["device"] for t in (self.perf, self.energy, self.append) if "device" in t]
         return list(dict.fromkeys(name for names in timed for name in names))
 
     def of(self, model: str) -> Tables:
-        """The rows of one model; what is measured without a model stays."""
+        """Returns the rows of one model; tables without a model stay as they are."""
         names = ("evaluations", "perf", "energy", "tests", "pareto")
         tables = {name: getattr(self, name) for name in names}
         return replace(
@@ -42,19 +42,19 @@ class Tables:
         )
 
     def headline_tests(self, suite: str) -> pd.DataFrame:
-        """Comparisons of the headline scheme on the tasks of a suite."""
+        """Returns the comparisons of the headline scheme on the tasks of a suite."""
         if "level" not in self.tests:
             return self.tests
         rows = self.tests[(self.tests.level == "task") & (self.tests.suite == suite)]
         return rows[rows.scheme == self.study.headline]
 
     def headline_perf(self) -> pd.DataFrame:
-        """Throughput rows of the headline scheme."""
+        """Returns the throughput rows of the headline scheme."""
         return self.perf[self.perf["scheme"] == self.study.headline]
 
 
 def load_tables(study: Study, folder: Path, *, accuracy_only: bool = False) -> Tables:
-    """All tables of a study, or only those that its evaluations fill; the others are then empty."""
+    """Reads all tables of a study, or those of evaluations alone, where the others are empty."""
     if accuracy_only:
         none = pd.DataFrame()
         evaluations, tests = read_table(folder, "eval"), read_table(folder, "tests")

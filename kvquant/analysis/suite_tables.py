@@ -27,7 +27,7 @@ MARKS = {
 
 
 def kept_tokens(study: Study, scheme: str) -> str:
-    """Tokens of a sequence that a scheme keeps in 16 bits: the first + the most recent ones.
+    """Returns the tokens per sequence that a scheme keeps in 16 bits: the first + the latest ones.
 
     What does not fill a block or a group comes on top with every scheme.
     """
@@ -51,7 +51,7 @@ def suite_name(t: Tables, suite: str) -> str:
 
 
 def _caches(t: Tables) -> Iterator[tuple[dict[str, str], pd.Series]]:
-    """The first columns of a row (the model only where there are several), and which results.
+    """Yields the first columns of each row, and which results belong to it.
 
     A scheme that is timed only has no row.
     """
@@ -75,7 +75,7 @@ def _test(t: Tables, level: str, task: str, model: str, scheme: str) -> pd.Serie
 
 
 def suite_test(t: Tables, suite: str, model: str, scheme: str) -> pd.Series | None:
-    """The test of a suite's mean, or of its only task."""
+    """Returns the test of a suite's mean, or of its only task."""
     tasks = t.evaluations[t.evaluations.suite == suite].task.unique()
     if len(tasks) == 1:
         return _test(t, "task", tasks[0], model, scheme)
@@ -83,7 +83,7 @@ def suite_test(t: Tables, suite: str, model: str, scheme: str) -> pd.Series | No
 
 
 def marked(value: float, test: pd.Series | None, digits: int = 1) -> Latex:
-    """A number and the mark of its verdict, in a box of one width so that digits stay aligned."""
+    """Returns a number and the mark of its verdict, in a box of one width to align digits."""
     mark = MARKS.get(str(test.verdict), "") if test is not None else ""
     return Latex(rf"{number(value, digits)}\makebox[0.9em][l]{{{mark}}}")
 
@@ -175,7 +175,7 @@ def family_means(t: Tables) -> str:
 
 
 def summary(t: Tables) -> str:
-    """Bits, perplexity, KL divergence and the mean of every suite, marked by verdict."""
+    """Builds the summary: bits, perplexity, KL divergence and suites' means, with verdicts."""
     suites = [s for s in scored_suites() if (t.evaluations.suite == s).any()]
     language = t.evaluations[t.evaluations.suite.isin(likelihood_suites())]
     tasks = language.task.unique()

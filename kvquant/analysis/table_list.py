@@ -66,7 +66,7 @@ def _of_suite(name: str) -> LatexTable:
 
 
 def _has_families(tables: Tables) -> bool:
-    """Whether a suite with several families of tasks was evaluated."""
+    """Returns whether a suite with several families of tasks was evaluated."""
     return any(len(families(str(suite))) > 1 for suite in tables.evaluations.suite.unique())
 
 

@@ -1,4 +1,4 @@
-"""Collected tables on disk: parquet with a CSV twin, sealed when written, verified when read.
+"""Writes and reads collected tables: sealed parquet files, each with a CSV twin.
 
 The seal stands in the parquet file's own metadata, as a text of fixed length: a hash over all bytes
 of the file in which it counts as zeros. So any changed byte is found before a library parses it.
@@ -31,7 +31,7 @@ _KEY = b"kvquant"
 
 
 def _seal_of(raw: bytes) -> tuple[str, str] | None:
-    """The seal that a file holds and the one that it should hold; None for a file without one."""
+    """Returns the seal that a file holds and the one that it should hold; None without a seal."""
     found = list(_SEAL.finditer(raw))
     if len(found) != 1:
         return None
@@ -69,13 +69,13 @@ def write_table(table: pd.DataFrame, path: Path, made_from: Iterable[Path] = ())
 
 
 def _foreign(raw: bytes, path: Path) -> bool:
-    """Whether a file without a seal came from elsewhere, and is not one of ours that lost it."""
+    """Returns whether a file without a seal came from elsewhere and did not lose its seal."""
     ours = b"csv_sha256" in raw or b"made_from" in raw or path.with_suffix(".csv").exists()
     return not ours
 
 
 def _read(path: Path) -> tuple[bytes, str]:
-    """The bytes of a table and its seal, which was checked; no seal for a file from elsewhere.
+    """Returns the bytes of a table and its checked seal; no seal for a file from elsewhere.
 
     Raises:
         UserError: The file is missing, or was not written so by :func:`write_table`.
@@ -99,7 +99,7 @@ def _facts(table: pa.Table) -> dict[str, Any]:
 
 
 def read_table(folder: Path, name: str) -> pd.DataFrame:
-    """A collected table.
+    """Reads a collected table.
 
     Raises:
         UserError: It does not exist, was changed, is not what its CSV twin says, or was computed

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from kvquant.analysis.collect import Problems, collect
+from kvquant.analysis.collect import collect
+from kvquant.analysis.problems import Problems
 from kvquant.errors import UserError
 from kvquant.formats.sealing import seal_of
 from kvquant.study.config import Study

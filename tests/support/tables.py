@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from kvquant.analysis.collect import write_table
 from kvquant.analysis.pareto import pareto_table
 from kvquant.analysis.statistics import test_all as compare_all
+from kvquant.analysis.tables import write_table
 from kvquant.study.config import Study
 from kvquant.study.tasks import SUITES, LongBenchTask, PasskeyTask
 
