@@ -25,7 +25,7 @@ from kvquant.benchmarks.timing import Clock, interleave, summarize
 from kvquant.cache.block_store import BlockStore
 from kvquant.cache.layout import Layout
 from kvquant.cache.packed_past import Past, block_table, range_blocks
-from kvquant.cache.past_pieces import MOST_SCORES, MOST_TOKENS
+from kvquant.cache.past_pieces import MAX_SCORES, MAX_TOKENS
 from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.formats.rope import rotate
 from kvquant.kernels.backends import demand
@@ -113,8 +113,8 @@ def _pieces(
         attention.add(rotate(keys.float(), cos[:, where], sin[:, where]), values, None)
 
     add(*store.sinks, 0)
-    scores = MOST_SCORES // math.prod(queries.shape[:3])
-    step = max(1, min(MOST_TOKENS, scores) // size)
+    scores = MAX_SCORES // math.prod(queries.shape[:3])
+    step = max(1, min(MAX_TOKENS, scores) // size)
     for first in range(0, view.blocks[0], step):
         stop = min(first + step, view.blocks[0])
         out = queries.new_zeros((2, batch, heads, stop - first, size, dim), dtype=torch.float32)

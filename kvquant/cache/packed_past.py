@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Of the workspace, all sequences together: tokens of a sequence, bytes, and tokens that are worth
 # a launch even if they take more bytes.
-MOST_TOKENS, MOST_BYTES, LEAST_TOKENS = 4096, 1 << 29, 256
+MAX_TOKENS, MAX_BYTES, MIN_TOKENS = 4096, 1 << 29, 256
 
 
 def block_table(layout: Layout, blocks: list[int], device: torch.device) -> torch.Tensor:
@@ -40,7 +40,7 @@ def range_blocks(sequences_heads: int, shape: DecodeShape, itemsize: int) -> int
         itemsize: Bytes of an element of the workspace.
     """
     token = 2 * sequences_heads * shape.head_dim * itemsize
-    tokens = min(MOST_TOKENS, max(LEAST_TOKENS, MOST_BYTES // token))
+    tokens = min(MAX_TOKENS, max(MIN_TOKENS, MAX_BYTES // token))
     return max(1, tokens // shape.block_size)
 
 

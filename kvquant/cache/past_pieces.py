@@ -13,8 +13,8 @@ from kvquant.formats.rope import Rope
 from kvquant.kernels.blockwise_attention import NEVER
 
 # A piece holds at most so many tokens, and its scores at most so many numbers.
-MOST_TOKENS = 4096
-MOST_SCORES = 1 << 26
+MAX_TOKENS = 4096
+MAX_SCORES = 1 << 26
 
 Part = Literal["sinks", "blocks", "tail"]
 
@@ -75,7 +75,7 @@ def cut_past(
     if sinks and longest:
         columns = min(sinks, longest)
         piece("sinks", 0, columns, [], min(view.lengths) >= columns)
-    step = max(1, min(MOST_TOKENS, MOST_SCORES // math.prod(queries[:3])) // size)
+    step = max(1, min(MAX_TOKENS, MAX_SCORES // math.prod(queries[:3])) // size)
     for first in range(0, max(view.blocks), step):
         stop = min(first + step, max(view.blocks))
         gathers = layout.gather(view, first, stop, device)

@@ -38,7 +38,7 @@ def test_every_token_once_at_its_position(
     layout = Layout(sinks, 32, residual)
     layout.append([slice(0, n) for n in lengths])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(past_pieces, "MOST_TOKENS", most)
+        patch.setattr(past_pieces, "MAX_TOKENS", most)
         pieces = cut(layout, causal=causal)
     for row, length in enumerate(lengths):
         found: list[int] = []
@@ -63,6 +63,6 @@ def test_many_queries_make_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None
     layout = Layout(0, 32, 0)
     layout.append([slice(0, 256)])
     assert [piece.columns for piece in cut(layout)] == [256]
-    monkeypatch.setattr(past_pieces, "MOST_SCORES", 2 * 50 * 64)
+    monkeypatch.setattr(past_pieces, "MAX_SCORES", 2 * 50 * 64)
     assert [piece.columns for piece in cut(layout, queries=50)] == [64] * 4
     assert [piece.columns for piece in cut(layout, queries=5000)] == [32] * 8  # at least a block

@@ -342,7 +342,7 @@ def test_a_cut_that_fails_halfway_is_not_gone_on_from(monkeypatch: pytest.Monkey
 )
 def test_offsets_that_do_not_fit_are_refused() -> None:
     assert check_entries(2**31 - 1) == 2**31 - 1
-    with pytest.raises(UserError, match="outliers: 2147483648 of one layer"):
+    with pytest.raises(UserError, match="outliers: 2147483648 in one layer"):
         check_entries(2**31)
 
 

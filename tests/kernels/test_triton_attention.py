@@ -99,8 +99,8 @@ def test_workspace_is_bounded() -> None:
     for sequences_heads in (1, 8, 512, 100_000):
         tokens = range_blocks(sequences_heads, shape, 2) * 64
         taken = 4 * sequences_heads * 128 * tokens
-        assert tokens <= packed_past.MOST_TOKENS
-        assert taken <= packed_past.MOST_BYTES or tokens == packed_past.LEAST_TOKENS
+        assert tokens <= packed_past.MAX_TOKENS
+        assert taken <= packed_past.MAX_BYTES or tokens == packed_past.MIN_TOKENS
     assert range_blocks(100_000, replace(shape, block_size=1024), 2) == 1
 
 
