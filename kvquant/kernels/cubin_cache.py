@@ -1,9 +1,8 @@
-"""Compiled kernels on disk, so that each process need not compile them again.
+"""Keeps compiled kernels on disk, so that other processes need not compile them again.
 
-They are machine code that is run as it is found, so that they are read from a folder and from files
-that this user alone can write (:mod:`kvquant.runtime.private_folder`), and each proves its own
-content.
-Whatever is wrong with the folder, kernels are compiled as without it.
+The files hold machine code that is run as it is found. So they are read only from a folder and from
+files that this user alone can write (:mod:`kvquant.runtime.private_folder`), and each file begins
+with a hash of its content. Whatever is wrong with the folder, kernels are compiled as without it.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from kvquant.runtime.private_folder import private_folder, read_private
 
 
 def cached(key: list[bytes], make: Callable[[], bytes]) -> bytes:
-    """What `make` returns, or what it returned before for the same key.
+    """Returns what `make` returns, or what it returned before for the same key.
 
-    A file begins with the SHA-256 of the rest: one that was cut short or changed is made again.
+    A file begins with the SHA-256 of the rest. One that was cut short or changed is made again.
 
     Args:
-        key: All that the result depends on.
-        make: Called if it is not there; what it raises passes through.
+        key: Everything that the result depends on.
+        make: Called if there is no valid file; what it raises passes through.
     """
     # Lengths go in too, so that two lists with the same concatenation differ.
     parts = b"".join(len(part).to_bytes(8, "little") + part for part in key)
@@ -47,7 +46,7 @@ def cached(key: list[bytes], make: Callable[[], bytes]) -> bytes:
 
 
 def _write(file: Path, content: bytes) -> None:
-    """Writes a file as a whole: other processes see all of it or nothing."""
+    """Writes a file so that other processes see all of it or nothing."""
     handle, name = tempfile.mkstemp(prefix=".new-", dir=file.parent)
     try:
         with os.fdopen(handle, "wb") as stream:

@@ -92,7 +92,7 @@ def multiprocessors(index: int) -> int:
 
 @dataclass(frozen=True)
 class Module:
-    """A loaded source file.
+    """A source file that is compiled and loaded on a GPU.
 
     Attributes:
         handle: The driver's module.
@@ -127,7 +127,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Function:
-    """A kernel that can be launched on torch's current stream."""
+    """A kernel, which is launched on torch's current stream."""
 
     handle: Any
     driver: Any

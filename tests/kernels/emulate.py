@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels on a CPU: compiled by g++ with coroutines for threads (`emulated.h`)."""
+"""Runs the CUDA kernels on a CPU, compiled by g++ with coroutines for threads (`emulated.h`)."""
 
 from __future__ import annotations
 
