@@ -120,7 +120,7 @@ __device__ __forceinline__ float high_half(u32 x) { return from_half((u16)(x >> 
 // Reads and writes 16-bit numbers of the cache.
 __device__ __forceinline__ float load16(u16 x) {
   if constexpr (BF16) return __uint_as_float((u32)x << 16);
-  return from_half(x);
+  else return from_half(x);
 }
 __device__ __forceinline__ u16 store16(float x) { return BF16 ? to_bfloat(x) : to_half(x); }
 
