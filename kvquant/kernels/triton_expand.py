@@ -106,9 +106,9 @@ def _place_outliers(
     if ordinal >= tl.load(lengths + sequence * 4 + 1):
         return
     entry = tl.load(table + sequence * table_stride + ordinal)
-    arena, place = _arena_and_place(entry)
+    arena, block = _arena_and_place(entry)
     fields = arenas + arena * NUM_ARENA_FIELDS + KEY_BEGIN + which * NUM_OUTLIER_FIELDS
-    group = place * HEADS + head
+    group = block * HEADS + head
     begin = tl.load(tl.load(fields).to(tl.pointer_type(tl.int32)) + group)
     counts = tl.load(fields + COUNT)
     if WIDE_COUNTS:
