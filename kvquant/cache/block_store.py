@@ -293,6 +293,11 @@ class BlockStore:
         """Outliers over the room for them, of the fullest arena; waits for the device."""
         return max((s.crowding() for a in self.arenas for s in a.sparse.values()), default=0.0)
 
+    @property
+    def packed_by_kernels(self) -> bool:
+        """Whether kernels packed all blocks in place, so that kernels can read them."""
+        return self._reserved
+
     def arena_table(self) -> torch.Tensor | None:
         """int64 `[room, fields]`, the addresses that kernels read; None if they can't.
 

@@ -19,7 +19,7 @@ from kvquant.kernels.cuda_decode import DecodeShape
 
 if TYPE_CHECKING:
     from kvquant.cache.block_store import BlockStore
-    from kvquant.kernels.triton_expand import Range
+    from kvquant.kernels.triton_workspace import Range
 
 # Of the workspace, all sequences together: tokens of a sequence, bytes, and tokens that are worth
 # a launch even if they take more bytes.
@@ -157,7 +157,7 @@ class Past:
         self, store: BlockStore, dtype: torch.dtype
     ) -> Iterator[tuple[Range, torch.Tensor]]:
         """Each range with its rotated keys and values, which the next one overwrites."""
-        from kvquant.kernels.triton_expand import Held, Range, Workspace
+        from kvquant.kernels.triton_workspace import Held, Range, Workspace
 
         arenas, tables = store.arena_table(), store.codec.tables
         assert store.sinks is not None and store.tail is not None

@@ -129,7 +129,7 @@ class Planner:
             static_rope=self._static_rope,
             kept_rope=self._rope.kept is not None,
             narrow_tables=self._narrow_tables,
-            packed_by_kernels=all(arena.reserved for arena in store.arenas),
+            packed_by_kernels=store.packed_by_kernels,
             arenas=len(arenas),
             arena_blocks=max((arena.capacity for arena in arenas), default=0),
         )

@@ -1,1 +1,4 @@
-"""Kernels: a slow specification (`reference`) and the fused PyTorch path (`pytorch_fused`)."""
+"""The backends that quantize, pack and read: CUDA, Triton and PyTorch.
+
+`reference` is the specification, `pytorch_fused` runs everywhere, `backends` decides which runs.
+"""

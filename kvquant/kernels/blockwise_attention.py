@@ -1,6 +1,7 @@
-"""Attention over pieces of the past, merged by their log-sum-exp: no piece outlives its turn.
+"""Attention over pieces of the past, merged by their log-sum-exp, in PyTorch.
 
-Online softmax over key blocks as in FlashAttention (Dao et al., arXiv 2205.14135), in PyTorch.
+Online softmax over key blocks as in FlashAttention (Dao et al., arXiv 2205.14135). No piece has to
+be kept once it was added.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class BlockwiseAttention:
         self._maximum = maximum
 
     def result(self) -> torch.Tensor:
-        """`[batch_size, q_len, num_heads, head_dim]` in the type of the queries."""
+        """Returns `[batch_size, q_len, num_heads, head_dim]` in the dtype of the queries."""
         total = torch.where(self._sum == 0, torch.ones_like(self._sum), self._sum)
         batch, heads, length, dim = self._shape
         out = (self._output / total[..., None]).view(batch, heads, length, dim)

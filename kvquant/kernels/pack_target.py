@@ -1,4 +1,4 @@
-"""Where kernels put packed blocks."""
+"""The tensors that packing kernels write to."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from kvquant.formats.packing import packed_bytes
 
 @dataclass(frozen=True)
 class PackTarget:
-    """Where packed blocks go; without outliers all but `codes` and `status` are None.
+    """The tensors that packed blocks go to.
+
+    Without outliers all but `codes` and `status` are None.
 
     Attributes:
         codes: uint8 `[blocks, num_heads, block_size * row_bytes]`, a contiguous slice.
-        status: int32 `[2]`: outliers that found no slot (added), 1 if the input is not finite.
+        status: int32 `[2]`: the number of outliers that found no slot is added to the first; the
+            second becomes 1 if the input holds NaN or Inf.
         begin: int32 `[blocks, num_heads]`, contiguous.
         count: int16/int32 `[blocks, num_heads]`, contiguous.
         positions: int16/int32 `[slots]` of the whole arena.

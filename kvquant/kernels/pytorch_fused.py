@@ -6,12 +6,12 @@ import torch
 
 
 def midpoints(levels: torch.Tensor) -> torch.Tensor:
-    """Where codes change: fp32 `[2**bits - 1]` of fp32 `[2**bits]`."""
+    """Returns where codes change: fp32 `[2**bits - 1]` for levels fp32 `[2**bits]`."""
     return (levels[:-1] + levels[1:]) * 0.5
 
 
 def encode(normalized: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """Codes of the nearest levels.
+    """Returns the codes of the nearest levels.
 
     Counting the midpoints below an element costs `2**bits - 1` vectorised compares and no table of
     distances; for at most 16 levels that is two to five times faster on a CPU than a binary search.
@@ -32,17 +32,17 @@ def encode(normalized: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
 
 
 def decode(codes: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """Levels of codes: uint8 of any shape to fp32 of the same shape."""
+    """Looks the levels of codes up: uint8 of any shape to fp32 of the same shape."""
     return torch.index_select(levels, 0, codes.reshape(-1).int()).view(codes.shape)
 
 
 def inverse_range(scale: torch.Tensor) -> torch.Tensor:
-    """1 / scale with 0 for an empty range, so that constant data is coded as its zero-point."""
+    """Returns 1 / scale, or 0 for an empty range, so that constant data gets its zero-point."""
     return torch.where(scale == 0, torch.zeros_like(scale), 1.0 / scale)
 
 
 def channel_inverse(scale: torch.Tensor) -> torch.Tensor:
-    """1 / scale of static channels, infinity for an empty range.
+    """Returns 1 / scale of static channels, infinity for an empty range.
 
     Of a channel that was constant in calibration, `(x - zero) * inverse` is then infinite for all
     that differs from the constant, which makes it an outlier, and NaN for the constant itself,
@@ -52,7 +52,7 @@ def channel_inverse(scale: torch.Tensor) -> torch.Tensor:
 
 
 def order_keys(x: torch.Tensor) -> torch.Tensor:
-    """Distinct int32 sort keys along the last dimension of 16-bit floats.
+    """Returns distinct int32 sort keys along the last dimension of 16-bit floats.
 
     The upper half orders the values as the floats do (-0 counts as equal to 0), the lower half
     breaks ties in favour of the lowest index, so that top-k picks the same on every device.

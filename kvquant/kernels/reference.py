@@ -1,4 +1,4 @@
-"""The specification: plain loops over elements, which the tests compare every fast path with.
+"""The specification: plain loops over elements, with which the tests compare every backend.
 
 Nothing outside the tests imports this module.
 """
@@ -26,7 +26,7 @@ def pack_bits(codes: list[int], bits: int) -> list[int]:
 
 
 def nearest(value: float, levels: list[float]) -> int:
-    """Index of the nearest level; on a tie the lower one (fp32 midpoints decide)."""
+    """Returns the index of the nearest level; on a tie the lower one (fp32 midpoints decide)."""
     table = torch.tensor(levels, dtype=torch.float32)
     code = 0
     for i in range(len(levels) - 1):
@@ -43,7 +43,7 @@ def _dequantize(code: int, levels: torch.Tensor, zero: float, scale: float) -> f
 def quantize_keys(
     x: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor, levels: torch.Tensor, outliers: bool
 ) -> torch.Tensor:
-    """Keys, per channel and static: what comes back from the cache.
+    """Quantizes keys per channel with static ranges, and dequantizes them.
 
     Args:
         x: `[tokens, channels]`, 16-bit.
@@ -72,7 +72,7 @@ def quantize_keys(
 
 
 def quantize_values(x: torch.Tensor, levels: torch.Tensor, per_side: int) -> torch.Tensor:
-    """Values, per token and online: what comes back from the cache.
+    """Quantizes values per token with online ranges, and dequantizes them.
 
     The `per_side` largest and smallest elements of a token are set aside by rank (ties: the lowest
     channel first) and kept exactly; the rest sets the range, rounded to the input's 16-bit type.

@@ -1,4 +1,4 @@
-"""Codes by comparisons of 16-bit numbers, exact.
+"""Thresholds that give exact codes by comparisons of 16-bit numbers.
 
 With a channel's zero and scale fixed, the code of an element grows with the element. So a code is
 the number of *thresholds* at or below the element, where a threshold is the smallest 16-bit number
@@ -17,7 +17,7 @@ def largest(dtype: torch.dtype) -> int:
 
 
 def from_order(order: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """16-bit floats of integers in the order of the floats (0 is zero, -1 the next below)."""
+    """Returns the 16-bit floats of integers in their order (0 is zero, -1 the next below)."""
     raw = torch.where(order < 0, (-order) | 0x8000, order)
     return torch.where(raw >= 0x8000, raw - 0x10000, raw).to(torch.int16).view(dtype)
 
@@ -26,7 +26,7 @@ def _first(
     zero: torch.Tensor, inverse: torch.Tensor, bound: float | torch.Tensor, dtype: torch.dtype,
     *, strict: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """Order of the smallest finite number above (or not below) a bound; beyond all if none is."""
+    """Returns the order of the smallest number above (or not below) a bound; infinity if none."""
     most = largest(dtype)
     low = torch.full_like(zero, -most, dtype=torch.int32)
     high = torch.full_like(low, most + 1)
@@ -47,7 +47,7 @@ def key_thresholds(
     *,
     outliers: bool,
 ) -> torch.Tensor:
-    """Thresholds of static channels.
+    """Returns the thresholds of static channels.
 
     Args:
         zero: fp32 `[num_heads, head_dim]`.
@@ -68,7 +68,7 @@ def key_thresholds(
 
 
 def key_table(thresholds: torch.Tensor) -> torch.Tensor:
-    """Thresholds in the order in which `cuda/pack.cu` loads them.
+    """Puts thresholds into the order in which `cuda/pack.cu` loads them.
 
     Args:
         thresholds: 16-bit `[num_heads, head_dim, n]`.

@@ -1,9 +1,9 @@
-"""Attention of some queries over keys and values that come part by part, on tensor cores.
+"""Attention over keys and values that come part by part, by Triton kernels on tensor cores.
 
 Online softmax as in FlashAttention (Dao et al., arXiv 2205.14135); between parts the running
 maximum, sum and fp32 output of each row lie in memory. The query heads of a group are rows of one
 tile, so a key is read once for all of them. Where there are too few tiles for the device, keys are
-split among programs, each with a state of its own, and a last launch merges the states.
+split among programs (split-KV), each with a state of its own, and a last launch merges them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CPU_PROGRAMS = 4  # under the interpreter: enough that splits occur
 
 @dataclass(frozen=True)
 class Tiles:
-    """Launch parameters: most rows of a tile, keys at a time, warps, stages."""
+    """Launch parameters: rows per tile at most, keys per step, warps, pipeline stages."""
 
     rows: int
     keys: int
@@ -47,7 +47,7 @@ def _over_keys(
     out, top, total, q, k, v, stride_k, stride_v, lo, hi, last, valid, scale,
     BN: tl.constexpr, DIM: tl.constexpr, MASK: tl.constexpr, VALID: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys `[lo, hi)`; with MASK, a row sees those up to `last`."""
+    """Attends to the keys `[lo, hi)`; with MASK, a row sees those up to `last`."""
     lane, column = tl.arange(0, BN), tl.arange(0, DIM)
     for start in range(lo, hi, BN):
         key = start + lane
@@ -121,9 +121,9 @@ def _attend(
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """A tile of rows (column, head of the group) of one key head over a split of a part's keys.
+    """Attends with a tile of rows (column, head of the group) to a split of a part's keys.
 
-    LAST: the result is written, else the state is.
+    With LAST the result is written, otherwise the running state.
     """
     head, kv_heads = tl.program_id(1), tl.num_programs(1)
     sequence, split = tl.program_id(2) // splits, tl.program_id(2) % splits
@@ -201,7 +201,7 @@ def _merge(
     DIM: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Some rows of all splits' states, `count` rows each, to the result."""
+    """Merges some rows of the states of all splits, `count` rows each, into the result."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     there = row < count
     d = tl.arange(0, DIM)[None, :]
@@ -236,7 +236,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 class RunningAttention:
-    """Softmax attention of some queries, fed with a known number of parts.
+    """Softmax attention of some queries that is fed with a known number of parts.
 
     Args:
         queries: `[batch_size, num_heads, q_len, head_dim]`, rotated; fp16, bf16 or fp32.
@@ -244,7 +244,7 @@ class RunningAttention:
         num_kv_heads: Key heads; `num_heads` is a multiple of it.
         scaling: Factor of the scores.
         parts: How many parts will come.
-        most_keys: Of a part; bounds the splits.
+        max_keys: Keys of the longest part; bounds the number of splits.
     """
 
     def __init__(
@@ -254,7 +254,7 @@ class RunningAttention:
         num_kv_heads: int,
         scaling: float,
         parts: int,
-        most_keys: int,
+        max_keys: int,
     ) -> None:
         batch, heads, columns, dim = queries.shape
         self._queries = queries if queries.stride(3) == 1 else queries.contiguous()
@@ -270,7 +270,7 @@ class RunningAttention:
         self._tiles = Tiles(height, tiles.keys, tiles.warps, tiles.stages)
         programs = -(-rows // height) * num_kv_heads * batch
         wanted = 2 * _multiprocessors(queries.device) // programs
-        self._splits = max(1, min(wanted, 64, -(-most_keys // tiles.keys)))
+        self._splits = max(1, min(wanted, 64, -(-max_keys // tiles.keys)))
         self._out = queries.new_empty((batch, columns, heads, dim))
         self._count = batch * num_kv_heads * rows
         state: tuple[int, ...] = (self._splits, self._count)
@@ -337,7 +337,7 @@ class RunningAttention:
         )  # fmt: skip
 
     def result(self) -> torch.Tensor:
-        """`[batch_size, q_len, num_heads, head_dim]` in the type of the queries."""
+        """Returns `[batch_size, q_len, num_heads, head_dim]` in the dtype of the queries."""
         assert self._done == self._parts
         if self._splits > 1:
             _merge[(-(-self._count // MERGED_ROWS),)](

@@ -1,32 +1,21 @@
-"""A range of a cache's past from packed blocks into a 16-bit workspace, for attention on tiles.
+"""Triton kernels that expand packed blocks into a 16-bit workspace, for attention on tiles.
 
-Two launches. The first puts exact outliers where they belong in the workspace, before RoPE, and
-marks them in a bitmap; the second computes every element from its code, takes the marked ones from
-the workspace instead, rotates keys and writes. What a program of the second launch writes depends
-on what it read there, and no two programs share an element: no order among programs matters, and
-the result is the same in every run.
+There are two launches (:class:`kvquant.kernels.triton_workspace.Workspace`). The first puts exact
+outliers where they belong in the workspace, before RoPE, and marks them in a bitmap. The second
+computes every element from its code, takes the marked ones from the workspace instead, rotates keys
+and writes. No two programs share an element, so the result is the same in every run.
 
 Sinks and the 16-bit tail are written by the same programs: a place of the workspace is a position
-minus the range's first.
+minus the first position of the range.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 
-from kvquant.formats.blocked_sparse import count_dtype, position_dtype
-from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.kernels import arena_table
 from kvquant.kernels.arena_table import ARENA_FIELDS, OUTLIER_FIELDS
-from kvquant.kernels.cuda_decode import DecodeShape
-
-# To tune. Elements of half a tile of one head, and heads that share a tile's rotary table.
-TILE, HEADS_A_PROGRAM, EXPAND_WARPS = 2048, 8, 4
-LANES = 128  # outliers a program places at a time
 
 # The encodings of `arena_table`, as constants that Triton's compiler reads.
 PLACE_BITS = tl.constexpr(arena_table.PLACE_BITS)
@@ -42,39 +31,9 @@ COUNT, POSITIONS, OUTLIERS = (
 )
 
 
-@dataclass(frozen=True)
-class Range:
-    """Blocks that are expanded together, of all sequences; the tail counts as one more block.
-
-    Attributes:
-        first: Ordinal of the first block.
-        stop: One behind the last.
-        base: Position of the workspace's first place; the sinks belong to the first range.
-        places: Places of the workspace.
-    """
-
-    first: int
-    stop: int
-    base: int
-    places: int
-
-
-@dataclass(frozen=True)
-class Held:
-    """A layer's 16-bit tokens, keys before RoPE, contiguous `[batch_size, num_heads, room, dim]`.
-
-    Attributes:
-        sinks: Keys and values.
-        tail: Keys and values; fp32 where they stand for quantized ones.
-    """
-
-    sinks: tuple[torch.Tensor, torch.Tensor]
-    tail: tuple[torch.Tensor, torch.Tensor]
-
-
 @triton.jit
 def _arena_and_place(number):
-    """The arena and the place in it of a block, from its number."""
+    """Splits a block number into the arena and the place in it."""
     return number >> PLACE_BITS, number & PLACE_MASK
 
 
@@ -98,7 +57,7 @@ def _place_outliers(
     BF16: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Keys or values of one head of one block."""
+    """Places the outliers of keys or values of one head and block, and marks them."""
     HALF: tl.constexpr = DIM // 2
     which, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     sequence = tl.program_id(2)
@@ -146,7 +105,7 @@ def _place_outliers(
 
 @triton.jit
 def _codes(rows, column, inside, BITS: tl.constexpr, DIM: tl.constexpr):
-    """Codes of the two halves of rows of packed bytes."""
+    """Unpacks the codes of the two halves of rows."""
     if BITS == 4:
         both = tl.load(rows + column, mask=inside, other=0).to(tl.int32)
         return both & 15, both >> 4
@@ -165,7 +124,7 @@ def _codes(rows, column, inside, BITS: tl.constexpr, DIM: tl.constexpr):
 
 @triton.jit
 def _exact(out, words, column, inside, first, second, DIM: tl.constexpr):
-    """Replaces the marked elements by what lies in the workspace already."""
+    """Replaces the marked elements by the outliers that lie in the workspace already."""
     word = tl.load(words + column // 16, mask=inside, other=0) >> (column % 16)
     a, b = (word & 1) != 0, ((word >> 16) & 1) != 0
     first = tl.where(a, tl.load(out, mask=a, other=0.0).to(tl.float32), first)
@@ -184,7 +143,7 @@ def _copy(
     keys, values, room, token, column, inside, out_keys, out_values, cosine, sine, sequence, head,
     HEADS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """One head of some 16-bit tokens."""
+    """Copies 16-bit tokens of one head, and rotates their keys."""
     at = (sequence.to(tl.int64) * HEADS + head) * room + token
     source = at[:, None] * DIM + column
     first = tl.load(keys + source, mask=inside, other=0.0).to(tl.float32)
@@ -232,7 +191,7 @@ def _expand(
     BF16: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Some heads of a tile of tokens of one block; block -1 is the sinks, the last one the tail."""
+    """Expands some heads of a tile of tokens; block -1 is the sinks, the last one the tail."""
     HALF: tl.constexpr = DIM // 2
     ROW: tl.constexpr = DIM * BITS // 8
     ordinal = low + tl.program_id(0) // tiles
@@ -323,88 +282,3 @@ def _expand(
             first, second = _exact(out, words, column, inside, first, second, DIM)
         _store(out, first, second, inside, DIM)
         head += 1
-
-
-class Workspace:
-    """Memory that one range after the other is expanded into.
-
-    Args:
-        shape: Of the cache.
-        batch: Sequences.
-        heads: Key heads.
-        places: Tokens of a sequence.
-        dtype: What attention reads.
-        device: Where.
-
-    Attributes:
-        data: `[2, batch_size, num_kv_heads, places, head_dim]`, rotated keys and values.
-    """
-
-    def __init__(
-        self,
-        shape: DecodeShape,
-        batch: int,
-        heads: int,
-        places: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._shape = shape
-        size = (2, batch, heads, places)
-        self.data = torch.empty((*size, shape.head_dim), dtype=dtype, device=device)
-        self._words = max(1, shape.head_dim // 32)
-        words = self._words if shape.outliers else 0
-        self._bitmap = torch.empty((*size, words), dtype=torch.int32, device=device)
-
-    def expand(
-        self,
-        part: Range,
-        arenas: torch.Tensor,
-        table: torch.Tensor,
-        lengths: torch.Tensor,
-        held: Held,
-        tables: LayerQuantizer,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        sinks: int,
-    ) -> None:
-        """Fills the workspace with a range of every sequence; places behind its end stay as is.
-
-        Args:
-            part: The range.
-            arenas: int64 `[arenas, len(ARENA_FIELDS)]`, addresses.
-            table: int32 `[batch_size, room]`, the number of each block.
-            lengths: int32 `[batch_size, 4]`: sinks held, blocks, tokens in the tail, their sum.
-            held: 16-bit tokens.
-            tables: The layer's calibration.
-            rope: fp32 cosine and sine `[positions, head_dim / 2]`, contiguous.
-            sinks: Sinks of a long sequence.
-        """
-        shape = self._shape
-        size, dim = shape.block_size, shape.head_dim
-        _, batch, heads, places, _ = self.data.shape
-        assert part.places <= places
-        blocks, bf16 = part.stop - part.first, shape.dtype is torch.bfloat16
-        if shape.outliers:
-            elements = size * dim
-            self._bitmap.zero_()
-            _place_outliers[(blocks, 2 * heads, batch)](
-                arenas, table, lengths, self.data, self._bitmap, part.first, sinks - part.base,
-                places, table.stride(0), heads, size, dim,
-                self._words, position_dtype(elements) is torch.int32,
-                count_dtype(elements) is torch.int32, bf16, LANES, num_warps=4,
-            )  # fmt: skip
-        low, longest = part.first, size
-        if part.first == 0 and sinks:
-            low, longest = -1, max(size, sinks)
-        rows = min(64, max(8, 2 * TILE // dim), size)
-        tiles = -(-longest // rows)
-        each = 1
-        while each < HEADS_A_PROGRAM and heads % (2 * each) == 0:
-            each *= 2
-        _expand[((part.stop - low) * tiles, heads // each, batch)](
-            arenas, table, lengths, *held.sinks, *held.tail, tables.key_scale, tables.key_zero,
-            tables.key_levels, tables.value_levels, *rope, self.data, self._bitmap, low, part.base,
-            places, tiles, sinks, held.sinks[0].shape[2], held.tail[0].shape[2], table.stride(0),
-            heads, each, size, dim, self._words, shape.bits, shape.outliers, bf16,
-            rows, num_warps=EXPAND_WARPS, num_stages=1,
-        )  # fmt: skip

@@ -1,10 +1,11 @@
-"""Quantize and pack on a GPU: keys and values are read once, their outliers once more.
+"""Quantize and pack by Triton kernels: keys and values are read once, their outliers twice.
 
-Keys: a program a (block, head) encodes and emits outliers. Values: a program a token selects the
-token's outliers among all heads, encodes all of it and leaves one bit an element; a second kernel
-emits. A row is cut into eight lanes of `head_dim / 8` channels, so that codes of different lanes
-meet in a byte without a shuffle (the layout of :mod:`kvquant.formats.packing`, a row at a time).
-The host never waits: room for outliers is taken from a device counter.
+For keys, one program per (block, head) encodes and writes outliers. For values, one program per
+token selects the token's outliers among all heads, encodes it and leaves one bit per element, by
+which a second kernel writes the outliers. A row is cut into eight lanes of `head_dim / 8` channels,
+so that codes of different lanes meet in a byte without a shuffle (the layout of
+:mod:`kvquant.formats.packing`, one row at a time). The host never waits: slots for outliers are
+taken from a counter on the device.
 
 Codes and outliers equal those of `kvquant.quantization.batched_quant`; the order of a block's
 outliers is its own.
@@ -21,7 +22,7 @@ from kvquant.kernels.triton_tiles import _emit, _encode, _max, _store_codes, _su
 
 # To tune: warps of the three kernels.
 KEY_WARPS, VALUE_WARPS, EMIT_WARPS = 4, 4, 4
-GROUPS = 256  # at most so many groups give their two largest elements to the selection
+MAX_GROUPS = 256  # groups that give their two largest elements to the selection
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def _pack_keys(
     BITS: tl.constexpr,
     OUTLIERS: tl.constexpr,
 ):
-    """One head of one block; `L`: a lane's channels up to a power of two."""
+    """Packs keys of one head and block; `L`: channels per lane, up to a power of two."""
     D8: tl.constexpr = DIM // 8
     block, head = tl.program_id(1).to(tl.int64), tl.program_id(0)
     token = tl.arange(0, SIZE)[:, None]
@@ -100,7 +101,7 @@ def _emit_marks(
     DIM: tl.constexpr,
     L: tl.constexpr,
 ):
-    """The outliers of one head of one block from their marks."""
+    """Writes the value outliers of one head and block by their marks."""
     D8: tl.constexpr = DIM // 8
     block, head = tl.program_id(1).to(tl.int64), tl.program_id(0)
     token = tl.arange(0, SIZE)[:, None]
@@ -117,7 +118,7 @@ def _emit_marks(
 
 @triton.jit
 def _halve(first, second):
-    """Merges neighbours' two largest."""
+    """Merges the two largest keys of neighbouring groups."""
     shape: tl.constexpr = (first.shape[0], first.shape[1] // 2, 2)
     a, b = tl.split(tl.reshape(first, shape))
     c, d = tl.split(tl.reshape(second, shape))
@@ -126,26 +127,26 @@ def _halve(first, second):
 
 @triton.jit
 def _narrow(lower, upper, middle, number, K: tl.constexpr):
-    """A step of a search for a bound with K keys at or above it."""
+    """Does one step of a binary search for a bound with K keys at or above it."""
     upper = tl.where(number >= K, tl.where(number == K, middle, upper), middle - 1)
     return tl.where(number >= K, middle, lower), upper
 
 
 @triton.jit
 def _middle(lower, upper):
-    """Their mean, rounded up, without overflow."""
+    """Returns the mean of two numbers, rounded up, without overflow."""
     return (lower | upper) - ((lower ^ upper) >> 1)
 
 
 @triton.jit
 def _number(above, below):
-    """Two numbers of true elements in one sum."""
+    """Puts two truth values into one word, so that one sum counts both."""
     return above.to(tl.int32) + (below.to(tl.int32) << 16)
 
 
 @triton.jit
 def _value_of(key, like):
-    """The 16-bit float of a sort key."""
+    """Returns the 16-bit float of a sort key, in fp32."""
     ordered = key >> 16
     raw = tl.where(ordered < 0, (-ordered) | 0x8000, ordered).to(tl.int16)
     return raw.to(like, bitcast=True).to(tl.float32)
@@ -172,7 +173,7 @@ def _pack_values(
     K: tl.constexpr,
     FOLDS: tl.constexpr,
 ):
-    """One token of all heads; `H`, `L`: heads and a lane's channels up to powers of two.
+    """Packs values of one token; `H`, `L`: heads and channels per lane, up to powers of two.
 
     Sort keys hold the value in the upper half and the reversed channel in the lower, so no two are
     equal. The two largest keys of each group of elements hold the K + 1 largest of all but rarely;
@@ -279,7 +280,7 @@ def _power_of_two(n: int) -> int:
 
 
 def _slab(target: PackTarget) -> tuple[torch.Tensor | int, ...]:
-    """The sparse arguments of a kernel; without outliers any tensor stands for each."""
+    """Returns the outlier arguments of a kernel; without outliers any tensor stands for each."""
     if target.values is None:
         return (target.codes,) * 5 + (target.status, 0)
     parts = (target.begin, target.count, target.positions, target.values, target.cursor)
@@ -338,7 +339,7 @@ def pack_values(
     assert zero_out.is_contiguous() and scale_out.is_contiguous()
     blocks, heads, size, dim = x.shape
     h, lane, folds = _power_of_two(heads), _power_of_two(dim // 8), 0
-    while h * lane >> folds > GROUPS and lane >> folds > 1:
+    while h * lane >> folds > MAX_GROUPS and lane >> folds > 1:
         folds += 1
     marks = target.codes
     if per_side:

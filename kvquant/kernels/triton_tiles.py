@@ -1,4 +1,4 @@
-"""What the packing kernels share: codes of a tile, their bytes, and the outliers of a block."""
+"""Functions that the Triton packing kernels share: codes, their bytes, outliers of a block."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _popcount(word):
 
 @triton.jit
 def _encode(n, midpoints, BITS: tl.constexpr):
-    """Index of the nearest level, the number of midpoints below: a binary search."""
+    """Returns the index of the nearest level: a binary search among the midpoints."""
     if BITS == 2:
         m0, m1, m2 = tl.load(midpoints), tl.load(midpoints + 1), tl.load(midpoints + 2)
         b1 = n > m1
@@ -45,7 +45,7 @@ def _encode(n, midpoints, BITS: tl.constexpr):
 
 @triton.jit
 def _store_codes(out, inside, c, BITS: tl.constexpr, D8: tl.constexpr):
-    """Writes the planes of rows from the codes of their eight lanes; `out`: first bytes."""
+    """Writes the bytes of rows from the codes of their eight lanes, from address `out` on."""
     if BITS == 4:
         for i in tl.static_range(4):
             tl.store(out + i * D8, (c[i] | (c[i + 4] << 4)).to(tl.uint8), mask=inside)
@@ -77,7 +77,7 @@ def _emit(
     DIM: tl.constexpr,
     L: tl.constexpr,
 ):
-    """Writes the outliers of a (block, head); `marks`: int32 `[SIZE, L]`, bit l for lane l."""
+    """Writes the outliers of a (block, head); bit l of `marks`, int32 `[SIZE, L]`, is lane l."""
     D8: tl.constexpr = DIM // 8
     N: tl.constexpr = SIZE * L // 4
     even, odd = tl.split(tl.reshape(marks, (SIZE, L // 4, 2, 2)))

@@ -2,7 +2,8 @@
 
 On a GPU, else under Triton's interpreter.
 
-Also covers: cache.packed_past, kernels.triton_expand, kernels.triton_tiles.
+Also covers: cache.packed_past, kernels.triton_expand, kernels.triton_tiles,
+kernels.triton_workspace.
 """
 
 from __future__ import annotations

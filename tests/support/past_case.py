@@ -67,6 +67,7 @@ class PastCase:
         assert all(a.reserved or a._adopted is not None for a in self.store.arenas)
         for arena in self.store.arenas:
             arena.reserved = True
+        self.store._reserved = True
         self.queries = torch.randn(batch, heads * group, columns, dim, device=device).to(dtype)
         self.own = torch.randn(2, batch, heads, columns, dim, device=device).to(dtype)
         begins = torch.tensor(lengths, device=device)[:, None]
