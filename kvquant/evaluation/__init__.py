@@ -1,1 +1,1 @@
-"""Accuracy of a scheme: one file a suite, all behind :mod:`kvquant.evaluation.registry`."""
+"""Measures the accuracy of a scheme, with one module per suite."""

@@ -1,4 +1,4 @@
-"""What a suite gets and what it returns."""
+"""The inputs and the results of an evaluation suite."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from kvquant.evaluation.chat import DEFAULT_CHAT, Chat
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """A suite's measurement for one seed.
+    """Holds a suite's measurement for one seed.
 
     Attributes:
         metric: Name of the metric that statistics use.
-        higher_is_better: Its direction.
-        value: The metric over all samples.
-        metrics: Every metric, the named one included.
-        protocol: How the cache was read.
-        rows: One record a sample, JSON types only.
-        tokens: Prompt or text tokens that went through the cache.
+        higher_is_better: Whether a larger value of that metric is better.
+        value: Value of that metric over all samples.
+        metrics: All metrics by name, including `metric`.
+        protocol: Protocol by which the cache was read, "A" or "B".
+        rows: One mapping per sample, of JSON types only.
+        tokens: Number of prompt or text tokens that went through the cache.
         cache_bytes: Bytes allocated by the caches, summed over samples.
-        cache_elements: Key and value elements held by those bytes.
+        cache_elements: Number of key and value elements in those bytes.
     """
 
     metric: str
@@ -39,14 +39,14 @@ class SuiteResult:
 
 @dataclass(frozen=True)
 class Context:
-    """What a suite runs on.
+    """Holds the model, texts and settings that a suite runs on.
 
     Attributes:
         qm: A `kvquant.models.loading.QuantizedModel`.
         task: The task's name in the study, for messages.
-        text: part -> text of the task's data set; raises a UserError if none was given.
-        progress: Called with (samples done, samples in all).
-        batch_tokens: Most tokens of a batch, padding included; None: no limit.
+        text: Returns a part of the text of the task's data set; raises a UserError without one.
+        progress: Called with the number of finished samples and of all samples.
+        batch_tokens: Largest number of tokens in a batch, padding included; None sets no limit.
     """
 
     qm: Any
@@ -57,20 +57,20 @@ class Context:
 
     @property
     def position_limit(self) -> int:
-        """Longest sequence of the model."""
+        """Number of the model's positions, scaled ones included."""
         return int(self.qm.position_limit)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a task's prompts are made of; the model's weights are no part of it.
+    """Holds what a task's prompts are made from, without the model's weights.
 
     Attributes:
         tokenizer: The model's tokenizer.
-        position_limit: Longest sequence of the model.
+        position_limit: Number of the model's positions, scaled ones included.
         task: The task's name in the study, for messages.
-        text: part -> text of the task's data set; raises a UserError if none was given.
-        chat: How the model's chat template is filled in.
+        text: Returns a part of the text of the task's data set; raises a UserError without one.
+        chat: Options of the model's chat template.
     """
 
     tokenizer: Any
@@ -81,7 +81,7 @@ class Source:
 
 
 class Limited(Protocol):
-    """A task on a model with so many positions."""
+    """Interface of a task on a model with a limited number of positions."""
 
     @property
     def task(self) -> str:
@@ -90,15 +90,15 @@ class Limited(Protocol):
 
     @property
     def position_limit(self) -> int:
-        """The number of positions that the model has, scaled ones included."""
+        """Number of the model's positions, scaled ones included."""
         ...
 
 
 def check_length(context: Limited, length: int, answer: int, field_name: str = "length") -> None:
-    """Refuses a task that is longer than the model's positions, scaled ones included.
+    """Refuses a task whose tokens exceed the model's positions, scaled ones included.
 
     Raises:
-        UserError: Names the task's field.
+        UserError: The task is too long; the message names its field.
     """
     limit = context.position_limit
     if length + answer > limit:
@@ -110,5 +110,5 @@ def check_length(context: Limited, length: int, answer: int, field_name: str = "
 
 
 def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    """Token ids of a text; `special` adds what the tokenizer puts around a text (BOS)."""
+    """Returns the token ids of a text, with `special` also the tokenizer's own tokens (BOS)."""
     return list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)

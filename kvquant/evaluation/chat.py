@@ -1,9 +1,9 @@
-"""Chat templates that write the same on every day, and answers without the thoughts before them.
+"""Chat templates with a fixed date, and answers without the thoughts before them.
 
 A template may ask for today's date (`strftime_now`, or a variable `date_string`) and may make the
 model think before it answers (`enable_thinking`, `thinking`, `reasoning_effort`). All of these are
-options of the model in the study, with fixed defaults: the same specification gives the same
-prompts, and the few tokens of an answer are the answer.
+options of the model in the study with fixed defaults, so that the same specification always gives
+the same prompts, and the few tokens of an answer are not spent on thoughts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MONTHS = (
 
 
 def _directives(day: date) -> dict[str, str]:
-    """What `strftime` writes at midnight of a day in the C locale, by directive."""
+    """Returns the output of each `strftime` directive for midnight of a day in the C locale."""
     weekday, month = DAYS[day.weekday()], MONTHS[day.month - 1]
     numbers = {"d": day.day, "m": day.month, "y": day.year % 100}
     numbers |= {"H": 0, "I": 12, "M": 0, "S": 0}
@@ -41,14 +41,14 @@ def _directives(day: date) -> dict[str, str]:
 
 
 def with_fixed_day(template: str, day: date) -> str:
-    """A template in which `strftime_now` is a macro that writes a fixed day.
+    """Returns a template in which `strftime_now` is a macro that writes a fixed day.
 
-    transformers gives every template its own `strftime_now` and lets no caller replace it.
+    transformers gives every template its own `strftime_now`, which a caller cannot replace.
     """
     if "strftime_now" not in template:
         return template
     filters = "".join(f"|replace('{key}', '{text}')" for key, text in _directives(day).items())
-    # The line end behind the macro is dropped with it: what follows still begins a line.
+    # Jinja drops the line end after the macro with it, so the template still begins a line.
     return (
         f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
     )
@@ -56,12 +56,12 @@ def with_fixed_day(template: str, day: date) -> str:
 
 @dataclass(frozen=True)
 class Chat:
-    """How a model's chat template is filled in.
+    """Holds the options of a model's chat template.
 
     Attributes:
-        thinking: Whether the model thinks before it answers, where the template has a switch.
-        reasoning_effort: Given to templates that have levels of it; None: their default.
-        date_string: The day that templates write, as "26 Jul 2024".
+        thinking: Whether the model thinks before it answers, if the template has a switch.
+        reasoning_effort: Level for templates that have one; None takes the template's default.
+        date_string: The day that templates write, such as "26 Jul 2024".
     """
 
     thinking: bool = False
@@ -70,11 +70,11 @@ class Chat:
 
     @classmethod
     def of(cls, model: ModelSpec) -> Chat:
-        """The options of a model in a study."""
+        """Returns the options of a model in a study."""
         return cls(model.thinking, model.reasoning_effort, model.date_string)
 
     def options(self) -> dict[str, Any]:
-        """Variables of the template."""
+        """Returns the options as variables of the template."""
         found: dict[str, Any] = {
             "enable_thinking": self.thinking,
             "thinking": self.thinking,
@@ -92,13 +92,14 @@ class Chat:
         add_generation_prompt: bool = True,
         **options: Any,
     ) -> str:
-        """A conversation as one text.
+        """Returns a conversation as one text.
 
         Args:
-            tokenizer: With a chat template.
-            messages: Its turns, each with `role` and `content`.
-            add_generation_prompt: Open the assistant's turn; else the last turn goes on.
-            options: Further variables of the template, which go before those here.
+            tokenizer: A tokenizer with a chat template.
+            messages: The turns, each with `role` and `content`.
+            add_generation_prompt: Whether to open the assistant's turn; otherwise the last turn
+                stays open.
+            options: Further variables of the template, which override the options.
         """
         template = with_fixed_day(tokenizer.get_chat_template(), parse_day(self.date_string))
         return str(
@@ -113,7 +114,7 @@ class Chat:
         )
 
     def turn(self, tokenizer: Any, text: str) -> str:
-        """A user's turn and the opened assistant's turn."""
+        """Returns a user's turn followed by the opened assistant's turn."""
         return self.render(tokenizer, [{"role": "user", "content": text}])
 
 
@@ -121,18 +122,18 @@ DEFAULT_CHAT = Chat()
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Whether a tokenizer has a chat template."""
+    """Returns whether a tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer without its thought.
+    """Holds an answer and the thought before it.
 
     Attributes:
-        text: What is scored.
-        thought: What stood before it; None where there was none.
-        finished: Whether the thought came to its end.
+        text: The answer without its thought, which is scored.
+        thought: The thought, or None if there was none.
+        finished: Whether the thought has ended.
     """
 
     text: str
@@ -140,10 +141,10 @@ class Answer:
     finished: bool = True
 
 
-def spoken(tokenizer: Any, tokens: Sequence[int]) -> Answer:
-    """An answer's tokens as text, its thought apart; an unfinished thought leaves no answer."""
+def split_thought(tokenizer: Any, tokens: Sequence[int]) -> Answer:
+    """Decodes an answer and separates its thought; after an unfinished thought it is empty."""
     text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-    # Where the marks are special tokens they are seen in the raw text alone.
+    # If the marks are special tokens, only the raw text contains them.
     raw = str(tokenizer.decode(tokens, skip_special_tokens=False))
     if THOUGHT_END in raw:
         if THOUGHT_END in text:

@@ -1,8 +1,8 @@
-"""What the suites of generated answers share: prompts of several seeds answered in shared batches.
+"""Common code of suites with generated answers: prompts of several seeds share batches.
 
-A decode step costs a GPU about the same for ten prompts as for a hundred, so seeds go through the
-model together as far as a task's batch size allows. Which seeds that are changes no answer; the
-bytes of a batch are shared out by tokens.
+A decode step takes a GPU about the same time for ten prompts as for a hundred, so seeds go through
+the model together as far as a task's batch size allows. The grouping of seeds changes no answer,
+and the bytes of a batch are divided among its prompts by tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, Source, SuiteResult
-from kvquant.evaluation.chat import spoken
+from kvquant.evaluation.chat import split_thought
 from kvquant.models.generation import Stop, greedy
 from kvquant.runtime.progress import note
 from kvquant.study.sample_types import score_summary
@@ -21,12 +21,12 @@ from kvquant.study.sample_types import score_summary
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what its answer is held against; JSON types only.
+    """Holds a prompt and the data that its answer is scored with, of JSON types only.
 
     Attributes:
-        tokens: Token ids.
-        record: Goes into the sample's record.
-        scoring: What only the score needs.
+        tokens: Token ids of the prompt.
+        record: Fields that go into the sample's record.
+        scoring: Fields that only the score needs.
     """
 
     tokens: list[int]
@@ -36,12 +36,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SeedPrompts:
-    """One seed of a task, ready to be answered.
+    """Holds the prompts of one seed of a task.
 
     Attributes:
-        prompts: Its prompts.
-        max_new_tokens: Longest answer.
-        metrics: Further metrics of the seed, known before anything is answered.
+        prompts: The prompts.
+        max_new_tokens: Length of the longest answer in tokens.
+        metrics: Further metrics of the seed, which do not depend on the answers.
     """
 
     prompts: list[Prompt]
@@ -51,12 +51,12 @@ class SeedPrompts:
 
 @dataclass(frozen=True)
 class Rules:
-    """How a task's answers are scored.
+    """Holds the rules by which a task's answers are scored.
 
     Attributes:
-        score: (prompt, answer) to the score, from 0 to 1.
+        score: Returns the score of an answer to a prompt, from 0 to 1.
         metric: Name of the mean score in percent.
-        stop: True for an answer that needs no further token.
+        stop: Returns True for an answer (its tokens so far) that needs no further token.
     """
 
     score: Callable[[Prompt, str], float]
@@ -65,11 +65,11 @@ class Rules:
 
 
 class Answered(NamedTuple):
-    """The code of a suite whose answers are generated.
+    """Holds the code of a suite with generated answers.
 
     Attributes:
-        prepare: (source, task, seed) to the seed's prompts; needs no model.
-        rules: (task, tokenizer) to how answers are scored.
+        prepare: Returns the prompts of a seed from (source, task, seed), without a model.
+        rules: Returns the scoring rules from (task, tokenizer).
     """
 
     prepare: Callable[[Source, Any, int], SeedPrompts]
@@ -79,10 +79,10 @@ class Answered(NamedTuple):
 def answer_seeds(
     context: Context, seeds: Sequence[SeedPrompts], rules: Rules, batch_size: int
 ) -> list[SuiteResult]:
-    """The results of seeds of one task, answered together.
+    """Answers the prompts of several seeds of a task together and returns the results by seed.
 
     Raises:
-        UserError: A seed has no prompts, or its answers no room.
+        UserError: A seed has no prompts, or its answers may have no tokens.
         NonFinite: Logits that decide a token are NaN or infinite.
     """
     for seed in seeds:
@@ -108,7 +108,7 @@ def answer_seeds(
         for index, (prompt, tokens) in enumerate(
             zip(seed.prompts, found.tokens[mine], strict=True)
         ):
-            answer = spoken(context.qm.tokenizer, tokens)
+            answer = split_thought(context.qm.tokenizer, tokens)
             facts = {"index": index, "prompt_tokens": len(prompt.tokens), **prompt.record}
             rows.append({**facts, "answer": answer.text, "score": rules.score(prompt, answer.text)})
             if answer.thought is not None:
@@ -116,7 +116,7 @@ def answer_seeds(
         summary = score_summary(rules.metric)(rows)
         if lost := summary.metrics.get("thought_unfinished_share"):
             note(
-                f"{100 * lost:.0f} % of the answers are thoughts that did not end and count as "
+                f"{100 * lost:.0f} % of the answers are unfinished thoughts and count as "
                 "empty: turn thinking off (models: thinking) or raise max_new_tokens"
             )
         results.append(

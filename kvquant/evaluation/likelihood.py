@@ -1,4 +1,4 @@
-"""Log likelihood of the end of a text, read through a scheme's cache."""
+"""Log likelihood of the end of a text, computed through a scheme's cache."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from kvquant.models.model_call import cache_argument
 def score(
     qm: Any, protocol: Protocol, tokens: list[int], count: int, dtype: torch.dtype = torch.float32
 ) -> tuple[float, bool]:
-    """Log likelihood of the last tokens of a text, and whether greedy decoding would give them.
+    """Returns the log likelihood of a text's last tokens and whether they are the greedy ones.
 
     Args:
         qm: A `QuantizedModel`.
-        protocol: "A": what stands before fills the cache, the end reads it; "B": one forward pass.
+        protocol: "A" fills the cache with the beginning, which the end then reads; "B" runs one
+            forward pass.
         tokens: Ids of the whole text.
-        count: How many of them are scored; at least one stands before.
-        dtype: Of the log likelihoods.
+        count: Number of last tokens that are scored, less than the number of `tokens`.
+        dtype: dtype of the log likelihoods.
 
     Raises:
         NonFinite: A logit is NaN, or a scored one infinite.
@@ -31,7 +32,7 @@ def score(
     goal = torch.tensor(tokens[-count:], device=qm.device)
     decoder, head = qm.model.model, qm.model.get_output_embeddings()
     given = {**cache_argument(decoder, qm.new_cache(protocol)), "use_cache": True}
-    # The last token before the end asks for the first of the end.
+    # The last token before the end predicts the first token of the end.
     past = ids.shape[1] - count if protocol == "A" else 0
     if past > 0:
         decoder(input_ids=ids[:, :past], **given)

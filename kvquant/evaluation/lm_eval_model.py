@@ -1,15 +1,15 @@
 r"""`kvquant` as a model of lm-eval: any of its text tasks over a quantized cache.
 
-lm-eval 0.4.13 finds a model by name in a registry that is filled by importing modules; it has no
-entry points and no option that names a module. So this module registers itself when imported and
-starts lm-eval's own command line:
+lm-eval 0.4.13 finds a model by name in a registry that imported modules fill, without entry points
+or an option that names a module. This module therefore registers itself when imported and starts
+lm-eval's own command line:
 
     python -m kvquant.evaluation.lm_eval_model --model kvquant \
         --model_args pretrained=DIR,scheme=nuq3-1pct,quantizer=FILE --tasks ...
 
-Protocol A is the default: a question's prompt fills the cache and the continuation, or each
-generated token, reads it. Protocol B scores prompt and continuation in one forward pass in which
-every token attends to quantized keys and values.
+In protocol A, the default, a prompt fills the cache, which the continuation or each generated token
+reads. Protocol B scores prompt and continuation in one forward pass, in which every token attends
+to quantized keys and values.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ NAME = "kvquant"
 
 
 class KVQuantLM(TemplateLM):  # type: ignore[misc]
-    """One model with the cache of one scheme; its options mean what they mean to lm-eval's `hf`."""
+    """Runs a model with a scheme's cache, with the options and meanings of lm-eval's `hf`."""
 
     def __init__(
         self,
@@ -82,32 +82,33 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
         """Loads the model.
 
         Args:
-            pretrained: Directory or hub id.
+            pretrained: Folder or hub id of the model.
             scheme: Name of the scheme (see :func:`find_scheme`).
             quantizer: quantizer.json, for schemes that need calibration.
             study: A study file that holds the scheme.
-            protocol: "A" or "B", for the scoring of continuations; answers are always A.
-            max_length: Longest prompt and answer; default: the model's positions, scaled ones
-                included.
-            batch_size: Prompts that are answered together; "auto" takes `max_batch_size` and is
-                halved where memory runs out.
-            max_batch_size: For "auto"; default 64.
+            protocol: "A" or "B", for scoring continuations; answers always use A.
+            max_length: Largest number of tokens of prompt and answer; by default the model's
+                positions, scaled ones included.
+            batch_size: Number of prompts per batch; "auto" takes `max_batch_size` and halves it
+                when memory runs out.
+            max_batch_size: Batch size for "auto", 64 by default.
             device: "cpu", "cuda" or "auto".
-            tokenizer: Another one: directory, hub id or object.
+            tokenizer: Folder, hub id or object of another tokenizer.
             truncation: Whether the tokenizer cuts prompts to its own `model_max_length`.
-            logits_cache: Accepted; every continuation is scored by itself.
-            dtype: Of the weights; default: the library's own, "auto": the checkpoint's.
-            softmax_dtype: Of the log likelihoods; default fp32.
-            use_fast_tokenizer: Whether the tokenizer is the fast one.
-            add_bos_token: Whether texts get the tokenizer's special tokens; default: its own habit.
-            prefix_token_id: What stands before a text without context; default: BOS, else EOS.
-            think_end_token: Answers begin behind its last occurrence.
-            enable_thinking: Given to the chat template; True needs `think_end_token`.
+            logits_cache: Accepted without effect, as every continuation is scored by itself.
+            dtype: dtype of the weights; by default the library's own, with "auto" the checkpoint's.
+            softmax_dtype: dtype of the log likelihoods, fp32 by default.
+            use_fast_tokenizer: Whether to use the fast tokenizer.
+            add_bos_token: Whether texts get the tokenizer's special tokens; by default the
+                tokenizer decides.
+            prefix_token_id: Token before a text without context; by default BOS, else EOS.
+            think_end_token: Token or text after whose last occurrence an answer begins.
+            enable_thinking: Variable of the chat template; True needs `think_end_token`.
             chat_template_args: Further variables of the chat template.
             others: Options of `hf` that this model lacks, at their defaults.
 
         Raises:
-            UserError: An option is unknown, of a wrong value, or does not fit the model.
+            UserError: An option is unknown, has a wrong value or does not fit the model.
         """
         check_version()
         super().__init__()
@@ -115,7 +116,7 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
         if protocol not in ("A", "B"):
             raise UserError(f"protocol: must be A or B (got '{protocol}')")
         if enable_thinking and think_end_token is None:
-            raise UserError("enable_thinking: needs think_end_token, where answers begin")
+            raise UserError("enable_thinking: set think_end_token, after which answers begin")
         self.batch_size = read_batch_size(batch_size, max_batch_size)
         self.softmax_dtype = read_dtype("softmax_dtype", softmax_dtype) or torch.float32
         self.chat_template_args = read_mapping("chat_template_args", chat_template_args)
@@ -160,10 +161,10 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context.
+        """The token before a text without context.
 
         Raises:
-            UserError: Nothing does: the tokenizer has neither BOS nor EOS.
+            UserError: The tokenizer has neither BOS nor EOS, and no token was given.
         """
         own = (
             self.custom_prefix_token_id,
@@ -173,18 +174,18 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
         found = next((token for token in own if token is not None), None)
         if found is None:
             raise UserError(
-                f"prefix_token_id: the tokenizer of {self._name} has neither BOS nor EOS: give it"
+                f"prefix_token_id: the tokenizer of {self._name} has no BOS or EOS: set it"
             )
         return found
 
     @property
     def tokenizer_name(self) -> str:
-        """For the names of lm-eval's caches."""
+        """Name of the tokenizer, which lm-eval uses in the names of its caches."""
         return self._name.replace("/", "__")
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.qm.device
 
     def tok_encode(
@@ -194,7 +195,7 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        """Token ids; a text that starts with the prefix token, as turns may, gets no second."""
+        """Returns token ids, without a second prefix token if the text starts with one."""
         special = add_special_tokens
         if special is None:
             special = self.add_bos_token is not False and not self._starts_with_prefix(string)
@@ -213,7 +214,7 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as one prompt; templates that write a day write a fixed one."""
+        """Returns a conversation as one prompt, with a fixed date in templates that write one."""
         if not has_template(self.tokenizer):
             raise UserError(f"{self._name}: the tokenizer has no chat template")
         day = parse_day(self.chat_template_args.get("date_string", DATE_STRING))
@@ -234,16 +235,16 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
         try:
             return render(chat_history)
         except jinja2.exceptions.TemplateError:
-            note("the chat template takes no system turn: it is left out")
+            note("the chat template refuses the system turn, which is left out")
             return render([turn for turn in chat_history if turn["role"] != "system"])
 
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Log likelihoods of continuations, and whether greedy decoding would give them.
+        """Returns log likelihoods of continuations and whether they are the greedy ones.
 
         Raises:
-            UserError: A continuation is empty, or the model thinks.
+            UserError: A continuation is empty, or thinking is enabled.
         """
         if self.enable_thinking:
             raise UserError("enable_thinking: is for tasks with generated answers only")
@@ -254,7 +255,7 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        """Log likelihood of a continuation, and whether greedy decoding would give it."""
+        """Returns the log likelihood of a continuation and whether it is the greedy one."""
         count = len(continuation)
         if not context or not count:
             raise UserError("loglikelihood: a continuation adds no token, so there is no score")
@@ -268,7 +269,7 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Scores of (texts, context tokens, continuation tokens)."""
+        """Scores requests of (texts, context tokens, continuation tokens)."""
         found = []
         lengths = [len(context) + len(continuation) - 1 for _, context, continuation in requests]
         self._note_cut(lengths, self.max_length)
@@ -279,7 +280,7 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def _note_cut(self, lengths: list[int], limit: int) -> None:
-        """Says which prompts lose their beginning."""
+        """Notes how many prompts lose their beginning."""
         if cut := [length for length in lengths if length > limit]:
             note(
                 f"{len(cut)} of {len(lengths)} prompts, of up to {max(cut)} tokens, keep their "
@@ -287,15 +288,15 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
             )
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log likelihood of whole texts, in lm-eval's windows.
+        """Returns log likelihoods of whole texts, computed in lm-eval's windows.
 
-        The windows give each text its prefix token, so it is encoded without one: as by `hf` with
-        `add_bos_token=False`, which otherwise predicts BOS from BOS and counts it.
+        The windows add the prefix token, so texts are encoded without one, as by `hf` with
+        `add_bos_token=False`. Otherwise `hf` predicts BOS from BOS and counts it.
         """
         totals = []
         for request in requests:
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
-            if tokens[:1] == [self.prefix_token_id]:  # the text brings its own
+            if tokens[:1] == [self.prefix_token_id]:  # the text contains its own
                 tokens = tokens[1:]
             windows = get_rolling_token_windows(
                 token_list=tokens,
@@ -309,7 +310,7 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
         return totals
 
     def _encode_prompt(self, text: str) -> list[int]:
-        """A prompt's tokens, as `hf` encodes what is to be answered."""
+        """Returns the tokens of a prompt as `hf` encodes it for generation."""
         bos = self.tokenizer.bos_token
         own = True if self.add_bos_token is None else self.add_bos_token
         special = own and not (bos and text.startswith(bos))
@@ -319,10 +320,10 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
         return list(found.input_ids) or [self.prefix_token_id]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy answers up to the first stop text, left out; prompts keep their last tokens.
+        """Returns greedy answers up to the first stop text; too long prompts lose their beginning.
 
         Raises:
-            UserError: A request's options ask for something else.
+            UserError: A request asks for something other than a greedy answer.
         """
         end = self.tokenizer.eos_token
         groups: dict[AnswerOptions, list[int]] = {}
@@ -352,7 +353,7 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
         return answers
 
     def _stopped(self, stops: tuple[str, ...], tokens: list[int]) -> bool:
-        """Whether an answer holds a stop text, which may be that of a special token."""
+        """Returns whether an answer contains a stop text, also as a special token."""
         if not stops:
             return False
         text = str(self.tokenizer.decode(tokens, skip_special_tokens=False))
@@ -373,9 +374,9 @@ if NAME not in model_registry:
 
 
 def main() -> int:
-    """lm-eval's command line with the model `kvquant`; bad input is told in a line, as by kvquant.
+    """Runs lm-eval's command line with the model `kvquant`.
 
-    Returns 0, or 2 after bad input.
+    Returns 0, or 2 for invalid input, which is reported in one line as by `kvquant`.
     """
     from lm_eval.__main__ import cli_evaluate
 
@@ -388,5 +389,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # As a script this module is `__main__`; the model is registered by its importable twin.
+    # As a script this module is `__main__`, and its importable copy registers the model.
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Options of the lm-eval model: read as by lm-eval's own `hf`, or refused by name."""
+"""Reads the options of the lm-eval model as lm-eval's own `hf` does, or refuses them by name."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from kvquant.study.config import load_study
 from kvquant.study.digests import needs_calibration
 from kvquant.study.schemes import SchemeSpec
 
-MAX_BATCH_SIZE = 64  # lm-eval's, for batch_size=auto
+MAX_BATCH_SIZE = 64  # lm-eval's default for batch_size=auto
 DEFAULT_NEW_TOKENS = 256
-GREEDY_ONLY = "model kvquant: answers are greedy; do_sample and temperature must not ask for more"
-# Options of `hf` that change what is computed and that this model does not have. At these values,
-# which are its defaults, they ask for nothing.
+GREEDY_ONLY = "do_sample: answers are greedy: leave do_sample and temperature out"
+# Options of `hf` that change results and that this model lacks, with the values (the defaults of
+# `hf`) at which they have no effect.
 NOT_OURS: dict[str, tuple[Any, ...]] = {
     "backend": ("default", "causal"),
     "revision": ("main",),
@@ -43,16 +43,16 @@ NOT_OURS: dict[str, tuple[Any, ...]] = {
     "gptqmodel": (False, None),
     "gguf_file": (None,),
 }
-# What a greedy answer does not depend on, and values at which options ask for nothing.
+# Options that do not affect a greedy answer, and values at which options have no effect.
 WITHOUT_EFFECT = ("top_p", "top_k", "min_p", "typical_p", "use_cache", "pad_token_id")
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
 def refuse_unknown(options: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    """Refuses options of the model that it does not have.
+    """Refuses options that the model does not have.
 
     Raises:
-        UserError: Names the first of them.
+        UserError: There is such an option; the message names the first.
     """
     for name, value in options.items():
         if name not in NOT_OURS:
@@ -65,10 +65,10 @@ def refuse_unknown(options: Mapping[str, Any], known: tuple[str, ...]) -> None:
 
 
 def find_scheme(scheme: str | None, quantizer: str | None, study: str | None) -> SchemeSpec:
-    """A scheme by name: of a study file, of a quantizer.json, or `fp16` and `kivi-BITS`.
+    """Returns a scheme by its name in a study file or quantizer.json, or as `fp16`, `kivi-BITS`.
 
     Raises:
-        UserError: The name is not known there, or the scheme needs a quantizer and has none.
+        UserError: The name is unknown, or the scheme needs a quantizer and has none.
     """
     if scheme is None and quantizer is None:
         scheme = "fp16"
@@ -87,7 +87,7 @@ def find_scheme(scheme: str | None, quantizer: str | None, study: str | None) ->
             found = TypeAdapter(SchemeSpec).validate_python(raw)
         except ValidationError:
             raise UserError(
-                f"scheme: '{scheme}' is only known with study=FILE or quantizer=FILE"
+                f"scheme: '{scheme}' is unknown: give study=FILE or quantizer=FILE"
             ) from None
     if needs_calibration(found) and quantizer is None:
         raise UserError(f"quantizer: scheme '{scheme}' needs quantizer=FILE")
@@ -95,10 +95,10 @@ def find_scheme(scheme: str | None, quantizer: str | None, study: str | None) ->
 
 
 def read_batch_size(batch_size: int | str | None, max_batch_size: int | None) -> int:
-    """Prompts that are answered together; "auto" starts from the most and is halved out of memory.
+    """Returns the batch size, which for "auto" is the largest and is halved out of memory.
 
     Raises:
-        UserError: It is no positive number and not "auto" or "auto:N".
+        UserError: The option is neither a positive number nor "auto" or "auto:N".
     """
     text = str(1 if batch_size is None else batch_size)
     name, _, schedule = text.partition(":")
@@ -110,10 +110,10 @@ def read_batch_size(batch_size: int | str | None, max_batch_size: int | None) ->
 
 
 def read_dtype(name: str, value: str | torch.dtype | None) -> torch.dtype | None:
-    """A torch type by its name.
+    """Returns a torch dtype by its name.
 
     Raises:
-        UserError: torch has no such floating-point type.
+        UserError: torch has no such floating-point dtype.
     """
     found = getattr(torch, value, None) if isinstance(value, str) else value
     if found is None and value is None:
@@ -124,7 +124,7 @@ def read_dtype(name: str, value: str | torch.dtype | None) -> torch.dtype | None
 
 
 def checkpoint_dtype(pretrained: str | Path) -> torch.dtype | None:
-    """The type that a checkpoint's configuration names; None if it names none."""
+    """Returns the dtype in a checkpoint's configuration, or None."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(pretrained), trust_remote_code=False)
@@ -132,7 +132,7 @@ def checkpoint_dtype(pretrained: str | Path) -> torch.dtype | None:
 
 
 def read_tokenizer(source: Any, options: dict[str, Any]) -> Any:
-    """A tokenizer by its name, or the object that was given."""
+    """Loads a tokenizer by its name, or returns the object that was given."""
     if not isinstance(source, str | Path):
         return source
     from transformers import AutoTokenizer
@@ -141,10 +141,10 @@ def read_tokenizer(source: Any, options: dict[str, Any]) -> Any:
 
 
 def read_mapping(name: str, value: Any) -> dict[str, Any]:
-    """An option that is a mapping, or JSON of one.
+    """Returns an option that is a mapping or a JSON object.
 
     Raises:
-        UserError: It is something else.
+        UserError: The option is something else.
     """
     if isinstance(value, str):
         try:
@@ -157,21 +157,27 @@ def read_mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 class AnswerOptions(NamedTuple):
-    """How answers are made: at most so many tokens, up to the first of the stop texts."""
+    """Holds the options of generated answers.
+
+    Attributes:
+        new_tokens: Length of the longest answer in tokens.
+        stops: Texts that end an answer.
+    """
 
     new_tokens: int
     stops: tuple[str, ...]
 
 
 def read_answer_options(options: Mapping[str, Any], end: str | None) -> AnswerOptions:
-    """A request's generation options, under every name that lm-eval knows.
+    """Reads a request's generation options under every name that lm-eval knows.
 
     Args:
-        options: Of the task or the command line.
-        end: The text of the end token, which stops an answer, too.
+        options: Options of the task or the command line.
+        end: The text of the end token, which also ends an answer.
 
     Raises:
-        UserError: They ask for more than greedy answers, or one is unknown or of a wrong type.
+        UserError: The options ask for more than greedy answers, or one is unknown or of a wrong
+            type.
     """
     try:
         asked: dict[str, Any] = dict(normalize_gen_kwargs(dict(options), DEFAULT_NEW_TOKENS))
@@ -189,7 +195,7 @@ def read_answer_options(options: Mapping[str, Any], end: str | None) -> AnswerOp
         raise UserError(f"max_gen_toks: must be at least 1 (got {new_tokens})")
     for name, value in asked.items():
         if name == "max_length":
-            raise UserError("max_length: counts the prompt: give max_gen_toks instead")
+            raise UserError("max_length: includes the prompt: give max_gen_toks instead")
         if name not in WITHOUT_EFFECT and not (name in NEUTRAL and value == NEUTRAL[name]):
             raise UserError(f"gen_kwargs: '{name}' ({value!r}) is not supported: leave it out")
     return AnswerOptions(new_tokens, tuple(filter(None, handle_stop_sequences(until, end))))
@@ -201,7 +207,7 @@ def finish(
     stops: tuple[str, ...],
     mark: str | int | None,
 ) -> str:
-    """An answer's text without its thought, which ends with `mark`, and without what stopped it."""
+    """Returns an answer's text without the thought, which ends with `mark`, and stop text."""
     if isinstance(mark, int) and mark in tokens:
         tokens = tokens[len(tokens) - tokens[::-1].index(mark) :]
     text = decode(tokens)

@@ -1,8 +1,8 @@
 """LongBench (arXiv 2308.14508): questions, summaries, examples and code over long real texts.
 
-Greedy answers to the pinned lm-eval's prompts. As in the official runner, a prompt that is too long
-keeps its first and its last half, and only then becomes a turn of the chat template, for the tasks
-that have one.
+The prompts are those of the pinned lm-eval, and the answers are greedy. As in the official runner,
+the middle of a prompt that is too long is cut before the prompt becomes a turn of the chat
+template, for the tasks that use one.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ ATTEMPTS = 5
 
 
 def choose(available: int, samples: int, seed: int) -> list[int]:
-    """The rows of a seed, ascending; all of them where `samples` is 0 or not fewer."""
+    """Returns the ascending rows of a seed: a random choice, or all if `samples` is 0 or larger."""
     if samples == 0 or samples >= available:
         return list(range(available))
     return sorted(random.Random(f"longbench {seed}").sample(range(available), samples))
 
 
 def cut_middle(tokenizer: Any, text: str, limit: int) -> tuple[str, bool]:
-    """A text without the middle of its tokens, and whether anything was cut.
+    """Returns a text without the middle of its tokens, and whether anything was cut.
 
-    As the official runner: the first and the last `limit // 2` tokens, special ones included in the
-    count and left out of the text.
+    As in the official runner, the first and the last `limit // 2` tokens are kept. Special tokens
+    count, but are left out of the text.
     """
     tokens = encode(tokenizer, text, special=True)
     if len(tokens) <= limit:
@@ -47,13 +47,13 @@ def cut_middle(tokenizer: Any, text: str, limit: int) -> tuple[str, bool]:
 
 
 def as_tokens(tokenizer: Any, text: str, turn: bool, chat: Chat = DEFAULT_CHAT) -> list[int]:
-    """Token ids of a prompt; a tokenizer without a chat template gets it as plain text.
+    """Returns the token ids of a prompt, as plain text if the tokenizer has no chat template.
 
     Args:
         tokenizer: The model's tokenizer.
         text: The prompt.
-        turn: Whether it is a user's turn of the chat template.
-        chat: How the template is filled in.
+        turn: Whether the prompt is a user's turn of the chat template.
+        chat: Options of the template.
     """
     if not turn or not has_template(tokenizer):
         return encode(tokenizer, text, special=True)
@@ -67,10 +67,10 @@ def fit_prompt(
     limit: int,
     chat: Chat = DEFAULT_CHAT,
 ) -> tuple[list[int], bool]:
-    """A row's prompt of at most `limit` tokens, chat template included, and whether it was cut.
+    """Returns a row's prompt in at most `limit` tokens, with template, and whether it was cut.
 
     Raises:
-        UserError: There is no room.
+        UserError: The prompt does not fit.
     """
     from lm_eval.utils import apply_template
 
@@ -83,16 +83,16 @@ def fit_prompt(
         tokens = as_tokens(tokenizer, text, task.chat, chat)
         if len(tokens) <= limit:
             return tokens, cut
-        # Tokens at the seam may come out otherwise when the text is encoded again.
+        # Tokens at the cut may differ when the text is encoded again.
         room -= len(tokens) - limit
-    raise UserError(f"length: too short for {task.name}: its prompt does not fit")
+    raise UserError(f"length: too short for the prompt of {task.name}: give it a longer `length`")
 
 
 def prepare_longbench(source: Source, spec: LongBenchTask, seed: int) -> SeedPrompts:
-    """A seed's rows as prompts.
+    """Returns the prompts of a seed's rows.
 
     Raises:
-        UserError: Bad data, or a length that fits neither the task nor the model.
+        UserError: The data is invalid, or the length does not fit the task or the model.
     """
     try:
         task = definition(spec.task)
@@ -129,7 +129,7 @@ def prepare_longbench(source: Source, spec: LongBenchTask, seed: int) -> SeedPro
 
 
 def longbench_rules(spec: LongBenchTask, tokenizer: Any) -> Rules:
-    """An answer's score is lm-eval's metric, the best over the row's answers."""
+    """Returns rules that score an answer by lm-eval's metric, the best over the row's answers."""
     task = definition(spec.task)
 
     def second_line(tokens: list[int]) -> bool:
@@ -140,7 +140,7 @@ def longbench_rules(spec: LongBenchTask, tokenizer: Any) -> Rules:
             task, {"answers": prompt.record["references"], **prompt.scoring}, answer
         )
 
-    # A further line is not looked at, so it is not generated either.
+    # Further lines are not scored, so they are not generated.
     return Rules(score, stop=second_line if task.first_line else None)
 
 

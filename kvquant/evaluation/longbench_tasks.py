@@ -1,8 +1,8 @@
-"""LongBench's tasks as the pinned lm-eval package has them: prompt, length, rules and metric.
+"""LongBench's tasks from the pinned lm-eval package: prompt, length, rules and metric.
 
-All of it is read at run time. Two rules of the official runner follow from lm-eval's files: the
-few-shot tasks stop at a newline there, so only the first line of an answer counts; and the few-shot
-and code tasks, known by their tags, are texts to be continued and get no chat template.
+They are read at run time. Two rules of the official runner follow from lm-eval's files. Few-shot
+tasks stop at a newline, so only the first line of an answer counts. Few-shot and code tasks, known
+by their tags, are texts to be continued and use no chat template.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from kvquant.fetch.lm_eval_files import file_module
 from kvquant.fetch.longbench_rows import PACKAGE, task_definition
 
 NO_CHAT_TAGS = {"longbench_fewshot_tasks", "longbench_code_tasks"}
-# lm-eval's wrappers of metrics -> the package they need beyond lm-eval's own requirements.
+# Maps lm-eval's metric functions to the package that they need beyond lm-eval's requirements.
 NEEDS = {"get_rouge_with_score": "rouge"}
 
 
 @dataclass(frozen=True)
 class LongBenchDefinition:
-    """A task.
+    """Describes a task of LongBench.
 
     Attributes:
-        name: LongBench's name.
+        name: LongBench's name of the task.
         template: Jinja template of the prompt, over `context` and `question`.
-        max_new_tokens: Longest answer.
-        first_line: Only the first line of an answer counts.
-        chat: The prompt is a user's turn of the model's chat template.
+        max_new_tokens: Length of the longest answer in tokens.
+        first_line: Whether only the first line of an answer counts.
+        chat: Whether the prompt is a user's turn of the model's chat template.
         score: lm-eval's metric of (row, [answer]).
     """
 
@@ -49,10 +49,10 @@ class LongBenchDefinition:
 
 
 def similarity(first: str, second: str) -> int:
-    """How alike two texts are, from 0 to 100: the measure of LongBench's code tasks.
+    """Returns the similarity of two texts from 0 to 100, the metric of LongBench's code tasks.
 
-    Twice the characters that `difflib` matches over all characters of both, in percent, rounded;
-    equal texts have 100, an empty one and another 0.
+    It is twice the number of characters that `difflib` matches, divided by the characters of both
+    texts, as a rounded percentage: 100 for equal texts, 0 if only one is empty.
     """
     if first == second:
         return 100
@@ -63,11 +63,11 @@ def similarity(first: str, second: str) -> int:
 
 @functools.cache
 def metrics_module() -> ModuleType:
-    """lm-eval's metrics of LongBench.
+    """Imports lm-eval's metrics of LongBench.
 
-    The module imports three packages at once. jieba serves Chinese tasks only. Of fuzzywuzzy, whose
-    licence is the GPL, it asks for one function, which :func:`similarity` is. Where rouge is
-    missing, :func:`definition` refuses the tasks that it scores and the rest works.
+    Its file imports three packages. jieba serves only Chinese tasks. From fuzzywuzzy, whose license
+    is the GPL, it needs one function, which :func:`similarity` replaces. If rouge is missing,
+    :func:`definition` refuses the tasks that it scores, and the others work.
     """
     stand_ins: dict[str, ModuleType] = {"fuzzywuzzy": ModuleType("fuzzywuzzy")}
     stand_ins["fuzzywuzzy"].fuzz = SimpleNamespace(ratio=similarity)  # type: ignore[attr-defined]
@@ -77,17 +77,17 @@ def metrics_module() -> ModuleType:
             for name in names:
                 setattr(stand_ins[package], name, None)
         else:
-            importlib.import_module(package)  # for good, not only while the patch below lasts
+            importlib.import_module(package)  # permanently, not only during the patch below
     with mock.patch.dict(sys.modules, stand_ins):
         return file_module(PACKAGE, "metrics")
 
 
 def definition(name: str) -> LongBenchDefinition:
-    """A task's definition.
+    """Returns a task's definition.
 
     Raises:
-        UserError: Unknown name (the nearest known ones are offered), or a package that the metric
-            needs is not installed.
+        UserError: The name is unknown (the message offers the nearest known ones), or a package
+            that the metric needs is not installed.
     """
     raw = task_definition(name)
     scorer = raw["process_results"].rsplit(".", 1)[1]
@@ -109,11 +109,11 @@ def definition(name: str) -> LongBenchDefinition:
 
 
 def first_line(answer: str) -> str:
-    """The first line of an answer that is not empty, as the official runner cuts it."""
+    """Returns the first non-empty line of an answer, as the official runner does."""
     return answer.lstrip("\n").split("\n")[0]
 
 
 def score_answer(task: LongBenchDefinition, row: dict[str, Any], answer: str) -> float:
-    """lm-eval's score of an answer, the best over the row's answers, from 0 to 1."""
+    """Returns lm-eval's score of an answer from 0 to 1, the best over the row's answers."""
     shown = first_line(answer) if task.first_line else answer
     return float(task.score(row, [shown])["score"])

@@ -1,7 +1,8 @@
-"""Passkey retrieval: a number hidden in repeated filler, asked for at the end.
+"""Passkey retrieval: the prompt hides a number in repeated filler and asks for it at the end.
 
-Format of Mohtashami and Jaggi (arXiv 2305.16300): the filler before and after the key is cut by
-characters, the prompt is a plain text to be continued, and the first number generated counts.
+The format is that of Mohtashami and Jaggi (arXiv 2305.16300). The filler before and after the key
+is cut by characters, the prompt is plain text to be continued, and the first generated number
+counts.
 """
 
 from __future__ import annotations
@@ -25,14 +26,20 @@ FACT = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 MAX_KEY = 50_000
 MAX_NEW_TOKENS = 10
-MAX_CHARACTERS = 1000  # of filler per token; real tokenizers have about 4
+MAX_CHARACTERS = 1000  # characters of filler per token, of which real tokenizers have about 4
 _NUMBER = re.compile(r"\d+")
 _ENDED = re.compile(r"\d\D")
 
 
 @dataclass(frozen=True)
 class PasskeySample:
-    """A prompt, the key in it, and the share of the filler that stands before the key."""
+    """Holds a prompt, the key in it and the key's depth.
+
+    Attributes:
+        prompt: The whole text.
+        key: The hidden number.
+        depth: Fraction of the filler before the key, 0 to 1.
+    """
 
     prompt: str
     key: int
@@ -40,7 +47,7 @@ class PasskeySample:
 
 
 def passkey_prompt(key: int, depth: float, filler: int) -> str:
-    """A prompt with `filler` characters of filler, a share of `depth` before the key."""
+    """Returns a prompt with `filler` characters of filler, a fraction `depth` before the key."""
     before = round(depth * filler)
     text = (FILLER + " ") * (filler // (len(FILLER) + 1) + 1)
     parts = [TASK, text[:before], FACT.format(key=key), text[: filler - before], QUESTION]
@@ -48,7 +55,7 @@ def passkey_prompt(key: int, depth: float, filler: int) -> str:
 
 
 def make_sample(tokenizer: Any, length: int, samples: int, index: int, seed: int) -> PasskeySample:
-    """Sample `index` of a seed: the longest prompt of at most `length` tokens.
+    """Returns sample `index` of a seed: the longest prompt of at most `length` tokens.
 
     The depth is drawn from the index-th of `samples` equal parts of the filler.
 
@@ -64,7 +71,7 @@ def make_sample(tokenizer: Any, length: int, samples: int, index: int, seed: int
 
     if (least := tokens(0)) > length:
         raise UserError(f"length: {length} tokens, but the prompt without filler has {least}")
-    # Start near the answer: at long lengths every look costs a tokenization of the whole prompt.
+    # Start near the solution, because each step of the search tokenizes the whole prompt.
     rate = max(tokens(4096) - least, 1) / 4096
     guess = int((length - least) / rate)
     low, high = max(0, guess - 64), guess + 64
@@ -84,21 +91,21 @@ def make_sample(tokenizer: Any, length: int, samples: int, index: int, seed: int
 
 
 def first_number(answer: str) -> str | None:
-    """The first run of digits in an answer."""
+    """Returns the first run of digits in an answer, or None."""
     found = _NUMBER.search(answer)
     return found.group() if found else None
 
 
 def is_right(answer: str, key: int) -> bool:
-    """Whether the first number of an answer is the key."""
+    """Returns whether the first number of an answer is the key."""
     return first_number(answer) == str(key)
 
 
 def prepare_passkey(source: Source, spec: PasskeyTask, seed: int) -> SeedPrompts:
-    """A seed's prompts.
+    """Returns the prompts of a seed.
 
     Raises:
-        UserError: A length that fits neither the prompt nor the model.
+        UserError: The length does not fit the prompt or the model.
     """
     check_length(source, spec.length, MAX_NEW_TOKENS)
     try:
@@ -121,7 +128,7 @@ def prepare_passkey(source: Source, spec: PasskeyTask, seed: int) -> SeedPrompts
 
 
 def passkey_rules(spec: PasskeyTask, tokenizer: Any) -> Rules:
-    """An answer is right or wrong, which is known once its first number has ended."""
+    """Returns rules that score an answer as right or wrong once its first number has ended."""
 
     def ended(tokens: list[int]) -> bool:
         text = str(tokenizer.decode(tokens, skip_special_tokens=True))

@@ -1,15 +1,15 @@
 """Perplexity over non-overlapping windows of one long text.
 
-Protocol B is one forward pass a window in which every token attends to quantized keys and values.
-Protocol A feeds the window in chunks: a chunk attends to itself in full precision and to what came
-before from the packed cache.
+Protocol B is one forward pass per window, in which every token attends to quantized keys and
+values. Protocol A feeds the window in chunks, each of which attends to itself in full precision and
+to earlier tokens in the packed cache.
 
-Several windows are one batch: they are equally long, so nothing is padded, and what is measured of
-a window is the same in any batch but for rounding. Schemes of which that is not true (`batches`)
-get a window at a time.
+Several windows form one batch. They are equally long, so nothing is padded, and the results of a
+window are the same in any batch but for rounding. Schemes for which this does not hold (`batches`)
+get one window at a time.
 
-The same windows also go through the unquantized cache, piece by piece beside the measured one, for
-the KL divergence of the next-token distribution, which shows damage that perplexity averages out.
+For the KL divergence of the next-token distribution, the same windows also go through the
+unquantized cache in the same pieces. The divergence shows damage that perplexity averages out.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from kvquant.models.oom_retry import in_batches, retry_on_overflow
 from kvquant.study.sample_types import perplexity_summary
 from kvquant.study.tasks import PerplexityTask
 
-LOGIT_POSITIONS = 512  # logits of so many positions, of all windows, are in memory at a time
+LOGIT_POSITIONS = 512  # positions, over all windows, whose logits are in memory at a time
 
 
 @dataclass(frozen=True)
 class WindowLosses:
-    """What a batch of windows gives.
+    """Holds the losses and cache sizes of a batch of windows.
 
     Attributes:
         nll: Negative log likelihood of each token but the first, in nats, float64
             `[windows, window - 1]` on the host.
-        kl: KL divergence of the same predictions from the unquantized cache's, in nats, of the same
-            shape; None if it was not asked for.
-        cache_bytes: Bytes that caches of these windows allocate, a cache for each.
-        cache_elements: Key and value elements in them.
+        kl: KL divergence in nats of the same predictions from those of the unquantized cache, in
+            the same shape; None if it was not measured.
+        cache_bytes: Bytes that the caches of these windows would allocate, one cache per window.
+        cache_elements: Number of key and value elements in those bytes.
     """
 
     nll: torch.Tensor
@@ -55,10 +55,10 @@ class WindowLosses:
 
 
 def window_starts(tokens: int, window: int, windows: int, seed: int) -> list[int]:
-    """Returns first tokens of a seed's windows, ascending and without overlap.
+    """Returns the first tokens of a seed's windows, ascending and without overlap.
 
-    Seed 0 cuts from the first token on, as is usual; the others from a random offset below one
-    window. Where fewer windows are asked for than fit, the seed draws them.
+    Seed 0 starts at the first token, as is usual, and other seeds at a random offset below one
+    window. If fewer windows are asked for than fit, the seed draws them.
 
     Raises:
         UserError: The text is too short.
@@ -78,16 +78,16 @@ def window_starts(tokens: int, window: int, windows: int, seed: int) -> list[int
 def _pieces(
     qm: Any, ids: torch.Tensor, caches: list[Any], step: int
 ) -> Iterator[tuple[list[torch.Tensor], slice]]:
-    """Logits of windows from several caches, few positions at a time.
+    """Yields logits of windows from several caches, a few positions at a time.
 
     Args:
         qm: A `QuantizedModel`.
         ids: int64 `[windows, window]`.
         caches: Empty caches, which are filled.
-        step: Tokens a forward pass.
+        step: Number of tokens per forward pass.
 
     Yields:
-        One fp32 tensor `[windows, positions, vocabulary]` a cache, and the positions.
+        One fp32 tensor `[windows, positions, vocabulary]` per cache, and the positions.
     """
     decoder, head = qm.model.model, qm.model.get_output_embeddings()
     windows, window = ids.shape
@@ -107,7 +107,7 @@ def _pieces(
 
 
 def divergence(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Returns KL divergence in nats of a distribution from its reference, `[...]`.
+    """Returns the KL divergence of distributions from their reference, in nats, fp32 `[...]`.
 
     Args:
         reference: Logits of the unquantized cache, fp32 `[..., vocabulary]`.
@@ -121,21 +121,21 @@ def divergence(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 def measure_windows(
     qm: Any, ids: torch.Tensor, protocol: Protocol, chunk: int, *, kl: bool = False
 ) -> WindowLosses:
-    """Losses of windows that go through the model together.
+    """Measures the losses of windows that go through the model together.
 
     Args:
         qm: A `QuantizedModel`.
         ids: int64 `[windows, window]`, on the model's device.
         protocol: "A" or "B".
-        chunk: Tokens a forward pass in protocol A.
-        kl: Also run the windows through the unquantized cache, in the same pieces.
+        chunk: Number of tokens per forward pass in protocol A.
+        kl: Whether to run the windows through the unquantized cache, too, in the same pieces.
 
     Raises:
         NonFinite: A loss or divergence is NaN or infinite.
     """
     goals = ids[:, 1:]
     nll = torch.zeros(goals.shape, dtype=torch.float32, device=ids.device)
-    kls = torch.zeros_like(nll)  # stays 0 for the unquantized cache itself
+    kls = torch.zeros_like(nll)  # remains 0 for the unquantized cache itself
 
     def work(cache: Any) -> tuple[int, int]:
         caches = [cache, qm.baseline_cache()] if kl and qm.quantizes else [cache]
@@ -163,7 +163,7 @@ def measure_windows(
 
 
 def run_perplexity(context: Context, spec: PerplexityTask, seed: int) -> SuiteResult:
-    """Returns the perplexity of a seed's windows: exp of the mean loss over all scored tokens."""
+    """Measures the perplexity of a seed's windows: exp of the mean loss over scored tokens."""
     qm = context.qm
     window = spec.window or qm.max_positions
     check_length(context, window, 0, "window")

@@ -1,8 +1,8 @@
-"""The file of a task's prompts: made once for a model, read by the evaluation of every scheme.
+"""The file of a task's prompts, made once per model and read by the evaluation of every scheme.
 
-Gzipped JSON Lines. The first line tells what the prompts are (:class:`Header`); it is sealed and
-holds a hash of each seed's prompts. Each further line is one prompt: its seed, its index, its
-tokens and what its answer is held against. The same prompts are the same bytes.
+It is gzipped JSON Lines. The first line, a sealed :class:`Header`, describes the prompts and holds
+a hash of each seed's prompts. Each further line is one prompt with its seed, index, tokens and the
+data that its answer is scored with. Equal prompts give equal bytes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from kvquant.study.record_types import Strict
 
 SCHEMA_VERSION = 2
 AGAIN = "make it with `kvquant prompts`"
-# Tokenizers that differ in what matters here (words, digits, blanks, accents) differ in this text.
+# Tokenizers that differ for words, digits, blanks or accents differ for this text.
 PROBE = "The pass key is 40718. Zürich\n\n  x = [1, 22];\tLe 3ème été naïf"
 
 
 class SeedHeader(Strict):
-    """A seed's share of the file: so many lines with this hash, and the seed's metrics."""
+    """Describes the prompts of one seed: number of lines, their hash and the seed's metrics."""
 
     seed: int = Field(ge=0)
     prompts: int = Field(ge=1)
@@ -41,7 +41,7 @@ class SeedHeader(Strict):
 
 
 class Header(Strict):
-    """The first line: what the prompts were made from; `probe` is :data:`PROBE` in tokens."""
+    """Describes the origin of the prompts, in which `probe` is :data:`PROBE` in tokens."""
 
     kind: Literal["prompts"] = "prompts"
     schema_version: Literal[2] = 2
@@ -55,7 +55,7 @@ class Header(Strict):
 
 
 class _Line(Strict):
-    """A prompt's line."""
+    """Holds the line of one prompt."""
 
     seed: int
     index: int
@@ -65,7 +65,7 @@ class _Line(Strict):
 
 
 def probe(tokenizer: Any) -> list[int]:
-    """What tells a tokenizer from others."""
+    """Returns the tokens of :data:`PROBE`, by which tokenizers are told apart."""
     return encode(tokenizer, PROBE, special=True)
 
 
@@ -83,7 +83,7 @@ def write_prompts(
     packages: dict[str, str],
     probe: list[int],
 ) -> Header:
-    """Writes the prompts of all seeds, in the order of the seeds.
+    """Writes the prompts of all seeds in the order of the seeds.
 
     Raises:
         UserError: The file exists with other content.
@@ -127,25 +127,25 @@ def write_prompts(
 
 
 class PromptFile:
-    """A file of prompts whose header was checked."""
+    """Reads a file of prompts after checking its header."""
 
     def __init__(self, path: str | Path, spec_digest: str, seeds: Sequence[int]) -> None:
         """Reads the header.
 
         Args:
-            path: The file.
-            spec_digest: Of the specification that is asked for.
-            seeds: Seeds that it must hold.
+            path: Path of the file.
+            spec_digest: Digest of the expected specification.
+            seeds: Seeds that the file must contain.
 
         Raises:
-            UserError: It is missing, damaged, of another specification, or lacks a seed.
+            UserError: The file is missing, damaged, of another specification, or lacks a seed.
         """
         self.path = Path(path)
         if not self.path.exists() and not self.path.is_symlink():
             raise UserError(f"--prompts: no such file: {self.path}: {AGAIN}")
         raw = read_bytes(self.path, "--prompts", AGAIN)
         try:
-            # All of it, which checks gzip's own sum and that nothing follows.
+            # Decompressing everything checks gzip's own sum and that nothing follows.
             first, *lines = gzip.decompress(raw).splitlines(keepends=True)
             head = parse_json(first.decode("utf-8"))
             if isinstance(head, dict) and head.get("schema_version") == 1:
@@ -180,10 +180,10 @@ class PromptFile:
         )
 
     def _shares(self, lines: list[bytes]) -> dict[int, list[bytes]]:
-        """Each seed's lines, which must be those of its hash; nothing else may be there.
+        """Returns the lines of each seed after checking their hashes and that no others exist.
 
         Raises:
-            ValueError: They are others.
+            ValueError: A check fails.
         """
         shares: dict[int, list[bytes]] = {}
         at = 0
@@ -191,7 +191,7 @@ class PromptFile:
             share = lines[at : at + entry.prompts]
             at += entry.prompts
             if hashlib.sha256(b"".join(share)).hexdigest() != entry.sha256:
-                raise ValueError(f"the prompts of seed {entry.seed} are others")
+                raise ValueError(f"the prompts of seed {entry.seed} do not match their hash")
             if entry.seed in shares:
                 raise ValueError(f"seed {entry.seed} is given twice")
             shares[entry.seed] = share
@@ -200,14 +200,14 @@ class PromptFile:
         return shares
 
     def sha256(self, seed: int) -> str:
-        """Hash of a seed's prompts."""
+        """Returns the hash of a seed's prompts."""
         return self._seeds[seed].sha256
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Refuses prompts in the tokens of another tokenizer.
+        """Refuses prompts that another tokenizer encoded.
 
         Raises:
-            UserError: The tokenizer gives other tokens.
+            UserError: The tokenizer encodes :data:`PROBE` differently.
         """
         if probe(tokenizer) != self.header.probe:
             raise UserError(
@@ -215,10 +215,10 @@ class PromptFile:
             )
 
     def read(self, seeds: Sequence[int]) -> list[SeedPrompts]:
-        """The prompts of some seeds.
+        """Returns the prompts of some seeds.
 
         Raises:
-            UserError: A line is no prompt of its seed.
+            UserError: A line is not a prompt of its seed.
         """
         return [self._seed(self._seeds[seed]) for seed in seeds]
 
@@ -229,7 +229,7 @@ class PromptFile:
                 row = parse_json(line.decode("utf-8"))
                 found = _Line.model_validate(row)
                 if (found.seed, found.index) != (entry.seed, index):
-                    raise ValueError(f"prompt {index} of seed {entry.seed} is another's")
+                    raise ValueError(f"prompt {index} of seed {entry.seed} has another place")
                 prompts.append(Prompt(row["tokens"], row["record"], row["scoring"]))
         except ValueError as error:
             raise self._damaged(error) from None

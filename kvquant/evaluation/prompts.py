@@ -1,7 +1,7 @@
-"""Verb prompts: what a task of generated answers asks a model, for all seeds, as one file.
+"""`kvquant prompts`: prepares a task's prompts for all seeds as one file.
 
-Every scheme is asked the same, so this is done once for a (model, task), without the model's
-weights and without a GPU.
+The prompts are the same for every scheme, so they are made once per model and task, without the
+model's weights and without a GPU.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ PACKAGES = ("lm-eval", "tokenizers", "transformers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant prompts`."""
+    """Adds the options of `kvquant prompts`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--model", required=True, help="name of the model in the study")
     parser.add_argument("--task", required=True, help="name of the task in the study")
     parser.add_argument("--seeds", required=True, nargs="+", type=int, help="seeds to prepare")
     parser.add_argument("--model-manifest", required=True, help="manifest.json of fetch-model")
     parser.add_argument("--data-manifest", help="manifest.json of fetch-data, for tasks with text")
-    parser.add_argument("--out", required=True, help="the file of prompts (.jsonl.gz)")
+    parser.add_argument("--out", required=True, help="file of prompts to write (.jsonl.gz)")
 
 
 def make_prompts(
@@ -45,8 +45,8 @@ def make_prompts(
     """Prepares the prompts of seeds and writes them to `out`.
 
     Raises:
-        UserError: An unknown name, a missing file, a task that asks nothing or does not fit the
-            model, or a file with other content at `out`.
+        UserError: A name is unknown, a file is missing, the task has no prompts or does not fit the
+            model, or `out` exists with other content.
     """
     spec = study.task(task)
     digest = prompts_digest(study, model, task)
@@ -56,7 +56,7 @@ def make_prompts(
         raise UserError("--seeds: must be distinct and not negative")
     if dataset_of(spec) and data_manifest is None:
         raise UserError(f"--data-manifest: task '{task}' reads '{dataset_of(spec)}'")
-    # Late, so that wrong names are told at once.
+    # Imported late, so that wrong names are reported at once.
     from kvquant.evaluation.base import Source
     from kvquant.evaluation.chat import Chat
     from kvquant.evaluation.prompt_file import probe, write_prompts

@@ -1,8 +1,8 @@
 """RULER (arXiv 2404.06654): retrieval, tracking and aggregation over long synthetic prompts.
 
-As in RULER's reference, the question is a user's turn in the model's chat template and the answer's
-prefix stands behind the opened assistant's turn; a model without a template gets question and
-prefix as plain text.
+As in RULER's reference, the question is a user's turn in the model's chat template, and the
+answer's prefix follows the opening of the assistant's turn. A model without a template gets
+question and prefix as plain text.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from kvquant.evaluation.ruler_tasks import (
 )
 from kvquant.study.tasks import RulerTask
 
-PREFIX_ROOM = 48  # tokens kept free for the answer's prefix, which is known only with the sample
+PREFIX_ROOM = 48  # tokens reserved for the answer's prefix, which is known only with the sample
 ATTEMPTS = 5
 
 
 def prompt_text(tokenizer: Any, sample: RulerSample, chat: Chat = DEFAULT_CHAT) -> tuple[str, bool]:
-    """The prompt, and whether the tokenizer still has to add its own special tokens."""
+    """Returns the prompt and whether the tokenizer must still add its special tokens."""
     if not has_template(tokenizer):
         return f"{sample.question} {sample.prefix}", True
     return chat.turn(tokenizer, sample.question) + sample.prefix, False
@@ -36,10 +36,10 @@ def prompt_text(tokenizer: Any, sample: RulerSample, chat: Chat = DEFAULT_CHAT) 
 def _fitting(
     source: Source, spec: RulerTask, task: RulerDefinition, seed: int
 ) -> tuple[list[RulerSample], list[list[int]]]:
-    """A seed's samples and prompts, none longer with its answer than the task's length.
+    """Returns a seed's samples and prompts, which fit the task's length with their answers.
 
-    lm-eval counts neither the chat template nor the answer's prefix nor cwe's worked example, so
-    room is left for them; where it was not enough, the samples are made anew with what was missing.
+    lm-eval does not count the chat template, the answer's prefix and cwe's worked example, so room
+    is reserved for them. If it is too small, the samples are made again with the missing tokens.
     """
     tokenizer = source.tokenizer
     empty, special = prompt_text(tokenizer, RulerSample("", "", []), source.chat)
@@ -69,16 +69,16 @@ def _fitting(
 
 
 def prepare_ruler(source: Source, spec: RulerTask, seed: int) -> SeedPrompts:
-    """A seed's prompts.
+    """Returns the prompts of a seed.
 
     Raises:
-        UserError: Unknown task, or a length that fits neither the task nor the model.
+        UserError: The task is unknown, or the length does not fit the task or the model.
     """
     try:
         task = definition(spec.task)
     except UserError as error:
         raise UserError(f"tasks.{source.task}.task: {error}") from None
-    # The length already holds the answer's room, so it alone must fit the positions.
+    # The length includes the answer, so it alone must fit the positions.
     check_length(source, spec.length, max(0, spec.max_new_tokens - task.max_new_tokens))
     try:
         samples, prompts = _fitting(source, spec, task, seed)
@@ -94,7 +94,7 @@ def prepare_ruler(source: Source, spec: RulerTask, seed: int) -> SeedPrompts:
 
 
 def ruler_rules(spec: RulerTask, tokenizer: Any) -> Rules:
-    """An answer's score is the share of the references found in it."""
+    """Returns rules that score an answer by the fraction of the references found in it."""
     task = definition(spec.task)
     return Rules(lambda prompt, answer: score_answer(task, prompt.record["references"], answer))
 

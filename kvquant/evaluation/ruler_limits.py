@@ -1,4 +1,4 @@
-"""Ends for lm-eval's loops that shrink or grow a sample until it fits, which may be never."""
+"""Limits for lm-eval's loops that resize a sample until it fits, which may never happen."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from typing import Any
 
 
 class TokenCounter:
-    """Stands in for the tokenizer: lm-eval only asks how many tokens a text has.
+    """Replaces the tokenizer, of which lm-eval only asks how many tokens a text has.
 
-    Some of its generators shrink a text until it fits, for ever if even the smallest does not, and
-    catch every exception meanwhile. After far more questions than a sample can need, every text
-    fits every length (:class:`Length`), which ends each of these loops, and `gave_up` says that
-    the samples are void.
+    Some of lm-eval's generators shrink a text until it fits, for ever if even the smallest does
+    not fit, and catch every exception meanwhile. After far more queries than a sample can need, the
+    counter gives up. Every text then fits every length (:class:`Length`), which ends the loop, and
+    `gave_up` tells that the samples are invalid.
+
+    Args:
+        count_tokens: Returns the number of tokens of a text.
+        overhead: Number of tokens added to each count.
+        limit: Number of queries after which the counter gives up.
     """
 
     def __init__(self, count_tokens: Callable[[str], int], overhead: int, limit: int) -> None:
@@ -25,26 +30,26 @@ class TokenCounter:
         self.gave_up = False
 
     def measure(self, text: str) -> int:
-        """Tokens of a text with the overhead."""
+        """Returns the number of tokens of a text plus the overhead."""
         return self._count_tokens(text) + self._overhead
 
     def tick(self) -> None:
-        """Counts one question or failure."""
+        """Counts one query or failure."""
         self._left -= 1
         self.gave_up = self.gave_up or self._left < 0
 
     def __call__(self, text: str) -> Any:
-        """Counts one question and answers it as a tokenizer does."""
+        """Counts one query and answers it as a tokenizer does."""
         self.tick()
         length = 0 if self.gave_up else self.measure(text)
         return SimpleNamespace(input_ids=range(length))
 
 
 class Length(int):
-    """A sample's longest length: as the number, until its counter has given up.
+    """A sample's largest length, an ordinary number until its counter has given up.
 
-    Then it is neither less nor more than anything, so that whatever is compared with it fits: loops
-    that grow a text end as well as those that shrink it, whatever else they add to its tokens.
+    From then on it is neither less nor greater than any number, so that every text fits. This ends
+    loops that grow a text as well as loops that shrink it, whatever they add to its tokens.
     """
 
     counter: TokenCounter
@@ -63,21 +68,21 @@ class Length(int):
 
 
 def bounded(length: int, counter: TokenCounter) -> Length:
-    """A length that everything fits once the counter has given up."""
+    """Returns a length that every text fits once the counter has given up."""
     found = Length(length)
     found.counter = counter
     return found
 
 
 def flaw(question: str, references: Sequence[str], *, ranked: bool) -> str:
-    """What is wrong with a sample that has no right answer, or several; else nothing.
+    """Returns why a sample has no right answer or several, or "".
 
-    lm-eval leaves out what has no room and goes on asking for it.
+    lm-eval drops parts of a sample that do not fit, but still asks for them.
 
     Args:
         question: The prompt.
-        references: What the answer must hold.
-        ranked: They are the most frequent words of their length.
+        references: Texts that the answer must contain.
+        ranked: Whether the references are the most frequent words of their length.
     """
     if not references:
         return "asks for nothing"

@@ -1,14 +1,15 @@
 """RULER's samples, made by the pinned lm-eval package without its downloads.
 
-Prompts, sizes, generation lengths and the metric are lm-eval's, read at run time. Left out is what
-needs a network, cannot be repeated, or is slow:
+Prompts, sizes, generation lengths and the metric are lm-eval's and read at run time. Parts that
+need a network, cannot be repeated or are slow are replaced:
 
-- its essay haystack (a hub data set) is replaced by the essays of the study, which are a prefix of
-  RULER's own and are split into words in the same way;
-- NLTK's sentence splitter is used with no trained list of abbreviations, which would be a download:
-  only the places where a needle may stand (a sentence's end) depend on it;
-- its random generators (`random`, numpy's, one of its own) are seeded for the call and put back;
-- its list of six million needle keys is made of two lists of words when asked (`WordPairs`).
+- The essay haystack, a hub data set, is replaced by the essays of the study, which are a prefix of
+  RULER's own and are split into words in the same way.
+- NLTK's sentence splitter is used without its trained list of abbreviations, which would be a
+  download. Only the possible places of a needle, ends of sentences, depend on it.
+- The random generators (`random`, numpy's and one of lm-eval's own) are seeded for the call and
+  restored afterwards.
+- The list of six million needle keys is computed on demand from two lists of words (`WordPairs`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from kvquant.evaluation.ruler_limits import TokenCounter, bounded, flaw
 from kvquant.fetch.lm_eval_files import file_module, task_files, without_manager
 
 PACKAGE = "lm_eval.tasks.ruler"
-# Names of RULER's paper -> lm-eval's, where they differ.
+# Maps names of RULER's paper to lm-eval's where they differ.
 LM_EVAL_NAMES = {
     "vt": "ruler_vt",
     "cwe": "ruler_cwe",
@@ -41,9 +42,9 @@ LM_EVAL_NAMES = {
     "qa_1": "ruler_qa_squad",
     "qa_2": "ruler_qa_hotpot",
 }
-# Its function that reads the documents of a task; it would download them.
+# Maps lm-eval's functions of a task to those that read its documents, which would download them.
 READERS = {"get_squad": "read_squad", "get_hotpotqa": "read_hotpotqa"}
-# lm-eval module -> its function that takes the number of samples.
+# Maps lm-eval's modules to their function that takes the number of samples.
 GENERATORS = {
     "niah_utils": "generate_samples",
     "vt_utils": "sys_vartrack_w_noise_random",
@@ -58,7 +59,13 @@ EXAMPLE = "its worked example has 500 tokens at most in lm-eval, too few with th
 
 @dataclass(frozen=True)
 class RulerSample:
-    """A sample: the question, the start of the answer, and what the answer must hold."""
+    """Holds a sample.
+
+    Attributes:
+        question: The prompt without the answer's start.
+        prefix: The start of the answer.
+        references: Texts that the answer must contain.
+    """
 
     question: str
     prefix: str
@@ -67,15 +74,16 @@ class RulerSample:
 
 @dataclass(frozen=True)
 class RulerDefinition:
-    """A task of lm-eval: where its samples are made, how long its answers are, how they score.
+    """Describes a RULER task of lm-eval.
 
     Attributes:
-        name: RULER's name.
+        name: RULER's name of the task.
         module: lm-eval's module.
-        function: Its function that makes the samples.
-        max_new_tokens: Longest answer.
-        any_reference: One reference in the answer is enough ("match part"); else all count.
-        score: lm-eval's metric of (document, [answer]), a value for every length.
+        function: The module's function that makes the samples.
+        max_new_tokens: Length of the longest answer in tokens.
+        any_reference: Whether one reference in the answer is enough ("match part"); otherwise the
+            fraction of all references counts.
+        score: lm-eval's metric of (document, [answer]), with one value per length.
     """
 
     name: str
@@ -88,17 +96,17 @@ class RulerDefinition:
 
 @functools.cache
 def ruler_names() -> tuple[str, ...]:
-    """All tasks that can be run, by the names of RULER's paper."""
+    """Returns the tasks that can be run, by their names in RULER's paper."""
     ours = {theirs: name for name, theirs in LM_EVAL_NAMES.items()}
     files = task_files(PACKAGE)
     return tuple(sorted(ours.get(r["task"], r["task"]) for r in files if "custom_dataset" in r))
 
 
 def definition(name: str) -> RulerDefinition:
-    """A task's definition.
+    """Returns a task's definition.
 
     Raises:
-        UserError: Unknown name; the nearest known ones are offered.
+        UserError: The name is unknown; the message offers the nearest known ones.
     """
     if name not in ruler_names():
         raise unknown("RULER task", name, ruler_names())
@@ -118,15 +126,15 @@ def definition(name: str) -> RulerDefinition:
 
 @functools.cache
 def _scorers(name: str) -> ModuleType:
-    """lm-eval's file with the metrics; its generators and their packages are not needed for it."""
+    """Imports lm-eval's file with the metrics, without the generators and their packages."""
     return file_module(PACKAGE, name)
 
 
 def score_answer(task: RulerDefinition, references: list[str], answer: str) -> float:
-    """RULER's score of an answer, by lm-eval's metric.
+    """Returns RULER's score of an answer, computed by lm-eval's metric.
 
-    Where one reference is enough, lm-eval 0.4.13 gives the share of the references that are found;
-    RULER gives 1 if any is. Asked about one reference at a time, lm-eval's metric is RULER's.
+    If one reference is enough, RULER gives 1 if any is found, but lm-eval 0.4.13 the fraction of
+    references found. Asked about one reference at a time, the two agree.
     """
 
     def ask(outputs: list[str]) -> float:
@@ -136,10 +144,10 @@ def score_answer(task: RulerDefinition, references: list[str], answer: str) -> f
 
 
 class WordPairs(Sequence[str]):
-    """`sorted({f"{first}-{second}" ...})` over two word lists, without building it.
+    """Acts as `sorted({f"{first}-{second}" ...})` over two word lists without building the list.
 
-    Pairs sort by their first word, except where one first word and a hyphen begin another
-    ("blue", "blue-eyed"); such a group is built and sorted as it is.
+    Pairs sort by their first word, unless a first word with a hyphen begins another one ("blue",
+    "blue-eyed"). The pairs of such a group are built and sorted.
     """
 
     def __init__(self, firsts: Iterable[str], seconds: Iterable[str]) -> None:
@@ -175,10 +183,10 @@ class WordPairs(Sequence[str]):
 
 @functools.cache
 def _niah_modules() -> tuple[ModuleType, ModuleType]:
-    """Private copies of lm-eval's `niah_utils` and `prepare_niah`.
+    """Imports private copies of lm-eval's `niah_utils` and `prepare_niah`.
 
-    As it stands, importing them asks NLTK for a download, loads all of NLTK, and sorts six million
-    words: about 15 seconds and a gigabyte for every job.
+    An ordinary import asks NLTK for a download, loads all of NLTK and sorts six million words,
+    which takes about 15 seconds and one gigabyte in every job.
     """
     wonderwords = importlib.import_module("wonderwords")
     words = wonderwords.RandomWord()._categories
@@ -188,7 +196,7 @@ def _niah_modules() -> tuple[ModuleType, ModuleType]:
     nltk.sent_tokenize = split_sentences  # type: ignore[attr-defined]
     with without_manager():
         for needed in ("datasets", f"{PACKAGE}.common_utils"):
-            importlib.import_module(needed)  # for good, not only while the patches below last
+            importlib.import_module(needed)  # permanently, not only during the patches below
         with (
             mock.patch.dict(sys.modules, {"nltk": nltk}),
             mock.patch.object(wonderwords, "RandomWord", lambda: none),
@@ -201,7 +209,7 @@ def _niah_modules() -> tuple[ModuleType, ModuleType]:
 
 @functools.cache
 def _import(module: str) -> ModuleType:
-    """A private copy of one of lm-eval's RULER modules."""
+    """Imports a private copy of one of lm-eval's RULER modules."""
     if module == "niah_utils":
         return _niah_modules()[0]
     with without_manager():
@@ -210,7 +218,7 @@ def _import(module: str) -> ModuleType:
 
 @functools.lru_cache(maxsize=32)
 def split_sentences(text: str) -> list[str]:
-    """Sentences by NLTK's rules alone, without a trained model."""
+    """Splits a text into sentences by NLTK's rules, without a trained model."""
     from nltk.tokenize.punkt import PunktSentenceTokenizer
 
     return list(PunktSentenceTokenizer().tokenize(text))
@@ -218,7 +226,7 @@ def split_sentences(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds the global generators of `random` and numpy and puts their state back."""
+    """Seeds the global generators of `random` and numpy and restores their state afterwards."""
     import numpy
 
     before, before_numpy = random.getstate(), numpy.random.get_state()
@@ -240,15 +248,15 @@ def _offline(
     seed: int,
     text: Callable[[], str],
 ) -> Iterator[None]:
-    """lm-eval's module with our tokenizer, sample count, texts and silence, for one call."""
+    """Patches lm-eval's module for one call: tokenizer, number of samples, texts and silence."""
     name = module.__name__.rsplit(".", 1)[-1]
     generator = getattr(module, GENERATORS[name])
 
     def generate(*args: Any, **kwargs: Any) -> Any:
-        # vt makes its single worked example through the same function.
+        # vt makes its single worked example with the same function.
         wanted = 1 if kwargs.get("num_samples") == 1 else samples
         if name == "qa_utils":
-            # Seed 0 asks the first questions, as RULER does, the next seed those that follow.
+            # Seed 0 takes the first questions, as RULER does, and the next seed the following ones.
             questions = len(kwargs["qas"])
             if questions < samples:
                 raise ValueError(f"{samples} samples, but the data set has {questions} questions")
@@ -256,7 +264,7 @@ def _offline(
         bound = bounded(kwargs["max_seq_length"], counter)
         try:
             found = generator(*args, **{**kwargs, "num_samples": wanted, "max_seq_length": bound})
-        except Exception:  # of any kind, once texts are said to be empty
+        except Exception:  # any kind may occur once texts are reported as empty
             if not counter.gave_up:
                 raise
         if counter.gave_up:
@@ -282,7 +290,7 @@ def _offline(
                 if type_haystack != "essay":
                     return source.get_haystack(type_haystack)
                 words = re.sub(r"\s+", " ", text()).split(" ")
-                # A word is a token at least. With too few, lm-eval makes a shorter prompt, unsaid.
+                # A word has at least one token. With too few, lm-eval silently shortens the prompt.
                 if len(words) < length and counter.measure(" ".join(words)) < length:
                     raise UserError(
                         f"length: {length} tokens, but the essays have fewer: shorten it or give "
@@ -300,7 +308,7 @@ def _offline(
             stack.enter_context(mock.patch.object(logger, "warning", lambda *args: None))
             patch(module, "download_json", lambda url: json.loads(text()))
             for reader in READERS.values():
-                # The function behind the cache: another text must not give the first one's rows.
+                # The function without its cache, which would return an earlier text's rows.
                 patch(module, reader, getattr(module, reader).__wrapped__)
         if name == "vt_utils":
             build = module.generate_input_output
@@ -309,9 +317,9 @@ def _offline(
                 while not counter.gave_up:
                     try:
                         return build(*args, **kwargs)
-                    except IndexError:  # it drew a variable's name twice: it draws others
+                    except IndexError:  # it drew a variable's name twice: draw again
                         counter.tick()
-                    except ValueError:  # no room for its noise: lm-eval tries the same for ever
+                    except ValueError:  # no room for noise, with which lm-eval would try for ever
                         counter.tick()
                         if not counter.gave_up:
                             raise
@@ -319,7 +327,7 @@ def _offline(
 
             patch(module, "generate_input_output", build_or_give_up)
         if name == "cwe_utils":
-            # A generator of its own that goes on from call to call.
+            # lm-eval's own generator, which would continue from call to call.
             patch(module, "RNG", random.Random(seed))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(seeded(seed))
@@ -336,23 +344,23 @@ def make_samples(
     seed: int,
     text: Callable[[], str],
 ) -> list[RulerSample]:
-    """A seed's samples.
+    """Returns the samples of a seed.
 
     Args:
         task: The task.
-        count_tokens: Tokens of a text.
-        length: Prompt and answer tokens together.
+        count_tokens: Returns the number of tokens of a text.
+        length: Largest number of tokens of prompt and answer together.
         overhead: Tokens of the chat template and the answer's prefix, which lm-eval does not count.
-        samples: How many.
-        seed: Chooses needles, places and words.
-        text: Gives the essays, or the questions and documents as JSON; called only if needed.
+        samples: Number of samples.
+        seed: Seed that chooses needles, places and words.
+        text: Returns the essays, or the questions and documents as JSON; called only if needed.
 
     Raises:
         UserError: The length is too short for the task.
     """
     if task.module == "fwe_utils":
-        overhead += task.max_new_tokens  # the one generator that leaves no room for the answer
-    # Sizing steps are of 100 tokens and more; a sample shrinks a few times.
+        overhead += task.max_new_tokens  # this generator alone leaves no room for the answer
+    # Sizes change by 100 tokens or more per step, and a sample shrinks a few times.
     counter = TokenCounter(count_tokens, overhead, limit=200 + length // 50 + 50 * samples)
     module = _import(task.module)
     try:
@@ -362,19 +370,19 @@ def make_samples(
         if task.function not in READERS:
             raise
         raise UserError(
-            f"task: the documents of {task.name} are not of the known form "
+            f"task: the documents of {task.name} have an unknown form "
             f"({type(error).__name__} {error}): fetch them again"
         ) from None
     except (ValueError, RuntimeError) as error:
         raise _too_short(task, length, (str(error) or SMALLEST).splitlines()[0]) from None
     rows = []
     for row in found:
-        # cwe's worked example stands before the question, as in RULER.
+        # cwe's worked example precedes the question, as in RULER.
         example = row["input_example"] + "\n" if row.get("input_example") else ""
         rows.append(RulerSample(example + row["input"], row["gen_prefix"], list(row["outputs"])))
     if len(rows) != samples:
         raise _too_short(task, length, "there is no room for every sample")
-    if task.function not in READERS:  # answers to questions on documents may be "yes"
+    if task.function not in READERS:  # answers about documents may be "yes", which no text holds
         for index, sample in enumerate(rows):
             ranked = task.module == "fwe_utils"
             if wrong := flaw(sample.question, sample.references, ranked=ranked):

@@ -1,9 +1,10 @@
-"""Verb evaluate: one scheme on one task of the study, for several seeds.
+"""`kvquant evaluate`: measures one scheme on one task of the study for several seeds.
 
-A finished seed is kept in the resume folder under the digest of everything it depends on, samples
-first and the record last. A job that was killed, or that now has more seeds, takes from there what
-is whole and measures the rest. Seeds may share batches (:mod:`kvquant.evaluation.generated`): a
-seed's answers do not depend on the seeds beside it, only its share of a batch's padding does.
+A finished seed is kept in the resume folder under the digest of everything that it depends on, its
+samples first and its record last. A job that was killed, or that has more seeds now, takes the
+finished seeds from there and measures the rest. Seeds may share batches
+(:mod:`kvquant.evaluation.generated`). The answers of a seed do not depend on the others, only its
+part of a batch's padding does.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant evaluate`."""
+    """Adds the options of `kvquant evaluate`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--model", required=True, help="name of the model in the study")
     parser.add_argument("--scheme", required=True, help="name of the scheme in the study")
@@ -54,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-manifest", help="manifest.json of fetch-data, for perplexity")
     parser.add_argument("--quantizer", help="quantizer.json, for schemes that need calibration")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--out-dir", required=True, help="gets seedN/run.json and samples.jsonl")
-    parser.add_argument("--resume-dir", help="keeps finished seeds of unfinished jobs")
+    parser.add_argument("--out-dir", required=True, help="folder of seedN/run.json, samples.jsonl")
+    parser.add_argument("--resume-dir", help="folder that keeps finished seeds of unfinished jobs")
 
 
 def _line(record: EvalRecord, where: str) -> str:
@@ -81,11 +82,11 @@ def evaluate(
     device: str = "auto",
     resume_dir: str | Path | None = None,
 ) -> list[EvalRecord]:
-    """Measures every seed that is not finished yet and writes all of them below `out_dir`.
+    """Measures every unfinished seed and writes all seeds below `out_dir`.
 
     Raises:
-        UserError: An unknown name, a missing file, a task or prompts that do not fit, or an
-            existing result that is damaged, of another specification or to other prompts.
+        UserError: A name is unknown, a file is missing, the task or prompts do not fit, or an
+            existing result is damaged, of another specification or for other prompts.
     """
     scheme_spec = study.scheme(scheme)
     task_spec = study.task(task)
@@ -104,7 +105,7 @@ def evaluate(
         wanted = (digests[seed], asked.sha256(seed) if asked else None, now)
         found, where = seed_files.read_pair(folder, *wanted), ", already there"
         if found is None and keep is not None:
-            found, where = seed_files.kept(keep / digests[seed], *wanted), ", kept from before"
+            found, where = seed_files.kept(keep / digests[seed], *wanted), ", resumed"
         if found is not None:
             finished[seed] = found
             seed_files.copy(*found, folder)
@@ -138,7 +139,7 @@ def _inputs(
 ) -> dict[str, str]:
     """Returns the hashes of the files that seeds depend on, from manifests and without torch.
 
-    What is missing is not needed if all seeds are finished, and is named when it is.
+    Missing files are left out. They are not needed if all seeds are finished, and reported if not.
     """
     found = {}
     if Path(model_manifest).exists():
@@ -156,7 +157,7 @@ def _inputs(
 def _asked(
     study: Study, model: str, task: str, seeds: list[int], prompts: str | Path | None
 ) -> PromptFile | None:
-    """Returns the file of prompts, for the suites that have one."""
+    """Returns the file of prompts, or None for a suite without prompts."""
     if not asks_prompts(study.task(task)):
         if prompts is not None:
             raise UserError(f"--prompts: task '{task}' reads a text and has no prompts")
@@ -169,7 +170,7 @@ def _asked(
 
 
 def _seeds_together(task: TaskSpec) -> int:
-    """Returns how many seeds of a task are measured before their results are written."""
+    """Returns the number of seeds that are measured together before results are written."""
     samples = task.sample_count()
     if not asks_prompts(task) or not samples:
         return 1
@@ -187,8 +188,8 @@ def _loader(
     quantizer: str | Path | None,
     device: str,
 ) -> Callable[[dict[int, str]], list[tuple[EvalRecord, SuiteResult]]]:
-    """Loads the model once; returns the function that measures seeds, given with digests."""
-    # Late, so that a job whose seeds are all finished, or whose names are wrong, needs no torch.
+    """Loads the model and returns a function that measures seeds, given with their digests."""
+    # Imported late: a job with finished seeds or wrong names needs no torch.
     from kvquant.evaluation.registry import run_suite
     from kvquant.fetch.text_overlap import check_apart
     from kvquant.models.loading import load_quantized_model, resolve_device

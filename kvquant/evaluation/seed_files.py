@@ -1,4 +1,4 @@
-"""The two files of a finished seed, its record and its samples, as whole pairs."""
+"""Reads and writes the record and samples of a finished seed as a pair."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ AGAIN = "delete it and run.json beside it to measure the seed again"
 def read_pair(
     folder: Path, digest: str, prompts: str | None, inputs: Mapping[str, str] | None = None
 ) -> tuple[EvalRecord, str] | None:
-    """A finished seed: its record and the text of its samples; None where there is no record.
+    """Returns the record and the samples' text of a finished seed, or None without a record.
 
     Args:
-        folder: Where it is.
-        digest: Of the specification.
+        folder: Folder of the seed.
+        digest: Digest of the expected specification.
         prompts: Hash of the seed's prompts, for suites that have them.
-        inputs: Hashes of the files that a seed would be measured with now; of those that its record
-            holds, none may differ.
+        inputs: Hashes of the files that the seed would be measured with now, which must equal those
+            in the record.
 
     Raises:
         UserError: The record or its samples are damaged, or belong to another specification, to
@@ -61,7 +61,7 @@ def read_pair(
 
 
 def _discard(path: Path) -> None:
-    """Removes whatever has that name.
+    """Removes the file, link or folder at a path.
 
     Raises:
         UserError: It cannot be removed.
@@ -81,7 +81,7 @@ def _discard(path: Path) -> None:
 def kept(
     folder: Path, digest: str, prompts: str | None, inputs: Mapping[str, str] | None = None
 ) -> tuple[EvalRecord, str] | None:
-    """As :func:`read_pair` for the resume folder, where what is damaged is reported and removed."""
+    """Reads a pair of the resume folder, where a damaged one is reported and removed."""
     try:
         return read_pair(folder, digest, prompts, inputs)
     except UserError as error:
@@ -92,7 +92,7 @@ def kept(
 
 
 def copy(record: EvalRecord, samples: str, folder: Path) -> None:
-    """Writes a finished seed into another folder; samples without a record are a killed job's."""
+    """Writes a finished seed into another folder, over samples that a killed job left."""
     if absent(folder / RECORD):
         _discard(folder / SAMPLES)
     write_new(folder / SAMPLES, samples)
@@ -100,7 +100,7 @@ def copy(record: EvalRecord, samples: str, folder: Path) -> None:
 
 
 def store(folder: Path, record: EvalRecord, result: SuiteResult) -> tuple[EvalRecord, str]:
-    """Writes a measured seed; samples without a record are what a killed job left."""
+    """Writes a measured seed, over samples that a killed job left, and returns the pair."""
     if absent(folder / RECORD):
         _discard(folder / SAMPLES)
     digest = write_samples(folder / SAMPLES, result.rows)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context
-from kvquant.evaluation.chat import Answer, Chat, _directives, spoken, with_fixed_day
+from kvquant.evaluation.chat import Answer, Chat, _directives, split_thought, with_fixed_day
 from kvquant.evaluation.generated import Prompt, Rules, SeedPrompts, answer_seeds
 from kvquant.evaluation.longbench import as_tokens
 from kvquant.evaluation.ruler import prompt_text
@@ -134,7 +134,7 @@ def test_thoughts_stand_apart(text: str, expected: Answer, special: bool | None)
 
         marks = [AddedToken(mark, special=special) for mark in ("<think>", "</think>")]
         found.add_tokens(marks, special_tokens=special)
-    answer = spoken(found, found(text, add_special_tokens=False).input_ids)
+    answer = split_thought(found, found(text, add_special_tokens=False).input_ids)
     assert (answer.text, answer.finished) == (expected.text, expected.finished)
     assert (answer.thought is None) == (expected.thought is None)
     if not special:

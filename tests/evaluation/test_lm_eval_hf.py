@@ -214,7 +214,7 @@ def test_a_template_writes_a_fixed_day(folder: Path) -> None:
         ({"peft": "x"}, "peft: the model kvquant has no such option"),
         ({"parallelize": True}, "parallelize"),
         ({"revision": "v2"}, "revision"),
-        ({"enable_thinking": True}, "enable_thinking: needs think_end_token"),
+        ({"enable_thinking": True}, "enable_thinking: set think_end_token"),
         ({"max_length": 4 * POSITIONS}, f"max_length: {4 * POSITIONS}, but .* {POSITIONS}"),
         ({"max_length": 0}, "max_length"),
         ({"batch_size": "many"}, "batch_size: must be a positive number or auto"),
@@ -240,7 +240,7 @@ def test_options_are_refused_by_name(folder: Path, options: dict[str, Any], mess
         ({"do_sample": True, "temperature": 0.0}, "greedy"),
         ({"num_beams": 4}, "gen_kwargs: 'num_beams'"),
         ({"repetition_penalty": 1.3}, "gen_kwargs: 'repetition_penalty'"),
-        ({"max_length": 20}, "max_length: counts the prompt"),
+        ({"max_length": 20}, "max_length: includes the prompt"),
         ({"max_gen_toks": 0}, "max_gen_toks: must be at least 1"),
         ({"max_new_tokens": "many"}, "gen_kwargs"),
         ({"max_tokens": 5000}, "max_gen_toks: 5000"),
@@ -274,7 +274,7 @@ def test_nothing_to_score_is_refused(folder: Path) -> None:
 def test_without_bos_and_eos_a_prefix_must_be_given(folder: Path) -> None:
     model = ours(folder)
     model.tokenizer.bos_token = model.tokenizer.eos_token = None
-    with pytest.raises(UserError, match=r"prefix_token_id: .* neither BOS nor EOS"):
+    with pytest.raises(UserError, match=r"prefix_token_id: .* no BOS or EOS"):
         model.loglikelihood_rolling([ask("The sky")])
     given = ours(folder, prefix_token_id=7)
     given.tokenizer.bos_token = given.tokenizer.eos_token = None

@@ -104,7 +104,7 @@ def test_answers_do_not_depend_on_the_batch(tiny_dir: Path, study: str) -> None:
 
 
 def test_bad_input_is_named(tiny_dir: Path, tmp_path: Path, model: Any) -> None:
-    with pytest.raises(UserError, match="only known with study=FILE or quantizer=FILE"):
+    with pytest.raises(UserError, match="is unknown: give study=FILE or quantizer=FILE"):
         lm.KVQuantLM(str(tiny_dir), scheme="nuq3-1pct", device="cpu")
     with pytest.raises(UserError, match="no such file"):
         lm.KVQuantLM(str(tiny_dir), scheme="nuq3-1pct", quantizer=str(tmp_path / "q.json"))
