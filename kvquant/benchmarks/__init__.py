@@ -1,1 +1,1 @@
-"""Benchmarks: throughput and energy of a scheme, interleaved with the unquantized baseline."""
+"""Measures throughput, energy, append cost and kernels, interleaved with the baseline."""

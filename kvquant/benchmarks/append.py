@@ -1,9 +1,8 @@
-"""`kvquant bench append`: what an appended token costs as the cache grows.
+"""`kvquant bench append`: measures the cost of an appended token as the cache grows.
 
-Each size is measured on fresh stores that were filled to it in large calls. The series take turns,
-round by round; a round appends as many tokens as the largest block has, in calls of `chunk` tokens,
-so that every round packs the same number of blocks. Every call is timed with the device drained
-before and after it.
+Each size is measured on new stores that large calls have filled to it. The series take turns round
+by round. A round appends a multiple of every block size in calls of `chunk` tokens, so that every
+round packs the same number of blocks. The device is synchronized before and after each timed call.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ from kvquant.study.records import AppendPoint, AppendRecord, write_record
 from kvquant.study.schemes import NuqScheme
 
 CONCATENATION = "concatenation"  # the series of KVQuant's procedure
-FILL = 4096  # tokens a call while a store is filled
-WARM = 128  # tokens that each series gets once before anything is timed
+FILL = 4096  # tokens per call while a store is filled
+WARM = 128  # tokens that each series gets once as a warm-up
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant bench append`."""
+    """Adds the options of `kvquant bench append`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--rep", required=True, type=int, help="repetition; seeds the data")
     parser.add_argument("--device-name", required=True, help="checked against the real device")
@@ -54,12 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Data:
-    """Random keys and values, made once; every store gets the same ones.
+    """Holds random keys and values, which are the same for every store.
 
     Args:
-        spec: Shape.
-        device: Where they lie.
-        seed: Of the generator.
+        spec: Shape of the data.
+        device: Device of the data.
+        seed: Seed of the random generator.
     """
 
     def __init__(self, spec: AppendSpec, device: torch.device, seed: int) -> None:
@@ -70,27 +69,27 @@ class Data:
         self._length = length
 
     def take(self, count: int, at: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns some tokens' keys and values `[batch_size, kv_heads, count, head_dim]`."""
+        """Returns keys and values of some tokens, `[batch_size, kv_heads, count, head_dim]`."""
         first = at % (self._length - count + 1)
         keys, values = self._both[:, :, :, first : first + count]
         return keys, values
 
     def fill(self, store: Store, tokens: int) -> None:
-        """Appends `tokens` tokens a sequence in large calls."""
+        """Appends `tokens` tokens per sequence in large calls."""
         for done in range(0, tokens, FILL):
             store.append(*self.take(min(FILL, tokens - done)))
 
 
 class Series:
-    """One store at one size; a call is one round.
+    """Measures one store at one size, one round per call.
 
     Args:
         new: Makes the store.
-        data: What is appended.
-        clock: Times each call.
-        size: Tokens before the first round.
-        chunk: Tokens a call.
-        calls: Calls a round.
+        data: The data to append.
+        clock: Times each call of the store.
+        size: Tokens per sequence before the first round.
+        chunk: Tokens per sequence and call.
+        calls: Calls per round.
     """
 
     def __init__(
@@ -103,27 +102,27 @@ class Series:
         self.nbytes = 0
 
     def fill(self) -> None:
-        """Brings the store to its size."""
+        """Makes the store and fills it to its size."""
         self._store = self._new()
         self._data.fill(self._store, self._size)
 
     def __call__(self) -> None:
-        """One round."""
+        """Runs and times one round."""
         store, row = self._store, []
         if store is None:
-            raise MemoryError  # it could not be filled
+            raise MemoryError  # the store could not be filled
         try:
             for i in range(self._calls):
                 keys, values = self._data.take(self._chunk, 7 * len(self.times) + i)
                 row.append(self._clock.time(partial(store.append, keys, values))[1])
         except Exception:
-            self._store = None  # whoever ran out of memory gives back what it held
+            self._store = None  # free the memory of a store that ran out of it
             raise
         self.times.append(row)
         self.nbytes = store.nbytes
 
     def point(self, name: str, fits: bool) -> AppendPoint:
-        """Returns the record's point."""
+        """Returns the measurement as a point of the record."""
         here: dict[str, Any] = {"series": name, "chunk": self._chunk, "tokens": self._size}
         if not fits or not self.times:
             return AppendPoint(**here, status="oom")
@@ -138,7 +137,7 @@ class Series:
 
 
 def _new_store(codec: Codec | None, capacity: int) -> Store:
-    """Returns an empty store of a scheme; it needs no capacity."""
+    """Returns an empty store of a scheme, which needs no capacity."""
     return GrowingStore() if codec is None else BlockedStore(codec)
 
 
@@ -146,10 +145,10 @@ def measure(study: Study, device: torch.device, clock: Clock, rep: int) -> Appen
     """Measures all series at all sizes.
 
     Args:
-        study: With a section `append`.
-        device: Where the stores lie.
-        clock: Times a call.
-        rep: Repetition.
+        study: A study with a section `append`.
+        device: Device of the stores.
+        clock: Times each call.
+        rep: Number of the repetition, which seeds the data.
 
     Raises:
         UserError: The study has no such section, or the headline scheme cannot be packed token by
@@ -189,7 +188,7 @@ def measure(study: Study, device: torch.device, clock: Clock, rep: int) -> Appen
         return [side.point(name, full and fit) for name, side, full, fit in both]
 
     for chunk in spec.chunks:
-        cell(WARM, chunk, MIN_ROUNDS)  # kernels are built, the allocator has its pools
+        cell(WARM, chunk, MIN_ROUNDS)  # builds kernels and the allocator's pools
     points = [p for chunk in spec.chunks for n in spec.sizes for p in cell(n, chunk, spec.rounds)]
     return AppendRecord(
         study=study.study,
@@ -206,13 +205,13 @@ def measure(study: Study, device: torch.device, clock: Clock, rep: int) -> Appen
 
 
 def show(record: AppendRecord, console: Console) -> None:
-    """Prints microseconds a token: one row a size, one column a series and chunk."""
+    """Prints microseconds per token, with a row per size and a column per series and chunk."""
     title = f"append on {record.device}: {record.batch_size} x {record.kv_heads} x "
-    table = Table(title=f"{title}{record.head_dim}, microseconds a token")
+    table = Table(title=f"{title}{record.head_dim}, microseconds per token")
     table.add_column("tokens", justify="right")
     heads = list(dict.fromkeys((p.series, p.chunk) for p in record.points))
     for series, chunk in heads:
-        table.add_column(f"{series}, {chunk} a call", justify="right")
+        table.add_column(f"{series}, {chunk} per call", justify="right")
     cells = {(p.tokens, p.series, p.chunk): p.token_ms for p in record.points}
     for size in sorted({p.tokens for p in record.points}):
         found = [cells.get((size, *head)) for head in heads]
@@ -222,16 +221,16 @@ def show(record: AppendRecord, console: Console) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures and writes the record."""
+    """Runs `kvquant bench append`."""
     study = load_study(args.study)
     append_digest(study)
     if args.rep < 0:
         raise UserError(f"--rep: must not be negative (got {args.rep})")
-    if args.out.exists():  # told before minutes of measuring, not after
-        raise UserError(f"--out: {args.out} exists; delete it by name to measure again")
+    if args.out.exists():  # report before minutes of measuring, not after
+        raise UserError(f"--out: {args.out} exists: delete it by name to measure again")
     device = set_current(check_device(args))
     if device.type == "cpu":
-        # A token is too little work for threads: their barriers would be what is timed.
+        # A token is too little work for several threads, whose barriers would be timed instead.
         torch.set_num_threads(1)
     with torch.inference_mode():
         record = measure(study, device, Clock.of(device), args.rep)

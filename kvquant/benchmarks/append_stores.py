@@ -1,6 +1,6 @@
-"""One layer's storage under each scheme, and as KVQuant's public code grows it.
+"""The storage of one layer under each scheme, and as KVQuant's public code grows it.
 
-A store takes the keys and values of some tokens a call and keeps them; nothing here attends.
+A store keeps the keys and values that each call appends. Nothing here computes attention.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from kvquant.study.schemes import NuqScheme, SchemeSpec
 
 
 class Store(Protocol):
-    """What the benchmark times."""
+    """Interface of the stores that the benchmark times."""
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Stores fp16 `[batch_size, num_kv_heads, new_len, head_dim]`."""
+        """Appends keys and values, fp16 `[batch_size, num_kv_heads, new_len, head_dim]` each."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes that the store holds."""
 
 
 class GrowingStore:
-    """The unquantized cache of transformers: one tensor, concatenated each call."""
+    """The unquantized cache of transformers: one tensor, concatenated in each call."""
 
     def __init__(self) -> None:
         self._layer = Fp16Layer()
@@ -47,7 +47,13 @@ class GrowingStore:
 
 
 class BlockedStore:
-    """Ours. The plan of a call, which all layers of a model share, is counted whole."""
+    """The block store of KVQuant's cache.
+
+    The time of a call includes its plan, which all layers of a model would share.
+
+    Args:
+        codec: The scheme's codec for one layer.
+    """
 
     def __init__(self, codec: Codec) -> None:
         self._layout = Layout(codec.sinks, codec.block_size, codec.residual)
@@ -66,10 +72,15 @@ class BlockedStore:
 
 
 class _GrowingSparse:
-    """Outliers of one sequence in standard compressed form, grown by concatenation.
+    """Holds the outliers of one sequence in standard compressed form, grown by concatenation.
 
-    `pointers` int32 `[tokens + 1]`, `channels` int32 and `values` fp32 `[outliers]`: a token is a
-    column of the keys' CSC matrix and a row of the values' CSR matrix, the same in memory.
+    A token is a column of the keys' CSC matrix or a row of the values' CSR matrix, which have the
+    same layout in memory.
+
+    Attributes:
+        pointers: int32 `[tokens + 1]`, first outlier of each token.
+        channels: int32 `[outliers]`, channel of each outlier.
+        values: fp32 `[outliers]`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -78,7 +89,7 @@ class _GrowingSparse:
         self.values = torch.zeros(0, dtype=torch.float32, device=device)
 
     def append(self, counts: torch.Tensor, channels: torch.Tensor, values: torch.Tensor) -> None:
-        """Adds tokens: int32 `[new_len]` counts, their outliers' channels and values."""
+        """Appends tokens: int32 `[new_len]` counts, and channels and values of their outliers."""
         ends = self.pointers[-1] + counts.cumsum(0, dtype=torch.int32)
         self.pointers = torch.cat([self.pointers, ends])
         self.channels = torch.cat([self.channels, channels])
@@ -86,23 +97,25 @@ class _GrowingSparse:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the three arrays."""
+        """Bytes of the pointers, channels and values."""
         return self.pointers.nbytes + self.channels.nbytes + self.values.nbytes
 
 
 class ConcatenatedStore:
-    """What KVQuant's public code does with a decoded token, in PyTorch.
+    """Appends decoded tokens as KVQuant's public code does, in PyTorch.
 
-    Its append (`quant_cuda_kernel.cu`, format "orig" of the LLaMA cache): codes go into room for
-    `capacity` tokens that is there from the start; the host reads how many outliers a token has;
-    pointer, index and value arrays of the sparse part are then concatenated, which allocates and
-    copies all that is there. One sequence at a time, as that code has no batch. Quantization,
-    outliers and packing are ours for blocks of one token, so both sides do the same work a token;
-    their kernels would do it in fewer launches, which shifts the curve and leaves its growth.
+    In that code (`quant_cuda_kernel.cu`, format "orig" of the LLaMA cache), codes go into memory
+    that was allocated for `capacity` tokens. The host then reads how many outliers a token has, and
+    the pointer, index and value arrays of the sparse part are concatenated, which allocates and
+    copies them whole. Sequences are processed one by one, as that code has no batches.
+
+    Quantization, outliers and packing are this library's, with blocks of one token, so both sides
+    do the same work per token. KVQuant's kernels would need fewer launches, which shifts the curve,
+    but does not change its growth.
 
     Args:
-        codec: Of a scheme whose blocks may hold a single token.
-        capacity: Most tokens of a sequence.
+        codec: Codec of a scheme whose blocks may hold a single token.
+        capacity: Largest number of tokens in a sequence.
     """
 
     def __init__(self, codec: Codec, capacity: int) -> None:
@@ -118,7 +131,7 @@ class ConcatenatedStore:
         if not self._dense:
             self._dense, self._sparse = [{} for _ in range(batch)], [{} for _ in range(batch)]
         for b in range(batch):
-            # [heads, tokens, dim] to blocks of one token [tokens, heads, 1, dim]
+            # [heads, tokens, dim] becomes blocks of one token, [tokens, heads, 1, dim].
             token_keys, token_values = (x[b].transpose(0, 1).unsqueeze(2) for x in (keys, values))
             packed = self._codec.pack(token_keys.contiguous(), token_values.contiguous())
             for name, t in packed.dense.items():
@@ -126,7 +139,7 @@ class ConcatenatedStore:
                     self._dense[b][name] = t.new_zeros((self._capacity, *t.shape[1:]))
                 self._dense[b][name][self._length : self._length + new] = t
             for name, slab in packed.sparse.items():
-                index, value = slab.coordinates()  # the host waits for their number, as there
+                index, value = slab.coordinates()  # the host waits for their number, as in KVQuant
                 width = slab.shape[1] * slab.shape[3]
                 counts = slab.count.sum(1, dtype=torch.int32)
                 if name not in self._sparse[b]:
@@ -135,7 +148,7 @@ class ConcatenatedStore:
         self._length += new
 
     def to_standard(self, name: str, row: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pointers, channels and values of a sequence's outliers ("keys" or "values")."""
+        """Returns pointers, channels and values of a sequence's outliers ("keys" or "values")."""
         sparse = self._sparse[row][name]
         return sparse.pointers, sparse.channels, sparse.values
 
@@ -147,9 +160,9 @@ class ConcatenatedStore:
 
 
 def append_codec(spec: SchemeSpec, heads: int, dim: int, device: torch.device) -> Codec | None:
-    """A layer's codec whose calibration fits normal data: the scheme's share lies outside.
+    """Returns the codec of a layer calibrated for normal data, or None for the unquantized cache.
 
-    None for the unquantized cache.
+    The key ranges leave the scheme's fraction of normally distributed data outside.
     """
     tables = None
     if isinstance(spec, NuqScheme):

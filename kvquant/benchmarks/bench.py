@@ -1,4 +1,4 @@
-"""`kvquant bench WHAT`: costs measured on random data, without a model's weights."""
+"""`kvquant bench WHAT`: measures costs on random data, without a model's weights."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import argparse
 from kvquant.benchmarks import append, kernels
 
 WHAT = {
-    "append": (append, "cost of appending to a cache as it grows"),
-    "kernels": (kernels, "kernels of ours against copies, fp16 and peers"),
+    "append": (append, "measure the cost of appending to a cache as it grows"),
+    "kernels": (kernels, "time the headline scheme's kernels against copies, fp16 and peers"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant bench`."""
+    """Adds the options of `kvquant bench`."""
     commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     for name, (module, text) in WHAT.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -21,5 +21,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the benchmark."""
+    """Runs `kvquant bench`."""
     WHAT[args.what][0].run(args)

@@ -1,7 +1,7 @@
 """Decode attention over the packed cache against fp16 attention of the same shape.
 
-Both sides alternate in one process as captured graphs, so that what is timed is the GPU's work and
-not the host's. Each call reads another layer's memory, as a model does: no cache is left warm.
+Both sides alternate in one process as CUDA graphs, so that the time is the GPU's and not the
+host's. Each call reads another layer's memory, as in a model, so that the L2 cache does not help.
 """
 
 from __future__ import annotations
@@ -31,34 +31,43 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 COPIED = 1 << 28  # bytes of the copy, far beyond the L2 cache
-SAMPLE = 64  # blocks that are really quantized; the others are copies of them elsewhere in memory
+SAMPLE = 64  # blocks that are quantized; the others are copies of them
 
 
 @dataclass(frozen=True)
 class DecodeTimes:
-    """What :func:`measure_decode` finds; the sides are "kvquant", "copy" and those of BACKENDS."""
+    """Holds the results of :func:`measure_decode`, with sides "kvquant", "copy" and of BACKENDS.
+
+    Attributes:
+        ms: Milliseconds per call by side and round.
+        nbytes: Bytes that a call of each side reads; a copy reads and writes them.
+        refused: Reasons why backends did not run, by name.
+    """
 
     ms: dict[str, list[float]]
     nbytes: dict[str, int]
     refused: dict[str, str]
 
 
-def runs(work: Callable[[], object]) -> str | None:
-    """Why a backend of torch's attention does not do `work` (its reasons are warnings), or None."""
-    with warnings.catch_warnings(record=True) as told:
+def refusal_of(work: Callable[[], object]) -> str | None:
+    """Runs `work` and returns why a backend of torch's attention refused it, or None.
+
+    Torch gives its reasons as warnings.
+    """
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             work()
         except RuntimeError as error:
             first = str(error).splitlines()[0]
-            said = [str(w.message).split(" (Triggered")[0] for w in told]
+            said = [str(w.message).split(" (Triggered")[0] for w in caught]
             why = [text for text in said if not text.endswith(("because:", "runtime disabled."))]
             return " ".join([first, *dict.fromkeys(why)])
     return None
 
 
 def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of `work`, warmed up."""
+    """Captures `work` as a CUDA graph after a warm-up."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -74,7 +83,13 @@ def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
 def graph_rounds(
     graphs: dict[str, torch.cuda.CUDAGraph], rounds: int, calls: dict[str, int]
 ) -> dict[str, list[float]]:
-    """Milliseconds a call by round, the graphs in turns; `calls` are what a graph holds."""
+    """Replays graphs in turns and returns milliseconds per call by graph and round.
+
+    Args:
+        graphs: Graphs by name.
+        rounds: Number of counted rounds; three more are a warm-up.
+        calls: Number of calls in each graph.
+    """
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds + 3):
         for name, graph in graphs.items():
@@ -88,13 +103,13 @@ def graph_rounds(
 
 
 def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int, calls: int) -> dict[str, Any]:
-    """The same summarized, for graphs of as many calls."""
+    """Returns percentiles of :func:`graph_rounds` for graphs with equally many calls."""
     times = graph_rounds(graphs, rounds, dict.fromkeys(graphs, calls))
     return {name: summarize(values).model_dump() for name, values in times.items()}
 
 
 def packed_layer(codec: NuqCodec, heads: int, dim: int, blocks: int, device: str) -> Arena:
-    """An arena of `blocks` blocks of normal data."""
+    """Returns an arena with `blocks` blocks of normally distributed data."""
     size = codec.block_size
     few = min(blocks, SAMPLE)
     x = torch.randn(2, few, heads, size, dim, device=device).half()
@@ -131,24 +146,20 @@ def measure_decode(
     rounds: int = 20,
     device: str = "cuda",
 ) -> DecodeTimes:
-    """One shape, beside a copy on the device.
+    """Measures decode attention of one layer at one shape, beside a copy on the device.
 
     Args:
-        heads: Query heads.
-        kv_heads: Key heads.
-        dim: head_dim.
-        batch: Sequences.
-        tokens: Tokens of each, a multiple of the block size.
+        heads: Number of query heads.
+        kv_heads: Number of kv heads.
+        dim: Channels per head.
+        batch: Number of sequences.
+        tokens: Tokens per sequence, a multiple of the block size.
         tables: Calibration for `kv_heads` x `dim` and `bits`.
-        bits: 2, 3 or 4.
-        outliers: Fraction.
-        block_size: Tokens a block.
-        rounds: Rounds that count.
-        device: GPU.
-
-    Returns:
-        Milliseconds of each side by round, bytes that it reads (a copy reads and writes them), and
-        why backends did not run.
+        bits: Bits per code: 2, 3 or 4.
+        outliers: Fraction of outliers.
+        block_size: Tokens per block.
+        rounds: Number of counted rounds.
+        device: The GPU.
     """
     spec = NuqScheme(kind="nuq", bits=bits, outliers=outliers, block_size=block_size)
     codec = NuqCodec(spec, tables)
@@ -211,7 +222,7 @@ def measure_decode(
                         query[:, :, None], keys, values, enable_gqa=heads != kv_heads
                     )
 
-        if reason := runs(theirs):
+        if reason := refusal_of(theirs):
             refused[name] = reason
         else:
             graphs[name] = capture(theirs)

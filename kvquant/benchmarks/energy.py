@@ -1,4 +1,4 @@
-"""`kvquant energy`: joules per token of a whole job, interleaved with the baseline."""
+"""`kvquant energy`: measures joules per token of whole jobs, interleaved with the baseline."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ add_arguments = add_common_arguments
 
 @dataclass(frozen=True)
 class Trial:
-    """Energy, time and tokens (prompt and answer) of repeated jobs."""
+    """Holds joules, seconds and tokens (prompt and answer) of repeated jobs."""
 
     joules: float
     seconds: float
@@ -37,16 +37,16 @@ class Trial:
 def run_trial(
     job: Callable[[], object], tokens: int, monitor: EnergyMonitor, seconds: float
 ) -> Trial:
-    """Repeats `job` for at least `seconds`, at least once.
+    """Repeats `job` at least once and for at least `seconds`.
 
-    The counters refresh about every 100 ms, so a trial must be long against that: a GPU's is made
-    as long as its meter needs (5 s), whatever `seconds` says.
+    Counters are refreshed about every 100 ms, so a trial must be much longer. It lasts at least as
+    long as the meter needs (5 s on a GPU), whatever `seconds` is.
 
     Args:
-        job: One job; ends when its device has finished.
-        tokens: Prompt and answer tokens of one job.
+        job: Runs one job and waits for its device.
+        tokens: Number of prompt and answer tokens of one job.
         monitor: Measures the trial.
-        seconds: Shortest duration.
+        seconds: Shortest duration in seconds.
     """
     seconds = max(seconds, monitor.min_seconds)
     monitor.start()
@@ -60,16 +60,16 @@ def run_trial(
 
 
 def side(name: str, trials: list[Trial], idle_watts: float) -> EnergySide:
-    """The record's side: raw joules and joules above the idle machine.
+    """Returns a side of the record, with joules and joules above idle power.
 
     Raises:
-        UserError: The meter counted nothing in a trial.
+        UserError: The meter counted no energy in a trial.
     """
     joules = [t.joules for t in trials]
     above = [t.joules - idle_watts * t.seconds for t in trials]
     tokens = [t.tokens for t in trials]
     if not all(math.isfinite(j) and j > 0 for j in joules):
-        raise UserError("energy.seconds: the meter counted nothing in this time; make it longer")
+        raise UserError("energy.seconds: the meter counted no energy in this time: increase it")
     return EnergySide(
         scheme=name,
         joules=joules,
@@ -82,7 +82,7 @@ def side(name: str, trials: list[Trial], idle_watts: float) -> EnergySide:
 
 
 def meter_report(meter: Meter) -> dict[str, Any]:
-    """What the meter says of its readings: samples, errors, gaps."""
+    """Returns the meter's report on its readings (samples, errors, gaps), if it has one."""
     report = getattr(meter, "quality", None)
     return {"meter": report()} if report else {}
 
@@ -106,7 +106,7 @@ def measure(prepared: Prepared, scheme_name: str, monitor: EnergyMonitor) -> dic
     def attempt(name: str, work: Callable[[], object]) -> None:
         if not fits_in_memory(work):
             raise UserError(
-                f"energy.workloads: out of memory with the cache of '{name}'; energy per token "
+                f"energy.workloads: out of memory with the cache of '{name}', but energy per token "
                 "needs a workload that fits under both caches: lower prompt or batch_size"
             )
 
@@ -159,7 +159,7 @@ def show(record: EnergyRecord, console: Console) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures one workload and writes its record, with all samples in a CSV file beside it."""
+    """Runs `kvquant energy`, which also writes all samples to a CSV file beside the record."""
     prepared = prepare(args, lambda study: study.energy.workloads)
     devices = prepared.devices
     meter = open_meter(devices)
@@ -181,6 +181,6 @@ def run(args: argparse.Namespace) -> None:
         rep=args.rep,
         **measured,
     )
-    write_record(args.out, record)  # first: the samples belong to a record that was accepted
+    write_record(args.out, record)  # first, as samples need an accepted record
     profiler.write_csv(args.out.with_suffix(".csv"))
     show(record, Console(width=100))

@@ -1,4 +1,4 @@
-"""What a case of the kernel benchmark can measure; each gives a part of its record."""
+"""The measurements of the kernel benchmark, each of which gives one part of a case's record."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ SETTLE = 5  # decode steps before the timed ones
 
 
 class Prompts:
-    """Random prompts of a case; shorter ones are padded on the left.
+    """Holds random, left-padded prompts of a case.
 
     Args:
-        model: Gives the vocabulary and the device.
-        case: Shape.
+        model: The model, for its vocabulary and device.
+        case: The case, for the shape of the prompts.
     """
 
     def __init__(self, model: RandomModel, case: KernelCase) -> None:
@@ -51,7 +51,7 @@ class Prompts:
             self.positions = self.positions.expand(case.batch, -1)
 
     def after(self, done: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Mask and positions `[batch_size, 1]` of the token after prompt and `done` tokens."""
+        """Returns mask and positions `[batch_size, 1]` of the token `done` after the prompts."""
         mask = self.mask
         if mask is not None:
             mask = torch.cat((mask, mask.new_ones((mask.shape[0], done + 1))), 1)
@@ -59,7 +59,7 @@ class Prompts:
 
 
 def prompt_lengths(case: KernelCase) -> list[int]:
-    """Tokens of each prompt: all the same, or evenly down to half."""
+    """Returns the tokens of each prompt: all equal, or falling evenly to half."""
     if not case.ragged or case.batch == 1:
         return [case.tokens] * case.batch
     step = case.tokens / 2 / (case.batch - 1)
@@ -67,18 +67,18 @@ def prompt_lengths(case: KernelCase) -> list[int]:
 
 
 class Bench:
-    """The measurements, with the models that they need, one at a time.
+    """Runs measurements and holds the model that they need, one at a time.
 
     Args:
-        study: With a section `kernels` and a headline scheme of kind nuq.
-        device: Where everything lies.
-        clock: Times a region.
+        study: A study with a section `kernels` and a headline scheme of kind nuq.
+        device: Device of models and caches.
+        clock: Times a region of work; None makes one for the device.
     """
 
     def __init__(self, study: Study, device: torch.device, clock: Clock | None = None) -> None:
         headline = study.scheme(study.headline)
         if not isinstance(headline, NuqScheme):
-            raise UserError(f"headline: '{study.headline}' is not of kind nuq: no kernels of ours")
+            raise UserError(f"headline: '{study.headline}' is not of kind nuq: it has no kernels")
         assert study.kernels is not None
         self.study, self.device, self.spec = study, device, study.kernels
         self.scheme: NuqScheme = headline
@@ -86,20 +86,20 @@ class Bench:
         self._model: RandomModel | None = None
 
     def release(self) -> None:
-        """Gives the model's memory back."""
+        """Frees the model's memory."""
         self._model = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def model(self, shape: str) -> RandomModel:
-        """The whole model of a shape, kept for the next case."""
+        """Returns the whole model of a shape, which is kept for the next case."""
         if self._model is None or self._model.shape != shape:
             self.release()
             self._model = RandomModel(shape, self.device)
         return self._model
 
     def measure(self, what: Measure, case: KernelCase) -> KernelPart:
-        """One measurement of a case."""
+        """Runs one measurement of a case."""
         if self._model is not None and (
             self._model.shape != case.shape or not set(case.measure) & set(WHOLE_MODEL)
         ):
@@ -108,11 +108,11 @@ class Bench:
         return part
 
 
-CALLS = 8  # of a kernel in a graph
+CALLS = 8  # calls of a kernel per graph
 
 
 def _kernel_side(bench: Bench, name: str, role: Role, work: Callable[[], object]) -> Side:
-    """A side of a few launches: on a GPU as a graph of several calls, without the host's time."""
+    """Returns a side for a few launches, which a GPU runs as a graph without the host's time."""
     if bench.device.type != "cuda":
         return Side(name, role, lambda: bench.clock.time(work)[1])
 
@@ -136,7 +136,7 @@ def _part(
 def _timed_sides(
     roles: dict[str, tuple[str, Role]], ms: dict[str, list[float]], refused: dict[str, str]
 ) -> list[Side]:
-    """Sides that a benchmark of its own has timed: name and role by its keys, in order."""
+    """Returns sides that were timed elsewhere, with name and role by key, in order."""
     sides = []
     for key, (name, role) in roles.items():
         side = Side(name, role, lambda: 0.0)
@@ -152,7 +152,7 @@ def _timed_sides(
 
 @torch.inference_mode()
 def pack(bench: Bench, case: KernelCase) -> KernelPart:
-    """One layer's quantize-and-pack pass against a copy of its input."""
+    """Times one layer's quantize-and-pack pass against a copy of its input."""
     heads, dim = SHAPES[case.shape]["num_key_value_heads"], head_dim(case.shape)
     size = bench.scheme.block_size
     codec = append_codec(bench.scheme, heads, dim, bench.device)
@@ -171,7 +171,7 @@ def pack(bench: Bench, case: KernelCase) -> KernelPart:
 
 @torch.inference_mode()
 def attention(bench: Bench, case: KernelCase) -> KernelPart:
-    """One layer's decode attention, as captured graphs, against torch's fp16 backends."""
+    """Times one layer's decode attention as CUDA graphs against torch's fp16 backends."""
     dims, dim, scheme = SHAPES[case.shape], head_dim(case.shape), bench.scheme
     heads, kv_heads = dims["num_attention_heads"], dims["num_key_value_heads"]
     codec = append_codec(scheme, kv_heads, dim, bench.device)
@@ -189,12 +189,12 @@ def attention(bench: Bench, case: KernelCase) -> KernelPart:
 
 
 class _Scheme:
-    """Caches of a scheme, made when first asked for: a peer may be missing.
+    """Makes caches of a scheme, which is built on first use as a peer's package may be missing.
 
     Args:
-        model: Of the case.
-        study: Knows the scheme.
-        name: Scheme.
+        model: The model of the case.
+        study: The study that defines the scheme.
+        name: Name of the scheme.
     """
 
     def __init__(self, model: RandomModel, study: Study, name: str) -> None:
@@ -202,7 +202,7 @@ class _Scheme:
         self._made: QuantizedModel | None = None
 
     def new_cache(self) -> Any:
-        """An empty cache."""
+        """Returns an empty cache."""
         if self._made is None:
             self._made = self._model.with_scheme(self._study.scheme(self._name))
         return self._made.new_cache("A")
@@ -215,7 +215,7 @@ def _schemes(bench: Bench, case: KernelCase) -> list[tuple[str, Role]]:
 
 @torch.inference_mode()
 def prefill(bench: Bench, case: KernelCase) -> KernelPart:
-    """Prompts through the whole model, into an empty cache of each scheme."""
+    """Times the prefill of the whole model into an empty cache of each scheme."""
     model = bench.model(case.shape)
     prompts = Prompts(model, case)
     sides: list[Side] = []
@@ -249,9 +249,9 @@ def prefill(bench: Bench, case: KernelCase) -> KernelPart:
 
 @torch.inference_mode()
 def layer_step(bench: Bench, case: KernelCase) -> KernelPart:
-    """A decode step of a model of one layer, called from Python, without its output embeddings.
+    """Times a decode step of a one-layer model called from Python, without output embeddings.
 
-    Every side keeps its cache, which fits for one layer, and appends a token a round.
+    Every side keeps its cache, which fits in memory for one layer, and appends one token per round.
     """
     model = RandomModel(case.shape, bench.device, layers=1)
     prompts = Prompts(model, case)
@@ -293,9 +293,9 @@ def layer_step(bench: Bench, case: KernelCase) -> KernelPart:
 
 @torch.inference_mode()
 def steps(bench: Bench, case: KernelCase) -> KernelPart:
-    """Greedy steps of the whole model as a captured graph, packing of full tails included.
+    """Times greedy decode steps of the whole model as a CUDA graph, with packing of full tails.
 
-    The floor counts the weights and the cache, once each.
+    The floor is the time of reading the weights and the cache once each.
     """
     from kvquant.models.graph_decoding import GraphedDecoder
 
@@ -333,7 +333,7 @@ def steps(bench: Bench, case: KernelCase) -> KernelPart:
 
 @torch.inference_mode()
 def continuation(bench: Bench, case: KernelCase) -> KernelPart:
-    """New tokens over a packed past: our kernels, our PyTorch path, torch's fp16 backends."""
+    """Times new tokens over a packed past with the kernels, the PyTorch path and torch's fp16."""
     dims, dim, scheme = SHAPES[case.shape], head_dim(case.shape), bench.scheme
     kv_heads = dims["num_key_value_heads"]
     codec = append_codec(scheme, kv_heads, dim, bench.device)

@@ -1,7 +1,7 @@
-"""`kvquant bench kernels`: our kernels against copies, fp16 and peers, on random data and weights.
+"""`kvquant bench kernels`: times kernels against copies, fp16 and peers on random data and weights.
 
-A case is one shape; all sides of a measurement take turns in one process. A finished case is one
-record. Cases of a shape are measured one after the other, so that its model is built once.
+A case has one shape, and all sides of a measurement take turns in one process. A finished case is
+one record. Cases of the same shape follow one another, so that its model is built once.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from kvquant.study.records import KernelPart, KernelRecord, KernelSide, read_rec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant bench kernels`."""
+    """Adds the options of `kvquant bench kernels`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--cases", nargs="+", metavar="CASE", help="default: all of the study")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="default: all cases")
     parser.add_argument("--device-name", required=True, help="checked against the real device")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--out-dir", required=True, type=Path, help="folder of CASE.json")
 
 
 def order(study: Study, names: list[str]) -> list[str]:
-    """Cases in the order in which models are built least often and memory is free longest."""
+    """Sorts cases by shape, those without a whole model first, so that models are built once."""
     cases = study.kernel_cases()
     shapes = list(dict.fromkeys(cases[name].shape for name in names))
 
@@ -48,10 +48,10 @@ def order(study: Study, names: list[str]) -> list[str]:
 
 
 def finished(file: Path, digest: str) -> KernelRecord | None:
-    """Returns the record of a case that is there; None where there is none.
+    """Returns the record of a finished case, or None.
 
     Raises:
-        UserError: It is damaged, or belongs to another specification.
+        UserError: The record is damaged or belongs to another specification.
     """
     if not file.is_file():
         return None
@@ -65,7 +65,7 @@ def finished(file: Path, digest: str) -> KernelRecord | None:
 
 
 def measure(bench: Bench, name: str, device_name: str) -> KernelRecord:
-    """Measures a case."""
+    """Measures one case."""
     study, start = bench.study, time.perf_counter()
     case = study.kernel_cases()[name]
     parts = []
@@ -112,7 +112,7 @@ def _row(part: KernelPart, side: KernelSide) -> list[str]:
 
 
 def show(record: KernelRecord, console: Console) -> None:
-    """Prints a case: one row a side."""
+    """Prints a case with one row per side."""
     title = f"{record.case} on {record.device}: {record.shape}, {record.batch} x {record.tokens}"
     table = Table(title=f"{title}, {record.seconds:.0f} s", title_justify="left")
     heads = ("ms", "p10 to p90 (n)", "over ours", "GB/s", "of copy", "floor ms", "slots", "bits")
@@ -128,12 +128,12 @@ def show(record: KernelRecord, console: Console) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures all cases that are not there yet."""
+    """Runs `kvquant bench kernels` for all unfinished cases."""
     study = load_study(args.study)
     names = list(dict.fromkeys(args.cases or study.kernel_cases()))
     digests = {name: kernels_digest(study, name) for name in names}
     if not names:
-        raise UserError("kernels: this study has no such section")
+        raise UserError("kernels: this study has no such section: add it to the study file")
     device = set_current(check_device(args))
     block = getattr(study.scheme(study.headline), "block_size", 1)
     for name in names:

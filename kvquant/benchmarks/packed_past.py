@@ -1,9 +1,9 @@
-"""A chunk of queries over a packed past: the kernels, the PyTorch pieces and fp16 attention.
+"""Attention of a chunk of queries over a packed past: kernels, PyTorch path and fp16 backends.
 
     python -m kvquant.benchmarks.packed_past --heads 32 --kv-heads 8 --past 16384 --chunk 512
 
-The sides alternate in one process; each starts with its past in memory and ends with the outputs of
-one layer. `expand` is the part of the kernels' time that makes 16-bit keys and values of codes.
+The sides alternate in one process. Each starts with its past in memory and ends with the outputs of
+one layer. `expand` is the part of the kernels' time that decodes codes to 16-bit keys and values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from kvquant.benchmarks.decode import packed_layer, runs
+from kvquant.benchmarks.decode import packed_layer, refusal_of
 from kvquant.benchmarks.timing import Clock, interleave, summarize
 from kvquant.cache.block_store import BlockStore
 from kvquant.cache.layout import Layout
@@ -43,16 +43,16 @@ BACKENDS = {
 
 @dataclass(frozen=True)
 class ContinuationTimes:
-    """What :func:`measure_continuation` finds.
+    """Holds the results of :func:`measure_continuation`.
 
     Attributes:
-        ms: Milliseconds by side and round: "kernels", "expand" (the part of their time that makes
-            16-bit keys and values of codes), "pytorch" and those of BACKENDS. Empty where memory
-            ran out.
-        refused: Why backends did not run.
-        peak_bytes: Most bytes that a side takes above what it starts with.
-        nbytes: Bytes of the past: "packed" and "fp16".
-        largest_difference: Of the kernels' output from the PyTorch path's.
+        ms: Milliseconds by side and round, for "kernels", "expand" (the part of their time that
+            decodes codes to 16-bit keys and values), "pytorch" and those of BACKENDS; empty if
+            memory ran out.
+        refused: Reasons why backends did not run, by name.
+        peak_bytes: Peak memory of each side above its start.
+        nbytes: Bytes of the past, "packed" and "fp16".
+        largest_difference: Largest difference between outputs of the kernels and the PyTorch path.
     """
 
     ms: dict[str, list[float]]
@@ -75,7 +75,7 @@ def _rope(dim: int) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor
 def _packed_past(
     codec: NuqCodec, batch: int, heads: int, dim: int, past: int, device: torch.device
 ) -> tuple[BlockStore, Layout]:
-    """A store whose sequences have `past` tokens: a sink, blocks, a tail; and where they are."""
+    """Returns a store with `past` tokens per sequence (a sink, blocks, a tail) and its layout."""
     store, layout = BlockStore(codec), Layout(codec.sinks, codec.block_size, 0)
     plan = layout.append([slice(0, past)] * batch)
     blocks = sum(plan.after.blocks)
@@ -101,7 +101,7 @@ def _pieces(
     positions: torch.Tensor,
     rope: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
 ) -> torch.Tensor:
-    """The PyTorch path of :class:`kvquant.cache.block_layer.BlockLayer` for equal lengths."""
+    """Runs the PyTorch path of :class:`~kvquant.cache.block_layer.BlockLayer`, equal lengths."""
     assert store.sinks is not None and store.tail is not None
     batch, heads, size, dim = store.tail[0].shape
     view = layout.view()
@@ -145,22 +145,22 @@ def measure_continuation(
     max_seconds: float = 120.0,
     device: str = "cuda",
 ) -> ContinuationTimes:
-    """One layer, one shape.
+    """Measures attention of new tokens over a packed past, for one layer at one shape.
 
     Args:
-        heads: Query heads.
-        kv_heads: Key heads.
-        dim: head_dim.
-        batch: Sequences.
-        past: Tokens of each in the cache, at least a block.
-        chunk: New tokens of each; 1 is a decode step.
+        heads: Number of query heads.
+        kv_heads: Number of kv heads.
+        dim: Channels per head.
+        batch: Number of sequences.
+        past: Tokens per sequence in the cache, at least one block.
+        chunk: New tokens per sequence; 1 is a decode step.
         tables: Calibration for `kv_heads` x `dim` and `bits`, on the device.
-        bits: 2, 3 or 4.
-        block_size: Tokens a block.
-        rounds: Rounds that count.
-        outliers: Fraction.
-        max_seconds: After which no further round starts.
-        device: GPU.
+        bits: Bits per code: 2, 3 or 4.
+        block_size: Tokens per block.
+        rounds: Number of counted rounds.
+        outliers: Fraction of outliers.
+        max_seconds: Seconds after which no further round starts.
+        device: The GPU.
     """
     where = torch.device(device)
     spec = NuqScheme(kind="nuq", bits=bits, outliers=outliers, block_size=block_size)
@@ -203,7 +203,7 @@ def measure_continuation(
                     enable_gqa=heads != kv_heads,
                 )  # fmt: skip
 
-        if reason := runs(theirs):
+        if reason := refusal_of(theirs):
             refused[name] = reason
         else:
             sides[name] = theirs
@@ -238,7 +238,7 @@ def measure_continuation(
 
 
 def _report(found: ContinuationTimes) -> dict[str, Any]:
-    """Percentiles, and speed over the fastest fp16 backend and over the PyTorch path."""
+    """Returns percentiles, and speed relative to the fastest fp16 backend and the PyTorch path."""
     ms = {name: summarize(times).model_dump() for name, times in found.ms.items() if times}
     medians = {name: each["median"] for name, each in ms.items()}
     fp16 = min((medians[name] for name in BACKENDS if name in medians), default=math.nan)
@@ -258,20 +258,20 @@ def _report(found: ContinuationTimes) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Measures one shape and prints or writes it as JSON."""
     parser = argparse.ArgumentParser(
-        description="attention of a chunk over a packed past, against PyTorch and fp16"
+        description="Time attention of a chunk over a packed past against PyTorch and fp16."
     )
-    parser.add_argument("--heads", type=int, default=32, help="query heads")
-    parser.add_argument("--kv-heads", type=int, default=32, help="key heads")
-    parser.add_argument("--dim", type=int, default=128, help="head_dim")
-    parser.add_argument("--batch", type=int, default=1, help="sequences")
-    parser.add_argument("--past", type=int, default=16384, help="tokens of each in the cache")
-    parser.add_argument("--chunk", type=int, default=512, help="new tokens of each")
-    parser.add_argument("--bits", type=int, default=3, help="2, 3 or 4")
-    parser.add_argument("--block-size", type=int, default=64, help="tokens a block")
-    parser.add_argument("--outliers", type=float, default=0.01, help="fraction")
-    parser.add_argument("--rounds", type=int, default=20, help="rounds that count")
-    parser.add_argument("--device", default="cuda", help="where")
-    parser.add_argument("--out", type=Path, help="JSON file, made anew")
+    parser.add_argument("--heads", type=int, default=32, help="number of query heads")
+    parser.add_argument("--kv-heads", type=int, default=32, help="number of kv heads")
+    parser.add_argument("--dim", type=int, default=128, help="channels per head")
+    parser.add_argument("--batch", type=int, default=1, help="number of sequences")
+    parser.add_argument("--past", type=int, default=16384, help="tokens per sequence in the cache")
+    parser.add_argument("--chunk", type=int, default=512, help="new tokens per sequence")
+    parser.add_argument("--bits", type=int, default=3, help="bits per code: 2, 3 or 4")
+    parser.add_argument("--block-size", type=int, default=64, help="tokens per block")
+    parser.add_argument("--outliers", type=float, default=0.01, help="fraction of outliers")
+    parser.add_argument("--rounds", type=int, default=20, help="number of counted rounds")
+    parser.add_argument("--device", default="cuda", help="torch device")
+    parser.add_argument("--out", type=Path, help="JSON file to write; default: print it")
     args = parser.parse_args(arguments)
     levels = fit("nf", args.bits)
     shape = (args.kv_heads, args.dim)

@@ -15,7 +15,7 @@ __all__ = ["PromptBatch", "prompt_batch", "prompt_lengths"]
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """A batch on its device; all tensors are int64 of `[batch_size, longest]`.
+    """Holds a batch of prompts, in which all tensors are int64 `[batch_size, longest]`.
 
     Attributes:
         ids: Token ids.
@@ -31,7 +31,7 @@ class PromptBatch:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all prompts, padding not counted."""
+        """Number of tokens of all prompts, without padding."""
         return sum(self.lengths)
 
     @property
@@ -43,13 +43,13 @@ class PromptBatch:
 def prompt_batch(
     workload: Workload, vocabulary: int, seed: int, device: torch.device
 ) -> PromptBatch:
-    """Random token ids from a generator of their own, the same for every scheme and device.
+    """Returns random prompts, which are the same for every scheme and device.
 
     Args:
-        workload: Prompt length, batch size, ragged or not.
+        workload: The workload, for prompt length, batch size and raggedness.
         vocabulary: Ids are drawn from `[0, vocabulary)`.
-        seed: Of the generator; the repetition's number.
-        device: Where the tensors go.
+        seed: Seed of the random generator, the number of the repetition.
+        device: Device of the tensors.
     """
     generator = torch.Generator().manual_seed(seed)
     lengths = prompt_lengths(workload)

@@ -1,4 +1,4 @@
-"""Models of a known shape with random 16-bit weights: speed depends on shapes, not on weights."""
+"""Models of a known shape with random weights, as speed depends on shapes and not on weights."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from kvquant.study.kernels import SHAPES
 from kvquant.study.scheme_kinds import CalibratedScheme
 from kvquant.study.schemes import SchemeSpec
 
-SAMPLE = 1024  # tokens from which ranges are taken
-POSITIONS = 1 << 20  # more than any case has; RoPE is not scaled
+SAMPLE = 1024  # tokens from which key ranges are taken
+POSITIONS = 1 << 20  # more than any case has, so that RoPE is not scaled
 
 
 def head_dim(shape: str) -> int:
-    """Elements of a head."""
+    """Returns the number of channels per head."""
     return SHAPES[shape]["hidden_size"] // SHAPES[shape]["num_attention_heads"]
 
 
 class RandomModel:
-    """A Llama of random weights, fp16 on a GPU and fp32 on a CPU.
+    """A Llama with random weights, in fp16 on a GPU and fp32 on a CPU.
 
     Args:
         shape: Name in :data:`kvquant.study.kernels.SHAPES`.
-        device: Where it lies.
-        layers: Instead of the shape's number.
+        device: Device of the weights.
+        layers: Number of layers; None takes the shape's.
     """
 
     def __init__(self, shape: str, device: torch.device, layers: int | None = None) -> None:
@@ -60,17 +60,17 @@ class RandomModel:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of the weights that a decode step reads: all but the input embeddings."""
+        """Bytes of the weights that a decode step reads, all but the input embeddings."""
         embedding = self.model.model.embed_tokens.weight
         return sum(p.nbytes for p in self.model.parameters()) - int(embedding.nbytes)
 
     def ids(self, batch: int, tokens: int) -> torch.Tensor:
-        """Random tokens, int64 `[batch_size, tokens]`."""
+        """Returns random token ids, int64 `[batch_size, tokens]`."""
         return torch.randint(0, self.dims["vocab_size"], (batch, tokens), device=self.device)
 
     @torch.inference_mode()
     def _sample(self) -> list[torch.Tensor]:
-        """Keys before RoPE of a sample, `[tokens, num_kv_heads * head_dim]` a layer."""
+        """Returns keys before RoPE of a sample, `[tokens, num_kv_heads * head_dim]` per layer."""
         if self._keys is None:
             seen: list[torch.Tensor] = []
             hooks = [
@@ -86,7 +86,7 @@ class RandomModel:
         return self._keys
 
     def tables(self, scheme: SchemeSpec) -> list[LayerQuantizer] | None:
-        """Tables for schemes that are calibrated: ranges leave `outliers` of the keys outside."""
+        """Returns tables per layer for a calibrated scheme, whose ranges leave its outliers out."""
         if not isinstance(scheme, CalibratedScheme):
             return None
         size = self.dims["num_key_value_heads"], head_dim(self.shape)
@@ -99,7 +99,7 @@ class RandomModel:
         return found
 
     def with_scheme(self, scheme: SchemeSpec) -> QuantizedModel:
-        """The model with caches of a scheme.
+        """Returns the model with caches of a scheme.
 
         Raises:
             UserError: The scheme cannot serve this shape, or a package is missing.

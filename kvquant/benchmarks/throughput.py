@@ -1,4 +1,4 @@
-"""`kvquant throughput`: prefill, decode, quantization and memory of one workload."""
+"""`kvquant throughput`: measures prefill, decode, quantization and memory of a workload."""
 
 from __future__ import annotations
 
@@ -29,11 +29,20 @@ add_arguments = add_common_arguments
 
 @dataclass
 class Side:
-    """Measurements of one cache; a call runs and times one round.
+    """Measures one cache, one round per call.
 
     Attributes:
-        own: Whether it is the scheme's cache, not the baseline's.
-        quantized: Whether that cache quantizes, and tells how long it took.
+        prepared: The model and prompts.
+        name: Name of the scheme.
+        own: Whether the cache is the scheme's and not the baseline's.
+        quantized: Whether the cache quantizes and reports the time of it.
+        clock: Times a region of work.
+        prefill: Milliseconds of each round's prefill.
+        decode: Milliseconds per decode step of each round.
+        quantize: Milliseconds of quantize-and-pack in each round.
+        peak: Largest number of bytes that torch has held.
+        cache_bytes: Bytes of the cache after the prefill.
+        elements: Number of key and value elements in those bytes.
     """
 
     prepared: Prepared
@@ -49,7 +58,7 @@ class Side:
     elements: int = 0
 
     def __call__(self) -> None:
-        """One round: prefill, then the answer on the same cache."""
+        """Runs one round: prefill, then the answer on the same cache."""
         p, cuda = self.prepared, self.prepared.qm.device.type == "cuda"
         cache = p.scheme() if self.own else p.baseline()
         reset_peak(p.devices)
@@ -65,14 +74,14 @@ class Side:
             self.decode.append(elapsed / answer)
 
     def drop(self, rounds: int) -> None:
-        """Keeps the last `rounds` measurements (the others were warm-up)."""
+        """Keeps the last `rounds` measurements, as the others were a warm-up."""
         for values in (self.prefill, self.decode, self.quantize):
             del values[: max(0, len(values) - rounds)]
 
     def time_quantization(self, rounds: int) -> None:
-        """Quantize-and-pack milliseconds on a GPU, in rounds of their own.
+        """Measures quantize-and-pack times on a GPU in separate rounds.
 
-        The synchronization that this needs would disturb the prefill's timing.
+        The synchronization that they need would disturb the timing of the prefill.
         """
         for _ in range(rounds):
             cache: Any = self.prepared.scheme()
@@ -81,7 +90,7 @@ class Side:
             self.quantize.append(cache.quantize_seconds * 1e3)
 
     def result(self, fits: bool) -> PerfSide:
-        """The record's side."""
+        """Returns the measurements as a side of the record."""
         if not fits or not self.prefill:
             return PerfSide(scheme=self.name, status="oom")
         prefill = summarize(self.prefill)
@@ -104,7 +113,7 @@ class Side:
 
 
 def paired_ratio(baseline: list[float], scheme: list[float]) -> float:
-    """Scheme over baseline speed: the median of the ratios of paired rounds."""
+    """Returns the scheme's speed over the baseline's, the median of paired rounds."""
     return summarize([b / s for b, s in zip(baseline, scheme, strict=True)]).median
 
 
@@ -170,7 +179,7 @@ def show(record: ThroughputRecord, console: Console) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures one workload and writes its record."""
+    """Runs `kvquant throughput`."""
     prepared = prepare(args, lambda study: study.throughput.workloads)
     measured = measure(prepared, args.scheme, Clock.of(*prepared.devices))
     record = ThroughputRecord(

@@ -1,4 +1,4 @@
-"""Timing: synchronized clocks, percentiles, interleaved rounds, out-of-memory as a result."""
+"""Timing by synchronized clocks and interleaved rounds, in which out of memory is a result."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ T = TypeVar("T")
 
 
 def synchronize(*devices: torch.device) -> None:
-    """Waits for the devices; nothing on a CPU."""
+    """Waits until GPUs are idle; does nothing for a CPU."""
     for device in devices:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
 
 def reset_peak(devices: Sequence[torch.device]) -> None:
-    """Peaks of allocated memory count from here."""
+    """Resets torch's peaks of allocated memory."""
     for device in devices:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(devices: Sequence[torch.device]) -> int:
-    """Most bytes that torch has held on these devices, the sum of their peaks; 0 on a CPU."""
+    """Returns the sum of torch's peaks of allocated bytes on the devices; 0 on a CPU."""
     return sum(torch.cuda.max_memory_allocated(d) for d in devices if d.type == "cuda")
 
 
 class Clock:
     """Times a region of work in milliseconds.
 
-    The device is drained before and after the region, and the host's clock is read in between.
-    Events on one stream would not see work that a region leaves on another stream.
+    The device is synchronized before and after the region, and the host's clock is read in between.
+    Events on one stream would miss work that a region starts on another stream.
 
     Args:
-        wait: Waits until the device has nothing left to do.
-        now: Seconds.
+        wait: Waits until the device is idle.
+        now: Clock in seconds.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class Clock:
 
     @classmethod
     def of(cls, *devices: torch.device) -> Clock:
-        """The clock for work on `devices`."""
+        """Returns a clock for work on `devices`."""
         return cls(wait=lambda: synchronize(*devices))
 
     def time(self, region: Callable[[], T]) -> tuple[T, float]:
-        """Runs the region; returns its result and its milliseconds."""
+        """Runs the region and returns its result and its time in milliseconds."""
         self._wait()
         start = self._now()
         result = region()
@@ -69,7 +69,7 @@ class Clock:
 
 
 def summarize(milliseconds: list[float]) -> Percentiles:
-    """Median and percentiles of rounds."""
+    """Returns median and percentiles of the times of rounds."""
     p10, p50, p90, p99 = np.percentile(milliseconds, [10, 50, 90, 99])
     return Percentiles(
         median=float(p50), p10=float(p10), p90=float(p90), p99=float(p99), n=len(milliseconds)
@@ -86,15 +86,15 @@ def interleave(
 ) -> tuple[int, list[bool]]:
     """Calls the sides in turns (A B A B ...) after a warm-up.
 
-    Ends after `iterations` rounds or `max_seconds`, whichever comes first, but never before 5
-    rounds. A side that runs out of memory is not called again; the others go on.
+    The rounds end after `iterations` or `max_seconds`, whichever comes first, but not before 5
+    rounds. A side that runs out of memory is not called again, while the others continue.
 
     Args:
-        sides: Each call measures itself.
-        warmup: Rounds whose measurements the caller drops.
-        iterations: Most rounds that count.
-        max_seconds: Time after which no further round starts; the warm-up does not count.
-        now: Seconds; for tests.
+        sides: Functions that measure themselves.
+        warmup: Number of first rounds, whose measurements the caller drops.
+        iterations: Largest number of counted rounds.
+        max_seconds: Seconds after which no further round starts, without the warm-up.
+        now: Clock in seconds, which tests replace.
 
     Returns:
         The number of counted rounds, and for each side whether it fitted in memory.

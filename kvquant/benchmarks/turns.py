@@ -1,4 +1,4 @@
-"""Sides of very different speed in turns: slow ones sit out most rounds, none stops the others."""
+"""Turns of sides with very different speed, in which slow sides skip most rounds."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ class Side:
     """One side of a measurement.
 
     Attributes:
-        name: As in the record.
-        role: What it is compared as.
-        run: One call; returns its milliseconds. Raises :class:`MissingPackage` or
-            :class:`UserError` in its first call where it cannot be measured.
-        nbytes: Bytes that it has to read and write, if that bounds it.
-        cache_bytes: Bytes of its cache, known after a call.
-        bits_per_element: The same by element.
-        status: Set by :func:`take_turns`, as `reason` and `times`.
-        reason: Why there is no time.
-        times: Milliseconds by counted round, None where it sat out.
+        name: Name of the side in the record.
+        role: Role of the side in comparisons.
+        run: Runs one call and returns its milliseconds. Its first call raises
+            :class:`MissingPackage` or :class:`UserError` if the side cannot be measured.
+        nbytes: Bytes that the side must read and write, if they bound its time.
+        cache_bytes: Bytes of the side's cache, known after a call.
+        bits_per_element: Bits of the cache per key or value element.
+        status: Outcome, set by :func:`take_turns`.
+        reason: Reason why there is no time, set by :func:`take_turns`.
+        times: Milliseconds of each counted round, None for skipped ones, set by
+            :func:`take_turns`.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Side:
     times: list[float | None] | None = None
 
     def call(self) -> float | None:
-        """Milliseconds of a call, or None if there will be no further ones."""
+        """Runs one call and returns its milliseconds, or None if the side cannot continue."""
         got: list[float] = []
         try:
             if fits_in_memory(lambda: got.append(self.run())):
@@ -58,7 +59,7 @@ class Side:
             self.status = "not installed" if isinstance(error, MissingPackage) else "refused"
             self.reason = str(error)
         except Exception as error:
-            # A peer's fault is a result, not the end of a sitting on a GPU.
+            # A failure of a peer is a result and must not end the whole measurement.
             if self.role != "peer":
                 raise
             self.status, self.reason = "failed", f"{type(error).__name__}: {error}".split("\n")[0]
@@ -68,16 +69,16 @@ class Side:
 def take_turns(
     sides: list[Side], spec: KernelsSpec, now: Callable[[], float] = time.perf_counter
 ) -> None:
-    """Calls the sides in turns (A B C A B C ...) and leaves the times in them.
+    """Calls the sides in turns (A B C A B C ...) and stores their times in them.
 
-    A side whose call in the warm-up takes longer than `spec.slow_seconds` takes part in the first
-    `spec.slow_rounds` rounds only. The others end after `spec.rounds` rounds or, once there are 5,
-    after `spec.max_seconds`.
+    A side whose call in the warm-up takes longer than `spec.slow_seconds` takes part only in the
+    first `spec.slow_rounds` rounds. The others end after `spec.rounds` rounds or, after at least 5,
+    once `spec.max_seconds` have passed.
 
     Args:
-        sides: Each call measures itself.
-        spec: Limits.
-        now: Seconds; for tests.
+        sides: The sides, which measure themselves.
+        spec: Limits of rounds and time.
+        now: Clock in seconds, which tests replace.
     """
     left = {side.name: spec.rounds for side in sides}
     for side in sides:
@@ -101,14 +102,14 @@ def take_turns(
 
 
 def paired(theirs: list[float | None], ours: list[float | None]) -> Percentiles | None:
-    """Their time over ours by round; None without a common round."""
+    """Returns percentiles of their time over ours by round, or None without a common round."""
     both = zip(theirs, ours, strict=False)
     ratios = [t / o for t, o in both if t is not None and o is not None]
     return summarize(ratios) if ratios else None
 
 
 def copy_rate(sides: list[Side]) -> float | None:
-    """GB/s of the device copy among the sides, if there is one."""
+    """Returns the rate of the device copy among the sides in GB/s, or None."""
     for side in sides:
         times = [t for t in side.times or [] if t is not None]
         if side.role == "copy" and side.status == "ok" and side.nbytes and times:
@@ -119,12 +120,12 @@ def copy_rate(sides: list[Side]) -> float | None:
 def to_records(
     sides: list[Side], *, elements: int | None = None, lanes_per_s: float | None = None
 ) -> list[KernelSide]:
-    """What the record says of each side.
+    """Returns the sides as parts of a record.
 
     Args:
-        sides: After :func:`take_turns`.
-        elements: Key and value elements times query heads of a group, of a call.
-        lanes_per_s: Thread instructions that the device can issue a second.
+        sides: The sides after :func:`take_turns`.
+        elements: Key and value elements of a call times the query heads of a group.
+        lanes_per_s: Thread instructions that the device can issue per second.
     """
     rate = copy_rate(sides)
     ours = next((s.times for s in sides if s.role == "ours" and s.status == "ok"), None)
@@ -151,9 +152,9 @@ def to_records(
 
 
 def issue_rate(device: torch.device) -> float | None:
-    """Thread instructions a GPU can issue a second at its highest clock; None if not known.
+    """Returns thread instructions per second that a GPU can issue at its highest clock, or None.
 
-    A multiprocessor of every supported generation has four schedulers of 32 lanes.
+    A multiprocessor of every supported generation has four warp schedulers of 32 lanes.
     """
     if device.type != "cuda":
         return None
@@ -163,7 +164,7 @@ def issue_rate(device: torch.device) -> float | None:
         nvml = load_nvml()
         handle = gpu_of(nvml, device).board
         megahertz = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)
-    except Exception:  # no library, or a driver that does not tell
+    except Exception:  # no library, or a driver that does not report it
         return None
     count = torch.cuda.get_device_properties(device).multi_processor_count
     return float(count * 128 * megahertz * 1e6)

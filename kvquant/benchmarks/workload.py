@@ -1,4 +1,4 @@
-"""What both benchmarks share: options, set-up, one job of prompt and answer."""
+"""Common code of the throughput and energy benchmarks: options, set-up and jobs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from kvquant.study.timing import Workload
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant throughput` and `kvquant energy`."""
+    """Adds the options of `kvquant throughput` and `kvquant energy`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--model", required=True)
     parser.add_argument("--scheme", required=True)
@@ -43,7 +43,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Prepared:
-    """A loaded model and the prompts of a workload."""
+    """Holds a loaded model and the prompts of a workload."""
 
     study: Study
     qm: QuantizedModel
@@ -52,17 +52,17 @@ class Prepared:
 
     @cached_property
     def devices(self) -> list[torch.device]:
-        """All devices that the model lies on."""
+        """All devices of the model's weights."""
         return devices_of(self.qm.model.parameters())
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all prompts, padding not counted."""
+        """Number of tokens of all prompts, without padding."""
         return self.batch.tokens
 
     @property
     def quantizes(self) -> bool:
-        """Whether the scheme's cache quantizes at all."""
+        """Whether the scheme's cache quantizes."""
         return self.qm.quantizes
 
     def baseline(self) -> Any:
@@ -89,15 +89,15 @@ class Prepared:
 
     @torch.inference_mode()
     def prefill(self, cache: Any) -> torch.Tensor:
-        """Runs the prompts; returns the first answer token `[batch_size, 1]`."""
+        """Runs the prompts and returns the first answer tokens `[batch_size, 1]`."""
         batch = self.batch
-        # Without padding no mask is given: attention then takes its fastest kernel on both sides.
+        # Without padding there is no mask, so that attention uses its fastest kernel on both sides.
         mask = batch.mask if batch.padded else None
         return self._forward(batch.ids, mask, batch.positions, cache)
 
     @torch.inference_mode()
     def decode(self, cache: Any, token: torch.Tensor, steps: int) -> None:
-        """Greedy decoding of `steps` further tokens, whatever they are."""
+        """Decodes `steps` further tokens greedily, without a check for end tokens."""
         batch = self.batch
         width, last = batch.ids.shape[1], batch.positions[:, -1:]
         ones = batch.mask.new_ones((batch.mask.shape[0], steps))
@@ -108,7 +108,7 @@ class Prepared:
                 token = self._forward(token, seen, last + step, cache)
 
     def job(self, new_cache: Callable[[], Any]) -> None:
-        """The whole job: prompts and answers."""
+        """Runs a whole job of prompts and answers and waits for the devices."""
         cache = new_cache()
         token = self.prefill(cache)
         self.decode(cache, token, self.workload.answer)
@@ -116,13 +116,13 @@ class Prepared:
 
 
 def check_device(args: argparse.Namespace) -> torch.device:
-    """Returns the device of the work, which must be the one that is named; a GPU must be free.
+    """Returns the device of the work after checking its name, and claims it if it is a GPU.
 
-    The name was planned without CUDA. Here it is checked against the device that torch works on,
-    known by its UUID.
+    The workflow plans the name without CUDA. Here it is checked against the device that torch
+    uses, which is identified by its UUID.
 
     Raises:
-        UserError: It is another, or other processes of kvquant work on it.
+        UserError: The device has another name, or other processes of kvquant use it.
     """
     where = resolve_device(args.device)
     check_name([where], args.device_name)
@@ -132,16 +132,16 @@ def check_device(args: argparse.Namespace) -> torch.device:
 
 
 def check_name(devices: Sequence[torch.device], name: str) -> None:
-    """Work on `devices` is recorded under `name`, so each of them must have it.
+    """Checks that all devices have the name under which the work is recorded.
 
     Raises:
-        UserError: One has another.
+        UserError: A device has another name.
     """
     for device in devices:
         real = "cpu" if device.type == "cpu" else device_name(device)
         if name != real:
             raise UserError(
-                f"--device-name: this is '{real}', not '{name}'; set `device: {real}` in the "
+                f"--device-name: this is '{real}', not '{name}': set `device: {real}` in the "
                 "study, so that results of different hardware are never mixed (on a host of "
                 "different GPUs CUDA_DEVICE_ORDER=PCI_BUS_ID numbers them as the workflow does)"
             )
@@ -154,11 +154,11 @@ def prepare(
 
     Args:
         args: Options of :func:`add_common_arguments`.
-        workloads: Picks the stage's workloads from the study.
+        workloads: Returns the stage's workloads of a study.
 
     Raises:
-        UserError: An unknown name, a result that exists, a device that is not the one named, or a
-            workload beyond the model's positions.
+        UserError: A name is unknown, the result exists, the device has another name, or the
+            workload exceeds the model's positions.
     """
     study = load_study(args.study)
     study.model(args.model)
@@ -175,8 +175,8 @@ def prepare(
         raise UserError(f"--quantizer: needed for scheme '{args.scheme}' (run `quantize`)")
     if args.rep < 0:
         raise UserError(f"--rep: must not be negative (got {args.rep})")
-    if args.out.exists():  # told before minutes of measuring, not after
-        raise UserError(f"--out: {args.out} exists; delete it by name to measure again")
+    if args.out.exists():  # report before minutes of measuring, not after
+        raise UserError(f"--out: {args.out} exists: delete it by name to measure again")
     set_current(check_device(args))
     if needs_calibration(scheme):
         check_digest(args.quantizer, quantizer_digest(study, args.model, args.scheme))
@@ -192,8 +192,8 @@ def prepare(
     longest = workload.prompt + workload.answer
     if longest > qm.max_positions:
         raise UserError(
-            f"workloads.{args.workload}: prompt and answer take {longest} positions, the model has "
-            f"{qm.max_positions}"
+            f"workloads.{args.workload}: prompt and answer need {longest} positions, but the model "
+            f"has {qm.max_positions}: shorten one of them"
         )
     batch = prompt_batch(workload, int(qm.model.config.vocab_size), args.rep, qm.device)
     return Prepared(study, qm, workload, batch)

@@ -49,7 +49,7 @@ def test_joules_per_token_weigh_trials_by_tokens() -> None:
 
 
 def test_a_meter_that_stands_still_is_no_result() -> None:
-    with pytest.raises(UserError, match=r"energy\.seconds: the meter counted nothing"):
+    with pytest.raises(UserError, match=r"energy\.seconds: the meter counted no energy"):
         side("x", [Trial(0.0, 0.1, 10)], idle_watts=0.0)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvquant.benchmarks.decode import runs
+from kvquant.benchmarks.decode import refusal_of
 from kvquant.benchmarks.packed_past import main
 
 pytest.importorskip("triton")
@@ -40,5 +40,5 @@ def test_a_refusal_says_what_the_backend_warns_of() -> None:
         warnings.warn("heads differ (Triggered internally at x.cpp:1.)", stacklevel=1)
         raise RuntimeError("No available kernel. Aborting execution.\nmore")
 
-    assert runs(refuses) == "No available kernel. Aborting execution. heads differ"
-    assert runs(lambda: None) is None
+    assert refusal_of(refuses) == "No available kernel. Aborting execution. heads differ"
+    assert refusal_of(lambda: None) is None

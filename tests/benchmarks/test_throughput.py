@@ -101,7 +101,7 @@ def test_out_of_memory_is_a_result(
         ({"device_name": "h100-80gb-hbm3"}, "--device-name: this is 'cpu', not 'h100-80gb-hbm3'"),
         ({"workload": "p65"}, "unknown workload 'p65': did you mean p64"),
         ({"scheme": "nuq3"}, "--quantizer: needed for scheme 'nuq3'"),
-        ({"workload": "long"}, "prompt and answer take 513 positions, the model has 512"),
+        ({"workload": "long"}, "prompt and answer need 513 positions, but the model has 512"),
         ({"rep": "-1"}, "--rep: must not be negative"),
     ],
 )
@@ -144,7 +144,7 @@ def test_an_existing_record_is_told_before_measuring(
     (tmp_path / "rep0.json").write_text("{}")
     monkeypatch.setattr(QuantizedModel, "new_cache", lambda *_: pytest.fail("measured"))
     assert main(command("throughput")) == 2
-    assert "exists; delete it by name" in capsys.readouterr().err
+    assert "exists: delete it by name" in capsys.readouterr().err
 
 
 def test_a_quantized_baseline_is_refused(
