@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -51,6 +52,7 @@ class Planner:
         self._narrow_tables = narrow_tables
         self._storing = storing
         self.query_heads = query_heads
+        self._known: tuple[object, CacheShape] | None = None  # what it depends on, and the shape
         self._reader, self._kernels = PastReader(), KernelSteps()
 
     def forget_blocks(self) -> None:
@@ -120,19 +122,26 @@ class Planner:
             query_dtype: Dtype of the call's queries; None where it does not matter.
         """
         _, heads, _, dim = like.shape
-        store, arenas = self._store, self._layout.arenas
-        dtype = stored_dtype(like.dtype)
-        return replace(
-            store.codec.cache_shape(dim, heads, self.query_heads, dtype),
-            query_dtype=query_dtype,
-            protocol="B" if self._simulated else "A",
-            static_rope=self._static_rope,
-            kept_rope=self._rope.kept is not None,
-            narrow_tables=self._narrow_tables,
-            packed_by_kernels=store.packed_by_kernels,
-            arenas=len(arenas),
-            arena_blocks=max((arena.capacity for arena in arenas), default=0),
-        )
+        model = (dim, heads, self.query_heads, stored_dtype(like.dtype))
+        arenas = self._layout.arenas
+        state: dict[str, Any] = {
+            "query_dtype": query_dtype,
+            "kept_rope": self._rope.kept is not None,
+            "packed_by_kernels": self._store.packed_by_kernels,
+            "arenas": len(arenas),
+            "arena_blocks": max((arena.capacity for arena in arenas), default=0),
+        }
+        key = (model, *state.values())
+        if self._known is None or self._known[0] != key:  # most steps find it as it was
+            shape = replace(
+                self._store.codec.cache_shape(*model),
+                protocol="B" if self._simulated else "A",
+                static_rope=self._static_rope,
+                narrow_tables=self._narrow_tables,
+                **state,
+            )
+            self._known = (key, shape)
+        return self._known[1]
 
     def select_step(self, device: torch.device) -> Selection | None:
         """The backend of a decode step and the reasons against others; None before any call."""

@@ -82,6 +82,7 @@ class BatchedKVQuantizer:
         self._value_midpoints = fused.midpoints(tables.value_levels)
         self.key_room = 1.0
         self._key_tables: dict[torch.dtype, torch.Tensor] = {}
+        self._shapes: dict[object, CacheShape] = {}
 
     def _check(self, x: torch.Tensor, name: str) -> None:
         if x.dtype not in (torch.float16, torch.bfloat16):
@@ -248,18 +249,21 @@ class BatchedKVQuantizer:
 
     def _shape(self, keys: torch.Tensor, values: torch.Tensor) -> CacheShape:
         """The properties of blocks that decide which backend packs them."""
-        _, heads, size, dim = keys.shape
-        return CacheShape(
-            head_dim=dim,
-            kv_heads=heads,
-            queries_per_kv_head=1,  # packing does not depend on it
-            dtype=keys.dtype,
-            codebook="nuq",
-            bits=self.bits,
-            block_size=size,
-            outliers=self.outliers,
-            input_layout=input_layout(keys, values),
-        )
+        key = (keys.shape[1:], keys.dtype, input_layout(keys, values))
+        if key not in self._shapes:
+            _, heads, size, dim = keys.shape
+            self._shapes[key] = CacheShape(
+                head_dim=dim,
+                kv_heads=heads,
+                queries_per_kv_head=1,  # packing does not depend on it
+                dtype=keys.dtype,
+                codebook="nuq",
+                bits=self.bits,
+                block_size=size,
+                outliers=self.outliers,
+                input_layout=key[2],
+            )
+        return self._shapes[key]
 
     def _key_table(self, dtype: torch.dtype) -> torch.Tensor:
         """Thresholds of the key channels as the CUDA kernel reads them, made once per dtype."""
