@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+from kvquant.analysis.table_list import TABLES
 from kvquant.study import digests
 from kvquant.study.config import load_study
 
@@ -36,9 +37,8 @@ def outputs(verb: str, given: dict[str, list[str]]) -> list[Path]:
     elif verb == "kernels":
         files += [folder / f"{case}.json" for case in given["cases"]]
     elif verb == "tables":
-        names = ["summary", "perplexity", "passkey", "ruler", "longbench"]
-        names += ["statistics", "throughput", "energy", "memory"]
-        files += [folder / f"{name}.tex" for name in names]
+        files += [folder / f"{name}.tex" for name in TABLES]
+        files += [file.with_name("floats.tex") for file in files if file.name == "numbers.tex"]
     tables = {
         "aggregate": ("eval", "samples", "perf", "energy", "append", "kernels"),
         "statistics": ("tests",),
