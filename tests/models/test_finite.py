@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from kvquant.calibration.collect import calibrate
 from kvquant.errors import NonFinite, UserError
 from kvquant.evaluation.perplexity import measure_windows
 from kvquant.models.generation import greedy
-from kvquant.models.loading import QuantizedModel, install_attention
-from kvquant.schemes.registry import ModelShape, build_caches, build_codecs
+from kvquant.models.loading import QuantizedModel
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.schemes import Fp16Scheme, KiviScheme
+from tests.support.caches import quantized
+from tests.support.models import tiny_model
 
 KIVI = KiviScheme(kind="kivi", bits=4, group=16, residual=32)
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12]]
@@ -24,28 +24,13 @@ PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12]]
 
 def overflowing(dtype: torch.dtype, spec: Any) -> QuantizedModel:
     """A model whose last layer overflows in fp16, and in no wider type."""
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=97,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-        )
-    )
+    model = tiny_model(intermediate_size=64, tie_word_embeddings=True)
     with torch.no_grad():
         model.model.layers[-1].mlp.down_proj.weight.mul_(3e7)
         model.model.layers[-1].mlp.up_proj.weight.mul_(1e3)
-    model = model.to(dtype).eval()
-    install_attention(model)
-    codecs = build_codecs(spec, 2, None)
-    tokenizer = SimpleNamespace(eos_token_id=96)
-    caches = build_caches(spec, ModelShape(2, 2, 16), None)
-    return QuantizedModel(model, tokenizer, spec, codecs, caches)
+    qm = quantized(model.to(dtype), spec)
+    qm.tokenizer = SimpleNamespace(eos_token_id=96)
+    return qm
 
 
 @pytest.mark.fault(
@@ -107,23 +92,6 @@ def test_perplexity_of_nan_logits_is_refused(spec: Any, kl: bool) -> None:
     assert measure_windows(overflowing(torch.bfloat16, spec), ids, "A", 16).nll.isfinite().all()
 
 
-def tiny() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=97,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            initializer_range=0.2,
-        )
-    ).eval()
-    return model.requires_grad_(False)
-
-
 SPEC = CalibrationSpec(windows=2, window=64, bins=64, outlier_fractions=[0.0])
 
 
@@ -169,7 +137,7 @@ class Endless(torch.autograd.Function):
     ],
 )
 def test_a_calibration_window_that_overflows_stops_it(spoil: Any, named: str) -> None:
-    model, windows = tiny(), torch.randint(1, 97, (2, 64)).tolist()
+    model, windows = tiny_model(initializer_range=0.2), torch.randint(1, 97, (2, 64)).tolist()
     hooks = [len(module._forward_hooks) for module in model.modules()]
     with pytest.raises(NonFinite, match=f"calibration: window 2/2: .*{named}.*not finite"):
         calibrate(Spoiled(model, windows[1], spoil), windows, SPEC)
@@ -185,7 +153,7 @@ def test_a_calibration_window_that_overflows_stops_it(spoil: Any, named: str) ->
 @pytest.mark.parametrize("part", ["k_proj", "v_proj"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_activations_that_overflow_name_the_layer(part: str, bad: float) -> None:
-    model, windows = tiny(), torch.randint(1, 97, (1, 64)).tolist()
+    model, windows = tiny_model(initializer_range=0.2), torch.randint(1, 97, (1, 64)).tolist()
     projection = getattr(model.model.layers[1].self_attn, part)
     if bad == 1e30 and part == "k_proj":
         pytest.skip("finite keys: their histogram has the range of fp32")
@@ -203,4 +171,4 @@ def test_activations_that_overflow_name_the_layer(part: str, bad: float) -> None
 @pytest.mark.parametrize("windows", [[], [[5]]])
 def test_nothing_to_calibrate_from_is_refused(windows: list[list[int]]) -> None:
     with pytest.raises(UserError, match="calibration: needs windows of at least 2 tokens"):
-        calibrate(tiny(), windows, SPEC)
+        calibrate(tiny_model(), windows, SPEC)
