@@ -37,12 +37,12 @@ class GrowingStore:
         self._layer = Fp16Layer()
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """See :class:`Store`."""
+        """Appends keys and values; see :class:`Store`."""
         self._layer.update(keys, values)
 
     @property
     def nbytes(self) -> int:
-        """See :class:`Store`."""
+        """Bytes that the store holds."""
         return int(self._layer.keys.nbytes + self._layer.values.nbytes)
 
 
@@ -60,14 +60,14 @@ class BlockedStore:
         self._store = BlockStore(codec)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """See :class:`Store`."""
+        """Appends keys and values; see :class:`Store`."""
         batch, _, new, _ = keys.shape
         plan = self._layout.append([slice(0, new)] * batch)
         self._store.append(plan, keys, values)
 
     @property
     def nbytes(self) -> int:
-        """See :class:`Store`."""
+        """Bytes that the store holds."""
         return self._store.nbytes
 
 
@@ -126,7 +126,7 @@ class ConcatenatedStore:
         self._sparse: list[dict[str, _GrowingSparse]] = []
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """See :class:`Store`."""
+        """Appends keys and values; see :class:`Store`."""
         batch, _, new, _ = keys.shape
         if not self._dense:
             self._dense, self._sparse = [{} for _ in range(batch)], [{} for _ in range(batch)]
@@ -154,7 +154,7 @@ class ConcatenatedStore:
 
     @property
     def nbytes(self) -> int:
-        """See :class:`Store`."""
+        """Bytes that the store holds."""
         dense = sum(t.nbytes for row in self._dense for t in row.values())
         return dense + sum(s.nbytes for row in self._sparse for s in row.values())
 

@@ -30,13 +30,15 @@ from kvquant.study.timing import Workload
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `kvquant throughput` and `kvquant energy`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--scheme", required=True)
-    parser.add_argument("--workload", required=True)
+    parser.add_argument("--model", required=True, help="name of the model in the study")
+    parser.add_argument("--scheme", required=True, help="name of the scheme in the study")
+    parser.add_argument("--workload", required=True, help="name of the workload in the study")
     parser.add_argument("--rep", required=True, type=int, help="repetition; seeds the prompts")
     parser.add_argument("--device-name", required=True, help="checked against the real device")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--model-manifest", required=True, type=Path)
+    parser.add_argument(
+        "--model-manifest", required=True, type=Path, help="manifest.json of fetch-model"
+    )
     parser.add_argument("--quantizer", type=Path, help="quantizer.json, for calibrated schemes")
     parser.add_argument("--out", required=True, type=Path, help="record to write")
 

@@ -217,8 +217,8 @@ def _info(stats: Path, raw: dict[str, object]) -> StatisticsInfo:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `kvquant quantize`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--scheme", required=True)
+    parser.add_argument("--model", required=True, help="name of the model in the study")
+    parser.add_argument("--scheme", required=True, help="name of the scheme in the study")
     parser.add_argument("--stats", required=True, type=Path, help="stats.safetensors")
     parser.add_argument("--out", required=True, type=Path, help="quantizer.json")
 

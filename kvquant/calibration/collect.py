@@ -173,8 +173,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `kvquant calibrate`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--model", required=True, help="name of the model in the study")
-    parser.add_argument("--model-manifest", required=True, type=Path)
-    parser.add_argument("--data-manifest", required=True, type=Path)
+    parser.add_argument(
+        "--model-manifest", required=True, type=Path, help="manifest.json of fetch-model"
+    )
+    parser.add_argument(
+        "--data-manifest", required=True, type=Path, help="manifest.json of fetch-data"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--out", required=True, type=Path, help="stats.safetensors")
 

@@ -15,7 +15,7 @@ class TokenCounter:
     Some of lm-eval's generators shrink a text until it fits, for ever if even the smallest does
     not fit, and catch every exception meanwhile. After far more queries than a sample can need, the
     counter gives up. Every text then fits every length (:class:`Length`), which ends the loop, and
-    `gave_up` tells that the samples are invalid.
+    `gave_up` means that the samples are invalid.
 
     Args:
         count_tokens: Returns the number of tokens of a text.

@@ -8,7 +8,7 @@ import torch
 
 
 def outliers_per_side(fraction: float, channels: int) -> int:
-    """Value outliers at each end of a token: half the fraction, at least one unless it is 0.
+    """Returns the value outliers at each end of a token: half the fraction, at least one if > 0.
 
     Example: 1 % of 4096 channels is 20 at each end (0.98 %); of 192 channels, 1 (1.04 %).
     """

@@ -102,7 +102,7 @@ def check_windows(metrics: Mapping[str, float], rows: Rows) -> None:
     """Checks windows of text against each other and against a record's metrics.
 
     Raises:
-        ValueError: The record tells a divergence that its samples lack, or windows overlap.
+        ValueError: The record has a divergence that its samples lack, or windows overlap.
     """
     if "kl" in metrics and any(row.get("kl") is None for row in rows):
         raise ValueError("field 'metrics.kl': the samples have none")

@@ -15,7 +15,7 @@ def schema_text() -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant schema`."""
+    """Adds the options of `kvquant schema`."""
     parser.add_argument("--out", type=Path, default=Path("config/schema.json"))
 
 
