@@ -20,6 +20,7 @@ from kvquant.cache.forward_plan import (
     PastPieces,
 )
 from kvquant.cache.kvquant_cache import KVQuantCache
+from kvquant.kernels import backends
 from kvquant.models.graph_decoding import GraphedDecoder
 from kvquant.models.loading import QuantizedModel
 from kvquant.study.schemes import NuqScheme
@@ -85,6 +86,8 @@ def test_paths_and_orders_in_pytorch(
 
 def test_packed_past_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVQUANT_KERNELS", "triton")
+    interpreted = backends.DeviceFacts("cpu", interpreter=True)  # also on a machine with a GPU
+    monkeypatch.setattr(backends, "device_facts", lambda device: interpreted)
     cache = small_model().new_cache()
     plan = cache.begin_forward(1, 3, None, CPU)
     keys = torch.zeros(1, 2, 3, 64)
