@@ -45,7 +45,7 @@ def judge(tables: Tables) -> pd.DataFrame:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant claims`."""
+    """Adds the options of `kvquant claims`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--tables", required=True, type=Path, help="folder of collected tables")
     parser.add_argument("--out", required=True, type=Path, help="claims.csv")

@@ -59,7 +59,7 @@ def collect(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant aggregate`."""
+    """Adds the options of `kvquant aggregate`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--results", required=True, type=Path, help="the study's results folder")
     parser.add_argument("--device-name", required=True, help="device in perf and energy paths")

@@ -94,7 +94,7 @@ def table_of(study: Study, folder: Path, name: str) -> pd.DataFrame:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant html`."""
+    """Adds the options of `kvquant html`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--tables", required=True, type=Path, help="folder of collected tables")
     parser.add_argument(

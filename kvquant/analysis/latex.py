@@ -73,7 +73,7 @@ def floats(tables: Tables) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant tables`."""
+    """Adds the options of `kvquant tables`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--tables", required=True, type=Path, help="folder of collected tables")
     parser.add_argument("--out-dir", required=True, type=Path, help="gets one .tex file per table")

@@ -138,7 +138,7 @@ def pareto_table(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant pareto`."""
+    """Adds the options of `kvquant pareto`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--tables", required=True, type=Path, help="folder of collected tables")
     parser.add_argument("--out-dir", required=True, type=Path)

@@ -45,7 +45,7 @@ def save_figure(figure: Any, file: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant plot`."""
+    """Adds the options of `kvquant plot`."""
     names = ", ".join(figure_list.FIGURES)
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--tables", required=True, type=Path, help="folder of collected tables")

@@ -41,7 +41,7 @@ def remove_if_cut(report: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant report`."""
+    """Adds the options of `kvquant report`."""
     parser.add_argument("--snakefile", required=True, type=Path, help="the workflow")
     parser.add_argument("--study", required=True, type=Path, help="study file (YAML or JSON)")
     parser.add_argument("--out", required=True, type=Path, help="report.html")

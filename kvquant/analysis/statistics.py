@@ -139,7 +139,7 @@ def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `kvquant statistics`."""
+    """Adds the options of `kvquant statistics`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--tables", required=True, type=Path, help="folder of collected tables")
     parser.add_argument("--out-dir", required=True, type=Path)

@@ -1,7 +1,7 @@
 """Collecting: what a record says of itself is recomputed, also where someone sealed it again.
 
-Also covers: analysis.problems, analysis.spec_checks, study.record_checks, study.sample_types,
-study.samples.
+Also covers: analysis.cost_rows, analysis.eval_rows, analysis.problems, analysis.spec_checks,
+study.record_checks, study.sample_types, study.samples.
 """
 
 from __future__ import annotations

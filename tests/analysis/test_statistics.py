@@ -1,6 +1,6 @@
 """Paired tests against scipy, and the degenerate cases.
 
-Also covers: analysis.paired, analysis.pareto.
+Also covers: analysis.comparison, analysis.paired, analysis.pareto.
 """
 
 from typing import Any

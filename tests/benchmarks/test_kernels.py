@@ -299,8 +299,9 @@ def test_a_layer_step_goes_on_where_the_prompt_ended(monkeypatch: pytest.MonkeyP
         assert seen[kind].get_seq_length() == 32 + 1 + 5, kind
 
 
-def test_continuation_of_a_small_past() -> None:
+def test_continuation_of_a_small_past(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
+    monkeypatch.setenv("KVQUANT_KERNELS", "triton")  # on a CPU its interpreter
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     case = KernelCase.model_validate({**SECOND, "measure": ["continue"], "chunk": 3, "tokens": 96})
     part = continuation(Bench(Study.model_validate(study()), where), case)

@@ -1,4 +1,7 @@
-"""What Python tells the CUDA sources, and that both sides must agree on shared structs."""
+"""What Python tells the CUDA sources, and that both sides must agree on shared structs.
+
+Also covers: kernels.cuda_structs.
+"""
 
 from __future__ import annotations
 
