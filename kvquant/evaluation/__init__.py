@@ -1,1 +1,1 @@
-"""Measures the accuracy of a scheme, with one module per suite."""
+"""Accuracy of a scheme: one file per suite, which `registry` resolves by name."""

@@ -1,4 +1,1 @@
-"""The backends that quantize, pack and read: CUDA, Triton and PyTorch.
-
-`reference` is the specification, `pytorch_fused` runs everywhere, `backends` decides which runs.
-"""
+"""Kernels in PyTorch, Triton and CUDA, their specification, and the choice between them."""

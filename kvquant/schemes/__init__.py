@@ -1,1 +1,1 @@
-"""Cache schemes. A scheme is one file with a codec and one entry in `registry.CODECS`."""
+"""Cache schemes: one file per scheme kind, which `registry` resolves by name."""
