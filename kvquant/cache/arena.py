@@ -1,6 +1,6 @@
-"""Room for packed blocks of one layer, in tensors that are never moved.
+"""An arena is the memory for many packed blocks of one layer, in tensors that never move.
 
-Blocks are put into places of an arena in turn and read from there; kernels read the addresses of
+Blocks fill the places of an arena in order and are read from there. Kernels read the addresses of
 its tensors from a table with one row per arena.
 """
 
@@ -17,12 +17,12 @@ DENSE, SPARSE = ("keys", "values", "zero", "scale"), ("keys", "values")
 
 
 class Arena:
-    """Room for packed blocks.
+    """Memory for a fixed number of packed blocks of one layer.
 
     Args:
-        capacity: Blocks.
-        first: The first blocks that will be stored, which give shapes and types; or all of the
-            room, reserved by the codec.
+        capacity: Number of blocks that the arena holds.
+        first: The first blocks that will be stored, which give shapes and dtypes, or the memory of
+            all blocks, reserved by the codec.
     """
 
     def __init__(self, capacity: int, first: Packed) -> None:
@@ -45,7 +45,7 @@ class Arena:
             self.sparse[name].put(at, slab)
 
     def view(self, blocks: Index) -> Packed:
-        """Some blocks; a slice copies nothing."""
+        """Returns the given blocks; a slice copies nothing."""
         return Packed(
             {name: t[blocks] for name, t in self.dense.items()},
             {name: s.view(blocks) for name, s in self.sparse.items()},
@@ -58,7 +58,7 @@ class Arena:
 
     @classmethod
     def gather(cls, sources: list[tuple[Arena, list[int]]]) -> Arena:
-        """Copies some blocks to an arena that they fill; waits for the device for outliers."""
+        """Copies blocks into a new arena that they fill; outliers make it wait for the device."""
         first = sources[0][0]
         device = next(iter(first.dense.values())).device
         blocks = sum(len(places) for _, places in sources)
@@ -77,7 +77,7 @@ class Arena:
 
     @property
     def addresses(self) -> list[int]:
-        """A row of the kernels' table of arenas (reserved room only)."""
+        """The row of the kernels' table of arenas for this arena, which must be reserved."""
         row = [self.dense[name].data_ptr() if self.dense else 0 for name in DENSE]
         none = [0] * len(OUTLIER_FIELDS)
         for name in SPARSE:
@@ -86,10 +86,10 @@ class Arena:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """The bytes that the arena has allocated."""
         dense = sum(t.nbytes for t in self.dense.values())
         return dense + sum(s.nbytes for s in self.sparse.values())
 
 
-# In the place of an arena that was returned, whose number waits for another.
+# Stands in for an arena that was freed, until another arena takes its number.
 NO_ARENA = Arena(0, Packed({}, {}, reserved=True))

@@ -1,8 +1,8 @@
-"""Caches whose layers do the attention themselves, and what every one of them does alike.
+"""The base class of caches whose layers compute the attention themselves.
 
 The model's hooks begin and end a forward call (:mod:`kvquant.models.hooks`); its attention modules
-hand their queries, keys and values to :meth:`AttendingCache.attend`. One plan per call says what to
-do, and each layer gets it as an argument: a layer knows its tensors and no cache.
+pass their queries, keys and values to :meth:`AttendingCache.attend`. One plan per call says what to
+do. Each layer gets it as an argument, so that a layer knows its own tensors but not the cache.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ FullAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tenso
 
 @dataclass(frozen=True)
 class CallPlan:
-    """What the plan of a forward call says in every cache.
+    """The part of a forward call's plan that every cache has.
 
     Attributes:
-        query_positions: int64 `[batch_size, new_len]`, numbers of the new columns in their
-            sequences.
-        rope: Rotary table of the new columns where it is not the model's, `[batch_size, new_len,
-            head_dim]` each.
+        query_positions: int64 `[batch_size, new_len]`, the index of each new column in its
+            sequence.
+        rope: Rotary table of the new columns, `[batch_size, new_len, head_dim]` each, or None where
+            the model's own table is used.
     """
 
     query_positions: torch.Tensor
@@ -45,7 +45,7 @@ Plan = TypeVar("Plan", bound=CallPlan)
 
 
 class NewTokens:
-    """The new columns of a call as one layer gets them.
+    """The queries, keys and values of a call's new columns in one layer.
 
     Args:
         queries: Before RoPE, `[batch_size, num_heads, new_len, head_dim]`.
@@ -67,16 +67,16 @@ class NewTokens:
 
     @functools.cached_property
     def rotated_keys(self) -> torch.Tensor:
-        """The keys after RoPE, which not every path needs."""
+        """The keys after RoPE, computed on first use because not every path needs them."""
         return rotate(self.keys, *self._rope)
 
 
 @dataclass
 class Extent:
-    """How far all layers of a cache have come; the cache counts, its layers read.
+    """The number of columns seen, which the cache counts and its layers read.
 
     Attributes:
-        columns: Columns seen in whole calls, padding included.
+        columns: Columns seen in completed calls, padding included.
     """
 
     columns: int = 0
@@ -87,7 +87,7 @@ class AttendingLayer(CacheLayerMixin, Generic[Plan]):
 
     Args:
         extent: The extent that the cache counts.
-        clock: The clock of quantization.
+        clock: The clock that times quantization.
     """
 
     is_sliding = False
@@ -103,50 +103,51 @@ class AttendingLayer(CacheLayerMixin, Generic[Plan]):
     def attend(
         self, plan: Plan, new: NewTokens, scaling: float, full: FullAttention
     ) -> torch.Tensor:
-        """Attention of a call's queries; stores the call's keys and values.
+        """Computes the attention of a call's queries and stores the call's keys and values.
 
         Args:
             plan: The plan of the call, the same for all layers.
             new: The layer's queries, keys and values.
             scaling: Factor of the scores.
             full: Attention of rotated queries, keys and values of this call alone, causal and
-                masked; used where there is no past to read, or it is what this call just stored.
+                masked. It is used where there is no past, or where the past is what this call has
+                just stored.
 
         Returns:
             `[batch_size, new_len, num_heads, head_dim]`.
         """
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: a layer allocates with its first tokens."""
+        """Does nothing, because a layer allocates memory when its first tokens come."""
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Not available: an attention that does not know the cache would read it wrongly."""
+        """Refuses the call: an attention that does not know the cache would misread it."""
         raise RuntimeError(
             "a quantized cache needs the attention of kvquant: load the model through "
             "kvquant.models.loading.load_quantized_model"
         )
 
     def get_seq_length(self) -> int:
-        """Columns seen so far, padding included, as transformers counts."""
+        """Returns the columns seen so far, padding included, as transformers counts them."""
         return self._extent.columns
 
     def get_max_length(self) -> int:
-        """No maximum."""
+        """Returns -1, which says that there is no maximum."""
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """No maximum (older name)."""
+        """Returns -1, as :meth:`get_max_length` does; older transformers use this name."""
         return -1
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
-        """Key length and offset for the attention mask of a call with `query_length` columns."""
+        """Returns key length and offset of the attention mask for `query_length` new columns."""
         if isinstance(query_length, torch.Tensor):
             query_length = query_length.shape[0]
         return self._extent.columns + query_length, 0
 
 
 class AttendingCache(Cache, ABC, Generic[Plan]):
-    """A cache whose layers do the attention themselves, from keys before RoPE.
+    """A cache whose layers compute the attention themselves, from keys before RoPE.
 
     Other caches get keys after RoPE from the model's own attention, as in plain transformers.
 
@@ -155,19 +156,19 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
         protocol: "A": the tokens of a call attend to each other in full precision and to the past
             from the cache (serving). "B": everything is read from the cache (KVQuant's perplexity).
         extent: The extent that the cache counts.
-        clock: The clock of quantization.
+        clock: The clock that times quantization.
 
     Attributes:
-        calls: Which call runs, its plan, and whether one ended early.
+        calls: The current call, its plan, and whether an earlier call ended early.
     """
 
-    # The inputs of a forward call of the whole model, until its decoder begins; whoever finds its
-    # own inputs here is part of that call and leaves its end to it.
+    # The inputs of a forward call of the whole model, until its decoder begins. A decoder that
+    # finds its own inputs here is part of that call, which then ends it.
     outer: torch.Tensor | None = None
     within: bool = False  # whether the current call is part of one of the whole model
-    # Rotary embedding of the model it was made for, by which stored keys are turned; None: not said
+    # Rotary embedding of the cache's model, which rotates stored keys; None: unknown
     rotary: nn.Module | None = None
-    position_limit: int | None = None  # of the model, as its first call found it
+    position_limit: int | None = None  # the model's, found by the first call
 
     def __init__(
         self,
@@ -196,22 +197,22 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
         given: bool = True,
         held: bool = False,
     ) -> Plan:
-        """Begins a forward call, once which columns are tokens is known; makes its plan.
+        """Begins a forward call, whose tokens and padding are now known, and makes its plan.
 
         Args:
-            batch: Sequences.
-            new_len: New columns.
+            batch: Number of sequences.
+            new_len: Number of new columns.
             mask: `[batch_size, columns]` with 1 = token, 0 = padding, or None for no padding.
             device: Device of the model.
-            positions: int64 `[1 or batch_size, new_len]` that the new columns are rotated by, or
-                None: a token's number in its sequence.
+            positions: int64 `[1 or batch_size, new_len]`, the positions by which new columns are
+                rotated. None: the index of each token in its sequence.
             given: Whether the caller of the model gave the positions; else they are its default.
-            held: The call ends with :meth:`end_forward`, else with its last layer.
+            held: Whether the call ends with :meth:`end_forward`; else it ends with its last layer.
         """
 
     @abstractmethod
     def meet(self, plan: Plan, queries: torch.Tensor, keys: torch.Tensor, rope: Table) -> Plan:
-        """The plan of the call that runs, completed by what its first layer brings.
+        """Completes the plan of the current call with what its first layer brings.
 
         Args:
             plan: The plan that :meth:`begin_forward` made.
@@ -230,10 +231,10 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
         scaling: float,
         full: FullAttention,
     ) -> torch.Tensor:
-        """A layer's part of the current call: attention of its queries, and storing what is new.
+        """Computes the attention of one layer in the current call and stores its new tokens.
 
         Args:
-            layer: Number of the layer.
+            layer: Index of the layer.
             queries: Before RoPE, `[batch_size, num_heads, new_len, head_dim]`.
             keys: New keys before RoPE, `[batch_size, num_kv_heads, new_len, head_dim]`.
             values: New values, the same shape.
@@ -245,7 +246,7 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
             `[batch_size, new_len, num_heads, head_dim]`.
 
         Raises:
-            UserError: There is no call, and so no plan, for the layer.
+            UserError: No call was begun for the layer, so that there is no plan.
         """
         plan, first = self.calls.enter(layer, keys.shape[2])
         if first:
@@ -258,10 +259,10 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
         return out
 
     def end_forward(self) -> None:
-        """Takes in the columns of the call that runs; without one, does nothing.
+        """Ends the current call, if there is one, and counts its columns.
 
         Raises:
-            UserError: A layer took no part.
+            UserError: A layer did not take part in the call.
         """
         plan = self.calls.end()
         if plan is not None:
@@ -270,20 +271,20 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
             self.calls.close()
 
     def ended(self, plan: Plan) -> None:
-        """Takes over what the plan of a whole call says of the calls to come."""
+        """Keeps what a completed call's plan says about later calls; does nothing by default."""
 
     @property
     def columns(self) -> int:
-        """Columns seen so far in whole calls, padding included."""
+        """The columns seen so far in completed calls, padding included."""
         return self.extent.columns
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns seen so far in whole calls, padding included."""
+        """Returns the columns seen so far in completed calls, padding included."""
         return self.extent.columns
 
     @property
     def timed(self) -> bool:
-        """Whether to synchronise around quantization, so that its time is right on a GPU."""
+        """Whether quantization is synchronized, so that its time is right on a GPU."""
         return self.clock.timed
 
     @timed.setter
@@ -292,5 +293,5 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
 
     @property
     def quantize_seconds(self) -> float:
-        """Time spent in quantize and pack since creation."""
+        """Seconds spent on quantizing and packing since creation."""
         return self.clock.quantize_seconds

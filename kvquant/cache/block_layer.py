@@ -1,4 +1,4 @@
-"""A layer of `KVQuantCache`: attention of a call over the past, and storing what is new."""
+"""One layer of `KVQuantCache` computes attention over the past and stores new tokens."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from kvquant.kernels.cuda_decode import decode_attention
 
 
 class BlockLayer(AttendingLayer[ForwardPlan]):
-    """A layer of `KVQuantCache`; its tensors live in a :class:`BlockStore`.
+    """One layer of `KVQuantCache`, whose tensors are held by a :class:`BlockStore`.
 
     Args:
-        codec: Packs and unpacks blocks.
+        codec: The codec that packs and unpacks blocks.
         extent: See :class:`AttendingLayer`.
         clock: See :class:`AttendingLayer`.
     """
@@ -41,7 +41,7 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
     def attend(
         self, plan: ForwardPlan, new: NewTokens, scaling: float, full: FullAttention
     ) -> torch.Tensor:
-        """See :meth:`AttendingLayer.attend`."""
+        """Computes attention along the plan's path; see :meth:`AttendingLayer.attend`."""
         if plan.order is Order.APPEND_FIRST:
             self._append(plan, new)
         match plan.path:
@@ -58,13 +58,13 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
         return out
 
     def offload(self) -> None:
-        """Refused: packed blocks are small and stay on their device."""
+        """Refuses to offload: packed blocks are small and stay on their device."""
         raise NotImplementedError("offloading: KVQuantCache does not offload its blocks")
 
     def _step(
         self, plan: ForwardPlan, step: KernelStep, new: NewTokens, scaling: float
     ) -> torch.Tensor:
-        """One token per sequence by the kernel: it joins the tail, and all is read from there."""
+        """Appends one token per sequence to the tail and attends to all tokens by the kernel."""
         store, tables, queries = self.store, self.codec.decode_tables, new.queries
         assert store.tail is not None and store.sinks is not None
         store.status = plan.status
@@ -88,7 +88,7 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
         scaling: float,
         full: FullAttention,
     ) -> torch.Tensor:
-        """Attention over the packed past by the Triton kernels."""
+        """Computes attention over the packed past by the Triton kernels."""
         if self.store.arena_table() is None:
             return self._pieces(plan, packed.pieces, new, scaling, full)
         own = None if plan.simulated else (new.rotated_keys, new.values, plan.token_positions)
@@ -102,7 +102,7 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
         scaling: float,
         full: FullAttention,
     ) -> torch.Tensor:
-        """Attention over the past in PyTorch, piece by piece."""
+        """Computes attention over the past in PyTorch, piece by piece."""
         if pieces.whole:
             parts = [self._read(plan, piece) for piece in pieces.cut()]
             both = (torch.cat(x, 2).to(new.queries.dtype) for x in zip(*parts, strict=True))
@@ -116,7 +116,7 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
         return attention.result()
 
     def _read(self, plan: ForwardPlan, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotated keys and values of a piece, `[batch_size, num_kv_heads, columns, head_dim]`."""
+        """Reads a piece: rotated keys and values `[batch_size, kv_heads, columns, head_dim]`."""
         store = self.store
         assert store.sinks is not None
         if piece.part == "sinks":
@@ -130,7 +130,7 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
         return keys, values
 
     def _blocks(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dequantized blocks `[batch_size, num_kv_heads, columns, head_dim]`."""
+        """Dequantizes a piece's blocks to `[batch_size, num_kv_heads, columns, head_dim]`."""
         store, size = self.store, self.codec.block_size
         assert store.tail is not None
         batch, heads, _, dim = store.tail[0].shape
@@ -148,7 +148,7 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
         return out[0].flatten(2, 3), out[1].flatten(2, 3)
 
     def _append(self, plan: ForwardPlan, new: NewTokens) -> None:
-        """Stores the tokens of a call and times it."""
+        """Stores the tokens of a call and measures the time it takes."""
         keys = new.rotated_keys if self.codec.rotated_keys else new.keys
         plan.storing()
         self.store.status = plan.status

@@ -1,9 +1,10 @@
-"""One layer's tensors: 16-bit sinks, arenas of packed blocks, a 16-bit tail; for a ragged batch.
+"""A block store holds one layer's tensors: 16-bit sinks, packed blocks and 16-bit tails.
 
-What goes where is decided by :mod:`kvquant.cache.layout` for all layers at once; this module moves
-data. An append writes into memory that is already there or into a new arena: nothing stored is
-copied or moved, and the host never waits for the device. What no sequence needs any more is given
-back when sequences are cut or chosen (:meth:`BlockStore.reclaim`).
+It serves ragged batches. :mod:`kvquant.cache.layout` decides for all layers at once where tokens
+go, and this module moves the data. An append writes into memory that is already there or into a new
+arena: nothing stored is copied or moved, and the host never waits for the device. Memory that no
+sequence needs any more is freed when sequences are cropped or selected
+(:meth:`BlockStore.reclaim`).
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from kvquant.errors import NonFiniteTokens, UserError
 from kvquant.formats.blocked_sparse import Index, SparseSlab
 from kvquant.kernels.arena_table import ARENA_FIELDS
 
-ARENA_ROOM = 64  # rows of the kernels' table of arenas at first
+ARENA_ROOM = 64  # initial rows of the kernels' table of arenas
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The 16-bit dtype of sinks and tails whose tokens come in a dtype."""
+    """Returns the 16-bit dtype in which sinks and tails hold tokens of a dtype."""
     return dtype if dtype is torch.bfloat16 else torch.float16
 
 
 def _fill(blocks: torch.Tensor, at: int, tokens: torch.Tensor) -> None:
     """Writes `[num_heads, n, head_dim]` from token `at` on into `[blocks, num_heads, size, dim]`.
 
-    At most three copies: the rest of a begun block, whole blocks, the beginning of another.
+    It takes at most three copies: the rest of a begun block, whole blocks, the start of another.
     """
     size, n, done = blocks.shape[2], tokens.shape[1], 0
     if at % size:
@@ -46,10 +47,10 @@ def _fill(blocks: torch.Tensor, at: int, tokens: torch.Tensor) -> None:
 
 
 def _refuse_infinite(plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Refuses tokens that 16 bits do not hold, which would make every later answer NaN.
+    """Refuses tokens that 16 bits cannot hold, which would make every later output NaN.
 
     Raises:
-        NonFiniteTokens: Says which of keys and values; padding may hold anything.
+        NonFiniteTokens: Keys or values of a token are not finite. Padding may hold anything.
     """
     for name, x in (("keys", keys), ("values", values)):
         if bool(x.isfinite().all()):
@@ -59,10 +60,10 @@ def _refuse_infinite(plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor)
 
 
 class BlockStore:
-    """Keys and values of one layer.
+    """Holds the keys and values of one layer.
 
     Args:
-        codec: Packs and unpacks blocks.
+        codec: The codec that packs and unpacks blocks.
     """
 
     def __init__(self, codec: Codec) -> None:
@@ -72,20 +73,20 @@ class BlockStore:
         self.tail: tuple[torch.Tensor, torch.Tensor] | None = None
         # int32 [2], shared by the layers of a cache on a GPU: outliers lost, NaN or Inf seen
         self.status: torch.Tensor | None = None
-        self._reserved = True  # all arenas, so that kernels can read them
+        self._reserved = True  # whether all arenas are, so that kernels can read them
         self._arena_table: tuple[int, torch.Tensor] | None = None
-        self._kinds: tuple[torch.dtype, torch.dtype] | None = None  # of the first call's input
+        self._kinds: tuple[torch.dtype, torch.dtype] | None = None  # dtypes of the first input
 
     @property
     def kv_heads(self) -> int:
-        """Of the tokens that are stored; 0 before the first."""
+        """The number of key/value heads; 0 before the first token is stored."""
         return 0 if self.tail is None else self.tail[0].shape[1]
 
     def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Refuses what is unlike the tokens that are stored.
+        """Refuses tokens whose shape, device or dtype differs from that of the stored ones.
 
         Raises:
-            UserError: Names what differs; nothing is converted without a word.
+            UserError: Something differs; the message names it. Nothing is converted silently.
         """
         if keys.shape != values.shape:
             raise UserError(
@@ -124,12 +125,12 @@ class BlockStore:
         self.sinks = pair(self.codec.sinks)
         self.tail = pair(self.codec.residual + self.codec.block_size)
 
-    @torch.inference_mode()  # buffers are of one kind, whatever mode a call comes in
+    @torch.inference_mode()  # buffers are inference tensors, whatever mode the caller is in
     def append(self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores the tokens of a call.
 
         Args:
-            plan: From :meth:`kvquant.cache.layout.Layout.append`.
+            plan: The plan of :meth:`kvquant.cache.layout.Layout.append`.
             keys: `[batch_size, num_kv_heads, new_len, head_dim]`, padding included; before or after
                 RoPE as the codec says.
             values: The same shape.
@@ -140,7 +141,7 @@ class BlockStore:
         assert self.tail is not None and self.sinks is not None
         kind = self.tail[0].dtype
         keys, values = keys.to(kind), values.to(kind)
-        if keys.device.type == "cpu":  # elsewhere looking would wait for the device
+        if keys.device.type == "cpu":  # on a GPU this check would wait for the device
             _refuse_infinite(plan, keys, values)
         if plan.decode and keys.shape[2] == 1:
             self._append_step(plan, keys, values)
@@ -148,7 +149,7 @@ class BlockStore:
             self._append_many(plan, keys, values)
 
     def _append_step(self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """One token a sequence: one write, and a block is packed where it became full."""
+        """Stores one token per sequence and packs the blocks that became full."""
         places = plan.before.tails
         at: int | torch.Tensor = places[0]
         if len(set(places)) > 1:
@@ -158,7 +159,7 @@ class BlockStore:
 
     @torch.inference_mode()
     def write_token(self, keys: torch.Tensor, values: torch.Tensor, at: int | torch.Tensor) -> None:
-        """Writes one token a sequence into the tails.
+        """Writes one token per sequence into the tails.
 
         Args:
             keys: `[batch_size, num_kv_heads, 1, head_dim]`.
@@ -195,7 +196,7 @@ class BlockStore:
                 buffer[chosen, :, :residual] = x[:, :, size : size + residual].clone()
 
     def _append_many(self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Chunks of any length, with or without padding."""
+        """Stores chunks of any length, with or without padding."""
         assert self.tail is not None and self.sinks is not None
         size, heads, dim = self.codec.block_size, keys.shape[1], keys.shape[3]
         # Without an old tail the blocks lie in the input already; a GPU kernel reads them there.
@@ -228,7 +229,7 @@ class BlockStore:
                     buffer[b, :, tail : tail + new.shape[1]] = new
                     continue
                 region = out[at : at + blocks]
-                old = min(tail, blocks * size)  # of the tail, into blocks
+                old = min(tail, blocks * size)  # tail tokens that go into blocks
                 _fill(region, 0, buffer[b, :, :old])
                 taken = blocks * size - old
                 _fill(region, old, new[:, :taken])
@@ -246,14 +247,14 @@ class BlockStore:
     ) -> None:
         """Packs blocks `[blocks, num_kv_heads, block_size, head_dim]` into the plan's arena."""
         packed = None
-        if plan.capacity and not offset:  # the plan's first blocks
+        if plan.capacity and not offset:  # the first blocks of the plan
             first = self.codec.reserve(plan.capacity, keys)
             if first is None:
                 first = packed = self.codec.pack(keys, values)
             self._set_arena(plan.arena, Arena(plan.capacity, first))
         arena, at = self.arenas[plan.arena], plan.at + offset
         if arena.reserved:
-            if self.status is None:  # a store of its own, without a cache
+            if self.status is None:  # a store that belongs to no cache
                 self.status = torch.zeros(2, dtype=torch.int32, device=keys.device)
             room = arena.view(slice(at, at + keys.shape[0]))
             self.codec.pack_into(room, keys, values, self.status)
@@ -271,15 +272,15 @@ class BlockStore:
         self.arenas += [NO_ARENA] * (number - len(self.arenas))
         self.arenas[number : number + 1] = [arena]
         self._reserved = all(a.reserved for a in self.arenas)
-        if self._arena_table is not None:  # its row is written before it is read
+        if self._arena_table is not None:  # the row is rewritten before the table is read
             self._arena_table = (min(number, self._arena_table[0]), self._arena_table[1])
 
     @torch.inference_mode()
     def reclaim(self, change: Reclaim) -> None:
-        """Returns and compacts arenas.
+        """Frees and compacts arenas.
 
         Args:
-            change: From :meth:`kvquant.cache.layout.Layout.reclaim`.
+            change: The change that :meth:`kvquant.cache.layout.Layout.reclaim` returned.
         """
         for number, used in change.rewound:
             self.arenas[number].rewind(used)
@@ -290,7 +291,7 @@ class BlockStore:
             self._set_arena(number, NO_ARENA)
 
     def crowding(self) -> float:
-        """Outliers over the room for them, of the fullest arena; waits for the device."""
+        """Returns outliers over outlier slots of the fullest arena; waits for the device."""
         return max((s.crowding() for a in self.arenas for s in a.sparse.values()), default=0.0)
 
     @property
@@ -299,16 +300,17 @@ class BlockStore:
         return self._reserved
 
     def arena_table(self) -> torch.Tensor | None:
-        """int64 `[room, fields]`, the addresses that kernels read; None if they can't.
+        """Returns the table of arena addresses, or None where kernels cannot read the arenas.
 
-        The same tensor as long as the arenas find room in it, so that a captured graph keeps it.
+        It is int64 `[room, fields]`. The same tensor is returned as long as it has a row for each
+        arena, so that a captured graph stays valid.
         """
         if self.tail is None or not self._reserved:
             return None
         count = len(self.arenas)
         if self._arena_table is None or self._arena_table[1].shape[0] < count:
             shape = (max(ARENA_ROOM, 2 * count), len(ARENA_FIELDS))
-            with torch.inference_mode(False):  # steps outside of that mode write to it, too
+            with torch.inference_mode(False):  # steps outside inference mode write to it, too
                 table = torch.zeros(shape, dtype=torch.int64, device=self.tail[0].device)
             self._arena_table = (0, table)
         done, table = self._arena_table
@@ -319,18 +321,21 @@ class BlockStore:
         return table
 
     def unpack(self, arena: int, blocks: Index) -> tuple[torch.Tensor, torch.Tensor]:
-        """fp32 keys and values `[n, num_kv_heads, block_size, head_dim]` of packed blocks."""
+        """Unpacks blocks to fp32 keys and values `[n, kv_heads, block_size, head_dim]` each."""
         assert self.tail is not None
         packed = self.arenas[arena].view(blocks)
         heads, dim = self.tail[0].shape[1], self.tail[0].shape[3]
         return self.codec.unpack(packed, (packed.blocks, heads, self.codec.block_size, dim))
 
     def read_tail(self, view: View, *, fake: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the tails `[batch_size, num_kv_heads, longest tail, head_dim]`.
+        """Reads keys and values of the tails, padded to the longest one.
 
         Args:
             view: The state whose tails are read.
-            fake: Quantize and dequantize them (protocol B).
+            fake: Whether to quantize and dequantize them (protocol B).
+
+        Returns:
+            Keys and values, `[batch_size, num_kv_heads, longest tail, head_dim]` each.
         """
         assert self.tail is not None
         longest = max(view.tails)
@@ -346,7 +351,7 @@ class BlockStore:
         return out
 
     def outliers(self, name: str, table: list[tuple[int, int]]) -> list[SparseSlab]:
-        """The outliers ("keys" or "values") of a sequence's blocks, one slab a block."""
+        """Returns the outliers ("keys" or "values") of a sequence, one slab per block."""
         return [
             self.arenas[arena].sparse[name].view(slice(place, place + 1))
             for arena, place in table
@@ -355,7 +360,7 @@ class BlockStore:
 
     @torch.inference_mode()
     def select(self, indices: torch.Tensor) -> None:
-        """Keeps (or repeats) the 16-bit tokens of the given sequences."""
+        """Keeps or repeats the 16-bit tokens of the given sequences."""
         if self.tail is not None and self.sinks is not None:
             where = indices.to(self.tail[0].device)
             self.sinks = (self.sinks[0][where], self.sinks[1][where])
@@ -363,7 +368,7 @@ class BlockStore:
 
     @torch.inference_mode()
     def uncut(self, cuts: list[tuple[int, int, int] | None]) -> None:
-        """Moves the first tokens of blocks that a crop cut into the tail, dequantized."""
+        """Dequantizes the kept tokens of blocks that a crop cut and moves them to the tail."""
         if self.tail is None:
             return
         for b, cut in enumerate(cuts):
@@ -375,7 +380,7 @@ class BlockStore:
 
     @torch.inference_mode()
     def fork(self) -> BlockStore:
-        """A copy that shares packed blocks."""
+        """Returns a copy that shares the packed blocks."""
         other = BlockStore(self.codec)
         other.arenas, other._kinds = list(self.arenas), self._kinds
         other._reserved = self._reserved
@@ -386,7 +391,7 @@ class BlockStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated: sinks, tails with their slack, arenas, shared tables."""
+        """The bytes allocated for sinks, tails with their slack, arenas and shared tables."""
         if self.tail is None or self.sinks is None:
             return 0
         buffers = sum(t.nbytes for t in (*self.sinks, *self.tail))

@@ -1,8 +1,9 @@
-"""How the tokens of a cache are rotated, from call to call.
+"""Tracks over the forward calls by which rotary table the tokens of a cache are rotated.
 
-Normally a token's position is its number in its sequence, up to a shift of the sequence
-(:mod:`kvquant.cache.positions`), and one rotary table serves all. Where positions do not go on from
-those before, the table of each token is kept (:class:`kvquant.cache.kept_rope.KeptRope`).
+Normally a token's position is its index in its sequence, plus a shift per sequence
+(:mod:`kvquant.cache.positions`), and one rotary table serves all tokens. Where positions do not
+continue those before, the rotation of each token is kept
+(:class:`kvquant.cache.kept_rope.KeptRope`).
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from kvquant.formats.rope import Rope
 
 
 class CallRope:
-    """The rotation of what a cache holds and of the current call; shared by all layers.
+    """The rotation of stored tokens and of the current call, shared by all layers.
 
     Args:
-        rope: Positions `[1, n]` to the rotary table `(cos, sin)`, each `[1, n, head_dim]`.
-        keep: Keep the rotation of each token from the start.
-        rotated: Whether keys are stored rotated: they then hold their positions with them.
+        rope: Maps positions `[1, n]` to the rotary table `(cos, sin)`, each `[1, n, head_dim]`.
+        keep: Whether to keep the rotation of each token from the start.
+        rotated: Whether keys are stored after RoPE, so that they already include it.
 
     Attributes:
-        kept: Tables of all tokens; None where their positions are counted.
+        kept: Rotations of all tokens; None where positions are counted.
     """
 
     def __init__(self, rope: Rope, *, keep: bool, rotated: bool) -> None:
@@ -34,14 +35,14 @@ class CallRope:
         self._rotated = rotated
         self.kept: KeptRope | None = KeptRope() if self._keep else None
         self._shifts: Shifts | None = None  # before the first call
-        # Of the current call: whether its first layer has brought the rotary table to be kept;
-        # and the table of counted positions, where the model's is shifted.
+        # State of the current call: whether its first layer has brought the rotary table to keep,
+        # and the table of counted positions where the model's is shifted.
         self._taken = False
         self._table: Table | None = None
 
     @property
     def read(self) -> Rope:
-        """Numbers of tokens `[1, n]` to the rotary table by which their keys are read."""
+        """The function from token indices `[1, n]` to the rotary table for reading their keys."""
         return self.counted if self.kept is None else self.kept.read
 
     def begin(
@@ -52,17 +53,17 @@ class CallRope:
         lengths: list[int],
         counted: torch.Tensor,
     ) -> torch.Tensor | None:
-        """Finds out how the new tokens of a call are rotated.
+        """Determines how the new tokens of a call are rotated.
 
         Args:
             positions: int64 `[1 or batch_size, new_len]` of the new columns, or None: counted.
-            given: Whether the caller of the model gave them; else they are its default.
+            given: Whether the caller of the model gave the positions; else they are its default.
             spans: Columns of each sequence that are tokens.
-            lengths: Tokens of each sequence before; empty before the first call.
-            counted: int64 `[batch_size, new_len]`, numbers of the new columns in their sequences.
+            lengths: Tokens of each sequence before the call; empty before the first call.
+            counted: int64 `[batch_size, new_len]`, the index of each new column in its sequence.
 
         Returns:
-            bool `[]`, whether the positions of a decode step on a GPU do not go on from those
+            bool `[]`, whether the positions of a decode step on a GPU fail to continue those
             before; None if that is known on the host.
         """
         self._taken, self._table = False, None
@@ -76,7 +77,7 @@ class CallRope:
             and positions.shape[1] == 1
             and all(lengths)
             and (old.zero or not old.open)
-        ):  # a decode step: looking would wait for the device
+        ):  # a decode step: reading positions would wait for the device
             moved = positions - counted
             if not old.zero:
                 moved = moved - torch.tensor(old.known).to(device, non_blocking=True)[:, None]
@@ -97,16 +98,16 @@ class CallRope:
     def table(
         self, rope: Table, spans: list[Span], lengths: list[int], dtype: torch.dtype
     ) -> Table | None:
-        """The rotary table of the new columns, `[batch_size, new_len, head_dim]` each.
+        """Returns the rotary table of the new columns, or None where it is the model's.
 
         Args:
-            rope: The model's, `[1 or batch_size, new_len, head_dim]` each; kept if need be.
+            rope: The model's table, `[1 or batch_size, new_len, head_dim]` each; kept if needed.
             spans: Columns of each sequence that are tokens.
-            lengths: Tokens of each sequence before.
+            lengths: Tokens of each sequence before the call.
             dtype: The dtype of the queries.
 
         Returns:
-            None where it is the model's.
+            Cosine and sine, `[batch_size, new_len, head_dim]` each, or None.
         """
         if self.kept is not None and not self._taken:
             self.kept.append(rope, spans, lengths)
@@ -116,26 +117,26 @@ class CallRope:
         return self._table[0].to(dtype), self._table[1].to(dtype)
 
     def state(self) -> tuple[KeptRope | None, Shifts | None]:
-        """What :meth:`restore` goes back to; to be taken before a call begins."""
+        """Returns the state for :meth:`restore`; take it before a call begins."""
         return self.kept, self._shifts
 
     def restore(self, state: tuple[KeptRope | None, Shifts | None]) -> None:
-        """Undoes a call of which nothing was stored."""
+        """Restores a state, which undoes a call that has stored nothing."""
         self.kept, self._shifts = state
 
     def select(self, indices: torch.Tensor, order: list[int]) -> None:
-        """Keeps (or repeats) the given sequences; `order` is `indices` on the host."""
+        """Keeps or repeats the given sequences; `order` is `indices` on the host."""
         if self.kept is not None:
             self.kept.select(indices)
         if self._shifts is not None:
             self._shifts = self._shifts.select(order)
 
     def empty(self) -> CallRope:
-        """One of no tokens."""
+        """Returns the rotation of an empty cache with the same settings."""
         return CallRope(self.counted, keep=self._keep, rotated=self._rotated)
 
     def fork(self) -> CallRope:
-        """A copy that goes on by itself."""
+        """Returns an independent copy."""
         other = self.empty()
         other.kept = None if self.kept is None else self.kept.fork()
         other._shifts = self._shifts

@@ -1,4 +1,4 @@
-"""What a scheme must provide: a codec that packs and unpacks blocks of one layer."""
+"""The codec interface, which each scheme implements to pack and unpack blocks of one layer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from kvquant.kernels.decode_tables import HeadTables
 
 @dataclass(frozen=True)
 class Packed:
-    """Blocks as a codec packs them.
+    """Blocks in the packed form of a codec.
 
     Attributes:
         dense: Named tensors `[blocks, ...]` whose other dimensions are the same in every call.
-        sparse: Named exact outliers of the same blocks.
+        sparse: Named outliers of the same blocks.
         bad: int32 `[1]`, 1 if the input held NaN or Inf; None if that was checked at once.
-        reserved: Room that :meth:`Codec.pack_into` fills.
+        reserved: Whether this is memory that :meth:`Codec.pack_into` fills.
     """
 
     dense: Mapping[str, torch.Tensor]
@@ -32,25 +32,25 @@ class Packed:
 
     @property
     def blocks(self) -> int:
-        """Number of blocks."""
+        """The number of blocks."""
         return next((t.shape[0] for t in self.dense.values()), 0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """The bytes of all tensors."""
         return sum(t.nbytes for t in self.dense.values()) + sum(
             s.nbytes for s in self.sparse.values()
         )
 
 
 class Codec(ABC):
-    """Packs blocks of one layer's keys and values.
+    """Packs and unpacks blocks of one layer's keys and values.
 
     Attributes:
         rotated_keys: Whether keys are stored after RoPE (else before it).
-        sinks: First tokens of each sequence that stay 16-bit.
-        block_size: Tokens a block.
-        residual: Most recent tokens that stay 16-bit besides an unfinished block.
+        sinks: Number of first tokens of each sequence that stay 16-bit.
+        block_size: Tokens per block.
+        residual: Number of most recent tokens that stay 16-bit besides an unfinished block.
         shared_bytes: Bytes of tables that all sequences of the layer share.
         tables: The layer's calibration, if the codec has one.
         narrow_tables: Whether zeros and scales of the tables fit in fp16, as kernels read them.
@@ -65,15 +65,15 @@ class Codec(ABC):
     narrow_tables: bool = True
 
     def check_model(self, num_kv_heads: int, head_dim: int) -> None:  # noqa: B027
-        """Refuses a model that the codec cannot serve, when it is loaded.
+        """Refuses, at loading time, a model that the codec cannot serve.
 
         Raises:
-            UserError: Names the reason.
+            UserError: The model does not fit; the message names the reason.
         """
 
     @abstractmethod
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
-        """Packs blocks.
+        """Packs blocks of 16-bit keys and values.
 
         Args:
             keys: fp16/bf16 `[blocks, num_kv_heads, block_size, head_dim]`.
@@ -81,10 +81,12 @@ class Codec(ABC):
         """
 
     def reserve(self, blocks: int, like: torch.Tensor) -> Packed | None:
-        """Room for blocks that kernels fill in place, or None: then arenas keep what `pack` gives.
+        """Allocates blocks for kernels to fill in place, or returns None where none do.
+
+        After None, arenas store what :meth:`pack` returns.
 
         Args:
-            blocks: Blocks.
+            blocks: Number of blocks.
             like: 16-bit tensor `[blocks, num_kv_heads, block_size, head_dim]` on the device.
         """
         return None
@@ -92,31 +94,31 @@ class Codec(ABC):
     def pack_into(
         self, room: Packed, keys: torch.Tensor, values: torch.Tensor, status: torch.Tensor
     ) -> None:
-        """Packs blocks into a part of reserved room.
+        """Packs blocks into a part of the reserved memory.
 
         Args:
-            room: As many blocks of the room.
+            room: The part of the memory, with as many blocks.
             keys: See :meth:`pack`.
             values: See :meth:`pack`.
-            status: int32 `[2]`: outliers that found no slot are added to the first number, the
-                second becomes 1 if the input held NaN or Inf.
+            status: int32 `[2]`. The outliers that found no slot are added to the first number, and
+                the second becomes 1 if the input held NaN or Inf.
         """
         raise NotImplementedError
 
     def widen(self, factor: float) -> None:
-        """Gives caches made from now on `factor` times the room for outliers."""
+        """Gives `factor` times the outlier slots to caches made from now on."""
         raise NotImplementedError
 
     def cache_shape(
         self, head_dim: int, kv_heads: int, query_heads: int, dtype: torch.dtype
     ) -> CacheShape:
-        """The properties of a model's cache of such blocks that decide which kernels apply.
+        """Returns the properties of a model's cache that decide which kernels can run.
 
         Args:
             head_dim: Channels per head.
             kv_heads: Key and value heads.
             query_heads: Query heads.
-            dtype: Of the 16-bit tokens that the cache holds.
+            dtype: Dtype of the 16-bit tokens that the cache holds.
         """
         return CacheShape(
             head_dim=head_dim,
@@ -131,18 +133,18 @@ class Codec(ABC):
 
     @property
     def decode_tables(self) -> HeadTables:
-        """The calibration as the decode kernel reads it; for codecs that have such a kernel."""
+        """The calibration as the decode kernel reads it, for codecs that have such a kernel."""
         raise NotImplementedError
 
     @abstractmethod
     def unpack(
         self, packed: Packed, shape: tuple[int, int, int, int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """fp32 keys and values of `shape`."""
+        """Unpacks blocks to fp32 keys and values of the given shape."""
 
     @abstractmethod
     def fake(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantize and dequantize `[1, num_kv_heads, tokens, head_dim]`, any number of tokens.
+        """Quantizes and dequantizes `[1, num_kv_heads, tokens, head_dim]`, any number of tokens.
 
-        Protocol B reads the tokens of an unfinished block through this.
+        Protocol B reads the tokens of an unfinished block this way.
         """

@@ -1,7 +1,7 @@
-"""What the layers of a decode step share on a GPU: tables that the attention kernel reads.
+"""Tables on the GPU that the attention kernel reads, shared by all layers of a decode step.
 
-They are written where blocks appear and advance by themselves in between, so that a step needs no
-host data and can be captured in a CUDA graph.
+The host writes them only when blocks are added. In between, the device advances them, so that a
+step needs no host data and can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from kvquant.kernels.decode_tables import RopeTables
 
 
 class StepTables:
-    """Block table, lengths and rotary tables of a cache.
+    """The block table, lengths and rotary tables of a cache on its device.
 
     Args:
-        shape: What the kernel is compiled for.
-        rope: Of the model; must not depend on the length of the sequence.
-        device: Where.
+        shape: The constants that the kernel is compiled for.
+        rope: Rotation of the model; must not depend on the length of the sequence.
+        device: Device of the cache.
     """
 
     def __init__(self, shape: DecodeShape, rope: Rope, device: torch.device) -> None:
@@ -37,7 +37,7 @@ class StepTables:
         self._chunks = 0
 
     def reserve(self, layout: Layout, blocks: int) -> None:
-        """Makes room for sequences of so many blocks; tensors are replaced if it was too small."""
+        """Makes room for `blocks` blocks per sequence; replaces tensors that are too small."""
         batch = len(layout.table)
         chunks = blocks * (self.shape.block_size // self.shape.chunk)
         if self._table.shape[0] != batch or self._table.shape[1] < blocks:
@@ -51,12 +51,12 @@ class StepTables:
             self._chunks = chunks
 
     def write(self, layout: Layout, blocks: list[int], tails: list[int]) -> None:
-        """Brings the tables in line with a layout.
+        """Updates the tables to a layout.
 
         Args:
-            layout: Of the cache.
-            blocks: Blocks of each sequence.
-            tails: Tokens in each tail.
+            layout: Layout of the cache.
+            blocks: Number of blocks of each sequence.
+            tails: Number of tokens in each tail.
         """
         if self._layout is layout and blocks == self._blocks and tails == self._tails:
             return
@@ -72,45 +72,46 @@ class StepTables:
         self._layout, self._blocks, self._tails = layout, list(blocks), list(tails)
 
     def forget(self) -> None:
-        """The layout's tables were changed in place (beams, crop): all is written anew."""
+        """Invalidates the tables after the layout changed in place (beam search, crop)."""
         self._layout = None
 
     def take_places(self) -> torch.Tensor:
-        """Where the next token goes in each tail, int64 `[batch_size]`; the tails then hold it.
+        """Takes the next place in each tail, int64 `[batch_size]`, and advances the lengths.
 
-        Only the device learns of it: see :meth:`count_token`.
+        Only the device counts the token; :meth:`count_token` does so on the host.
         """
         places = self._lengths[:, 2].long()
         self._lengths[:, 2] += 1
         return places
 
     def take_step(self, layout: Layout, before: View) -> torch.Tensor:
-        """:meth:`write`, :meth:`take_places` and :meth:`count_token` of a call, from its plan."""
+        """Updates the tables for a step and takes its places, on the device and on the host."""
         self.write(layout, before.blocks, before.tails)
         places = self.take_places()
         self.count_token()
         return places
 
     def count_token(self) -> None:
-        """The host's side of :meth:`take_places`."""
+        """Counts on the host the token that :meth:`take_places` counted on the device."""
         self._tails = [n + 1 for n in self._tails]
 
     @property
     def lengths(self) -> torch.Tensor:
-        """int32 `[batch_size, 3]`: see :class:`DecodeStep`."""
+        """The lengths, int32 `[batch_size, 3]`, as :class:`DecodeStep` describes them."""
         return self._lengths
 
     def addresses(self) -> tuple[int, ...]:
-        """Of the tensors that a captured graph reads."""
+        """Returns the addresses of the tensors that a captured graph reads."""
         assert self._tables is not None
         kept = (self._table, self._lengths, self._tables.places, self._tables.phases)
         return tuple(t.data_ptr() for t in kept)
 
     def step(self, *, whole: bool = False) -> DecodeStep:
-        """What the kernel is launched with.
+        """Returns the arguments with which the kernel is launched.
 
         Args:
-            whole: Split for the room there is, not for the blocks there are (a captured graph).
+            whole: Whether to split for the room in the tables instead of the existing blocks, as a
+                captured graph needs.
         """
         assert self._tables is not None
         per_block = self.shape.block_size // self.shape.chunk
@@ -119,13 +120,13 @@ class StepTables:
 
 
 class KernelSteps:
-    """The decode steps of a cache that kernels take; their tables outlive a step."""
+    """Keeps the tables of a cache's decode steps from one step to the next."""
 
     def __init__(self) -> None:
         self._tables: StepTables | None = None
 
     def tables(self, shape: DecodeShape, rope: Rope, device: torch.device) -> StepTables:
-        """The tables of a cache whose steps the kernel takes.
+        """Returns the tables of a cache, made anew where the kernel's constants changed.
 
         Args:
             shape: The constants that the kernel is compiled for.
@@ -137,6 +138,6 @@ class KernelSteps:
         return self._tables
 
     def forget(self) -> None:
-        """See :meth:`StepTables.forget`."""
+        """Invalidates the tables, if there are any; see :meth:`StepTables.forget`."""
         if self._tables is not None:
             self._tables.forget()

@@ -1,4 +1,4 @@
-"""What a cache holds: bytes allocated and elements of real tokens, for any kind of cache."""
+"""Counts the bytes that any kind of cache has allocated and the elements of its tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvquant.cache.kvquant_cache import KVQuantCache
 
 
 def cache_nbytes(cache: Cache) -> int:
-    """Bytes that a cache has allocated on its device."""
+    """Returns the bytes that a cache has allocated on its device."""
     if isinstance(cache, CountedCache):
         return cache.stored_nbytes()
     total = 0
@@ -24,19 +24,19 @@ def cache_nbytes(cache: Cache) -> int:
 
 
 def shared_nbytes(cache: Cache) -> int:
-    """Bytes of a filled cache that are the same for any number of sequences, as code tables."""
+    """Returns the bytes that do not grow with the number of sequences, such as code tables."""
     if isinstance(cache, CountedCache):
         return cache.shared_nbytes()
     return sum(x.codec.shared_bytes for x in cache.layers if isinstance(x, BlockLayer))
 
 
 def cache_elements(cache: Cache, mask: torch.Tensor | None = None) -> int:
-    """Key and value elements of the tokens in a cache.
+    """Returns the number of key and value elements of the tokens in a cache.
 
     Args:
         cache: The cache.
-        mask: `[batch_size, columns]` for an unquantized cache of a padded batch, which cannot tell
-            padding itself; its padding is then memory without elements.
+        mask: `[batch_size, columns]` for an unquantized cache of a padded batch, which does not
+            know what is padding. Padding then counts as memory without elements.
     """
     if isinstance(cache, CountedCache):
         return cache.stored_elements(mask)

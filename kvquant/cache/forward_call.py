@@ -1,7 +1,7 @@
-"""A forward call over a cache: begun, planned, taken by every layer, ended; or undone.
+"""Follows a forward call over a cache through all layers and handles calls that end early.
 
-A call that ends early (out of memory, NaN, Ctrl-C) leaves a cache as it was before, or refused from
-then on: once a layer has stored its tokens, the layers no longer hold the same.
+A call that ends early (out of memory, NaN, Ctrl-C) before any layer has stored tokens is undone.
+After that, the layers no longer hold the same tokens, and the cache is refused from then on.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ _AGAIN = "reset() it or take a new one"
 
 
 class BrokenCache(UserError, RuntimeError):
-    """The layers of a cache do not hold the same tokens, or not what they were given."""
+    """The error for a cache whose layers do not hold the tokens that they were given."""
 
 
 class ForwardCall:
     """The progress of one call, from its beginning to its last layer.
 
     Args:
-        layers: Layers of the cache.
-        new_len: New columns.
-        held: Whether whoever began the call ends it, too; else the last layer does.
-        undo: Puts back what the plan changed; called at most once, while nothing is stored.
+        layers: Number of layers of the cache.
+        new_len: Number of new columns.
+        held: Whether the caller who began the call ends it, too; else the last layer does.
+        undo: Reverts what the plan changed; called at most once, and only while nothing is stored.
 
     Attributes:
-        done: Layers that have taken the call.
-        stored: Whether a layer has begun to store.
+        done: Indices of the layers that have finished their part.
+        stored: Whether a layer has begun to store tokens.
     """
 
     def __init__(self, layers: int, new_len: int, held: bool, undo: Callable[[], None]) -> None:
@@ -45,30 +45,30 @@ class ForwardCall:
 
 
 class CallRecord(Generic[Plan]):
-    """What a cache knows of the call that runs, and of calls that ended early."""
+    """The record of a cache's current call and of calls that ended early."""
 
     def __init__(self) -> None:
         self._call: ForwardCall | None = None
-        self._plan: Plan | None = None  # of the call that runs
+        self._plan: Plan | None = None  # of the current call
         self._handed: Plan | None = None
         self._broken: str | None = None
 
     @property
     def running(self) -> bool:
-        """Whether a call was begun and has not ended."""
+        """Whether a call has begun and not ended."""
         return self._call is not None
 
     @property
     def handed(self) -> Plan | None:
-        """The plan that :meth:`handing` gives to the layers, or None outside of it."""
+        """The plan that :meth:`handing` gives to the layers, or None outside of that context."""
         return self._handed
 
     @contextmanager
     def handing(self, plan: Plan) -> Iterator[None]:
-        """Gives a plan made elsewhere to the layers; their calls are then not recorded.
+        """Gives the layers a plan made elsewhere, whose calls are not recorded.
 
         Args:
-            plan: Whoever made it accounts for the tokens, too.
+            plan: The plan; whoever made it also counts its tokens.
         """
         self._handed = plan
         try:
@@ -77,10 +77,10 @@ class CallRecord(Generic[Plan]):
             self._handed = None
 
     def check(self) -> None:
-        """Undoes a call that never got to store anything; to be called before each use.
+        """Undoes a call that ended before it stored anything; call this before each use.
 
         Raises:
-            BrokenCache: An earlier call or change ended after it had begun to store.
+            BrokenCache: An earlier call or change ended early, after it had begun to store.
         """
         call = self._call
         if self._broken is None and call is not None:
@@ -96,17 +96,17 @@ class CallRecord(Generic[Plan]):
             raise BrokenCache(self._broken)
 
     def refuse(self, reason: BaseException) -> None:
-        """Refuses the cache from now on."""
+        """Makes every later use of the cache raise the given reason."""
         self._broken = f"cache: {reason}; {_AGAIN}"
 
     def hear(self, *reports: Callable[[], None]) -> None:
-        """Asks what became of earlier calls, and refuses the cache for what was lost or wrong.
+        """Checks the results of earlier calls and refuses the cache from then on if one failed.
 
         Args:
-            reports: Functions that raise an error for it.
+            reports: Functions that raise an error if an earlier call failed.
 
         Raises:
-            BrokenCache: See :meth:`check`.
+            BrokenCache: The cache was refused before; see :meth:`check`.
         """
         self.check()
         try:
@@ -118,10 +118,10 @@ class CallRecord(Generic[Plan]):
 
     @contextmanager
     def changing(self, what: str) -> Iterator[None]:
-        """Surrounds a change of all layers; if it ends early, the cache is refused from then on.
+        """Surrounds a change of all layers, which breaks the cache if it ends early.
 
         Args:
-            what: Names the change.
+            what: Name of the change.
         """
         self.check()
         self._broken = f"cache: {what} failed; {_AGAIN}"
@@ -129,25 +129,25 @@ class CallRecord(Generic[Plan]):
         self._broken = None
 
     def begin(self, call: ForwardCall) -> None:
-        """Starts a call, before planning it changes anything."""
+        """Records the start of a call, before its planning changes anything."""
         self._call, self._plan = call, None
 
     def planned(self, plan: Plan) -> None:
-        """Takes the plan of the call that runs, which every layer gets from then on."""
+        """Sets the plan of the current call, which every layer gets from then on."""
         self._plan = plan
 
     def enter(self, layer: int, new_len: int) -> tuple[Plan, bool]:
-        """Begins a layer's part of the call that runs.
+        """Begins a layer's part of the current call.
 
         Args:
-            layer: Its number.
-            new_len: Columns that it was given.
+            layer: Index of the layer.
+            new_len: Number of columns that the layer was given.
 
         Returns:
-            The plan, and whether the layer is the first to take it.
+            The plan, and whether the layer is the first to use it.
 
         Raises:
-            UserError: No call was begun and planned for it, or another one.
+            UserError: No call was begun for the layer, or one with another number of columns.
         """
         if self._handed is not None:
             return self._handed, False
@@ -165,12 +165,12 @@ class CallRecord(Generic[Plan]):
         return plan, not call.done
 
     def store(self) -> None:
-        """Notes that a layer begins to store: from here on the call cannot be undone."""
+        """Notes that a layer begins to store, after which the call cannot be undone."""
         if self._call is not None:
             self._call.stored = True
 
     def leave(self, layer: int) -> bool:
-        """Ends a layer's part of the call; returns whether the call ends with it."""
+        """Ends a layer's part of the call and returns whether the call ends with it."""
         call = self._call
         if self._handed is not None or call is None:
             return False
@@ -178,10 +178,10 @@ class CallRecord(Generic[Plan]):
         return not call.held and len(call.done) == call.layers
 
     def end(self) -> Plan | None:
-        """The plan of the call that runs if all layers took it; None if no call runs.
+        """Returns the plan of the current call, which all layers must have finished, or None.
 
         Raises:
-            UserError: A layer did not take part.
+            UserError: A layer did not take part in the call.
         """
         call = self._call
         if self._handed is not None or call is None:
@@ -195,5 +195,5 @@ class CallRecord(Generic[Plan]):
         return self._plan
 
     def close(self) -> None:
-        """Forgets the call: its tokens belong to the cache, or it was undone."""
+        """Forgets the call, which was completed or undone."""
         self._call = self._plan = None

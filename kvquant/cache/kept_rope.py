@@ -40,7 +40,7 @@ class KeptRope:
             kept.append((cos, sin), spans, [0] * len(lengths))
         return kept
 
-    @torch.inference_mode()  # buffers are of one kind, whatever mode a call comes in
+    @torch.inference_mode()  # buffers are inference tensors, whatever mode the caller is in
     def append(self, rope: Table, spans: list[Span], lengths: list[int]) -> None:
         """Keeps the tables of new tokens.
 

@@ -1,7 +1,7 @@
-"""Outliers that found no room in a cache on a GPU: noticed without waiting, told as errors.
+"""Raises errors for outliers that a cache on a GPU had no room for, without blocking the host.
 
-Kernels that pack count on the device what they lost. The host has the count copied behind a call
-and looks at the copy in a later one: trouble is told late, and nobody waits to hear of none.
+Packing kernels count lost outliers on the device. After a call, the host starts an asynchronous
+copy of the count, which a later call reads. Errors surface on a later call; the host never blocks.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ import torch
 from kvquant.cache.block_store import BlockStore
 from kvquant.errors import NonFiniteTokens, OutlierOverflow
 
-# Room that a wider cache has beyond the outliers that were found.
+# Outlier slots of a widened cache over the outliers that were found.
 SPARE = 1.1
 
 
 class OutlierWatch:
-    """What one cache knows of the outliers that it lost."""
+    """Watches one cache for lost outliers and non-finite input."""
 
     def __init__(self) -> None:
         self._status: torch.Tensor | None = None
-        # A copy of the status on its way to the host, and when it is there.
+        # A copy of the status on its way to the host, and the event of its arrival.
         self._copy: tuple[torch.Tensor, torch.cuda.Event] | None = None
-        self._packed = False  # blocks that no copy covers yet
+        self._packed = False  # whether blocks were packed since the last copy
 
     def status(self, device: torch.device) -> torch.Tensor | None:
-        """int32 `[2]` on a GPU, where layers report lost outliers and NaN; None on a CPU."""
+        """Returns int32 `[2]` for layers to report lost outliers and NaN; None on a CPU."""
         if self._status is None and device.type == "cuda":
             self._status = torch.zeros(2, dtype=torch.int32, device=device)
         return self._status
 
     def note_packing(self) -> None:
-        """Told where a call packs blocks, so that later calls look at what became of them."""
+        """Notes that a call packs blocks, so that later calls check them for lost outliers."""
         self._packed = True
 
     def check(self) -> None:
-        """Raises for what earlier calls lost, as far as the host can know without waiting.
+        """Raises for lost outliers of earlier calls that the host can know without waiting.
 
         Raises:
-            OutlierOverflow: Outliers were lost for want of room.
+            OutlierOverflow: Outliers were lost because there was no room for them.
             ValueError: The input held NaN or Inf.
         """
         if self._copy is not None and self._copy[1].query():
@@ -50,17 +50,17 @@ class OutlierWatch:
             self._copy, self._packed = _copy_to_host(self._status), False
 
     def fork(self) -> OutlierWatch:
-        """The watch of a copy of the cache: what the blocks that it shares lost, it lost too."""
+        """Returns the watch for a copy of the cache, which shares the blocks and their losses."""
         other = OutlierWatch()
         if self._status is not None:
             other._status, other._packed = self._status.clone(), True
         return other
 
     def settle(self) -> None:
-        """Waits for the device and raises if what it packed so far is not whole.
+        """Waits for the device and raises if it lost outliers or met NaN so far.
 
         Raises:
-            OutlierOverflow: Outliers were lost for want of room.
+            OutlierOverflow: Outliers were lost because there was no room for them.
             ValueError: The input held NaN or Inf.
         """
         self._copy = None
@@ -70,7 +70,7 @@ class OutlierWatch:
 
 
 def _copy_to_host(status: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
-    """Starts a copy; the event says when it is there."""
+    """Starts a copy of the status to the host and returns it with the event of its arrival."""
     host = torch.empty(2, dtype=torch.int32, pin_memory=True)
     host.copy_(status, non_blocking=True)
     event = torch.cuda.Event()
@@ -89,10 +89,10 @@ def _refuse(lost: int, bad: int) -> None:
 
 
 def widen_codecs(stores: Iterable[BlockStore]) -> None:
-    """Gives the next caches the room for outliers that these layers lacked; waits for the device.
+    """Gives later caches the outlier slots that these layers lacked; waits for the device.
 
     Args:
-        stores: Of the layers of a cache; their codecs are changed, not they.
+        stores: The stores of a cache's layers; only their codecs are changed.
     """
     for store in stores:
         crowding = store.crowding()
