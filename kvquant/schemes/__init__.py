@@ -1,1 +1,1 @@
-"""Cache schemes: one file per scheme kind, which `registry` resolves by name."""
+"""The cache schemes, with one module per scheme kind that `registry` resolves by name."""

@@ -1,4 +1,4 @@
-"""The backends that a scheme's cache would get with a model, before either is loaded."""
+"""Reports which backends a scheme's cache would use with a model, before either is loaded."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def backend_report(
 ) -> dict[Operation, Selection]:
     """Selects the backend of each operation without loading, compiling or allocating anything.
 
-    What only a calibration or the calls can tell is taken to suit the kernels.
+    What is known only after calibration or during a call is assumed to suit the kernels.
 
     Args:
         scheme: The scheme of the cache.
-        head_dim: Channels per head of the model.
-        kv_heads: Key and value heads.
-        query_heads: Query heads.
-        dtype: Of the model's weights.
-        device: Where the model shall lie.
-        protocol: "A" or "B".
+        head_dim: Number of channels per head.
+        kv_heads: Number of key and value heads.
+        query_heads: Number of query heads.
+        dtype: The dtype of the model's weights.
+        device: The device that the model will be on.
+        protocol: The protocol, "A" or "B".
         static_rope: Whether the rope scaling does not change with the length of a sequence.
 
     Returns:
-        A selection per operation, whose `backend`, `refused` and `lines()` can be printed; nothing
-        for a scheme that does not pack blocks.
+        One selection per operation, whose `backend`, `refused` and `lines()` can be printed. The
+        mapping is empty for a scheme that does not pack blocks.
 
     Raises:
         UserError: `KVQUANT_KERNELS` is not one of the known values.
@@ -53,7 +53,7 @@ def backend_report(
         queries_per_kv_head=query_heads // kv_heads,
         dtype=stored_dtype(dtype),
         codebook=scheme.kind,
-        block_size=64,  # other kinds may have other sizes, which nothing here depends on
+        block_size=64,  # other kinds may have other sizes, but nothing here depends on it
         query_dtype=dtype,
         protocol=protocol,
         static_rope=static_rope,

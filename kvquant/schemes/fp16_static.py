@@ -1,9 +1,9 @@
 """An unquantized 16-bit cache that is allocated once.
 
-The baseline of long prompts: transformers' `DynamicCache` copies everything it holds at every step.
-Its `StaticCache` is allocated once too, but hands out all of its room, so every call needs a mask
-of the unwritten part and prefill loses the mask-free attention kernels. This layer allocates as
-`StaticCache` does and hands out only what is written.
+It is the baseline of long prompts, because transformers' `DynamicCache` copies everything it holds
+at every step. Its `StaticCache` is allocated once too, but returns the whole allocation, so every
+call needs a mask of the unwritten part and prefill cannot use the attention kernels without a mask.
+This layer allocates as `StaticCache` does and returns only what is written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvquant.study.schemes import Fp16StaticScheme
 
 
 class StaticFp16Layer(Fp16Layer):
-    """A layer with room for later tokens.
+    """A layer of a 16-bit cache, allocated with room for later tokens.
 
     Args:
         room: Tokens allocated beyond those of the first call, and whenever the room is used up.
@@ -34,7 +34,7 @@ class StaticFp16Layer(Fp16Layer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the new keys and values and returns all, `[batch_size, heads, seq_len, dim]`."""
+        """Appends keys and values and returns all of them, `[batch_size, heads, seq_len, dim]`."""
         kind = key_states.dtype
         if kind is torch.float32:
             key_states, value_states = key_states.half(), value_states.half()
@@ -60,41 +60,41 @@ class StaticFp16Layer(Fp16Layer):
         return like.new_empty((batch, heads, total + self._room, dim))
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Removes all tokens and frees the allocation."""
         super().reset()
         self._buffers = None
 
     def _moved(self) -> None:
-        # The held tensors are copies now; the next update makes room for them again.
+        # `keys` and `values` are copies now, so the next update allocates room for them again.
         self._buffers = None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Reorders the sequences for beam search."""
+        """Reorders the sequences, as beam search needs."""
         super().reorder_cache(beam_idx)
         self._moved()
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the given sequences."""
+        """Keeps only the sequences with the given indices."""
         super().batch_select_indices(indices)
         self._moved()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each sequence."""
+        """Repeats each sequence the given number of times."""
         super().batch_repeat_interleave(repeats)
         self._moved()
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Returns the bytes that the layer has allocated."""
         held: Any = self._buffers or (self.keys, self.values)
         return sum(t.nbytes for t in held if t is not None)
 
 
 class StaticFp16Cache(Cache, CountedCache):
-    """Layers of :class:`StaticFp16Layer`.
+    """A 16-bit cache whose layers are allocated once.
 
     Args:
-        num_layers: Layers of the model.
+        num_layers: Number of layers of the model.
         room: See :class:`StaticFp16Layer`.
     """
 
@@ -102,11 +102,11 @@ class StaticFp16Cache(Cache, CountedCache):
         super().__init__(layers=[StaticFp16Layer(room) for _ in range(num_layers)])
 
     def stored_nbytes(self) -> int:
-        """Bytes allocated, unused room included."""
+        """Returns the bytes that all layers have allocated, unused room included."""
         return sum(layer.nbytes for layer in self.layers)
 
     def stored_elements(self, mask: torch.Tensor | None) -> int:
-        """Key and value elements of real tokens."""
+        """Returns the number of key and value elements of real tokens, without padding."""
         total = 0
         for layer in self.layers:
             if layer.keys is not None:
@@ -117,5 +117,5 @@ class StaticFp16Cache(Cache, CountedCache):
 
 
 def make_caches(spec: Fp16StaticScheme, shape: ModelShape, tables: Tables) -> CacheFactory:
-    """Returns what makes empty caches."""
+    """Returns a function that makes empty caches."""
     return lambda protocol, rope: StaticFp16Cache(shape.num_layers, spec.room)

@@ -1,9 +1,9 @@
 """8-bit floating point (E4M3), the low-precision cache that serving engines offer.
 
-Keys are stored after RoPE. `scale: token-head` stores one 16-bit scale for each token and head
-(largest magnitude to 448, the largest number of E4M3; Micikevicius et al., arXiv 2209.05433);
-`scale: none` casts as it is and saturates at 448, as engines do without calibrated scales.
-Transformers' own FP8 cache, one scale a tensor, is `kind: hf-fp8`.
+Keys are stored after RoPE. `scale: token-head` stores one 16-bit scale per token and head, which
+maps the largest magnitude to 448, the largest number of E4M3 (Micikevicius et al., arXiv
+2209.05433). `scale: none` casts without a scale and saturates at 448, as engines do without
+calibrated scales. Transformers' own FP8 cache, with one scale per tensor, is `kind: hf-fp8`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 
 
 def encode(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """Bytes of E4M3 numbers, saturated (the cast itself saturates in some releases of torch only).
+    """Encodes data as E4M3, one byte per element, saturated at the largest number.
+
+    The data is clamped first, because only some releases of torch saturate in the cast itself.
 
     Args:
-        x: fp16/bf16, any shape.
-        scale: 16-bit, broadcast against `x`; None for 1.
+        x: fp16/bf16, of any shape.
+        scale: 16-bit scales, broadcast against `x`; None stands for 1.
     """
     wide = x.float()
     if scale is not None:
@@ -32,18 +34,18 @@ def encode(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
 
 
 def decode(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """fp32 numbers of bytes."""
+    """Decodes E4M3 bytes to fp32."""
     wide = codes.view(torch.float8_e4m3fn).float()
     return wide if scale is None else wide * scale.float()
 
 
 def token_scale(x: torch.Tensor) -> torch.Tensor:
-    """16-bit scale of each token and head, `[..., tokens, 1]`."""
+    """Returns one 16-bit scale per token and head, `[..., tokens, 1]`."""
     return (x.float().abs().amax(-1, keepdim=True) / LARGEST).to(x.dtype)
 
 
 class Fp8Codec(Codec):
-    """Packs one layer; needs no calibration."""
+    """Packs the blocks of one layer in E4M3, without calibration."""
 
     rotated_keys = True
 

@@ -1,4 +1,4 @@
-"""Sparse rows that grow by concatenation, as in KVQuant's public code (see `kvquant_ref`)."""
+"""Sparse matrices that grow by concatenation, as in KVQuant's public code (`kvquant_ref`)."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from dataclasses import dataclass
 
 import torch
 
-PIECE = 4096  # tokens that are dequantized at a time
+PIECE = 4096  # number of tokens that are dequantized at a time
 
 
 @dataclass
 class Compressed:
-    """Standard compressed rows, a row a token: CSR of values, and CSC of keys (its transpose).
+    """A compressed sparse matrix with one row per token.
+
+    It is the CSR format of values, and the CSC format of keys, which are stored transposed.
 
     Attributes:
-        pointers: int32 `[tokens + 1]`.
-        channels: int32 `[nonzeros]`, `head * head_dim + channel`.
-        values: fp32 `[nonzeros]`, what is added to the dense part.
-        marks: `pointers` at every `PIECE` tokens, on the host.
-        total: Nonzeros, on the host.
+        pointers: int32 `[tokens + 1]`, where the entries of each token begin.
+        channels: int32 `[nonzeros]`, `head * head_dim + channel` of each entry.
+        values: fp32 `[nonzeros]`, which are added to the dense part.
+        marks: Every `PIECE`-th value of `pointers`, on the host.
+        total: The number of nonzeros, on the host.
     """
 
     pointers: torch.Tensor
@@ -29,19 +31,19 @@ class Compressed:
 
     @classmethod
     def empty(cls, device: torch.device) -> Compressed:
-        """No tokens."""
+        """Returns a matrix without tokens."""
         none = torch.zeros(0, dtype=torch.int32, device=device)
         return cls(none.new_zeros(1), none, none.float(), [0])
 
     def read_count(self, counts: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """New pointers, and the number of new nonzeros, for which the host waits.
+        """Returns the new pointers and the number of new nonzeros, for which the host waits.
 
         Args:
-            counts: int32 `[new tokens]`.
+            counts: int32 `[new tokens]`, the number of nonzeros per new token.
         """
         ends = counts.cumsum(0, dtype=torch.int32) + self.total
         tokens = self.pointers.numel() - 1
-        # Where pieces will begin is learnt by the same copy.
+        # The same copy to the host brings the places where the next pieces begin.
         at = list(range(PIECE - 1 - tokens % PIECE, counts.numel(), PIECE))
         *marks, total = (ends[[*at, -1]] if at else ends[-1:]).tolist()
         self.marks += marks
@@ -51,13 +53,13 @@ class Compressed:
     def concatenate(
         self, pointers: torch.Tensor, channels: torch.Tensor, values: torch.Tensor
     ) -> None:
-        """Grows all three arrays; each is allocated anew and copied."""
+        """Appends entries to all three arrays, each of which is allocated anew and copied."""
         self.pointers = torch.cat([self.pointers, pointers])
         self.channels = torch.cat([self.channels, channels])
         self.values = torch.cat([self.values, values])
 
     def add_to(self, dense: torch.Tensor, piece: int) -> None:
-        """Adds a piece's entries to fp32 `[tokens, channels]`."""
+        """Adds the entries of a piece to `dense`, fp32 `[tokens, channels]`."""
         first = self.marks[piece]
         last = self.marks[piece + 1] if piece + 1 < len(self.marks) else self.total
         if first == last:
@@ -71,5 +73,5 @@ class Compressed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays."""
+        """Returns the bytes of the three arrays."""
         return self.pointers.nbytes + self.channels.nbytes + self.values.nbytes

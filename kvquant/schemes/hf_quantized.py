@@ -1,8 +1,8 @@
 """Transformers' own quantized caches behind our interface: `hf-quanto`, `hf-hqq`, `hf-fp8`.
 
-The layers are transformers' (`QuantoQuantizedLayer`, `HQQQuantizedLayer`, `Fp8QuantizedLayer`) and
-behave as in `QuantizedCache`; the model keeps its own attention, keys are stored after RoPE. What
-that means for a measurement:
+The layers are those of transformers (`QuantoQuantizedLayer`, `HQQQuantizedLayer`,
+`Fp8QuantizedLayer`) and behave as in `QuantizedCache`. The model keeps its own attention, and keys
+are stored after RoPE. For a measurement this means:
 
 - The first call returns the full-precision states, so a perplexity by one forward pass measures
   nothing. Only protocol A, in chunks, is offered.
@@ -11,8 +11,9 @@ that means for a measurement:
 - Integer layers keep later tokens in 16 bits up to `residual`, then dequantize the whole cache and
   quantize it again. Every call dequantizes the whole cache.
 
-Added here: rounding of an fp32 model's states to fp16, as all 16-bit tensors of this library;
-byte counting; a clock; selection of sequences, which integer layers of transformers 5.17 lack.
+This module adds what the layers lack. It rounds the states of an fp32 model to fp16, as the library
+does for all 16-bit tensors. It counts bytes and measures the time of quantization. It selects
+sequences, which the integer layers of transformers 5.17 cannot do.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _BACKENDS = {
 
 
 def tensor_bytes(found: Any) -> int:
-    """Bytes of all tensors in nested containers and tensor subclasses (quanto's)."""
+    """Returns the bytes of all tensors in nested containers and in quanto's tensor subclasses."""
     if isinstance(found, torch.Tensor):
         if hasattr(found, "__tensor_flatten__"):
             return sum(tensor_bytes(getattr(found, name)) for name in found.__tensor_flatten__()[0])
@@ -54,17 +55,17 @@ def tensor_bytes(found: Any) -> int:
 
 
 class _PeerLayer:
-    """Mixed in before a layer class of transformers."""
+    """Adds counting, timing and selection to a layer class of transformers, as a mixin."""
 
     clock: QuantizeClock
     is_croppable = False
-    _rows: torch.Tensor | None = None  # sequences to take from what is quantized
-    _shape: tuple[int, int, int] | None = None  # sequences, kv heads, head_dim
+    _rows: torch.Tensor | None = None  # which sequences are read from the quantized states
+    _shape: tuple[int, int, int] | None = None  # batch_size, kv_heads, head_dim
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As transformers', on 16-bit states."""
+        """Appends keys and values in 16 bits and returns all, as transformers' layer does."""
         kind = key_states.dtype
         batch, heads, _, dim = key_states.shape
         self._shape = (batch, heads, dim)
@@ -75,7 +76,7 @@ class _PeerLayer:
         return keys.to(kind), values.to(kind)
 
     def _quantize(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._rows = None  # the tensor was dequantized through `_dequantize`, rows chosen
+        self._rows = None  # `_dequantize` has applied the selection to this tensor already
         parent: Any = super()
         with self.clock.measure(tensor.device):
             return parent._quantize(tensor, *args, **kwargs)
@@ -86,7 +87,10 @@ class _PeerLayer:
         return out if self._rows is None else out.index_select(0, self._rows.to(out.device))
 
     def choose(self, indices: torch.Tensor) -> None:
-        """Keeps, repeats or reorders sequences; quantized states are chosen when next read."""
+        """Keeps, repeats or reorders sequences.
+
+        The selection is applied to quantized states when they are read next.
+        """
         me: Any = self
         if not me.is_initialized:
             return
@@ -102,12 +106,12 @@ class _PeerLayer:
             )
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: quantized states cannot be cut."""
+        """Refuses to remove tokens, because quantized states cannot be cut."""
         raise NotImplementedError("crop: transformers' quantized caches cannot be cut")
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Returns the bytes that the layer has allocated."""
         me: Any = self
         names = ("_quantized_keys", "_quantized_values", "keys", "values")
         return sum(tensor_bytes(getattr(me, name, None)) for name in names)
@@ -119,7 +123,7 @@ def _layer_class(name: str) -> Any:
 
 
 class HfQuantizedCache(Cache, QuantizeClock, CountedCache):
-    """A transformers cache of quantized layers (see the module)."""
+    """A cache made of transformers' quantized layers (see the module)."""
 
     def __init__(self, spec: HfScheme, num_layers: int) -> None:
         QuantizeClock.__init__(self)
@@ -132,7 +136,7 @@ class HfQuantizedCache(Cache, QuantizeClock, CountedCache):
         Cache.__init__(self, layers=layers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HfQuantizedCache:
-        """A cache that goes on from here; states are shared, as they are never written in place."""
+        """Returns an independent copy that shares the states, which are never written in place."""
         other = copy.copy(self)
         other.layers = [copy.copy(layer) for layer in self.layers]
         for layer in other.layers:
@@ -144,25 +148,25 @@ class HfQuantizedCache(Cache, QuantizeClock, CountedCache):
             layer.choose(indices)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Reorders the sequences for beam search."""
+        """Reorders the sequences, as beam search needs."""
         self._choose(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the given sequences (int64 indices or a bool mask)."""
+        """Keeps only the given sequences, named by int64 indices or a bool mask."""
         self._choose(indices.nonzero().view(-1) if indices.dtype is torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each sequence."""
+        """Repeats each sequence the given number of times."""
         shape = self.layers[0]._shape
         if shape is not None:
             self._choose(torch.arange(shape[0]).repeat_interleave(repeats))
 
     def stored_nbytes(self) -> int:
-        """Bytes allocated, padding included."""
+        """Returns the bytes that all layers have allocated, padding included."""
         return sum(layer.nbytes for layer in self.layers)
 
     def stored_elements(self, mask: torch.Tensor | None) -> int:
-        """Key and value elements of real tokens."""
+        """Returns the number of key and value elements of real tokens, without padding."""
         total = 0
         for layer in self.layers:
             if layer._shape is not None:
@@ -186,11 +190,11 @@ def _options(spec: HfScheme) -> dict[str, int]:
 
 
 def check(spec: HfScheme, num_kv_heads: int, head_dim: int) -> None:
-    """Refuses what this installation or model cannot run.
+    """Refuses a scheme that this installation or model cannot run.
 
     Raises:
-        MissingPackage: Names the package.
-        UserError: Names the option and the fix.
+        MissingPackage: A package is missing; the message names it.
+        UserError: An option does not fit the model; the message names it and the fix.
     """
     layer, module, package = _BACKENDS[spec.kind]
     if not hasattr(cache_utils, layer):
@@ -221,11 +225,11 @@ def check(spec: HfScheme, num_kv_heads: int, head_dim: int) -> None:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the parent package
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 def make_caches(spec: HfScheme, shape: ModelShape, tables: Tables) -> CacheFactory:
-    """Returns what makes empty caches, once :func:`check` has found that they can be used."""
+    """Returns a function that makes empty caches, after :func:`check` accepted the scheme."""
     check(spec, shape.num_kv_heads, shape.head_dim)
     return lambda protocol, rope: HfQuantizedCache(spec, shape.num_layers)

@@ -1,8 +1,8 @@
 """INT4 after a Hadamard rotation, in the style of SAW-INT4 (arXiv 2604.19157).
 
 Each token's keys (after RoPE) and values are rotated within their head, which spreads outlier
-channels over all channels, then quantized asymmetrically with a 16-bit minimum and scale for each
-token and head: 4 + 32 / head_dim bits an element.
+channels over all channels. They are then quantized asymmetrically with a 16-bit minimum and scale
+per token and head, which takes 4 + 32 / head_dim bits per element.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ BITS = 4
 
 
 def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """uint8 codes, 16-bit minimum and scale of fp16/bf16 `[..., tokens, head_dim]`."""
+    """Encodes fp16/bf16 `[..., tokens, head_dim]` as uint8 codes, 16-bit minimums and scales."""
     return encode_groups(rotate(x.float()).to(x.dtype), -1, BITS)
 
 
 def decode(codes: torch.Tensor, minimum: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """fp32 data of codes."""
+    """Decodes codes to fp32."""
     return rotate(decode_groups(codes, minimum, scale), inverse=True)
 
 
 class Int4HadamardCodec(Codec):
-    """Packs one layer; needs no calibration."""
+    """Packs the blocks of one layer in rotated INT4, without calibration."""
 
     rotated_keys = True
 

@@ -1,11 +1,11 @@
 """KIVI (Liu et al., ICML 2024, arXiv 2402.02750), written from the paper.
 
 Keys (after RoPE) are quantized asymmetrically per channel in groups of `group` tokens, values per
-token in groups of `group` channels, with a 16-bit scale and minimum a group; the most recent
-`residual` tokens stay 16-bit. Here a group of keys is packed as soon as all of its tokens are older
-than the residual window, which keeps between `residual` and `residual + group - 1` tokens; the
-paper flushes keys `residual` tokens at a time. With `sinks` the first tokens of each sequence stay
-16-bit as well and groups begin behind them; the published method has none (`sinks: 0`).
+token in groups of `group` channels, with a 16-bit scale and minimum per group. The most recent
+`residual` tokens stay in 16 bits. Here a group of keys is packed as soon as all of its tokens are
+older than the residual window, which keeps between `residual` and `residual + group - 1` tokens.
+The paper flushes keys `residual` tokens at a time. With `sinks` the first tokens of each sequence
+stay in 16 bits as well and groups begin behind them. The published method has none (`sinks: 0`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from kvquant.study.schemes import KiviScheme
 def encode_groups(
     x: torch.Tensor, axis: int, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Round-to-nearest codes of groups along `axis`.
+    """Encodes groups along `axis` by rounding to the nearest level.
 
     Args:
         x: fp16/bf16; the whole of `axis` is one group.
-        axis: The group's dimension.
-        bits: Bits a code.
+        axis: The dimension of the groups.
+        bits: Bits per code.
 
     Returns:
         uint8 codes of `x.shape`, and 16-bit minimum and scale with `axis` of size 1.
@@ -43,12 +43,12 @@ def encode_groups(
 
 
 def decode_groups(codes: torch.Tensor, minimum: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """fp32 data of codes."""
+    """Decodes codes to fp32."""
     return codes.float().mul_(scale.float()).add_(minimum.float())
 
 
 class KiviCodec(Codec):
-    """Packs one layer; needs no calibration."""
+    """Packs the blocks of one layer in KIVI's groups, without calibration."""
 
     rotated_keys = True
 

@@ -1,31 +1,36 @@
-"""KVQuant's published procedure (Hooper et al., arXiv 2401.18079): the baseline of speed claims.
+"""KVQuant's published procedure (Hooper et al., arXiv 2401.18079), the baseline of speed claims.
 
-Written from a description of the public code's steps (SqueezeAILab/KVQuant, deployment part, commit
-57a2383 of July 2024), without its text, on the quantizer files of `nuq`, whose numbers it gives
-back. What mirrors what:
+Written from a description of the steps of the public code (SqueezeAILab/KVQuant, deployment part,
+commit 57a2383 of July 2024), without its text. It reads the quantizer files of `nuq` and gives the
+same numbers as `nuq`. The steps are those of the public code:
 
-- Prompt: attended in full precision, keys and values whole in 16 bits; then packed, sequence by
-  sequence, as the code knows batches of one only.
-- Packing: fp32 copies, transposed to token by channel; nearest level of a table written out for
-  every channel (keys) or token (values, fp32); codes packed along the channels of a token, into
-  memory allocated ahead.
-- Keys, before RoPE: outliers outside the calibrated range, in the code's true compressed format.
-  They are counted, the count is read back to the host to size buffers, then gathered; stored is
-  what the edge level lacks.
-- Values: the k largest and smallest of a token by top-k, the next ones give the range; outliers get
-  the middle code, and what it lacks is stored.
-- Outliers: fp32 values, int32 channels, int32 pointers a token.
-- Append of a token: the same steps; each array of outliers grows by concatenation, so it is
-  allocated and copied anew, for keys and for values, with one wait of the host each.
-- Sinks: keys after RoPE and values in 16 bits.
+- A prompt is attended in full precision, with all keys and values in 16 bits. It is then packed
+  sequence by sequence, because the code supports only batches of one.
+- Packing makes fp32 copies, transposed to token by channel. It finds the nearest level in one table
+  per channel (keys) or per token (values, fp32), and packs the codes along the channels of a token
+  into memory that was allocated ahead.
+- Keys are packed before RoPE. Their outliers lie outside the calibrated range and are stored in the
+  code's compressed format. They are counted, the host reads the count to size its buffers, and
+  they are gathered. Their difference from the outermost level is stored.
+- The outliers of values are the k largest and k smallest elements of a token, found by top-k; the
+  next ones give the range. Outliers get the middle code, and their difference from it is stored.
+- Outliers take fp32 values and int32 channels, and int32 pointers per token.
+- An append of a token takes the same steps. Each array of outliers grows by concatenation, so it is
+  allocated and copied anew, for keys and for values, and the host waits once for each.
+- Sinks are kept in 16 bits: keys after RoPE, and values.
 
-Better than the code, so that the comparison is not won by its faults: prompts of a batch share one
-forward pass; grouped-query attention, padding, any head_dim; appends of several tokens; no array
-of start rows, which the code fills in a loop with a read from the device per token; top-k stays on
-the device, where the code sends a new token's to the CPU; full capacity grows. Worse: steps are
-PyTorch operations where the code has a kernel. Its decode kernels have no counterpart: decoding
-dequantizes piece by piece, so prefill and append are what may be compared. Not built: the format of
-fixed width (42 entries a token), which changes the numbers where a token has more outliers.
+Some things are better than in the public code, so that its faults do not decide the comparison:
+
+- The prompts of a batch share one forward pass.
+- Grouped-query attention, padding, any head_dim and appends of several tokens are supported.
+- There is no array of start rows, which the code fills in a loop with one device read per token.
+- Top-k stays on the device, where the code computes that of a new token on the CPU.
+- The allocation grows when it is full.
+
+Others are worse: steps are PyTorch operations where the code has a kernel, and its decode kernels
+have no counterpart. Decoding dequantizes piece by piece, so only prefill and append are
+comparable. The format of fixed width (42 entries per token), which changes the numbers where a
+token has more outliers, is not implemented.
 """
 
 from __future__ import annotations
@@ -61,17 +66,18 @@ from kvquant.study.schemes import KvquantRefScheme
 
 @dataclass(frozen=True)
 class ReferencePlan(CallPlan):
-    """What every layer does in one call.
+    """The plan of one call, which all layers share.
 
     Attributes:
         spans: Columns of each sequence that are tokens.
-        new_positions: int64 `[batch_size, new_len]`, positions as keys; `NEVER` for padding.
+        new_positions: int64 `[batch_size, new_len]`, positions of the new keys; `NEVER` for
+            padding.
         key_positions: int64 `[1, columns]`, positions of all keys.
         key_rope: Rotary table of `key_positions`.
-        simulated: Whether the call's own tokens are read from the cache, too (protocol B).
+        simulated: Whether the call's own tokens are read from the cache as well (protocol B).
         mask: bool `[batch_size, columns]` on the host after the call; None if all are tokens.
-        shifts: Shifts of positions after the call.
-        storing: To be called before anything is stored: the call cannot be undone from then on.
+        shifts: The shifts of positions after the call.
+        storing: Called before anything is stored, after which the call cannot be undone.
     """
 
     spans: list[Span]
@@ -85,10 +91,10 @@ class ReferencePlan(CallPlan):
 
 
 class ReferenceLayer(AttendingLayer[ReferencePlan]):
-    """A layer of :class:`ReferenceCache`: one store per sequence.
+    """A layer of :class:`ReferenceCache`, with one store per sequence.
 
     Args:
-        tables: Calibration of the layer.
+        tables: The calibration of the layer.
         extent: See :class:`AttendingLayer`.
         clock: See :class:`AttendingLayer`.
     """
@@ -115,7 +121,7 @@ class ReferenceLayer(AttendingLayer[ReferencePlan]):
         return out
 
     def _read(self, plan: ReferencePlan, new: NewTokens, scaling: float) -> torch.Tensor:
-        """Attention over what is stored, one sequence after the other."""
+        """Computes attention over the stored tokens, one sequence after the other."""
         parts = []
         for b, store in enumerate(self.stores):
             row = slice(b, b + 1)
@@ -146,11 +152,11 @@ class ReferenceLayer(AttendingLayer[ReferencePlan]):
 
 
 class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
-    """KVQuant's cache (see the module).
+    """A cache that follows KVQuant's published procedure (see the module).
 
     Args:
-        tables: One table per layer.
-        rope: Positions `[1, n]` to the rotary table `(cos, sin)`, each `[1, n, head_dim]`.
+        tables: The tables of each layer.
+        rope: Maps positions `[1, n]` to the rotary table `(cos, sin)`, each `[1, n, head_dim]`.
         protocol: See :class:`AttendingCache`.
     """
 
@@ -159,7 +165,7 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
         layers = [ReferenceLayer(t, extent, clock) for t in tables]
         super().__init__(layers, protocol, extent, clock)
         self._rope = rope
-        # bool [batch_size, columns] on the host; None as long as all are tokens
+        # bool [batch_size, columns] on the host; None as long as no column is padding
         self._mask: torch.Tensor | None = None
         self._shifts: Shifts | None = None  # of positions, before the first call
 
@@ -177,8 +183,8 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
         """See :meth:`AttendingCache.begin_forward`; waits for the device, as the public code does.
 
         Raises:
-            ValueError: The mask contradicts an earlier one, or positions are not counted.
-            UserError: An earlier call ended early.
+            ValueError: The mask contradicts an earlier one, or positions do not count the tokens.
+            UserError: An earlier call ended after it had begun to store.
         """
         self.calls.check()
         lengths = [store.length for store in self.layers[0].stores] or [0] * batch
@@ -216,7 +222,7 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
         return plan
 
     def _host_mask(self, mask: torch.Tensor, batch: int, total: int) -> torch.Tensor:
-        """The mask of a call on the host, if it goes on from the earlier ones."""
+        """Returns the mask of a call on the host, which must continue the earlier masks."""
         if mask.dim() != 2 or tuple(mask.shape) != (batch, total):
             raise ValueError(
                 f"attention_mask: shape {tuple(mask.shape)}, expected {(batch, total)}"
@@ -233,7 +239,7 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
     def _follow(
         self, positions: torch.Tensor | None, given: bool, spans: list[Span], lengths: list[int]
     ) -> tuple[Shifts, bool]:
-        """The shifts after a call, and whether its positions are not the numbers of its tokens."""
+        """Returns the shifts after a call, and whether the call's positions are shifted."""
         old = self._shifts or Shifts([0] * len(lengths), True)
         if positions is None:
             return old, False
@@ -260,7 +266,7 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
 
     @property
     def batch_size(self) -> int:
-        """Sequences; -1 before the first call."""
+        """Returns the number of sequences; -1 before the first call."""
         return len(self.layers[0].stores) or -1
 
     def _choose(self, order: list[int]) -> None:
@@ -283,7 +289,7 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
             layer.stores = stores
 
     def copy(self) -> ReferenceCache:
-        """A cache that goes on from here, to reuse a prompt."""
+        """Returns an independent copy, with which a prompt can be reused."""
         self.calls.check()
         tables = [layer.tables for layer in self.layers]
         other = ReferenceCache(tables, self._rope, self.protocol)
@@ -298,48 +304,48 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
         return self.copy()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReferenceCache:
-        """See :meth:`copy`; the model, whose rotary embedding it holds, is not copied."""
+        """See :meth:`copy`; the model, whose rotary embedding the cache holds, is not copied."""
         return self.copy()
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Removes all tokens."""
         self.extent.columns, self.calls = 0, CallRecord()
         self._mask = self._shifts = None
         for layer in self.layers:
             layer.stores = []
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Reorders the sequences for beam search."""
+        """Reorders the sequences, as beam search needs."""
         count = len(self.layers[0].stores) or -1
         self._choose(sequence_indices("beam_idx", beam_idx, count, whole=True).tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the given sequences (int64 indices or a bool mask)."""
+        """Keeps only the given sequences, named by int64 indices or a bool mask."""
         count = len(self.layers[0].stores) or -1
         self._choose(sequence_indices("indices", indices, count).tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each sequence."""
+        """Repeats each sequence the given number of times."""
         if repeats < 1:
             raise ValueError(f"repeats: must be at least 1, got {repeats}")
         count = len(self.layers[0].stores)
         self._choose([i for i in range(count) for _ in range(repeats)])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: the public code writes a slot once."""
+        """Refuses to remove tokens, because the public code writes each slot once."""
         raise NotImplementedError("crop: KVQuant's cache cannot be cut")
 
     def stored_nbytes(self) -> int:
-        """Bytes allocated, tables included."""
+        """Returns the bytes that are allocated, tables included."""
         stores = sum(store.nbytes for layer in self.layers for store in layer.stores)
         return stores + self.shared_nbytes()
 
     def shared_nbytes(self) -> int:
-        """Bytes of the tables."""
+        """Returns the bytes of the tables, which all sequences share."""
         return sum(layer.tables.nbytes for layer in self.layers if layer.stores)
 
     def stored_elements(self, mask: torch.Tensor | None) -> int:
-        """Key and value elements of tokens."""
+        """Returns the number of key and value elements of all tokens."""
         return sum(
             2 * layer.tables.heads * layer.tables.dim * store.length
             for layer in self.layers
@@ -348,7 +354,7 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
 
 
 def _span(row: torch.Tensor) -> Span:
-    """Columns of a bool row on the host, as a slice where they follow each other."""
+    """Returns the true columns of a bool row on the host, as a slice where they are contiguous."""
     where = row.nonzero().view(-1)
     if not where.numel():
         return slice(0, 0)
@@ -359,6 +365,6 @@ def _span(row: torch.Tensor) -> Span:
 def make_caches(
     spec: KvquantRefScheme, shape: ModelShape, tables: list[LayerQuantizer]
 ) -> CacheFactory:
-    """Returns what makes empty caches over one set of tables."""
+    """Returns a function that makes empty caches, which share one set of tables."""
     found = [ReferenceTables(spec, layer) for layer in tables]
     return lambda protocol, rope: ReferenceCache(found, rope, protocol)

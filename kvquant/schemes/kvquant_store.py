@@ -1,4 +1,4 @@
-"""One layer of one sequence, stored as KVQuant's public code stores it (see `kvquant_ref`)."""
+"""Stores one layer of one sequence as KVQuant's public code does (see `kvquant_ref`)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from kvquant.study.schemes import KvquantRefScheme
 
 
 class ReferenceTables:
-    """Calibration of one layer, as look-up tables; shared by all sequences.
+    """The calibration of one layer as look-up tables, which all sequences share.
 
     Args:
         spec: The scheme.
-        tables: A layer of the quantizer file, the same as `nuq` reads.
+        tables: One layer of the quantizer file, the same that `nuq` reads.
     """
 
     def __init__(self, spec: KvquantRefScheme, tables: LayerQuantizer) -> None:
@@ -28,31 +28,31 @@ class ReferenceTables:
         self.zero, self.scale = tables.key_zero.reshape(-1), tables.key_scale.reshape(-1)
         self.inverse = fused.channel_inverse(self.scale)
         self.key_levels, self.value_levels = tables.key_levels, tables.value_levels
-        # [channels, 2**bits]: the table of every channel, written out.
+        # [channels, 2**bits]: one table per channel, as the public code holds them.
         self.key_table = self.key_levels * self.scale[:, None] + self.zero[:, None]
         self.exact_keys = spec.outliers > 0
         self.per_side = outliers_per_side(spec.outliers, self.zero.numel())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tables."""
+        """Returns the bytes of the tables."""
         held = (self.zero, self.scale, self.inverse, self.key_levels, self.value_levels)
         return sum(t.nbytes for t in (*held, self.key_table))
 
 
 def _encode(normalized: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """uint8 codes of the nearest levels; one kernel on a GPU, as in the public code."""
+    """Returns uint8 codes of the nearest levels, by one kernel on a GPU as in the public code."""
     if normalized.is_cuda:
         return torch.bucketize(normalized, fused.midpoints(levels), out_int32=True).to(torch.uint8)
     return fused.encode(normalized, levels)
 
 
 class SequenceStore:
-    """Keys (before RoPE) and values of one sequence in one layer.
+    """The stored keys (before RoPE) and values of one sequence in one layer.
 
     Args:
-        tables: Calibration of the layer.
-        like: fp16/bf16 `[num_kv_heads, n, head_dim]`; gives device, type and first room.
+        tables: The calibration of the layer.
+        like: fp16/bf16 `[num_kv_heads, n, head_dim]`; gives device, dtype and first allocation.
     """
 
     def __init__(self, tables: ReferenceTables, like: torch.Tensor) -> None:
@@ -71,16 +71,16 @@ class SequenceStore:
 
     @property
     def length(self) -> int:
-        """Tokens."""
+        """Returns the number of tokens."""
         return self.sinks[0].shape[1] + self.packed
 
     def append(self, keys: torch.Tensor, rotated: torch.Tensor, values: torch.Tensor) -> None:
-        """Packs tokens behind those that are there.
+        """Packs tokens and stores them behind the earlier ones.
 
         Args:
             keys: fp16/bf16 before RoPE, `[num_kv_heads, n, head_dim]`.
             rotated: The same keys after RoPE, for sinks.
-            values: The same shape.
+            values: fp16/bf16 of the same shape.
         """
         missing = min(max(self.tables.sinks - self.length, 0), keys.shape[1])
         if missing:
@@ -108,7 +108,9 @@ class SequenceStore:
 
     def _pack_keys(self, keys: torch.Tensor, place: slice) -> None:
         t = self.tables
-        rows = keys.float().transpose(0, 1).flatten(1)  # fp32 copy, transposed: token by channel
+        rows = (
+            keys.float().transpose(0, 1).flatten(1)
+        )  # an fp32 copy, transposed to token by channel
         normalized = (rows - t.zero) * t.inverse
         codes = _encode(normalized, t.key_levels)
         self.codes[0][place] = pack(codes, t.bits)
@@ -120,7 +122,7 @@ class SequenceStore:
         else:
             index = flat.nonzero().view(-1)
         channels = index % rows.shape[1]
-        # An outlier's code is the nearest level, at the edge; what is missing is stored.
+        # The code of an outlier is the outermost level; the difference from it is stored.
         level = channels * 2**t.bits + codes.view(-1).index_select(0, index)
         rest = rows.view(-1).index_select(0, index) - t.key_table.view(-1).index_select(0, level)
         self.key_outliers.concatenate(pointers, channels.int(), rest)
@@ -146,9 +148,10 @@ class SequenceStore:
         self.value_outliers.concatenate(pointers, channels.view(-1).int(), rest.view(-1))
 
     def pieces(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, bool]]:
-        """What is stored: first position, keys, values `[1, num_kv_heads, n, head_dim]`, rotated.
+        """Yields what is stored, dequantized, as (first position, keys, values, rotated) per piece.
 
-        Only the sinks' keys are stored after RoPE.
+        Keys and values are fp32 `[1, num_kv_heads, n, head_dim]`. `rotated` says that the keys are
+        those after RoPE, which is so for sinks only.
         """
         sinks = self.sinks[0].shape[1]
         if sinks:
@@ -174,7 +177,7 @@ class SequenceStore:
         return parts[0], parts[1]
 
     def fork(self) -> SequenceStore:
-        """A copy."""
+        """Returns an independent copy."""
         other = copy.copy(self)
         other.codes = [c.clone() for c in self.codes]
         other.value_table = self.value_table.clone()
@@ -187,6 +190,6 @@ class SequenceStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Returns the bytes that are allocated, without the shared tables."""
         dense = sum(t.nbytes for t in (*self.codes, *self.sinks, self.value_table))
         return dense + self.key_outliers.nbytes + self.value_outliers.nbytes

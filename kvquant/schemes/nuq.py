@@ -1,4 +1,4 @@
-"""Our scheme: non-uniform codes with exact outliers, keys before RoPE."""
+"""Our scheme, with non-uniform codes, exact outliers and keys stored before RoPE."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from kvquant.kernels.pack_target import PackTarget
 from kvquant.quantization.batched_quant import BatchedKVQuantizer, PackedKeys, PackedValues
 from kvquant.study.schemes import NuqScheme
 
-MAX_CHANNELS = 1 << 16  # that the order of a token's elements is found among
+MAX_CHANNELS = 1 << 16  # of a token, among which the largest elements can be found
 
 
 class NuqCodec(Codec):
-    """Packs one layer with the tables of its quantizer file."""
+    """Packs the blocks of one layer with the tables of its quantizer file."""
 
     def __init__(self, spec: NuqScheme, tables: LayerQuantizer) -> None:
         self.quantizer = BatchedKVQuantizer(tables, spec.bits, spec.outliers)
@@ -84,7 +84,7 @@ class NuqCodec(Codec):
         self.quantizer.key_room *= factor
 
     def reserve(self, blocks: int, like: torch.Tensor) -> Packed | None:
-        """See :meth:`Codec.reserve`; for kernels that pack in place."""
+        """See :meth:`Codec.reserve`; only kernels that pack in place have it."""
         if self.quantizer.backend(like, like) not in ("cuda", "triton"):
             return None
         _, heads, size, dim = like.shape

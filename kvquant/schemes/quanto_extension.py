@@ -1,9 +1,10 @@
-"""Quanto's CUDA kernels: compiled by one process, even after another was killed while compiling.
+"""Compiles quanto's CUDA kernels in one process at a time, even after a compilation was killed.
 
-Quanto compiles them at their first use, into its own folder and behind a lock that is a file
-(`torch.utils.file_baton`). A process that is killed meanwhile leaves that file, and all later ones
-wait for ever. Here processes take turns by an advisory `flock`, which ends with its holder: who has
-it knows that nobody else of this library is compiling, and removes such a file.
+Quanto compiles its kernels at their first use, into its own folder and behind a lock file
+(`torch.utils.file_baton`). A process that is killed meanwhile leaves that file behind, and all
+later processes wait for ever. Here processes take turns with an advisory `flock`, which the system
+releases when its holder ends. The holder knows that no other process of this library is compiling,
+and removes a lock file that was left behind.
 """
 
 from __future__ import annotations
@@ -23,17 +24,22 @@ NAME = "quanto_cuda"
 
 
 def _turns(folder: Path) -> Path:
-    """Of this user, for one installation of quanto; its folder may be read-only."""
+    """Returns the folder where this user's processes take turns for one installation of quanto.
+
+    It lies outside of the installation, which may be read-only.
+    """
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"kvquant-quanto-{os.getuid()}-{name}"
 
 
 @functools.cache
 def build() -> None:
-    """Compiles the kernels if they are not there yet, and loads them; does nothing without them.
+    """Compiles the kernels where that was not done yet, and loads them.
+
+    Nothing is done where quanto has no CUDA kernels for this machine.
 
     Raises:
-        UserError: They cannot be compiled; with the compiler's last line.
+        UserError: They cannot be compiled; the message ends with the compiler's last line.
     """
     extensions = importlib.import_module("optimum.quanto.library.extensions")
     if not extensions.is_extension_available(NAME):

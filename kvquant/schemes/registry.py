@@ -1,7 +1,7 @@
-"""From a scheme of the study to the codecs of its layers, or to caches of its own.
+"""Makes the codecs of a scheme's layers, or the scheme's own caches.
 
-Which function makes them is part of the kind's registration (:mod:`kvquant.study.schemes`); it is
-imported here when a scheme of the kind is first used.
+The kind's registration (:mod:`kvquant.study.schemes`) names the function that makes them. The
+function is imported here when a scheme of the kind is first used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CacheFactory = Callable[[Any, Rope], Any]  # (protocol, rotary table) -> an empt
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a cache must know of its model."""
+    """The properties of a model that its cache depends on."""
 
     num_layers: int
     num_kv_heads: int
@@ -42,11 +42,11 @@ def build_codecs(spec: Scheme, num_layers: int, tables: Tables) -> list[Codec] |
 
     Args:
         spec: The scheme.
-        num_layers: Layers of the model.
-        tables: The quantizer file's layers, for schemes that need calibration.
+        num_layers: Number of layers of the model.
+        tables: The layers of the quantizer file, for schemes that need calibration.
 
     Raises:
-        UserError: The scheme needs tables and there are none.
+        UserError: The scheme needs tables and none are given.
     """
     if spec.registration.codec is None:
         return None
@@ -58,15 +58,15 @@ def build_codecs(spec: Scheme, num_layers: int, tables: Tables) -> list[Codec] |
 
 
 def build_caches(spec: Scheme, shape: ModelShape, tables: Tables) -> CacheFactory | None:
-    """Returns what makes the scheme's own caches; None for schemes that have none.
+    """Returns a function that makes the scheme's own caches; None for schemes without any.
 
     Args:
         spec: The scheme.
-        shape: Of the model.
+        shape: The shape of the model.
         tables: As for :func:`build_codecs`.
 
     Raises:
-        UserError: The scheme cannot serve the model, or a package or tables are missing.
+        UserError: The scheme does not fit the model, or a package or tables are missing.
     """
     if spec.registration.caches is None:
         return None

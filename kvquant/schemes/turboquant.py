@@ -1,11 +1,11 @@
 """TurboQuant for mean squared error (Zandieh et al., arXiv 2504.19874), written from the paper.
 
 A token's key (after RoPE) or value in one head is split into its norm, stored in 16 bits, and its
-direction, which a random rotation makes nearly isotropic: times sqrt(head_dim), each coordinate is
-nearly a standard normal variable. It is coded by the Lloyd-Max quantizer of that variable, the same
-for all models, layers and heads. The rotation is a Hadamard matrix after random signs of a fixed
-seed, in place of the paper's dense random matrix. The inner-product variant (one bit of residual
-signs) is not built. bits + 16 / head_dim bits an element.
+direction, which a random rotation makes nearly isotropic. Times sqrt(head_dim), each coordinate is
+then nearly a standard normal variable. It is encoded by the Lloyd-Max quantizer of that variable,
+the same for all models, layers and heads. The rotation is a Hadamard matrix after random signs of a
+fixed seed, in place of the paper's dense random matrix. The inner-product variant (one bit of
+residual signs) is not implemented. An element takes bits + 16 / head_dim bits.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from kvquant.study.schemes import TurboQuantScheme
 
 @functools.cache
 def lloyd_max(bits: int) -> tuple[float, ...]:
-    """Levels of the best scalar quantizer of a standard normal variable (Max, 1960; Lloyd, 1982).
+    """Returns the levels of the optimal scalar quantizer of a standard normal variable.
 
-    Alternates between the two conditions of an optimum: edges halfway between levels, levels at the
-    mean of their interval.
+    The algorithm (Max, 1960; Lloyd, 1982) alternates between the two conditions of an optimum: each
+    edge lies halfway between two levels, and each level lies at the mean of its interval.
     """
     count = 2**bits
     levels = ndtri((np.arange(count) + 0.5) / count)
@@ -42,11 +42,11 @@ def lloyd_max(bits: int) -> tuple[float, ...]:
 
 
 class TurboQuantCodec(Codec):
-    """Packs one layer; needs no calibration.
+    """Packs the blocks of one layer with TurboQuant, without calibration.
 
     Args:
         spec: The scheme.
-        layer: Number of the layer; each has signs of its own.
+        layer: Index of the layer; each layer has its own signs.
     """
 
     rotated_keys = True
@@ -63,7 +63,7 @@ class TurboQuantCodec(Codec):
         factors(head_dim)
 
     def _tables(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Signs `[num_kv_heads, 1, head_dim]` and levels, on the device of `x`."""
+        """Returns signs `[num_kv_heads, 1, head_dim]` and levels, on the device of `x`."""
         heads, dim = x.shape[1], x.shape[3]
         if self._signs is None or self._signs.device != x.device:
             generator = torch.Generator().manual_seed(self._seed)  # the same on every device
@@ -74,9 +74,9 @@ class TurboQuantCodec(Codec):
         return self._signs, self._levels
 
     def _encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 codes of `x.shape` and 16-bit norms `[..., 1]`."""
+        """Encodes `x` as uint8 codes of the same shape and 16-bit norms `[..., 1]`."""
         signs, levels = self._tables(x)
-        wide = x.float().contiguous()  # a sum's rounding may follow the strides
+        wide = x.float().contiguous()  # the rounding of a sum may depend on the strides
         length = wide.square().sum(-1, keepdim=True).sqrt()
         stored = length.clamp(max=torch.finfo(x.dtype).max).to(x.dtype)
         unit = wide * fused.inverse_range(length) * (x.shape[-1] ** 0.5)
