@@ -1,4 +1,4 @@
-"""The study's section `calibration:`, without torch; part of :mod:`kvquant.study.config`."""
+"""The study's section `calibration:`, which names the text and the statistics of codebooks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class CalibrationSpec(Strict):
 
     dataset: str = Field("essays", description="text that the windows are cut from")
     windows: int = Field(16, ge=1, le=MAX_SAMPLES, description="number of calibration windows")
-    window: int = Field(2048, ge=32, le=MAX_TOKENS, description="tokens in a window")
+    window: int = Field(2048, ge=32, le=MAX_TOKENS, description="tokens per window")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="chooses where the windows begin")
     sinks: int = Field(
-        1, ge=0, le=MAX_TOKENS, description="first tokens of a window that are left out"
+        1, ge=0, le=MAX_TOKENS, description="first tokens of each window that are left out"
     )
     bins: int = Field(
         1024, ge=64, le=MAX_BATCH, multiple_of=4, description="histogram bins per key channel"
     )
     outlier_fractions: list[float] = Field(
-        [0.0, 0.01, 0.02], description="value outlier fractions that schemes may use"
+        [0.0, 0.01, 0.02], description="outlier fractions of values that schemes may use"
     )

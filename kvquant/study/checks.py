@@ -1,4 +1,4 @@
-"""A study checked whole: what its parts say of each other, before anything runs."""
+"""Checks a study as a whole: whether its sections agree, before anything runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvquant.study.scheme_kinds import CalibratedScheme
 from kvquant.study.sections import StudySections
 
 MAX_NAME = 64
-# Words that tables and figures use beside the study's own keys.
+# Names that tables and figures use in addition to the study's own keys.
 TAKEN = {"models": {"any": "claims without a model"}, "schemes": {"concatenation": "append's peer"}}
 
 
@@ -42,7 +42,7 @@ def _names(study: StudySections) -> Iterator[str]:
 
 
 def _not_among(field: str, names: Iterable[str], known: Iterable[str], what: str) -> Iterator[str]:
-    """Names of a list that are unknown, or stand twice."""
+    """Yields a problem per name of a list that is unknown or given twice."""
     seen: set[str] = set()
     for name in names:
         if name not in known:
@@ -153,7 +153,7 @@ def _statistics(study: StudySections) -> Iterator[str]:
 
 
 def _size(study: StudySections) -> Iterator[str]:
-    """Counts by multiplication: a list of so many results would fill memory."""
+    """Checks the number of results by multiplication, since listing them could fill memory."""
     if len(set(study.seeds)) != len(study.seeds) or not all(
         0 <= s <= MAX_SEED for s in study.seeds
     ):
@@ -167,9 +167,9 @@ def _size(study: StudySections) -> Iterator[str]:
 
 
 def problems(study: StudySections) -> Iterator[str]:
-    """What is wrong with a study as a whole, one line each, most basic first."""
+    """Yields the problems of a study as a whole, one line each, the most basic ones first."""
     for check in (_names, _size, _schemes, _tasks, _evaluation, _timed, _statistics):
         found = list(check(study))
         yield from found
         if found and check in (_names, _size, _schemes):
-            return  # what follows reads these
+            return  # the later checks rely on these

@@ -1,6 +1,6 @@
-"""The study: every key a config file may hold, typed, validated and consistent; without torch.
+"""Reads, validates and digests a study, without importing torch.
 
-The YAML files under ``config/`` are instances of :class:`Study`; the Snakefile and the CLI both
+The YAML files under ``config/`` are instances of :class:`Study`. The Snakefile and the CLI both
 read them through :func:`load_study`, and ``config/schema.json`` is exported from the same classes.
 """
 
@@ -23,7 +23,7 @@ from kvquant.study.timing import EnergySpec, TimingSpec
 
 
 class Study(StudySections):
-    """A complete study; one YAML file under config/."""
+    """A complete and consistent study, as one YAML file under config/ describes it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:
@@ -36,13 +36,13 @@ class Study(StudySections):
         return scheme in (self.evaluation.schemes or self.schemes)
 
     def evaluates(self, scheme: str, task: str) -> bool:
-        """Whether a scheme is evaluated on a task: chosen, and able to run its protocol."""
+        """Returns whether a scheme is chosen for a task and can run the task's protocol."""
         if not self._chosen(scheme) or task not in self.evaluation.tasks.get(scheme, [task]):
             return False
         return self.task(task).cache_protocol() in self.scheme(scheme).protocols
 
     def eval_cells(self) -> list[tuple[str, str]]:
-        """(scheme, task) of every evaluation job of a model."""
+        """Returns (scheme, task) of every evaluation job per model."""
         return [(s, t) for s in self.schemes for t in self.tasks if self.evaluates(s, t)]
 
     def _cells(self, spec: TimingSpec | EnergySpec) -> list[tuple[str, str, int]]:
@@ -56,39 +56,47 @@ class Study(StudySections):
         ]
 
     def throughput_cells(self) -> list[tuple[str, str, int]]:
-        """(scheme, workload, rep) of every throughput job of a model."""
+        """Returns (scheme, workload, rep) of every throughput job per model."""
         return self._cells(self.throughput)
 
     def energy_cells(self) -> list[tuple[str, str, int]]:
-        """(scheme, workload, rep) of every energy job of a model."""
+        """Returns (scheme, workload, rep) of every energy job per model."""
         return self._cells(self.energy)
 
     def append_reps(self) -> int:
-        """Returns the number of append jobs; 0 without that measurement."""
+        """Returns the number of append jobs per model; 0 where appends are not measured."""
         return self.append.reps if self.append else 0
 
     def append_schemes(self) -> list[str]:
-        """Schemes of the append measurement; empty without one."""
+        """Returns the schemes of the append measurement; empty where appends are not measured."""
         if self.append is None:
             return []
         chosen = self.append.schemes or [self.baseline, self.headline]
         return [s for s in dict.fromkeys(chosen) if s in self.schemes]
 
     def datasets(self) -> list[str]:
-        """Every data set that calibration or a task needs."""
+        """Returns every data set that calibration or a task needs."""
         found = {task.dataset_name() for task in self.tasks.values()} | {self.calibration.dataset}
         return sorted(name for name in found if name is not None)
 
 
 def digest(*specs: BaseModel | dict[str, Any] | list[Any] | str | int | None) -> str:
-    """A short, stable digest of specifications (sha256 of their canonical JSON, 16 digits)."""
+    """Returns 16 digits of the sha256 of specifications, taken over their canonical JSON."""
     plain = [s.model_dump(mode="json") if isinstance(s, BaseModel) else s for s in specs]
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def parse_study(raw: Any, where: str = "config") -> Study:
-    """Validates a plain mapping; raises :class:`UserError` with one line per wrong field."""
+    """Validates a plain mapping as a study.
+
+    Args:
+        raw: The content of a study file.
+        where: The name of the file in messages.
+
+    Raises:
+        UserError: The study is invalid; the message has one line per wrong field.
+    """
     if not isinstance(raw, dict):
         raise UserError(f"{where}: expected a mapping of keys, got {type(raw).__name__}")
     try:
@@ -97,14 +105,17 @@ def parse_study(raw: Any, where: str = "config") -> Study:
         lines = []
         for item in error.errors():
             tags = {*SCHEME_KINDS, *SUITES}
-            tagged = item["loc"][:1] in (("schemes",), ("tasks",))  # their third part is the kind
+            tagged = item["loc"][:1] in (
+                ("schemes",),
+                ("tasks",),
+            )  # the third part is the kind or the suite
             path = ".".join(
                 str(p) for i, p in enumerate(item["loc"]) if not (tagged and i == 2 and p in tags)
             )
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "lossy":
                 path = ".".join(filter(None, (path, str(item["ctx"]["field"]))))
-            if not path:  # of the study as a whole, a line a problem
+            if not path:  # problems of the study as a whole, one per line
                 lines += [f"{where}: {line}" for line in message.splitlines()]
                 continue
             if item["type"] == "extra_forbidden":
@@ -120,14 +131,18 @@ def parse_study(raw: Any, where: str = "config") -> Study:
 
 
 def load_study(path: str | Path) -> Study:
-    """Reads a study from YAML or JSON."""
+    """Reads and validates a study from a YAML or JSON file.
+
+    Raises:
+        UserError: The file cannot be read, or the study is invalid.
+    """
     return parse_study(read_study(path), where=str(path))
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a study file, as committed in config/schema.json.
+    """Returns the JSON schema of a study file, as committed in config/schema.json.
 
-    A file with a `base` need not hold the keys that a study requires.
+    A file with a `base` may leave out the keys that a study requires.
     """
     schema = Study.model_json_schema()
     text = "study file that this one is a variant of, relative to its folder; see config/README.md"

@@ -1,7 +1,7 @@
-"""The texts that calibration and tasks read: names, what is known of each, and what fetches it.
+"""Registers the texts that calibration and tasks read, with their hashes and how to fetch them.
 
 A data set is registered here and nowhere else: the study accepts its name, the workflow has a rule
-that fetches it, and its manifest is checked against what is pinned.
+that fetches it, and its manifest is checked against the pinned values.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from kvquant.study.task_families import task_names
 
 @dataclass(frozen=True)
 class Pinned:
-    """What a text must be, being the same for everybody.
+    """The pinned hash and lengths of a text that is the same for everybody.
 
     Attributes:
-        sha256: Hash of the text's UTF-8 bytes.
-        characters: Length of the text.
-        test_from: Character where the test part starts; 0: all of it is test text.
+        sha256: The sha256 of the text's UTF-8 bytes.
+        characters: The length of the text in characters.
+        test_from: The character where the test part begins; 0 means that all of it is test text.
     """
 
     sha256: str
@@ -30,15 +30,16 @@ class Pinned:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A text and what fetches it.
+    """A text and the function that fetches it.
 
     Attributes:
         name: The name in studies and paths.
-        fetch: Names a function ("module:attribute") of `arguments`, the folder of the manifest and
-            the study's `data_dir` that returns a :class:`kvquant.fetch.datasets.Text`.
+        fetch: The name ("module:attribute") of a function that returns a
+            :class:`kvquant.fetch.datasets.Text`. It takes `arguments`, the folder of the manifest
+            and the study's `data_dir`.
         source: Where the text comes from, for readers.
-        arguments: First arguments of `fetch`.
-        pinned: What the text must be; None where sources may hold more or fewer rows.
+        arguments: The first arguments of `fetch`.
+        pinned: The values that the text must have; None where sources may differ in rows.
         test_only: Whether all of it is test text, which calibration must not see.
     """
 
@@ -81,7 +82,7 @@ _LIST = (
         arguments=("hotpotqa",),
         test_only=True,
     ),
-    # A data set per task of LongBench.
+    # One data set per task of LongBench.
     *(
         DataSet(
             f"longbench-{task}",
@@ -97,5 +98,5 @@ DATASETS = by_name(_LIST)
 
 
 def wildcard_pattern() -> str:
-    """Returns the regular expression of all names, for the workflow's wildcard `dataset`."""
+    """Returns a regular expression that matches all names, for the workflow's `dataset`."""
     return "|".join(map(re.escape, DATASETS))

@@ -1,4 +1,4 @@
-"""The datatypes of calibrated schemes: every name that the option `datatype` takes.
+"""Registers the datatypes of calibrated schemes, the values of the option `datatype`.
 
 A datatype is registered here and nowhere else: studies accept its name, and
 :mod:`kvquant.quantization.nuq` finds the function that computes its codebook.
@@ -17,15 +17,15 @@ from kvquant.study.registrations import by_name
 
 @dataclass(frozen=True)
 class Datatype:
-    """A codebook of `2**bits` levels on [-1, 1].
+    """A way to choose the `2**bits` levels of a codebook on [-1, 1].
 
     Attributes:
         name: The value of the option `datatype`.
-        levels: Names a function ("module:function") of the bits and a
-            :class:`kvquant.quantization.nuq.Histogram`, or None, that returns the levels.
+        levels: The name ("module:function") of a function that returns the levels. It takes the
+            bits and a :class:`kvquant.quantization.nuq.Histogram` or None.
         label: The name in figures.
-        summary: What the levels are, for the table of datatypes.
-        fitted: Whether the levels are fitted to calibration data; others need key ranges only.
+        summary: A description of the levels, for the table of datatypes.
+        fitted: Whether the levels are fitted to calibration data. Others need key ranges only.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The margin of equivalence of a suite, part of the study's section `statistics:`."""
+"""The margin of equivalence per suite, in the study's section `statistics:`."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ class Margin(Strict):
     """
 
     relative: float | None = Field(
-        0.05, gt=0, lt=1, allow_inf_nan=False, description="share of the baseline's mean"
+        0.05,
+        gt=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="margin as a share of the baseline's mean",
     )
     absolute: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="at most so much, in the unit of the metric"
+        None, gt=0, allow_inf_nan=False, description="largest margin, in the unit of the metric"
     )
     floor: float = Field(
         10.0,
         ge=0,
         le=100,
         allow_inf_nan=False,
-        description="points; a baseline that scores less shows no loss (none for perplexity)",
+        description="points below which a baseline is too low to show a loss (not for perplexity)",
     )
     chance: float = Field(
-        0.0, ge=0, lt=100, allow_inf_nan=False, description="points that guessing scores"
+        0.0, ge=0, lt=100, allow_inf_nan=False, description="points that guessing reaches"
     )
 
     @model_validator(mode="before")

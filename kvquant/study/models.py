@@ -1,4 +1,4 @@
-"""The study's section `models:`, without torch; part of :mod:`kvquant.study.config`."""
+"""The study's section `models:`, which says where models come from."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pydantic import Field, field_validator, model_validator
 from kvquant.study.limits import MAX_BATCH
 from kvquant.study.strict import Strict
 
-# A wheel of exactly one version.
+# The name of a wheel with exactly one version.
 PINNED = r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)$"
 DATE_STRING = "26 Jul 2024"
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 
 
 def parse_day(text: str) -> datetime.date:
-    """The day of a text such as "26 Jul 2024", whatever the locale.
+    """Parses a day such as "26 Jul 2024" independently of the locale.
 
     Raises:
-        ValueError: It names no day.
+        ValueError: The text names no day.
     """
     day, month, year = text.split()
     if month.lower()[:3] not in _MONTHS:
@@ -28,7 +28,7 @@ def parse_day(text: str) -> datetime.date:
     return datetime.date(int(year), _MONTHS.index(month.lower()[:3]) + 1, int(day))
 
 
-# How a model's chat template is filled in; nothing but prompts depends on it.
+# The options that fill in a model's chat template; only prompts depend on them.
 CHAT_OPTIONS = ("thinking", "reasoning_effort", "date_string")
 
 
@@ -37,7 +37,7 @@ class ModelSpec(Strict):
 
     later: ClassVar[tuple[str, ...]] = CHAT_OPTIONS
     source: Literal["pypi-gguf", "hub", "local"] = Field(
-        description="a wheel of the package index, the Hugging Face hub, or a folder"
+        description="origin of the model: a PyPI wheel, the Hugging Face hub, or a local folder"
     )
     repo: str | None = Field(None, description="hub id (source: hub)")
     revision: str | None = Field(None, description="hub revision or commit (source: hub)")
@@ -48,9 +48,9 @@ class ModelSpec(Strict):
     sha256: str | None = Field(
         None, pattern="^[0-9a-f]{64}$", description="sha256 of that wheel (source: pypi-gguf)"
     )
-    gpus: int = Field(1, ge=0, le=64, description="GPUs the model needs in an evaluation job")
+    gpus: int = Field(1, ge=0, le=64, description="GPUs that an evaluation job needs for the model")
     mem_gb: int = Field(
-        8, ge=1, le=MAX_BATCH, description="host memory of a job with this model, GB"
+        8, ge=1, le=MAX_BATCH, description="host memory of a job with this model, in GB"
     )
     thinking: bool = Field(
         False, description="whether chat templates with a switch let the model think"
@@ -60,7 +60,9 @@ class ModelSpec(Strict):
         pattern="^[a-z]+$",
         description="level of reasoning, for chat templates that have levels",
     )
-    date_string: str = Field(DATE_STRING, description="the day that chat templates write")
+    date_string: str = Field(
+        DATE_STRING, description="the day that chat templates write as today's"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> ModelSpec:

@@ -1,4 +1,4 @@
-"""Variants of a study: a file that names its `base` holds only what differs from it."""
+"""Reads variants of a study, files that name a `base` and hold only what differs from it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from kvquant.study.study_file import read_mapping
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Returns the mapping `below` with the values of `above` put over it.
+    """Returns the mapping `below` with the values of `above` merged over it.
 
     Mappings are merged key by key, as Snakemake merges its config files. Every other value, a list
-    too, replaces the one below it. A key that is null leaves out the entry below it.
+    included, replaces the one below it. A null removes the entry below it.
     """
     result = dict(below)
     for key, value in above.items():
@@ -29,17 +29,17 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _base_file(file: Path, name: Any) -> Path:
-    """The file that an overlay's `base` names, relative to the overlay's own folder."""
+    """Returns the file that a variant's `base` names, relative to the variant's own folder."""
     if not isinstance(name, str) or not name:
         raise UserError(f"{file}: base: must be the name of a study file, such as config.yaml")
     return file.parent / name
 
 
 def read_study(path: str | Path, field: str = "--study") -> Any:
-    """Reads a study file and, where it names a `base`, puts it over that study.
+    """Reads a study file and merges it over its `base`, where it names one.
 
     Args:
-        path: YAML or JSON.
+        path: The YAML or JSON file.
         field: The option that named the file, for messages.
 
     Returns:
@@ -71,8 +71,8 @@ def read_studies(files: Iterable[str | Path], values: dict[str, Any]) -> dict[st
     """Reads the study of a Snakemake run from its config files, in their order.
 
     Args:
-        files: What `configfile:` and `--configfile` name; later files are put over earlier ones.
-        values: What `--config` sets, over all files.
+        files: The files of `configfile:` and `--configfile`; later ones go over earlier ones.
+        values: The values of `--config`, merged over all files.
 
     Raises:
         UserError: As :func:`read_study`, or a file is not a mapping.

@@ -1,7 +1,8 @@
-"""Strings of a study that become parts of paths: rules quote them, and none may mean anything else.
+"""Checks the strings of a study that become parts of paths.
 
-A path that a shell, a glob or Snakemake's wildcards would read in their own way is refused, because
-users paste printed commands and other programs (Slurm's scripts, LaTeX) see the same paths.
+Rules quote paths. A path that a shell, a glob or Snakemake's wildcards would interpret is refused
+all the same, because users paste printed commands and other programs (Slurm's scripts, LaTeX) read
+the same paths.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pydantic import AfterValidator
 
 NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 PATHVARS = ("results", "paper", "logs", "cache")
-# Letters and digits of any language, and these:
+# Allowed in addition to letters and digits of any language.
 PLAIN = set("_./ @+=:,-")
 
 
@@ -22,13 +23,13 @@ def plain_path(value: str) -> str:
     """Checks a relative or absolute folder of a study.
 
     Args:
-        value: As it stands in the study.
+        value: The text in the study.
 
     Returns:
         The same text.
 
     Raises:
-        ValueError: It is empty, or holds a character that shells or Snakemake act on.
+        ValueError: The text is empty, or holds a character that shells or Snakemake act on.
     """
     if not value.strip() or value != value.strip():
         raise ValueError("must be a folder, without spaces at its ends")
@@ -46,10 +47,10 @@ def plain_path(value: str) -> str:
 
 
 def device_key(value: str) -> str:
-    """Checks the name under which timed results are filed.
+    """Checks the name of the device, under which timed results are filed.
 
     Raises:
-        ValueError: It is not kebab case.
+        ValueError: The name is not in kebab case.
     """
     if not NAME.fullmatch(value):
         raise ValueError(f"must be kebab case ({NAME.pattern}), like 'a100-sxm4-40gb', or 'auto'")

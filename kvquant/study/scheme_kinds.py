@@ -1,8 +1,8 @@
-"""How a scheme kind is registered: one decorator on the class of its options.
+"""Registers scheme kinds, each by a decorator on the class of its options.
 
-All that other places need to know of a kind is in its :class:`SchemeKind`: the study's schema, the
-table of kinds, the labels of figures, the tests that every kind must pass, and
-:mod:`kvquant.schemes.registry`, which imports the implementation when it is needed.
+A kind's :class:`SchemeKind` holds everything that other modules need to know of it. It is read by
+the study's schema, the table of kinds, the labels of figures, the tests that every kind must pass,
+and :mod:`kvquant.schemes.registry`, which imports the implementation when it is needed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ class SchemeKind:
         options: The class of its options.
         label: The name in figures.
         summary: What the cache is, for the table of kinds.
-        codec: Names a function ("module:function") of the options, a layer's number and its
-            calibrated tables, or None, that returns the layer's codec.
-        caches: Names a function of the options, the model's shape and all layers' tables, or None,
-            that returns a maker of whole caches. With neither, the model keeps its own cache.
-        nominal_bits: Bits per element without scales and outliers; None: the option `bits`.
+        codec: The name ("module:function") of a function that returns a layer's codec. It takes the
+            options, the layer's index and the layer's calibrated tables or None.
+        caches: The name of a function that returns a factory of whole caches. It takes the options,
+            the model's shape and the tables of all layers or None. A kind with neither `codec` nor
+            `caches` leaves the model its own cache.
+        nominal_bits: Bits per element without scales and outliers; None takes the option `bits`.
         protocols: The protocols that the cache can be measured under.
         quantizes: Whether the cache quantizes at all.
-        batches: Whether what a sequence reads back is the same in every batch.
+        batches: Whether a sequence reads back the same data in every batch.
         reference: The publication; empty for none.
         extra: The optional dependencies of this package that the kind needs; empty for none.
     """
@@ -50,35 +51,35 @@ class SchemeKind:
 
     @property
     def calibrated(self) -> bool:
-        """Whether the kind needs a quantizer that is built from calibration statistics."""
+        """Returns whether the kind needs a quantizer that is built from calibration statistics."""
         return issubclass(self.options, CalibratedScheme)
 
 
 class Scheme(Strict):
-    """A scheme of a study: its kind and the options of the kind."""
+    """A scheme of a study, with its kind and the options of the kind."""
 
     registration: ClassVar[SchemeKind]
-    if TYPE_CHECKING:  # a field of each subclass, which place it in the order that they are written
+    if TYPE_CHECKING:  # a field that each subclass declares, in the order of its options
         kind: str
 
     @property
     def protocols(self) -> tuple[str, ...]:
-        """The protocols that the scheme's cache can be measured under."""
+        """Returns the protocols that the scheme's cache can be measured under."""
         return self.registration.protocols
 
     @property
     def quantizes(self) -> bool:
-        """Whether the scheme quantizes at all."""
+        """Returns whether the scheme quantizes at all."""
         return self.registration.quantizes
 
     @property
     def batches(self) -> bool:
-        """Whether what a sequence reads back is the same in every batch."""
+        """Returns whether a sequence reads back the same data in every batch."""
         return self.registration.batches
 
     @property
     def nominal_bits(self) -> int:
-        """Bits per element without scales and outliers."""
+        """Returns the bits per element without scales and outliers."""
         fixed = self.registration.nominal_bits
         return int(getattr(self, "bits")) if fixed is None else fixed  # noqa: B009
 
@@ -86,7 +87,7 @@ class Scheme(Strict):
 class CalibratedScheme(Scheme):
     """A scheme that needs a quantizer built from calibration statistics."""
 
-    if TYPE_CHECKING:  # fields of each subclass, as above
+    if TYPE_CHECKING:  # fields that each subclass declares, as above
         bits: int
         outliers: float
         sinks: int

@@ -1,4 +1,4 @@
-"""The scheme kinds and their options, as a study names them; without importing torch.
+"""The scheme kinds and their options as a study names them, without importing torch.
 
 To add a kind, register the class of its options here and write its implementation in
 `kvquant/schemes/`. Everything else finds the kind through its registration.
@@ -22,7 +22,7 @@ from kvquant.study.scheme_kinds import SCHEME_KINDS, CalibratedScheme, Scheme, s
     quantizes=False,
 )
 class Fp16Scheme(Scheme):
-    """The unquantized cache, the baseline of every comparison."""
+    """Transformers' unquantized cache, the baseline of every comparison."""
 
     kind: Literal["fp16"] = Field(description="kind of the scheme")
 
@@ -35,11 +35,11 @@ class Fp16Scheme(Scheme):
     quantizes=False,
 )
 class Fp16StaticScheme(Scheme):
-    """An unquantized cache allocated once, in place of one that is reallocated as it grows."""
+    """An unquantized cache that is allocated once instead of again as it grows."""
 
     kind: Literal["fp16-static"] = Field(description="kind of the scheme")
     room: int = Field(
-        256, ge=1, le=MAX_TOKENS, description="tokens allocated beyond the first call's"
+        256, ge=1, le=MAX_TOKENS, description="tokens allocated beyond those of the first call"
     )
 
 
@@ -53,18 +53,20 @@ class NuqScheme(CalibratedScheme):
 
     kind: Literal["nuq"] = Field(description="kind of the scheme")
     bits: Literal[2, 3, 4] = Field(description="bits per code")
-    outliers: float = Field(0.01, ge=0.0, le=1.0, description="fraction of exact outliers")
+    outliers: float = Field(
+        0.01, ge=0.0, le=1.0, description="fraction of elements kept exactly as outliers"
+    )
     sinks: int = Field(
-        1, ge=0, le=MAX_TOKENS, description="first tokens of each sequence kept in fp16"
+        1, ge=0, le=MAX_TOKENS, description="first tokens of each sequence kept in 16 bits"
     )
-    block_size: Literal[32, 64, 128, 256, 512, 1024] = Field(
-        64, description="tokens per block of memory"
-    )
+    block_size: Literal[32, 64, 128, 256, 512, 1024] = Field(64, description="tokens per block")
     datatype: DatatypeName = Field("nuq", description="datatype of the codes")
     weighting: Literal["fisher-range2", "fisher", "none"] = Field(
         "fisher-range2", description="weights of the k-means that fits codebooks"
     )
-    q_norm: bool = Field(False, description="match mean and variance of the quantized data")
+    q_norm: bool = Field(
+        False, description="adjust levels so that quantized data keeps its mean and variance"
+    )
 
 
 @scheme_kind(
@@ -80,21 +82,23 @@ class KiviScheme(Scheme):
     kind: Literal["kivi"] = Field(description="kind of the scheme")
     bits: Literal[2, 3, 4] = Field(description="bits per code")
     group: int = Field(
-        32, ge=8, le=MAX_TOKENS, description="elements that share a scale and a zero"
+        32, ge=8, le=MAX_TOKENS, description="elements per group, which share a scale and an offset"
     )
-    residual: int = Field(128, ge=0, le=MAX_TOKENS, description="most recent tokens kept in fp16")
+    residual: int = Field(
+        128, ge=0, le=MAX_TOKENS, description="most recent tokens kept in 16 bits"
+    )
     sinks: int = Field(
         0, ge=0, le=MAX_TOKENS, description="first tokens of each sequence kept in 16 bits"
     )
 
 
 class _TokenScheme(Scheme):
-    """Options of schemes that quantize each token by itself."""
+    """The options of schemes that quantize each token separately."""
 
     sinks: int = Field(
         0, ge=0, le=MAX_TOKENS, description="first tokens of each sequence kept in 16 bits"
     )
-    block_size: Literal[16, 32, 64, 128, 256] = Field(64, description="tokens packed at a time")
+    block_size: Literal[16, 32, 64, 128, 256] = Field(64, description="tokens per block")
     residual: int = Field(0, ge=0, le=MAX_TOKENS, description="most recent tokens kept in 16 bits")
 
 
@@ -106,7 +110,7 @@ class _TokenScheme(Scheme):
     reference="arXiv 2209.05433",
 )
 class Fp8Scheme(_TokenScheme):
-    """8-bit floating point (E4M3)."""
+    """8-bit floating point (E4M3), with one scale per token and head or without scales."""
 
     kind: Literal["fp8"] = Field(description="kind of the scheme")
     scale: Literal["token-head", "none"] = Field(
@@ -152,18 +156,25 @@ class KvquantRefScheme(CalibratedScheme):
 
     kind: Literal["kvquant-ref"] = Field(description="kind of the scheme")
     bits: Literal[2, 3, 4] = Field(description="bits per code")
-    outliers: float = Field(0.01, ge=0.0, lt=0.5, description="fraction of exact outliers")
+    outliers: float = Field(
+        0.01, ge=0.0, lt=0.5, description="fraction of elements kept exactly as outliers"
+    )
     sinks: int = Field(
-        1, ge=0, le=MAX_TOKENS, description="first tokens of each sequence kept in fp16"
+        1, ge=0, le=MAX_TOKENS, description="first tokens of each sequence kept in 16 bits"
     )
     room: int = Field(
-        256, ge=1, le=MAX_TOKENS, description="tokens of dense codes allocated beyond the prompt's"
+        256,
+        ge=1,
+        le=MAX_TOKENS,
+        description="tokens of dense codes allocated beyond those of the prompt",
     )
     datatype: DatatypeName = Field("nuq", description="datatype of the codes")
     weighting: Literal["fisher-range2", "fisher", "none"] = Field(
         "fisher-range2", description="weights of the k-means that fits codebooks"
     )
-    q_norm: bool = Field(False, description="match mean and variance of the quantized data")
+    q_norm: bool = Field(
+        False, description="adjust levels so that quantized data keeps its mean and variance"
+    )
 
 
 @scheme_kind(
@@ -179,10 +190,13 @@ class HfQuantoScheme(Scheme):
     kind: Literal["hf-quanto"] = Field(description="kind of the scheme")
     bits: Literal[2, 4] = Field(description="bits per code")
     group: int = Field(
-        64, ge=8, le=MAX_TOKENS, description="elements that share a scale and a zero"
+        64, ge=8, le=MAX_TOKENS, description="elements per group, which share a scale and an offset"
     )
     residual: int = Field(
-        128, ge=1, le=MAX_TOKENS, description="16-bit tokens at which all is quantized again"
+        128,
+        ge=1,
+        le=MAX_TOKENS,
+        description="number of 16-bit tokens at which the whole cache is quantized again",
     )
 
 
@@ -191,7 +205,7 @@ class HfQuantoScheme(Scheme):
     summary="transformers' QuantizedCache with HQQ",
     caches="kvquant.schemes.hf_quantized:make_caches",
     protocols=("A",),
-    batches=False,  # groups run across sequences, and levels are fitted to all of them
+    batches=False,  # groups run across sequences, and levels are fitted to all sequences
     extra="peers",
 )
 class HfHqqScheme(Scheme):
@@ -200,11 +214,16 @@ class HfHqqScheme(Scheme):
     kind: Literal["hf-hqq"] = Field(description="kind of the scheme")
     bits: int = Field(json_schema_extra={"enum": [2, 4, 8]}, description="bits per code: 2, 4 or 8")
     group: int = Field(
-        64, ge=8, le=MAX_TOKENS, description="elements that share a scale and a zero"
+        64, ge=8, le=MAX_TOKENS, description="elements per group, which share a scale and an offset"
     )
-    axis: Literal[0, 1] = Field(0, description="0: groups of strided elements; 1: of neighbours")
+    axis: Literal[0, 1] = Field(
+        0, description="0: groups of strided elements; 1: groups of neighbouring elements"
+    )
     residual: int = Field(
-        128, ge=1, le=MAX_TOKENS, description="16-bit tokens at which all is quantized again"
+        128,
+        ge=1,
+        le=MAX_TOKENS,
+        description="number of 16-bit tokens at which the whole cache is quantized again",
     )
 
     @field_validator("bits")
@@ -226,15 +245,15 @@ class HfHqqScheme(Scheme):
     caches="kvquant.schemes.hf_quantized:make_caches",
     nominal_bits=8,
     protocols=("A",),
-    batches=False,  # the scale is that of all sequences
+    batches=False,  # all sequences share the scale
 )
 class HfFp8Scheme(Scheme):
-    """Transformers' QuantizedCache in E4M3, one scale a tensor, set by the first call."""
+    """Transformers' QuantizedCache in E4M3, with one scale per tensor set by the first call."""
 
     kind: Literal["hf-fp8"] = Field(description="kind of the scheme")
 
 
-# A new kind goes above this line: the schemes that a study may list are all of the registered ones.
+# A new kind goes above this line: a study may list schemes of every kind registered above.
 if TYPE_CHECKING:
     SchemeSpec = Scheme
 else:

@@ -1,7 +1,7 @@
-"""All sections of a study file, each typed and validated by itself.
+"""The sections of a study file, each typed and validated by itself.
 
-Keys at the top of the file are the fields of :class:`StudySections`. What the sections say of each
-other is checked in :mod:`kvquant.study.checks`.
+The keys at the top of the file are the fields of :class:`StudySections`. Whether the sections agree
+with each other is checked in :mod:`kvquant.study.checks`.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from kvquant.study.timing import EnergySpec, TimingSpec
 
 
 class StudySections(Strict):
-    """The keys of a study file, and what is found in a study by name."""
+    """The sections of a study file, and look-ups by name."""
 
     study: str = Field(description="short name in kebab case")
     title: str = Field("", description="heading of the report and the paper")
     device: DeviceKey = Field(
-        "auto", description="name in perf and energy paths; 'auto' asks the GPU"
+        "auto", description="name in paths of throughput and energy results; 'auto' asks the GPU"
     )
     gpus: int = Field(
-        0, ge=0, le=64, description="GPUs of a throughput or energy job; 0: CPU study"
+        0, ge=0, le=64, description="GPUs per throughput or energy job; 0 makes it a CPU study"
     )
     protect: bool = Field(False, description="write-protect measured results")
     seeds: list[int] = Field(
         [0, 1, 2, 3, 4],
         min_length=1,
         max_length=MAX_NAMES,
-        description="each chooses its own samples or window offsets",
+        description="each seed chooses its own samples or window offsets",
     )
     baseline: str = Field("fp16", description="the scheme that all others are compared with")
-    headline: str = Field("nuq3-1pct", description="the scheme whose claims are made")
+    headline: str = Field("nuq3-1pct", description="the scheme that the claims are about")
     data_dir: str | None = Field(
-        None, description="folder of local data sets; absent: the hub is asked"
+        None, description="folder of local data sets; without it the hub is asked"
     )
     models: dict[str, ModelSpec] = Field(description="models by name")
     calibration: CalibrationSpec = Field(
-        CalibrationSpec(), description="what calibrated schemes are built from"
+        CalibrationSpec(), description="text and statistics that calibrated schemes are built from"
     )
     schemes: dict[str, SchemeSpec] = Field(description="cache schemes by name")
     tasks: dict[str, TaskSpec] = Field(
@@ -60,7 +60,7 @@ class StudySections(Strict):
     throughput: TimingSpec = Field(TimingSpec(), description="latency and memory of workloads")
     energy: EnergySpec = Field(EnergySpec(), description="energy of workloads")
     append: AppendSpec | None = Field(
-        None, description="cost of a token as the cache grows; absent: not measured"
+        None, description="time per appended token as the cache grows; absent: not measured"
     )
     kernels: KernelsSpec | None = Field(
         None, description="cases of the kernel benchmark; absent: not measured"
@@ -74,27 +74,27 @@ class StudySections(Strict):
     )
 
     def model(self, name: str) -> ModelSpec:
-        """The model's entry, or an error with the nearest names."""
+        """Returns the entry of a model; an unknown name is refused with the nearest known ones."""
         if name not in self.models:
             raise unknown("model", name, self.models)
         return self.models[name]
 
     def scheme(self, name: str) -> Scheme:
-        """The scheme's entry, or an error with the nearest names."""
+        """Returns the entry of a scheme; an unknown name is refused with the nearest known ones."""
         if name not in self.schemes:
             raise unknown("scheme", name, self.schemes)
         return self.schemes[name]
 
     def task(self, name: str) -> TaskSpec:
-        """The task's entry, or an error with the nearest names."""
+        """Returns the entry of a task; an unknown name is refused with the nearest known ones."""
         if name not in self.tasks:
             raise unknown("task", name, self.tasks)
         return self.tasks[name]
 
     def timed_schemes(self, spec: TimingSpec | EnergySpec) -> list[str]:
-        """The schemes measured by `spec`, without the baseline, which every job measures too."""
+        """Returns the schemes that `spec` measures, without the baseline of every job."""
         return [s for s in (spec.schemes or self.schemes) if s != self.baseline]
 
     def kernel_cases(self) -> dict[str, KernelCase]:
-        """Cases of the kernel benchmark; none without one."""
+        """Returns the cases of the kernel benchmark; empty where kernels are not measured."""
         return self.kernels.cases if self.kernels else {}

@@ -1,6 +1,6 @@
-"""The base of everything in a study file: fields are taken as they are written, or refused.
+"""The base class of a study's sections, which takes values as they are written or refuses them.
 
-Nothing is rounded, parsed from text or read from yes and no.
+No value is rounded, parsed from text or converted from yes and no.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 
 def _leaves(annotation: Any) -> Iterator[Any]:
-    """Types of the values that an annotation allows, inside lists and mappings too."""
+    """Yields the types of values that an annotation allows, inside lists and mappings too."""
     if get_origin(annotation) is Literal:
         yield from (type(value) for value in get_args(annotation))
     elif get_args(annotation):
@@ -31,7 +31,7 @@ def _leaves(annotation: Any) -> Iterator[Any]:
 
 
 def _scalars(value: Any) -> Iterator[Any]:
-    """Values inside lists and mappings."""
+    """Yields the scalar values inside nested lists and mappings."""
     if isinstance(value, dict):
         for part in value.values():
             yield from _scalars(part)
@@ -46,11 +46,12 @@ def refuse_lossy(value: Any, annotation: Any) -> None:
     """Refuses a value that would be changed on its way into a field.
 
     Args:
-        value: As the file has it.
-        annotation: The field's type.
+        value: The value in the file.
+        annotation: The type of the field.
 
     Raises:
-        ValueError: Text or yes/no for a number, a fraction for a whole number, NaN, an infinity.
+        ValueError: The value is text or yes/no for a number, a fraction for a whole number, NaN or
+            infinite.
     """
     kinds = set(_leaves(annotation))
     if any(issubclass(kind, BaseModel) for kind in kinds) or not kinds & {int, float, bool}:
@@ -76,7 +77,7 @@ def refuse_lossy(value: Any, annotation: Any) -> None:
 
 
 class Strict(BaseModel):
-    """Base of everything in a study file: no unknown keys, no changes."""
+    """The base class of a study's sections, without unknown keys and immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -92,8 +93,8 @@ class Strict(BaseModel):
                     raise PydanticCustomError("lossy", "{reason}", context) from None
         return raw
 
-    # Options that came after results were published: at their default they are not written, so
-    # that the digest of what was measured before them stays.
+    # Options that were added after results had been published. They are not serialized at their
+    # default, so that the digests of earlier results stay the same.
     later: ClassVar[tuple[str, ...]] = ()
 
     @model_serializer(mode="wrap")

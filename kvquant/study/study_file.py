@@ -1,7 +1,7 @@
-"""Reads a study's YAML or JSON strictly: every file that is not a plain mapping is one line.
+"""Reads the YAML or JSON of a study strictly, and refuses other content in one line.
 
-YAML lets a file say a thing twice, refer to itself, or grow a hundred bytes into gigabytes; a study
-needs none of it.
+YAML lets a file give a key twice, refer to itself, or expand a hundred bytes into gigabytes. A
+study needs none of that.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from kvquant.errors import UserError
 from kvquant.formats.files import is_text, parse_json, read_text
 
 MAX_CHARACTERS = 4_000_000
-MAX_YAML_CHARACTERS = 500_000  # its reader takes seconds for that
-# To YAML 1.1, 010 is 8 and 1:10 is 70.
+MAX_YAML_CHARACTERS = 500_000  # PyYAML takes seconds for so many
+# YAML 1.1 reads 010 as 8 and 1:10 as 70.
 _MISREAD = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 MAX_DEPTH = 20
-MAX_VALUES = 200_000  # with every alias written out
+MAX_VALUES = 200_000  # counted with every alias expanded
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses a key that is given twice."""
+    """A safe loader that refuses keys that are given twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -43,7 +43,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _check_size(text: str) -> None:
-    """Refuses nesting and aliases that would fill memory, from the file's events alone."""
+    """Refuses nesting and aliases that would fill memory, before any value is built."""
     sizes: dict[str, int] = {}
     total = 0
     open_: list[tuple[str | None, int]] = []
@@ -71,7 +71,7 @@ def _check_size(text: str) -> None:
 
 
 def _check_scalar(event: Any) -> None:
-    """Refuses numbers that YAML reads as others, and text that no file can hold."""
+    """Refuses numbers that YAML reads as other numbers, and text that no file can hold."""
     text, line = event.value, event.start_mark.line + 1
     if event.implicit[0] and _MISREAD.fullmatch(text):
         raise ValueError(
@@ -83,22 +83,22 @@ def _check_scalar(event: Any) -> None:
 
 
 def _where(error: yaml.YAMLError) -> str:
-    """What a YAML error says, in one line."""
+    """Returns the message of a YAML error in one line."""
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     return f"line {mark.line + 1}: {problem}" if mark is not None else str(problem)
 
 
 def parse_mapping(text: str, where: str, *, json: bool = False) -> Any:
-    """The content of a study file.
+    """Parses the text of a study file.
 
     Args:
-        text: YAML, or JSON.
-        where: Its name in errors.
-        json: Whether it is JSON, which is read strictly as such.
+        text: The YAML or JSON.
+        where: The name of the file in messages.
+        json: Whether the text is JSON.
 
     Raises:
-        UserError: In one line, for whatever a study file cannot be.
+        UserError: The text cannot be a study; the message is one line.
     """
     limit = MAX_CHARACTERS if json else MAX_YAML_CHARACTERS
     if len(text) > limit:
@@ -117,10 +117,10 @@ def parse_mapping(text: str, where: str, *, json: bool = False) -> Any:
 
 
 def read_mapping(path: str | Path, field: str = "--study") -> Any:
-    """Reads a study file; JSON by its name.
+    """Reads a study file, which is JSON if its name ends with `.json` and YAML otherwise.
 
     Raises:
-        UserError: It cannot be read, or :func:`parse_mapping` refuses it.
+        UserError: The file cannot be read, or :func:`parse_mapping` refuses it.
     """
     file = Path(path)
     text = read_text(file, field)

@@ -1,4 +1,4 @@
-"""What a suite of tasks registers: its tasks' options, its code, its metric and its words.
+"""Registers suites of tasks, with their options, implementation, metric and captions.
 
 A suite is registered where the options of its tasks are defined (:mod:`kvquant.study.tasks`), with
 the decorator :func:`suite`. Digests, prompts, statistics, tables, figures and the JSON schema of a
@@ -23,23 +23,21 @@ MetricType = Literal["likelihood", "score"]
 
 
 def count_of(number: int, noun: str) -> str:
-    """Returns a count with its noun; 0 stands for all."""
+    """Returns a count with its noun, where 0 stands for all."""
     return f"{number or 'all'} {noun}{'' if number == 1 else 's'}"
 
 
 class Task(Strict):
-    """The options that tasks of every suite have, and what the workflow asks of a task."""
+    """The options of tasks of every suite, and the methods that the workflow calls."""
 
-    if (
-        TYPE_CHECKING
-    ):  # fields of each subclass, which place them in the order that they are written
+    if TYPE_CHECKING:  # fields that each subclass declares, in the order of its options
         suite: str
         batch_size: int
     minutes: int = Field(
-        30, ge=1, le=MAX_MINUTES, description="expected run time of one seed on one GPU"
+        30, ge=1, le=MAX_MINUTES, description="expected run time per seed on one GPU, in minutes"
     )
 
-    # Options that change no result, which the digest of a result leaves out.
+    # Options that change no result and are therefore not part of a result's digest.
     speed_options: ClassVar[frozenset[str]] = frozenset({"minutes"})
 
     def cache_protocol(self) -> Protocol:
@@ -51,11 +49,11 @@ class Task(Strict):
         return None
 
     def sample_count(self) -> int:
-        """Returns the samples of one seed; 0 stands for all that the data has."""
+        """Returns the number of samples per seed; 0 stands for all that the data has."""
         raise NotImplementedError
 
     def samples_expected(self, metrics: Mapping[str, float]) -> int:
-        """Returns the samples that a record of the task must hold; 0 stands for any number."""
+        """Returns the number of samples that a record must hold; 0 stands for any number."""
         return self.sample_count()
 
     def describe(self) -> str:
@@ -71,14 +69,14 @@ class Task(Strict):
         return name.removeprefix(f"{self.suite}-")
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Yields (option, what is wrong with it) for what pydantic alone does not check."""
+        """Yields (option, problem) for every option that is wrong beyond what pydantic checks."""
         return iter(())
 
     def check_metrics(self, metrics: Mapping[str, float]) -> None:
         """Checks a record's metrics against the task's options.
 
         Raises:
-            ValueError: They are of other options; the message names the metric.
+            ValueError: The record was measured with other options; the message names the metric.
         """
 
 
@@ -88,10 +86,12 @@ class AnsweredTask(Task):
     if TYPE_CHECKING:  # as above
         length: int
         samples: int
-    batch_size: int = Field(4, ge=1, le=MAX_BATCH, description="prompts per batch at most")
+    batch_size: int = Field(
+        4, ge=1, le=MAX_BATCH, description="maximum number of prompts per batch"
+    )
 
     def sample_count(self) -> int:
-        """Returns the prompts of one seed; 0 stands for all that the data has."""
+        """Returns the number of prompts per seed; 0 stands for all that the data has."""
         return self.samples
 
     def describe(self) -> str:
@@ -101,32 +101,32 @@ class AnsweredTask(Task):
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite: tasks that are measured by the same code and scored by the same metric.
+    """A suite of tasks that are measured by the same code and scored by the same metric.
 
     Attributes:
         name: The value of the option `suite` of its tasks.
         label: The name in text and tables.
         tasks: The options of its tasks.
-        implementation: Names the code ("module:attribute"): a
+        implementation: The name of the code ("module:attribute"). It is a
             :class:`kvquant.evaluation.generated.Answered` where answers are generated, else a
             function of (context, task, seed) that returns a
             :class:`kvquant.evaluation.base.SuiteResult`.
-        asks_prompts: Whether answers are generated, to prompts that are prepared once for all
+        asks_prompts: Whether answers are generated to prompts, which are prepared once for all
             schemes.
         uses_chat: Whether prompts are turns of the model's chat template.
         metric: The name of the metric that statistics use.
-        metric_type: "likelihood" for losses of windows of text, compared in nats; "score" for
-            scores of samples from 0 to 1, compared in percentage points.
-        higher_is_better: The metric's direction.
-        loss_axis: The text of an axis that shows how much a scheme loses, with its unit.
-        margin: The margin of equivalence where a study names none.
+        metric_type: "likelihood" for losses of windows of text, which are compared in nats, or
+            "score" for scores of samples from 0 to 1, which are compared in percentage points.
+        higher_is_better: Whether a larger metric is better.
+        loss_axis: The label of an axis that shows how much a scheme loses, with its unit.
+        margin: The margin of equivalence where a study gives none.
         sample: The fields of a line of `samples.jsonl`.
         summary: The metrics that follow from samples.
         check_samples: Further checks of (metrics, samples); raises ValueError.
         table_metrics: Further metrics that the collected table of evaluations has as columns.
         caption: The caption of the suite's LaTeX table; "{suite}" stands for the label, with the
             number of rows where the data is not complete.
-        table: Names the builder ("module:attribute") of the suite's LaTeX table.
+        table: The name ("module:attribute") of the function that builds the suite's LaTeX table.
     """
 
     name: str
@@ -152,7 +152,7 @@ SUITES: dict[str, Suite] = {}
 
 
 def scored_suites() -> list[str]:
-    """Returns the suites whose samples have scores, which have a mean over tasks."""
+    """Returns the suites whose samples have scores, so that a mean over tasks exists."""
     return [name for name, known in SUITES.items() if known.metric_type == "score"]
 
 
@@ -182,7 +182,7 @@ def suite(
     table_metrics: tuple[str, ...] = (),
     table: str = "kvquant.analysis.suite_tables:scores",
 ) -> Callable[[T], T]:
-    """Registers a suite with the options of its tasks; see :class:`Suite` for the arguments.
+    """Registers a suite on the class of its tasks' options (see :class:`Suite`).
 
     Without a `summary`, the metric is the samples' mean score in percent.
     """
@@ -216,7 +216,7 @@ def suite(
 
 
 def _name(tasks: type[Task]) -> str:
-    """The suite's name: the only value that its tasks' option `suite` may have."""
+    """Returns the suite's name, the only value that the option `suite` of its tasks may have."""
     annotation: Any = tasks.model_fields["suite"].annotation
     (name,) = annotation.__args__
     return str(name)

@@ -1,6 +1,7 @@
-"""The suites with their tasks' options, and the study's section `evaluation:`.
+"""The suites with the options of their tasks, and the study's section `evaluation:`.
 
-A suite is a class with the decorator :func:`kvquant.study.suite.suite`; nothing else lists it.
+A suite is registered by the decorator :func:`kvquant.study.suite.suite` on the class of its tasks'
+options, and is listed nowhere else.
 """
 
 from __future__ import annotations
@@ -51,22 +52,30 @@ LONGBENCH_TASKS = task_names("longbench")
     table="kvquant.analysis.suite_tables:likelihoods",
 )
 class PerplexityTask(Task):
-    """Perplexity over non-overlapping windows; the seed moves the first window's offset."""
+    """Perplexity over non-overlapping windows, of which the seed moves the first one's offset."""
 
     suite: Literal["perplexity"] = Field(description="suite of the task")
-    dataset: str = Field("wikitext2", description="text that is read")
+    dataset: str = Field("wikitext2", description="data set whose test text is read")
     window: int = Field(
-        2048, ge=0, le=MAX_TOKENS, description="tokens; 0 takes all positions of the model"
+        2048,
+        ge=0,
+        le=MAX_TOKENS,
+        description="tokens per window; 0 takes all positions of the model",
     )
     windows: int = Field(
         0, ge=0, le=MAX_WINDOWS, description="windows per seed; 0 takes the whole text"
     )
     protocol: Protocol = Field(
-        "B", description="A: a prompt attends in full precision; B: every token reads codes"
+        "B",
+        description="A: a chunk attends to itself in full precision; B: every token reads codes",
     )
     chunk: int = Field(256, ge=1, le=MAX_TOKENS, description="tokens per chunk (protocol A)")
-    batch_size: int = Field(1, ge=1, le=MAX_BATCH, description="windows per batch at most")
-    kl: bool = Field(True, description="also the KL divergence to the unquantized cache")
+    batch_size: int = Field(
+        1, ge=1, le=MAX_BATCH, description="maximum number of windows per batch"
+    )
+    kl: bool = Field(
+        True, description="whether the KL divergence from the unquantized cache is measured as well"
+    )
 
     speed_options = frozenset({"minutes", "batch_size"})
 
@@ -85,7 +94,7 @@ class PerplexityTask(Task):
         return self.dataset
 
     def sample_count(self) -> int:
-        """Returns the windows of one seed; 0 stands for the whole text."""
+        """Returns the number of windows per seed; 0 stands for the whole text."""
         return self.windows
 
     def describe(self) -> str:
@@ -94,15 +103,15 @@ class PerplexityTask(Task):
         return f"{count_of(self.windows, 'window')} {size}, protocol {self.protocol}"
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Yields an unknown data set."""
+        """Yields a problem where the data set is unknown."""
         if self.dataset not in DATASETS:
             yield "dataset", str(unknown("dataset", self.dataset, DATASETS))
 
     def check_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Checks that a record has a divergence where one is asked for, and the asked window.
+        """Checks that a record has the window and, exactly if asked for, the KL divergence.
 
         Raises:
-            ValueError: It is of other options; the message names the metric.
+            ValueError: The record was measured with other options; the message names the metric.
         """
         if ("kl" in metrics) != self.kl:
             raise ValueError(f"field 'metrics.kl': the study says kl: {str(self.kl).lower()}")
@@ -119,12 +128,12 @@ class PerplexityTask(Task):
     caption="Passkey retrieval by prompt length.",
 )
 class PasskeyTask(AnsweredTask):
-    """Passkey retrieval (Mohtashami and Jaggi, arXiv 2305.16300); the seed draws key and place."""
+    """Passkey retrieval (Mohtashami and Jaggi, arXiv 2305.16300) of keys drawn from the seed."""
 
     suite: Literal["passkey"] = Field(description="suite of the task")
-    length: int = Field(1024, ge=128, le=MAX_TOKENS, description="prompt tokens")
+    length: int = Field(1024, ge=128, le=MAX_TOKENS, description="tokens per prompt")
     samples: int = Field(
-        10, ge=1, le=MAX_SAMPLES, description="prompts per seed, their depths spread evenly"
+        10, ge=1, le=MAX_SAMPLES, description="prompts per seed, with evenly spread depths"
     )
 
     def column(self, name: str) -> str:
@@ -133,9 +142,9 @@ class PasskeyTask(AnsweredTask):
 
 
 class _FamilyTask(AnsweredTask):
-    """A task that is one of its suite's families (:mod:`kvquant.study.task_families`)."""
+    """A task of one of its suite's families (:mod:`kvquant.study.task_families`)."""
 
-    if TYPE_CHECKING:  # fields of each subclass
+    if TYPE_CHECKING:  # fields that each subclass declares
         task: str
         max_new_tokens: int
 
@@ -145,7 +154,7 @@ class _FamilyTask(AnsweredTask):
         return None if family is None else family.tasks[self.task]
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Yields an unknown task, and lengths that leave no room."""
+        """Yields a problem where the task is unknown or a length leaves no room."""
         family = family_of(self.suite, self.task)
         if family is None:
             yield "task", str(unknown(f"{self.suite} task", self.task, task_names(self.suite)))
@@ -165,14 +174,19 @@ class _FamilyTask(AnsweredTask):
     caption="{suite}.",
 )
 class RulerTask(_FamilyTask):
-    """One RULER task (arXiv 2404.06654), generated and scored by the pinned lm-eval package."""
+    """A RULER task (arXiv 2404.06654), generated and scored by the pinned lm-eval package."""
 
     suite: Literal["ruler"] = Field(description="suite of the task")
     task: str = Field(description="niah_single_1, niah_single_2, niah_multikey_1, vt, ...")
-    length: int = Field(4096, ge=256, le=MAX_TOKENS, description="prompt plus answer tokens")
+    length: int = Field(
+        4096, ge=256, le=MAX_TOKENS, description="tokens of prompt and answer together"
+    )
     samples: int = Field(20, ge=1, le=MAX_SAMPLES, description="prompts per seed")
     max_new_tokens: int = Field(
-        0, ge=0, le=MAX_TOKENS, description="0 keeps RULER's own generation length"
+        0,
+        ge=0,
+        le=MAX_TOKENS,
+        description="maximum number of generated tokens; 0 takes RULER's own",
     )
 
 
@@ -189,7 +203,7 @@ class RulerTask(_FamilyTask):
     caption="{suite}; in brackets the rows of each task.",
 )
 class LongBenchTask(_FamilyTask):
-    """One English task of LongBench (arXiv 2308.14508), as in the pinned lm-eval package."""
+    """An English task of LongBench (arXiv 2308.14508), as the pinned lm-eval package defines it."""
 
     suite: Literal["longbench"] = Field(description="suite of the task")
     task: str = Field(description="qasper, hotpotqa, gov_report, triviaqa, lcc, ...")
@@ -197,25 +211,28 @@ class LongBenchTask(_FamilyTask):
         8192,
         ge=256,
         le=MAX_TOKENS,
-        description="prompt plus answer tokens; longer prompts lose their middle",
+        description="tokens of prompt and answer together; longer prompts are cut in their middle",
     )
     samples: int = Field(
         0,
         ge=0,
         le=MAX_SAMPLES,
-        description="rows that each seed draws; 0, or more than all, takes all",
+        description="rows that each seed draws; 0, or more than there are, takes all",
     )
     max_new_tokens: int = Field(
-        0, ge=0, le=MAX_TOKENS, description="0 keeps LongBench's own generation length"
+        0,
+        ge=0,
+        le=MAX_TOKENS,
+        description="maximum number of generated tokens; 0 takes LongBench's own",
     )
 
     def samples_expected(self, metrics: Mapping[str, float]) -> int:
-        """Returns the rows that a record must hold: at most as many as the data has."""
+        """Returns the number of rows that a record must hold, at most as many as the data has."""
         available = int(metrics.get("rows_available", 0.0))
         return min(self.samples or available, available)
 
 
-# Every suite that is registered above.
+# The tasks that a study may list are those of every suite registered above.
 if TYPE_CHECKING:
     TaskSpec = Task
 else:
@@ -226,7 +243,7 @@ else:
 
 
 class EvaluationSpec(Strict):
-    """Which schemes are evaluated on the tasks, and how much of a GPU one job takes."""
+    """Which schemes are evaluated on which tasks, and how many tokens a batch may have."""
 
     schemes: list[str] = Field(default_factory=list, description="empty: all schemes of the study")
     tasks: dict[str, list[str]] = Field(
@@ -234,5 +251,7 @@ class EvaluationSpec(Strict):
         description="tasks of single schemes; a scheme that is not named here runs all",
     )
     batch_tokens: int | None = Field(
-        None, ge=1, description="tokens of a batch at most, padding included; absent: no limit"
+        None,
+        ge=1,
+        description="maximum number of tokens per batch, padding included; absent: no limit",
     )

@@ -1,4 +1,4 @@
-"""The study's sections `throughput:` and `energy:`, without torch."""
+"""The study's sections `throughput:` and `energy:`, with their workloads."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from kvquant.study.strict import Strict
 
 
 class Workload(Strict):
-    """One throughput or energy workload."""
+    """A workload of throughput or energy: prompts of given lengths, and answers."""
 
     prompt: int = Field(ge=1, le=MAX_TOKENS, description="tokens of the longest prompt")
     batch_size: int = Field(1, ge=1, le=MAX_BATCH, description="prompts per batch")
-    answer: int = Field(16, ge=0, le=MAX_TOKENS, description="decoded tokens")
-    ragged: bool = Field(False, description="prompt lengths fall evenly to half of `prompt`")
+    answer: int = Field(16, ge=0, le=MAX_TOKENS, description="decoded tokens per prompt")
+    ragged: bool = Field(
+        False, description="whether prompt lengths fall evenly from `prompt` to half of it"
+    )
     schemes: list[str] = Field(
-        default_factory=list, description="empty: all that the stage measures"
+        default_factory=list,
+        description="schemes that run the workload; empty: all that the stage measures",
     )
 
 
@@ -26,31 +29,45 @@ class TimingSpec(Strict):
     workloads: dict[str, Workload] = Field(
         default_factory=dict, description="workloads by name; none: the stage is not measured"
     )
-    schemes: list[str] = Field(default_factory=list, description="empty: all schemes of the study")
-    reps: int = Field(1, ge=1, le=MAX_REPS, description="independent jobs per cell")
-    warmup: int = Field(5, ge=0, le=MAX_ROUNDS, description="rounds before the timed ones")
-    iterations: int = Field(100, ge=1, le=MAX_ROUNDS, description="timed rounds at most")
+    schemes: list[str] = Field(
+        default_factory=list,
+        description="schemes that are measured; empty: all schemes of the study",
+    )
+    reps: int = Field(1, ge=1, le=MAX_REPS, description="independent jobs per scheme and workload")
+    warmup: int = Field(5, ge=0, le=MAX_ROUNDS, description="untimed rounds before the timed ones")
+    iterations: int = Field(100, ge=1, le=MAX_ROUNDS, description="maximum number of timed rounds")
     max_seconds: float = Field(
-        120.0, gt=0, le=MAX_SECONDS, description="stop after this long (at least 5 rounds)"
+        120.0,
+        gt=0,
+        le=MAX_SECONDS,
+        description="time in seconds after which no further round begins, once 5 are timed",
     )
 
 
 class EnergySpec(Strict):
-    """How energy is measured: trials of at least `seconds`, interleaved with the baseline."""
+    """How energy is measured, in trials of at least `seconds` interleaved with the baseline."""
 
     workloads: dict[str, Workload] = Field(
         default_factory=dict, description="workloads by name; none: the stage is not measured"
     )
-    schemes: list[str] = Field(default_factory=list, description="empty: all schemes of the study")
-    reps: int = Field(1, ge=1, le=MAX_REPS, description="independent jobs per cell")
-    trials: int = Field(5, ge=1, le=MAX_ROUNDS, description="trials per scheme, in turns")
+    schemes: list[str] = Field(
+        default_factory=list,
+        description="schemes that are measured; empty: all schemes of the study",
+    )
+    reps: int = Field(1, ge=1, le=MAX_REPS, description="independent jobs per scheme and workload")
+    trials: int = Field(
+        5, ge=1, le=MAX_ROUNDS, description="trials per scheme, in turns with the baseline"
+    )
     seconds: float = Field(
         5.0,
         gt=0,
         le=MAX_SECONDS,
-        description="shortest trial; on a GPU at least 5 s, as its counter needs",
+        description="length of the shortest trial; at least 5 s on a GPU, as its counter needs",
     )
     idle_seconds: float = Field(
-        5.0, ge=0, le=MAX_SECONDS, description="how long idle power is measured before the trials"
+        5.0,
+        ge=0,
+        le=MAX_SECONDS,
+        description="seconds for which idle power is measured before the trials",
     )
     country: str = Field("POL", description="ISO code for CodeCarbon's offline carbon intensity")
