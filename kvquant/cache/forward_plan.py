@@ -1,8 +1,8 @@
-"""The plan of one forward call over a cache of packed blocks: made once, read by all layers.
+"""The plan of one forward call over packed blocks, made once per call and read by all layers.
 
 `KVQuantCache.begin_forward` makes it from the mask and the state of the cache. What only the first
-layer can say (number and dtype of the queries, the model's rotary table) is added when that layer
-comes (`KVQuantCache.meet`). A plan is never changed; the layers get it as an argument.
+layer knows (number and dtype of the queries, the model's rotary table) is added when that layer
+runs (`KVQuantCache.meet`). Plans are immutable, and the layers get theirs as an argument.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from kvquant.kernels.cuda_decode import DecodeShape, DecodeStep
 
 
 class Order(Enum):
-    """When a layer stores the call's tokens."""
+    """The point at which a layer stores the call's tokens."""
 
-    APPEND_FIRST = auto()  # before it reads: a first call, and protocol B, which reads them back
+    APPEND_FIRST = auto()  # before it reads: first calls, and protocol B, which reads them back
     READ_FIRST = auto()  # after it has read the past: protocol A
     WITHIN_STEP = auto()  # as part of the decode step by the kernel
 
 
 @dataclass(frozen=True)
 class FirstCall:
-    """There is no past: the model's own attention takes the call's tokens."""
+    """The path without a past: the model's own attention handles the call's tokens."""
 
 
 @dataclass(frozen=True)
 class KernelStep:
-    """The CUDA decode kernel takes one token per sequence and reads all that is stored.
+    """The path through the CUDA decode kernel, which takes one token per sequence.
 
     Attributes:
-        shape: What the kernel is compiled for.
+        shape: The constants that the kernel is compiled for.
         step: Block table, lengths and rotary tables.
         places: int64 `[batch_size]` on the device, where the new token goes in each tail.
     """
@@ -51,12 +51,12 @@ class KernelStep:
 
 @dataclass(frozen=True)
 class PastPieces:
-    """PyTorch reads the past piece by piece.
+    """The path through PyTorch, which reads the past piece by piece.
 
     Attributes:
-        cut: The pieces, cut once per call.
-        whole: Whether they are read back at once for the model's own attention: a first call of
-            protocol B that is small enough.
+        cut: Returns the pieces, which are cut once per call.
+        whole: Whether all pieces are read back at once for the model's own attention, as in a small
+            first call of protocol B.
     """
 
     cut: Callable[[], list[Piece]]
@@ -65,11 +65,12 @@ class PastPieces:
 
 @dataclass(frozen=True)
 class PackedPast:
-    """The Triton kernels read the packed past.
+    """The path through the Triton kernels, which read the packed past.
 
     Attributes:
-        past: What they need.
-        pieces: For a layer whose blocks were not packed by kernels, so that none can read them.
+        past: The past as the kernels read it.
+        pieces: The path for a layer whose blocks were not packed by kernels and which kernels
+            therefore cannot read.
     """
 
     past: Past
@@ -81,20 +82,20 @@ Path = FirstCall | KernelStep | PackedPast | PastPieces
 
 @dataclass(frozen=True)
 class ForwardPlan(CallPlan):
-    """What every layer does in one call.
+    """The plan of what every layer does in one call.
 
     Attributes:
         append: Columns that are tokens, where they go, and the states before and after.
-        view: The state that is read.
-        new_positions: `query_positions` as those of keys, `NEVER` for padding; None for a single
-            column, whose query sees its own key.
+        view: The state of the cache that is read.
+        new_positions: Positions of the new keys: `query_positions` with `NEVER` for padding. None
+            for a single column, whose query sees its own key.
         simulated: Whether the call's own tokens are read from the cache, too (protocol B).
-        order: When the tokens are stored.
-        path: How the past is read. Until the first layer has come, a past that no decode step
+        order: The point at which the tokens are stored.
+        path: How the past is read. Until the first layer has run, a past that no decode step
             reads has no pieces.
-        storing: To be called before anything is stored: the call cannot be undone from then on.
-        status: int32 `[2]` on a GPU, where layers report lost outliers and NaN; None on a CPU, and
-            until the first layer has come.
+        storing: Must be called before anything is stored; then the call cannot be undone.
+        status: int32 `[2]` on a GPU, where layers report lost outliers and NaN. None on a CPU and
+            until the first layer has run.
     """
 
     append: AppendPlan
@@ -114,5 +115,5 @@ class ForwardPlan(CallPlan):
 
     @property
     def first(self) -> bool:
-        """Whether no sequence had a token before."""
+        """Whether no sequence had a token before the call."""
         return not any(self.append.before.lengths)

@@ -9,16 +9,16 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class Fp16Layer(DynamicLayer):
-    """The unquantized baseline: transformers' growing layer, always holding 16-bit numbers.
+    """A layer of the unquantized baseline: transformers' growing layer, always in 16 bits.
 
-    With a 16-bit model it is `DynamicLayer`; with an fp32 model (CPU) it rounds what it holds to
+    With a 16-bit model it acts as `DynamicLayer`. With an fp32 model (CPU) it rounds its tokens to
     fp16, so that the baseline's bits and accuracy are those of a 16-bit cache.
     """
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends and returns all keys and values `[batch_size, heads, seq_len, head_dim]`."""
+        """Appends tokens and returns all keys and values `[batch_size, heads, seq, head_dim]`."""
         kind = key_states.dtype
         if kind is not torch.float32:
             return super().update(key_states, value_states, *args, **kwargs)
@@ -27,5 +27,5 @@ class Fp16Layer(DynamicLayer):
 
 
 def new_baseline_cache() -> Cache:
-    """An unquantized 16-bit cache that grows as transformers' `DynamicCache` does."""
+    """Makes an unquantized 16-bit cache that grows as transformers' `DynamicCache` does."""
     return Cache(layer_class_to_replicate=Fp16Layer)

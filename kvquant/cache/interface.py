@@ -1,9 +1,10 @@
-"""What a cache may offer beyond transformers' interface; the library asks for these, not for kinds.
+"""The interfaces that a cache may implement in addition to that of transformers.
 
-A scheme whose cache is not made of packed blocks, unlike
-:class:`kvquant.cache.kvquant_cache.KVQuantCache`, counts its own bytes (:class:`CountedCache`),
-attends by itself (:class:`kvquant.cache.attending.AttendingCache`), or both; evaluation, generation
-and benchmarks take it as they take the others.
+The library asks for these interfaces, not for kinds of caches. A scheme whose cache is not made of
+packed blocks, unlike :class:`kvquant.cache.kvquant_cache.KVQuantCache`, counts its own bytes
+(:class:`CountedCache`), computes the attention itself
+(:class:`kvquant.cache.attending.AttendingCache`), or both. Evaluation, generation and benchmarks
+use it as they use the others.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ import torch
 def sequence_indices(
     name: str, given: torch.Tensor, sequences: int, *, whole: bool = False
 ) -> torch.Tensor:
-    """Indices of sequences to keep, checked.
+    """Checks the indices of sequences to keep and returns them as integers.
 
     Args:
-        name: What the caller calls them.
+        name: Name of the argument in errors.
         given: int `[n]`, or bool `[sequences]`.
-        sequences: Of the cache; -1 before its first call, when there is nothing to check.
-        whole: There must be one index per sequence.
+        sequences: Number of sequences in the cache; -1 before its first call, when there is nothing
+            to check.
+        whole: Whether there must be one index per sequence.
 
     Returns:
         int64 `[n]`, none of them negative.
 
     Raises:
-        ValueError: They do not fit the cache.
+        ValueError: The indices do not fit the cache.
     """
     if given.dim() != 1:
         raise ValueError(f"{name}: must have one dimension, got shape {tuple(given.shape)}")
@@ -56,28 +58,28 @@ class CountedCache(ABC):
 
     @abstractmethod
     def stored_nbytes(self) -> int:
-        """Bytes allocated on the device."""
+        """Returns the bytes allocated on the device."""
 
     def shared_nbytes(self) -> int:
-        """Those of `stored_nbytes` that do not grow with the number of sequences."""
+        """Returns the part of `stored_nbytes` that does not grow with the number of sequences."""
         return 0
 
     @abstractmethod
     def stored_elements(self, mask: torch.Tensor | None) -> int:
-        """Key and value elements of real tokens.
+        """Returns the number of key and value elements of tokens, without padding.
 
         Args:
-            mask: `[batch_size, columns]` of the columns seen so far, for a cache that cannot tell
-                padding itself; None if there is none.
+            mask: `[batch_size, columns]` of the columns seen so far, for a cache that does not know
+                what is padding; None if there is no padding.
         """
 
 
 class QuantizeClock:
-    """Time spent in quantization, which benchmarks report.
+    """A clock for the time spent in quantization, which benchmarks report.
 
     Attributes:
-        timed: Synchronise around the work, so that the time is right on a GPU.
-        quantize_seconds: Time since creation.
+        timed: Whether to synchronize around the work, so that the time is right on a GPU.
+        quantize_seconds: Seconds of quantization since creation.
     """
 
     def __init__(self) -> None:
@@ -86,7 +88,7 @@ class QuantizeClock:
 
     @contextmanager
     def measure(self, device: torch.device) -> Iterator[None]:
-        """Adds the time of a block of code."""
+        """Measures the enclosed code and adds its time."""
         if self.timed and device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()

@@ -1,9 +1,9 @@
-"""Rotary tables of the tokens in a cache, where their positions are not simply counted.
+"""Keeps the rotary table of each token in a cache where positions cannot simply be counted.
 
 Keys are stored before RoPE and rotated when they are read. As long as a token's position is its
-number in its sequence, one table serves all. Otherwise (positions that jump, that count padding, or
+index in its sequence, one table serves all. Otherwise (positions that jump, that count padding, or
 a scaling that changes with the length) each token's cosine and sine are kept as the model gave
-them, so that it is always read at the angle with which it came.
+them, so that its key is always rotated by the original angle.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ Table = tuple[torch.Tensor, torch.Tensor]
 
 
 class KeptRope:
-    """Cosine and sine of every token; shared by all layers.
+    """The cosine and sine of every token, shared by all layers.
 
-    Both halves of the channels turn by the same angles, so that one is kept.
+    Both halves of the channels are rotated by the same angles, so that one half is kept.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class KeptRope:
     def counted(
         cls, rope: Rope, lengths: list[int], shifts: list[int], device: torch.device
     ) -> KeptRope:
-        """Of tokens whose positions have been counted so far, from a shift of each sequence on."""
+        """Makes the tables of tokens with counted positions, which start at a sequence's shift."""
         kept = cls()
         longest = max(lengths, default=0)
         if longest:
@@ -42,12 +42,12 @@ class KeptRope:
 
     @torch.inference_mode()  # buffers are inference tensors, whatever mode the caller is in
     def append(self, rope: Table, spans: list[Span], lengths: list[int]) -> None:
-        """Keeps the tables of new tokens.
+        """Adds the rotary tables of new tokens.
 
         Args:
-            rope: `[1 or batch_size, new_len, head_dim]` each.
+            rope: Cosine and sine, `[1 or batch_size, new_len, head_dim]` each.
             spans: Columns of each sequence that are tokens.
-            lengths: Tokens of each sequence before.
+            lengths: Tokens of each sequence before the call.
         """
         counts = [s.stop - s.start if isinstance(s, slice) else s.numel() for s in spans]
         total = max(n + count for n, count in zip(lengths, counts, strict=True))
@@ -64,7 +64,7 @@ class KeptRope:
                 kept[b, at : at + counts[b]] = x[b, span]
 
     def _reserve(self, batch: int, tokens: int, like: torch.Tensor) -> None:
-        """Room for so many tokens; doubled where it was too small."""
+        """Makes room for `tokens` tokens per sequence, at least doubling what is too small."""
         old = self._table
         if old is not None and old[0].shape[1] >= tokens:
             return
@@ -80,10 +80,10 @@ class KeptRope:
         self._table = (grown(0), grown(1))
 
     def read(self, positions: torch.Tensor) -> Table:
-        """The tables of the first tokens `[batch_size, n, head_dim]`, in the place of a `Rope`.
+        """Returns the tables of the first tokens, `[batch_size, n, head_dim]` each, as a `Rope`.
 
         Args:
-            positions: int64 `[1, n]`, the numbers from 0 on.
+            positions: int64 `[1, n]`, the indices of the tokens from 0 on.
         """
         assert self._table is not None
         count = positions.shape[1]
@@ -92,14 +92,14 @@ class KeptRope:
 
     @torch.inference_mode()
     def select(self, indices: torch.Tensor) -> None:
-        """Keeps (or repeats) the given sequences."""
+        """Keeps or repeats the given sequences."""
         if self._table is not None:
             where = indices.to(self._table[0].device)
             self._table = (self._table[0][where], self._table[1][where])
 
     @torch.inference_mode()
     def fork(self) -> KeptRope:
-        """A copy that goes on by itself."""
+        """Returns an independent copy."""
         other = KeptRope()
         if self._table is not None:
             other._table = (self._table[0].clone(), self._table[1].clone())
@@ -107,5 +107,5 @@ class KeptRope:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """The bytes allocated."""
         return 0 if self._table is None else sum(x.nbytes for x in self._table)

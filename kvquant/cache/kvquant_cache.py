@@ -1,6 +1,6 @@
-"""The Hugging Face cache whose layers hold packed blocks.
+"""`KVQuantCache` is the Hugging Face cache whose layers hold packed blocks.
 
-`KVQuantCache` is passed to a model as `past_key_values`; the attention modules installed by
+It is passed to a model as `past_key_values`, and the attention modules installed by
 `load_quantized_model` read and write it. Once per forward call the model tells the cache
 which columns are tokens (`begin_forward`), so that padding is neither stored nor counted.
 """
@@ -39,15 +39,15 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
 
     Args:
         codecs: One codec per layer.
-        rope: Positions `[1, n]` to the rotary table `(cos, sin)`, each `[1, n, head_dim]`.
+        rope: Maps positions `[1, n]` to the rotary table `(cos, sin)`, each `[1, n, head_dim]`.
         protocol: See :class:`AttendingCache`.
-        static_rope: Whether a position's rotation is the same however long the sequence; decode
-            kernels need that.
-        keep_rope: Keep the rotation of each token as it came, because that of a position changes
+        static_rope: Whether a position's rotation does not depend on the length of the sequence, as
+            decode kernels need.
+        keep_rope: Whether to keep the rotation of each token, because that of a position changes
             from call to call (dynamic scaling).
 
     Attributes:
-        layout: Where tokens are; shared by all layers.
+        layout: The places of all tokens, shared by all layers.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
         super().__init__(layers, protocol, extent, clock)
         self.layout = Layout(*shapes.pop())
         self.static_rope = static_rope
-        self._before = self.layout.view()  # before the current call
+        self._before = self.layout.view()  # the state before the current call
         self._rope = CallRope(rope, keep=keep_rope, rotated=codecs[0].rotated_keys)
         self._padding = Padding()
         self._watch, self._late = OutlierWatch(), LateCheck()
@@ -96,7 +96,7 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
         given: bool = True,
         held: bool = False,
     ) -> ForwardPlan:
-        """See :meth:`AttendingCache.begin_forward`; plans where the new tokens go.
+        """Plans where the new tokens go; see :meth:`AttendingCache.begin_forward`.
 
         Raises:
             ValueError: The mask does not cover all columns or contradicts an earlier one, or the
@@ -123,7 +123,7 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
         return plan
 
     def _undo(self, before: Snapshot) -> Callable[[], None]:
-        """Puts the cache back as it is now, after a call that has stored nothing."""
+        """Returns a function that restores the present state if a call has stored nothing."""
         padding, rope = self._padding.fork(), self._rope.state()
 
         def undo() -> None:
@@ -137,15 +137,15 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
     def meet(
         self, plan: ForwardPlan, queries: torch.Tensor, keys: torch.Tensor, rope: Table
     ) -> ForwardPlan:
-        """See :meth:`AttendingCache.meet`."""
+        """Completes the plan with what the first layer brings; see :meth:`AttendingCache.meet`."""
         return self._planner.meet(plan, queries, keys, rope, self._watch.status(keys.device))
 
     def step_tables(self, device: torch.device) -> StepTables | None:
-        """The tables of the decode kernel, or None where another backend takes the steps."""
+        """Returns the decode kernel's tables, or None where another backend takes the steps."""
         return self._planner.step_tables(device)
 
     def step_refusals(self, device: torch.device) -> tuple[str, ...]:
-        """The reasons why the decode kernel does not take the next step of every sequence.
+        """Returns the reasons why the decode kernel cannot take the next step of all sequences.
 
         Args:
             device: Device of the cache.
@@ -160,9 +160,9 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
         return selection.reasons("cuda")
 
     def graph_plan(self, steps: StepTables, positions: torch.Tensor) -> ForwardPlan:
-        """The plan of a step whose lengths advance on the device alone, for a CUDA graph.
+        """Makes the plan of a step for a CUDA graph, whose lengths advance on the device alone.
 
-        :meth:`count_step` does the host's side after each replay.
+        :meth:`count_step` updates the host after each replay.
 
         Args:
             steps: Tables with room for the steps to come.
@@ -171,11 +171,11 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
         return self._planner.graph(steps, positions, self._watch.status(positions.device))
 
     def planned(self, plan: ForwardPlan) -> AbstractContextManager[None]:
-        """Inside, calls of the model follow a plan of :meth:`graph_plan` and are not counted."""
+        """Returns a context in which the model follows a graph's plan and nothing is counted."""
         return self.calls.handing(plan)
 
     def count_step(self, steps: StepTables) -> None:
-        """Does the host's side of a replayed step, and packs the tails that it filled."""
+        """Counts a replayed step on the host and packs the blocks that it filled."""
         self.calls.hear(self._watch.check, self._late.check)
         with self.calls.changing("a replayed step"):
             append = self.layout.append([slice(0, 1)] * len(self.layout.table))
@@ -188,47 +188,47 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
             self.extent.columns += 1
 
     def settle(self) -> None:
-        """Waits for the device and raises if what it packed so far is not whole.
+        """Waits for the device and raises if any call so far went wrong.
 
         Raises:
-            OutlierOverflow: Outliers were lost for want of room.
-            ValueError: The input held NaN or Inf.
+            OutlierOverflow: Outliers were lost because there was no room for them.
+            ValueError: The input held NaN or Inf, or a mask or positions did not fit.
         """
         self.calls.check()
         self._watch.settle()
         self._late.settle()
 
     def widen(self) -> None:
-        """Gives the next caches of these codecs the room for outliers that this one lacked."""
+        """Gives later caches of these codecs the outlier slots that this one lacked."""
         widen_codecs(layer.store for layer in self.layers)
 
     def key_outliers(self, layer: int) -> list[BlockedCSCMatrix]:
-        """Exact key outliers in a layer's packed blocks, one matrix per sequence."""
+        """Returns the key outliers in a layer's packed blocks, one matrix per sequence."""
         store = self.layers[layer].store
         return [BlockedCSCMatrix(store.outliers("keys", table)) for table in self.layout.table]
 
     def value_outliers(self, layer: int) -> list[BlockedCSRMatrix]:
-        """Exact value outliers in a layer's packed blocks, one matrix per sequence."""
+        """Returns the value outliers in a layer's packed blocks, one matrix per sequence."""
         store = self.layers[layer].store
         return [BlockedCSRMatrix(store.outliers("values", table)) for table in self.layout.table]
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence, of whole calls."""
+        """The number of tokens of each sequence in completed calls."""
         return list(self._before.lengths if self.calls.running else self.layout.lengths)
 
     @property
     def batch_size(self) -> int:
-        """Sequences; -1 before the first call."""
+        """The number of sequences; -1 before the first call."""
         return len(self._before.lengths if self.calls.running else self.layout.table) or -1
 
     @property
     def kept_nbytes(self) -> int:
-        """Bytes of rotary tables that are kept per token (:class:`KeptRope`)."""
+        """The bytes of rotary tables that are kept per token (:class:`KeptRope`)."""
         return 0 if self._rope.kept is None else self._rope.kept.nbytes
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Empties the cache, which can then be used anew."""
         self.layout = self.layout.empty()
         self._padding, self._watch, self._late = Padding(), OutlierWatch(), LateCheck()
         self._rope = self._rope.empty()
@@ -253,14 +253,14 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
                 self._reclaim()
 
     def _reclaim(self) -> None:
-        """Returns the memory of blocks that no sequence has any more."""
+        """Frees the memory of blocks that no sequence uses any more."""
         change = self.layout.reclaim()
         if change is not None:
             for layer in self.layers:
                 layer.store.reclaim(change)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Reorders the sequences for beam search, if there is one index in range per sequence.
+        """Reorders the sequences for beam search; needs one index in range per sequence.
 
         Packed blocks are shared, not moved.
         """
@@ -268,15 +268,15 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
         self._select(sequence_indices("beam_idx", beam_idx, self.batch_size, whole=True))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the given sequences, checked by :func:`sequence_indices`."""
+        """Keeps the given sequences, whose indices :func:`sequence_indices` checks."""
         self.calls.check()
         self._select(sequence_indices("indices", indices, self.batch_size))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each sequence; its blocks are shared.
+        """Repeats each sequence; the copies share its blocks.
 
         Raises:
-            ValueError: `repeats` is not at least 1.
+            ValueError: `repeats` is less than 1.
         """
         if repeats < 1:
             raise ValueError(f"repeats: must be at least 1, got {repeats}")
@@ -286,12 +286,12 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
     def crop(self, tokens_to_remove: int) -> None:
         """Drops columns from the end.
 
-        Tokens in 16 bits are cut exactly. Where the cut falls into a packed block, its remaining
-        tokens go back to the 16-bit tail with their quantized values.
+        Tokens in 16 bits are cropped exactly. Where the cut falls into a packed block, its kept
+        tokens return to the 16-bit tail with their quantized values.
 
         Args:
-            tokens_to_remove: Negative or 0: minus the columns to drop, as transformers' newest
-                release counts. Positive: the columns to keep, as its older ones do.
+            tokens_to_remove: Negative or 0: minus the number of columns to drop, as in the newest
+                transformers. Positive: the number of columns to keep, as in older releases.
         """
         self.calls.check()
         columns, tokens_to_remove = self.columns, int(tokens_to_remove)  # a tensor in 5.17
@@ -311,7 +311,7 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
             self.extent.columns = keep
 
     def copy(self) -> KVQuantCache:
-        """A cache that goes on from here, to reuse a prompt; packed blocks are shared."""
+        """Returns an independent copy that shares packed blocks, to reuse a prompt."""
         self.calls.check()
         codecs, rope = [layer.codec for layer in self.layers], self._rope.fork()
         other = KVQuantCache(codecs, rope.counted, self.protocol, static_rope=self.static_rope)
@@ -325,15 +325,15 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
         return other
 
     def __copy__(self) -> KVQuantCache:
-        """See :meth:`copy`; two caches cannot share layers."""
+        """Returns :meth:`copy`, as two caches cannot share layers."""
         return self.copy()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVQuantCache:
-        """See :meth:`copy`."""
+        """Returns :meth:`copy`, which shares packed blocks."""
         return self.copy()
 
     def __reduce__(self) -> Any:
-        """Refused: a pickle would hold the model with it.
+        """Refuses to pickle the cache, because a pickle would include the model.
 
         Raises:
             UserError: Always.

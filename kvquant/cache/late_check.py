@@ -1,7 +1,7 @@
-"""What a decode step on a GPU was given and could not be asked without waiting for the device.
+"""Checks the masks and positions of decode steps on a GPU without blocking the host.
 
-Whether its mask and positions fit is worked out on the device; the host has the answer copied
-behind a call and looks at it in a later one.
+The device computes whether they fit. After a call, the host starts an asynchronous copy of the
+result, which a later call reads, so that errors surface on a later call.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ _WRONG = (
 
 
 def on_device(tensor: torch.Tensor) -> bool:
-    """Whether looking at a tensor waits for a GPU."""
+    """Returns whether reading a tensor on the host waits for a GPU."""
     return tensor.is_cuda
 
 
 class LateCheck:
-    """Of one cache."""
+    """Watches one cache for decode steps with a wrong mask or wrong positions."""
 
     def __init__(self) -> None:
-        # bool [] each, of the mask and of the positions: whether any step so far was wrong
+        # bool [] each, for mask and positions: whether those of any step so far were wrong
         self._status: list[torch.Tensor | None] = [None, None]
-        # Its copy on the host, and when that is there; None while none is on its way
+        # A copy of the status on its way to the host and the event of its arrival, or None
         self._copy: tuple[torch.Tensor, torch.cuda.Event] | None = None
         self._host: tuple[torch.Tensor, torch.cuda.Event] | None = None
         self._news = False
 
     def note(self, mask: torch.Tensor | None, positions: torch.Tensor | None) -> None:
-        """Takes in what a step found.
+        """Adds the results of a step's checks.
 
         Args:
-            mask: bool `[]` on the device, whether the mask is wrong; None if that is known.
-            positions: The same of the positions.
+            mask: bool `[]` on the device, whether the mask is wrong; None if it was checked.
+            positions: The same for the positions.
         """
         for i, wrong in enumerate((mask, positions)):
             if wrong is not None:
@@ -44,7 +44,7 @@ class LateCheck:
                 self._news = True
 
     def check(self) -> None:
-        """Raises for what earlier steps were given, as far as the host can know without waiting.
+        """Raises for wrong input to earlier steps that the host can know without waiting.
 
         Raises:
             ValueError: A mask or positions were wrong.
@@ -63,7 +63,7 @@ class LateCheck:
             self._copy, self._news = self._host, False
 
     def settle(self) -> None:
-        """Waits for the device and raises for what it was given so far.
+        """Waits for the device and raises if any step so far had wrong input.
 
         Raises:
             ValueError: A mask or positions were wrong.

@@ -1,11 +1,11 @@
-"""Where the tokens of a ragged batch are: decided once a forward call, on the host, for all layers.
+"""The layout decides on the host, once per forward call for all layers, where tokens are stored.
 
-A sequence of `n` tokens is held as: its first `sinks` tokens, then as many full blocks as are older
-than the last `residual` tokens, then a tail of `residual` to `residual + block_size - 1` tokens (or
-fewer while the sequence is short). That state depends on the sequence alone, not on the batch or on
-the chunks in which it came. Blocks are numbered; a sequence's table lists its blocks in order, so
-beams and copies of a prefix share blocks, and reordering moves no data. Blocks that no table lists
-any more are given back by :meth:`Layout.reclaim`.
+The batch may be ragged. A sequence consists of its first `sinks` tokens, then as many full blocks
+as are older than the last `residual` tokens, then a tail of `residual` to
+`residual + block_size - 1` tokens (or fewer while the sequence is short). That state depends on the sequence alone, not on the batch or on
+the chunks in which it came. A sequence's table lists its blocks in order. Beams and copies of a
+prefix therefore share blocks, and reordering moves no data. :meth:`Layout.reclaim` frees blocks
+that no table lists any more.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from kvquant.cache.reclaim import ArenaRecord, Reclaim, free_number, reclaim
 
 Span = slice | torch.Tensor
-# Arenas after the first grow a cache by one part in so many: at most that much is unused, and a
-# sequence that becomes eight times as long has about 70 arenas.
+# An arena after the first grows a cache by 1/GROWTH of its blocks. At most that share is unused,
+# and a sequence that becomes eight times as long has about 70 arenas.
 GROWTH = 32
 
 
 @dataclass(frozen=True)
 class View:
-    """A state of the layout, per sequence."""
+    """A state of the layout: token, tail and block counts of each sequence."""
 
     lengths: list[int]
     tails: list[int]
@@ -34,7 +34,7 @@ class View:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state that a layout can go back to, before anything that came later is stored."""
+    """A state that a layout can return to as long as nothing later has been stored."""
 
     view: View
     arenas: list[tuple[ArenaRecord, int]]
@@ -42,16 +42,16 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class AppendPlan:
-    """What every layer does in one call.
+    """The plan of where every layer stores the tokens of one call.
 
     Attributes:
         spans: Columns of each sequence that are tokens.
         before: State before the call.
-        after: State after it.
-        arena: Arena of the new blocks.
-        at: Place of the first of them in it; the others follow, sequence by sequence.
-        capacity: Blocks of that arena if it has to be made, else 0.
-        decode: Every sequence gets exactly one token and has filled its sinks.
+        after: State after the call.
+        arena: Number of the arena for the new blocks; -1 if there are none.
+        at: Place of the first new block in the arena; the others follow, sequence by sequence.
+        capacity: Number of blocks of that arena if it has to be made, else 0.
+        decode: Whether every sequence gets exactly one token and has filled its sinks.
     """
 
     spans: list[Span]
@@ -63,24 +63,25 @@ class AppendPlan:
     decode: bool
 
     def new_blocks(self, sequence: int) -> int:
-        """Blocks that become full in a sequence."""
+        """Returns the number of blocks that become full in a sequence."""
         return self.after.blocks[sequence] - self.before.blocks[sequence]
 
     def whole(self, columns: int) -> bool:
-        """Whether all of the call's columns are tokens of every sequence."""
+        """Returns whether all of the call's columns are tokens in every sequence."""
         every = slice(0, columns)
         return all(isinstance(span, slice) and span == every for span in self.spans)
 
 
 @dataclass(frozen=True)
 class Gather:
-    """Blocks of one arena and their places among (sequence, ordinal).
+    """Blocks of one arena, with the sequence and ordinal of each.
 
     Attributes:
         arena: Number of the arena.
-        blocks: Places in it; a slice where they follow each other.
-        sequences: int64 `[n]`.
-        ordinals: int64 `[n]`, counted from the group's first.
+        blocks: Places in the arena; a slice where they are consecutive.
+        sequences: int64 `[n]`, the sequence of each block.
+        ordinals: int64 `[n]`, the index of each block in its sequence, counted from the first block
+            asked for.
     """
 
     arena: int
@@ -91,12 +92,12 @@ class Gather:
 
 @dataclass
 class Layout:
-    """The state of a cache.
+    """The layout of a cache: lengths, tails, block tables and arenas.
 
     Args:
-        sinks: First tokens of each sequence kept in 16 bits.
-        block_size: Tokens a block.
-        residual: Most recent tokens that are not packed.
+        sinks: Number of first tokens of each sequence kept in 16 bits.
+        block_size: Tokens per block.
+        residual: Number of most recent tokens that are not packed.
     """
 
     sinks: int
@@ -108,25 +109,25 @@ class Layout:
     arenas: list[ArenaRecord] = field(default_factory=list)
 
     def view(self) -> View:
-        """The state now."""
+        """Returns the current state."""
         return View(list(self.lengths), list(self.tails), [len(t) for t in self.table])
 
     def snapshot(self) -> Snapshot:
-        """The state now, for :meth:`restore`."""
+        """Returns the current state for :meth:`restore`."""
         return Snapshot(self.view(), [(arena, arena.used) for arena in self.arenas])
 
     def restore(self, before: Snapshot) -> None:
-        """Takes back what was appended since, of which nothing was stored."""
+        """Undoes the appends since a snapshot, of which nothing was stored."""
         view = before.view
         self.table = [t[:n] for t, n in zip(self.table, view.blocks, strict=False)]
         self.lengths, self.tails = list(view.lengths), list(view.tails)
         self.arenas = [arena for arena, _ in before.arenas]
         for arena, used in before.arenas:
-            if not arena.shared:  # forks may have taken places after ours
+            if not arena.shared:  # forks may have taken later places
                 arena.rewind(used)
 
     def append(self, spans: list[Span]) -> AppendPlan:
-        """Takes tokens in and says where they go.
+        """Appends tokens and returns the plan of where they go.
 
         Args:
             spans: For each sequence, the new columns that are tokens.
@@ -156,10 +157,10 @@ class Layout:
         return AppendPlan(spans, before, self.view(), arena, at, capacity, decode)
 
     def _room(self, blocks: int) -> tuple[int, int, int]:
-        """(arena, place, capacity if new) for consecutive blocks."""
+        """Takes consecutive blocks; returns the arena, the place, and its capacity if new."""
         if not blocks:
             return -1, 0, 0
-        # The youngest first: a step's blocks follow each other.
+        # The youngest arena comes first, so that blocks of successive steps are adjacent.
         for number in range(len(self.arenas) - 1, -1, -1):
             if self.arenas[number].room >= blocks:
                 return number, self.arenas[number].take(blocks), 0
@@ -171,7 +172,7 @@ class Layout:
         return number, new.take(blocks), new.capacity
 
     def gather(self, view: View, first: int, stop: int, device: torch.device) -> list[Gather]:
-        """Where the blocks `[first, stop)` of all sequences of a state are."""
+        """Finds the blocks with ordinals `[first, stop)` of all sequences, grouped by arena."""
         found: dict[int, list[tuple[int, int, int]]] = {}
         for b, table in enumerate(self.table):
             for ordinal in range(first, min(stop, view.blocks[b])):
@@ -181,20 +182,20 @@ class Layout:
         for arena, rows in found.items():
             places = [r[0] for r in rows]
             consecutive = places == list(range(places[0], places[0] + len(places)))
-            # One copy to the device a group and forward call, shared by all layers.
+            # One copy to the device per group and forward call, shared by all layers.
             both = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
             blocks = slice(places[0], places[0] + len(places)) if consecutive else both[:, 0]
             out.append(Gather(arena, blocks, both[:, 1], both[:, 2]))
         return out
 
     def select(self, order: list[int]) -> None:
-        """Keeps (or repeats) the given sequences; blocks are shared, not copied."""
+        """Keeps or repeats the given sequences; blocks are shared, not copied."""
         self.lengths = [self.lengths[i] for i in order]
         self.tails = [self.tails[i] for i in order]
         self.table = [list(self.table[i]) for i in order]
 
     def crop(self, lengths: list[int]) -> list[tuple[int, int, int] | None]:
-        """Shortens sequences.
+        """Shortens sequences to the given lengths.
 
         Returns:
             For each sequence `(arena, place, tokens)` of the block that is cut, whose first
@@ -219,20 +220,20 @@ class Layout:
         return cut
 
     def reclaim(self) -> Reclaim | None:
-        """Takes back blocks that no sequence lists any more, after :meth:`select` or :meth:`crop`.
+        """Frees blocks that no sequence lists any more, after :meth:`select` or :meth:`crop`.
 
         Returns:
-            What every store has to do (:meth:`~kvquant.cache.block_store.BlockStore.reclaim`),
-            or None.
+            The change that every store has to follow
+            (:meth:`~kvquant.cache.block_store.BlockStore.reclaim`), or None.
         """
         return reclaim(self.arenas, self.table)
 
     def empty(self) -> Layout:
-        """One of no sequences, for the same scheme."""
+        """Returns an empty layout for the same scheme."""
         return Layout(self.sinks, self.block_size, self.residual)
 
     def fork(self) -> Layout:
-        """A copy that shares all blocks; each takes places of its own in the arenas they share."""
+        """Returns a copy that shares all blocks; new blocks get places of their own."""
         for arena in self.arenas:
             arena.shared = True
         return Layout(
@@ -246,5 +247,5 @@ class Layout:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
-        """See :meth:`fork`: places must not be given out twice."""
+        """Returns :meth:`fork`, so that no place is given out twice."""
         return self.fork()

@@ -1,7 +1,8 @@
-"""What a cache should allocate, from its scheme and lengths alone; tests hold torch against it.
+"""Computes what a cache should allocate from its scheme and its lengths alone.
 
-Numbers of blocks come from the same plan that the cache follows (:mod:`kvquant.cache.layout`),
-sizes from the definitions of the scheme. Nothing is allocated here.
+Numbers of blocks come from the plan that the cache follows (:mod:`kvquant.cache.layout`), sizes
+from the definition of the scheme. Nothing is allocated here; tests compare the results with what
+torch allocates.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from kvquant.formats.layer_quantizer import outliers_per_side
 from kvquant.study.schemes import KiviScheme, NuqScheme
 
 HALF = 2  # bytes of a 16-bit number
-GROWN_ROOM = 1.25  # room for outliers in an arena that is filled block by block
+GROWN_ROOM = 1.25  # outlier slots over expected outliers in an arena that is filled block by block
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of one layer.
+    """The numbers of blocks of one layer.
 
     Attributes:
-        at_once: In arenas that one call filled to their end.
-        grown: In arenas with room for later calls, unused places included.
+        at_once: Blocks in arenas that one call filled completely.
+        grown: Blocks in arenas with room for later calls, unused places included.
         used: Blocks that hold tokens.
     """
 
@@ -35,15 +36,15 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one layer.
+    """The bytes of one layer, by what they hold.
 
     Attributes:
         codes: Packed codes of keys and values.
         scales: 16-bit zeros and scales.
-        outliers: Values and positions of exact outliers.
-        pointers: Where each (block, head) has its outliers, and how many.
+        outliers: Values and positions of outliers.
+        pointers: Offset and number of the outliers of each (block, head).
         window: Sinks and tails in 16 bits, unused places included.
-        tables: Shared by all sequences.
+        tables: Tables shared by all sequences.
     """
 
     codes: int
@@ -55,17 +56,17 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The bytes in total."""
         return self.codes + self.scales + self.outliers + self.pointers + self.window + self.tables
 
 
 def plan_blocks(sinks: int, block_size: int, residual: int, calls: Sequence[list[int]]) -> Blocks:
-    """Follows the cache's plan.
+    """Counts the blocks that the cache's plan makes for some calls.
 
     Args:
-        sinks: First tokens of each sequence kept in 16 bits.
-        block_size: Tokens a block.
-        residual: Most recent tokens that are not packed.
+        sinks: Number of first tokens of each sequence kept in 16 bits.
+        block_size: Tokens per block.
+        residual: Number of most recent tokens that are not packed.
         calls: Tokens that each sequence gets, call by call.
     """
     layout, at_once = Layout(sinks, block_size, residual), 0
@@ -86,16 +87,16 @@ def layer_footprint(
     key_share: float | None = None,
     key_room: float = 1.0,
 ) -> Footprint:
-    """Bytes of one layer after some calls.
+    """Computes the bytes of one layer after some calls.
 
     Args:
-        scheme: NUQ or KIVI.
-        heads: Key and value heads.
-        dim: Elements of a head.
+        scheme: A NUQ or KIVI scheme.
+        heads: Number of key/value heads.
+        dim: Channels per head.
         calls: Tokens that each sequence gets, call by call.
-        key_share: Share of key elements that are outliers; None: as calibrated.
+        key_share: Share of key elements that are outliers; None: the share of the scheme.
         key_room: Slots over expected key outliers in arenas filled at once: 1 on a CPU, where their
-            number is known; 1.5 on a GPU, where nobody waits for it.
+            number is known, and 1.5 on a GPU, where the host does not wait for it.
     """
     batch, channels = len(calls[0]), heads * dim
     if isinstance(scheme, KiviScheme):
@@ -133,27 +134,27 @@ def layer_footprint(
 
 
 def bits_per_element(footprint: Footprint, heads: int, dim: int, tokens: int) -> float:
-    """Bits over key and value elements of `tokens` tokens (of all sequences)."""
+    """Returns bits per key or value element for `tokens` tokens of all sequences together."""
     return 8 * footprint.total / (2 * heads * dim * tokens)
 
 
 def fp16_bytes(heads: int, dim: int, tokens: int) -> int:
-    """Bytes of one layer of an unquantized cache of `tokens` columns (of all sequences)."""
+    """Returns the bytes of one unquantized layer for `tokens` columns of all sequences."""
     return 2 * HALF * heads * dim * tokens
 
 
 def prefill_excess(
     peak: int, cache_bytes: int, baseline_peak: int, baseline_cache_bytes: int
 ) -> int:
-    """Peak of a prefill beyond weights, activations of the unquantized run and its own cache.
+    """Returns a prefill's peak less weights, the unquantized run's activations and its own cache.
 
-    What is left is what the quantization of a layer needs while it works; it must not exceed that
-    of one layer. The baseline's peak, less its cache, stands for weights and activations.
+    The rest is what quantization needs while it works, which must not exceed that of one layer. The
+    baseline's peak, less its cache, stands for weights and activations.
 
     Args:
         peak: Peak bytes of the quantized run (`peak_bytes` of a throughput record).
-        cache_bytes: Of the quantized cache.
+        cache_bytes: Bytes of the quantized cache.
         baseline_peak: Peak bytes of the unquantized run.
-        baseline_cache_bytes: Of its cache.
+        baseline_cache_bytes: Bytes of its cache.
     """
     return peak - cache_bytes - (baseline_peak - baseline_cache_bytes)

@@ -1,8 +1,8 @@
-"""Attention over a packed past by the Triton kernels: a chunk of a prefill, or a next turn.
+"""Computes attention over a packed past by the Triton kernels, for chunks and later turns.
 
-The past is expanded a range at a time into a workspace of bounded size, and attention takes each
-range on tensor cores before the next overwrites it. What the layers of a call share is decided once
-(:class:`Past`).
+The past is expanded range by range into a workspace of bounded size. Attention reads each range on
+tensor cores before the next one overwrites it. What the layers of a call share is decided once per
+call (:class:`Past`).
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from kvquant.cache.block_store import BlockStore
     from kvquant.kernels.triton_workspace import Range
 
-# Of the workspace, all sequences together: tokens of a sequence, bytes, and tokens that are worth
-# a launch even if they take more bytes.
+# Limits of the workspace: tokens per sequence, bytes of all sequences, and the tokens per sequence
+# that are worth a launch even if they take more bytes.
 MAX_TOKENS, MAX_BYTES, MIN_TOKENS = 4096, 1 << 29, 256
 
 
 def block_table(layout: Layout, blocks: list[int], device: torch.device) -> torch.Tensor:
-    """Block numbers of the sequences, int32 `[batch_size, most blocks]`."""
+    """Returns the block numbers of the sequences, int32 `[batch_size, max blocks]`."""
     return block_numbers(layout.table, blocks).to(device, non_blocking=True)
 
 
 def range_blocks(sequences_heads: int, shape: DecodeShape, itemsize: int) -> int:
-    """Blocks of each sequence that are expanded at a time.
+    """Returns how many blocks of each sequence are expanded at a time.
 
     Args:
-        sequences_heads: Sequences times key heads.
-        shape: Of the cache.
+        sequences_heads: Number of sequences times number of key heads.
+        shape: The constants that the kernels are compiled for.
         itemsize: Bytes of an element of the workspace.
     """
     token = 2 * sequences_heads * shape.head_dim * itemsize
@@ -46,16 +46,16 @@ def range_blocks(sequences_heads: int, shape: DecodeShape, itemsize: int) -> int
 
 @dataclass(frozen=True)
 class Past:
-    """The past that a call reads; the same for all layers.
+    """The past that a call reads, the same for all layers.
 
     Attributes:
-        shape: Of the cache.
-        view: Its state.
-        table: See :func:`block_table`.
+        shape: The constants that the kernels are compiled for.
+        view: The state of the cache.
+        table: The block numbers; see :func:`block_table`.
         lengths: int32 `[batch_size, 4]`: sinks held, blocks, tokens in the tail, their sum.
         rope: fp32 cosine and sine `[longest, head_dim / 2]`.
-        sinks: Sinks of a long sequence.
-        step: Blocks expanded at a time.
+        sinks: Number of sinks of a sequence that is long enough.
+        step: Number of blocks expanded at a time.
         causal: Whether a query sees only what is at its position or before (protocol B).
     """
 
@@ -80,15 +80,15 @@ class Past:
         *,
         causal: bool,
     ) -> Past:
-        """What the kernels read.
+        """Makes the tensors that the kernels read.
 
         Args:
-            shape: Of the cache.
-            layout: Of the cache.
+            shape: The constants that the kernels are compiled for.
+            layout: Layout of the cache.
             view: The state that is read.
-            table: Of its blocks.
-            rope: Of the model.
-            step: Blocks expanded at a time.
+            table: The block numbers; see :func:`block_table`.
+            rope: Rotation of the model.
+            step: Number of blocks expanded at a time.
             causal: See :class:`Past`.
         """
         device = table.device
@@ -110,16 +110,16 @@ class Past:
         scaling: float,
         own: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
     ) -> torch.Tensor:
-        """Attention of a layer's queries.
+        """Computes the attention of a layer's queries.
 
         Args:
             store: The layer's tensors.
-            queries: Rotated, `[batch_size, num_heads, q_len, head_dim]`.
-            positions: int64 `[batch_size, q_len]`.
+            queries: Rotated queries, `[batch_size, num_heads, q_len, head_dim]`.
+            positions: int64 `[batch_size, q_len]`, positions of the queries.
             scaling: Factor of the scores.
-            own: Rotated keys, values and positions of the call's tokens, which see each other in
-                full precision (protocol A), else None; positions are None where all columns are
-                tokens.
+            own: Rotated keys, values and positions of the call's tokens, which attend to each other
+                in full precision under protocol A; None under protocol B. The positions are None
+                where all columns are tokens.
 
         Returns:
             `[batch_size, q_len, num_heads, head_dim]`.
@@ -139,7 +139,7 @@ class Past:
         return attention.result()
 
     def expand(self, store: BlockStore, dtype: torch.dtype) -> None:
-        """Only expands all ranges, one after the other; to measure what that costs."""
+        """Expands all ranges without attention, so that benchmarks can measure the cost."""
         for _ in self._expanded(store, dtype):
             pass
 
@@ -149,14 +149,14 @@ class Past:
         return max(1, *ends)
 
     def _parts(self) -> tuple[int, int]:
-        """Ranges, and places of the longest."""
+        """Returns the number of ranges and the places of the longest one."""
         step = min(self.step, self._total())
         return -(-self._total() // step), self.sinks + step * self.shape.block_size
 
     def _expanded(
         self, store: BlockStore, dtype: torch.dtype
     ) -> Iterator[tuple[Range, torch.Tensor]]:
-        """Each range with its rotated keys and values, which the next one overwrites."""
+        """Yields each range with its rotated keys and values, which the next one overwrites."""
         from kvquant.kernels.triton_workspace import Held, Range, Workspace
 
         arenas, tables = store.arena_table(), store.codec.tables

@@ -1,8 +1,8 @@
-"""Which columns of a batch are tokens and which padding, and the positions that follow from it.
+"""Tracks which columns of a batch are tokens and which are padding, and derives positions.
 
-What a column is, is said once, by the mask of the call that brings it; a later mask that says
-otherwise is refused. A decode step on a GPU cannot be looked at without waiting for the device:
-there `wrong` says on the device whether its mask fits, which the cache looks at in a later call.
+The mask of the call that brings a column decides what it is, and a later mask that contradicts it
+is refused. The mask of a decode step on a GPU cannot be read without waiting for the device. There
+`wrong` is computed on the device, and the cache reads it in a later call.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from kvquant.kernels.blockwise_attention import NEVER
 
 
 def host_mask(mask: torch.Tensor) -> torch.Tensor:
-    """A mask `[batch_size, columns]` of 1 and 0 as bools on the host; waits for the device.
+    """Copies a mask `[batch_size, columns]` of 1 and 0 to the host; waits for the device.
 
     Raises:
-        ValueError: It holds other values, as masks that are added to scores do, or no token.
+        ValueError: The mask holds other values, as masks that are added to scores do, or no token.
     """
     tokens = mask.bool()
     if mask.dtype is not torch.bool and not torch.equal(tokens.to(mask.dtype), mask):
@@ -30,26 +30,26 @@ def host_mask(mask: torch.Tensor) -> torch.Tensor:
 
 
 class Padding:
-    """The padding of all columns that a cache has seen; without any, it costs nothing."""
+    """The padding of all columns that a cache has seen; a batch without any costs nothing."""
 
     def __init__(self) -> None:
-        # int64 [batch_size, columns], tokens up to each column; None as long as all are tokens
+        # int64 [batch_size, columns], number of tokens up to each column; None if all are tokens
         self._counts: torch.Tensor | None = None
-        # bool [] on a GPU: whether the last call's mask does not fit what it could not be asked
+        # bool [] on a GPU: whether the mask of the last decode step was wrong; None: checked
         self.wrong: torch.Tensor | None = None
 
     def spans(self, batch: int, new_len: int, total: int, mask: torch.Tensor | None) -> list[Span]:
-        """Takes new columns in and says which of them are tokens, for each sequence.
+        """Adds new columns and returns which of them are tokens in each sequence.
 
         Args:
-            batch: Sequences.
-            new_len: New columns.
-            total: All columns, the new ones included.
+            batch: Number of sequences.
+            new_len: Number of new columns.
+            total: Number of all columns, the new ones included.
             mask: `[batch_size, total]` with 1 = token, 0 = padding, or None for no padding.
 
         Raises:
-            ValueError: The mask does not cover all columns, has no token, or says of an earlier
-                column what its own call did not.
+            ValueError: The mask does not cover all columns, has no token, or contradicts an earlier
+                call's mask.
         """
         everything: list[Span] = [slice(0, new_len)] * batch
         self.wrong = None
@@ -64,7 +64,7 @@ class Padding:
             )
         tokens = mask.bool()
         if new_len == 1 and total > 1 and on_device(mask):
-            # A decode step: every sequence gets one token, and looking would wait for the device.
+            # A decode step: each sequence gets one token; reading the mask would block the host.
             if self._counts is None:
                 self.wrong = ~tokens.all()
             else:
@@ -99,7 +99,7 @@ class Padding:
         return spans
 
     def _refuse_changes(self, past: torch.Tensor) -> None:
-        """Refuses a mask of the earlier columns, bool on the host, that is not theirs."""
+        """Refuses a mask of earlier columns (bool, on the host) that contradicts their own."""
         known = torch.ones_like(past)
         if self._counts is not None:
             counts = self._counts.cpu()
@@ -116,18 +116,18 @@ class Padding:
     def positions(
         self, batch: int, new_len: int, total: int, mask: torch.Tensor | None, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Positions of the new columns, after :meth:`spans` with the same arguments.
+        """Returns positions of the new columns, after :meth:`spans` with the same arguments.
 
         Args:
-            batch: Sequences.
-            new_len: New columns.
-            total: All columns, the new ones included.
+            batch: Number of sequences.
+            new_len: Number of new columns.
+            total: Number of all columns, the new ones included.
             mask: See :meth:`spans`.
-            device: Where the positions shall be.
+            device: Device of the positions.
 
         Returns:
-            int64 `[batch_size, new_len]` as queries, and as keys: `NEVER` for padding, or None for
-            a single column, whose query sees its own key.
+            int64 `[batch_size, new_len]` each, for queries and for keys. Those for keys are `NEVER`
+            at padding, and None for a single column, whose query sees its own key.
         """
         past = total - new_len
         if self._counts is None:
@@ -141,13 +141,13 @@ class Padding:
         return queries, queries
 
     def count_token(self) -> None:
-        """Takes in a column that is a token of every sequence."""
+        """Adds a column that is a token in every sequence."""
         if self._counts is not None:
             last = self._counts[:, -1:] + 1
             self._counts = torch.cat((self._counts, last), 1)
 
     def select(self, indices: torch.Tensor) -> None:
-        """Keeps (or repeats) the given sequences."""
+        """Keeps or repeats the given sequences."""
         if self._counts is not None:
             self._counts = self._counts[indices.to(self._counts.device)]
 
@@ -155,10 +155,10 @@ class Padding:
         """Keeps the first columns.
 
         Args:
-            columns: At least 1.
+            columns: Number of columns to keep, at least 1.
 
         Returns:
-            Tokens of each sequence in them, or None where they are all tokens.
+            Number of tokens of each sequence in them, or None where all columns are tokens.
         """
         if self._counts is None:
             return None
@@ -167,7 +167,7 @@ class Padding:
         return lengths
 
     def fork(self) -> Padding:
-        """A copy that goes on by itself."""
+        """Returns an independent copy."""
         other = Padding()
         other._counts = self._counts  # never written in place
         return other

@@ -1,4 +1,4 @@
-"""The past cut into pieces that attention reads one after the other, for all layers of a call."""
+"""Cuts the past into pieces that attention reads one after the other, once per call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvquant.cache.layout import Gather, Layout, View
 from kvquant.formats.rope import Rope
 from kvquant.kernels.blockwise_attention import NEVER
 
-# A piece holds at most so many tokens, and its scores at most so many numbers.
+# Limits of a piece: tokens per sequence, and elements of its scores.
 MAX_TOKENS = 4096
 MAX_SCORES = 1 << 26
 
@@ -21,12 +21,12 @@ Part = Literal["sinks", "blocks", "tail"]
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the past that attention takes at a time; the same for all layers of a call.
+    """A part of the past that attention reads at a time, the same for all layers of a call.
 
     Attributes:
         part: "sinks", "blocks" or "tail".
-        columns: Keys of the piece, for each sequence.
-        gathers: Where its blocks are.
+        columns: Number of keys of the piece per sequence.
+        gathers: The places of its blocks.
         positions: int64 `[batch_size, columns]`, or None if every query sees every key.
         rope: Rotary table of the keys, `[1 or batch_size, columns, head_dim]` each.
     """
@@ -47,17 +47,17 @@ def cut_past(
     *,
     causal: bool,
 ) -> list[Piece]:
-    """The past that a call reads, cut so that a piece's scores stay small.
+    """Cuts the past that a call reads so that the scores of each piece stay small.
 
     Args:
-        layout: Of the cache.
+        layout: Layout of the cache.
         view: The state that is read.
-        rope: Positions `[1, n]` to the rotary table `(cos, sin)`, each
+        rope: Maps positions `[1, n]` to the rotary table `(cos, sin)`, each
             `[1 or batch_size, n, head_dim]`.
         queries: Shape of the queries, `(batch_size, num_heads, q_len, head_dim)`.
-        device: Where the tables of the pieces shall be.
+        device: Device of the pieces' tables.
         causal: Whether a query sees only keys at its position or before, so that positions are
-            needed even where sequences are of one length.
+            needed even where all sequences have one length.
     """
     longest, sinks, size = max(view.lengths), layout.sinks, layout.block_size
     positions = torch.arange(longest, device=device)

@@ -1,6 +1,7 @@
-"""Decides how a call reads the past: by the Triton kernels, or by PyTorch piece by piece.
+"""Decides whether a call reads the past by the Triton kernels or by PyTorch, piece by piece.
 
-That is decided once per call, when its first layer brings queries; block numbers outlive a call.
+The decision is made once per call, when its first layer brings queries. Block numbers are kept from
+call to call.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from kvquant.cache.past_pieces import cut_past
 from kvquant.kernels.backends import select
 from kvquant.kernels.cache_shape import CacheShape
 
-# Key elements per layer that protocol B reads back at once (0.5 GB with the values, in 32 bits).
+# Max key elements per layer that protocol B reads back at once (0.5 GB with values, in fp32).
 MAX_READ_BACK = 1 << 26
 
 
 class PastReader:
-    """Reads the past of one cache."""
+    """Decides for one cache how its calls read the past."""
 
     def __init__(self) -> None:
-        # The blocks of each sequence and the table that kernels read, if it was needed.
+        # Block counts of the sequences and the kernels' table of block numbers, if one was made.
         self._numbers: tuple[list[int], torch.Tensor] | None = None
 
     def forget_blocks(self) -> None:
-        """Told when sequences have other blocks than before."""
+        """Drops the block numbers after the blocks of sequences have changed."""
         self._numbers = None
 
     def path(
@@ -41,7 +42,7 @@ class PastReader:
         queries: torch.Tensor,
         keys: torch.Tensor,
     ) -> PackedPast | PastPieces:
-        """How a call reads the past.
+        """Decides how a call reads the past.
 
         Args:
             plan: The plan of the call.
@@ -51,7 +52,7 @@ class PastReader:
             queries: `[batch_size, num_heads, new_len, head_dim]`.
             keys: `[batch_size, num_kv_heads, new_len, head_dim]`.
         """
-        # A step's queries see all that came before; others need their positions compared.
+        # The query of a single column sees every earlier key; other queries compare positions.
         causal = plan.simulated and queries.shape[2] > 1
         device = plan.query_positions.device
         cut = functools.partial(

@@ -1,4 +1,4 @@
-"""Makes the plans of a cache's calls: what is stored when, and which path reads the past."""
+"""Plans the calls of a cache: when tokens are stored, and which path reads the past."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from kvquant.cache.past_reader import PastReader
 from kvquant.kernels.backends import Selection, select
 from kvquant.kernels.cache_shape import CacheShape
 
-NO_PIECES = PastPieces(list, whole=False)  # until the first layer of a call has come
+NO_PIECES = PastPieces(list, whole=False)  # until the first layer of a call has run
 
 
 class Planner:
-    """Plans the calls of one cache.
+    """Makes the plans of one cache's calls.
 
     Args:
         layout: Layout of the cache.
-        rope: Rotation of its tokens.
-        store: Store of its first layer, which is like those of the others.
+        rope: Rotation of the tokens.
+        store: Store of the first layer, which has the same properties as those of the others.
         simulated: Whether a call's own tokens are read from the cache, too (protocol B).
-        static_rope: Whether a position's rotation is the same however long the sequence.
-        narrow_tables: Whether the calibration of all layers is such (:class:`Codec`).
+        static_rope: Whether a position's rotation does not depend on the length of the sequence.
+        narrow_tables: Whether the tables of all layers are narrow (:class:`Codec`).
         storing: See :class:`ForwardPlan`.
-        query_heads: Query heads of the model; 0: not known before the first call.
+        query_heads: Number of query heads of the model; 0 if unknown before the first call.
     """
 
     def __init__(
@@ -52,23 +52,23 @@ class Planner:
         self._narrow_tables = narrow_tables
         self._storing = storing
         self.query_heads = query_heads
-        self._known: tuple[object, CacheShape] | None = None  # what it depends on, and the shape
+        self._known: tuple[object, CacheShape] | None = None  # its inputs, and the shape
         self._reader, self._kernels = PastReader(), KernelSteps()
 
     def forget_blocks(self) -> None:
-        """Told when sequences have other blocks than before."""
+        """Drops block numbers and tables after the blocks of sequences have changed."""
         self._reader.forget_blocks()
         self._kernels.forget()
 
     def begin(
         self, append: AppendPlan, queries: torch.Tensor, keys: torch.Tensor | None
     ) -> ForwardPlan:
-        """The plan of a call, as far as it is known before its first layer.
+        """Begins the plan of a call with what is known before its first layer.
 
         Args:
             append: Where the new tokens go.
-            queries: int64 `[batch_size, new_len]`, positions of the new columns as queries.
-            keys: The same as keys; see :attr:`ForwardPlan.new_positions`.
+            queries: int64 `[batch_size, new_len]`, positions of the new queries.
+            keys: Positions of the new keys; see :attr:`ForwardPlan.new_positions`.
         """
         step = self._kernel_step(append, queries.device)
         first = not self._simulated and not any(append.before.lengths)
@@ -97,7 +97,7 @@ class Planner:
         rope: Table,
         status: torch.Tensor | None,
     ) -> ForwardPlan:
-        """The plan of a call, completed by what its first layer brings.
+        """Completes the plan of a call with what its first layer brings.
 
         Args:
             plan: The plan from :meth:`begin`.
@@ -115,10 +115,10 @@ class Planner:
         return replace(plan, rope=table, path=path, status=status)
 
     def _shape(self, like: torch.Tensor, query_dtype: torch.dtype | None = None) -> CacheShape:
-        """The properties of the cache and of the call that decide which backends run.
+        """Returns the properties of cache and call that decide which backends can run.
 
         Args:
-            like: `[batch_size, num_kv_heads, n, head_dim]`, keys or what is stored of them.
+            like: New or stored keys, `[batch_size, num_kv_heads, n, head_dim]`.
             query_dtype: Dtype of the call's queries; None where it does not matter.
         """
         _, heads, _, dim = like.shape
@@ -132,7 +132,7 @@ class Planner:
             "arena_blocks": max((arena.capacity for arena in arenas), default=0),
         }
         key = (model, *state.values())
-        if self._known is None or self._known[0] != key:  # most steps find it as it was
+        if self._known is None or self._known[0] != key:  # most steps reuse the last shape
             shape = replace(
                 self._store.codec.cache_shape(*model),
                 protocol="B" if self._simulated else "A",
@@ -144,12 +144,12 @@ class Planner:
         return self._known[1]
 
     def select_step(self, device: torch.device) -> Selection | None:
-        """The backend of a decode step and the reasons against others; None before any call."""
+        """Selects the backend of a decode step, with reasons; None before the first call."""
         tail = self._store.tail
         return None if tail is None else select("decode", self._shape(tail[0]), device)
 
     def step_tables(self, device: torch.device) -> StepTables | None:
-        """The tables of the decode kernel, or None where another backend takes the steps."""
+        """Returns the decode kernel's tables, or None where another backend takes the steps."""
         tail = self._store.tail
         if tail is None:
             return None
@@ -159,7 +159,7 @@ class Planner:
         return self._kernels.tables(shape.decode_shape, self._rope.counted, device)
 
     def _kernel_step(self, append: AppendPlan, device: torch.device) -> KernelStep | None:
-        """A decode step by the CUDA kernel, or None where it does not take the call."""
+        """Plans a decode step by the CUDA kernel, or returns None where it cannot take it."""
         if not append.decode or (steps := self.step_tables(device)) is None:
             return None
         places = steps.take_step(self._layout, append.before)
@@ -168,7 +168,7 @@ class Planner:
     def graph(
         self, steps: StepTables, positions: torch.Tensor, status: torch.Tensor | None
     ) -> ForwardPlan:
-        """The plan of a step that a CUDA graph captures; nothing in it depends on host lengths.
+        """Makes the plan of a step for a CUDA graph, which is independent of host lengths.
 
         Args:
             steps: Tables with room for the steps to come.
@@ -177,7 +177,7 @@ class Planner:
         """
         view = self._layout.view()
         spans: list[slice | torch.Tensor] = [slice(0, 1)] * len(view.lengths)
-        # No block of it becomes full: what does is packed behind the replay.
+        # The plan packs no block: blocks that become full are packed after the replay.
         append = AppendPlan(spans, view, view, arena=-1, at=0, capacity=0, decode=True)
         return ForwardPlan(
             query_positions=positions,

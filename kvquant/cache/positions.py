@@ -1,8 +1,8 @@
-"""Whether the positions of a call go on from those in a cache.
+"""Checks whether the positions of a call continue those in a cache.
 
-A cache counts the tokens of each sequence. Rotary embedding sees distances alone, so positions that
-are that count plus a shift of the sequence are as good, as long as every call has the same shift;
-transformers' default positions of a left-padded batch are such, as they count padding, too.
+A cache counts the tokens of each sequence. Rotary embeddings depend on distances alone, so that
+positions may differ from that count by a shift per sequence, as long as every call has the same
+shift. Transformers' default positions of a left-padded batch do so, because they count padding.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from kvquant.cache.layout import Span
 
 @dataclass(frozen=True)
 class Shifts:
-    """How far the positions of each sequence's tokens are from their count.
+    """The differences between token positions and token counts, per sequence.
 
     Attributes:
-        known: Of each sequence; 0 as long as it has no token.
-        open: Whether no call has given positions so far; the shift is then transformers' default,
-            which says nothing that a call with counted positions could contradict.
+        known: The shift of each sequence; 0 as long as it has no token.
+        open: Whether no call has given positions so far. The shift is then transformers' default,
+            which a later call with counted positions does not contradict.
     """
 
     known: list[int]
@@ -29,19 +29,19 @@ class Shifts:
 
     @property
     def zero(self) -> bool:
-        """Whether positions are the count."""
+        """Whether all shifts are 0."""
         return not any(self.known)
 
     def follow(self, new: list[int | None], lengths: list[int], given: bool) -> Shifts | None:
-        """The shifts after a call.
+        """Returns the shifts after a call, or None if the call does not continue them.
 
         Args:
-            new: Shifts of the call's tokens; None where a sequence has none.
-            lengths: Tokens of each sequence before.
+            new: Shifts of the call's tokens; None where a sequence has no new token.
+            lengths: Tokens of each sequence before the call.
             given: Whether the caller gave the positions.
 
         Returns:
-            None if a sequence's tokens do not go on from its earlier ones.
+            The shifts, or None if a sequence has earlier tokens with another shift.
         """
         if self.open and given and not any(new):
             return Shifts([0] * len(new), False)
@@ -55,21 +55,21 @@ class Shifts:
         return Shifts(known, self.open and not given)
 
     def select(self, order: list[int]) -> Shifts:
-        """Those of the given sequences."""
+        """Returns the shifts of the given sequences."""
         return Shifts([self.known[i] for i in order], self.open)
 
 
 def check_batch(positions: torch.Tensor | None, batch: int, new_len: int, sequences: int) -> None:
-    """Refuses a call that does not fit its positions or the cache.
+    """Refuses a call whose batch does not fit its positions or the cache.
 
     Args:
         positions: `[1 or batch_size, new_len]`, or None.
-        batch: Sequences of the call.
-        new_len: New columns.
-        sequences: In the cache; -1 or 0 before its first call.
+        batch: Number of sequences of the call.
+        new_len: Number of new columns.
+        sequences: Number of sequences in the cache; -1 or 0 before its first call.
 
     Raises:
-        ValueError: Another number of sequences or columns.
+        ValueError: The number of sequences or columns differs.
     """
     if positions is not None and tuple(positions.shape) not in ((1, new_len), (batch, new_len)):
         raise ValueError(
@@ -82,17 +82,18 @@ def check_batch(positions: torch.Tensor | None, batch: int, new_len: int, sequen
 def shifts(
     positions: torch.Tensor, spans: list[Span], lengths: list[int]
 ) -> list[int | None] | None:
-    """By how much the positions of new tokens exceed their numbers in their sequences.
+    """Returns by how much the positions of new tokens exceed their indices in their sequences.
 
-    Waits for the device where they are.
+    Waits for the device of the positions.
 
     Args:
         positions: int64 `[1 or batch_size, new_len]`; those of padding do not matter.
         spans: Columns of each sequence that are tokens.
-        lengths: Tokens of each sequence before.
+        lengths: Tokens of each sequence before the call.
 
     Returns:
-        An entry per sequence, None where it has no new token; None if a sequence has no one shift.
+        One shift per sequence, None where it has no new token. None instead of the list if the
+        tokens of a sequence have different shifts.
     """
     host = positions.cpu()
     every = slice(0, host.shape[1])
@@ -120,7 +121,7 @@ def shifts(
 
 
 def _shift(row: torch.Tensor) -> int | None:
-    """The first of consecutive positions, or None if they are not consecutive."""
+    """Returns the first of consecutive positions, or None if they are not consecutive."""
     first = int(row[0])
     if row.numel() > 1 and bool((row.diff() != 1).any()):
         return None

@@ -1,13 +1,13 @@
-"""Which packed blocks are returned: those that no sequence lists any more.
+"""Decides which packed blocks are freed: those that no sequence lists any more.
 
-What is alive is read from the sequences' tables, so no count can drift from it. An arena of which
-nothing is alive is returned whole. An arena whose last appends are dead is written again from where
-they began. Of the others, those with many dead blocks are compacted: what is alive in them moves
-into one new arena and they are returned.
+The sequences' tables say which blocks are live, so that no reference count can drift. An arena
+without live blocks is freed. An arena whose last appends are dead is rewound to where they began.
+Of the others, those with many dead blocks are compacted: their live blocks move into one new arena,
+and the old ones are freed.
 
-After that, places that hold no living block are at most an eighth of those that do (dead blocks)
-and a sixteenth more (room for the blocks to come). Moving costs at most eight blocks for each that
-died. Only cutting and choosing sequences do this; appending moves nothing.
+After that, there are at most an eighth as many dead blocks as live ones, and room for at most a
+sixteenth as many new ones. At most eight blocks are moved for each that died. Only cropping and
+selecting sequences do this; appending moves nothing.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from dataclasses import dataclass, field
 
 Block = tuple[int, int]  # arena, place
 
-# Of the living blocks: dead ones that an arena may hold, and room that all may have, one part in
-# so many.
+# An arena may hold 1/MAX_DEAD as many dead blocks as live ones, and all arenas together may have
+# room for 1/MAX_ROOM as many new blocks as there are live ones.
 MAX_DEAD, MAX_ROOM = 8, 16
 
 
 @dataclass(eq=False)
 class ArenaRecord:
-    """The host's record of an arena; forks of a layout share it with the arena itself.
+    """The host's record of an arena, which forks of a layout share.
 
     Attributes:
-        capacity: Places; 0 for a number that no arena has now.
-        used: Places that were given out.
+        capacity: Number of places; 0 for a number that no arena has now.
+        used: Number of places that were given out.
         shared: Whether forks may have blocks in it, too; then no place is given out again.
-        starts: The first places of what was appended, increasing.
+        starts: The first place of each append, increasing.
     """
 
     capacity: int
@@ -39,7 +39,7 @@ class ArenaRecord:
 
     @property
     def room(self) -> int:
-        """Places that were never given out."""
+        """The number of places that are not given out."""
         return self.capacity - self.used
 
     def take(self, blocks: int) -> int:
@@ -50,7 +50,7 @@ class ArenaRecord:
         return at
 
     def rewind(self, end: int) -> bool:
-        """Takes back what was appended at place `end` or later; whether there was any."""
+        """Undoes the appends that began at place `end` or later; returns whether there were any."""
         before = self.used
         while self.starts and self.starts[-1] >= end:
             self.used = self.starts.pop()
@@ -59,11 +59,11 @@ class ArenaRecord:
 
 @dataclass(frozen=True)
 class Move:
-    """Living blocks that become an arena of their own.
+    """Live blocks that move into a new arena.
 
     Attributes:
-        arena: Its number.
-        sources: Old arenas and the places taken from them, in the order of the new places.
+        arena: Number of the new arena.
+        sources: Old arenas and the places of the blocks in them, in the order of the new places.
     """
 
     arena: int
@@ -72,12 +72,12 @@ class Move:
 
 @dataclass(frozen=True)
 class Reclaim:
-    """What a store does to follow its layout.
+    """The change of arenas that a store makes to follow its layout.
 
     Attributes:
-        rewound: Arenas, and the places of each that are still used.
-        moves: New arenas; made before old ones are returned.
-        freed: Numbers of arenas that are returned.
+        rewound: Rewound arenas, and the number of places of each that are still used.
+        moves: New arenas, made before old ones are freed.
+        freed: Numbers of the arenas that are freed.
     """
 
     rewound: list[tuple[int, int]]
@@ -86,14 +86,15 @@ class Reclaim:
 
 
 def reclaim(arenas: list[ArenaRecord], tables: list[list[Block]]) -> Reclaim | None:
-    """Takes dead blocks back.
+    """Frees dead blocks in the records and returns the change for the stores.
 
     Args:
-        arenas: Changed: records of returned arenas are replaced, a new one may be added.
-        tables: The blocks of each sequence; changed where blocks move.
+        arenas: Records of the arenas, changed in place: those of freed arenas are replaced, and a
+            new one may be added.
+        tables: The blocks of each sequence, changed in place where blocks move.
 
     Returns:
-        What stores have to do, or None if nothing is.
+        The change that stores have to make, or None if there is none.
     """
     living: dict[int, list[int]] = {}
     for arena, place in dict.fromkeys(block for table in tables for block in table):
@@ -126,7 +127,7 @@ def reclaim(arenas: list[ArenaRecord], tables: list[list[Block]]) -> Reclaim | N
 
 
 def _victims(arenas: list[ArenaRecord], living: dict[int, list[int]]) -> list[int]:
-    """Numbers of the arenas to be compacted."""
+    """Returns the numbers of the arenas to compact."""
     blocks = sum(map(len, living.values()))
     room = sum(arenas[number].room for number in living)
     roomy = room * MAX_ROOM > blocks
@@ -139,5 +140,5 @@ def _victims(arenas: list[ArenaRecord], living: dict[int, list[int]]) -> list[in
 
 
 def free_number(arenas: list[ArenaRecord]) -> int:
-    """The lowest number that no arena has."""
+    """Returns the lowest number that no arena has."""
     return next((i for i, record in enumerate(arenas) if not record.capacity), len(arenas))
