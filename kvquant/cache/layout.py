@@ -2,10 +2,10 @@
 
 The batch may be ragged. A sequence consists of its first `sinks` tokens, then as many full blocks
 as are older than the last `residual` tokens, then a tail of `residual` to
-`residual + block_size - 1` tokens (or fewer while the sequence is short). That state depends on the sequence alone, not on the batch or on
-the chunks in which it came. A sequence's table lists its blocks in order. Beams and copies of a
-prefix therefore share blocks, and reordering moves no data. :meth:`Layout.reclaim` frees blocks
-that no table lists any more.
+`residual + block_size - 1` tokens (or fewer while the sequence is short). That state depends on the
+sequence alone, not on the batch or on the chunks in which it came. A sequence's table
+lists its blocks in order. Beams and copies of a prefix therefore share blocks, and reordering moves
+no data. :meth:`Layout.reclaim` frees blocks that no table lists any more.
 """
 
 from __future__ import annotations

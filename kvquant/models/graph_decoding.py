@@ -1,8 +1,8 @@
-"""Decode steps of a whole model as one CUDA graph: the host neither launches nor waits.
+"""Runs decode steps of a whole model as one CUDA graph, so that the host never waits.
 
 A step writes the token into the tails, reads packed blocks and tails, and advances the lengths, all
-on the device. Where a tail is full, which the host knows without asking, its block is packed behind
-the step. The graph is captured anew only where a table outgrew its room.
+on the device. The host counts tokens itself and packs the block of a full tail after the step. The
+graph is captured anew only where a table has outgrown its room.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from kvquant.models.model_call import cache_argument
 
 @dataclass(frozen=True)
 class CapturedStep:
-    """A captured graph.
+    """A captured graph with its output and the addresses that it reads.
 
     Attributes:
         graph: The work of one step.
-        logits: `[batch_size, vocab_size]`, where each replay writes them.
+        logits: The output of each replay, `[batch_size, vocab_size]`.
         addresses: Addresses of the tables that the graph reads.
     """
 
@@ -33,16 +33,16 @@ class CapturedStep:
 
 
 class GraphedDecoder:
-    """Steps of one token a sequence on a cache that holds the prompts.
+    """Decodes one token per sequence and step over a cache that holds the prompts.
 
     Args:
-        model: With kvquant's attention (`load_quantized_model`).
-        cache: After the prefill; at least one call longer than the sinks of every sequence.
-        new_tokens: Steps for which there should be room without capturing again.
+        model: The model with kvquant's attention (`load_quantized_model`).
+        cache: The cache after the prefill; every sequence must have filled its sinks.
+        new_tokens: Number of steps for which to make room, so that no new capture is needed.
 
     Raises:
-        ValueError: The decode kernel does not take this cache (`KVQuantCache.step_tables`), or the
-            model lies on several devices.
+        ValueError: The decode kernel cannot read this cache (`KVQuantCache.step_refusals`), or the
+            model is on several devices.
     """
 
     def __init__(self, model: Any, cache: KVQuantCache, new_tokens: int = 1024) -> None:
@@ -64,7 +64,7 @@ class GraphedDecoder:
         self._captured: CapturedStep | None = None
 
     def _work(self) -> torch.Tensor:
-        """A step of the model by a plan that reads all lengths on the device; gives its logits."""
+        """Runs the model on a plan that reads all lengths on the device; returns logits."""
         plan = self._cache.graph_plan(self._steps, self._positions)
         with self._cache.planned(plan):
             output = self._model(
@@ -79,7 +79,7 @@ class GraphedDecoder:
         return logits
 
     def _prepare(self) -> CapturedStep:
-        """Tables in line with the layout, and a graph that reads them."""
+        """Updates the tables to the layout and returns a graph that reads them."""
         cache, layout, captured = self._cache, self._cache.layout, self._captured
         blocks = [len(t) for t in layout.table]
         if captured is None:
@@ -88,15 +88,15 @@ class GraphedDecoder:
         arenas = [layer.store.arena_table() for layer in cache.layers]
         now = (*self._steps.addresses(), *(t.data_ptr() for t in arenas if t is not None))
         if captured is None or now != captured.addresses:
-            captured = self._captured = None  # its memory is free for the next one
+            captured = self._captured = None  # frees its memory for the next graph
             captured = self._captured = self._capture(now)
         return captured
 
     def _capture(self, addresses: tuple[int, ...]) -> CapturedStep:
-        """Captures the graph of a step, after one that warms up, and undoes what they counted."""
+        """Captures the graph of a step after a warm-up step and resets what both counted."""
         lengths, positions = self._steps.lengths.clone(), self._positions.clone()
 
-        def undo() -> None:  # what a step wrote into the tails is written again
+        def undo() -> None:  # the next step overwrites the tails
             self._steps.lengths.copy_(lengths)
             self._positions.copy_(positions)
 
@@ -114,10 +114,10 @@ class GraphedDecoder:
 
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """One token per sequence.
+        """Decodes one token per sequence.
 
         Args:
-            tokens: int64 `[batch_size, 1]`.
+            tokens: int64 `[batch_size, 1]`, the next token of each sequence.
 
         Returns:
             Logits `[batch_size, vocab_size]`, overwritten by the next step.

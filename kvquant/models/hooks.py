@@ -1,4 +1,4 @@
-"""The attention and the hooks that make a transformers model work with quantized caches."""
+"""Installs the attention and the hooks that let a transformers model use quantized caches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvquant.models.model_call import CACHE_NAMES, arguments, find_cache, parame
 from kvquant.models.prefill_quant import PrefillQuantizedAttention, original_class
 from kvquant.study.model_families import family_of_attention, supported_families
 
-# Arguments of a decoder that are understood, or that say nothing about its attention.
+# Arguments of a decoder that are supported, or that do not affect its attention.
 _KNOWN = frozenset({
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", *CACHE_NAMES, "use_cache",
     "output_attentions", "output_hidden_states", "return_dict",
@@ -24,10 +24,10 @@ Arguments = dict[str, Any]
 
 
 def position_limit(config: Any) -> int:
-    """Longest sequence that is not refused: more than the positions where RoPE is scaled.
+    """Returns the longest supported sequence, with the scaling of RoPE included.
 
-    Some configurations state the scaled length as `max_position_embeddings`, others the one
-    that the factor multiplies; the larger reading counts.
+    Some configurations state the scaled length as `max_position_embeddings`, others the length that
+    the factor multiplies. The larger of the two readings counts.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     positions = int(config.max_position_embeddings)
@@ -36,7 +36,7 @@ def position_limit(config: Any) -> int:
 
 
 def attention_layers(model: Any) -> list[Any]:
-    """The self-attention modules in order; refuses what is not supported.
+    """Returns the self-attention modules in order and refuses unsupported ones.
 
     Raises:
         UserError: The architecture or an attention kind is not supported.
@@ -72,14 +72,14 @@ def _given(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Argum
 
 
 def _inputs(given: Arguments) -> torch.Tensor | None:
-    """The token ids or embeddings among the arguments."""
+    """Returns the token ids or embeddings among the arguments."""
     ids: torch.Tensor | None = given.get("input_ids")
     embeds: torch.Tensor | None = given.get("inputs_embeds")
     return embeds if ids is None else ids
 
 
 def _check_model(cache: Any, decoder: Any) -> None:
-    """Refuses a cache of another model, whose keys would be turned by other angles than queries.
+    """Refuses a cache of another model, whose keys would be rotated by other angles.
 
     Raises:
         UserError: The models have different layers or rotary embeddings.
@@ -97,23 +97,23 @@ def _check_model(cache: Any, decoder: Any) -> None:
             "cache: was made for a model with another rotary embedding; take a new_cache() of this "
             "model"
         )
-    cache.rotary = rotary  # once looked at
+    cache.rotary = rotary  # so that the angles are compared once only
 
 
 def _same_angles(a: Any, b: Any) -> bool:
-    """Whether two rotary embeddings turn by the same angles."""
+    """Returns whether two rotary embeddings rotate by the same angles."""
     if a.rope_type != b.rope_type or a.attention_scaling != b.attention_scaling:
         return False
     x, y = (getattr(m, "original_inv_freq", m.inv_freq).cpu() for m in (a, b))
     return torch.equal(x, y)
 
 
-@torch.compiler.disable(reason="looks at the mask on the host, once a forward call")
+@torch.compiler.disable(reason="looks at the mask on the host, once per forward call")
 def _enter_model(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
-    """Before each forward of the whole model: its decoder's call ends when all has ended.
+    """Runs before the whole model and makes the cache's call last until the model has returned.
 
-    Else logits for which there is no memory would leave tokens in the cache that the caller, who
-    got an exception, feeds again.
+    Otherwise, running out of memory for the logits would leave the tokens in the cache, and the
+    caller, who got an exception, would feed them again.
     """
     given = _given(module, args, kwargs)
     cache = find_cache(given)
@@ -121,17 +121,17 @@ def _enter_model(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) ->
         cache.outer = _inputs(given)
 
 
-@torch.compiler.disable(reason="looks at the mask on the host, once a forward call")
+@torch.compiler.disable(reason="looks at the mask on the host, once per forward call")
 def _leave_model(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any) -> None:
-    """After each forward of the whole model."""
+    """Runs after the whole model and ends the cache's call."""
     cache = find_cache(_given(module, args, kwargs))
     if cache is not None:
         cache.end_forward()
 
 
-@torch.compiler.disable(reason="looks at the mask on the host, once a forward call")
+@torch.compiler.disable(reason="looks at the mask on the host, once per forward call")
 def _enter_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> None:
-    """Before each forward of the decoder: tells the cache which columns are tokens."""
+    """Runs before the decoder and tells the cache which columns are tokens."""
     given = _given(module, args, kwargs)
     cache = find_cache(given)
     if cache is None:
@@ -148,7 +148,7 @@ def _enter_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) 
     if not batch or not new_len:
         raise ValueError(f"input_ids: a batch of {batch} with {new_len} columns is empty")
     past = cache.get_seq_length()
-    if not past or cache.position_limit is None:  # reading a configuration takes its time
+    if not past or cache.position_limit is None:  # reading a configuration is slow
         cache.position_limit = position_limit(config)
     limit = cache.position_limit
     if past <= limit < past + new_len:  # once per sequence
@@ -159,7 +159,7 @@ def _enter_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) 
         )
     positions = given.get("position_ids")
     left_out = positions is None
-    if positions is None:  # what the decoder then takes
+    if positions is None:  # the decoder's default
         positions = torch.arange(past, past + new_len)[None]
     cache.within = cache.outer is inputs
     cache.outer = None
@@ -173,27 +173,28 @@ def _enter_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) 
     )
 
 
-@torch.compiler.disable(reason="looks at the mask on the host, once a forward call")
+@torch.compiler.disable(reason="looks at the mask on the host, once per forward call")
 def _leave_decoder(
     module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any
 ) -> None:
-    """After each forward of the decoder, where it was not called by the whole model."""
+    """Runs after the decoder and ends the cache's call unless the whole model does so."""
     cache = find_cache(_given(module, args, kwargs))
     if cache is not None and not cache.within:
         cache.end_forward()
 
 
 def _hook(module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
-    """Registers both hooks, once."""
+    """Registers both hooks unless they are registered already."""
     if before not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(before, with_kwargs=True)
         module.register_forward_hook(after, with_kwargs=True)
 
 
 def install_attention(model: Any) -> None:
-    """Makes every attention module a drop-in, once; other caches work as before.
+    """Replaces every attention module by a drop-in that handles quantized caches, too.
 
-    Names, weights and everything else that a checkpoint holds stay the model's own.
+    Other caches work as before, and repeated calls change nothing. Names, weights and everything
+    else that a checkpoint holds stay as they are.
 
     Raises:
         UserError: The architecture or an attention kind is not supported.
@@ -205,7 +206,7 @@ def install_attention(model: Any) -> None:
 
 
 def uninstall_attention(model: Any) -> None:
-    """Undoes :func:`install_attention`."""
+    """Restores the attention modules and removes the hooks of :func:`install_attention`."""
     for layer in model.model.layers:
         if isinstance(layer.self_attn, PrefillQuantizedAttention):
             layer.self_attn.restore()

@@ -1,4 +1,4 @@
-"""The one place that loads models and installs the quantized attention."""
+"""Loads models and installs the quantized attention; nothing else in the library does."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ from kvquant.study.schemes import Fp16Scheme, SchemeSpec
 
 
 def resolve_device(device: str) -> torch.device:
-    """'auto' is the GPU if there is one; asking for a missing GPU is an error."""
+    """Returns the device of a name; 'auto' is the GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: The name is unknown, or the GPU does not exist.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -48,27 +52,27 @@ def resolve_device(device: str) -> torch.device:
 
 
 def _read_pretrained(kind: Any, directory: str | Path, **options: Any) -> Any:
-    """What a transformers class makes of a folder or hub id; never the folder's own code.
+    """Reads a folder or hub id by a transformers class, never by the folder's own code.
 
     Raises:
-        UserError: In one line, whatever is wrong with a file.
+        UserError: A file cannot be read; the message says why in one line.
     """
     try:
-        # Left out, transformers asks on standard input whether it may run the folder's code.
+        # Without this, transformers asks on standard input whether it may run the folder's code.
         return kind.from_pretrained(str(directory), trust_remote_code=False, **options)
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        # A damaged file raises a different type in each of the libraries that may read it.
+        # Each library that may read a damaged file raises another type of error.
         told = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"model: cannot load '{directory}': {told}") from None
 
 
 def default_dtype(config: Any, device: torch.device) -> torch.dtype:
-    """Type of the weights that a model is loaded with unless another is asked for.
+    """Returns the dtype of the weights with which a model is loaded by default.
 
-    fp32 on a CPU; on a GPU 16 bits: bf16 for a checkpoint in bf16, whose activations may exceed
-    what fp16 holds, else fp16.
+    It is fp32 on a CPU. On a GPU it is bf16 for a checkpoint in bf16, whose activations may exceed
+    the range of fp16, and fp16 otherwise.
     """
     if device.type == "cpu":
         return torch.float32
@@ -83,21 +87,21 @@ def load_base_model(
     dtype: torch.dtype | None = None,
     device_map: Any = None,
 ) -> tuple[Any, Any]:
-    """Model and tokenizer from a local directory or hub id; never remote code, never a pickle.
+    """Loads model and tokenizer from a directory or hub id, without remote code or pickles.
 
     Args:
-        model: Directory or hub id; or a manifest, whose files are then verified. So are those of a
+        model: Directory, hub id or manifest. The files of a manifest are verified, and those of a
             directory that `fetch-model` filled.
         device: "cpu", "cuda" or "auto".
-        dtype: Default: see :func:`default_dtype`.
-        device_map: As of transformers, in the place of `device`; all layers must come to be on one
-            device.
+        dtype: Dtype of the weights; None: see :func:`default_dtype`.
+        device_map: The device map of transformers, used instead of `device`; all layers must end up
+            on one device.
 
     Returns:
         The model in evaluation mode with frozen weights, and its tokenizer.
 
     Raises:
-        UserError: A file is damaged, lacks weights, or is not the manifest's.
+        UserError: A file is damaged, lacks weights, or differs from the manifest.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -117,7 +121,7 @@ def load_base_model(
         output_loading_info=True,
         **placed,
     )
-    # transformers fills these with random numbers and goes on.
+    # transformers silently fills these weights with random numbers.
     for key, what in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of")):
         if wrong := sorted(map(str, info[key])):
             raise UserError(
@@ -130,13 +134,13 @@ def load_base_model(
 
 
 def load_tokenizer(model: str | Path | ModelManifest) -> tuple[Any, int]:
-    """The tokenizer of a local model and its longest sequence, without its weights.
+    """Loads the tokenizer and the longest sequence of a local model without its weights.
 
     Args:
-        model: Directory; or a manifest, whose files other than the weights are then verified.
+        model: Directory or manifest; a manifest's files other than the weights are verified.
 
     Raises:
-        UserError: They cannot be read, or are not the manifest's.
+        UserError: A file cannot be read, or differs from the manifest.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -153,13 +157,13 @@ class QuantizedModel:
     """A model whose attention works with quantized caches.
 
     Attributes:
-        model: The transformers model; `model(..., past_key_values=qm.new_cache())`.
-        tokenizer: Its tokenizer.
+        model: The transformers model, called as `model(..., past_key_values=qm.new_cache())`.
+        tokenizer: The tokenizer of the model.
         scheme: The scheme of `new_cache`.
-        codecs: One codec a layer, or None for a scheme without codecs.
-        caches: Makes the caches of a scheme that brings a cache of its own, else None.
-        inputs: Hashes of the files that results depend on, by what they are (model, quantizer);
-            records hold them.
+        codecs: One codec per layer, or None for a scheme without codecs.
+        caches: Factory of the caches of a scheme with its own kind of cache, else None.
+        inputs: Hashes of the files on which results depend, by their role (model, quantizer), which
+            records include.
     """
 
     model: Any
@@ -171,27 +175,27 @@ class QuantizedModel:
 
     @property
     def quantizes(self) -> bool:
-        """Whether the scheme's cache quantizes at all."""
+        """Whether the scheme's cache quantizes."""
         return self.scheme.quantizes
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
+        """The device of the weights."""
         return _embedding(self.model).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the activations, which that of quantized weights is not."""
+        """The dtype of the activations, which may differ from that of quantized weights."""
         return _embedding(self.model).dtype
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence the position embedding is made for."""
+        """The longest sequence for which the position embedding is made."""
         return int(self.model.config.max_position_embeddings)
 
     @property
     def position_limit(self) -> int:
-        """Longest sequence that is not refused (see :func:`position_limit`)."""
+        """The longest supported sequence (see :func:`position_limit`)."""
         return position_limit(self.model.config)
 
     def _rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,7 +204,7 @@ class QuantizedModel:
         return rotary(like, positions)
 
     def new_cache(self, protocol: Protocol = "A") -> Any:
-        """An empty cache of the scheme (see :class:`KVQuantCache` for the protocols).
+        """Makes an empty cache of the scheme (see :class:`KVQuantCache` for the protocols).
 
         Raises:
             UserError: The scheme cannot be measured under the protocol.
@@ -231,7 +235,7 @@ class QuantizedModel:
         return cache
 
     def baseline_cache(self) -> Any:
-        """An empty unquantized 16-bit cache for the same model."""
+        """Makes an empty unquantized 16-bit cache for the same model."""
         return new_baseline_cache()
 
 
@@ -248,20 +252,20 @@ def load_quantized_model(
     """Loads a model with the cache of a scheme, in one call.
 
     Args:
-        model: Directory, hub id, or the manifest of a fetched model (then the quantizer is checked
-            against the weights' hash); or a loaded transformers model, which is taken as it is,
-            with quantized weights too, and set to evaluation mode (a quantizer is then checked
-            against its shape alone).
-        scheme: The scheme; None is the quantizer's, or the unquantized cache without one.
-        quantizer: quantizer.json, for schemes that need calibration.
+        model: Directory, hub id, manifest of a fetched model, or a loaded transformers model. A
+            loaded model, which may have quantized weights, is set to evaluation mode, and a
+            quantizer is checked against its shape alone. For files, the quantizer is checked
+            against the hash of the weights.
+        scheme: The scheme; None: that of the quantizer, or the unquantized cache without one.
+        quantizer: Path of quantizer.json, for schemes that need calibration.
         device: "cpu", "cuda" or "auto".
-        dtype: Default: fp32 on a CPU; on a GPU bf16 for a checkpoint in bf16, else fp16.
-        device_map: As of transformers, in the place of `device`; all layers must come to be on one
-            device.
-        tokenizer: Of a loaded model; None takes the folder's, or none for a loaded model.
+        dtype: Dtype of the weights; None: see :func:`default_dtype`.
+        device_map: The device map of transformers, used instead of `device`; all layers must end up
+            on one device.
+        tokenizer: The tokenizer; None: that of the folder, or none for a loaded model.
 
     Raises:
-        UserError: A file or the architecture does not fit; the message says which.
+        UserError: A file or the architecture does not fit; the message says which one.
     """
     loaded = isinstance(model, nn.Module)
     if loaded and (device != "auto" or dtype is not None or device_map is not None):
@@ -273,7 +277,7 @@ def load_quantized_model(
     spec = scheme or Fp16Scheme(kind="fp16")
     inputs = {"model": model.identity} if isinstance(model, ModelManifest) else {}
     tables = None
-    if quantizer is not None:  # first: the cheapest check
+    if quantizer is not None:  # first, because it is the cheapest check
         file, elsewhere = Path(quantizer), loaded or device_map is not None
         where = torch.device("cpu") if elsewhere else resolve_device(device)
         sha256 = None if isinstance(model, nn.Module) else _weights_sha256(model)
@@ -307,13 +311,13 @@ def load_quantized_model(
 
 
 def _with_manifest(model: str | Path | ModelManifest) -> str | Path | ModelManifest:
-    """The manifest in place of a folder that `fetch-model` filled."""
+    """Returns the manifest of a folder that `fetch-model` filled, else `model` itself."""
     found = None if isinstance(model, ModelManifest) else manifest_beside(model)
     return model if found is None else found
 
 
 def _weights_sha256(model: str | Path | ModelManifest) -> str | None:
-    """Hash of a model's weights; None for one that is not a folder of safetensors."""
+    """Returns the hash of a model's weights, or None without a folder of safetensors."""
     if isinstance(model, ModelManifest):
         return model.weights_sha256
     folder = Path(model)
@@ -327,16 +331,16 @@ def _weights_sha256(model: str | Path | ModelManifest) -> str | None:
 
 
 def _embedding(model: Any) -> torch.Tensor:
-    """Weights of the token embeddings, which are where inputs go and are not quantized."""
+    """Returns the token embeddings: never quantized, and on the device of the inputs."""
     weight: torch.Tensor = model.get_input_embeddings().weight
     return weight
 
 
 def _one_device(model: Any) -> torch.device:
-    """Where a model is.
+    """Returns the device of a model.
 
     Raises:
-        UserError: Its layers are on several devices, or offloaded.
+        UserError: The layers are on several devices, or offloaded.
     """
     found = {p.device for p in model.model.parameters()}
     if len(found) > 1 or any(device.type == "meta" for device in found):
@@ -348,13 +352,13 @@ def _one_device(model: Any) -> torch.device:
 
 
 def _static_rope(model: Any) -> bool:
-    """Whether a position's rotation is the same in calls of any length."""
+    """Returns whether a position's rotation is the same in calls of any length."""
     kind = str(getattr(model.model.rotary_emb, "rope_type", "default"))
     return "dynamic" not in kind and kind != "longrope"
 
 
 def _kv_shape(model: Any) -> tuple[int, int]:
-    """(num_kv_heads, head_dim) of a model."""
+    """Returns the number of key/value heads of a model and their size."""
     config: Any = model.config
     heads = config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads

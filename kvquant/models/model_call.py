@@ -1,8 +1,8 @@
-"""What a call of a transformers module was given, whatever the installed release names it.
+"""Reads the arguments of a call of a transformers module, in any supported release.
 
 transformers 5.24 renamed the argument `past_key_values` of models, layers and attention to `cache`.
-Arguments are read by the signature of the module that is called, positional ones included, and the
-cache is found by its type; what nobody here knows is refused by name, never ignored.
+Arguments, positional ones included, are read by the signature of the called module, and the cache
+is found by its type. Unknown arguments are refused by name, never ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CACHE_NAMES = ("cache", "past_key_values")  # newest first
 
 @functools.lru_cache(maxsize=64)
 def parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of a method's parameters that may be given by position, without `self`."""
+    """Returns the names of a method's positional parameters, without `self`."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     found = inspect.signature(forward).parameters.values()
     return tuple(p.name for p in found if p.kind in kinds)[1:]
@@ -29,10 +29,10 @@ def parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
 def arguments(
     names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of a method call by name.
+    """Returns the arguments of a method call by name.
 
     Args:
-        names: See :func:`parameters`.
+        names: Names of the parameters; see :func:`parameters`.
         args: Positional arguments, without `self`.
         kwargs: Keyword arguments.
     """
@@ -40,22 +40,22 @@ def arguments(
 
 
 def find_cache(given: Mapping[str, Any]) -> AttendingCache | None:
-    """The cache among the arguments that does the attention itself, or None."""
-    for name in CACHE_NAMES:  # seldom elsewhere
+    """Returns the cache among the arguments that computes the attention itself, or None."""
+    for name in CACHE_NAMES:  # rarely under another name
         if isinstance(cache := given.get(name), AttendingCache):
             return cache
     return next((value for value in given.values() if isinstance(value, AttendingCache)), None)
 
 
 def refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuses arguments that would be ignored.
+    """Refuses arguments that would otherwise be ignored.
 
     Args:
-        given: Arguments by name; those that are None say nothing.
-        known: Names that are understood.
+        given: Arguments by name; those that are None have no effect.
+        known: Names of the supported arguments.
 
     Raises:
-        UserError: An argument is not known, or asks for what a quantized cache cannot give.
+        UserError: An argument is unknown, or asks for what a quantized cache cannot give.
     """
     if given.get("output_attentions"):
         raise UserError(
@@ -71,7 +71,7 @@ def refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
-    """The keyword argument that passes a cache to a model of the installed transformers."""
+    """Returns the keyword argument that passes a cache in the installed transformers."""
     forward = getattr(type(model), "forward", None)
     names = () if forward is None else parameters(forward)
     return {next((name for name in CACHE_NAMES if name in names), "past_key_values"): cache}

@@ -1,4 +1,4 @@
-"""Attention that leaves the work to an `AttendingCache`; with any other it is the original."""
+"""The attention module that delegates to an `AttendingCache` and else acts as the original."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from kvquant.errors import UserError
 from kvquant.models.model_call import CACHE_NAMES, arguments, find_cache, parameters, refuse_unknown
 from kvquant.models.no_gradient import without_gradient
 
-# Arguments of the attention that are used, or that say nothing about it.
+# Arguments of the attention that are used, or that do not affect it.
 _USED = frozenset({"hidden_states", "position_embeddings", "attention_mask", *CACHE_NAMES})
 _KNOWN = _USED | {"position_ids", "use_cache", "output_attentions", "output_hidden_states"}
 
 
 @torch.compiler.disable(reason="the cache plans on the host and changes its shapes as it grows")
 def _attend(module: Any, cache: Any, *args: Any) -> torch.Tensor:
-    """See :meth:`kvquant.cache.attending.AttendingCache.attend`.
+    """Calls :meth:`kvquant.cache.attending.AttendingCache.attend` outside of compiled graphs.
 
-    In a compiled model the graph ends here and goes on after. The layer's number is looked up in
-    here, so that compiled code serves all layers. Kernels are launched on the layer's own GPU,
-    whichever is the process's current one. Gradients are those of a first call that attends in full
-    precision, or refused.
+    In a compiled model the graph breaks here and continues afterwards. The layer's index is read
+    inside this function, so that compiled code serves all layers. Kernels are launched on the
+    layer's own GPU, whichever is the current one. Gradients exist only for a first call that
+    attends in full precision; elsewhere they are refused.
     """
     exact = cache.protocol == "A" and not cache.get_seq_length()
     with torch.cuda.device_of(args[0]):
@@ -33,27 +33,27 @@ def _attend(module: Any, cache: Any, *args: Any) -> torch.Tensor:
 
 
 class PrefillQuantizedAttention(nn.Module):
-    """Drop-in for the self-attention of every :class:`kvquant.study.model_families.ModelFamily`.
+    """A drop-in for the self-attention of all families in :mod:`kvquant.study.model_families`.
 
     Keys are taken before RoPE (and after a norm of keys, as in Qwen3), stored by the cache, and
-    rotated when read, so one calibration per channel holds at every position.
+    rotated when read, so that one calibration per channel holds at every position.
 
-    `PrefillQuantizedAttention(module)` changes the class of the attention module and returns it:
-    weights, their names, hooks and references stay as they are. :meth:`restore` undoes it.
+    `PrefillQuantizedAttention(module)` changes the class of the attention module and returns it.
+    Weights, their names, hooks and references stay as they are. :meth:`restore` undoes it.
 
     Args:
         original: The attention module.
 
     Attributes:
-        original_class: Class of the module before.
-        parameters_of_forward: Names of its parameters, in order.
+        original_class: The original class of the module.
+        parameters_of_forward: Names of the parameters of its `forward`, in order.
     """
 
     original_class: type[nn.Module]
     parameters_of_forward: tuple[str, ...]
 
     def __new__(cls, original: nn.Module | None = None) -> PrefillQuantizedAttention:
-        """Turns `original` into a drop-in (copies of one are made without it)."""
+        """Turns `original` into a drop-in; copying a drop-in calls this without `original`."""
         if original is None:
             return super().__new__(cls)
         if not isinstance(original, PrefillQuantizedAttention):
@@ -61,24 +61,24 @@ class PrefillQuantizedAttention(nn.Module):
         return original  # type: ignore[return-value]
 
     def __init__(self, original: nn.Module) -> None:
-        """Nothing is left to do: the module has been initialized as what it was."""
+        """Does nothing, because the module is initialized already."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its own class and made a drop-in again, as the class is made at run time."""
+        """Pickles the original class, from which unpickling makes a drop-in again."""
         return _blank, (self.original_class,), self.__getstate__()
 
     def restore(self) -> None:
-        """Makes the module what it was before."""
+        """Restores the original class of the module."""
         self.__class__ = self.original_class  # type: ignore[assignment]
         hooked = self.__dict__.get("_old_forward")
         if hooked is not None:
             self.__dict__["_old_forward"] = type(self).forward.__get__(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention of `[batch_size, new_len, hidden_size]` over the cache and the new tokens.
+        """Computes the attention of `[batch_size, new_len, hidden_size]` over cache and call.
 
         Raises:
-            UserError: The call asks for what the cache cannot give, or has an unknown argument.
+            UserError: An argument is unknown, or asks for what a quantized cache cannot give.
         """
         module: Any = self
         original = self.original_class.forward
@@ -104,7 +104,7 @@ class PrefillQuantizedAttention(nn.Module):
         queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
 
         def full(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            # Looked up in here, as a decode step does without.
+            # Looked up here, because decode steps do not need it.
             implementation = module.config._attn_implementation
             function = ALL_ATTENTION_FUNCTIONS.get(implementation, ALL_ATTENTION_FUNCTIONS["sdpa"])
             others = {name: value for name, value in given.items() if name not in _USED}
@@ -120,7 +120,7 @@ class PrefillQuantizedAttention(nn.Module):
 
 
 def _blank(own: type[nn.Module]) -> nn.Module:
-    """A drop-in without state, in the place of a module of the class `own`."""
+    """Makes a drop-in without state for a module of the class `own`."""
     module = own.__new__(own)
     _take_over(module)
     return module
@@ -130,7 +130,7 @@ _CLASSES: dict[type[nn.Module], type[PrefillQuantizedAttention]] = {}
 
 
 def _take_over(module: nn.Module) -> None:
-    """Gives an attention module the class that is both its own and a drop-in."""
+    """Changes a module's class to a subclass of both its own class and the drop-in."""
     own = type(module)
     if own not in _CLASSES:
         _CLASSES[own] = type(
@@ -151,12 +151,12 @@ def _take_over(module: nn.Module) -> None:
             "model without what replaced it"
         )
     module.__class__ = _CLASSES[own]
-    if hooked is not None:  # accelerate keeps the method that its hooks surround in the instance
+    if hooked is not None:  # accelerate stores the hooked method in the instance
         module.__dict__["_old_forward"] = _CLASSES[own].forward.__get__(module)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """Class of an attention module before it was made a drop-in, or its class."""
+    """Returns the class of an attention module, the original one if it is a drop-in."""
     if isinstance(module, PrefillQuantizedAttention):
         return module.original_class
     return type(module)
