@@ -1,7 +1,7 @@
-"""Writes the table of docs/reliability.md from the tests that inject the faults.
+"""Writes the tables of docs/reliability.md from the tests that inject the faults.
 
-A test that belongs into the table carries `@pytest.mark.fault("what is injected", "what happens")`.
-Tests are read, not run: `python docs/faults.py` needs no environment. A test holds the page to it.
+A test of a fault carries `@pytest.mark.fault("area", "what is injected", "what happens")`. Tests
+are read, not run, so `python docs/faults.py` needs no environment. A test checks the page.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ AREAS = {
 
 
 def _marks(file: Path) -> Iterator[tuple[str, str, str, str]]:
-    """(area, injected, outcome, test) of every marked test of a file."""
+    """Yields (area, injected, outcome, test) of every marked test of a file."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef):
@@ -42,7 +42,7 @@ def _marks(file: Path) -> Iterator[tuple[str, str, str, str]]:
 
 
 def table() -> str:
-    """The table, a section per area, in the order of the files."""
+    """Returns the tables, with one section per area and rows in the order of the files."""
     rows: dict[str, list[tuple[str, str, str]]] = {area: [] for area in AREAS}
     for file in sorted((ROOT / "tests").rglob("test_*.py")):
         for area, *row in _marks(file):
@@ -58,7 +58,7 @@ def table() -> str:
 
 
 def page() -> str:
-    """The whole page with its table renewed."""
+    """Returns the whole page with its tables written anew."""
     head, _, _ = PAGE.read_text(encoding="utf-8").partition(START)
     return f"{head}{START}\n\n{table().rstrip()}\n"
 
