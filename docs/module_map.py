@@ -22,8 +22,9 @@ HEAD = """\
 <!-- Written by `python docs/module_map.py` from the docstrings: edit them there. -->
 
 What is where. The folders of `kvquant/` are layers, listed here from the top down: a module imports
-only from its own folder and from folders below it, which `tests/test_layers.py` checks. Tests
-mirror the folders. Terms are explained in the [glossary](glossary.md).
+only from its own folder and from folders below it. Folders of one level do not import one another,
+and `errors.py` is below all: `tests/test_layers.py` has the levels and checks them. Tests mirror
+the folders. Terms are explained in the [glossary](glossary.md).
 
 ## Names of the paper
 

