@@ -14,10 +14,11 @@ from kvquant.calibration.build import build_layer, percentile
 from kvquant.calibration.collect import calibrate, draw_windows
 from kvquant.calibration.statistics import LayerStatistics, load_statistics, save_statistics
 from kvquant.errors import UserError
-from kvquant.quantization.quantizer_file import QuantizerManifest, load_quantizer, save_quantizer
+from kvquant.quantization.quantizer_file import load_quantizer
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.schemes import NuqScheme
 from tests.support.models import tiny_model
+from tests.support.quantizers import save_made_quantizer
 
 
 def test_percentiles_of_streamed_data_follow_the_whole() -> None:
@@ -75,21 +76,7 @@ def test_statistics_and_quantizer_files_come_back(tmp_path: Path) -> None:
     layers = [build_layer(s, scheme, spec.outlier_fractions, 2)[0] for s in again]
     assert layers[0].key_levels.numel() == 8
     assert torch.all(layers[0].key_levels.diff() > 0)
-    manifest = QuantizerManifest(
-        library_version="0",
-        model="tiny",
-        weights_sha256="a" * 64,
-        scheme="nuq3",
-        spec=scheme.model_dump(mode="json"),
-        calibration={},
-        spec_digest="0",
-        num_layers=2,
-        num_kv_heads=2,
-        head_dim=16,
-        calibration_error={},
-    )
-    path = tmp_path / "quantizer.json"
-    save_quantizer(path, manifest, layers)
+    path = save_made_quantizer(tmp_path / "quantizer.json", scheme, "a" * 64, layers)
     _, loaded = load_quantizer(path, weights_sha256="a" * 64)
     assert torch.equal(loaded[1].key_scale, layers[1].key_scale)
     with pytest.raises(UserError, match="built for model 'tiny'"):
