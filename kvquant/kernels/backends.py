@@ -73,10 +73,18 @@ class DeviceFacts:
 
 @functools.cache
 def device_facts(device: torch.device) -> DeviceFacts:
-    """The facts about a device, found once per process without allocating memory on it."""
+    """The facts about a device, found once per process without allocating memory on it.
+
+    Raises:
+        UserError: It is a GPU, and this process sees none.
+    """
     triton = importlib.util.find_spec("triton") is not None
     interpreter = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "device: no GPU is visible to this process; name the CPU, or make one visible"
+        )
+    if device.type != "cuda":
         return DeviceFacts(device.type, triton=triton, interpreter=interpreter)
     index = torch.cuda.current_device() if device.index is None else device.index
     capability = torch.cuda.get_device_capability(index)
@@ -126,7 +134,7 @@ def wish() -> str:
     Raises:
         UserError: It is not one of the three.
     """
-    found = os.environ.get("KVQUANT_KERNELS", "auto")
+    found = os.environ.get("KVQUANT_KERNELS") or "auto"  # an unset variable of a shell is empty
     if found not in ("auto", "pytorch", "triton"):
         raise UserError(f"KVQUANT_KERNELS: '{found}' is none of auto, pytorch, triton")
     return found

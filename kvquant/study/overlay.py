@@ -14,12 +14,13 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Returns the mapping `below` with the values of `above` merged over it.
 
     Mappings are merged key by key, as Snakemake merges its config files. Every other value, a list
-    included, replaces the one below it. A null removes the entry below it.
+    included, replaces the one below it. A null removes a mapping below it (a task, a scheme, a
+    section); over anything else it is the value.
     """
     result = dict(below)
     for key, value in above.items():
         old = below.get(key)
-        if value is None and key in below:
+        if value is None and isinstance(old, dict):
             del result[key]
         elif isinstance(value, dict) and isinstance(old, dict):
             result[key] = merged(old, value)
@@ -30,7 +31,7 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _base_file(file: Path, name: Any) -> Path:
     """Returns the file that a variant's `base` names, relative to the variant's own folder."""
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name.isprintable() or not name:
         raise UserError(f"{file}: base: must be the name of a study file, such as config.yaml")
     return file.parent / name
 
@@ -53,10 +54,11 @@ def read_study(path: str | Path, field: str = "--study") -> Any:
     seen = [file]
     while isinstance(above[-1], dict) and "base" in above[-1]:
         base = _base_file(file, above[-1].pop("base"))
+        content = read_mapping(base, f"{file}: base")  # refuses what is no file
         if base.resolve() in [one.resolve() for one in seen]:
             circle = " -> ".join(map(str, [*seen, base]))
             raise UserError(f"{file}: base: a study cannot be its own base: {circle}")
-        above.append(read_mapping(base, f"{file}: base"))
+        above.append(content)
         if not isinstance(above[-1], dict):
             raise UserError(f"{file}: base: {base} does not hold a mapping of keys")
         file = base

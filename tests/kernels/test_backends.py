@@ -292,3 +292,14 @@ def test_the_constants_of_kernels_come_from_the_shape() -> None:
     assert not replace(SHAPE, outliers=0.0).decode_shape.outliers
     assert SHAPE.pack_shape.per_side == SHAPE.outliers_per_side == 5
     assert SHAPE.pack_shape.heads == 8
+
+
+def test_an_empty_wish_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVQUANT_KERNELS", "")
+    assert backends.wish() == "auto"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_gpu_that_is_not_there_is_said_so() -> None:
+    with pytest.raises(UserError, match="no GPU is visible"):
+        backends.device_facts(torch.device("cuda"))

@@ -32,7 +32,25 @@ def test_mappings_are_merged_and_other_values_replaced() -> None:
 
 
 def test_null_leaves_out_an_entry_of_the_base() -> None:
-    assert merged({"a": {"x": 1, "y": 2}, "b": 1}, {"a": {"x": None}, "b": None}) == {"a": {"y": 2}}
+    below = {"tasks": {"x": {"suite": "ppl"}, "y": {"suite": "ruler"}}, "append": {"reps": 1}}
+    above = {"tasks": {"x": None}, "append": None}
+    assert merged(below, above) == {"tasks": {"y": {"suite": "ruler"}}}
+
+
+def test_null_over_a_number_is_null_and_not_its_default() -> None:
+    assert merged({"margin": {"relative": 0.02}}, {"margin": {"relative": None}}) == {
+        "margin": {"relative": None}
+    }
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\nb.yaml", "loop.yaml"])
+def test_a_base_that_no_file_can_have_is_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / "loop.yaml").symlink_to("other.yaml")
+    (tmp_path / "other.yaml").symlink_to("loop.yaml")
+    write(tmp_path, study={"base": name})
+    with pytest.raises(UserError, match="base") as refused:
+        read_study(tmp_path / "study.yaml")
+    assert "\n" not in str(refused.value)
 
 
 def test_order_is_that_of_the_base() -> None:
