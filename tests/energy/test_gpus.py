@@ -273,8 +273,11 @@ def test_kernels_are_launched_on_the_layers_gpu(monkeypatch: pytest.MonkeyPatch)
         return plain(tensor)
 
     monkeypatch.setattr(torch.cuda, "device_of", of)
-    layer = Namespace(attend=lambda *args: args[0] + len(entered))
-    cache = Namespace(layers=[layer], protocol="A", get_seq_length=lambda: 0)
+
+    def attend(layer: int, queries: torch.Tensor, *args: Any) -> torch.Tensor:
+        return queries + len(entered)
+
+    cache = Namespace(attend=attend, protocol="A", get_seq_length=lambda: 0)
     found = _attend(Namespace(layer_idx=0), cache, torch.zeros(1), 0)
     assert float(found) == 1.0  # inside
     assert entered == [torch.device("cpu")]
