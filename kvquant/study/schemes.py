@@ -14,6 +14,36 @@ from kvquant.study.datatypes import DatatypeName
 from kvquant.study.limits import MAX_SEED, MAX_TOKENS
 from kvquant.study.scheme_kinds import SCHEME_KINDS, CalibratedScheme, Scheme, scheme_kind
 
+# Options that several kinds have, each with its limits and its meaning.
+CodeBits = Annotated[Literal[2, 3, 4], Field(description="bits per code")]
+Sinks = Annotated[
+    int,
+    Field(ge=0, le=MAX_TOKENS, description="first tokens of each sequence kept in 16 bits"),
+]
+Residual = Annotated[
+    int, Field(ge=0, le=MAX_TOKENS, description="most recent tokens kept in 16 bits")
+]
+RequantizedAt = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=MAX_TOKENS,
+        description="number of 16-bit tokens at which the whole cache is quantized again",
+    ),
+]
+Group = Annotated[
+    int,
+    Field(ge=8, le=MAX_TOKENS, description="elements per group, which share a scale and an offset"),
+]
+CodeDatatype = Annotated[DatatypeName, Field(description="datatype of the codes")]
+Weighting = Annotated[
+    Literal["fisher-range2", "fisher", "none"],
+    Field(description="weights of the k-means that fits codebooks"),
+]
+MomentMatching = Annotated[
+    bool, Field(description="adjust levels so that quantized data keeps its mean and variance")
+]
+
 
 @scheme_kind(
     label="16-bit cache",
@@ -52,21 +82,15 @@ class NuqScheme(CalibratedScheme):
     """Non-uniform quantization with exact sparse outliers (ours; KVQuant's datatype)."""
 
     kind: Literal["nuq"] = Field(description="kind of the scheme")
-    bits: Literal[2, 3, 4] = Field(description="bits per code")
+    bits: CodeBits
     outliers: float = Field(
         0.01, ge=0.0, le=1.0, description="fraction of elements kept exactly as outliers"
     )
-    sinks: int = Field(
-        1, ge=0, le=MAX_TOKENS, description="first tokens of each sequence kept in 16 bits"
-    )
+    sinks: Sinks = 1
     block_size: Literal[32, 64, 128, 256, 512, 1024] = Field(64, description="tokens per block")
-    datatype: DatatypeName = Field("nuq", description="datatype of the codes")
-    weighting: Literal["fisher-range2", "fisher", "none"] = Field(
-        "fisher-range2", description="weights of the k-means that fits codebooks"
-    )
-    q_norm: bool = Field(
-        False, description="adjust levels so that quantized data keeps its mean and variance"
-    )
+    datatype: CodeDatatype = "nuq"
+    weighting: Weighting = "fisher-range2"
+    q_norm: MomentMatching = False
 
 
 @scheme_kind(
@@ -80,26 +104,18 @@ class KiviScheme(Scheme):
 
     later: ClassVar[tuple[str, ...]] = ("sinks",)
     kind: Literal["kivi"] = Field(description="kind of the scheme")
-    bits: Literal[2, 3, 4] = Field(description="bits per code")
-    group: int = Field(
-        32, ge=8, le=MAX_TOKENS, description="elements per group, which share a scale and an offset"
-    )
-    residual: int = Field(
-        128, ge=0, le=MAX_TOKENS, description="most recent tokens kept in 16 bits"
-    )
-    sinks: int = Field(
-        0, ge=0, le=MAX_TOKENS, description="first tokens of each sequence kept in 16 bits"
-    )
+    bits: CodeBits
+    group: Group = 32
+    residual: Residual = 128
+    sinks: Sinks = 0
 
 
 class _TokenScheme(Scheme):
     """The options of schemes that quantize each token separately."""
 
-    sinks: int = Field(
-        0, ge=0, le=MAX_TOKENS, description="first tokens of each sequence kept in 16 bits"
-    )
+    sinks: Sinks = 0
     block_size: Literal[16, 32, 64, 128, 256] = Field(64, description="tokens per block")
-    residual: int = Field(0, ge=0, le=MAX_TOKENS, description="most recent tokens kept in 16 bits")
+    residual: Residual = 0
 
 
 @scheme_kind(
@@ -128,7 +144,7 @@ class TurboQuantScheme(_TokenScheme):
     """TurboQuant (arXiv 2504.19874): random rotation, 16-bit norm, Lloyd-Max levels."""
 
     kind: Literal["turboquant"] = Field(description="kind of the scheme")
-    bits: Literal[2, 3, 4] = Field(description="bits per code")
+    bits: CodeBits
     seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the random signs")
 
 
@@ -155,26 +171,20 @@ class KvquantRefScheme(CalibratedScheme):
     """KVQuant's published procedure (arXiv 2401.18079): one sequence at a time, growing arrays."""
 
     kind: Literal["kvquant-ref"] = Field(description="kind of the scheme")
-    bits: Literal[2, 3, 4] = Field(description="bits per code")
+    bits: CodeBits
     outliers: float = Field(
         0.01, ge=0.0, lt=0.5, description="fraction of elements kept exactly as outliers"
     )
-    sinks: int = Field(
-        1, ge=0, le=MAX_TOKENS, description="first tokens of each sequence kept in 16 bits"
-    )
+    sinks: Sinks = 1
     room: int = Field(
         256,
         ge=1,
         le=MAX_TOKENS,
         description="tokens of dense codes allocated beyond those of the prompt",
     )
-    datatype: DatatypeName = Field("nuq", description="datatype of the codes")
-    weighting: Literal["fisher-range2", "fisher", "none"] = Field(
-        "fisher-range2", description="weights of the k-means that fits codebooks"
-    )
-    q_norm: bool = Field(
-        False, description="adjust levels so that quantized data keeps its mean and variance"
-    )
+    datatype: CodeDatatype = "nuq"
+    weighting: Weighting = "fisher-range2"
+    q_norm: MomentMatching = False
 
 
 @scheme_kind(
@@ -189,15 +199,8 @@ class HfQuantoScheme(Scheme):
 
     kind: Literal["hf-quanto"] = Field(description="kind of the scheme")
     bits: Literal[2, 4] = Field(description="bits per code")
-    group: int = Field(
-        64, ge=8, le=MAX_TOKENS, description="elements per group, which share a scale and an offset"
-    )
-    residual: int = Field(
-        128,
-        ge=1,
-        le=MAX_TOKENS,
-        description="number of 16-bit tokens at which the whole cache is quantized again",
-    )
+    group: Group = 64
+    residual: RequantizedAt = 128
 
 
 @scheme_kind(
@@ -213,18 +216,11 @@ class HfHqqScheme(Scheme):
 
     kind: Literal["hf-hqq"] = Field(description="kind of the scheme")
     bits: int = Field(json_schema_extra={"enum": [2, 4, 8]}, description="bits per code: 2, 4 or 8")
-    group: int = Field(
-        64, ge=8, le=MAX_TOKENS, description="elements per group, which share a scale and an offset"
-    )
+    group: Group = 64
     axis: Literal[0, 1] = Field(
         0, description="0: groups of strided elements; 1: groups of neighbouring elements"
     )
-    residual: int = Field(
-        128,
-        ge=1,
-        le=MAX_TOKENS,
-        description="number of 16-bit tokens at which the whole cache is quantized again",
-    )
+    residual: RequantizedAt = 128
 
     @field_validator("bits")
     @classmethod

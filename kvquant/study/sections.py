@@ -20,7 +20,7 @@ from kvquant.study.schemes import SchemeSpec
 from kvquant.study.statistics import StatisticsSpec
 from kvquant.study.strict import Strict
 from kvquant.study.tasks import EvaluationSpec, TaskSpec
-from kvquant.study.timing import EnergySpec, TimingSpec
+from kvquant.study.timing import EnergySpec, TimedStage, TimingSpec
 
 
 class StudySections(Strict):
@@ -91,7 +91,7 @@ class StudySections(Strict):
             raise unknown("task", name, self.tasks)
         return self.tasks[name]
 
-    def timed_schemes(self, spec: TimingSpec | EnergySpec) -> list[str]:
+    def timed_schemes(self, spec: TimedStage) -> list[str]:
         """Returns the schemes that `spec` measures, without the baseline of every job."""
         return [s for s in (spec.schemes or self.schemes) if s != self.baseline]
 

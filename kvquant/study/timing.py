@@ -23,8 +23,8 @@ class Workload(Strict):
     )
 
 
-class TimingSpec(Strict):
-    """How long and how often a workload is timed."""
+class TimedStage(Strict):
+    """What is measured in a stage of timed jobs, and how often."""
 
     workloads: dict[str, Workload] = Field(
         default_factory=dict, description="workloads by name; none: the stage is not measured"
@@ -34,6 +34,11 @@ class TimingSpec(Strict):
         description="schemes that are measured; empty: all schemes of the study",
     )
     reps: int = Field(1, ge=1, le=MAX_REPS, description="independent jobs per scheme and workload")
+
+
+class TimingSpec(TimedStage):
+    """How long and how often a workload is timed."""
+
     warmup: int = Field(5, ge=0, le=MAX_ROUNDS, description="untimed rounds before the timed ones")
     iterations: int = Field(100, ge=1, le=MAX_ROUNDS, description="maximum number of timed rounds")
     max_seconds: float = Field(
@@ -44,17 +49,9 @@ class TimingSpec(Strict):
     )
 
 
-class EnergySpec(Strict):
+class EnergySpec(TimedStage):
     """How energy is measured, in trials of at least `seconds` interleaved with the baseline."""
 
-    workloads: dict[str, Workload] = Field(
-        default_factory=dict, description="workloads by name; none: the stage is not measured"
-    )
-    schemes: list[str] = Field(
-        default_factory=list,
-        description="schemes that are measured; empty: all schemes of the study",
-    )
-    reps: int = Field(1, ge=1, le=MAX_REPS, description="independent jobs per scheme and workload")
     trials: int = Field(
         5, ge=1, le=MAX_ROUNDS, description="trials per scheme, in turns with the baseline"
     )
