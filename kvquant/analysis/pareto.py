@@ -12,7 +12,7 @@ from kvquant.analysis.tables import read_table, write_table
 from kvquant.study.config import Study, load_study
 from kvquant.study.suite import likelihood_suites
 from kvquant.study.tasks import SUITES
-from kvquant.study.timing import EnergySpec, TimingSpec
+from kvquant.study.timing import TimedStage
 
 
 def dominated(costs: np.ndarray) -> np.ndarray:
@@ -40,7 +40,7 @@ def dominated(costs: np.ndarray) -> np.ndarray:
     return out
 
 
-def first_workload(spec: TimingSpec | EnergySpec, *, answered: bool = False) -> str | None:
+def first_workload(spec: TimedStage, *, answered: bool = False) -> str | None:
     """Returns the workload that stands for a stage where one number is asked for: the first.
 
     Args:

@@ -23,7 +23,7 @@ from kvquant.quantization.quantizer_file import check_digest
 from kvquant.runtime.devices import claim_alone, set_current, visible_devices
 from kvquant.runtime.provenance import device_name
 from kvquant.study.config import Study, load_study
-from kvquant.study.digests import needs_calibration, quantizer_digest
+from kvquant.study.digests import quantizer_digest
 from kvquant.study.timing import Workload
 
 
@@ -173,20 +173,20 @@ def prepare(
             f"baseline: '{study.baseline}' is not of kind fp16, and timing and energy compare with "
             "the unquantized cache: name a scheme of kind fp16"
         )
-    if needs_calibration(scheme) and args.quantizer is None:
+    if scheme.registration.calibrated and args.quantizer is None:
         raise UserError(f"--quantizer: needed for scheme '{args.scheme}' (run `quantize`)")
     if args.rep < 0:
         raise UserError(f"--rep: must not be negative (got {args.rep})")
     if args.out.exists():  # report before minutes of measuring, not after
         raise UserError(f"--out: {args.out} exists: delete it by name to measure again")
     set_current(check_device(args))
-    if needs_calibration(scheme):
+    if scheme.registration.calibrated:
         check_digest(args.quantizer, quantizer_digest(study, args.model, args.scheme))
     workload = known[args.workload]
     qm = load_quantized_model(
         study_manifest(args.model_manifest, study, args.model),
         scheme,
-        quantizer=args.quantizer if needs_calibration(scheme) else None,
+        quantizer=args.quantizer if scheme.registration.calibrated else None,
         device=args.device,
     )
     prepared_on = devices_of(qm.model.parameters())

@@ -143,18 +143,19 @@ class Planner:
             self._known = (key, shape)
         return self._known[1]
 
+    def _stored_shape(self) -> CacheShape | None:
+        """Returns the properties of what the cache holds; None before the first call."""
+        return None if self._store.tail is None else self._shape(self._store.tail[0])
+
     def select_step(self, device: torch.device) -> Selection | None:
         """Selects the backend of a decode step, with reasons; None before the first call."""
-        tail = self._store.tail
-        return None if tail is None else select("decode", self._shape(tail[0]), device)
+        shape = self._stored_shape()
+        return None if shape is None else select("decode", shape, device)
 
     def step_tables(self, device: torch.device) -> StepTables | None:
         """Returns the decode kernel's tables, or None where another backend takes the steps."""
-        tail = self._store.tail
-        if tail is None:
-            return None
-        shape = self._shape(tail[0])
-        if select("decode", shape, device).backend != "cuda":
+        shape = self._stored_shape()
+        if shape is None or select("decode", shape, device).backend != "cuda":
             return None
         return self._kernels.tables(shape.decode_shape, self._rope.counted, device)
 

@@ -45,7 +45,6 @@ from kvquant.fetch.lm_eval_files import check_version
 from kvquant.models.generation import end_ids, greedy
 from kvquant.models.loading import load_quantized_model
 from kvquant.runtime.progress import note
-from kvquant.study.digests import needs_calibration
 from kvquant.study.models import DATE_STRING, parse_day
 
 NAME = "kvquant"
@@ -130,7 +129,7 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
         self.qm = load_quantized_model(
             pretrained,
             spec,
-            quantizer=quantizer if needs_calibration(spec) else None,
+            quantizer=quantizer if spec.registration.calibrated else None,
             device=device or "auto",
             dtype=checkpoint_dtype(pretrained) if dtype == "auto" else read_dtype("dtype", dtype),
         )

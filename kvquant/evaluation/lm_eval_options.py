@@ -18,7 +18,6 @@ from pydantic import TypeAdapter, ValidationError
 from kvquant.errors import UserError, unknown
 from kvquant.quantization.quantizer_file import read_quantizer, scheme_of
 from kvquant.study.config import load_study
-from kvquant.study.digests import needs_calibration
 from kvquant.study.schemes import SchemeSpec
 
 MAX_BATCH_SIZE = 64  # lm-eval's default for batch_size=auto
@@ -89,7 +88,7 @@ def find_scheme(scheme: str | None, quantizer: str | None, study: str | None) ->
             raise UserError(
                 f"scheme: '{scheme}' is unknown: give study=FILE or quantizer=FILE"
             ) from None
-    if needs_calibration(found) and quantizer is None:
+    if found.registration.calibrated and quantizer is None:
         raise UserError(f"quantizer: scheme '{scheme}' needs quantizer=FILE")
     return found
 

@@ -16,7 +16,7 @@ from kvquant.errors import UserError
 from kvquant.fetch.texts import Part, load_text, read_data_manifest
 from kvquant.runtime.progress import Progress, note
 from kvquant.study.config import Study, load_study
-from kvquant.study.digests import asks_prompts, dataset_of, prompts_digest
+from kvquant.study.digests import asks_prompts, prompts_digest
 
 PACKAGES = ("lm-eval", "tokenizers", "transformers")
 
@@ -54,8 +54,8 @@ def make_prompts(
         raise UserError(f"--task: '{task}' is of suite '{spec.suite}', which has no prompts")
     if min(seeds) < 0 or len(set(seeds)) != len(seeds):
         raise UserError("--seeds: must be distinct and not negative")
-    if dataset_of(spec) and data_manifest is None:
-        raise UserError(f"--data-manifest: task '{task}' reads '{dataset_of(spec)}'")
+    if spec.dataset_name() and data_manifest is None:
+        raise UserError(f"--data-manifest: task '{task}' reads '{spec.dataset_name()}'")
     # Imported late, so that wrong names are reported at once.
     from kvquant.evaluation.base import Source
     from kvquant.evaluation.chat import Chat
@@ -69,7 +69,7 @@ def make_prompts(
 
     def text(part: Part) -> str:
         assert data_manifest is not None
-        return load_text(data_manifest, part, dataset_of(spec))
+        return load_text(data_manifest, part, spec.dataset_name())
 
     source = Source(tokenizer, limit, task, text, Chat.of(study.model(model)))
     start, found = time.monotonic(), {}

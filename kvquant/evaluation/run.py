@@ -30,9 +30,7 @@ from kvquant.runtime.provenance import environment
 from kvquant.study.config import Study, load_study
 from kvquant.study.digests import (
     asks_prompts,
-    dataset_of,
     eval_digest,
-    needs_calibration,
     prompts_digest,
     quantizer_digest,
 )
@@ -93,7 +91,7 @@ def evaluate(
     study.model(model)
     if min(seeds) < 0 or len(set(seeds)) != len(seeds):
         raise UserError("--seeds: must be distinct and not negative")
-    if needs_calibration(scheme_spec) and quantizer is None:
+    if scheme_spec.registration.calibrated and quantizer is None:
         raise UserError(f"--quantizer: scheme '{scheme}' needs a quantizer.json (run quantize)")
     asked = _asked(study, model, task, seeds, prompts)
     finished: dict[int, tuple[EvalRecord, str]] = {}
@@ -201,9 +199,9 @@ def _loader(
 
         hf_logging.disable_progress_bar()
     task_spec = study.task(task)
-    if asked is None and dataset_of(task_spec) and data_manifest is None:
-        raise UserError(f"--data-manifest: task '{task}' reads '{dataset_of(task_spec)}'")
-    if quantizer is not None and needs_calibration(study.scheme(scheme)):
+    if asked is None and task_spec.dataset_name() and data_manifest is None:
+        raise UserError(f"--data-manifest: task '{task}' reads '{task_spec.dataset_name()}'")
+    if quantizer is not None and study.scheme(scheme).registration.calibrated:
         built = check_digest(Path(quantizer), quantizer_digest(study, model, scheme))
         if asked is None and data_manifest is not None and built.text is not None:
             check_apart(built.text, data_manifest)
@@ -218,7 +216,7 @@ def _loader(
 
     def text(part: Part) -> str:
         assert data_manifest is not None
-        return load_text(data_manifest, part, dataset_of(task_spec))
+        return load_text(data_manifest, part, task_spec.dataset_name())
 
     read = (
         {}

@@ -19,7 +19,7 @@ from kvquant.study.overlay import read_study
 from kvquant.study.scheme_kinds import SCHEME_KINDS
 from kvquant.study.sections import StudySections
 from kvquant.study.tasks import SUITES
-from kvquant.study.timing import EnergySpec, TimingSpec
+from kvquant.study.timing import TimedStage
 
 
 class Study(StudySections):
@@ -45,7 +45,7 @@ class Study(StudySections):
         """Returns (scheme, task) of every evaluation job per model."""
         return [(s, t) for s in self.schemes for t in self.tasks if self.evaluates(s, t)]
 
-    def _cells(self, spec: TimingSpec | EnergySpec) -> list[tuple[str, str, int]]:
+    def _cells(self, spec: TimedStage) -> list[tuple[str, str, int]]:
         timed = self.timed_schemes(spec)
         return [
             (scheme, name, rep)

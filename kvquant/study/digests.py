@@ -14,10 +14,8 @@ from kvquant.errors import UserError, unknown
 from kvquant.formats.files import parse_json
 from kvquant.study.config import Study, digest
 from kvquant.study.models import CHAT_OPTIONS, ModelSpec
-from kvquant.study.scheme_kinds import CalibratedScheme
-from kvquant.study.schemes import SchemeSpec
 from kvquant.study.tasks import SUITES, TaskSpec
-from kvquant.study.timing import EnergySpec, TimingSpec
+from kvquant.study.timing import TimedStage
 
 VERSIONS = {
     # Versions of file formats, not of content: 2 has hashes. An increase makes the files again.
@@ -26,16 +24,6 @@ VERSIONS = {
     **{"throughput": 1, "append": 1, "kernels": 1},
     "energy": 2,  # 2: only the model's own GPUs, each CPU socket once, settled averages
 }
-
-
-def needs_calibration(scheme: SchemeSpec) -> bool:
-    """Returns whether the scheme needs a quantizer built from calibration statistics."""
-    return isinstance(scheme, CalibratedScheme)
-
-
-def dataset_of(task: TaskSpec) -> str | None:
-    """Returns the name of the text that a task reads, or None if it makes its own."""
-    return task.dataset_name()
 
 
 def asks_prompts(task: TaskSpec) -> bool:
@@ -79,7 +67,7 @@ def calibration_digest(study: Study, model: str) -> str:
 def quantizer_digest(study: Study, model: str, scheme: str) -> str:
     """Returns the digest of a scheme built for a model, from calibration if it needs one."""
     spec = study.scheme(scheme)
-    if not needs_calibration(spec):
+    if not spec.registration.calibrated:
         return digest(_weights(study.model(model)), spec)
     return digest(calibration_digest(study, model), spec, VERSIONS["quantize"])
 
@@ -108,7 +96,7 @@ def eval_digest(study: Study, model: str, scheme: str, task: str, seed: int) -> 
     return digest(quantizer_digest(study, model, scheme), spec, seed, versions, *chat)
 
 
-def _timing(spec: TimingSpec | EnergySpec, workload: str) -> dict[str, object]:
+def _timing(spec: TimedStage, workload: str) -> dict[str, object]:
     rest = spec.model_dump(mode="json", exclude={"workloads", "schemes", "reps"})
     return {
         "workload": spec.workloads[workload].model_dump(mode="json", exclude={"schemes"}),

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from kvquant.study.config import Study, load_study
-from kvquant.study.digests import asks_prompts, needs_calibration
+from kvquant.study.digests import asks_prompts
 from kvquant.study.suite import count_of
 
 CPUS_PER_GPU = 16  # a GPU's share of a node with 128 cores and 8 GPUs
@@ -121,7 +121,7 @@ def grid_rows(study: Study) -> list[tuple[str, int, int, str]]:
 def job_rows(study: Study) -> list[tuple[str, int, float]]:
     """Returns (rule, jobs, GPU-hours that first attempts request) of every measuring rule."""
     rows = []
-    built = sum(needs_calibration(s) for s in study.schemes.values())
+    built = sum(s.registration.calibrated for s in study.schemes.values())
 
     def hours(rule: str, jobs: int, task: str | None = None) -> float:
         asked = (request(study, rule, model, task) for model in study.models)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeVar, get_args
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from kvquant.study.registrations import only_value, register
 from kvquant.study.strict import Strict
 
 
@@ -119,10 +120,8 @@ def scheme_kind(
         ValueError: The kind is registered already, or the registration contradicts itself.
     """
 
-    def register(options: type[Options]) -> type[Options]:
-        (name,) = get_args(options.model_fields["kind"].annotation)
-        if name in SCHEME_KINDS:
-            raise ValueError(f"scheme kind '{name}' is registered twice")
+    def with_options(options: type[Options]) -> type[Options]:
+        name = only_value(options, "kind")
         if codec is not None and caches is not None:
             raise ValueError(f"scheme kind '{name}': names codecs and caches; leave one out")
         if nominal_bits is None and "bits" not in options.model_fields:
@@ -141,7 +140,7 @@ def scheme_kind(
             reference=reference,
             extra=extra,
         )
-        SCHEME_KINDS[name] = options.registration
+        register(SCHEME_KINDS, options.registration)
         return options
 
-    return register
+    return with_options

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, Field
 
 from kvquant.study.limits import MAX_BATCH, MAX_MINUTES
 from kvquant.study.margin import Margin
+from kvquant.study.registrations import only_value, register
 from kvquant.study.sample_types import AnsweredSample, Rows, Summary, score_summary
 from kvquant.study.strict import Strict
 
@@ -187,12 +188,9 @@ def suite(
     Without a `summary`, the metric is the samples' mean score in percent.
     """
 
-    def register(tasks: T) -> T:
-        name = _name(tasks)
-        if name in SUITES:
-            raise ValueError(f"the suite '{name}' is registered twice")
-        SUITES[name] = Suite(
-            name=name,
+    def with_tasks(tasks: T) -> T:
+        registration = Suite(
+            name=only_value(tasks, "suite"),
             label=label,
             tasks=tasks,
             implementation=implementation,
@@ -210,13 +208,7 @@ def suite(
             caption=caption,
             table=table,
         )
+        register(SUITES, registration)
         return tasks
 
-    return register
-
-
-def _name(tasks: type[Task]) -> str:
-    """Returns the suite's name, the only value that the option `suite` of its tasks may have."""
-    annotation: Any = tasks.model_fields["suite"].annotation
-    (name,) = annotation.__args__
-    return str(name)
+    return with_tasks

@@ -11,7 +11,6 @@ from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.cache.layout import Layout
 from kvquant.models.loading import QuantizedModel, install_attention
 from kvquant.schemes.registry import ModelShape, build_caches, build_codecs
-from kvquant.study.digests import needs_calibration
 from kvquant.study.schemes import KiviScheme, NuqScheme
 from tests.support.quantizers import narrow_quantizers
 
@@ -38,7 +37,7 @@ def quantized(model: Any, spec: Any, quantizers: Any = None) -> QuantizedModel:
     """
     config = model.config
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
-    if quantizers is None and needs_calibration(spec):
+    if quantizers is None and spec.registration.calibrated:
         quantizers = narrow_quantizers(spec.bits, heads, config.head_dim, layers)
     if quantizers is not None:
         quantizers = [q.to(model.device) for q in quantizers]

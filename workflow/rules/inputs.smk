@@ -31,7 +31,7 @@ def calibrated(name, wildcards):
 def quantizer(wildcards):
     """The quantizer file, for schemes that are calibrated."""
     name, scheme = wildcards.model, wildcards.scheme
-    if not digests.needs_calibration(STUDY.schemes[scheme]):
+    if not STUDY.schemes[scheme].registration.calibrated:
         return []
     digest = digests.quantizer_digest(STUDY, name, scheme)
     return kept(f"<results>/models/{name}/{scheme}/quantizer.json", digest)
@@ -53,5 +53,5 @@ def read_text(wildcards):
 
 def text(wildcards):
     """The manifest of the text that a task is made of, if it is made of one."""
-    dataset = digests.dataset_of(STUDY.tasks[wildcards.task])
+    dataset = STUDY.tasks[wildcards.task].dataset_name()
     return ancient(f"<cache>/data/{dataset}/manifest.json") if dataset else []
