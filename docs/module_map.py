@@ -11,10 +11,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/module-map.md"
-# From the front door down; a room imports only rooms below it (tests/test_layers.py).
-ROOMS = (
-    *("evaluation", "benchmarks", "calibration", "models", "schemes", "cache", "quantization"),
-    *("analysis", "kernels", "fetch", "study", "runtime", "energy", "formats"),
+# The folders from the top down. A module imports only from its own folder and from lower levels;
+# tests/test_layers.py checks that.
+LEVELS = (
+    ("evaluation", "benchmarks"),
+    ("calibration",),
+    ("models",),
+    ("schemes",),
+    ("cache",),
+    ("quantization", "analysis"),
+    ("kernels", "fetch"),
+    ("study", "runtime"),
+    ("energy",),
+    ("formats",),
 )
 HEAD = """\
 # Module map
@@ -62,7 +71,7 @@ def page() -> str:
     package = ROOT / "kvquant"
     loose = [package / name for name in ("__init__.py", "cli.py", "__main__.py", "errors.py")]
     lines = rows(loose, package)
-    for room in ROOMS:
+    for room in (name for level in LEVELS for name in level):
         folder = package / room
         files = [f for f in sorted(folder.rglob("*.py")) if f.name != "__init__.py"]
         lines += ["", f"## {room}", "", f"{first_line(folder / '__init__.py')}.", ""]

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import ast
+import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-# From the bottom up. Folders of one line may not import one another.
-LAYERS = (
-    ("errors",),
-    ("formats",),
-    ("energy",),
-    ("runtime", "study"),
-    ("fetch", "kernels"),
-    ("analysis", "quantization"),
-    ("cache",),
-    ("schemes",),
-    ("models",),
-    ("calibration",),
-    ("evaluation", "benchmarks"),
-    ("cli",),
-    ("__main__",),
-)
-LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+from tests.support.imports import imported_names
+
 LOOSE = {"__init__.py", "__main__.py", "cli.py", "errors.py"}
 TORCH_FREE = ("study", "runtime", "analysis.figure_list", "analysis.report", "cli", "errors")
 
 
-def _modules(root: Path) -> list[Path]:
-    return sorted((root / "kvquant").rglob("*.py"))
+@pytest.fixture(scope="module")
+def levels(root: Path) -> dict[str, int]:
+    """The level of each folder and loose module, as the module map has them."""
+    folders = runpy.run_path(str(root / "docs/module_map.py"))["LEVELS"]
+    order = [("errors",), *reversed(folders), ("cli",), ("__main__",)]
+    return {name: level for level, names in enumerate(order) for name in names}
+
+
+@pytest.fixture(scope="module")
+def modules(root: Path) -> dict[str, Path]:
+    """The files of all modules by their dotted names."""
+    files = sorted((root / "kvquant").rglob("*.py"))
+    return {".".join(f.relative_to(root).with_suffix("").parts): f for f in files}
 
 
 def _room(dotted: str) -> str:
@@ -41,56 +36,30 @@ def _room(dotted: str) -> str:
     return parts[1] if len(parts) > 1 else ""
 
 
-def _imports(file: Path) -> Iterator[str]:
-    """Every module of kvquant that a file imports, wherever in the file it does."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (a.name for a in node.names if a.name.split(".")[0] == "kvquant")
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kvquant":
-            assert node.module is not None
-            if node.module == "kvquant":
-                names = {a.name for a in node.names} - {"__version__"}
-                yield from (f"kvquant.{name}" for name in names)
-            else:
-                yield node.module
-
-
-def test_only_the_front_door_lies_loose(root: Path) -> None:
+def test_only_the_front_door_lies_loose(root: Path, levels: dict[str, int]) -> None:
     assert {file.name for file in (root / "kvquant").glob("*.py")} == LOOSE
     folders = {f.name for f in (root / "kvquant").iterdir() if (f / "__init__.py").exists()}
-    assert folders | {"errors", "cli", "__main__"} == set(LEVEL)
+    assert folders | {"errors", "cli", "__main__"} == set(levels)
 
 
-def test_imports_point_downward(root: Path) -> None:
+def test_imports_point_downward(modules: dict[str, Path], levels: dict[str, int]) -> None:
     upward = []
-    for file in _modules(root):
-        parts = file.relative_to(root).with_suffix("").parts
-        room = _room(".".join(parts))
+    for module, file in modules.items():
+        room = _room(module)
         if room == "__init__":
             continue  # the front door imports lazily whatever it offers
-        for name in _imports(file):
+        for name in imported_names(file):
+            if name.split(".")[0] != "kvquant" or name in ("kvquant", "kvquant.__version__"):
+                continue
             other = _room(name)
-            if other != room and LEVEL[other] >= LEVEL[room]:
-                upward.append(f"{file.relative_to(root)} imports {name}")
+            if other != room and levels[other] >= levels[room]:
+                upward.append(f"{module} imports {name}")
     assert not upward
 
 
-def _module_imports(root: Path) -> dict[str, set[str]]:
-    files = {".".join(f.relative_to(root).with_suffix("").parts): f for f in _modules(root)}
-    found = {}
-    for name, file in files.items():
-        wanted: set[str] = set()
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kvquant"):
-                inside = {f"{node.module}.{a.name}" for a in node.names} & files.keys()
-                wanted |= inside or ({node.module or ""} & files.keys())
-        found[name] = wanted
-    return found
-
-
-def test_no_two_modules_import_each_other(root: Path) -> None:
+def test_no_two_modules_import_each_other(modules: dict[str, Path]) -> None:
     """Imports for types alone count, too: a circle of them is a circle for the reader."""
-    graph = _module_imports(root)
+    graph = {name: modules.keys() & set(imported_names(file)) for name, file in modules.items()}
     done: set[str] = set()
 
     def visit(name: str, above: tuple[str, ...]) -> None:

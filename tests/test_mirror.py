@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
+
+from tests.support.imports import imported_names
 
 ALSO = re.compile(r"Also covers: ([\w., \n]+?)\.(?:\n|$)")
 
@@ -33,15 +34,6 @@ def _named(root: Path) -> dict[str, list[str]]:
             for name in re.split(r",\s+", names):
                 found.setdefault(name, []).append(str(file.relative_to(root)))
     return found
-
-
-def _imports(file: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def test_every_module_has_a_file_of_tests_or_is_named_in_one(root: Path) -> None:
@@ -70,7 +62,7 @@ def test_no_test_imports_another(root: Path) -> None:
     for file in sorted((root / "tests").rglob("*.py")):
         found = {
             name
-            for name in _imports(file)
+            for name in imported_names(file)
             if name.split(".")[0] == "tests" and any(p.startswith("test_") for p in name.split("."))
         }
         assert not found, f"{file.relative_to(root)}: move what it shares to tests/support: {found}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvquant.study.config import Study
+from kvquant.study.digests import asks_prompts
 from kvquant.study.prompt_lengths import prompt_lengths
 from kvquant.study.records import (
     AppendRecord,
@@ -17,7 +18,6 @@ from kvquant.study.records import (
     ThroughputRecord,
 )
 from kvquant.study.suite import AnsweredTask
-from kvquant.study.tasks import SUITES
 
 
 def _are(record: Any, expected: dict[str, Any]) -> None:
@@ -33,7 +33,7 @@ def check_evaluation(study: Study, record: EvalRecord) -> None:
     """Checks suite, protocol, number of samples and further metrics of an evaluation."""
     task = study.task(record.task)
     _are(record, {"suite": task.suite, "protocol": task.cache_protocol()})
-    if not SUITES[task.suite].asks_prompts:
+    if not asks_prompts(task):
         _are(record, {"prompts_sha256": None})
     elif record.prompts_sha256 is None:
         raise ValueError("field 'prompts_sha256': is missing")

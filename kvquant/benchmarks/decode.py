@@ -10,12 +10,10 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kvquant.benchmarks.timing import summarize
 from kvquant.cache.arena import Arena
 from kvquant.cache.codec import Packed
 from kvquant.formats.layer_quantizer import LayerQuantizer
@@ -100,12 +98,6 @@ def graph_rounds(
             end.synchronize()
             times[name].append(begin.elapsed_time(end) / calls[name])
     return {name: values[3:] for name, values in times.items()}
-
-
-def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int, calls: int) -> dict[str, Any]:
-    """Returns percentiles of :func:`graph_rounds` for graphs with equally many calls."""
-    times = graph_rounds(graphs, rounds, dict.fromkeys(graphs, calls))
-    return {name: summarize(values).model_dump() for name, values in times.items()}
 
 
 def packed_layer(codec: NuqCodec, heads: int, dim: int, blocks: int, device: str) -> Arena:

@@ -8,6 +8,7 @@ from typing import cast
 from kvquant.errors import unknown
 from kvquant.evaluation.base import Context, SuiteResult
 from kvquant.evaluation.generated import Answered, SeedPrompts, answer_seeds
+from kvquant.study.digests import asks_prompts
 from kvquant.study.dotted import load
 from kvquant.study.tasks import SUITES, TaskSpec
 
@@ -38,7 +39,7 @@ def run_suite(
     Raises:
         UserError: The task does not fit the model.
     """
-    if not SUITES[spec.suite].asks_prompts:
+    if not asks_prompts(spec):
         measure = load(SUITES[spec.suite].implementation)
         return [measure(context, spec, seed) for seed in seeds]
     rules = answered(spec.suite).rules(spec, context.qm.tokenizer)

@@ -28,6 +28,7 @@ from kvquant.fetch.model_manifest import (
 from kvquant.models.loading import load_base_model, load_quantized_model, load_tokenizer
 from kvquant.study.models import ModelSpec
 from tests.support.models import save_tiny
+from tests.support.mutations import damaged_copy
 
 
 @pytest.fixture(scope="module")
@@ -280,11 +281,7 @@ def test_identity_follows_every_file_and_no_place(saved: Path, home: Path, tmp_p
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_is_one_line(manifest: Path, data: st.DataObject) -> None:
-    raw = bytearray(manifest.read_bytes())
-    at = data.draw(st.integers(0, len(raw) - 1))
-    raw[at] = data.draw(st.integers(0, 255))
-    file = manifest.with_name("damaged.json")
-    file.write_bytes(raw if data.draw(st.booleans()) else raw[:at])
+    file = damaged_copy(manifest, data)
     try:
         verify_model(read_manifest(file))
     except UserError as error:

@@ -21,6 +21,7 @@ from kvquant.fetch.datasets import (
 )
 from kvquant.fetch.texts import load_text, read_data_manifest
 from kvquant.study.datasets import DATASETS
+from tests.support.mutations import damaged_copy
 
 TEXT = "Zwölf Boxkämpfer\n\njagen Viktor quer."
 
@@ -154,11 +155,7 @@ def test_files_that_are_none_or_damaged(manifest: Path) -> None:
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_of_a_manifest_is_one_line(manifest: Path, data: st.DataObject) -> None:
-    raw = bytearray(manifest.read_bytes())
-    at = data.draw(st.integers(0, len(raw) - 1))
-    raw[at] = data.draw(st.integers(0, 255))
-    file = manifest.with_name("damaged.json")
-    file.write_bytes(raw if data.draw(st.booleans()) else raw[:at])
+    file = damaged_copy(manifest, data)
     try:
         load_text(file)
     except UserError as error:

@@ -91,7 +91,7 @@ def test_a_model_saved_whole_is_loaded_as_it_was() -> None:
     file = io.BytesIO()
     torch.save(qm.model, file)
     file.seek(0)
-    model = torch.load(file, weights_only=False)
+    model = torch.load(file, weights_only=False)  # whole, as the line above saved it
     assert type(model.model.layers[0].self_attn) is type(qm.model.model.layers[0].self_attn)
     assert torch.equal(step(model, qm.new_cache(), tokens), step(qm.model, qm.new_cache(), tokens))
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hypothesis import strategies as st
+
 
 def fields(raw: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Paths of all fields of a JSON value that hold no further ones."""
@@ -67,3 +69,13 @@ def mutated(file: Path, rng: random.Random) -> bytes:
     changed = bytearray(raw)
     changed[at] ^= 1 << rng.randrange(8)
     return bytes(changed)
+
+
+def damaged_copy(file: Path, data: st.DataObject) -> Path:
+    """Copies a file beside it with another byte somewhere, or cut off there."""
+    raw = bytearray(file.read_bytes())
+    at = data.draw(st.integers(0, len(raw) - 1))
+    raw[at] = data.draw(st.integers(0, 255))
+    copied = file.with_name(f"damaged{file.suffix}")
+    copied.write_bytes(raw if data.draw(st.booleans()) else raw[:at])
+    return copied

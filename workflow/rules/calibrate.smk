@@ -1,4 +1,4 @@
-# One pass of activations and Fisher gradients a model.
+# One pass of activations and Fisher gradients per model.
 
 
 rule calibrate:
