@@ -129,7 +129,7 @@ CLAIM_REGISTRATION = """
 ADDITIONS = {
     "suite": (
         ("kvquant/evaluation/echo.py", SUITE),
-        ("kvquant/study/tasks.py", "# Every suite that is registered above.", SUITE_REGISTRATION),
+        ("kvquant/study/tasks.py", "# The tasks that a study may list are", SUITE_REGISTRATION),
     ),
     "task family": (
         None,
@@ -141,7 +141,7 @@ ADDITIONS = {
     ),
     "data set": (
         ("kvquant/fetch/proverbs.py", DATASET),
-        ("kvquant/study/datasets.py", "# A data set per task of LongBench.", DATASET_REGISTRATION),
+        ("kvquant/study/datasets.py", "# One data set per task of LongBench.", DATASET_REGISTRATION),
     ),
     "figure": (
         ("kvquant/analysis/figures/bits.py", FIGURE),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import importlib
 import json
 import os
 import resource
@@ -24,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from kvquant.cli import main
+from kvquant.cli import VERBS, main
 from tests.support.models import save_byte_model
 from tests.support.text import write_corpus
 
@@ -149,6 +150,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def jobs(work: Path) -> Iterator[dict[str, Job]]:
     """The verbs in the workflow's order; all ran once into `done`."""
+    for module, _ in VERBS.values():  # once here, not in each of a thousand forked processes
+        importlib.import_module(module)
     done = work / "done"
     base = ("--study", str(work / "study.json"))
     model = (*base, "--model", "tiny")

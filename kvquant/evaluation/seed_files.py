@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from kvquant.errors import UserError, printable
@@ -91,19 +94,42 @@ def kept(
         return None
 
 
+@contextlib.contextmanager
+def _one_writer(folder: Path) -> Iterator[None]:
+    """Keeps other runs from writing a seed's pair of files until the block ends.
+
+    Without it, a run that finds no record yet would discard the samples of a run that is about to
+    write its record.
+    """
+    handle = None
+    # What cannot be made or opened is reported by the writing itself, and a file system without
+    # locks leaves the refusal of `write_new` to differing content.
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
 def copy(record: EvalRecord, samples: str, folder: Path) -> None:
     """Writes a finished seed into another folder, over samples that a killed job left."""
-    if absent(folder / RECORD):
-        _discard(folder / SAMPLES)
-    write_new(folder / SAMPLES, samples)
-    write_record(folder / RECORD, record)
+    with _one_writer(folder):
+        if absent(folder / RECORD):
+            _discard(folder / SAMPLES)
+        write_new(folder / SAMPLES, samples)
+        write_record(folder / RECORD, record)
 
 
 def store(folder: Path, record: EvalRecord, result: SuiteResult) -> tuple[EvalRecord, str]:
     """Writes a measured seed, over samples that a killed job left, and returns the pair."""
-    if absent(folder / RECORD):
-        _discard(folder / SAMPLES)
-    digest = write_samples(folder / SAMPLES, result.rows)
-    record = record.model_copy(update={"samples_sha256": digest})
-    write_record(folder / RECORD, record)
-    return record, (folder / SAMPLES).read_text(encoding="utf-8")
+    with _one_writer(folder):
+        if absent(folder / RECORD):
+            _discard(folder / SAMPLES)
+        digest = write_samples(folder / SAMPLES, result.rows)
+        record = record.model_copy(update={"samples_sha256": digest})
+        write_record(folder / RECORD, record)
+        return record, (folder / SAMPLES).read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from kvquant.cache.outlier_watch import OutlierWatch, widen_codecs
 from kvquant.errors import OutlierOverflow
 from kvquant.models.loading import QuantizedModel
 from kvquant.study.schemes import NuqScheme
-from tests.kernels.emulate import emulate
+from tests.kernels.emulate import emulate, emulate_decode
 from tests.support.caches import quantized
 from tests.support.models import tiny_model
 from tests.support.quantizers import constant_quantizer
@@ -125,6 +125,7 @@ def test_a_cache_tells_its_loss_and_the_next_has_room(
 ) -> None:
     if DEVICE.type == "cpu":
         emulate(monkeypatch)
+        emulate_decode(monkeypatch)
     qm = unlike_calibration()
     ids = torch.randint(0, 97, (1, 100)).to(DEVICE)
 

@@ -1,6 +1,6 @@
 """The verb evaluate: seeds are independent, finished ones are reused, damaged ones are told.
 
-Also covers: evaluation.base, evaluation.registry, evaluation.seed_files.
+Also covers: evaluation.base, evaluation.registry.
 """
 
 from __future__ import annotations
