@@ -10,8 +10,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-# Tests start hundreds of Python processes. Where an environment forbids bytecode files, each of them
-# would compile snakemake, torch and transformers again, which takes longer than the tests.
+# Tests start hundreds of Python processes. Where an environment forbids bytecode files, each of
+# them would compile snakemake, torch and transformers again, which takes longer than the tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)

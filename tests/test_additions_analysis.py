@@ -141,7 +141,7 @@ ADDITIONS = {
     ),
     "data set": (
         ("kvquant/fetch/proverbs.py", DATASET),
-        ("kvquant/study/datasets.py", "# One data set per task of LongBench.", DATASET_REGISTRATION),
+        ("kvquant/study/datasets.py", "# One data set per task of", DATASET_REGISTRATION),
     ),
     "figure": (
         ("kvquant/analysis/figures/bits.py", FIGURE),

@@ -16,7 +16,6 @@ from kvquant.study.digests import eval_digest
 from kvquant.study.records import EvalRecord, read_record
 from tests.support.studies import study_of, write_study
 
-
 STUDY = study_of(seeds=[0], schemes={"fp16": {"kind": "fp16"}, "nuq3": {"kind": "nuq", "bits": 3}})
 
 
