@@ -14,6 +14,9 @@ def _plain(study: Study, key: str) -> str:
     if isinstance(scheme, NuqScheme):
         name = DATATYPES[scheme.datatype].label
     bits = getattr(scheme, "bits", None)
+    values = getattr(scheme, "value_bits", None)
+    if values not in (None, bits):
+        bits = f"{bits}/{values}"
     outliers = getattr(scheme, "outliers", 0.0)
     return (
         name

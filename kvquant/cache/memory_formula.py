@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from kvquant.cache.layout import Layout
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
 from kvquant.formats.layer_quantizer import outliers_per_side
-from kvquant.study.schemes import KiviScheme, NuqScheme
+from kvquant.study.schemes import KiviScheme, KvarnScheme, NuqScheme
 
 HALF = 2  # bytes of a 16-bit number
 GROWN_ROOM = 1.25  # outlier slots over expected outliers in an arena that is filled block by block
@@ -79,7 +79,7 @@ def plan_blocks(sinks: int, block_size: int, residual: int, calls: Sequence[list
 
 
 def layer_footprint(
-    scheme: NuqScheme | KiviScheme,
+    scheme: NuqScheme | KiviScheme | KvarnScheme,
     heads: int,
     dim: int,
     calls: Sequence[list[int]],
@@ -90,7 +90,7 @@ def layer_footprint(
     """Computes the bytes of one layer after some calls.
 
     Args:
-        scheme: A NUQ or KIVI scheme.
+        scheme: A NUQ, KIVI or KVarN scheme.
         heads: Number of key/value heads.
         dim: Channels per head.
         calls: Tokens that each sequence gets, call by call.
@@ -107,6 +107,20 @@ def layer_footprint(
         return Footprint(
             codes=2 * elements * scheme.bits // 8,
             scales=2 * 2 * HALF * elements // scheme.group,
+            outliers=0,
+            pointers=0,
+            window=2 * HALF * batch * channels * (scheme.sinks + size + scheme.residual),
+            tables=0,
+        )
+    if isinstance(scheme, KvarnScheme):
+        size = scheme.tile
+        blocks = plan_blocks(scheme.sinks, size, scheme.residual, calls)
+        capacity = blocks.at_once + blocks.grown
+        both_bits = scheme.bits + (scheme.value_bits or scheme.bits)
+        return Footprint(
+            codes=capacity * size * channels * both_bits // 8,
+            # two numbers per channel and one per token for keys, the other way round for values
+            scales=3 * HALF * capacity * heads * (size + dim),
             outliers=0,
             pointers=0,
             window=2 * HALF * batch * channels * (scheme.sinks + size + scheme.residual),

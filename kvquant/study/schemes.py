@@ -162,6 +162,35 @@ class Int4HadamardScheme(_TokenScheme):
 
 
 @scheme_kind(
+    label="KVarN",
+    summary="KVarN: tiles of balanced variance after a rotation, 16-bit `sinks`",
+    codec="kvquant.schemes.kvarn:make_codec",
+    reference="arXiv 2606.03458",
+)
+class KvarnScheme(Scheme):
+    """KVarN (arXiv 2606.03458): rotation, variances balanced in tiles, keys coded per channel."""
+
+    kind: Literal["kvarn"] = Field(description="kind of the scheme")
+    bits: CodeBits
+    value_bits: CodeBits | None = Field(
+        None, description="bits per code of values, if other than `bits` (published: 2 beside 4)"
+    )
+    tile: Literal[16, 32, 64, 128, 256] = Field(
+        128, description="tokens per tile, whose variances are balanced"
+    )
+    iterations: int = Field(
+        16, ge=0, le=64, description="passes that balance variances; 0: none, rotation alone"
+    )
+    sinks: Sinks = 128
+    residual: Residual = 0
+
+    @property
+    def nominal_bits(self) -> int:
+        """Returns the mean bits of keys and values, rounded down."""
+        return (self.bits + (self.value_bits or self.bits)) // 2
+
+
+@scheme_kind(
     label="KVQuant's procedure",
     summary="KVQuant's published procedure, the baseline of speed claims",
     caches="kvquant.schemes.kvquant_ref:make_caches",

@@ -17,10 +17,19 @@ import pytest
 
 from kvquant.analysis.figures.append import append_panels
 from kvquant.analysis.figures.style import plt
+from kvquant.analysis.labels import scheme_labels
 from kvquant.analysis.plot import draw_figure
 from kvquant.analysis.tables import write_table
 from kvquant.study.config import Study, parse_study
+from tests.support.studies import study_of
 from tests.support.tables import two_models, write_tables
+
+
+def test_labels_name_bits_of_values_that_differ_from_those_of_keys() -> None:
+    bits: dict[str, dict[str, int]] = {"k4v2": {"bits": 4, "value_bits": 2}, "k4": {"bits": 4}}
+    schemes = {name: {"kind": "kvarn", **chosen} for name, chosen in bits.items()}
+    labels = scheme_labels(study_of(schemes={"fp16": {"kind": "fp16"}, **schemes}, headline="k4"))
+    assert labels == {"fp16": "16-bit cache", "k4v2": "KVarN 4/2-bit", "k4": "KVarN 4-bit"}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from kvquant.cache.block_store import BlockStore
 from kvquant.cache.codec import Codec
 from kvquant.cache.layout import Layout, Span
 from kvquant.errors import UserError
-from kvquant.study.schemes import KiviScheme, NuqScheme
+from kvquant.study.schemes import KiviScheme, KvarnScheme, NuqScheme
 from tests.support.caches import contents
 from tests.support.quantizers import layer_codec
 
@@ -76,6 +76,7 @@ SPECS = [
 ] + [
     KiviScheme(kind="kivi", bits=2, group=8, residual=8),
     KiviScheme(kind="kivi", bits=4, group=16, residual=40),
+    KvarnScheme(kind="kvarn", bits=2, tile=16, sinks=2, residual=5),
 ]
 
 

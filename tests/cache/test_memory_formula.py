@@ -24,7 +24,7 @@ from kvquant.cache.memory_formula import (
     plan_blocks,
     prefill_excess,
 )
-from kvquant.study.schemes import KiviScheme, NuqScheme
+from kvquant.study.schemes import KiviScheme, KvarnScheme, NuqScheme
 from tests.support.caches import quantized
 from tests.support.models import tiny_model
 
@@ -141,6 +141,23 @@ def test_kivi(bits: int, residual: int, sinks: int) -> None:
     calls = [[300, 7], [100, 31]] + [[1, 1]] * 50
     store = fill(spec, 2, 64, calls)
     assert store.nbytes == layer_footprint(spec, 2, 64, calls).total
+
+
+@pytest.mark.parametrize("bits", [(3, None), (4, 2)])
+@pytest.mark.parametrize("window", [(0, 0), (5, 40)])
+def test_kvarn(bits: tuple[int, int | None], window: tuple[int, int]) -> None:
+    """Steps, minimums, both axes' scales and the 16-bit tokens are counted, and allocated."""
+    made: dict[str, Any] = {"bits": bits[0], "value_bits": bits[1], "tile": 32}
+    made |= {"sinks": window[0], "residual": window[1]}
+    spec = KvarnScheme(kind="kvarn", **made)
+    calls = [[300, 7], [100, 31]] + [[1, 1]] * 50
+    before = living()
+    store = fill(spec, 2, 64, calls)
+    formula = layer_footprint(spec, 2, 64, calls)
+    assert store.nbytes == formula.total == allocated_since(before)
+    blocks = plan_blocks(spec.sinks, 32, spec.residual, calls)
+    elements = 2 * 2 * 32 * 64 * (blocks.at_once + blocks.grown)
+    assert 8 * (formula.codes + formula.scales) == elements * (3 + 24 / 64 + 24 / 32)
 
 
 def test_a_whole_cache_is_its_layers() -> None:

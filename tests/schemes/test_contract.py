@@ -32,6 +32,7 @@ from kvquant.study.schemes import (
     HfQuantoScheme,
     Int4HadamardScheme,
     KiviScheme,
+    KvarnScheme,
     KvquantRefScheme,
     NuqScheme,
     TurboQuantScheme,
@@ -80,6 +81,9 @@ CHOSEN: list[Any] = [
     Int4HadamardScheme(kind="int4-hadamard", block_size=16),
     Int4HadamardScheme(kind="int4-hadamard", block_size=16, sinks=1),
     Fp8Scheme(kind="fp8", block_size=16, sinks=4),
+    KvarnScheme(kind="kvarn", bits=4, tile=32, sinks=1),
+    KvarnScheme(kind="kvarn", bits=4, value_bits=2, tile=16, sinks=0, residual=16),
+    KvarnScheme(kind="kvarn", bits=2, tile=16, sinks=3),
     KvquantRefScheme(kind="kvquant-ref", bits=4, room=5),
     KvquantRefScheme(kind="kvquant-ref", bits=3, outliers=0.0, sinks=0),
     KvquantRefScheme(kind="kvquant-ref", bits=2, sinks=5),
@@ -121,6 +125,7 @@ CHOSEN_SINKING: list[Any] = [
     Fp8Scheme(kind="fp8", block_size=16),
     TurboQuantScheme(kind="turboquant", bits=3, block_size=16),
     Int4HadamardScheme(kind="int4-hadamard", block_size=16),
+    KvarnScheme(kind="kvarn", bits=2, tile=16, residual=16),
 ]
 SINKING = with_others(CHOSEN_SINKING, PACKS_BLOCKS)
 
@@ -190,7 +195,7 @@ def test_a_sequence_in_a_ragged_batch_equals_itself_alone(
 
 @pytest.mark.parametrize("spec", OURS, ids=name)
 def test_chunks_equal_one_call_in_protocol_b(spec: Any) -> None:
-    if spec.kind == "kivi" or not spec.quantizes or getattr(spec, "residual", False):
+    if spec.kind in ("kivi", "kvarn") or not spec.quantizes or getattr(spec, "residual", False):
         pytest.skip("its tokens are not quantized one by one")
     qm = quantized(tiny_model(), spec)
     ids = torch.randint(0, 97, (1, 80), generator=torch.Generator().manual_seed(2))
