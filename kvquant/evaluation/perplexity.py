@@ -8,8 +8,10 @@ Several windows form one batch. They are equally long, so nothing is padded, and
 window are the same in any batch but for rounding. Schemes for which this does not hold (`batches`)
 get one window at a time.
 
-For the KL divergence of the next-token distribution, the same windows also go through the
-unquantized cache in the same pieces. The divergence shows damage that perplexity averages out.
+The same windows also go through the unquantized cache in the same pieces, for the KL divergence of
+each next-token distribution and for whether its most probable token is the same. Both show damage
+that perplexity averages out. Of every token of a seed one divergence is kept until the seed ends,
+and of a window the number of agreeing tokens.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from kvquant.cache.attending import Protocol
 from kvquant.cache.footprint import cache_elements, cache_nbytes, shared_nbytes
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, SuiteResult, check_length, encode
+from kvquant.evaluation.divergence import divergence, largest_by_window, same_top1
 from kvquant.models.finite import not_finite
 from kvquant.models.model_call import cache_argument
 from kvquant.models.oom_retry import in_batches, retry_on_overflow
@@ -44,12 +47,15 @@ class WindowLosses:
             `[windows, window - 1]` on the host.
         kl: KL divergence in nats of the same predictions from those of the unquantized cache, in
             the same shape; None if it was not measured.
+        agreed: Whether the most probable token is that of the unquantized cache, bool of the same
+            shape; None if it was not measured.
         cache_bytes: Bytes that the caches of these windows would allocate, one cache per window.
         cache_elements: Number of key and value elements in those bytes.
     """
 
     nll: torch.Tensor
     kl: torch.Tensor | None
+    agreed: torch.Tensor | None
     cache_bytes: int
     cache_elements: int
 
@@ -106,17 +112,6 @@ def _pieces(
             yield [head(h[:, low - first : high - first]).float() for h in hidden], slice(low, high)
 
 
-def divergence(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Returns the KL divergence of distributions from their reference, in nats, fp32 `[...]`.
-
-    Args:
-        reference: Logits of the unquantized cache, fp32 `[..., vocabulary]`.
-        logits: Logits of the measured cache, the same shape.
-    """
-    expected = reference.log_softmax(-1)
-    return (expected.exp() * (expected - logits.log_softmax(-1))).sum(-1)
-
-
 @torch.inference_mode()
 def measure_windows(
     qm: Any, ids: torch.Tensor, protocol: Protocol, chunk: int, *, kl: bool = False
@@ -135,7 +130,8 @@ def measure_windows(
     """
     goals = ids[:, 1:]
     nll = torch.zeros(goals.shape, dtype=torch.float32, device=ids.device)
-    kls = torch.zeros_like(nll)  # remains 0 for the unquantized cache itself
+    # What the unquantized cache itself has:
+    kls, agreed = torch.zeros_like(nll), torch.ones_like(goals, dtype=torch.bool)
 
     def work(cache: Any) -> tuple[int, int]:
         caches = [cache, qm.baseline_cache()] if kl and qm.quantizes else [cache]
@@ -147,6 +143,7 @@ def measure_windows(
                 nll[:, where] = losses.view_as(goal)
                 if len(caches) == 2:
                     kls[:, where] = divergence(logits[1], logits[0])
+                    agreed[:, where] = same_top1(logits[1], logits[0])
         finally:  # `retry_on_overflow` empties the other cache
             for other in caches[1:]:
                 other.layers.clear()
@@ -154,7 +151,13 @@ def measure_windows(
         return cache_nbytes(cache) + shared, cache_elements(cache)
 
     nbytes, elements = retry_on_overflow(lambda: qm.new_cache(protocol), work)
-    found = WindowLosses(nll.double().cpu(), kls.double().cpu() if kl else None, nbytes, elements)
+    found = WindowLosses(
+        nll.double().cpu(),
+        kls.double().cpu() if kl else None,
+        agreed.cpu() if kl else None,
+        nbytes,
+        elements,
+    )
     for losses, what in ((found.nll, "losses"), (found.kl, "divergences")):
         if losses is not None and not losses.isfinite().all():
             window, at = (~losses.isfinite()).nonzero()[0].tolist()
@@ -173,6 +176,7 @@ def run_perplexity(context: Context, spec: PerplexityTask, seed: int) -> SuiteRe
     except UserError as error:
         raise UserError(f"tasks.{context.task}.{error}") from None
     rows: list[dict[str, Any]] = []
+    kls = torch.zeros(len(starts), window - 1)  # of all tokens, as percentiles are over all
     nbytes = elements = 0
 
     def work(indices: list[int]) -> WindowLosses:
@@ -192,10 +196,16 @@ def run_perplexity(context: Context, spec: PerplexityTask, seed: int) -> SuiteRe
             nll = found.nll[at].tolist()
             row: dict[str, Any] = {"index": index, "start": starts[index], "tokens": len(nll)}
             row["nll"] = math.fsum(nll)
-            if found.kl is not None:
+            if found.kl is not None and found.agreed is not None:
                 row["kl"] = math.fsum(found.kl[at].tolist())
+                row["top1_agreed"] = int(found.agreed[at].sum())
+                kls[index] = found.kl[at]
             rows.append(row)
         context.progress(len(rows), len(starts))
+    if spec.kl:
+        tails = largest_by_window(kls.flatten(), [window - 1] * len(starts))
+        for row in rows:
+            row["kl_tail"] = tails[row["index"]]
     summary = perplexity_summary(rows)
     return SuiteResult(
         metric="perplexity",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+from kvquant.study.percentiles import percentile
 from kvquant.study.record_types import (
     AppendRecord,
     EnergyRecord,
@@ -21,7 +22,7 @@ from kvquant.study.record_types import (
 )
 
 TOLERANCE = 1e-9  # relative
-LEVELS = {"p10": 10, "median": 50, "p90": 90, "p99": 99}
+LEVELS = {"p10": 100, "median": 500, "p90": 900, "p99": 990}  # in thousandths
 
 
 def _follows(field: str, found: float | None, expected: float | None) -> None:
@@ -44,15 +45,6 @@ def _at_least(field: str, found: float | None, least: float) -> None:
         raise ValueError(f"field '{field}': is {found}, less than {least:g}")
 
 
-def _percentile(values: Sequence[float], level: float) -> float:
-    """Returns a percentile as numpy does, interpolated between the two nearest values."""
-    ordered = sorted(values)
-    at = (len(ordered) - 1) * level / 100
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
-
-
 def _spread(field: str, times: Percentiles | None, rounds: list[float] | None = None) -> None:
     if times is None:
         return
@@ -64,7 +56,7 @@ def _spread(field: str, times: Percentiles | None, rounds: list[float] | None = 
     if rounds is not None:
         _follows(f"{field}.n", times.n, len(rounds))
         for name, level in LEVELS.items():
-            _follows(f"{field}.{name}", getattr(times, name), _percentile(rounds, level))
+            _follows(f"{field}.{name}", getattr(times, name), percentile(rounds, level))
 
 
 def _bits(field: str, side: Any) -> None:

@@ -16,6 +16,7 @@ from kvquant.study.datasets import DATASETS
 from kvquant.study.limits import MAX_BATCH, MAX_SAMPLES, MAX_TOKENS, MAX_WINDOWS
 from kvquant.study.margin import Margin
 from kvquant.study.sample_types import (
+    KL_PERCENTILES,
     LongBenchSample,
     PasskeySample,
     PerplexitySample,
@@ -45,7 +46,7 @@ LONGBENCH_TASKS = task_names("longbench")
     sample=PerplexitySample,
     summary=perplexity_summary,
     check_samples=check_windows,
-    table_metrics=("kl",),
+    table_metrics=("kl", *KL_PERCENTILES, "top1_agreement"),
     asks_prompts=False,
     caption="Perplexity: mean over seeds, change with its 95 % interval, KL divergence of the next "
     "token from the unquantized cache.",
@@ -74,7 +75,9 @@ class PerplexityTask(Task):
         1, ge=1, le=MAX_BATCH, description="maximum number of windows per batch"
     )
     kl: bool = Field(
-        True, description="whether the KL divergence from the unquantized cache is measured as well"
+        True,
+        description="whether the distance from the unquantized cache is measured as well: KL "
+        "divergence and top-1 agreement",
     )
 
     speed_options = frozenset({"minutes", "batch_size"})

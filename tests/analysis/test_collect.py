@@ -6,7 +6,9 @@ study.record_checks, study.sample_types, study.samples.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from kvquant.analysis.problems import Problems
 from kvquant.errors import UserError
 from kvquant.formats.sealing import seal_of
 from kvquant.study.config import Study
+from kvquant.study.sample_types import check_windows
 from tests.support.studies import DEVICE, sample_rows, study_of, write_study
 
 Change = Callable[[dict[str, Any]], Any]
@@ -118,6 +121,10 @@ def scaled(*path: Any, by: float = 1.01) -> Change:
         (EVAL, put("samples_sha256", to="0" * 64), "samples.jsonl: missing, truncated or changed"),
         (PPL, scaled("metrics", "kl"), "field 'metrics.kl'"),
         (PPL, lambda r: r["metrics"].pop("kl"), "field 'metrics.kl'"),
+        (PPL, scaled("metrics", "kl_p99"), "field 'metrics.kl_p99'"),
+        (PPL, scaled("metrics", "kl_p999"), "field 'metrics.kl_p999'"),
+        (PPL, scaled("metrics", "top1_agreement"), "field 'metrics.top1_agreement'"),
+        (PPL, lambda r: r["metrics"].pop("kl_p999"), "field 'metrics.kl_p999'"),
         (PPL, put("metrics", "window", to=128.0), "field 'metrics.window'"),
         (PPL, put("protocol", to="A"), "field 'protocol'"),
         (LONG, scaled("metrics", "cut_share"), "field 'metrics.cut_share'"),
@@ -246,8 +253,6 @@ def test_samples_are_those_of_the_record(
 def test_samples_are_strict_also_with_a_right_hash(
     study: Study, results: Path, change: Change, word: str
 ) -> None:
-    import hashlib
-
     file = (results / EVAL).with_name("samples.jsonl")
     lines = file.read_text().split("\n")
     row = json.loads(lines[1])
@@ -257,6 +262,100 @@ def test_samples_are_strict_also_with_a_right_hash(
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     sealed_again(results / EVAL, put("samples_sha256", to=digest))
     assert word in refused(study, results)
+
+
+def with_samples(file: Path, change: Callable[[list[dict[str, Any]]], Any], **metrics: Any) -> None:
+    """Edits a record's samples and gives the record their hash, and its metrics other values."""
+    lines = file.with_name("samples.jsonl")
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    change(rows)
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    digest = hashlib.sha256(lines.read_bytes()).hexdigest()
+
+    def again(raw: dict[str, Any]) -> None:
+        raw["samples_sha256"] = digest
+        raw["metrics"] |= metrics
+        raw["metrics"] = {k: v for k, v in raw["metrics"].items() if v is not None}
+
+    sealed_again(file, again)
+
+
+TAILS: dict[str, Any] = dict.fromkeys(("kl_p99", "kl_p999", "top1_agreement"))
+
+
+def without_tails(rows: list[dict[str, Any]]) -> None:
+    """Leaves what samples held before there were percentiles and top-1 agreement."""
+    for row in rows:
+        del row["kl_tail"], row["top1_agreed"]
+
+
+def test_a_record_from_before_there_were_percentiles_is_collected(
+    study: Study, results: Path
+) -> None:
+    with_samples(results / PPL, without_tails, **TAILS)
+    table = collect(study, results, DEVICE)["eval"]
+    table = table[(table.task == "ppl") & (table.scheme == "kivi-4")].set_index("seed")
+    assert table.kl.notna().all()
+    for name in TAILS:
+        assert table[name].notna().tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (without_tails, "field 'metrics.kl_p99': the samples have none"),
+        (lambda rows: rows[0].pop("top1_agreed"), "field 'metrics.top1_agreement': the samples"),
+        (lambda rows: rows[0].update(kl=None), "field 'metrics.kl': the samples have none"),
+        (lambda rows: rows[0].update(top1_agreed=64), "field 'metrics.top1_agreement'"),
+        (lambda rows: rows[1]["kl_tail"].append(0.1), "field 'kl_tail': the samples hold 4"),
+        (lambda rows: next(r["kl_tail"] for r in rows if r["kl_tail"]).pop(), "are too few"),
+        (put(0, "kl", to=60.0), "field 'metrics.kl'"),
+        (put(0, "kl_tail", to=[0.0] * 60), "field 'metrics.kl_p99': is"),
+        (put(0, "kl_tail", 0, to="x"), "field 'kl_tail.0'"),
+    ],
+)
+def test_the_largest_divergences_are_those_of_the_record(
+    study: Study, results: Path, change: Callable[[Any], Any], word: str
+) -> None:
+    # a known window has some of the largest divergences
+    with_samples(results / PPL, lambda rows: rows.sort(key=lambda r: -len(r["kl_tail"])))
+    with_samples(
+        results / PPL,
+        lambda rows: [r.update(index=i, start=64 * i) for i, r in enumerate(rows)],
+    )
+    with_samples(results / PPL, change)
+    told = refused(study, results)
+    assert word in told and "\n" not in told
+
+
+def rows_of(tails: list[list[float]], **changed: Any) -> list[dict[str, Any]]:
+    """Windows of 50 tokens with the same sums and some of the largest divergences each."""
+    same = {"tokens": 50, "nll": 90.0, "kl": 5.0, "top1_agreed": 40}
+    return [
+        {"index": i, "start": 60 * i, **same, "kl_tail": tail} | (changed if i == 0 else {})
+        for i, tail in enumerate(tails)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "word"),
+    [
+        (rows_of([[2.0], [1.0]], top1_agreed=51), "more than the window's tokens"),
+        (rows_of([[2.0], [1.0]], top1_agreed=None), "some samples have no 'top1_agreed'"),
+        (rows_of([[2.0], [1.0]], kl=None), "some samples have no 'kl'"),
+        (rows_of([[1.0, 2.0], []]), "do not descend"),
+        (rows_of([[2.0], [1.0]], kl=1.9), "field 'kl': is 1.9, which"),
+        (rows_of([[2.0], [0.01]], kl=2.6), "field 'kl': is 2.6, which"),
+        (rows_of([[2.0, 1.0], [0.5]]), "hold 3 values, not 2"),
+    ],
+)
+def test_windows_contradict_their_largest_divergences(
+    rows: list[dict[str, Any]], word: str
+) -> None:
+    check_windows({}, rows_of([[2.0], [1.0]]))
+    check_windows({}, rows_of([[2.0, 1.0], []]))
+    with pytest.raises(ValueError, match=re.escape(word)):
+        check_windows({}, rows)
 
 
 def test_doubled_keys_are_refused(study: Study, results: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,10 @@ from hypothesis import strategies as st
 from kvquant.errors import UserError
 from kvquant.evaluation import perplexity
 from kvquant.evaluation.base import Context
-from kvquant.evaluation.perplexity import divergence, measure_windows, run_perplexity, window_starts
+from kvquant.evaluation.divergence import divergence
+from kvquant.evaluation.perplexity import measure_windows, run_perplexity, window_starts
+from kvquant.study.sample_types import check_windows, perplexity_summary
+from kvquant.study.samples import parse_samples
 from kvquant.study.tasks import PerplexityTask
 from tests.support.text import TEXT
 
@@ -96,6 +100,11 @@ def test_the_batch_size_changes_no_result(
     found = run_perplexity(limited, spec(**settings, batch_size=size), 2)
     assert found.metrics == pytest.approx(alone.metrics, rel=1e-5)
     assert found.value == pytest.approx(alone.value, rel=1e-6)
+    tails = [
+        sorted(value for row in rows for value in row.pop("kl_tail"))
+        for rows in (found.rows, alone.rows)
+    ]
+    assert tails[0] == pytest.approx(tails[1], rel=1e-3, abs=1e-6)
     for row, expected in zip(found.rows, alone.rows, strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
     assert (found.cache_bytes, found.cache_elements) == (alone.cache_bytes, alone.cache_elements)
@@ -144,22 +153,6 @@ def test_errors_name_the_field(tiny: Any) -> None:
         run_perplexity(context(tiny, "too short"), spec(), 0)
 
 
-def test_divergence_is_torchs() -> None:
-    torch.manual_seed(1)
-    reference, logits = torch.randn(2, 40, 97) * 4
-    expected = torch.nn.functional.kl_div(
-        logits.double().log_softmax(-1),
-        reference.double().log_softmax(-1),
-        log_target=True,
-        reduction="none",
-    ).sum(-1)
-    torch.testing.assert_close(
-        divergence(reference, logits).double(), expected, rtol=1e-5, atol=1e-6
-    )
-    assert (divergence(reference, logits) > 0).all()
-    assert divergence(logits, logits).abs().max() < 1e-6
-
-
 @pytest.mark.parametrize(("protocol", "chunk"), [("B", 64), ("A", 16)])
 def test_kl_compares_whole_forward_passes(
     tiny: Any, tiny_kivi: Any, protocol: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
@@ -194,8 +187,17 @@ def test_kl_is_a_metric_beside_perplexity(tiny: Any, tiny_kivi: Any) -> None:
     assert plain.metrics["kl"] == 0.0 and packed.metrics["kl"] > 0
     tokens = sum(row["tokens"] for row in packed.rows)
     assert packed.metrics["kl"] == pytest.approx(sum(r["kl"] for r in packed.rows) / tokens)
+    assert plain.metrics["kl_p999"] == 0.0 and plain.metrics["top1_agreement"] == 1.0
+    assert packed.metrics["kl"] < packed.metrics["kl_p99"] < packed.metrics["kl_p999"]
+    assert 0.5 < packed.metrics["top1_agreement"] < 1
+    for found in (plain, packed):
+        read = parse_samples("".join(json.dumps(row) + "\n" for row in found.rows), "perplexity")
+        assert perplexity_summary(read).metrics == found.metrics
+        check_windows(found.metrics, read)
     without = run_perplexity(context(tiny_kivi), spec(kl=False), 0)
-    assert "kl" not in without.metrics and without.value == packed.value
+    assert without.metrics.keys() == {"perplexity", "nll", "window"}
+    assert without.value == packed.value
+    assert without.rows[0].keys() == {"index", "start", "tokens", "nll"}
 
 
 def test_window_zero_takes_all_positions(tiny: Any) -> None:

@@ -26,6 +26,7 @@ from kvquant.study.records import (
     write_record,
     write_samples,
 )
+from kvquant.study.sample_types import tail_size
 from kvquant.study.tasks import SUITES
 
 DEVICE = "gpu"
@@ -62,11 +63,17 @@ def study_of(**changed: Any) -> Study:
 def sample_rows(suite: str, rng: np.random.Generator, count: int) -> list[dict[str, Any]]:
     """Samples of a suite."""
     rows: list[dict[str, Any]] = []
+    if suite == "perplexity":
+        divergences = rng.random((count, 63)) ** 4
+        largest = np.sort(divergences, axis=None)[-tail_size(divergences.size)]
     for index in range(count):
         if suite == "perplexity":
             nll = float(63 * (3 + rng.random()))
             more: dict[str, Any] = {"start": 64 * index, "tokens": 63, "nll": nll}
-            more["kl"] = float(rng.random())
+            more["kl"] = float(divergences[index].sum())
+            tail = divergences[index][divergences[index] >= largest]
+            more |= {"kl_tail": sorted(map(float, tail), reverse=True)}
+            more["top1_agreed"] = int(rng.integers(50, 64))
         else:
             score = float(rng.integers(0, 2))
             more = {"prompt_tokens": 150 + index, "answer": f"\u2028{index}\n", "score": score}
