@@ -115,7 +115,10 @@ PAGES = {
         "eval",
         Section.ACCURACY_BY_TASK,
         "every seed",
-        "Every result of an evaluation: one seed of one task.",
+        "Every result of an evaluation: one seed of one task. The KL divergence is that of the "
+        "next token's distribution from the unquantized cache's, as mean and percentiles over all "
+        "tokens of the seed. Top-1 agreement is the share of tokens at which the most probable "
+        "next token is the same.",
         {
             "model": "model",
             "task": "task",
@@ -125,6 +128,9 @@ PAGES = {
             "metric": "metric",
             "protocol": "protocol",
             "kl": "KL divergence, nats",
+            "kl_p99": "KL, 99th percentile",
+            "kl_p999": "KL, 99.9th percentile",
+            "top1_agreement": "top-1 agreement",
             "bits_per_element": "bits per element",
             "samples": "samples",
             "tokens": "tokens",

@@ -114,6 +114,36 @@ def likelihoods(t: Tables, suite: str) -> str:
     return booktabs(table, "l" * (table.shape[1] - 8) + "rrrrrrrl", size="scriptsize", tight=True)
 
 
+# Further columns of the table of divergences: metric, head, format.
+_TAILS = (
+    ("kl_p99", "KL, 99th percentile", "{:.3f}"),
+    ("kl_p999", "KL, 99.9th percentile", "{:.3f}"),
+    ("top1_agreement", "same top-1 token", "{:.2%}"),
+)
+
+
+def divergences(t: Tables) -> str:
+    """Builds the table of divergences: mean, percentiles and top-1 agreement by task and scheme.
+
+    Seeds that were measured before there were percentiles have none. Where some seeds have none
+    there is no mean over seeds.
+    """
+    rows = []
+    measured = t.evaluations[t.evaluations.kl.notna()]
+    for (model, task), group in measured.groupby(["model", "task"], sort=False):
+        for scheme, mine in group.groupby("scheme", sort=False):
+            row = {"model": model} if len(t.study.models) > 1 else {}
+            row |= {"task": task, "scheme": scheme}
+            row["bits"] = number(8 * mine.cache_bytes.sum() / mine.cache_elements.sum())
+            row["KL, mean"] = number(mine.kl.mean(), 4)
+            for name, head, form in _TAILS:
+                mean = mine[name].mean(skipna=False)
+                row[head] = "-" if np.isnan(mean) else form.format(mean).replace("%", " %")
+            rows.append(row)
+    table = pd.DataFrame(rows, dtype=object)
+    return booktabs(table, "l" * (table.shape[1] - 5) + "rrrrr", size="scriptsize", tight=True)
+
+
 def scores(t: Tables, suite: str) -> str:
     """Builds the table of a suite of scores: schemes by tasks and their mean, with verdicts."""
     names = _columns(t, suite)

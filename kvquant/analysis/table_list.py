@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from kvquant.analysis.sections import Section
 from kvquant.study.registrations import by_name
+from kvquant.study.sample_types import KL_PERCENTILES
 from kvquant.study.task_families import families
 from kvquant.study.tasks import SUITES
 
@@ -65,6 +66,15 @@ def _of_suite(name: str) -> LatexTable:
     )
 
 
+def _has_divergences(tables: Tables) -> bool:
+    """Returns whether percentiles of the divergence or top-1 agreement were measured."""
+    evaluations = tables.evaluations
+    return any(
+        name in evaluations and bool(evaluations[name].notna().any())
+        for name in (*KL_PERCENTILES, "top1_agreement")
+    )
+
+
 def _has_families(tables: Tables) -> bool:
     """Returns whether a suite with several families of tasks was evaluated."""
     return any(len(families(str(suite))) > 1 for suite in tables.evaluations.suite.unique())
@@ -80,6 +90,17 @@ _LIST = (
         build="kvquant.analysis.suite_tables:summary",
     ),
     *map(_of_suite, SUITES),
+    LatexTable(
+        name="divergence",
+        section=Section.ACCURACY_BY_TASK,
+        caption="Next-token distributions against the unquantized cache's: KL divergence in nats, "
+        "as mean and percentiles over all tokens of a seed, and the share of tokens at which the "
+        "most probable next token is the same. Each is a mean over seeds.",
+        build="kvquant.analysis.suite_tables:divergences",
+        condition=_has_divergences,
+        reason="This study has no percentiles of the KL divergence and no top-1 agreement.",
+        of_evaluations=True,
+    ),
     LatexTable(
         name="families",
         section=Section.ACCURACY_BY_TASK,

@@ -10,6 +10,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -89,6 +90,40 @@ def test_a_suite_without_tasks_is_told(tables: Tables) -> None:
     for name in ("passkey", "ruler", "longbench"):
         assert build_table(name, less).splitlines()[1].startswith("This study has no")
     assert len(rows(suite_tables.summary(less))[0]) == 5
+
+
+TAILS = ["kl_p99", "kl_p999", "top1_agreement"]
+
+
+def test_the_tails_of_the_divergence_have_a_table(tables: Tables) -> None:
+    head, *body = rows(build_table("divergence", tables))
+    assert head[:4] == ["task", "scheme", "bits", "KL, mean"]
+    assert head[4:] == ["KL, 99th percentile", "KL, 99.9th percentile", "same top-1 token"]
+    assert {row[0] for row in body} == {n for n in tables.study.tasks if n.startswith("ppl")}
+    two = next(row for row in body if row[1] == "nuq2-1pct")
+    assert two[3:] == ["0.1500", "2.100", "4.700", r"80.00 \%"]
+    assert next(row for row in body if row[1] == "fp16")[3:] == [
+        "0.0000",
+        "0.000",
+        "0.000",
+        r"100.00 \%",
+    ]
+
+
+def test_records_from_before_there_were_percentiles_have_no_such_table(tables: Tables) -> None:
+    none = tables.evaluations.assign(**dict.fromkeys(TAILS, np.nan))
+    for evaluations in (none, none.drop(columns=TAILS)):
+        text = build_table("divergence", replace(tables, evaluations=evaluations))
+        assert text.splitlines()[1:] == [TABLES["divergence"].reason]
+
+
+def test_a_mean_over_seeds_needs_all_seeds(tables: Tables) -> None:
+    values = tables.evaluations.copy()
+    values.loc[(values.scheme == "nuq2-1pct") & (values.seed == 1), "kl_p999"] = np.nan
+    head, *body = rows(build_table("divergence", replace(tables, evaluations=values)))
+    at = head.index("KL, 99.9th percentile")
+    assert {row[at] for row in body if row[1] == "nuq2-1pct"} == {"-"}
+    assert {row[at] for row in body if row[1] == "nuq3-1pct"} == {"1.410"}
 
 
 def test_kl_and_verdicts_are_macros(tables: Tables) -> None:

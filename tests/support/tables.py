@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from kvquant.analysis.eval_rows import SUITE_METRICS
 from kvquant.analysis.pareto import pareto_table
 from kvquant.analysis.statistics import test_all as compare_all
 from kvquant.analysis.tables import write_table
@@ -46,7 +47,13 @@ def accuracy_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
                         score = 3.0 + 0.05 * hard.normal(size=8) + 0.2 * loss
                         score = score + 0.01 * loss * noise.normal(size=8)
                         value = float(np.exp(score.mean()))
-                        facts["kl"] = 0.15 * loss if getattr(task, "kl", False) else None
+                        if getattr(task, "kl", False):
+                            facts |= {
+                                "kl": 0.15 * loss,
+                                "kl_p99": 2.1 * loss,
+                                "kl_p999": 4.7 * loss,
+                            }
+                            facts["top1_agreement"] = 1 - 0.2 * loss
                     else:
                         count = task.sample_count() or ROWS
                         depth = np.linspace(0, 1, count)
@@ -73,7 +80,7 @@ def accuracy_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
                         | {"tokens": 2047 if likelihood else None}
                         for at, one in enumerate(score)
                     ]
-    extra = dict.fromkeys(("kl", "rows_available", "rows_official"), np.nan)
+    extra = dict.fromkeys(SUITE_METRICS, np.nan)
     return pd.DataFrame([extra | row for row in rows]).astype(dict.fromkeys(extra, float)), (
         pd.DataFrame(samples).astype(dict.fromkeys(("row", "start", "tokens"), "Int64"))
     )
