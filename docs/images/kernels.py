@@ -137,18 +137,18 @@ def decoding() -> str:
     return "".join(parts)
 
 
-def main() -> None:
-    """Writes the picture."""
+def save(file: Path, width: int, height: int, body: str) -> None:
+    """Writes a picture."""
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="15" text-anchor="middle">'
         '<rect width="100%" height="100%" fill="white"/>'
         '<defs><marker id="a" markerWidth="8" markerHeight="8" refX="6" refY="3" orient="auto">'
         '<path d="M0 0 L6 3 L0 6 Z" fill="#555"/></marker></defs>'
     )
-    body = layout() + packing() + decoding()
-    Path(__file__).with_name("kernels.svg").write_text(head + body + "</svg>\n", encoding="utf-8")
+    file.write_text(head + body + "</svg>\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    picture = Path(__file__).with_name("kernels.svg")
+    save(picture, WIDTH, HEIGHT, layout() + packing() + decoding())

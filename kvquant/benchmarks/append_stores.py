@@ -13,10 +13,10 @@ from kvquant.cache.block_store import BlockStore
 from kvquant.cache.codec import Codec
 from kvquant.cache.fp16_layer import Fp16Layer
 from kvquant.cache.layout import Layout
-from kvquant.formats.layer_quantizer import LayerQuantizer
-from kvquant.quantization.nuq import fit
+from kvquant.quantization.ranged_tables import ranged_tables
 from kvquant.schemes.registry import build_codecs
-from kvquant.study.schemes import NuqScheme, SchemeSpec
+from kvquant.study.scheme_kinds import CalibratedScheme
+from kvquant.study.schemes import SchemeSpec
 
 
 class Store(Protocol):
@@ -165,11 +165,10 @@ def append_codec(spec: SchemeSpec, heads: int, dim: int, device: torch.device) -
     The key ranges leave the scheme's fraction of normally distributed data outside.
     """
     tables = None
-    if isinstance(spec, NuqScheme):
-        levels = fit("nf" if spec.datatype == "nuq" else spec.datatype, spec.bits)
-        tail = min(max(spec.outliers, 1e-4), 1 - 1e-4)
+    if isinstance(spec, CalibratedScheme):
+        tail = min(max(getattr(spec, "outliers", 0.0), 1e-4), 1 - 1e-4)
         half = float(torch.special.ndtri(torch.tensor(1 - tail / 2)))
         scale = torch.full((heads, dim), half)
-        tables = [LayerQuantizer(torch.zeros(heads, dim), scale, levels, levels).to(device)]
+        tables = [ranged_tables(spec, torch.zeros(heads, dim), scale).to(device)]
     codecs = build_codecs(spec, 1, tables)
     return codecs[0] if codecs else None

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.formats.layer_quantizer import LayerTables
 from kvquant.models.loading import QuantizedModel, install_attention
-from kvquant.quantization.nuq import fit
+from kvquant.quantization.ranged_tables import ranged_tables
 from kvquant.schemes.registry import ModelShape, build_caches, build_codecs
 from kvquant.study.kernels import SHAPES
 from kvquant.study.scheme_kinds import CalibratedScheme
@@ -85,17 +85,17 @@ class RandomModel:
             self._keys = seen
         return self._keys
 
-    def tables(self, scheme: SchemeSpec) -> list[LayerQuantizer] | None:
+    def tables(self, scheme: SchemeSpec) -> list[LayerTables] | None:
         """Returns tables per layer for a calibrated scheme, whose ranges leave its outliers out."""
         if not isinstance(scheme, CalibratedScheme):
             return None
         size = self.dims["num_key_value_heads"], head_dim(self.shape)
-        levels = fit("nf", scheme.bits).to(self.device)
-        ends = scheme.outliers / 2, 1 - scheme.outliers / 2
-        found = []
+        outliers = getattr(scheme, "outliers", 0.0)
+        ends = outliers / 2, 1 - outliers / 2
+        found: list[LayerTables] = []
         for keys in self._sample():
             low, high = (torch.quantile(keys.float(), q, dim=0).view(size) for q in ends)
-            found.append(LayerQuantizer((low + high) / 2, (high - low) / 2, levels, levels))
+            found.append(ranged_tables(scheme, (low + high) / 2, (high - low) / 2))
         return found
 
     def with_scheme(self, scheme: SchemeSpec) -> QuantizedModel:

@@ -53,6 +53,8 @@ class Codec(ABC):
         residual: Number of most recent tokens that stay 16-bit besides an unfinished block.
         shared_bytes: Bytes of tables that all sequences of the layer share.
         tables: The layer's calibration, if the codec has one.
+        rotates_values: Whether values are rotated within their head while they are packed, and back
+            when they are read.
         narrow_tables: Whether zeros and scales of the tables fit in fp16, as kernels read them.
     """
 
@@ -62,6 +64,7 @@ class Codec(ABC):
     residual: int = 0
     shared_bytes: int = 0
     tables: LayerQuantizer | None = None
+    rotates_values: bool = False
     narrow_tables: bool = True
 
     def check_model(self, num_kv_heads: int, head_dim: int) -> None:  # noqa: B027
@@ -70,6 +73,10 @@ class Codec(ABC):
         Raises:
             UserError: The model does not fit; the message names the reason.
         """
+
+    def expect_rotated_values(self) -> None:
+        """Leaves the rotation of values out, as the model's weights give rotated ones."""
+        raise NotImplementedError
 
     @abstractmethod
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:

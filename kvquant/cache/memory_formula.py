@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvquant.cache.layout import Layout
+from kvquant.formats.allocated_layer import AllocatedLayer
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
 from kvquant.formats.layer_quantizer import outliers_per_side
-from kvquant.study.schemes import KiviScheme, KvarnScheme, NuqScheme
+from kvquant.study.schemes import AllocatedScheme, KiviScheme, KvarnScheme, NuqScheme
 
 HALF = 2  # bytes of a 16-bit number
 GROWN_ROOM = 1.25  # outlier slots over expected outliers in an arena that is filled block by block
@@ -144,6 +145,42 @@ def layer_footprint(
         pointers=2 * capacity * heads * pointer if scheme.outliers > 0 else 0,
         window=2 * HALF * batch * channels * (scheme.sinks + size),
         tables=4 * (2 * channels + 2 * 2**scheme.bits),
+    )
+
+
+def allocated_footprint(
+    scheme: AllocatedScheme,
+    layer: AllocatedLayer,
+    calls: Sequence[list[int]],
+    *,
+    tables: int,
+    key_share: float | None = None,
+    key_room: float = 1.0,
+) -> Footprint:
+    """Computes the bytes of one layer of allocated codes after some calls.
+
+    Args:
+        scheme: The scheme.
+        layer: The layer's widths.
+        calls: Tokens that each sequence gets, call by call.
+        tables: Bytes of the tables that all sequences share.
+        key_share: See :func:`layer_footprint`.
+        key_room: See :func:`layer_footprint`.
+    """
+    batch, (heads, dim), size = len(calls[0]), layer.key_zero.shape, scheme.block_size
+    blocks = plan_blocks(scheme.sinks, size, 0, calls)
+    capacity = blocks.at_once + blocks.grown
+    share = scheme.outliers if key_share is None else key_share
+    filled = blocks.at_once * key_room + blocks.grown * GROWN_ROOM
+    entry = HALF + position_dtype(size * dim).itemsize
+    pointer = 4 + count_dtype(size * dim).itemsize
+    return Footprint(
+        codes=capacity * size * (layer.key_rows().token_bytes + layer.value_rows().token_bytes),
+        scales=2 * HALF * capacity * size * (heads if scheme.value_range == "token-head" else 1),
+        outliers=round(size * heads * dim * share * filled * entry),
+        pointers=capacity * heads * pointer if scheme.outliers > 0 else 0,
+        window=2 * HALF * batch * heads * dim * (scheme.sinks + size),
+        tables=tables,
     )
 
 

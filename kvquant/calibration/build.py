@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,19 @@ from kvquant import __version__
 from kvquant.calibration.statistics import LayerStatistics, load_statistics
 from kvquant.errors import UserError
 from kvquant.fetch.text_overlap import CalibratedText
-from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.formats.layer_quantizer import LayerQuantizer, LayerTables
 from kvquant.quantization.nuq import Histogram, fit, q_norm
 from kvquant.quantization.quantizer_file import QuantizerManifest, save_quantizer
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.config import load_study
 from kvquant.study.digests import calibration_digest, quantizer_digest
-from kvquant.study.scheme_kinds import CalibratedScheme
+from kvquant.study.dotted import load
+from kvquant.study.scheme_kinds import CalibratedScheme, CodebookScheme
 
+Builder = Callable[
+    [list[LayerStatistics], CalibratedScheme, list[float], int],
+    tuple[Sequence[LayerTables], dict[str, float]],
+]
 GRID = 1024  # bins of normalized histograms on [-1, 1]
 
 
@@ -126,7 +132,7 @@ def value_histogram(statistics: LayerStatistics, fraction: int, weighting: str) 
 
 
 def build_layer(
-    statistics: LayerStatistics, spec: CalibratedScheme, fractions: list[float], heads: int
+    statistics: LayerStatistics, spec: CodebookScheme, fractions: list[float], heads: int
 ) -> tuple[LayerQuantizer, float, float]:
     """Builds the key ranges and codebooks of one layer.
 
@@ -173,10 +179,40 @@ def build_layer(
     return tables, errors[0], errors[1]
 
 
-def _fraction(spec: CalibratedScheme, fractions: list[float]) -> int:
+def _fraction(spec: CodebookScheme, fractions: list[float]) -> int:
     if spec.outliers >= 1:
         return 0
     return fractions.index(spec.outliers)
+
+
+def build_layers(
+    statistics: list[LayerStatistics], spec: CodebookScheme, fractions: list[float], heads: int
+) -> tuple[list[LayerQuantizer], dict[str, float]]:
+    """Builds the quantizers of all layers, each from its own statistics.
+
+    Args:
+        statistics: Histograms of each layer.
+        spec: The scheme.
+        fractions: Outlier fractions of the calibration.
+        heads: Number of kv heads.
+
+    Returns:
+        The layers, and the weighted errors of normalized keys and values, as means over layers.
+
+    Raises:
+        UserError: The scheme does not fit the statistics.
+    """
+    if spec.outliers < 1 and spec.outliers not in fractions:
+        raise UserError(
+            f"outliers: {spec.outliers} was not calibrated: choose one of "
+            f"{fractions}, or add it to calibration.outlier_fractions"
+        )
+    built = [build_layer(layer, spec, fractions, heads) for layer in statistics]
+    errors = {
+        "keys": float(np.mean([b[1] for b in built])),
+        "values": float(np.mean([b[2] for b in built])),
+    }
+    return [b[0] for b in built], errors
 
 
 def coding_error(histogram: Histogram, levels: np.ndarray) -> float:
@@ -237,16 +273,11 @@ def run(args: argparse.Namespace) -> None:
             f"--stats: {args.stats} is of another calibration or model: calibrate again"
         )
     fractions = info.calibration.outlier_fractions
-    if spec.outliers < 1 and spec.outliers not in fractions:
-        raise UserError(
-            f"schemes.{args.scheme}.outliers: {spec.outliers} was not calibrated: choose one of "
-            f"{fractions}, or add it to calibration.outlier_fractions"
-        )
-    built = [build_layer(layer, spec, fractions, info.num_kv_heads) for layer in layers]
-    errors = {
-        "keys": float(np.mean([b[1] for b in built])),
-        "values": float(np.mean([b[2] for b in built])),
-    }
+    build: Builder = load(spec.registration.builder)
+    try:
+        built, errors = build(layers, spec, fractions, info.num_kv_heads)
+    except UserError as error:
+        raise UserError(f"schemes.{args.scheme}.{error}") from None
     manifest = QuantizerManifest(
         library_version=__version__,
         model=args.model,
@@ -262,8 +293,8 @@ def run(args: argparse.Namespace) -> None:
         head_dim=info.head_dim,
         calibration_error=errors,
     )
-    save_quantizer(args.out, manifest, [b[0] for b in built])
+    save_quantizer(args.out, manifest, built)
     print(
-        f"quantize: {args.scheme}: {len(built)} layers, {2**spec.bits} levels; weighted error of "
-        f"normalized keys {errors['keys']:.2e}, values {errors['values']:.2e}"
+        f"quantize: {args.scheme}: {len(built)} layers, {spec.bits:g} bits; weighted error of "
+        f"keys {errors['keys']:.2e}, values {errors['values']:.2e}"
     )

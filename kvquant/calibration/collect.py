@@ -3,7 +3,8 @@
 Each window is one forward and one backward pass. Hooks on the keys (before RoPE) and values of
 every layer add the activations and their squared loss gradients to histograms as soon as a gradient
 arrives. The layer's tensors are then freed, so that memory holds one window's graph and the
-histograms, whatever the number of windows.
+histograms, whatever the number of windows. Of queries, and of keys after RoPE, only second moments
+are kept.
 
 Key ranges are static per channel, but known only at the end. The histogram of each channel is
 therefore kept in raw units. The first window defines its grid, which doubles when later data leaves
@@ -22,11 +23,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvquant.calibration.statistics import LayerStatistics, save_statistics
+from kvquant.calibration.statistics import LayerStatistics, head_moments, save_statistics
 from kvquant.errors import NonFinite, UserError
 from kvquant.fetch.model_manifest import study_manifest
+from kvquant.formats.rope import rotate
 from kvquant.models.finite import remedy
 from kvquant.models.loading import attention_layers, load_base_model, resolve_device
+from kvquant.models.value_rotation import refuse_rotated
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.config import load_study
 from kvquant.study.digests import VERSIONS, calibration_digest
@@ -38,16 +41,24 @@ class _Collector:
     def __init__(self, model: Any, spec: CalibrationSpec) -> None:
         self.spec = spec
         self.layers = attention_layers(model)
+        self.heads = int(model.config.num_key_value_heads)
         self.statistics: list[LayerStatistics | None] = [None] * len(self.layers)
         self._late: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # Cosine and sine of the current window's positions; moments by layer and name of the table.
+        self._rope: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._roped: dict[tuple[int, str], torch.Tensor] = {}
         # Maps names of the current window's tensors to whether they are finite, on the device.
         self._finite: dict[str, torch.Tensor] = {}
         self.handles = []
         for i, module in enumerate(self.layers):
             keys: Any = getattr(module, "k_norm", None) or module.k_proj
             values: Any = module.v_proj
+            queries: Any = getattr(module, "q_norm", None) or module.q_proj
             self.handles.append(keys.register_forward_hook(self._hook(i, is_key=True)))
             self.handles.append(values.register_forward_hook(self._hook(i, is_key=False)))
+            for name, part in (("roped_key_moments", keys), ("roped_query_moments", queries)):
+                self.handles.append(part.register_forward_hook(self._add_roped(i, name)))
+            self.handles.append(module.register_forward_pre_hook(self._see_rope, with_kwargs=True))
 
     def _hook(self, layer: int, *, is_key: bool) -> Any:
         def forward_hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -62,6 +73,24 @@ class _Collector:
 
         return forward_hook
 
+    def _see_rope(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        cos, sin = kwargs["position_embeddings"]
+        self._rope = cos.float(), sin.float()
+
+    def _add_roped(self, layer: int, name: str) -> Any:
+        """Returns a hook that finds the moments after RoPE of what a module gives."""
+        dim = int(self.layers[layer].head_dim)
+
+        @torch.no_grad()
+        def forward_hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            assert self._rope is not None
+            x = output.float().flatten(2).unflatten(2, (-1, dim)).transpose(1, 2)
+            seen = rotate(x, *self._rope)[0, :, self.spec.sinks :]
+            # Where it is infinite, the loss will be, too.
+            self._roped[layer, name] = head_moments(seen, self.heads)
+
+        return forward_hook
+
     @torch.no_grad()
     def _receive(self, layer: int, is_key: bool, data: torch.Tensor, grad: torch.Tensor) -> None:
         name = f"layer {layer}: gradients of the {'keys' if is_key else 'values'}"
@@ -70,18 +99,27 @@ class _Collector:
         # The loss is a mean over the window's tokens; undo it so that tokens weigh equally.
         tokens = data.shape[1]
         x = data[0, skip:].reshape(tokens - skip, -1).float()
-        fisher = (grad[0, skip:].reshape(tokens - skip, -1).float() * tokens) ** 2
-        fractions = self.spec.outlier_fractions
+        gradient = grad[0, skip:].reshape(tokens - skip, -1).float() * tokens
         if self.statistics[layer] is None and is_key:
-            self.statistics[layer] = LayerStatistics.from_first(x, self.spec.bins, len(fractions))
+            self.statistics[layer] = LayerStatistics.from_first(
+                x, self.spec.bins, len(self.spec.outlier_fractions), self.heads
+            )
         statistics = self.statistics[layer]
         if is_key:
             assert statistics is not None
-            statistics.add_keys(x, fisher)
+            statistics.add_keys(x, gradient**2)
+            statistics.add_moments(x, gradient, keys=True)
         elif statistics is None:
-            self._late[layer] = (x, fisher)  # in the first window, keys arrive after values
+            self._late[layer] = (x, gradient)  # in the first window, keys arrive after values
         else:
-            statistics.add_values(x, fisher, fractions)
+            self._add_values(statistics, x, gradient)
+
+    def _add_values(
+        self, statistics: LayerStatistics, x: torch.Tensor, gradient: torch.Tensor
+    ) -> None:
+        statistics.add_values(x, gradient**2, self.spec.outlier_fractions)
+        statistics.add_moments(x, gradient, keys=False)
+        statistics.add_rotated(x, gradient)
 
     def run(self, model: Any, windows: list[list[int]], device: torch.device) -> None:
         """Runs one forward and one backward pass per window.
@@ -100,7 +138,7 @@ class _Collector:
 
     def _window(self, model: Any, ids: torch.Tensor, where: str) -> float:
         """Adds the statistics of one window and returns its loss."""
-        self._late, self._finite = {}, {}
+        self._late, self._roped, self._finite = {}, {}, {}
         with torch.enable_grad():
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             # Check before the backward pass, which adds its gradients to the statistics.
@@ -108,10 +146,12 @@ class _Collector:
             self._check(model, where)
             loss.backward()
         self._check(model, where)
-        for layer, (x, fisher) in self._late.items():
+        for layer, (x, gradient) in self._late.items():
             statistics = self.statistics[layer]
             assert statistics is not None
-            statistics.add_values(x, fisher, self.spec.outlier_fractions)
+            self._add_values(statistics, x, gradient)
+        for (layer, name), moments in self._roped.items():
+            getattr(self.statistics[layer], name).add_(moments)
         return float(loss.item())
 
     def _check(self, model: Any, where: str) -> None:
@@ -160,13 +200,30 @@ def calibrate(model: Any, windows: list[list[int]], spec: CalibrationSpec) -> li
             f"calibration: needs windows of at least {max(spec.sinks + 1, 2)} tokens, got "
             f"{min(map(len, windows), default=0)}"
         )
+    refuse_rotated(model, "calibration")
     collector = _Collector(model, spec)
     collector.run(model, windows, next(model.parameters()).device)
     found = []
-    for statistics in collector.statistics:
+    for statistics, module in zip(collector.statistics, collector.layers, strict=True):
         assert statistics is not None
+        statistics.output_moments = output_moments(module, collector.heads)
         found.append(statistics)
     return found
+
+
+@torch.no_grad()
+def output_moments(attention: Any, heads: int) -> torch.Tensor:
+    """Returns the second moments of the rows of W_O, by kv head: fp32 `[heads, dim, dim]`.
+
+    The rows are what the module makes of unit vectors, in whatever form it holds its weights.
+    """
+    weight = attention.q_proj.weight
+    kind = weight.dtype if weight.is_floating_point() else torch.float16
+    size = attention.config.num_attention_heads * attention.head_dim
+    units = torch.eye(size, dtype=kind, device=weight.device)
+    rows = attention.o_proj(units).float() - attention.o_proj(units[:1] * 0).float()
+    by_head = rows.view(heads, -1, attention.head_dim, rows.shape[1])
+    return (by_head @ by_head.mT).sum(1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from kvquant.errors import UserError
 from kvquant.formats.layer_quantizer import outliers_per_side
 from kvquant.formats.tensor_file import read_info, read_tensors, save_pair
 from kvquant.kernels.pytorch_fused import inverse_range, split_outliers
+from kvquant.quantization.hadamard import factors, rotate
 
 VALUE_BINS = 1024
 MAX_LAYERS = 4096
@@ -33,6 +34,21 @@ class LayerStatistics:
         value_fisher: fp32, the same shape, sum of squared value gradients per bin.
         value_fisher_range2: fp32, the same shape, sum of squared value gradients times the
             token's squared range.
+        rotated_fisher_range2: fp32 `[2, 2, heads, VALUE_BINS]`, sum of squared gradients times
+            squared ranges of values that are normalized by their range. First index: as they are,
+            or rotated within their head by a Hadamard matrix (zeros where there is none). Second
+            index: one range for all heads of a token, or one per head. None in files of older
+            versions.
+        key_moments: fp32 `[heads, head_dim, head_dim]`, sum of products of two key channels, before
+            RoPE; None as above.
+        key_gradient_moments: fp32, the same of the gradients of keys.
+        value_moments: fp32, the same of values.
+        value_gradient_moments: fp32, the same of the gradients of values.
+        roped_key_moments: fp32, the same of keys after RoPE.
+        roped_query_moments: fp32, the same of queries after RoPE, as a mean over the query heads
+            that read a kv head.
+        output_moments: fp32, the same of the rows of W_O that a kv head's values are multiplied
+            by, as a sum over their query heads.
     """
 
     low: torch.Tensor
@@ -42,17 +58,29 @@ class LayerStatistics:
     value_counts: torch.Tensor
     value_fisher: torch.Tensor
     value_fisher_range2: torch.Tensor
+    rotated_fisher_range2: torch.Tensor | None = None
+    key_moments: torch.Tensor | None = None
+    key_gradient_moments: torch.Tensor | None = None
+    value_moments: torch.Tensor | None = None
+    value_gradient_moments: torch.Tensor | None = None
+    roped_key_moments: torch.Tensor | None = None
+    roped_query_moments: torch.Tensor | None = None
+    output_moments: torch.Tensor | None = None
 
     @classmethod
-    def from_first(cls, keys: torch.Tensor, bins: int, fractions: int) -> LayerStatistics:
+    def from_first(
+        cls, keys: torch.Tensor, bins: int, fractions: int, heads: int
+    ) -> LayerStatistics:
         """Makes empty histograms whose grid extends the first window's range by half on each side.
 
         Args:
             keys: Keys of the first window, fp32 `[tokens, channels]`.
             bins: Number of bins per key channel.
             fractions: Number of outlier fractions.
+            heads: Number of kv heads.
         """
         channels, device = keys.shape[1], keys.device
+        square = (heads, channels // heads, channels // heads)
         low, high = keys.amin(0), keys.amax(0)
         margin = (high - low).clamp_(min=1e-6) * 0.5
 
@@ -67,6 +95,8 @@ class LayerStatistics:
             zeros(fractions, VALUE_BINS),
             zeros(fractions, VALUE_BINS),
             zeros(fractions, VALUE_BINS),
+            zeros(2, 2, heads, VALUE_BINS),
+            **{name: zeros(*square) for name in MOMENTS},
         )
 
     def consistent(self, channels: int | None = None) -> bool:
@@ -82,8 +112,26 @@ class LayerStatistics:
             and all(tuple(t.shape) == keys for t in (self.counts, self.fisher))
             and tuple(self.value_counts.shape) == tuple(self.value_fisher.shape) == values
             and tuple(self.value_fisher_range2.shape) == values
+            and self._moments_consistent()
             and bool((self.width > 0).all())
             and all(bool((t >= 0).all()) for t in (*tables, self.value_fisher_range2))
+        )
+
+    def _moments_consistent(self) -> bool:
+        """Returns whether the tables that older versions lack are all there and fit, or none is."""
+        tables = [getattr(self, name) for name in ADDED]
+        if all(table is None for table in tables):
+            return True
+        if any(table is None for table in tables) or tables[0].dim() != 4:
+            return False
+        heads = tables[0].shape[2]
+        if not heads or len(self.low) % heads:
+            return False
+        square = (heads, len(self.low) // heads, len(self.low) // heads)
+        return (
+            tuple(tables[0].shape) == (2, 2, heads, VALUE_BINS)
+            and bool((tables[0] >= 0).all())
+            and all(tuple(table.shape) == square for table in tables[1:])
         )
 
     def _cover(self, keys: torch.Tensor) -> None:
@@ -110,6 +158,42 @@ class LayerStatistics:
         self.counts.view(-1).index_add_(0, flat, torch.ones_like(fisher).view(-1))
         self.fisher.view(-1).index_add_(0, flat, fisher.reshape(-1))
 
+    def add_moments(self, x: torch.Tensor, gradient: torch.Tensor, *, keys: bool) -> None:
+        """Adds second moments of fp32 keys or values `[tokens, channels]` and their gradients."""
+        found = (
+            (self.key_moments, self.key_gradient_moments)
+            if keys
+            else (self.value_moments, self.value_gradient_moments)
+        )
+        for table, rows in zip(found, (x, gradient), strict=True):
+            assert table is not None
+            table += head_moments(
+                rows.unflatten(1, (table.shape[0], -1)).transpose(0, 1), len(table)
+            )
+
+    def add_rotated(self, values: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Adds values fp32 `[tokens, channels]` as allocated codes see them, with their gradients.
+
+        A rotation turns values and gradients alike.
+        """
+        assert self.rotated_fisher_range2 is not None
+        heads = self.rotated_fisher_range2.shape[2]
+        x, g = (rows.unflatten(1, (heads, -1)) for rows in (values, gradient))
+        turns = [(x, g)]
+        if has_rotation(x.shape[2]):
+            turns.append((rotate(x), rotate(g)))
+        for turn, (y, slope) in enumerate(turns):
+            y = y.to(torch.float16).float()
+            for per_head, over in enumerate(((1, 2), (2,))):
+                low, high = y.amin(over, keepdim=True), y.amax(over, keepdim=True)
+                scale = (high - low) * 0.5
+                normalized = (y - (high + low) * 0.5) * inverse_range(scale)
+                index = ((normalized + 1.0) * (VALUE_BINS / 2)).long()
+                index.clamp_(0, VALUE_BINS - 1)
+                index += torch.arange(heads, device=y.device)[:, None] * VALUE_BINS
+                table = self.rotated_fisher_range2[turn, per_head].view(-1)
+                table.index_add_(0, index.view(-1), ((slope * scale) ** 2).reshape(-1))
+
     def add_values(
         self, values: torch.Tensor, fisher: torch.Tensor, fractions: list[float]
     ) -> None:
@@ -128,14 +212,50 @@ class LayerStatistics:
             self.value_fisher_range2[i].index_add_(0, flat, (weighted * scale**2).reshape(-1))
 
 
+MOMENTS = (
+    "key_moments",
+    "key_gradient_moments",
+    "value_moments",
+    "value_gradient_moments",
+    "roped_key_moments",
+    "roped_query_moments",
+    "output_moments",
+)
+ADDED = ("rotated_fisher_range2", *MOMENTS)  # what files of older versions lack
+
+
+def head_moments(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Returns second moments by kv head, `[heads, dim, dim]`.
+
+    They are sums over tokens, and means over the heads of `x` that belong to a kv head.
+
+    Args:
+        x: fp32 `[a multiple of heads, tokens, dim]`.
+        heads: Number of kv heads.
+    """
+    by_head = x.unflatten(0, (heads, -1)).flatten(1, 2)
+    return by_head.mT @ by_head / (len(x) // heads)
+
+
+def has_rotation(head_dim: int) -> bool:
+    """Returns whether vectors of a head's size have a Hadamard rotation."""
+    try:
+        factors(head_dim)
+    except UserError:
+        return False
+    return True
+
+
 def save_statistics(path: Path, layers: list[LayerStatistics], info: dict[str, Any]) -> None:
     """Writes stats.safetensors, then stats.json with the hashes of both."""
     tensors = {
         f"layers.{i}.{name}": tensor
         for i, layer in enumerate(layers)
         for name, tensor in vars(layer).items()
+        if tensor is not None
     }
-    save_pair(path.with_suffix(".json"), path, info, tensors)
+    whole = all(layer.rotated_fisher_range2 is not None for layer in layers)
+    save_pair(path.with_suffix(".json"), path, {**info, "moments": whole}, tensors)
 
 
 def load_statistics(path: Path) -> tuple[list[LayerStatistics], dict[str, Any]]:
@@ -149,7 +269,9 @@ def load_statistics(path: Path) -> tuple[list[LayerStatistics], dict[str, Any]]:
     count = info.get("num_layers")
     if type(count) is not int or not 1 <= count <= MAX_LAYERS:
         raise UserError(f"{FIELD}: {manifest} is damaged (num_layers: {count}): {AGAIN}")
-    names = list(LayerStatistics.__dataclass_fields__)
+    # Files of older versions lack some tables, which only some kinds of schemes need.
+    added = ADDED if info.get("moments") is True else ()
+    names = [n for n in LayerStatistics.__dataclass_fields__ if n not in ADDED or n in added]
     wanted = {f"layers.{i}.{name}": None for i in range(count) for name in names}
     tensors = read_tensors(path, info["tensors_sha256"], wanted, FIELD, AGAIN)
     layers = []

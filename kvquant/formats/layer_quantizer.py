@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Protocol, Self
 
 import torch
 
@@ -17,6 +18,26 @@ def outliers_per_side(fraction: float, channels: int) -> int:
     return min(max(1, round(fraction * channels / 2)), (channels + 1) // 2)
 
 
+class LayerTables(Protocol):
+    """The calibrated tables of one layer, which a quantizer file holds by the names of fields."""
+
+    FIELDS: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def shapes(cls, bits: float, heads: int, dim: int) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of each table for a scheme's `bits` and a model's heads."""
+
+    def problem(self) -> str | None:
+        """Returns what is wrong with the tables, which are finite, or None."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Returns a copy of the tables on `device`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tables."""
+
+
 @dataclass(frozen=True)
 class LayerQuantizer:
     """Holds the calibrated key ranges and codebooks of one layer, a row of the quantizer file.
@@ -29,10 +50,25 @@ class LayerQuantizer:
         value_levels: fp32 `[2**bits]`, codebook of normalized values, sorted, on [-1, 1].
     """
 
+    FIELDS: ClassVar[tuple[str, ...]] = ("key_zero", "key_scale", "key_levels", "value_levels")
+
     key_zero: torch.Tensor
     key_scale: torch.Tensor
     key_levels: torch.Tensor
     value_levels: torch.Tensor
+
+    @classmethod
+    def shapes(cls, bits: float, heads: int, dim: int) -> dict[str, tuple[int, ...]]:
+        """See :meth:`LayerTables.shapes`."""
+        channels, levels = (heads, dim), (2 ** int(bits),)
+        return dict(zip(cls.FIELDS, (channels, channels, levels, levels), strict=True))
+
+    def problem(self) -> str | None:
+        """See :meth:`LayerTables.problem`."""
+        for name in ("key_levels", "value_levels"):
+            if bool((getattr(self, name).diff() < 0).any()):
+                return f"{name} is not sorted"
+        return "key_scale has a negative range" if bool((self.key_scale < 0).any()) else None
 
     def check(self) -> None:
         """Refuses NaN, infinities and negative scales.
@@ -40,7 +76,7 @@ class LayerQuantizer:
         Raises:
             ValueError: A table holds one; the message names the table.
         """
-        for name in ("key_zero", "key_scale", "key_levels", "value_levels"):
+        for name in self.FIELDS:
             if not bool(getattr(self, name).isfinite().all()):
                 raise ValueError(f"{name}: NaN or infinite; calibrate again")
         if bool((self.key_scale < 0).any()):

@@ -22,6 +22,11 @@ from kvquant.models.hooks import attention_layers as attention_layers
 from kvquant.models.hooks import install_attention as install_attention
 from kvquant.models.hooks import position_limit as position_limit
 from kvquant.models.hooks import uninstall_attention as uninstall_attention
+from kvquant.models.value_rotation import (
+    fold_value_rotation,
+    refuse_rotated,
+    values_rotated,
+)
 from kvquant.quantization.quantizer_file import check_scheme, load_quantizer, scheme_of
 from kvquant.schemes.registry import CacheFactory, ModelShape, build_caches, build_codecs
 from kvquant.study.schemes import Fp16Scheme, SchemeSpec
@@ -305,6 +310,13 @@ def load_quantized_model(
     codecs = build_codecs(spec, len(layers), tables)
     for codec in codecs or []:
         codec.check_model(heads, dim)
+    if codecs and codecs[0].rotates_values:
+        # A model that was given as an object belongs to the caller, who may use it otherwise.
+        if values_rotated(base) or (not loaded and fold_value_rotation(base, layers, dim)):
+            for codec in codecs:
+                codec.expect_rotated_values()
+    elif spec.quantizes:
+        refuse_rotated(base, f"scheme kind '{spec.kind}'")
     caches = build_caches(spec, ModelShape(len(layers), heads, dim), tables)
     install_attention(base)
     return QuantizedModel(base, tokenizer, spec, codecs, caches, inputs)

@@ -82,11 +82,11 @@ def rotate(x: torch.Tensor, *, inverse: bool = False) -> torch.Tensor:
     """Rotates the last dimension, or rotates it back; lengths are kept.
 
     Args:
-        x: fp32 `[..., size]`, `size` as :func:`factors` allows.
+        x: fp32 or fp64 `[..., size]`, `size` as :func:`factors` allows.
         inverse: Whether to rotate back.
 
     Returns:
-        fp32 of the same shape.
+        The same dtype and shape.
     """
     size = x.shape[-1]
     order, power = factors(size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from kvquant.errors import UserError
 from kvquant.fetch.text_overlap import CalibratedText
-from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.formats.layer_quantizer import LayerTables
 from kvquant.formats.tensor_file import read_info, read_tensors, save_pair
+from kvquant.study.dotted import load
 from kvquant.study.scheme_kinds import CalibratedScheme, Scheme
 from kvquant.study.schemes import SchemeSpec
 
-FIELDS = ("key_zero", "key_scale", "key_levels", "value_levels")
 FIELD = "quantizer"
 AGAIN = "build it again (`kvquant quantize`)"
 MAX_LAYERS = 4096
@@ -58,12 +59,12 @@ def tensors_path(manifest: Path) -> Path:
     return manifest.with_suffix(".safetensors")
 
 
-def save_quantizer(path: Path, manifest: QuantizerManifest, layers: list[LayerQuantizer]) -> None:
+def save_quantizer(path: Path, manifest: QuantizerManifest, layers: Sequence[LayerTables]) -> None:
     """Writes both files, the JSON last, so that its presence means that both are whole."""
     tensors = {
         f"layers.{i}.{field}": getattr(layer, field)
         for i, layer in enumerate(layers)
-        for field in FIELDS
+        for field in layer.FIELDS
     }
     save_pair(path, tensors_path(path), manifest.model_dump(mode="json"), tensors)
 
@@ -138,7 +139,7 @@ def check_digest(path: Path, digest: str) -> QuantizerManifest:
 
 def load_quantizer(
     path: Path, *, weights_sha256: str | None, device: torch.device | str = "cpu"
-) -> tuple[QuantizerManifest, list[LayerQuantizer]]:
+) -> tuple[QuantizerManifest, list[LayerTables]]:
     """Reads a quantizer and checks that it is whole and was built for the model at hand.
 
     Args:
@@ -157,19 +158,16 @@ def load_quantizer(
             f"(weights {manifest.weights_sha256[:12]}), not for weights {weights_sha256[:12]}: "
             "build one for this model"
         )
-    entries = 2 ** scheme_of(path, manifest).bits
-    channels = (manifest.num_kv_heads, manifest.head_dim)
-    shapes = dict(zip(FIELDS, (channels, channels, (entries,), (entries,)), strict=True))
-    wanted = {f"layers.{i}.{f}": shapes[f] for i in range(manifest.num_layers) for f in FIELDS}
+    spec = scheme_of(path, manifest)
+    kind: type[LayerTables] = load(spec.registration.tables)
+    shapes = kind.shapes(spec.bits, manifest.num_kv_heads, manifest.head_dim)
+    wanted = {f"layers.{i}.{f}": shapes[f] for i in range(manifest.num_layers) for f in kind.FIELDS}
     file = tensors_path(path)
     tensors = read_tensors(file, manifest.tensors_sha256, wanted, FIELD, AGAIN)
-    for name, tensor in tensors.items():
-        if name.endswith("_levels") and bool((tensor.diff() < 0).any()):
-            raise UserError(f"{FIELD}: {file}: {name} is not sorted: {AGAIN}")
-        if name.endswith("_scale") and bool((tensor < 0).any()):
-            raise UserError(f"{FIELD}: {file}: {name} has a negative range: {AGAIN}")
-    layers = [
-        LayerQuantizer(*(tensors[f"layers.{i}.{field}"].to(device) for field in FIELDS))
-        for i in range(manifest.num_layers)
-    ]
+    layers: list[LayerTables] = []
+    for i in range(manifest.num_layers):
+        layer = kind(**{field: tensors[f"layers.{i}.{field}"] for field in kind.FIELDS})
+        if (problem := layer.problem()) is not None:
+            raise UserError(f"{FIELD}: {file}: layers.{i}.{problem}: {AGAIN}")
+        layers.append(layer.to(device))
     return manifest, layers

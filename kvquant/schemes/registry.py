@@ -6,18 +6,18 @@ function is imported here when a scheme of the kind is first used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvquant.cache.codec import Codec
 from kvquant.errors import UserError
-from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.formats.layer_quantizer import LayerTables
 from kvquant.formats.rope import Rope
 from kvquant.study.dotted import load
 from kvquant.study.scheme_kinds import Scheme
 
-Tables = list[LayerQuantizer] | None
+Tables = Sequence[LayerTables] | None
 CacheFactory = Callable[[Any, Rope], Any]  # (protocol, rotary table) -> an empty cache
 
 
@@ -51,7 +51,7 @@ def build_codecs(spec: Scheme, num_layers: int, tables: Tables) -> list[Codec] |
     if spec.registration.codec is None:
         return None
     _check_tables(spec, tables)
-    make: Callable[[Scheme, int, LayerQuantizer | None], Codec] = load(spec.registration.codec)
+    make: Callable[[Scheme, int, LayerTables | None], Codec] = load(spec.registration.codec)
     return [
         make(spec, layer, None if tables is None else tables[layer]) for layer in range(num_layers)
     ]

@@ -10,35 +10,15 @@ residual signs) is not implemented. An element takes bits + 16 / head_dim bits.
 
 from __future__ import annotations
 
-import functools
-import math
-
-import numpy as np
 import torch
-from scipy.special import ndtr, ndtri  # scipy.stats takes a second to import
 
 from kvquant.cache.codec import Codec, Packed
 from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.formats.packing import pack, unpack
 from kvquant.kernels import pytorch_fused as fused
 from kvquant.quantization.hadamard import factors, rotate
+from kvquant.quantization.lloyd_max import lloyd_max
 from kvquant.study.schemes import TurboQuantScheme
-
-
-@functools.cache
-def lloyd_max(bits: int) -> tuple[float, ...]:
-    """Returns the levels of the optimal scalar quantizer of a standard normal variable.
-
-    The algorithm (Max, 1960; Lloyd, 1982) alternates between the two conditions of an optimum: each
-    edge lies halfway between two levels, and each level lies at the mean of its interval.
-    """
-    count = 2**bits
-    levels = ndtri((np.arange(count) + 0.5) / count)
-    for _ in range(2000):
-        edges = np.concatenate([[-np.inf], (levels[:-1] + levels[1:]) / 2, [np.inf]])
-        mass = np.diff(ndtr(edges))
-        levels = -np.diff(np.exp(-(edges**2) / 2) / math.sqrt(2 * math.pi)) / mass
-    return tuple((levels - levels[::-1]) / 2)  # exactly symmetric
 
 
 class TurboQuantCodec(Codec):

@@ -8,7 +8,7 @@ from kvquant.errors import unknown
 from kvquant.study.datasets import DATASETS
 from kvquant.study.limits import MAX_NAMES, MAX_RESULTS, MAX_SEED
 from kvquant.study.paths import NAME
-from kvquant.study.scheme_kinds import CalibratedScheme
+from kvquant.study.scheme_kinds import CodebookScheme
 from kvquant.study.sections import StudySections
 
 MAX_NAME = 64
@@ -60,7 +60,7 @@ def _schemes(study: StudySections) -> Iterator[str]:
     if len(set(fractions)) != len(fractions) or not all(0 <= f < 1 for f in fractions):
         yield "calibration.outlier_fractions: must be distinct, from 0 to below 1"
     for name, scheme in study.schemes.items():
-        if isinstance(scheme, CalibratedScheme) and scheme.outliers not in fractions:
+        if isinstance(scheme, CodebookScheme) and scheme.outliers not in fractions:
             yield (
                 f"schemes.{name}.outliers: {scheme.outliers} is not in "
                 f"calibration.outlier_fractions {fractions}; add it there"

@@ -29,6 +29,10 @@ class SchemeKind:
         caches: The name of a function that returns a factory of whole caches. It takes the options,
             the model's shape and the tables of all layers or None. A kind with neither `codec` nor
             `caches` leaves the model its own cache.
+        tables: The name of the class of a layer's calibrated tables, for calibrated kinds.
+        builder: The name of the function that builds the tables of all layers from calibration
+            statistics. It takes the statistics, the options, the calibrated outlier fractions and
+            the number of kv heads, and returns the tables and errors by name.
         nominal_bits: Bits per element without scales and outliers; None takes the option `bits`.
         protocols: The protocols that the cache can be measured under.
         quantizes: Whether the cache quantizes at all.
@@ -43,6 +47,8 @@ class SchemeKind:
     summary: str
     codec: str | None
     caches: str | None
+    tables: str
+    builder: str
     nominal_bits: int | None
     protocols: tuple[str, ...]
     quantizes: bool
@@ -89,9 +95,16 @@ class CalibratedScheme(Scheme):
     """A scheme that needs a quantizer built from calibration statistics."""
 
     if TYPE_CHECKING:  # fields that each subclass declares, as above
+        bits: float
+        sinks: int
+
+
+class CodebookScheme(CalibratedScheme):
+    """A calibrated scheme with one codebook for the keys and one for the values of each layer."""
+
+    if TYPE_CHECKING:
         bits: int
         outliers: float
-        sinks: int
         datatype: str
         weighting: str
         q_norm: bool
@@ -107,6 +120,8 @@ def scheme_kind(
     summary: str,
     codec: str | None = None,
     caches: str | None = None,
+    tables: str = "kvquant.formats.layer_quantizer:LayerQuantizer",
+    builder: str = "kvquant.calibration.build:build_layers",
     nominal_bits: int | None = None,
     protocols: tuple[str, ...] = ("A", "B"),
     quantizes: bool = True,
@@ -133,6 +148,8 @@ def scheme_kind(
             summary=summary,
             codec=codec,
             caches=caches,
+            tables=tables,
+            builder=builder,
             nominal_bits=nominal_bits,
             protocols=protocols,
             quantizes=quantizes,

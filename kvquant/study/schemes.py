@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Union
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from kvquant.study.datatypes import DatatypeName
 from kvquant.study.limits import MAX_SEED, MAX_TOKENS
-from kvquant.study.scheme_kinds import SCHEME_KINDS, CalibratedScheme, Scheme, scheme_kind
+from kvquant.study.scheme_kinds import (
+    SCHEME_KINDS,
+    CalibratedScheme,
+    CodebookScheme,
+    Scheme,
+    scheme_kind,
+)
 
 # Options that several kinds have, each with its limits and its meaning.
 CodeBits = Annotated[Literal[2, 3, 4], Field(description="bits per code")]
@@ -35,6 +41,7 @@ Group = Annotated[
     int,
     Field(ge=8, le=MAX_TOKENS, description="elements per group, which share a scale and an offset"),
 ]
+BlockSize = Annotated[Literal[32, 64, 128, 256, 512, 1024], Field(description="tokens per block")]
 CodeDatatype = Annotated[DatatypeName, Field(description="datatype of the codes")]
 Weighting = Annotated[
     Literal["fisher-range2", "fisher", "none"],
@@ -78,7 +85,7 @@ class Fp16StaticScheme(Scheme):
     summary="ours: non-uniform codes with exact outliers; `datatype` (below)",
     codec="kvquant.schemes.nuq:make_codec",
 )
-class NuqScheme(CalibratedScheme):
+class NuqScheme(CodebookScheme):
     """Non-uniform quantization with exact sparse outliers (ours; KVQuant's datatype)."""
 
     kind: Literal["nuq"] = Field(description="kind of the scheme")
@@ -87,10 +94,44 @@ class NuqScheme(CalibratedScheme):
         0.01, ge=0.0, le=1.0, description="fraction of elements kept exactly as outliers"
     )
     sinks: Sinks = 1
-    block_size: Literal[32, 64, 128, 256, 512, 1024] = Field(64, description="tokens per block")
+    block_size: BlockSize = 64
     datatype: CodeDatatype = "nuq"
     weighting: Weighting = "fisher-range2"
     q_norm: MomentMatching = False
+
+
+@scheme_kind(
+    label="Allocated codes",
+    summary="ours: widths of codes by sensitivity, values rotated and without outliers",
+    codec="kvquant.schemes.allocated:make_codec",
+    tables="kvquant.formats.allocated_layer:AllocatedLayer",
+    builder="kvquant.calibration.allocated_build:build_allocated",
+)
+class AllocatedScheme(CalibratedScheme):
+    """Codes whose widths one allocation over the whole model chooses by sensitivity (ours)."""
+
+    kind: Literal["allocated"] = Field(description="kind of the scheme")
+    bits: float = Field(
+        3.3,
+        ge=1.5,
+        le=6.0,
+        description="mean bits per element of full blocks, with outliers, pointers and scales",
+    )
+    outliers: float = Field(
+        0.0025, ge=0.0, lt=0.5, description="fraction of key elements kept exactly as outliers"
+    )
+    sinks: Sinks = 1
+    block_size: BlockSize = 64
+    rotation: bool = Field(True, description="rotate values within their head by a Hadamard matrix")
+    value_range: Literal["token", "token-head"] = Field(
+        "token", description="one range of values per token, or per token and head"
+    )
+    allocation: Literal["model", "layer"] = Field(
+        "model", description="whether layers compete for bits or get equally many"
+    )
+    min_value_width: int | None = Field(
+        None, ge=1, le=6, description="smallest width of values' codes; absent: `bits` rounded down"
+    )
 
 
 @scheme_kind(
@@ -191,12 +232,83 @@ class KvarnScheme(Scheme):
 
 
 @scheme_kind(
+    label="Block-GTQ",
+    summary="Block-GTQ: widths of keys per RoPE pair by energy, rotation, norm, Lloyd-Max levels",
+    codec="kvquant.schemes.block_gtq:make_codec",
+    tables="kvquant.formats.block_gtq_layer:BlockGtqLayer",
+    builder="kvquant.calibration.block_gtq_build:build_block_gtq",
+    reference="arXiv 2606.24033",
+)
+class BlockGtqScheme(_TokenScheme, CalibratedScheme):
+    """Block-GTQ (arXiv 2606.24033): widths of keys per RoPE pair by query and key energies."""
+
+    kind: Literal["block-gtq"] = Field(description="kind of the scheme")
+    bits: float = Field(3.0, ge=1.0, le=8.0, description="mean bits per code of keys")
+    value_bits: CodeBits | None = Field(
+        None, description="bits per code of values, if other than `bits` (published: 2 and 3)"
+    )
+    min_width: int = Field(1, ge=1, le=8, description="smallest width of a pair's codes")
+    max_width: int = Field(8, ge=1, le=8, description="largest width of a pair's codes")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="seed of the random rotations")
+
+    @model_validator(mode="after")
+    def _possible(self) -> BlockGtqScheme:
+        if not self.min_width <= self.bits <= self.max_width:
+            raise ValueError(
+                f"bits: {self.bits:g} is not between min_width {self.min_width} and max_width "
+                f"{self.max_width}"
+            )
+        if self.value_bits is None and self.bits not in (2, 3, 4):
+            raise ValueError(f"value_bits: must be given (2, 3 or 4) where bits is {self.bits:g}")
+        return self
+
+    @property
+    def width_of_values(self) -> int:
+        """Returns the bits per code of values."""
+        return int(self.bits) if self.value_bits is None else self.value_bits
+
+    @property
+    def nominal_bits(self) -> int:
+        """Returns the mean bits of keys and values, rounded down."""
+        return int((self.bits + self.width_of_values) / 2)
+
+
+@scheme_kind(
+    label="WUSH-KV",
+    summary="WUSH-KV: transforms per head by queries and W_O, clipped uniform levels; windows",
+    codec="kvquant.schemes.wush_kv:make_codec",
+    tables="kvquant.formats.wush_layer:WushLayer",
+    builder="kvquant.calibration.wush_build:build_wush",
+    reference="arXiv 2609.38121",
+)
+class WushKvScheme(CalibratedScheme):
+    """WUSH-KV (arXiv 2609.38121): closed-form transforms per head, QuEST's clipped quantizer."""
+
+    kind: Literal["wush-kv"] = Field(description="kind of the scheme")
+    bits: CodeBits
+    value_bits: CodeBits | None = Field(
+        None, description="bits per code of values, if other than `bits`"
+    )
+    damping: float = Field(
+        0.01, gt=0.0, le=1.0, description="share of their mean diagonals added to second moments"
+    )
+    sinks: Sinks = 16
+    block_size: Literal[16, 32, 64, 128, 256] = Field(16, description="tokens per block")
+    residual: Residual = 128
+
+    @property
+    def nominal_bits(self) -> int:
+        """Returns the mean bits of keys and values, rounded down."""
+        return (self.bits + (self.value_bits or self.bits)) // 2
+
+
+@scheme_kind(
     label="KVQuant's procedure",
     summary="KVQuant's published procedure, the baseline of speed claims",
     caches="kvquant.schemes.kvquant_ref:make_caches",
     reference="arXiv 2401.18079",
 )
-class KvquantRefScheme(CalibratedScheme):
+class KvquantRefScheme(CodebookScheme):
     """KVQuant's published procedure (arXiv 2401.18079): one sequence at a time, growing arrays."""
 
     kind: Literal["kvquant-ref"] = Field(description="kind of the scheme")

@@ -17,6 +17,7 @@ from kvquant.benchmarks.kernel_measures import Bench, Prompts, continuation, pro
 from kvquant.benchmarks.kernels import order
 from kvquant.benchmarks.random_model import RandomModel
 from kvquant.cli import main
+from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.schemes import hf_quantized
 from kvquant.study.config import Study, parse_study
 from kvquant.study.digests import kernels_digest
@@ -255,6 +256,7 @@ def test_tables_leave_the_scheme_s_share_of_the_model_s_keys_outside(outliers: f
     tables = model.tables(parse_study(raw).schemes["nuq3-1pct"])
     assert tables is not None and len(tables) == 2
     for keys, found in zip(model._sample(), tables, strict=True):
+        assert isinstance(found, LayerQuantizer)
         scaled = (keys.view(-1, 1, 64) - found.key_zero) / found.key_scale
         assert (scaled.abs() > 1).float().mean() == pytest.approx(outliers, rel=0.1)
     assert model.tables(parse_study(raw).schemes["kivi-4"]) is None

@@ -26,7 +26,7 @@ def test_sides_agree_and_are_timed(
     out = tmp_path / "out.json"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     main(
-        f"--heads 2 --kv-heads 1 --dim 64 --batch 2 --past 75 --chunk {chunk} --block-size 32 "
+        f"--heads 2 --kv-heads 1 --dim 32 --batch 2 --past 70 --chunk {chunk} --block-size 32 "
         f"--rounds 5 --device {device} --out {out}".split()
     )
     result = json.loads(out.read_text(encoding="utf-8"))

@@ -18,13 +18,16 @@ from kvquant.cache.block_store import BlockStore
 from kvquant.cache.footprint import cache_elements, cache_nbytes
 from kvquant.cache.layout import Layout
 from kvquant.cache.memory_formula import (
+    allocated_footprint,
     bits_per_element,
     fp16_bytes,
     layer_footprint,
     plan_blocks,
     prefill_excess,
 )
-from kvquant.study.schemes import KiviScheme, KvarnScheme, NuqScheme
+from kvquant.formats.allocated_layer import AllocatedLayer
+from kvquant.quantization.ranged_tables import ranged_tables
+from kvquant.study.schemes import AllocatedScheme, KiviScheme, KvarnScheme, NuqScheme
 from tests.support.caches import quantized
 from tests.support.models import tiny_model
 
@@ -131,6 +134,33 @@ def test_formula_is_what_the_store_allocates(data: st.DataObject) -> None:
     elif outliers:
         # an arena that is filled later is sized by its first blocks
         assert entries == pytest.approx(formula.outliers, rel=0.5, abs=2048)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    bits=st.sampled_from([2.3, 3.3, 4.3]),
+    outliers=st.sampled_from([0.0, 0.0025, 0.01]),
+    value_range=st.sampled_from(["token", "token-head"]),
+    calls=st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=3),
+)
+def test_allocated_codes(
+    bits: float, outliers: float, value_range: Any, calls: list[tuple[int, int]]
+) -> None:
+    """Exact but for the outliers, whose number is drawn."""
+    spec = AllocatedScheme(kind="allocated", bits=bits, outliers=outliers, value_range=value_range)
+    given_calls = [list(call) for call in calls]
+    store = fill(spec, 3, 64, given_calls)
+    layer = ranged_tables(spec, torch.zeros(3, 64), torch.ones(3, 64))
+    assert isinstance(layer, AllocatedLayer)
+    tables = store.codec.shared_bytes
+    formula = allocated_footprint(spec, layer, given_calls, tables=tables)
+    entries = sum(
+        sum(t.nbytes for t in (*s._positions, *s._values))
+        for arena in store.arenas
+        for s in arena.sparse.values()
+    )
+    assert store.nbytes - entries == formula.total - formula.outliers
+    assert entries == pytest.approx(formula.outliers, rel=0.5, abs=2048)
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -1,6 +1,6 @@
 """Calibration statistics against plain loops, and the quantizer built from them.
 
-Also covers: calibration.build, calibration.statistics, study.calibration.
+Also covers: calibration.build, study.calibration.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from kvquant.calibration.build import build_layer, percentile
 from kvquant.calibration.collect import calibrate, draw_windows
 from kvquant.calibration.statistics import LayerStatistics, load_statistics, save_statistics
 from kvquant.errors import UserError
+from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.quantization.quantizer_file import load_quantizer
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.schemes import NuqScheme
@@ -25,7 +26,7 @@ def test_percentiles_of_streamed_data_follow_the_whole() -> None:
     generator = torch.Generator().manual_seed(0)
     data = torch.randn(6, 700, 5, generator=generator) * torch.tensor([1, 2, 0.1, 5, 1.0])
     data[3:] *= 4  # later windows leave the first grid
-    statistics = LayerStatistics.from_first(data[0], 1024, 1)
+    statistics = LayerStatistics.from_first(data[0], 1024, 1, 1)
     for window in data:
         statistics.add_keys(window, torch.ones_like(window))
     everything = data.reshape(-1, 5)
@@ -78,6 +79,7 @@ def test_statistics_and_quantizer_files_come_back(tmp_path: Path) -> None:
     assert torch.all(layers[0].key_levels.diff() > 0)
     path = save_made_quantizer(tmp_path / "quantizer.json", scheme, "a" * 64, layers)
     _, loaded = load_quantizer(path, weights_sha256="a" * 64)
+    assert isinstance(loaded[1], LayerQuantizer)
     assert torch.equal(loaded[1].key_scale, layers[1].key_scale)
     with pytest.raises(UserError, match="built for model 'tiny'"):
         load_quantizer(path, weights_sha256="b" * 64)

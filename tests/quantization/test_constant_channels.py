@@ -86,7 +86,7 @@ def test_channels_that_were_constant_in_calibration(kind: torch.dtype, weighting
     """From the histograms on: the constant is no outlier, all else in its channel is one."""
     n = len(CONSTANTS)
     values = torch.tensor(CONSTANTS).to(kind).float().tolist()
-    statistics = LayerStatistics.from_first(channels(values, 500), 1024, 1)
+    statistics = LayerStatistics.from_first(channels(values, 500), 1024, 1, 1)
     for seed in range(3):
         window = channels(values, 500, seed)
         statistics.add_keys(window, torch.ones_like(window))
@@ -107,7 +107,7 @@ def test_channels_that_were_constant_in_calibration(kind: torch.dtype, weighting
     assert int(differs.sum()) >= 2 * n - 1
     assert torch.equal(quantizer.fake_keys(x)[..., :n][differs], x[..., :n].float()[differs])
     # other channels are coded as if the constant ones were not there
-    alone = LayerStatistics.from_first(channels(values, 500)[:, n:], 1024, 1)
+    alone = LayerStatistics.from_first(channels(values, 500)[:, n:], 1024, 1, 1)
     for seed in range(3):
         window = channels(values, 500, seed)[:, n:]
         alone.add_keys(window, torch.ones_like(window))
@@ -121,7 +121,7 @@ def test_a_channel_that_moves_in_a_later_window() -> None:
     first[:, 1] = torch.linspace(-1, 1, 500)
     later = first.clone()
     later[:4, 0] = torch.tensor([1.0, 9.0, -20.0, 3.5])
-    statistics = LayerStatistics.from_first(first, 1024, 1)
+    statistics = LayerStatistics.from_first(first, 1024, 1, 1)
     for window in (first, later):
         statistics.add_keys(window, torch.ones_like(window))
         statistics.add_values(window, torch.ones_like(window), [0.01])
@@ -135,7 +135,7 @@ def test_a_channel_that_moves_in_a_later_window() -> None:
 
 def test_a_layer_of_constants_has_a_quantizer() -> None:
     window = torch.tensor([[1.0, -2.0, 0.0, 5.0]]).expand(100, -1)
-    statistics = LayerStatistics.from_first(window, 1024, 1)
+    statistics = LayerStatistics.from_first(window, 1024, 1, 1)
     statistics.add_keys(window, torch.ones_like(window))
     statistics.add_values(window, torch.ones_like(window), [0.01])
     made, error, _ = build_layer(statistics, SPEC, [0.01], 1)
@@ -152,7 +152,7 @@ def test_a_layer_of_constants_has_a_quantizer() -> None:
 )
 def test_without_outliers_a_constant_channel_is_refused() -> None:
     window = channels([2.0], 300)
-    statistics = LayerStatistics.from_first(window, 1024, 1)
+    statistics = LayerStatistics.from_first(window, 1024, 1, 1)
     statistics.add_keys(window, torch.ones_like(window))
     statistics.add_values(window, torch.ones_like(window), [0.0])
     with pytest.raises(UserError, match="outliers: 0, but 1 key channels of a layer were constant"):
@@ -161,7 +161,7 @@ def test_without_outliers_a_constant_channel_is_refused() -> None:
 
 def test_sensitivities_of_zero_are_refused() -> None:
     window = channels([2.0], 300)
-    statistics = LayerStatistics.from_first(window, 1024, 1)
+    statistics = LayerStatistics.from_first(window, 1024, 1, 1)
     statistics.add_keys(window, torch.zeros_like(window))
     statistics.add_values(window, torch.ones_like(window), [0.01])
     with pytest.raises(UserError, match="weighting: 'fisher-range2', but all gradients"):

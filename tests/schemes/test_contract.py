@@ -24,6 +24,8 @@ from kvquant.schemes.registry import ModelShape, build_caches, build_codecs
 from kvquant.study.dotted import load
 from kvquant.study.scheme_kinds import SCHEME_KINDS, SchemeKind
 from kvquant.study.schemes import (
+    AllocatedScheme,
+    BlockGtqScheme,
     Fp8Scheme,
     Fp16Scheme,
     Fp16StaticScheme,
@@ -36,6 +38,7 @@ from kvquant.study.schemes import (
     KvquantRefScheme,
     NuqScheme,
     TurboQuantScheme,
+    WushKvScheme,
 )
 from tests.support.caches import feed, quantized, ragged
 from tests.support.models import tiny_model
@@ -67,6 +70,9 @@ NOT_OURS: list[Any] = [
     HfFp8Scheme(kind="hf-fp8"),
 ]
 CHOSEN: list[Any] = [
+    AllocatedScheme(kind="allocated", block_size=32),
+    AllocatedScheme(kind="allocated", bits=4.3, block_size=32, sinks=0, value_range="token-head"),
+    AllocatedScheme(kind="allocated", bits=2.3, block_size=64, outliers=0.0, rotation=False),
     Fp16StaticScheme(kind="fp16-static", room=5),
     NuqScheme(kind="nuq", bits=4, block_size=32),
     NuqScheme(kind="nuq", bits=3, block_size=32, datatype="nf"),
@@ -84,6 +90,11 @@ CHOSEN: list[Any] = [
     KvarnScheme(kind="kvarn", bits=4, tile=32, sinks=1),
     KvarnScheme(kind="kvarn", bits=4, value_bits=2, tile=16, sinks=0, residual=16),
     KvarnScheme(kind="kvarn", bits=2, tile=16, sinks=3),
+    BlockGtqScheme(kind="block-gtq", bits=4.0, value_bits=4, block_size=16, sinks=1),
+    BlockGtqScheme(kind="block-gtq", bits=2.5, value_bits=2, block_size=32, residual=7),
+    WushKvScheme(kind="wush-kv", bits=4, sinks=1, residual=0),
+    WushKvScheme(kind="wush-kv", bits=3, value_bits=2, block_size=32, sinks=0, residual=7),
+    WushKvScheme(kind="wush-kv", bits=4, sinks=16, residual=16),
     KvquantRefScheme(kind="kvquant-ref", bits=4, room=5),
     KvquantRefScheme(kind="kvquant-ref", bits=3, outliers=0.0, sinks=0),
     KvquantRefScheme(kind="kvquant-ref", bits=2, sinks=5),
@@ -120,12 +131,15 @@ def name(spec: Any) -> str:
 
 
 CHOSEN_SINKING: list[Any] = [
+    AllocatedScheme(kind="allocated", block_size=32, outliers=0.0),
     NuqScheme(kind="nuq", bits=3, block_size=32, outliers=0.0),
     KiviScheme(kind="kivi", bits=2, group=16, residual=16),
     Fp8Scheme(kind="fp8", block_size=16),
     TurboQuantScheme(kind="turboquant", bits=3, block_size=16),
     Int4HadamardScheme(kind="int4-hadamard", block_size=16),
     KvarnScheme(kind="kvarn", bits=2, tile=16, residual=16),
+    BlockGtqScheme(kind="block-gtq", block_size=16),
+    WushKvScheme(kind="wush-kv", bits=3, residual=16),
 ]
 SINKING = with_others(CHOSEN_SINKING, PACKS_BLOCKS)
 

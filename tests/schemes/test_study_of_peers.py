@@ -13,6 +13,7 @@ import torch
 
 from kvquant.cli import main
 from kvquant.errors import UserError
+from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.quantization.nuq import fit
 from kvquant.quantization.quantizer_file import load_quantizer
 from kvquant.study.config import parse_study
@@ -24,8 +25,11 @@ PEERS: dict[str, Any] = {
     "nf3-1pct": {"kind": "nuq", "bits": 3, "block_size": 32, "datatype": "nf"},
     "ref3-1pct": {"kind": "kvquant-ref", "bits": 3},
     "turboquant-3": {"kind": "turboquant", "bits": 3, "block_size": 32},
+    "block-gtq-3": {"kind": "block-gtq", "bits": 3, "block_size": 32},
+    "wush-kv-3": {"kind": "wush-kv", "bits": 3, "sinks": 1, "residual": 0},
     "fp16-static": {"kind": "fp16-static"},
 }
+CALIBRATED = ("nuq3-1pct", "nf3-1pct", "ref3-1pct", "block-gtq-3", "wush-kv-3")
 if QUANTO:
     PEERS["hf-quanto-4"] = {"kind": "hf-quanto", "bits": 4, "group": 16, "residual": 16}
 EVALUATED = ["fp16", "nuq3-1pct", *(p for p in PEERS if p != "fp16-static")]
@@ -53,7 +57,7 @@ def study(work: Path) -> dict[str, Any]:
     raw["pathvars"] = {"results": str(work / "p")}
     (work / "peers.json").write_text(json.dumps(raw))
     base = ["--study", str(work / "peers.json"), "--model", "tiny"]
-    for scheme in ("nuq3-1pct", "nf3-1pct", "ref3-1pct"):
+    for scheme in CALIBRATED:
         out = ["--out", str(work / f"p/models/{scheme}/quantizer.json")]
         stats = ["--stats", str(work / "r/calib/stats.safetensors")]
         assert main(["quantize", *base, "--scheme", scheme, *stats, *out]) == 0
@@ -63,7 +67,7 @@ def study(work: Path) -> dict[str, Any]:
 def options(work: Path, scheme: str) -> list[str]:
     words = ["--study", str(work / "peers.json"), "--model", "tiny", "--scheme", scheme]
     words += ["--model-manifest", str(work / "model.json"), "--device", "cpu"]
-    if scheme.startswith(("nuq", "nf", "ref")):
+    if scheme in CALIBRATED:
         words += ["--quantizer", str(work / f"p/models/{scheme}/quantizer.json")]
     return words
 
@@ -75,6 +79,7 @@ def test_nf_takes_ranges_from_calibration_and_levels_from_theory(
     _, ours = load_quantizer(work / "p/models/nuq3-1pct/quantizer.json", weights_sha256=None)
     _, nf = load_quantizer(work / "p/models/nf3-1pct/quantizer.json", weights_sha256=None)
     for mine, theirs in zip(ours, nf, strict=True):
+        assert isinstance(mine, LayerQuantizer) and isinstance(theirs, LayerQuantizer)
         assert torch.equal(mine.key_scale, theirs.key_scale)
         assert torch.equal(theirs.key_levels, fit("nf", 3))
         assert torch.equal(theirs.value_levels, fit("nf", 3))

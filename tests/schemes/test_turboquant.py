@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kvquant.errors import UserError
-from kvquant.schemes.turboquant import TurboQuantCodec, lloyd_max
+from kvquant.quantization.lloyd_max import lloyd_max
+from kvquant.schemes.turboquant import TurboQuantCodec
 from kvquant.study.schemes import TurboQuantScheme
 from tests.support.quantizers import assert_fake_is_packed, blocks, relative_error
 

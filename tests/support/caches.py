@@ -12,7 +12,7 @@ from kvquant.cache.layout import Layout
 from kvquant.models.loading import QuantizedModel, install_attention
 from kvquant.schemes.registry import ModelShape, build_caches, build_codecs
 from kvquant.study.schemes import KiviScheme, NuqScheme
-from tests.support.quantizers import narrow_quantizers
+from tests.support.quantizers import narrow_tables
 
 SPECS = [
     NuqScheme(kind="nuq", bits=4, block_size=32),
@@ -38,7 +38,7 @@ def quantized(model: Any, spec: Any, quantizers: Any = None) -> QuantizedModel:
     config = model.config
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     if quantizers is None and spec.registration.calibrated:
-        quantizers = narrow_quantizers(spec.bits, heads, config.head_dim, layers)
+        quantizers = narrow_tables(spec, heads, config.head_dim, layers)
     if quantizers is not None:
         quantizers = [q.to(model.device) for q in quantizers]
     install_attention(model)

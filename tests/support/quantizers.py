@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from kvquant.cache.codec import Codec
-from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.formats.allocated_layer import AllocatedLayer, padded_levels
+from kvquant.formats.layer_quantizer import LayerQuantizer, LayerTables
 from kvquant.quantization.nuq import fit
 from kvquant.quantization.quantizer_file import QuantizerManifest, save_quantizer
+from kvquant.quantization.ranged_tables import ranged_tables
 from kvquant.schemes.registry import build_codecs
 
 
@@ -45,6 +47,41 @@ def random_quantizer(
     )
 
 
+def random_allocated(
+    heads: int, dim: int, *, scale: tuple[float, float] = (0.5, 1.5), seed: int = 0
+) -> AllocatedLayer:
+    """Tables of allocated codes whose ranges, pairs, widths and levels are all random.
+
+    Args:
+        heads: Key/value heads.
+        dim: Elements per head, a multiple of 16.
+        scale: Smallest and largest half of a key range.
+        seed: Of everything.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator)
+
+    def widths(*shape: int) -> torch.Tensor:
+        return torch.randint(1, 7, shape, generator=generator).float()
+
+    def levels() -> torch.Tensor:
+        return padded_levels({w: (uniform(2**w) * 2 - 1).sort().values for w in range(1, 7)})
+
+    low, high = scale
+    pairs = torch.stack([torch.randperm(dim // 2, generator=generator) for _ in range(heads)])
+    return AllocatedLayer(
+        torch.randn(heads, dim, generator=generator) * 0.2,
+        uniform(heads, dim) * (high - low) + low,
+        pairs.float(),
+        widths(heads, dim // 16),
+        levels(),
+        widths(heads),
+        levels(),
+    )
+
+
 def constant_quantizer(heads: int, dim: int, bits: int, scale: float) -> LayerQuantizer:
     """The same key range `[-scale, scale]` in every channel."""
     levels = fit("nf", bits)
@@ -59,6 +96,12 @@ def narrow_quantizers(
         random_quantizer(heads, dim, bits, zero=0.05, scale=(0.3, 0.5), seed=layer)
         for layer in range(layers)
     ]
+
+
+def narrow_tables(spec: Any, heads: int, dim: int, layers: int = 2) -> list[LayerTables]:
+    """Tables of any calibrated scheme with the key ranges of :func:`narrow_quantizers`."""
+    ranges = narrow_quantizers(3, heads, dim, layers)
+    return [ranged_tables(spec, layer.key_zero, layer.key_scale) for layer in ranges]
 
 
 def layer_codec(spec: Any, dim: int, heads: int = 2) -> Codec:

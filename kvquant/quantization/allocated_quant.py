@@ -1,0 +1,202 @@
+"""The quantizer of one layer with allocated widths: it packs blocks, and reads them back.
+
+Keys (before RoPE) are normalized by static ranges per channel and coded with the width of their
+tile; those outside the range are stored exactly. Values are rotated within their head by a Hadamard
+matrix, which makes outliers needless, normalized by their token's range, and coded with the width
+of their head. Every decision about a token depends on it and on calibration alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from kvquant.errors import NonFiniteTokens
+from kvquant.formats.allocated_layer import AllocatedLayer
+from kvquant.formats.blocked_sparse import SparseSlab
+from kvquant.formats.mixed_packing import MixedRows
+from kvquant.kernels import pytorch_fused as fused
+from kvquant.quantization.hadamard import rotate
+
+PARTS = 64.0  # a power of two beyond the square root of any head_dim
+MAX_COMPARED_LEVELS = 16  # with more, a binary search is faster than counting midpoints
+
+
+class TileCodes:
+    """Codes elements that are sorted into tiles, each tile by the codebook of its width.
+
+    Args:
+        rows: Layout of the tiles.
+        levels: fp32 `[6, 64]`, codebooks (see :class:`AllocatedLayer`).
+    """
+
+    def __init__(self, rows: MixedRows, levels: torch.Tensor) -> None:
+        self.rows = rows
+        self._levels = {g.width: levels[g.width - 1, : 2**g.width].clone() for g in rows.groups}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codebooks and index tables."""
+        return self.rows.nbytes + sum(levels.nbytes for levels in self._levels.values())
+
+    def encode(self, normalized: torch.Tensor) -> torch.Tensor:
+        """Returns the uint8 codes of fp32 `[blocks, size, tiles, 16]`."""
+        codes = torch.empty(normalized.shape, dtype=torch.uint8, device=normalized.device)
+        for group in self.rows.groups:
+            levels = self._levels[group.width]
+            part = normalized.index_select(2, group.tiles)
+            if levels.numel() > MAX_COMPARED_LEVELS:
+                found = torch.bucketize(part, fused.midpoints(levels), out_int32=True)
+                part_codes = found.to(torch.uint8)
+            else:
+                part_codes = fused.encode(part, levels)
+            codes.index_copy_(2, group.tiles, part_codes)
+        return codes
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Returns the fp32 levels of uint8 codes `[blocks, size, tiles, 16]`."""
+        out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+        for group in self.rows.groups:
+            part = fused.decode(codes.index_select(2, group.tiles), self._levels[group.width])
+            out.index_copy_(2, group.tiles, part)
+        return out
+
+
+class AllocatedQuantizer:
+    """Quantizes blocks of one layer's keys (before RoPE) and values.
+
+    Args:
+        layer: Calibration of the layer.
+        outliers: Calibrated fraction of keys outside their range, which are stored exactly; 0
+            clips them.
+        rotation: Whether values are rotated while they are packed, and back when they are read.
+        per_head: Whether the values of each head have a range of their own, or those of all heads
+            of a token share one.
+
+    Attributes:
+        key_room: Factor of the room for key outliers, see :meth:`key_slots`.
+    """
+
+    def __init__(
+        self, layer: AllocatedLayer, *, outliers: float, rotation: bool, per_head: bool
+    ) -> None:
+        self.outliers, self.rotation, self.per_head = outliers, rotation, per_head
+        self._keys = TileCodes(layer.key_rows(), layer.key_levels)
+        self._values = TileCodes(layer.value_rows(), layer.value_levels)
+        self._zero = self._keys.rows.to_tiles(layer.key_zero[None, :, None])
+        self._scale = self._keys.rows.to_tiles(layer.key_scale[None, :, None])
+        self._inverse = fused.channel_inverse(self._scale)
+        self.key_room = 1.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tables, which the sequences of the layer share."""
+        ranges = (self._zero, self._scale, self._inverse)
+        return self._keys.nbytes + self._values.nbytes + sum(t.nbytes for t in ranges)
+
+    def key_slots(self, elements: int) -> int:
+        """Returns how many key outliers a GPU makes room for: 1.5 times the calibrated number.
+
+        The host never waits for the true number. 1024 slots more cover small inputs.
+        """
+        if self.outliers == 0:
+            return 0
+        return min(math.ceil(self.key_room * (1.5 * self.outliers * elements + 1024)), elements)
+
+    @staticmethod
+    def _check(x: torch.Tensor, name: str) -> None:
+        if x.dtype not in (torch.float16, torch.bfloat16):
+            raise TypeError(f"{name}: expected fp16 or bf16 blocks, got {x.dtype}")
+        # On a GPU the host would wait for the answer; callers ask `not_finite` there instead.
+        if not x.is_cuda and not bool(torch.isfinite(x).all()):
+            raise NonFiniteTokens(name)
+
+    def _rotated(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns the 16-bit values that are coded."""
+        return rotate(values.float()).to(values.dtype) if self.rotation else values
+
+    def not_finite(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Returns int32 `[1]`, 1 if keys or rotated values hold NaN or Inf, without a sync."""
+        found = torch.stack([torch.isfinite(x).all() for x in (keys, self._rotated(values))])
+        return (~found.all()).int().view(1)
+
+    def _encode_keys(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns codes `[blocks, size, tiles, 16]` and the mask of outliers in the shape of x."""
+        self._check(x, "keys")
+        normalized = (self._keys.rows.to_tiles(x).float() - self._zero) * self._inverse
+        codes = self._keys.encode(normalized)
+        if self.outliers <= 0:
+            return codes, None
+        return codes, self._keys.rows.from_tiles(normalized.abs() > 1.0)
+
+    def _decode_keys(self, codes: torch.Tensor) -> torch.Tensor:
+        """Returns the fp32 keys that codes stand for, `[blocks, heads, size, head_dim]`."""
+        keys = self._keys.decode(codes).mul_(self._scale).add_(self._zero)
+        return self._keys.rows.from_tiles(keys)
+
+    def _encode_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns codes, and 16-bit zeros and scales per token, or per head and token."""
+        x = self._rotated(x)
+        self._check(x, "values")
+        over = (-1,) if self.per_head else (1, 3)
+        low, high = x.amin(over).float() * 0.5, x.amax(over).float() * 0.5
+        zero, scale = (high + low).to(x.dtype), (high - low).to(x.dtype)
+        normalized = (x.float() - self._spread(zero)) * fused.inverse_range(self._spread(scale))
+        return self._values.encode(self._values.rows.to_tiles(normalized)), zero, scale
+
+    def _decode_values(
+        self, codes: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the fp32 values that codes stand for, `[blocks, heads, size, head_dim]`."""
+        levels = self._values.rows.from_tiles(self._values.decode(codes))
+        ones = torch.ones(levels.shape[-1], device=levels.device)
+        if self.rotation:
+            levels, ones = rotate(levels, inverse=True), rotate(ones, inverse=True)
+        # Rounding, and errors that add up in one channel, may exceed what readers' 16 bits hold.
+        # The sum is made of small parts, because fp32 holds no more than bf16 does.
+        most = torch.finfo(scale.dtype).max / PARTS
+        out = levels * (self._spread(scale) / PARTS) + ones * (self._spread(zero) / PARTS)
+        return out.clamp_(-most, most).mul_(PARTS)
+
+    def _spread(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns zeros or scales as fp32 that broadcast over `[blocks, heads, size, head_dim]`."""
+        return (x if self.per_head else x.unsqueeze(1)).unsqueeze(-1).float()
+
+    def fake_keys(self, x: torch.Tensor) -> torch.Tensor:
+        """Quantizes and dequantizes keys without packing, any number of tokens per block."""
+        codes, mask = self._encode_keys(x)
+        out = self._decode_keys(codes)
+        return out if mask is None else torch.where(mask, x.float(), out)
+
+    def fake_values(self, x: torch.Tensor) -> torch.Tensor:
+        """Quantizes and dequantizes values without packing, any number of tokens per block."""
+        return self._decode_values(*self._encode_values(x))
+
+    def pack_keys(self, x: torch.Tensor) -> tuple[torch.Tensor, SparseSlab | None]:
+        """Packs key blocks `[blocks, heads, size, head_dim]` to codes and exact outliers."""
+        codes, mask = self._encode_keys(x)
+        packed = self._keys.rows.pack(codes)
+        if mask is None:
+            return packed, None
+        return packed, SparseSlab.from_mask(x, mask, self.key_slots(x.numel()))
+
+    def unpack_keys(
+        self, packed: torch.Tensor, outliers: SparseSlab | None, size: int
+    ) -> torch.Tensor:
+        """Reads fp32 keys of blocks back, bit for bit what :meth:`fake_keys` returns."""
+        out = self._decode_keys(self._keys.rows.unpack(packed, size))
+        if outliers is not None:
+            outliers.put_into(out)
+        return out
+
+    def pack_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Packs value blocks `[blocks, heads, size, head_dim]` to codes, zeros and scales."""
+        codes, zero, scale = self._encode_values(x)
+        return self._values.rows.pack(codes), zero, scale
+
+    def unpack_values(
+        self, packed: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor, size: int
+    ) -> torch.Tensor:
+        """Reads fp32 values of blocks back, as :meth:`fake_values` returns them."""
+        return self._decode_values(self._values.rows.unpack(packed, size), zero, scale)

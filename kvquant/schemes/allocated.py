@@ -1,0 +1,78 @@
+"""Our scheme of allocated codes: widths by sensitivity, rotated values without outliers."""
+
+from __future__ import annotations
+
+import torch
+
+from kvquant.cache.codec import Codec, Packed
+from kvquant.errors import UserError
+from kvquant.formats.allocated_layer import AllocatedLayer
+from kvquant.formats.mixed_packing import TILE
+from kvquant.quantization.allocated_quant import AllocatedQuantizer
+from kvquant.quantization.hadamard import factors
+from kvquant.study.schemes import AllocatedScheme
+
+
+class AllocatedCodec(Codec):
+    """Packs the blocks of one layer with the widths and codebooks of its quantizer file."""
+
+    def __init__(self, spec: AllocatedScheme, layer: AllocatedLayer) -> None:
+        self.quantizer = AllocatedQuantizer(
+            layer,
+            outliers=spec.outliers,
+            rotation=spec.rotation,
+            per_head=spec.value_range == "token-head",
+        )
+        self.shape, self.rotates_values = tuple(layer.key_zero.shape), spec.rotation
+        self.sinks, self.block_size = spec.sinks, spec.block_size
+        self.shared_bytes = self.quantizer.nbytes
+        furthest = layer.key_zero.abs() + layer.key_scale
+        self.narrow_tables = bool((furthest <= torch.finfo(torch.float16).max).all())
+
+    def check_model(self, num_kv_heads: int, head_dim: int) -> None:
+        """See :meth:`Codec.check_model`."""
+        if head_dim % TILE:
+            raise UserError(f"head_dim: {head_dim} is not a multiple of {TILE}, as tiles need")
+        if self.rotates_values:
+            factors(head_dim)
+        found = self.shape
+        if found != (num_kv_heads, head_dim):
+            raise UserError(
+                f"quantizer: made for {found[0]} kv heads of {found[1]}, the model has "
+                f"{num_kv_heads} of {head_dim}; calibrate this model"
+            )
+
+    def expect_rotated_values(self) -> None:
+        """See :meth:`Codec.expect_rotated_values`."""
+        self.rotates_values = self.quantizer.rotation = False
+
+    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
+        """See :meth:`Codec.pack`."""
+        key_codes, outliers = self.quantizer.pack_keys(keys)
+        value_codes, zero, scale = self.quantizer.pack_values(values)
+        bad = self.quantizer.not_finite(keys, values) if keys.is_cuda else None
+        dense = {"keys": key_codes, "values": value_codes, "zero": zero, "scale": scale}
+        return Packed(dense, {} if outliers is None else {"keys": outliers}, bad)
+
+    def widen(self, factor: float) -> None:
+        """See :meth:`Codec.widen`."""
+        self.quantizer.key_room *= factor
+
+    def unpack(
+        self, packed: Packed, shape: tuple[int, int, int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`Codec.unpack`."""
+        dense, size = packed.dense, shape[2]
+        return (
+            self.quantizer.unpack_keys(dense["keys"], packed.sparse.get("keys"), size),
+            self.quantizer.unpack_values(dense["values"], dense["zero"], dense["scale"], size),
+        )
+
+    def fake(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`Codec.fake`."""
+        return self.quantizer.fake_keys(keys), self.quantizer.fake_values(values)
+
+
+def make_codec(spec: AllocatedScheme, layer: int, tables: AllocatedLayer) -> Codec:
+    """Returns the codec of a layer."""
+    return AllocatedCodec(spec, tables)
