@@ -8,15 +8,13 @@ of their head. Every decision about a token depends on it and on calibration alo
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from kvquant.errors import NonFiniteTokens
 from kvquant.formats.allocated_layer import AllocatedLayer
 from kvquant.formats.blocked_sparse import SparseSlab
 from kvquant.formats.mixed_packing import MixedRows
 from kvquant.kernels import pytorch_fused as fused
+from kvquant.quantization.block_input import check_block, not_finite, outlier_slots
 from kvquant.quantization.hadamard import rotate
 
 PARTS = 64.0  # a power of two beyond the square root of any head_dim
@@ -96,21 +94,8 @@ class AllocatedQuantizer:
         return self._keys.nbytes + self._values.nbytes + sum(t.nbytes for t in ranges)
 
     def key_slots(self, elements: int) -> int:
-        """Returns how many key outliers a GPU makes room for: 1.5 times the calibrated number.
-
-        The host never waits for the true number. 1024 slots more cover small inputs.
-        """
-        if self.outliers == 0:
-            return 0
-        return min(math.ceil(self.key_room * (1.5 * self.outliers * elements + 1024)), elements)
-
-    @staticmethod
-    def _check(x: torch.Tensor, name: str) -> None:
-        if x.dtype not in (torch.float16, torch.bfloat16):
-            raise TypeError(f"{name}: expected fp16 or bf16 blocks, got {x.dtype}")
-        # On a GPU the host would wait for the answer; callers ask `not_finite` there instead.
-        if not x.is_cuda and not bool(torch.isfinite(x).all()):
-            raise NonFiniteTokens(name)
+        """Returns how many key outliers a GPU makes room for (see :func:`outlier_slots`)."""
+        return outlier_slots(self.outliers, elements, self.key_room)
 
     def _rotated(self, values: torch.Tensor) -> torch.Tensor:
         """Returns the 16-bit values that are coded."""
@@ -118,12 +103,11 @@ class AllocatedQuantizer:
 
     def not_finite(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Returns int32 `[1]`, 1 if keys or rotated values hold NaN or Inf, without a sync."""
-        found = torch.stack([torch.isfinite(x).all() for x in (keys, self._rotated(values))])
-        return (~found.all()).int().view(1)
+        return not_finite(keys, self._rotated(values))
 
     def _encode_keys(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns codes `[blocks, size, tiles, 16]` and the mask of outliers in the shape of x."""
-        self._check(x, "keys")
+        check_block(x, "keys")
         normalized = (self._keys.rows.to_tiles(x).float() - self._zero) * self._inverse
         codes = self._keys.encode(normalized)
         if self.outliers <= 0:
@@ -138,7 +122,7 @@ class AllocatedQuantizer:
     def _encode_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns codes, and 16-bit zeros and scales per token, or per head and token."""
         x = self._rotated(x)
-        self._check(x, "values")
+        check_block(x, "values")
         over = (-1,) if self.per_head else (1, 3)
         low, high = x.amin(over).float() * 0.5, x.amax(over).float() * 0.5
         zero, scale = (high + low).to(x.dtype), (high - low).to(x.dtype)

@@ -8,12 +8,10 @@ same codes whatever batch it is part of, and in whatever chunks it arrives.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from kvquant.errors import NonFiniteTokens
 from kvquant.formats.blocked_sparse import SparseSlab, count_dtype, position_dtype
 from kvquant.formats.layer_quantizer import LayerQuantizer, outliers_per_side
 from kvquant.formats.packing import pack, packed_bytes, unpack
@@ -23,6 +21,7 @@ from kvquant.kernels.backends import Backend, select
 from kvquant.kernels.cache_shape import CacheShape, input_layout
 from kvquant.kernels.pack_target import PackTarget
 from kvquant.kernels.thresholds import key_table, key_thresholds
+from kvquant.quantization.block_input import check_block, outlier_slots
 
 
 @dataclass(frozen=True)
@@ -84,19 +83,6 @@ class BatchedKVQuantizer:
         self._key_tables: dict[torch.dtype, torch.Tensor] = {}
         self._shapes: dict[object, CacheShape] = {}
 
-    def _check(self, x: torch.Tensor, name: str) -> None:
-        if x.dtype not in (torch.float16, torch.bfloat16):
-            raise TypeError(f"{name}: expected fp16 or bf16 blocks, got {x.dtype}")
-        # On a GPU the host would wait for the answer; callers ask `not_finite` there instead.
-        if not x.is_cuda and not bool(torch.isfinite(x).all()):
-            raise NonFiniteTokens(name)
-
-    @staticmethod
-    def not_finite(*blocks: torch.Tensor) -> torch.Tensor:
-        """Returns an int32 tensor `[1]` that is 1 if any block holds NaN or Inf, without a sync."""
-        found = torch.stack([torch.isfinite(x).all() for x in blocks])
-        return (~found.all()).int().view(1)
-
     def _encode_keys(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         normalized = (x.float() - self._zero) * self._inverse
         codes = fused.encode(normalized, self.tables.key_levels)
@@ -133,14 +119,8 @@ class BatchedKVQuantizer:
         return levels.mul_(scale.float().view(shape)).add_(zero.float().view(shape))
 
     def key_slots(self, elements: int) -> int:
-        """Returns how many key outliers a GPU makes room for: 1.5 times the calibrated number.
-
-        The host never waits for the true number. 1024 slots more cover small inputs.
-        """
-        if self.outliers == 0:
-            return 0
-        expected = 1.5 * self.outliers * elements + 1024
-        return min(math.ceil(self.key_room * expected), elements)
+        """Returns how many key outliers a GPU makes room for (see :func:`outlier_slots`)."""
+        return outlier_slots(self.outliers, elements, self.key_room)
 
     def kernel_pack(
         self, keys: torch.Tensor, values: torch.Tensor
@@ -280,7 +260,7 @@ class BatchedKVQuantizer:
 
     def pack_keys(self, x: torch.Tensor) -> PackedKeys:
         """Packs key blocks `[blocks, num_heads, block_size, head_dim]` (fp16/bf16, before RoPE)."""
-        self._check(x, "keys")
+        check_block(x, "keys")
         codes, mask = self._encode_keys(x)
         packed = pack(codes, self.bits).flatten(2)  # bytes of a token are contiguous
         sparse = None if mask is None else SparseSlab.from_mask(x, mask, self.key_slots(x.numel()))
@@ -298,7 +278,7 @@ class BatchedKVQuantizer:
 
     def pack_values(self, x: torch.Tensor) -> PackedValues:
         """Packs value blocks `[blocks, num_heads, block_size, head_dim]` (fp16/bf16)."""
-        self._check(x, "values")
+        check_block(x, "values")
         codes, zero, scale, mask = self._encode_values(x)
         packed = pack(codes, self.bits).flatten(2)  # bytes of a token are contiguous
         per_token = 2 * outliers_per_side(self.outliers, x.shape[1] * x.shape[3])
@@ -318,14 +298,14 @@ class BatchedKVQuantizer:
 
     def fake_keys(self, x: torch.Tensor) -> torch.Tensor:
         """Quantizes and dequantizes keys without packing, any number of tokens per block."""
-        self._check(x, "keys")
+        check_block(x, "keys")
         codes, mask = self._encode_keys(x)
         out = self._decode_keys(codes)
         return out if mask is None else torch.where(mask, x.float(), out)
 
     def fake_values(self, x: torch.Tensor) -> torch.Tensor:
         """Quantizes and dequantizes values without packing, any number of tokens per block."""
-        self._check(x, "values")
+        check_block(x, "values")
         codes, zero, scale, mask = self._encode_values(x)
         out = self._decode_values(codes, zero, scale)
         return out if mask is None else torch.where(mask, x.float(), out)

@@ -16,6 +16,7 @@ from kvquant.kernels.cache_shape import CacheShape
 from kvquant.kernels.decode_tables import HeadTables
 from kvquant.kernels.pack_target import PackTarget
 from kvquant.quantization.batched_quant import BatchedKVQuantizer, PackedKeys, PackedValues
+from kvquant.quantization.block_input import not_finite
 from kvquant.study.schemes import NuqScheme
 
 MAX_CHANNELS = 1 << 16  # of a token, among which the largest elements can be found
@@ -55,7 +56,7 @@ class NuqCodec(Codec):
         packed = self.quantizer.kernel_pack(keys, values)
         if packed is None:
             k, v = self.quantizer.pack_keys(keys), self.quantizer.pack_values(values)
-            bad = self.quantizer.not_finite(keys, values) if keys.is_cuda else None
+            bad = not_finite(keys, values) if keys.is_cuda else None
         else:
             k, v, bad = packed
         dense = {"keys": k.codes, "values": v.codes, "zero": v.zero, "scale": v.scale}

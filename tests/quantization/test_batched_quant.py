@@ -1,6 +1,6 @@
 """The layer quantizer against the loops of kernels.reference, and bit-exact packing.
 
-Also covers: kernels.reference.
+Also covers: kernels.reference, quantization.block_input.
 """
 
 import pytest
