@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kvquant.calibration.bit_allocation import allocate
-from kvquant.calibration.build import GRID, key_ranges
+from kvquant.calibration.build import GRID, bin_centers, key_ranges
 from kvquant.calibration.statistics import LayerStatistics
 from kvquant.errors import UserError
 from kvquant.formats.allocated_layer import AllocatedLayer, padded_levels
@@ -51,19 +51,15 @@ class Curves:
             return np.linspace(-1.0, 1.0, 2**width)
         # Four neighbouring bins count as one point, their mean: exact k-means takes quadratic time.
         mass = weights.reshape(-1, 4).sum(1)
-        means = (weights * _centers()).reshape(-1, 4).sum(1) / np.where(mass > 0, mass, 1.0)
-        points = np.where(mass > 0, means, _centers().reshape(-1, 4).mean(1))
+        means = (weights * bin_centers(GRID)).reshape(-1, 4).sum(1) / np.where(mass > 0, mass, 1.0)
+        points = np.where(mass > 0, means, bin_centers(GRID).reshape(-1, 4).mean(1))
         return kmeans_1d(points, mass, 2**width)
 
     def errors(self, levels: np.ndarray) -> np.ndarray:
         """Returns the weighted squared error of each row, coded with the given levels."""
-        codes = np.searchsorted((levels[:-1] + levels[1:]) / 2, _centers())
-        square = (_centers() - levels[codes]) ** 2
+        codes = np.searchsorted((levels[:-1] + levels[1:]) / 2, bin_centers(GRID))
+        square = (bin_centers(GRID) - levels[codes]) ** 2
         return np.asarray(self.weights @ square)
-
-
-def _centers() -> np.ndarray:
-    return (np.arange(GRID) + 0.5) * (2.0 / GRID) - 1.0
 
 
 @dataclass

@@ -113,10 +113,11 @@ def key_histogram(
         out = torch.zeros(GRID, dtype=torch.float64)
         return out.index_add_(0, index, source[inlier].double()).numpy()
 
-    return Histogram(_centers(GRID), collect(weights), collect(statistics.counts))
+    return Histogram(bin_centers(GRID), collect(weights), collect(statistics.counts))
 
 
-def _centers(bins: int) -> np.ndarray:
+def bin_centers(bins: int) -> np.ndarray:
+    """Returns the centers of equal bins on [-1, 1], float64 `[bins]`."""
     return (np.arange(bins) + 0.5) * (2.0 / bins) - 1.0
 
 
@@ -128,7 +129,7 @@ def value_histogram(statistics: LayerStatistics, fraction: int, weighting: str) 
         "fisher-range2": statistics.value_fisher_range2,
     }[weighting]
     counts = statistics.value_counts[fraction].double().numpy()
-    return Histogram(_centers(counts.size), source[fraction].double().numpy(), counts)
+    return Histogram(bin_centers(counts.size), source[fraction].double().numpy(), counts)
 
 
 def build_layer(
