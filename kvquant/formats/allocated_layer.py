@@ -100,7 +100,8 @@ class AllocatedLayer:
         """Returns the layout of packed values, whose tiles are in the order of channels."""
         heads, pairs = self.key_pairs.shape
         order = torch.arange(pairs).expand(heads, -1)
-        return MixedRows(order, self.value_widths[:, None].expand(-1, pairs // PAIRS_PER_TILE))
+        widths = self.value_widths[:, None].expand(-1, pairs // PAIRS_PER_TILE)
+        return MixedRows(order, widths, of_keys=False)
 
 
 def padded_levels(codebooks: dict[int, torch.Tensor]) -> torch.Tensor:

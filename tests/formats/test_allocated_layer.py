@@ -146,8 +146,8 @@ def test_tables_move_as_a_whole() -> None:
 def test_layouts_follow_the_tables() -> None:
     layer = good()
     keys, values = layer.key_rows(), layer.value_rows()
-    assert keys.row_bytes == (2 * layer.key_widths.sum(1)).int().tolist()
-    assert values.row_bytes == [3 * DIM // 8, 5 * DIM // 8]
+    assert keys.planes == layer.key_widths.sum(1).int().tolist()
+    assert values.planes == [3 * DIM // 16, 5 * DIM // 16]
     x = torch.arange(HEADS * DIM).view(1, HEADS, 1, DIM)
     first = layer.key_pairs[0, :8].long()
     assert torch.equal(keys.to_tiles(x)[0, 0, 0], torch.cat([first, first + DIM // 2]))

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvquant.formats.lane_layout import pack_chunks
 from kvquant.formats.mixed_packing import MAX_WIDTH, MixedRows
 
 
@@ -48,20 +49,27 @@ CASES = {
     "heads": st.integers(1, 4),
     "dim": st.integers(1, 16).map(lambda tiles: 16 * tiles),
     "blocks": st.integers(0, 3),
-    "size": st.integers(1, 5),
+    "size": st.sampled_from([1, 2, 5, 64, 67, 128]),
     "seed": st.integers(0, 10**6),
 }
 
 
 def bytes_by_the_docstring(case: Case) -> list[list[int]]:
-    """The bytes of each block, bit by bit."""
+    """The bytes of each block, rows bit by bit."""
     pairs = case.order.shape[1]
     out = []
-    for block in case.codes.tolist():
+    for number, block in enumerate(case.codes.tolist()):
         packed: list[int] = []
-        for head, tokens in enumerate(block):  # a block stores the rows of each head together
+        for head, tokens in enumerate(block):  # a block stores the codes of each head together
             order = case.order[head].tolist()
-            for channels in tokens:
+            whole = len(tokens) // 64 * 64
+            for first in range(0, whole, 64):
+                chunk = case.codes[number, head, first : first + 64]
+                for tile, width in enumerate(case.widths[head].tolist()):
+                    eight = order[8 * tile : 8 * tile + 8]
+                    channels = eight + [pair + pairs for pair in eight]
+                    packed += pack_chunks(chunk[:, channels], width, of_keys=True).tolist()
+            for channels in tokens[whole:]:
                 for tile, width in enumerate(case.widths[head].tolist()):
                     eight = order[8 * tile : 8 * tile + 8]
                     for plane in range(width):  # lowest bit first
@@ -124,13 +132,13 @@ def test_tiles_hold_the_channels_of_their_pairs(
 def test_sizes(heads: int, dim: int, blocks: int, size: int, seed: int) -> None:
     case = random_case(heads, dim, blocks, size, seed)
     rows = case.rows
-    assert rows.row_bytes == [2 * sum(widths) for widths in case.widths.tolist()]
+    assert rows.planes == [sum(widths) for widths in case.widths.tolist()]
     assert rows.token_bytes == 2 * int(case.widths.sum())
     # a code of `w` bits takes `w` bits, whatever its neighbours take
     channels = width_of_channels(case.order, case.widths)
     assert 8 * rows.token_bytes == int(channels.sum())
-    # places of channels there and back, 4 bytes each, and of tiles and of each byte, 8 bytes each
-    tables = 4 * 2 * heads * dim + 8 * (heads * dim // 16 + rows.token_bytes)
+    # places of channels there and back, 4 bytes each, and of tiles and of each plane, 8 bytes each
+    tables = 4 * 2 * heads * dim + 8 * (heads * dim // 16 + int(case.widths.sum()))
     assert rows.nbytes == tables
     assert sorted(set(case.widths.view(-1).tolist())) == [group.width for group in rows.groups]
 
@@ -150,7 +158,7 @@ def test_a_head_s_bytes_do_not_depend_on_the_other_heads(
     for x in (case, other):
         rows = x.rows
         packed = rows.pack(rows.to_tiles(x.codes))
-        found.append(packed.split([size * row for row in rows.row_bytes], 1)[kept])
+        found.append(packed.split([size * 2 * planes for planes in rows.planes], 1)[kept])
     assert found[0].shape == (blocks, size * 2 * int(case.widths[kept].sum()))
     assert torch.equal(found[0], found[1])
 

@@ -420,6 +420,6 @@ def test_bytes_are_those_of_all_tables(heads: int, dim: int) -> None:
         (layer.key_widths, layer.key_rows()),
         (layer.value_widths, layer.value_rows()),
     ):
-        expected += 4 * 2 * channels + 8 * (tiles + rows.token_bytes)
+        expected += 4 * 2 * channels + 8 * (tiles + sum(rows.planes))
         expected += sum(4 * 2 ** int(w) for w in widths.unique())
     assert made(layer).nbytes == expected
