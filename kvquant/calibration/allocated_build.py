@@ -21,12 +21,12 @@ from kvquant.calibration.statistics import LayerStatistics
 from kvquant.errors import UserError
 from kvquant.formats.allocated_layer import AllocatedLayer, padded_levels
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
+from kvquant.formats.lane_layout import LOOKED_UP
 from kvquant.formats.mixed_packing import MAX_WIDTH, PAIRS_PER_TILE, TILE
-from kvquant.quantization.nuq import kmeans_1d
+from kvquant.quantization.nuq import even_levels, kmeans_1d
 from kvquant.study.schemes import AllocatedScheme
 
 WIDTHS = range(1, MAX_WIDTH + 1)
-MAX_FITTED = 4  # widths above get evenly spaced levels, which do as well there
 ROUNDS = 3  # of fitting codebooks and allocating widths
 
 
@@ -42,8 +42,6 @@ class Curves:
 
     def fit(self, width: int, rows: np.ndarray) -> np.ndarray:
         """Returns the sorted levels of a width for some of the rows (bool `[rows]`)."""
-        if width > MAX_FITTED:
-            return np.linspace(-1.0, 1.0, 2**width)
         weights = self.weights[rows].sum(0)
         if not weights.any():
             weights = self.weights.sum(0)
@@ -53,6 +51,8 @@ class Curves:
         mass = weights.reshape(-1, 4).sum(1)
         means = (weights * bin_centers(GRID)).reshape(-1, 4).sum(1) / np.where(mass > 0, mass, 1.0)
         points = np.where(mass > 0, means, bin_centers(GRID).reshape(-1, 4).mean(1))
+        if width not in LOOKED_UP:
+            return even_levels(points, mass, 2**width)
         return kmeans_1d(points, mass, 2**width)
 
     def errors(self, levels: np.ndarray) -> np.ndarray:

@@ -7,9 +7,11 @@ from typing import ClassVar
 
 import torch
 
+from kvquant.formats.lane_layout import LOOKED_UP
 from kvquant.formats.mixed_packing import MAX_WIDTH, PAIRS_PER_TILE, TILE, MixedRows
 
 MAX_LEVELS = 2**MAX_WIDTH
+EVEN_ERROR = 1e-4  # of a step, by which levels that kernels compute may be off
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class AllocatedLayer:
             its tiles, a permutation.
         key_widths: fp32 `[num_kv_heads, tiles]`, bits per code of each tile.
         key_levels: fp32 `[6, 64]`; row `w - 1` begins with the sorted codebook of width `w` on
-            normalized keys, and repeats its last level.
+            normalized keys, and repeats its last level. Codebooks of widths other than 2 and 3 are
+            evenly spaced, as GPU kernels compute their levels.
         value_widths: fp32 `[num_kv_heads]`, bits per code of each head's values.
         value_levels: fp32 `[6, 64]`, codebooks of normalized values, as for keys.
     """
@@ -81,6 +84,8 @@ class AllocatedLayer:
             for width in widths.unique().int().tolist():
                 if not bool(levels[width - 1].any()):  # all of them would be read back as zeros
                     return f"{name} has no codebook of width {width}"
+                if width not in LOOKED_UP and not _even(levels[width - 1, : 2**width]):
+                    return f"{name} of width {width} are not evenly spaced"
         return None
 
     def to(self, device: torch.device | str) -> AllocatedLayer:
@@ -102,6 +107,14 @@ class AllocatedLayer:
         order = torch.arange(pairs).expand(heads, -1)
         widths = self.value_widths[:, None].expand(-1, pairs // PAIRS_PER_TILE)
         return MixedRows(order, widths, of_keys=False)
+
+
+def _even(levels: torch.Tensor) -> bool:
+    """Tells whether sorted levels are evenly spaced, as kernels compute them."""
+    first, last = levels[0].double(), levels[-1].double()
+    parts = torch.arange(len(levels), device=levels.device) / (len(levels) - 1)
+    far = (levels.double() - first - (last - first) * parts).abs().max()
+    return bool(far <= EVEN_ERROR * (last - first) / (len(levels) - 1))
 
 
 def padded_levels(codebooks: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -8,6 +8,7 @@ randomly started Lloyd iteration (the exact solution is due to Wang and Song, R 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from scipy.special import ndtri  # scipy.stats takes a second to import
 from kvquant.errors import unknown
 from kvquant.study.datatypes import DATATYPES
 from kvquant.study.dotted import load
+
+EVEN_ROUNDS = 30  # of alternating assignment and regression
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,45 @@ def normal_float(bits: int, histogram: Histogram | None = None) -> np.ndarray:
 def uniform(bits: int, histogram: Histogram | None = None) -> np.ndarray:
     """Returns evenly spaced levels, both ends included."""
     return np.linspace(-1.0, 1.0, 2**bits)
+
+
+def even_levels(points: np.ndarray, weights: np.ndarray, count: int) -> np.ndarray:
+    """Fits evenly spaced levels to weighted points by alternating assignment and regression.
+
+    Given the points' codes, first level and step are a weighted linear regression. The result
+    depends on where the alternation starts, so that several ranges are tried.
+
+    Args:
+        points: float64 `[n]`.
+        weights: float64 `[n]`, not negative, not all zero.
+        count: Number of levels, at least two.
+
+    Returns:
+        float64 `[count]`, increasing.
+    """
+    seen = points[weights > 0]
+    low, high = float(seen.min()), float(seen.max())
+    if low == high:
+        return np.linspace(low - 1e-6, low + 1e-6, count)
+    total, middle = weights.sum(), (low + high) / 2
+    best, least = np.linspace(low, high, count), math.inf
+    for share in (1.0, 0.85, 0.7, 0.55):
+        first, step = middle - (high - low) / 2 * share, (high - low) * share / (count - 1)
+        for _ in range(EVEN_ROUNDS):
+            codes = np.clip(np.rint((points - first) / step), 0, count - 1)
+            code, point = weights @ codes / total, weights @ points / total
+            spread = weights @ (codes - code) ** 2
+            if spread <= 0:
+                break
+            slope = float(weights @ ((codes - code) * (points - point)) / spread)
+            if slope <= 0:
+                break
+            first, step = point - slope * code, slope
+        codes = np.clip(np.rint((points - first) / step), 0, count - 1)
+        error = float(weights @ (points - first - step * codes) ** 2)
+        if error < least:
+            best, least = first + step * np.arange(count), error
+    return best
 
 
 def fit(name: str, bits: int, histogram: Histogram | None = None) -> torch.Tensor:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvquant.errors import UserError
-from kvquant.quantization.nuq import Histogram, fit, kmeans_1d, normal_float, q_norm
+from kvquant.quantization.nuq import Histogram, even_levels, fit, kmeans_1d, normal_float, q_norm
 from kvquant.study.datatypes import DATATYPES
 
 
@@ -92,3 +92,29 @@ def test_every_datatype_gives_sorted_levels(name: str) -> None:
             fit(name, 3)
     else:
         assert torch.equal(fit(name, 3), fit(name, 3, histogram))
+
+
+@pytest.mark.parametrize("count", [2, 4, 16, 64])
+def test_evenly_spaced_levels_fit_as_well_as_a_search(count: int) -> None:
+    """Against all ranges of a grid, for a normal distribution and a skewed one."""
+    points = np.linspace(-1, 1, 1025)
+    for weights in (np.exp(-8 * points**2), np.exp(-3 * (points + 1)) + 1e-3):
+        levels = even_levels(points, weights, count)
+        steps = np.diff(levels)
+        assert np.allclose(steps, steps[0]) and steps[0] > 0
+
+        def error(low: float, high: float, weights: np.ndarray = weights) -> float:
+            step = (high - low) / (count - 1)
+            codes = np.clip(np.rint((points - low) / step), 0, count - 1)
+            return float(weights @ (points - low - step * codes) ** 2)
+
+        ends = np.linspace(-1, 1, 41)
+        best = min(error(a, b) for a in ends for b in ends if b > a)
+        assert error(levels[0], levels[-1]) <= best * 1.03
+        assert error(levels[0], levels[-1]) <= error(-1.0, 1.0)
+
+
+def test_evenly_spaced_levels_of_one_point() -> None:
+    points = np.array([-1.0, 0.25, 1.0])
+    levels = even_levels(points, np.array([0.0, 3.0, 0.0]), 4)
+    assert np.abs(levels - 0.25).max() < 1e-5 and (np.diff(levels) > 0).all()

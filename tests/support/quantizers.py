@@ -9,6 +9,7 @@ import torch
 
 from kvquant.cache.codec import Codec
 from kvquant.formats.allocated_layer import AllocatedLayer, padded_levels
+from kvquant.formats.lane_layout import LOOKED_UP
 from kvquant.formats.layer_quantizer import LayerQuantizer, LayerTables
 from kvquant.quantization.nuq import fit
 from kvquant.quantization.quantizer_file import QuantizerManifest, save_quantizer
@@ -50,7 +51,7 @@ def random_quantizer(
 def random_allocated(
     heads: int, dim: int, *, scale: tuple[float, float] = (0.5, 1.5), seed: int = 0
 ) -> AllocatedLayer:
-    """Tables of allocated codes whose ranges, pairs, widths and levels are all random.
+    """Tables of allocated codes whose ranges, pairs, widths and levels are random.
 
     Args:
         heads: Key/value heads.
@@ -67,7 +68,13 @@ def random_allocated(
         return torch.randint(1, 7, shape, generator=generator).float()
 
     def levels() -> torch.Tensor:
-        return padded_levels({w: (uniform(2**w) * 2 - 1).sort().values for w in range(1, 7)})
+        def some(width: int) -> torch.Tensor:
+            if width in LOOKED_UP:
+                return (uniform(2**width) * 2 - 1).sort().values
+            ends = uniform(2) * 0.5 + 0.5
+            return torch.linspace(-float(ends[0]), float(ends[1]), 2**width)
+
+        return padded_levels({w: some(w) for w in range(1, 7)})
 
     low, high = scale
     pairs = torch.stack([torch.randperm(dim // 2, generator=generator) for _ in range(heads)])
