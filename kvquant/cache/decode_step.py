@@ -46,7 +46,12 @@ class StepTables:
             self._layout = None
         if self._tables is None or self._chunks < chunks:
             self._tables = RopeTables.make(
-                self._rope, self.shape.chunk, layout.sinks, chunks, self._table
+                self._rope,
+                self.shape.chunk,
+                layout.sinks,
+                chunks,
+                self._table,
+                allocated=self.shape.allocated,
             )
             self._chunks = chunks
 

@@ -17,7 +17,7 @@ import torch
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
 from kvquant.kernels.cuda_build import Function, index_of, load, multiprocessors
 from kvquant.kernels.cuda_header import cuda_header
-from kvquant.kernels.cuda_structs import DecodeParams, head_table_struct
+from kvquant.kernels.cuda_structs import DecodeParams, allocated_table_struct, head_table_struct
 from kvquant.kernels.decode_tables import HeadTables, RopeTables
 
 BLOCKS_PER_SM = 2  # thread blocks that share a multiprocessor's registers and shared memory
@@ -31,14 +31,16 @@ class DecodeShape:
     """The shape of a cache that the kernel is compiled for.
 
     Attributes:
-        bits: Bits per code: 2, 3 or 4.
+        bits: Bits per code: 2, 3 or 4; of allocated codes the widest that is looked up, 3.
         head_dim: 64, 128 or 256.
         group: Query heads per kv head.
         block_size: Tokens per block.
         dtype: fp16 or bf16.
-        outliers: Whether the cache keeps exact outliers.
+        outliers: Whether the cache keeps exact outliers. Allocated codes have some of keys alone.
         fraction: About which share of the elements are outliers. It decides how many of a block
             are staged in shared memory.
+        allocated: Whether the codes are of the scheme kind `allocated`; else of `nuq`.
+        range_per_head: Whether each head of a token's values has a range of its own.
     """
 
     bits: int
@@ -48,6 +50,8 @@ class DecodeShape:
     dtype: torch.dtype
     outliers: bool
     fraction: float = 0.01
+    allocated: bool = False
+    range_per_head: bool = False
 
     @property
     def chunk(self) -> int:
@@ -77,6 +81,18 @@ class DecodeShape:
         elements = self.block_size * self.head_dim
         return min(8, max(1, math.ceil(1.5 * self.fraction * elements / 32)))
 
+    @property
+    def source(self) -> str:
+        """The source file of the kernel."""
+        return "decode_allocated.cu" if self.allocated else "decode.cu"
+
+    @property
+    def table(self) -> type[ctypes.Structure]:
+        """The struct that holds a head's calibration."""
+        if self.allocated:
+            return allocated_table_struct(self.head_dim)
+        return head_table_struct(self.bits, self.head_dim)
+
     def smem_bytes(self, split: int) -> int:
         """Counts a thread block's shared memory, `struct SharedStorage` of the source.
 
@@ -95,7 +111,7 @@ class DecodeShape:
         scores = group * (split * chunk + 8) * 4
         queries = dim * (1 << (group - 1).bit_length()) * 4 + dim * 8 + group * dim * 8
         numbers = warps * (group * 12 + 4) + blocks * (self.block_size * 4 + 76) + 4
-        calibration = ctypes.sizeof(head_table_struct(self.bits, dim))
+        calibration = ctypes.sizeof(self.table)
         total = max(tables, outputs) + lists + scores + queries + calibration + numbers
         return total + 128  # members are aligned
 
@@ -115,6 +131,8 @@ class DecodeShape:
             "WIDE_COUNTS": count_dtype(elements) is torch.int32,
             "BF16": self.dtype is torch.bfloat16,
             "HAS_OUTLIERS": self.outliers,
+            "HAS_VALUE_OUTLIERS": self.outliers and not self.allocated,
+            "VALUE_RANGE_PER_HEAD": self.range_per_head,
             "NUM_WARPS": self.warps,
             "MIN_BLOCKS_PER_SM": BLOCKS_PER_SM,
             "KEY_TILES": KEY_TILES,
@@ -129,7 +147,7 @@ class DecodeShape:
         Args:
             shared_bytes: Shared memory of a multiprocessor.
         """
-        structs = (DecodeParams, head_table_struct(self.bits, self.head_dim))
+        structs = (DecodeParams, self.table)
         return cuda_header(self.constants(shared_bytes), structs)
 
 
@@ -141,7 +159,7 @@ def shared_memory(device: int) -> int:
 @functools.cache
 def functions(shape: DecodeShape, device: int) -> tuple[Function, Function]:
     """The kernels `decode` and `combine`, compiled for a GPU."""
-    module = load("decode.cu", shape.header(shared_memory(device)), device)
+    module = load(shape.source, shape.header(shared_memory(device)), device)
     return module.function("decode", module.number("smem_bytes")), module.function("combine")
 
 

@@ -48,6 +48,33 @@ class PackTarget(ctypes.Structure):
     ]
 
 
+def allocated_table_struct(head_dim: int) -> type[ctypes.Structure]:
+    """The same for allocated codes (`cuda/allocated_table.cuh`).
+
+    Args:
+        head_dim: Of the cache.
+    """
+
+    class HeadTable(ctypes.Structure):
+        _fields_ = [
+            ("key_operands", ctypes.c_uint32 * head_dim),
+            ("levels", ctypes.c_uint8 * 64),
+            ("offset", ctypes.c_int64 * 2),
+            ("block_bytes", ctypes.c_int64 * 2),
+            ("chunk_bytes", ctypes.c_int32 * 2),
+            ("value_width", ctypes.c_int32),
+            ("value_factor", ctypes.c_float * 2),
+            ("value_shift", ctypes.c_float),
+            ("largest_key", ctypes.c_float),
+            ("padding", ctypes.c_float),
+            ("pairs", ctypes.c_uint16 * (head_dim // 2)),
+            ("places", ctypes.c_uint16 * (head_dim // 2)),
+            ("key_widths", ctypes.c_uint8 * 16),
+        ]
+
+    return HeadTable
+
+
 def head_table_struct(bits: int, head_dim: int) -> type[ctypes.Structure]:
     """The calibration of one kv head as the decode kernel reads it (`cuda/head_table.cuh`).
 

@@ -16,7 +16,8 @@ class RopeTables:
     """Rotary tables of the decode kernel.
 
     Attributes:
-        places: fp16 `[chunk, head_dim / 2, 2]` reordered: rotations inside a chunk.
+        places: fp16, `chunk * head_dim` numbers: cosines and sines inside a chunk. Those of
+            allocated codes are `[chunk, head_dim / 2, 2]`, others in the order of operands.
         phases: fp32 `[1 + chunks, head_dim / 2]`, angles in radians, from -pi to pi, of position 0
             and of the chunks' first positions.
         thetas: fp32 `[head_dim / 2 + 1]`: radians per position, then the factor that the rope
@@ -29,7 +30,14 @@ class RopeTables:
 
     @classmethod
     def make(
-        cls, rope: Rope, chunk: int, sinks: int, chunks: int, like: torch.Tensor
+        cls,
+        rope: Rope,
+        chunk: int,
+        sinks: int,
+        chunks: int,
+        like: torch.Tensor,
+        *,
+        allocated: bool = False,
     ) -> RopeTables:
         """Makes tables for chunks 0 to `chunks` (one more than full: the tail begins there).
 
@@ -47,6 +55,8 @@ class RopeTables:
         both = torch.stack((cos, sin), -1)[chunks + 2 :]
         factor = both[0, 0, :1]
         places = (both[:chunk] / factor).half()
+        if allocated:
+            return cls(places.contiguous(), phases, torch.cat((thetas, factor)))
         # frequency f = t * (dim / 16) + 4 w + i + (dim / 4) j, read as [w, j, t, {cos, sin}, i]
         words = half // 32  # of a thread and row: dim / 64
         split = places.view(chunk, 2, 4, words, 4, 2)  # token, j, t, w, i, cos/sin
@@ -54,7 +64,7 @@ class RopeTables:
         return cls(ordered, phases, torch.cat((thetas, factor)))
 
 
-def _level_bytes(levels: torch.Tensor) -> torch.Tensor:
+def level_bytes(levels: torch.Tensor) -> torch.Tensor:
     """Returns the high bytes of fp16 levels, then the low ones, at least 8 of each; uint8."""
     both = levels.half().view(torch.uint8).view(-1, 2)
     room = both.new_zeros(max(8, len(levels)), 2)
@@ -91,10 +101,10 @@ class HeadTables:
         ends = (edges * scale.double()[..., None] + zero.double()[..., None]).half()
         furthest = ends.float().abs().amax((1, 2))
         value_ends = torch.stack((levels[-1], levels[0])).half().float()
-        level_bytes = torch.cat((_level_bytes(tables.key_levels), _level_bytes(levels)))
+        both_bytes = torch.cat((level_bytes(tables.key_levels), level_bytes(levels)))
         fields = {
             "key_operands": channels.view(torch.uint8),
-            "levels": level_bytes.expand(heads, -1),
+            "levels": both_bytes.expand(heads, -1),
             "value_midpoints": middles.view(torch.uint8).expand(heads, -1),
             "value_ends": value_ends.view(torch.uint8).expand(heads, -1),
             "largest_key": furthest[:, None].contiguous().view(torch.uint8),

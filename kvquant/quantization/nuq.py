@@ -143,7 +143,8 @@ def even_levels(points: np.ndarray, weights: np.ndarray, count: int) -> np.ndarr
     if low == high:
         return np.linspace(low - 1e-6, low + 1e-6, count)
     total, middle = weights.sum(), (low + high) / 2
-    best, least = np.linspace(low, high, count), math.inf
+    best: np.ndarray = np.linspace(low, high, count)
+    least = math.inf
     for share in (1.0, 0.85, 0.7, 0.55):
         first, step = middle - (high - low) / 2 * share, (high - low) * share / (count - 1)
         for _ in range(EVEN_ROUNDS):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from kvquant.cache.codec import Codec, Packed
 from kvquant.errors import UserError
 from kvquant.formats.allocated_layer import AllocatedLayer
 from kvquant.formats.mixed_packing import TILE
+from kvquant.kernels.allocated_tables import allocated_tables
+from kvquant.kernels.decode_tables import HeadTables
 from kvquant.quantization.allocated_quant import AllocatedQuantizer
 from kvquant.quantization.hadamard import factors
 from kvquant.study.schemes import AllocatedScheme
+
+# The kernel's fp16 summand of a channel is at most about this many of its scales away from its
+# zero: codes of 4 bits are read as 1 to 2 - 1/16, and their levels are two scales apart at most.
+MAX_SUMMAND = 4.0
 
 
 class AllocatedCodec(Codec):
@@ -23,10 +31,11 @@ class AllocatedCodec(Codec):
             rotation=spec.rotation,
             per_head=spec.value_range == "token-head",
         )
+        self._layer = layer
         self.shape, self.rotates_values = tuple(layer.key_zero.shape), spec.rotation
         self.sinks, self.block_size = spec.sinks, spec.block_size
         self.shared_bytes = self.quantizer.nbytes
-        furthest = layer.key_zero.abs() + layer.key_scale
+        furthest = layer.key_zero.abs() + MAX_SUMMAND * layer.key_scale
         self.narrow_tables = bool((furthest <= torch.finfo(torch.float16).max).all())
 
     def check_model(self, num_kv_heads: int, head_dim: int) -> None:
@@ -41,6 +50,11 @@ class AllocatedCodec(Codec):
                 f"quantizer: made for {found[0]} kv heads of {found[1]}, the model has "
                 f"{num_kv_heads} of {head_dim}; calibrate this model"
             )
+
+    @functools.cached_property
+    def decode_tables(self) -> HeadTables:
+        """See :meth:`Codec.decode_tables`."""
+        return allocated_tables(self._layer, self.block_size)
 
     def expect_rotated_values(self) -> None:
         """See :meth:`Codec.expect_rotated_values`."""

@@ -58,7 +58,8 @@ def _pack_functions(shape: cuda_pack.PackShape, device: int) -> tuple[Any, Any, 
 
 
 def _decode_functions(shape: cuda_decode.DecodeShape, device: int) -> tuple[Any, Any]:
-    library = _library("decode", shape.header(SHARED_BYTES))
+    name = "decode_allocated" if shape.allocated else "decode"
+    library = _library(name, shape.header(SHARED_BYTES))
     return _function(library, "decode"), _function(library, "combine")
 
 

@@ -4,20 +4,57 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Literal
 
 import torch
 
 from kvquant.cache.arena import Arena
+from kvquant.cache.codec import Codec
 from kvquant.kernels.arena_table import block_number
 from kvquant.kernels.cuda_decode import DecodeShape, DecodeStep, decode_attention
 from kvquant.kernels.decode_tables import RopeTables
+from kvquant.schemes.allocated import AllocatedCodec
 from kvquant.schemes.nuq import NuqCodec
-from kvquant.study.schemes import NuqScheme
-from tests.support.quantizers import random_quantizer
+from kvquant.study.schemes import AllocatedScheme, NuqScheme
+from tests.support.quantizers import random_allocated, random_quantizer
 from tests.support.rope import rope, rotate
 
 # fp16 operands: errors of 2^-11 in keys and queries make about that in the scores.
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 1.2e-2}
+
+
+Made = tuple[Codec, DecodeShape, torch.Tensor]
+
+
+def allocated_case(
+    dim: int,
+    group: int,
+    size: int,
+    outliers: float,
+    dtype: torch.dtype,
+    heads: int = 2,
+    *,
+    value_range: Literal["token", "token-head"] = "token",
+    seed: int = 0,
+    device: str = "cuda",
+    width: int | None = None,
+) -> Made:
+    """A codec of allocated codes for :func:`decode_error`, with random widths or one width."""
+    scale = (2.2, 3.2) if outliers else (5.0, 5.0)
+    layer = random_allocated(heads, dim, scale=scale, seed=seed)
+    if width is not None:
+        layer.key_widths.fill_(width)
+        layer.value_widths.fill_(width)
+    layer = layer.to(device)
+    spec = AllocatedScheme(
+        kind="allocated", outliers=outliers, block_size=size, rotation=False,
+        value_range=value_range,
+    )  # fmt: skip
+    shape = DecodeShape(
+        3, dim, group, size, dtype, outliers > 0, outliers or 0.01, allocated=True,
+        range_per_head=value_range == "token-head",
+    )  # fmt: skip
+    return AllocatedCodec(spec, layer), shape, layer.key_zero
 
 
 def attention(
@@ -45,21 +82,28 @@ def decode_error(
     seed: int = 0,
     device: str = "cuda",
     column: float = 0.0,
+    made: Made | None = None,
 ) -> float:
     """Largest relative error, by sequence and head, of sequences of (blocks, tail) tokens.
 
-    With a `column` a channel of all values has that number, and all tokens weigh the same.
+    With a `column` a channel of all values has that number, and all tokens weigh the same. `made`
+    is a codec of other codes than `nuq`, the shape of its kernel and the middles of its keys.
     """
     random.seed(seed)
     torch.manual_seed(seed)
     scale = (2.2, 3.2) if outliers else (5.0, 5.0)
-    tables = random_quantizer(heads, dim, bits, zero=0.3, scale=scale, seed=seed).to(device)
-    spec = NuqScheme(kind="nuq", bits=bits, outliers=outliers, block_size=size)
-    codec = NuqCodec(spec, tables)
+    codec: Codec
+    if made is None:
+        tables = random_quantizer(heads, dim, bits, zero=0.3, scale=scale, seed=seed).to(device)
+        spec = NuqScheme(kind="nuq", bits=bits, outliers=outliers, block_size=size)
+        codec, key_zero = NuqCodec(spec, tables), tables.key_zero
+        shape = DecodeShape(bits, dim, group, size, dtype, outliers > 0)
+    else:
+        codec, shape, key_zero = made
     total = sum(n for n, _ in lengths)
     batch = len(lengths)
     x = torch.randn(2, max(total, 1), heads, size, dim, device=device)
-    x[0] += tables.key_zero[:, None]
+    x[0] += key_zero[:, None]
     x[1] *= spread
     x[1, :, :, 3] += 7.0  # a token far from zero
     x[:, :, :, 5] = 0.25  # a constant one
@@ -90,12 +134,12 @@ def decode_error(
     sink = (held[0, :, :, :sinks].contiguous(), held[1, :, :, :sinks].contiguous())
     tail = (held[0, :, :, sinks:].contiguous(), held[1, :, :, sinks:].contiguous())
     numbers = torch.tensor([(sinks, n, t) for n, t in lengths], dtype=torch.int32, device=device)
-    shape = DecodeShape(bits, dim, group, size, dtype, outliers > 0)
     chunks = most * (size // shape.chunk)
-    made = RopeTables.make(
-        lambda p: rope(p, dim, factor), shape.chunk, sinks, chunks + size // shape.chunk, table
-    )
-    step = DecodeStep(table, numbers, chunks, made)
+    turns = RopeTables.make(
+        lambda p: rope(p, dim, factor), shape.chunk, sinks, chunks + size // shape.chunk, table,
+        allocated=shape.allocated,
+    )  # fmt: skip
+    step = DecodeStep(table, numbers, chunks, turns)
     query = torch.randn(batch, heads * group, dim, device=device).to(dtype) * (not column)
     scaling = 1 / math.sqrt(dim)
     out = decode_attention(

@@ -1,7 +1,7 @@
 // The sinks and the tail of a sequence, which the cache keeps in 16 bits.
 #pragma once
 
-#include "decode_scores.cuh"
+#include "decode_blocks.cuh"
 
 // Adds one token to a warp's running softmax; lanes take channels.
 __device__ __forceinline__ void attend_token(const SharedStorage& smem,
@@ -17,15 +17,15 @@ __device__ __forceinline__ void attend_token(const SharedStorage& smem,
     int f = begin + lane_idx;
     float a = load16(keys[(base + token) * HEAD_DIM + f]);
     float b = load16(keys[(base + token) * HEAD_DIM + f + HALF_DIM]);
-    int at = rope_offset(token, f);
+    int at = rope_offset(smem.head_table, token, f);
     float c = from_half(*(const u16*)(smem.tables.rope + at)),
-          s = from_half(*(const u16*)(smem.tables.rope + at + 8));
+          s = from_half(*(const u16*)(smem.tables.rope + at + SINE_OFFSET));
     float ya = a * c - b * s, yb = b * c + a * s;
 #pragma unroll
     for (int q = 0; q < GROUP_SIZE; q++) {
       const u16* query = (const u16*)queries[q];
-      scores[q] += ya * from_half(query[query_offset(f)]) +
-                   yb * from_half(query[query_offset(f + HALF_DIM)]);
+      scores[q] += ya * from_half(query[query_offset(smem.head_table, f)]) +
+                   yb * from_half(query[query_offset(smem.head_table, f + HALF_DIM)]);
     }
   }
   float v[HEAD_DIM / 32];

@@ -76,6 +76,10 @@ __device__ __forceinline__ void stage_warp_outliers(SharedStorage& smem, int sid
   }
 }
 
+constexpr int NUM_FIELDS_READ = HAS_VALUE_OUTLIERS ? NUM_ARENA_FIELDS
+                                : HAS_OUTLIERS     ? VALUE_BEGIN
+                                                   : KEY_BEGIN;
+
 // Looks up the warp's blocks, one per lane. Each step reads what the last one found, so other work
 // between the steps hides the waiting.
 struct BlockFinder {
@@ -98,7 +102,7 @@ struct BlockFinder {
     if (!found) return;
     const i64* arena = params.arenas + (i64)(block_number >> PLACE_BITS) * NUM_ARENA_FIELDS;
 #pragma unroll
-    for (int i = 0; i < (HAS_OUTLIERS ? (int)NUM_ARENA_FIELDS : (int)KEY_BEGIN); i++)
+    for (int i = 0; i < NUM_FIELDS_READ; i++)
       address[i] = __ldg(arena + i);
   }
   __device__ __forceinline__ u32 place() const { return block_number & ((1u << PLACE_BITS) - 1); }
@@ -107,27 +111,34 @@ struct BlockFinder {
       if (!found) return;
       const i64 list = (i64)place() * params.num_kv_heads + kv_head_idx;
       begin[KEYS] = __ldg((const int*)address[KEY_BEGIN] + list);
-      begin[VALUES] = __ldg((const int*)address[VALUE_BEGIN] + list);
       count[KEYS] = __ldg((const count_t*)address[KEY_COUNT] + list);
-      count[VALUES] = __ldg((const count_t*)address[VALUE_COUNT] + list);
+      if constexpr (HAS_VALUE_OUTLIERS) {
+        begin[VALUES] = __ldg((const int*)address[VALUE_BEGIN] + list);
+        count[VALUES] = __ldg((const count_t*)address[VALUE_COUNT] + list);
+      }
     }
   }
   __device__ __forceinline__ void store(const DecodeParams& params, SharedStorage& smem,
-                                        int kv_head_idx, int warp_idx, int lane_idx) const {
+                                        const CodePlaces& places, int kv_head_idx, int warp_idx,
+                                        int lane_idx) const {
     if (!found) return;
-    const i64 token_block = place(), head_block = token_block * params.num_kv_heads + kv_head_idx;
+    const i64 token_block = place(),
+              ranges = VALUE_RANGE_PER_HEAD ? token_block * params.num_kv_heads + kv_head_idx
+                                            : token_block;
     BlockEntry& block = smem.blocks[warp_idx + lane_idx * NUM_WARPS];
-    block.codes[KEYS] = (const u8*)address[KEY_CODES] + head_block * BLOCK_SIZE * TOKEN_BYTES;
-    block.codes[VALUES] = (const u8*)address[VALUE_CODES] + head_block * BLOCK_SIZE * TOKEN_BYTES;
-    block.v_zeros = (const u16*)address[VALUE_ZEROS] + token_block * BLOCK_SIZE;
-    block.v_scales = (const u16*)address[VALUE_SCALES] + token_block * BLOCK_SIZE;
+    block.codes[KEYS] = (const u8*)address[KEY_CODES] + places.block_offset(token_block, KEYS);
+    block.codes[VALUES] = (const u8*)address[VALUE_CODES] + places.block_offset(token_block, VALUES);
+    block.v_zeros = (const u16*)address[VALUE_ZEROS] + ranges * BLOCK_SIZE;
+    block.v_scales = (const u16*)address[VALUE_SCALES] + ranges * BLOCK_SIZE;
     if constexpr (HAS_OUTLIERS) {
       block.num_outliers[KEYS] = count[KEYS];
-      block.num_outliers[VALUES] = count[VALUES];
       block.positions[KEYS] = (const position_t*)address[KEY_POSITIONS] + begin[KEYS];
-      block.positions[VALUES] = (const position_t*)address[VALUE_POSITIONS] + begin[VALUES];
       block.outliers[KEYS] = (const u16*)address[KEY_OUTLIERS] + begin[KEYS];
-      block.outliers[VALUES] = (const u16*)address[VALUE_OUTLIERS] + begin[VALUES];
+      if constexpr (HAS_VALUE_OUTLIERS) {
+        block.num_outliers[VALUES] = count[VALUES];
+        block.positions[VALUES] = (const position_t*)address[VALUE_POSITIONS] + begin[VALUES];
+        block.outliers[VALUES] = (const u16*)address[VALUE_OUTLIERS] + begin[VALUES];
+      }
     }
   }
 };
@@ -136,8 +147,10 @@ struct BlockFinder {
 __device__ __forceinline__ const u8* chunk_codes(const SharedStorage& smem, int side,
                                                  int kv_chunk_idx, int num_chunks) {
   return smem.blocks[kv_chunk_idx < num_chunks ? kv_chunk_idx / CHUNKS_PER_BLOCK : 0].codes[side] +
-         kv_chunk_idx % CHUNKS_PER_BLOCK * (CHUNK_SIZE * TOKEN_BYTES);
+         kv_chunk_idx % CHUNKS_PER_BLOCK * chunk_bytes(smem.head_table, side);
 }
-__device__ __forceinline__ void prefetch_chunk(const u8* codes, int lane_idx) {
-  for (int i = lane_idx * 128; i < CHUNK_SIZE * TOKEN_BYTES; i += 32 * 128) prefetch_l2(codes + i);
+
+// Fetches the codes of a chunk into the L2 cache. They begin at any multiple of 16 bytes.
+__device__ __forceinline__ void prefetch_chunk(const u8* codes, int bytes, int lane_idx) {
+  for (int i = lane_idx * 128; i < bytes; i += 32 * 128) prefetch_l2(codes + i);
 }

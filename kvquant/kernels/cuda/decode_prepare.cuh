@@ -47,11 +47,7 @@ struct QueryLoads {
 __device__ __forceinline__ void copy_tables(const DecodeParams& params, SharedStorage& smem,
                                             int kv_head_idx, int first_chunk, int num_chunks) {
   const u8* const head_table = params.head_tables + (i64)kv_head_idx * HEAD_TABLE_STRIDE;
-  thread_block_loop<CHUNK_SIZE * KEY_SELECTORS * 4>([&](int i) {
-    cp_async_16(
-        smem.tables.rope + i / (KEY_SELECTORS * 4) * ROPE_STRIDE + i % (KEY_SELECTORS * 4) * 16,
-        (const uint4*)params.rope + i);
-  });
+  copy_rope(params, smem, kv_head_idx);
   thread_block_loop<MAX_CHUNKS * HALF_DIM / 4>([&](int i) {
     if (i < num_chunks * (HALF_DIM / 4))
       cp_async_16((float4*)smem.tables.phases + i,
@@ -71,9 +67,9 @@ __device__ __forceinline__ void copy_tables(const DecodeParams& params, SharedSt
 }
 
 // Begins to copy zeros, scales and the keys' outliers of the warp's blocks, and fetches the codes
-// of its first chunk.
-__device__ __forceinline__ void copy_blocks(SharedStorage& smem, int num_chunks, int warp_idx,
-                                            int lane_idx) {
+// of its first chunk, which are so many bytes.
+__device__ __forceinline__ void copy_blocks(SharedStorage& smem, int num_chunks, int key_bytes,
+                                            int value_bytes, int warp_idx, int lane_idx) {
   const int num_blocks = num_chunks / CHUNKS_PER_BLOCK;
 #pragma unroll 1
   for (int j = 0; j < MAX_BLOCKS_PER_WARP; j++) {
@@ -85,7 +81,7 @@ __device__ __forceinline__ void copy_blocks(SharedStorage& smem, int num_chunks,
     if constexpr (HAS_OUTLIERS) stage_outliers(smem.staged[block_idx], block, KEYS, lane_idx);
   }
   if (CHUNKS_PER_BLOCK == 1 && warp_idx < num_chunks) {  // else the block's entry is another warp's
-    prefetch_chunk(chunk_codes(smem, KEYS, warp_idx, num_chunks), lane_idx);
-    prefetch_chunk(chunk_codes(smem, VALUES, warp_idx, num_chunks), lane_idx);
+    prefetch_chunk(smem.blocks[warp_idx].codes[KEYS], key_bytes, lane_idx);
+    prefetch_chunk(smem.blocks[warp_idx].codes[VALUES], value_bytes, lane_idx);
   }
 }

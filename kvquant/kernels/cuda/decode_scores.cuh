@@ -1,8 +1,18 @@
-// Phases 2 and 3 of the decode kernel: scores from packed keys, and softmax.
+// Phase 2 of the decode kernel: scores from packed keys.
 #pragma once
 
 #include "decode_blocks.cuh"
 #include "decode_codes.cuh"
+#include "decode_softmax.cuh"
+
+// Begins to copy the rotations inside a chunk, which all heads share.
+__device__ __forceinline__ void copy_rope(const DecodeParams& params, SharedStorage& smem, int) {
+  thread_block_loop<CHUNK_SIZE * KEY_SELECTORS * 4>([&](int i) {
+    cp_async_16(
+        smem.tables.rope + i / (KEY_SELECTORS * 4) * ROPE_STRIDE + i % (KEY_SELECTORS * 4) * 16,
+        (const uint4*)params.rope + i);
+  });
+}
 
 // Rotates a warp's queries back by a chunk's first position and writes them as fp16 operands. A
 // lane takes four neighbouring frequencies at a time, or of grouped queries only some of the
@@ -181,8 +191,9 @@ __device__ __forceinline__ void compute_scores(SharedStorage& smem, int num_chun
   for (int kv_chunk_idx = warp_idx; kv_chunk_idx < num_chunks; kv_chunk_idx += NUM_WARPS) {
     const u8* next_codes = chunk_codes(smem, KEYS, kv_chunk_idx + NUM_WARPS, num_chunks);
     if (kv_chunk_idx + NUM_WARPS < num_chunks) {
-      prefetch_chunk(next_codes, lane_idx);
-      prefetch_chunk(chunk_codes(smem, VALUES, kv_chunk_idx + NUM_WARPS, num_chunks), lane_idx);
+      prefetch_chunk(next_codes, CHUNK_SIZE * TOKEN_BYTES, lane_idx);
+      prefetch_chunk(chunk_codes(smem, VALUES, kv_chunk_idx + NUM_WARPS, num_chunks),
+                     CHUNK_SIZE * TOKEN_BYTES, lane_idx);
     }
     unrotate_queries(smem, smem.tables.query[warp_idx], smem.tables.phases[kv_chunk_idx], lane_idx);
     __syncwarp();
@@ -209,55 +220,5 @@ __device__ __forceinline__ void compute_scores(SharedStorage& smem, int num_chun
     __syncwarp();  // the queries are overwritten for the next chunk
     k_codes = next_codes;
   }
-#pragma unroll
-  for (int n = 0; n < 2; n++) {
-#pragma unroll
-    for (int d = 4; d < 32; d <<= 1)
-      maximum[n] = fmaxf(maximum[n], __shfl_xor_sync(~0u, maximum[n], d));
-    if (g == 0 && 2 * t + n < GROUP_SIZE) smem.score_max[2 * t + n][warp_idx] = maximum[n];
-  }
-}
-
-// Phase 3: weights of the warp's chunks, relative to the maxima of all warps, and their sums. A
-// token's scale goes into its weight, its zero into one sum.
-__device__ __forceinline__ void compute_weights(SharedStorage& smem, int num_chunks, int warp_idx,
-                                                int lane_idx) {
-  float maximum[GROUP_SIZE], sum[GROUP_SIZE], zeros[GROUP_SIZE];
-#pragma unroll
-  for (int q = 0; q < GROUP_SIZE; q++) {
-    maximum[q] = warp_max_signed(lane_idx < NUM_WARPS ? smem.score_max[q][lane_idx] : NO_SCORE);
-    sum[q] = zeros[q] = 0.0f;
-  }
-#pragma unroll 1
-  for (int kv_chunk_idx = warp_idx; kv_chunk_idx < num_chunks; kv_chunk_idx += NUM_WARPS)
-    if (lane_idx < PAIRS_PER_CHUNK) {
-      const int pair = kv_chunk_idx % CHUNKS_PER_BLOCK * PAIRS_PER_CHUNK + lane_idx;
-      const u32 both_scales = smem.v_scales[kv_chunk_idx / CHUNKS_PER_BLOCK][pair],
-                both_zeros = smem.v_zeros[kv_chunk_idx / CHUNKS_PER_BLOCK][pair];
-      const float scale[2] = {load16((u16)(both_scales & 0xFFFF)),
-                              load16((u16)(both_scales >> 16))};
-      const float zero[2] = {load16((u16)(both_zeros & 0xFFFF)), load16((u16)(both_zeros >> 16))};
-#pragma unroll
-      for (int q = 0; q < GROUP_SIZE; q++) {
-        uint2* const weight = &smem.weight[q][kv_chunk_idx * PAIRS_PER_CHUNK + lane_idx];
-        const uint2 scores = *weight;
-        const float a = exp2(__uint_as_float(scores.x) - maximum[q]),
-                    b = exp2(__uint_as_float(scores.y) - maximum[q]);
-        sum[q] += a + b;
-        zeros[q] = fmaf(a, zero[0], fmaf(b, zero[1], zeros[q]));
-        *weight = make_uint2(pack2(a * scale[0], b * scale[1]), pack2(a, b));
-      }
-    }
-#pragma unroll
-  for (int q = 0; q < GROUP_SIZE; q++) {
-#pragma unroll
-    for (int d = 1; d < 32; d <<= 1) {
-      sum[q] += __shfl_xor_sync(~0u, sum[q], d);
-      zeros[q] += __shfl_xor_sync(~0u, zeros[q], d);
-    }
-    if (lane_idx == 0) {
-      smem.weight_sum[q][warp_idx] = sum[q];
-      smem.zero_sum[q][warp_idx] = zeros[q];
-    }
-  }
+  share_maxima(smem, maximum, warp_idx, g, t);
 }

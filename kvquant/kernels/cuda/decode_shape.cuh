@@ -5,7 +5,9 @@
 //   HEAD_DIM           64, 128 or 256
 //   GROUP_SIZE         query heads per kv head, 1 to 8
 //   BLOCK_SIZE         tokens per block of the cache: 32 or a multiple of 64
-//   HAS_OUTLIERS       whether the cache keeps exact outliers
+//   HAS_OUTLIERS       whether the cache keeps exact outliers of keys
+//   HAS_VALUE_OUTLIERS  the same of values
+//   VALUE_RANGE_PER_HEAD  whether each head of a token has a range of values, or all have one
 //   WIDE_POSITIONS, WIDE_COUNTS  whether the outliers' index arrays are of 32 bits
 //   BF16               whether 16-bit numbers of the cache are bfloat16 (else fp16)
 //   NUM_WARPS          warps per thread block

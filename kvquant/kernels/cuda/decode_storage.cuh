@@ -2,7 +2,11 @@
 #pragma once
 
 #include "decode_params.cuh"
+#ifdef ALLOCATED_CODES
+#include "allocated_table.cuh"
+#else
 #include "head_table.cuh"
+#endif
 
 // A block's outliers of one side, of which the first STAGED_OUTLIERS are copied here. Both arrays
 // begin at a multiple of 16 bytes of global memory, which may lie before the first outlier.
@@ -33,8 +37,7 @@ struct BlockEntry {
 // What the scores need; it gives way to the outputs of the warps.
 struct ScoreTables {
   u8 rope[CHUNK_SIZE * ROPE_STRIDE];
-  // Each warp's queries, rotated back to its chunk, as tensor-core operands: by selector word and
-  // thread of four, channels (c, c+1), those + HALF_DIM, (c+2, c+3), those + HALF_DIM.
+  // Each warp's queries, rotated back to its chunk, as tensor-core operands (query_offset).
   uint4 query[NUM_WARPS][GROUP_SIZE][QUERY_STRIDE];
   float phases[MAX_CHUNKS][HALF_DIM];  // of the chunks' first positions, radians
 };
@@ -71,18 +74,3 @@ __constant__ int smem_bytes = sizeof(SharedStorage);  // Python launches with so
 }
 static_assert(sizeof(SharedStorage) <= SMEM_BYTES && sizeof(SharedStorage) + 256 > SMEM_BYTES,
               "cuda_decode.py counts other bytes of shared memory");
-
-// Where in `ScoreTables::rope` the entry of a token and frequency lies: {cos x 4, sin x 4} for four
-// frequencies at a time.
-__device__ __forceinline__ int rope_offset(int token, int f) {
-  int j = f / (HEAD_DIM / 4), rest = f % (HEAD_DIM / 4), t = rest / (HEAD_DIM / 16),
-      w = rest % (HEAD_DIM / 16) / 4;
-  return token * ROPE_STRIDE + ((w * 2 + j) * 4 + t) * 16 + (f % 4) * 2;
-}
-
-// Where channel `c` of a query lies in its operands, in halves.
-__device__ __forceinline__ int query_offset(int c) {
-  int f = c % HALF_DIM, j = f / (HEAD_DIM / 4), rest = f % (HEAD_DIM / 4),
-      t = rest / (HEAD_DIM / 16), w = rest % (HEAD_DIM / 16) / 4;
-  return ((w * 2 + j) * 4 + t) * 8 + (f % 4) / 2 * 4 + (c / HALF_DIM) * 2 + f % 2;
-}

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "decode_instructions.cuh"
+#include "decode_params.cuh"
 #include "decode_shape.cuh"
 
 // The fp16 levels of a codebook, their high and their low bytes apart.
@@ -48,3 +49,40 @@ struct __align__(16) HeadTable {
 template struct HeadTableLayout<HeadTable>;
 constexpr int HEAD_TABLE_BYTES = sizeof(HeadTable);
 constexpr int HEAD_TABLE_STRIDE = HEAD_TABLE_BYTES + HEAD_DIM * 4;  // in memory, with level ends
+
+// Where in `ScoreTables::rope` the entry of a token and frequency lies: {cos x 4, sin x 4} for four
+// frequencies at a time.
+__device__ __forceinline__ int rope_offset(const HeadTable&, int token, int f) {
+  int j = f / (HEAD_DIM / 4), rest = f % (HEAD_DIM / 4), t = rest / (HEAD_DIM / 16),
+      w = rest % (HEAD_DIM / 16) / 4;
+  return token * ROPE_STRIDE + ((w * 2 + j) * 4 + t) * 16 + (f % 4) * 2;
+}
+
+constexpr int SINE_OFFSET = 8;  // from a cosine to its sine
+
+// Where channel `c` of a query lies in its operands, in halves: by selector word and thread of four,
+// channels (c, c+1), those + HALF_DIM, (c+2, c+3), those + HALF_DIM.
+__device__ __forceinline__ int query_offset(const HeadTable&, int c) {
+  int f = c % HALF_DIM, j = f / (HEAD_DIM / 4), rest = f % (HEAD_DIM / 4),
+      t = rest / (HEAD_DIM / 16), w = rest % (HEAD_DIM / 16) / 4;
+  return ((w * 2 + j) * 4 + t) * 8 + (f % 4) / 2 * 4 + (c / HALF_DIM) * 2 + f % 2;
+}
+
+// Where the codes of a kv head lie in a block, and how long a block and a chunk are.
+struct CodePlaces {
+  __device__ __forceinline__ CodePlaces(const DecodeParams& params, int kv_head_idx)
+      : kv_head_idx(kv_head_idx), num_kv_heads(params.num_kv_heads) {}
+  __device__ __forceinline__ i64 block_offset(i64 place, int) const {
+    return (place * num_kv_heads + kv_head_idx) * (BLOCK_SIZE * TOKEN_BYTES);
+  }
+  __device__ __forceinline__ int chunk_bytes(int) const { return CHUNK_SIZE * TOKEN_BYTES; }
+
+ private:
+  const int kv_head_idx, num_kv_heads;
+};
+__device__ __forceinline__ int chunk_bytes(const HeadTable&, int) {
+  return CHUNK_SIZE * TOKEN_BYTES;
+}
+
+// Levels stand for themselves.
+__device__ __forceinline__ float value_shift(const HeadTable&) { return 0.0f; }

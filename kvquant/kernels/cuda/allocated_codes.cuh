@@ -1,0 +1,77 @@
+// A lane's codes of a chunk and tile, and what they are read as.
+//
+// formats/lane_layout.py says where the bits lie. An item is two codes, whose places in the lower
+// and the upper half of a word are the same; a lane has 16 items of a chunk and tile.
+#pragma once
+
+#include "allocated_table.cuh"
+
+constexpr bool looked_up(int width) { return width >= MIN_LOOKED_UP && width <= MAX_LOOKED_UP; }
+
+// The bits of an item that lies whole in the words' halves: its word and first bit.
+struct ItemPlace {
+  int word, begin;
+};
+template <int WIDTH> constexpr bool is_scattered(int item) {
+  return WIDTH == 5 ? item == 15 : WIDTH == 6 && item >= 12;
+}
+template <int WIDTH> constexpr ItemPlace item_place(int item) {
+  const int j = item / 2, s = item % 2;
+  if (WIDTH == 5) {
+    if (j < 5) return {j, 5 * s};
+    return {s ? j - 2 : j - 5, 10};
+  }
+  if (WIDTH == 6) return {item / 2, 6 * s};
+  return {item * WIDTH / 16, item * WIDTH % 16};
+}
+
+__device__ __forceinline__ u32 shifted(u32 x, int left) { return left < 0 ? x >> -left : x << left; }
+
+// Both halves' bits from `mask`.
+constexpr u32 in_halves(u32 mask) { return mask | mask << 16; }
+
+// The codes of an item, each from bit TO of its half on; the other bits are zero.
+template <int WIDTH, int TO>
+__device__ __forceinline__ u32 item_codes(const u32 (&words)[WIDTH], int item) {
+  constexpr u32 MASK = (1u << WIDTH) - 1;
+  if constexpr (WIDTH == 5) {
+    if (is_scattered<WIDTH>(item)) {
+      u32 codes = 0;
+#pragma unroll
+      for (int bit = 0; bit < WIDTH; bit++)
+        codes |= shifted(words[bit], TO + bit - 15) & in_halves(1u << (TO + bit));
+      return codes;
+    }
+  } else if constexpr (WIDTH == 6) {
+    if (is_scattered<WIDTH>(item)) {
+      const int q = item - 12, low = q == 0 ? 0 : q == 1 ? 2 : q == 2 ? 3 : 5, high = q < 2 ? 1 : 4;
+      return (shifted(words[low], TO - 12) & in_halves(15u << TO)) |
+             (shifted(words[high], TO + 4 - 12 - 2 * (q % 2)) & in_halves(3u << (TO + 4)));
+    }
+  }
+  const ItemPlace place = item_place<WIDTH>(item);
+  return shifted(words[place.word], TO - place.begin) & in_halves(MASK << TO);
+}
+
+// The selectors of the codes of 16 tokens: nibbles are codes of h, s and e, lowest first.
+template <int WIDTH> __device__ __forceinline__ u32 selectors(const u32 (&words)[WIDTH], int m) {
+  const u32 low = (words[m / 2] >> (2 * (m % 2))) & 0x33333333u;
+  if constexpr (WIDTH == 3) return low | (shifted(words[2], 2 - m) & 0x44444444u);
+  else return low;
+}
+
+// Loads the words of a tile, in flight until they are used.
+//
+// \tparam WIDTH  words of the array
+// \param width   words to be loaded
+template <int WIDTH>
+__device__ __forceinline__ void load_codes(u32 (&words)[WIDTH], int width, const u8* tile,
+                                           int lane_idx) {
+#pragma unroll
+  for (int k = 0; k < WIDTH; k++)
+    if (k < width) {
+      u32 word[1];
+      load_words(word, tile + k * PLANE_BYTES + lane_idx * 4);
+      words[k] = word[0];
+    }
+}

@@ -1,0 +1,89 @@
+"""The CUDA decode kernel of allocated codes against float64 attention over unpacked blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kvquant.kernels.cuda_build import compile_cubin
+from kvquant.kernels.cuda_decode import DecodeShape
+from tests.kernels.emulate import emulate_decode
+from tests.support.decode_case import TOLERANCE, allocated_case, decode_error
+
+SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024}
+
+
+def error_of(
+    dim: int,
+    group: int,
+    size: int,
+    outliers: float,
+    dtype: torch.dtype,
+    lengths: list[tuple[int, int]],
+    device: str,
+    **options: Any,
+) -> float:
+    made = allocated_case(dim, group, size, outliers, dtype, device=device, **options)
+    return decode_error(3, dim, group, size, outliers, dtype, lengths, device=device, made=made)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("value_range", ["token", "token-head"])
+@pytest.mark.parametrize("outliers", [0.0, 0.0025, 0.02])
+@pytest.mark.parametrize(("dim", "group"), [(64, 3), (128, 1), (128, 4), (256, 8)])
+@pytest.mark.parametrize("size", [64, 128, 512])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_close_to_float64(
+    dim: int, group: int, size: int, outliers: float, value_range: Any, dtype: torch.dtype
+) -> None:
+    lengths = [(0, 1), (1, size - 1), (7, 0), (40 if size < 512 else 5, size)]
+    error = error_of(dim, group, size, outliers, dtype, lengths, "cuda", value_range=value_range)
+    assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("dim", "group", "size", "outliers", "dtype", "value_range"),
+    [
+        (128, 4, 64, 0.0025, torch.float16, "token"),
+        (128, 1, 512, 0.02, torch.float16, "token-head"),
+        (64, 3, 64, 0.01, torch.float16, "token"),
+        (256, 8, 128, 0.0025, torch.bfloat16, "token"),
+        (64, 8, 64, 0.0, torch.float16, "token-head"),
+    ],
+)
+def test_source_on_a_cpu(
+    dim: int,
+    group: int,
+    size: int,
+    outliers: float,
+    dtype: torch.dtype,
+    value_range: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel's source, compiled for a CPU: no sequence, one block, several splits."""
+    emulate_decode(monkeypatch, multiprocessors=16)
+    lengths = [(0, 1), (1, size - 1), (7, 0), (12 if size < 512 else 2, size)]
+    error = error_of(dim, group, size, outliers, dtype, lengths, "cpu", value_range=value_range)
+    assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("width", range(1, 7))
+def test_every_width(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        emulate_decode(monkeypatch, multiprocessors=16)
+    lengths = [(3, 7), (1, 0)]
+    error = error_of(64, 1, 64, 0.0025, torch.float16, lengths, device, width=width)
+    assert error < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("dim", "group", "size"), [(64, 3, 64), (128, 1, 128), (256, 8, 512)])
+def test_compiles_without_a_gpu(dim: int, group: int, size: int, arch: str) -> None:
+    """Which also compares the bytes of shared memory that Python counts."""
+    pytest.importorskip("cuda.bindings.nvrtc")
+    shape = DecodeShape(3, dim, group, size, torch.float16, True, 0.0025, allocated=True)
+    assert len(compile_cubin(shape.source, shape.header(SHARED[arch]), arch)) > 10_000
