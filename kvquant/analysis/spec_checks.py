@@ -101,6 +101,6 @@ def check_kernels(study: Study, record: KernelRecord) -> None:
     """Checks the shape and the measurements of a kernel record's case."""
     case = study.kernel_cases()[record.case]
     shape = {name: getattr(case, name) for name in ("shape", "batch", "tokens")}
-    _are(record, {**shape, "scheme": study.headline})
+    _are(record, {**shape, "scheme": study.kernel_scheme(case)})
     if [part.measure for part in record.parts] != case.measure:
         raise ValueError(f"field 'parts.measure': the study's are {', '.join(case.measure)}")

@@ -15,13 +15,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvquant.cache.arena import Arena
-from kvquant.cache.codec import Packed
-from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.cache.codec import Codec, Packed
 from kvquant.kernels.backends import demand
 from kvquant.kernels.cuda_decode import DecodeStep, decode_attention
 from kvquant.kernels.decode_tables import RopeTables
-from kvquant.schemes.nuq import NuqCodec
-from kvquant.study.schemes import NuqScheme
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -100,7 +97,7 @@ def graph_rounds(
     return {name: values[3:] for name, values in times.items()}
 
 
-def packed_layer(codec: NuqCodec, heads: int, dim: int, blocks: int, device: str) -> Arena:
+def packed_layer(codec: Codec, heads: int, dim: int, blocks: int, device: str) -> Arena:
     """Returns an arena with `blocks` blocks of normally distributed data."""
     size = codec.block_size
     few = min(blocks, SAMPLE)
@@ -125,45 +122,38 @@ def packed_layer(codec: NuqCodec, heads: int, dim: int, blocks: int, device: str
 
 
 def measure_decode(
+    codec: Codec,
     heads: int,
     kv_heads: int,
     dim: int,
     batch: int,
     tokens: int,
-    tables: LayerQuantizer,
     *,
-    bits: int = 3,
-    outliers: float = 0.01,
-    block_size: int = 64,
     rounds: int = 20,
     device: str = "cuda",
 ) -> DecodeTimes:
     """Measures decode attention of one layer at one shape, beside a copy on the device.
 
     Args:
+        codec: The scheme's codec for one layer, on the device.
         heads: Number of query heads.
         kv_heads: Number of kv heads.
         dim: Channels per head.
         batch: Number of sequences.
         tokens: Tokens per sequence, a multiple of the block size.
-        tables: Calibration for `kv_heads` x `dim` and `bits`.
-        bits: Bits per code: 2, 3 or 4.
-        outliers: Fraction of outliers.
-        block_size: Tokens per block.
         rounds: Number of counted rounds.
         device: The GPU.
     """
-    spec = NuqScheme(kind="nuq", bits=bits, outliers=outliers, block_size=block_size)
-    codec = NuqCodec(spec, tables)
+    block_size = codec.block_size
     blocks = batch * tokens // block_size
     each = tokens // block_size
     whole = codec.cache_shape(dim, kv_heads, heads, torch.float16)
     demand("decode", "cuda", whole, torch.device(device))
     shape = whole.decode_shape
     # Enough layers that their packed bytes exceed the L2 cache several times.
-    packed_bytes = 2 * batch * tokens * kv_heads * dim * bits // 8
-    layers = max(1, min(16, math.ceil(4e8 / packed_bytes)))
-    arenas = [packed_layer(codec, kv_heads, dim, blocks, device) for _ in range(layers)]
+    arenas = [packed_layer(codec, kv_heads, dim, blocks, device)]
+    layers = max(1, min(16, math.ceil(4e8 / arenas[0].nbytes)))
+    arenas += [packed_layer(codec, kv_heads, dim, blocks, device) for _ in range(layers - 1)]
     rows = [torch.tensor([a.addresses], device=device) for a in arenas]
     table = torch.arange(blocks, dtype=torch.int32, device=device).view(batch, each)
     lengths = torch.tensor([[1, each, 1]] * batch, dtype=torch.int32, device=device)
@@ -175,9 +165,8 @@ def measure_decode(
         return angles.cos(), angles.sin()
 
     chunks = each * (block_size // shape.chunk)
-    step = DecodeStep(
-        table, lengths, chunks, RopeTables.make(rope, shape.chunk, 1, chunks + 1, table)
-    )
+    turns = RopeTables.make(rope, shape.chunk, 1, chunks + 1, table, allocated=shape.allocated)
+    step = DecodeStep(table, lengths, chunks, turns)
     query = torch.randn(batch, heads, dim, device=device).half()
     sinks = tuple(torch.randn(batch, kv_heads, 1, dim, device=device).half() for _ in range(2))
     tail = tuple(

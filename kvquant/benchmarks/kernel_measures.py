@@ -15,6 +15,7 @@ from kvquant.benchmarks.packed_past import measure_continuation
 from kvquant.benchmarks.random_model import RandomModel, head_dim
 from kvquant.benchmarks.timing import Clock, synchronize
 from kvquant.benchmarks.turns import Role, Side, issue_rate, take_turns, to_records
+from kvquant.cache.codec import Codec
 from kvquant.cache.footprint import cache_elements, cache_nbytes
 from kvquant.errors import UserError
 from kvquant.models.loading import QuantizedModel
@@ -23,7 +24,7 @@ from kvquant.models.sdpa import without_cudnn
 from kvquant.study.config import Study
 from kvquant.study.kernels import SHAPES, WHOLE_MODEL, KernelCase, Measure
 from kvquant.study.records import KernelPart
-from kvquant.study.schemes import NuqScheme
+from kvquant.study.schemes import AllocatedScheme, NuqScheme
 
 COPIES = 10  # copies before and after decode steps, which are not interrupted
 SETTLE = 5  # decode steps before the timed ones
@@ -69,21 +70,43 @@ def prompt_lengths(case: KernelCase) -> list[int]:
 class Bench:
     """Runs measurements and holds the model that they need, one at a time.
 
+    Attributes:
+        name: Name of the scheme whose kernels the current case measures.
+        scheme: That scheme.
+
     Args:
-        study: A study with a section `kernels` and a headline scheme of kind nuq.
+        study: A study with a section `kernels`.
         device: Device of models and caches.
         clock: Times a region of work; None makes one for the device.
     """
 
     def __init__(self, study: Study, device: torch.device, clock: Clock | None = None) -> None:
-        headline = study.scheme(study.headline)
-        if not isinstance(headline, NuqScheme):
-            raise UserError(f"headline: '{study.headline}' is not of kind nuq: it has no kernels")
         assert study.kernels is not None
         self.study, self.device, self.spec = study, device, study.kernels
-        self.scheme: NuqScheme = headline
+        for case in study.kernel_cases().values():
+            self._take(case)
         self.clock = clock or Clock.of(device)
         self._model: RandomModel | None = None
+
+    def _take(self, case: KernelCase) -> None:
+        """Takes the scheme of a case; refuses one without kernels."""
+        self.name = self.study.kernel_scheme(case)
+        scheme = self.study.scheme(self.name)
+        if not isinstance(scheme, (NuqScheme, AllocatedScheme)):
+            raise UserError(
+                f"scheme: '{self.name}' has no kernels to be measured: choose one of kind nuq or "
+                "allocated"
+            )
+        self.scheme: NuqScheme | AllocatedScheme = scheme
+
+    def codec(self, case: KernelCase) -> Codec:
+        """Returns the codec of one layer of a case."""
+        heads, dim = SHAPES[case.shape]["num_key_value_heads"], head_dim(case.shape)
+        codec = append_codec(self.scheme, heads, dim, self.device)
+        assert codec is not None
+        if codec.rotates_values:  # as in a model that is loaded from files
+            codec.expect_rotated_values()
+        return codec
 
     def release(self) -> None:
         """Frees the model's memory."""
@@ -100,6 +123,7 @@ class Bench:
 
     def measure(self, what: Measure, case: KernelCase) -> KernelPart:
         """Runs one measurement of a case."""
+        self._take(case)
         if self._model is not None and (
             self._model.shape != case.shape or not set(case.measure) & set(WHOLE_MODEL)
         ):
@@ -155,13 +179,12 @@ def pack(bench: Bench, case: KernelCase) -> KernelPart:
     """Times one layer's quantize-and-pack pass against a copy of its input."""
     heads, dim = SHAPES[case.shape]["num_key_value_heads"], head_dim(case.shape)
     size = bench.scheme.block_size
-    codec = append_codec(bench.scheme, heads, dim, bench.device)
-    assert codec is not None
+    codec = bench.codec(case)
     shape = (2, case.batch * case.tokens // size, size, heads, dim)
     source = torch.randn(shape, device=bench.device).half()
     keys, values = source.transpose(2, 3)
     target = torch.empty_like(source)
-    ours = _kernel_side(bench, bench.study.headline, "ours", lambda: codec.pack(keys, values))
+    ours = _kernel_side(bench, bench.name, "ours", lambda: codec.pack(keys, values))
     copied = _kernel_side(bench, "copy", "copy", lambda: target.copy_(source))
     ours.nbytes = source.nbytes + codec.pack(keys, values).nbytes
     copied.nbytes = 2 * source.nbytes
@@ -172,16 +195,13 @@ def pack(bench: Bench, case: KernelCase) -> KernelPart:
 @torch.inference_mode()
 def attention(bench: Bench, case: KernelCase) -> KernelPart:
     """Times one layer's decode attention as CUDA graphs against torch's fp16 backends."""
-    dims, dim, scheme = SHAPES[case.shape], head_dim(case.shape), bench.scheme
+    dims, dim = SHAPES[case.shape], head_dim(case.shape)
     heads, kv_heads = dims["num_attention_heads"], dims["num_key_value_heads"]
-    codec = append_codec(scheme, kv_heads, dim, bench.device)
-    assert codec is not None and codec.tables is not None
     found = measure_decode(
-        heads, kv_heads, dim, case.batch, case.tokens, codec.tables, bits=scheme.bits,
-        outliers=scheme.outliers, block_size=scheme.block_size, rounds=bench.spec.rounds,
-    )  # fmt: skip
+        bench.codec(case), heads, kv_heads, dim, case.batch, case.tokens, rounds=bench.spec.rounds
+    )
     roles: dict[str, tuple[str, Role]] = {name: (name, "fp16") for name in BACKENDS}
-    roles |= {"kvquant": (bench.study.headline, "ours"), "copy": ("copy", "copy")}
+    roles |= {"kvquant": (bench.name, "ours"), "copy": ("copy", "copy")}
     sides = _timed_sides(roles, found.ms, found.refused)
     for key, side in zip(roles, sides, strict=True):
         side.nbytes = found.nbytes[key]
@@ -209,7 +229,7 @@ class _Scheme:
 
 
 def _schemes(bench: Bench, case: KernelCase) -> list[tuple[str, Role]]:
-    names: list[tuple[str, Role]] = [(bench.study.baseline, "fp16"), (bench.study.headline, "ours")]
+    names: list[tuple[str, Role]] = [(bench.study.baseline, "fp16"), (bench.name, "ours")]
     return [*names, *((name, "peer") for name in case.peers)]
 
 
@@ -325,7 +345,7 @@ def steps(bench: Bench, case: KernelCase) -> KernelPart:
         event.record()
     synchronize(bench.device)
     copies += [copying()[1] for _ in range(COPIES)]
-    ours = Side(bench.study.headline, "ours", lambda: 0.0, model.read_bytes + nbytes, nbytes, bits)
+    ours = Side(bench.name, "ours", lambda: 0.0, model.read_bytes + nbytes, nbytes, bits)
     ours.times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
     copied = Side("copy", "copy", lambda: 0.0, 2 * source.nbytes, times=copies)
     return _part(bench, "steps", [copied, ours])
@@ -334,18 +354,15 @@ def steps(bench: Bench, case: KernelCase) -> KernelPart:
 @torch.inference_mode()
 def continuation(bench: Bench, case: KernelCase) -> KernelPart:
     """Times new tokens over a packed past with the kernels, the PyTorch path and torch's fp16."""
-    dims, dim, scheme = SHAPES[case.shape], head_dim(case.shape), bench.scheme
-    kv_heads = dims["num_key_value_heads"]
-    codec = append_codec(scheme, kv_heads, dim, bench.device)
-    assert codec is not None and codec.tables is not None
+    dims, dim = SHAPES[case.shape], head_dim(case.shape)
     found = measure_continuation(
-        dims["num_attention_heads"], kv_heads, dim, case.batch, case.tokens, case.chunk,
-        codec.tables, scheme.bits, scheme.block_size, bench.spec.rounds,
-        outliers=scheme.outliers, max_seconds=bench.spec.max_seconds, device=str(bench.device),
+        bench.codec(case), dims["num_attention_heads"], dims["num_key_value_heads"], dim,
+        case.batch, case.tokens, case.chunk, bench.spec.rounds,
+        max_seconds=bench.spec.max_seconds, device=str(bench.device),
     )  # fmt: skip
     roles: dict[str, tuple[str, Role]] = {
-        "kernels": (bench.study.headline, "ours"),
-        "pytorch": (f"{bench.study.headline} (PyTorch)", "peer"),
+        "kernels": (bench.name, "ours"),
+        "pytorch": (f"{bench.name} (PyTorch)", "peer"),
         **{name: (name, "fp16") for name in BACKENDS},
     }
     sides = _timed_sides(roles, found.ms, found.refused)

@@ -81,7 +81,7 @@ def measure(bench: Bench, name: str, device_name: str) -> KernelRecord:
         device=device_name,
         case=name,
         shape=case.shape,
-        scheme=study.headline,
+        scheme=study.kernel_scheme(case),
         batch=case.batch,
         tokens=case.tokens,
         all_tokens=sum(prompt_lengths(case)),
@@ -135,16 +135,17 @@ def run(args: argparse.Namespace) -> None:
     if not names:
         raise UserError("kernels: this study has no such section: add it to the study file")
     device = set_current(check_device(args))
-    block = getattr(study.scheme(study.headline), "block_size", 1)
     for name in names:
         case = study.kernel_cases()[name]
+        scheme = study.kernel_scheme(case)
+        block = getattr(study.scheme(scheme), "block_size", 1)
         beyond = [m for m in case.measure if m in ON_GPU] if device.type == "cpu" else []
         if beyond:
             raise UserError(f"kernels.cases.{name}.measure: '{beyond[0]}' needs a GPU")
         if case.tokens % block:
             raise UserError(
                 f"kernels.cases.{name}.tokens: {case.tokens} is not a multiple of the block size "
-                f"{block} of '{study.headline}'"
+                f"{block} of '{scheme}'"
             )
     bench = Bench(study, device)
     console = Console(width=140)

@@ -23,6 +23,7 @@ from torch.nn.attention.bias import causal_lower_right
 from kvquant.benchmarks.decode import packed_layer, refusal_of
 from kvquant.benchmarks.timing import Clock, interleave, summarize
 from kvquant.cache.block_store import BlockStore
+from kvquant.cache.codec import Codec
 from kvquant.cache.layout import Layout
 from kvquant.cache.packed_past import Past, block_table, range_blocks
 from kvquant.cache.past_pieces import MAX_SCORES, MAX_TOKENS
@@ -73,7 +74,7 @@ def _rope(dim: int) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor
 
 
 def _packed_past(
-    codec: NuqCodec, batch: int, heads: int, dim: int, past: int, device: torch.device
+    codec: Codec, batch: int, heads: int, dim: int, past: int, device: torch.device
 ) -> tuple[BlockStore, Layout]:
     """Returns a store with `past` tokens per sequence (a sink, blocks, a tail) and its layout."""
     store, layout = BlockStore(codec), Layout(codec.sinks, codec.block_size, 0)
@@ -130,41 +131,33 @@ def _pieces(
 
 
 def measure_continuation(
+    codec: Codec,
     heads: int,
     kv_heads: int,
     dim: int,
     batch: int,
     past: int,
     chunk: int,
-    tables: LayerQuantizer,
-    bits: int,
-    block_size: int,
     rounds: int,
     *,
-    outliers: float = 0.01,
     max_seconds: float = 120.0,
     device: str = "cuda",
 ) -> ContinuationTimes:
     """Measures attention of new tokens over a packed past, for one layer at one shape.
 
     Args:
+        codec: The scheme's codec for one layer, on the device.
         heads: Number of query heads.
         kv_heads: Number of kv heads.
         dim: Channels per head.
         batch: Number of sequences.
         past: Tokens per sequence in the cache, at least one block.
         chunk: New tokens per sequence; 1 is a decode step.
-        tables: Calibration for `kv_heads` x `dim` and `bits`, on the device.
-        bits: Bits per code: 2, 3 or 4.
-        block_size: Tokens per block.
         rounds: Number of counted rounds.
-        outliers: Fraction of outliers.
         max_seconds: Seconds after which no further round starts.
         device: The GPU.
     """
     where = torch.device(device)
-    spec = NuqScheme(kind="nuq", bits=bits, outliers=outliers, block_size=block_size)
-    codec = NuqCodec(spec, tables)
     store, layout = _packed_past(codec, batch, kv_heads, dim, past, where)
     rope = _rope(dim)
     whole = codec.cache_shape(dim, kv_heads, heads, torch.float16)
@@ -275,12 +268,13 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     levels = fit("nf", args.bits)
     shape = (args.kv_heads, args.dim)
+    spec = NuqScheme(kind="nuq", bits=args.bits, outliers=args.outliers, block_size=args.block_size)
     tables = LayerQuantizer(torch.zeros(shape), torch.full(shape, 2.576), levels, levels)
     with torch.inference_mode():
+        codec = NuqCodec(spec, tables.to(args.device))
         found = measure_continuation(
-            args.heads, args.kv_heads, args.dim, args.batch, args.past, args.chunk,
-            tables.to(args.device), args.bits, args.block_size, args.rounds,
-            outliers=args.outliers, device=args.device,
+            codec, args.heads, args.kv_heads, args.dim, args.batch, args.past, args.chunk,
+            args.rounds, device=args.device,
         )  # fmt: skip
     given = {k: v for k, v in vars(args).items() if k not in ("device", "out", "rounds")}
     text = json.dumps(given | _report(found), indent=2)

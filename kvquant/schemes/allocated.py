@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 
@@ -11,6 +12,7 @@ from kvquant.errors import UserError
 from kvquant.formats.allocated_layer import AllocatedLayer
 from kvquant.formats.mixed_packing import TILE
 from kvquant.kernels.allocated_tables import allocated_tables
+from kvquant.kernels.cache_shape import LOOKED_UP_BITS, CacheShape
 from kvquant.kernels.decode_tables import HeadTables
 from kvquant.quantization.allocated_quant import AllocatedQuantizer
 from kvquant.quantization.hadamard import factors
@@ -50,6 +52,19 @@ class AllocatedCodec(Codec):
                 f"quantizer: made for {found[0]} kv heads of {found[1]}, the model has "
                 f"{num_kv_heads} of {head_dim}; calibrate this model"
             )
+
+    def cache_shape(
+        self, head_dim: int, kv_heads: int, query_heads: int, dtype: torch.dtype
+    ) -> CacheShape:
+        """See :meth:`Codec.cache_shape`."""
+        shape = super().cache_shape(head_dim, kv_heads, query_heads, dtype)
+        return replace(
+            shape,
+            codebook="allocated",
+            bits=LOOKED_UP_BITS,
+            outliers=self.quantizer.outliers,
+            range_per_head=self.quantizer.per_head,
+        )
 
     @functools.cached_property
     def decode_tables(self) -> HeadTables:

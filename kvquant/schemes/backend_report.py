@@ -8,9 +8,9 @@ import torch
 
 from kvquant.cache.block_store import stored_dtype
 from kvquant.kernels.backends import Operation, Selection, report
-from kvquant.kernels.cache_shape import CacheShape
+from kvquant.kernels.cache_shape import LOOKED_UP_BITS, CacheShape
 from kvquant.study.scheme_kinds import Scheme
-from kvquant.study.schemes import NuqScheme
+from kvquant.study.schemes import AllocatedScheme, NuqScheme
 
 
 def backend_report(
@@ -59,6 +59,15 @@ def backend_report(
         static_rope=static_rope,
         kept_rope=not static_rope,
     )
+    if isinstance(scheme, AllocatedScheme):
+        shape = replace(
+            shape,
+            block_size=scheme.block_size,
+            bits=LOOKED_UP_BITS,
+            sinks=scheme.sinks,
+            outliers=scheme.outliers,
+            range_per_head=scheme.value_range == "token-head",
+        )
     if isinstance(scheme, NuqScheme):
         shape = replace(
             shape,

@@ -130,15 +130,17 @@ def _timed(study: StudySections) -> Iterator[str]:
     if study.append is not None:
         yield from _not_among("append.schemes", study.append.schemes, study.schemes, "scheme")
     for label, case in study.kernel_cases().items():
+        measured = study.kernel_scheme(case)
+        yield from _not_among(f"kernels.cases.{label}.scheme", [measured], study.schemes, "scheme")
         for name in case.peers:
-            if name not in study.schemes or name in (study.baseline, study.headline):
+            if name not in study.schemes or name in (study.baseline, measured):
                 what = "measured anyway" if name in study.schemes else "not among the schemes"
                 yield f"kernels.cases.{label}.peers: '{name}' is {what}"
-    measured = {
+    used = {
         *(study.evaluation.schemes or study.schemes),
         *study.timed_schemes(study.throughput),
     }
-    if study.headline in study.schemes and study.headline not in measured:
+    if study.headline in study.schemes and study.headline not in used:
         yield (
             f"headline: '{study.headline}' is neither evaluated nor timed: add it to "
             "evaluation.schemes"

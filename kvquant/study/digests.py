@@ -135,4 +135,5 @@ def kernels_digest(study: Study, case: str) -> str:
     spec = study.kernels.cases[case]
     rest = study.kernels.model_dump(mode="json", exclude={"cases", "minutes"})
     schemes = {name: study.scheme(name).model_dump(mode="json") for name in spec.peers}
-    return digest(spec, rest, study.scheme(study.headline), schemes, VERSIONS["kernels"])
+    scheme = study.scheme(study.kernel_scheme(spec))
+    return digest(spec, rest, scheme, schemes, VERSIONS["kernels"])

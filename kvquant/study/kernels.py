@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -47,7 +47,11 @@ SHAPES: dict[str, dict[str, int]] = {
 class KernelCase(Strict):
     """Settings of one case: the shape of a model with random weights and its measurements."""
 
+    later: ClassVar[tuple[str, ...]] = ("scheme",)
     shape: ShapeName = Field(description="dimensions of the model")
+    scheme: str | None = Field(
+        None, description="scheme whose kernels are measured; absent: the headline"
+    )
     batch: int = Field(1, ge=1, le=MAX_BATCH, description="sequences")
     tokens: int = Field(
         ge=32, le=MAX_TOKENS, multiple_of=32, description="tokens of the longest sequence"

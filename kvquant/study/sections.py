@@ -95,6 +95,10 @@ class StudySections(Strict):
         """Returns the schemes that `spec` measures, without the baseline of every job."""
         return [s for s in (spec.schemes or self.schemes) if s != self.baseline]
 
+    def kernel_scheme(self, case: KernelCase) -> str:
+        """Returns the name of the scheme whose kernels a case measures."""
+        return case.scheme or self.headline
+
     def kernel_cases(self) -> dict[str, KernelCase]:
         """Returns the cases of the kernel benchmark; empty where kernels are not measured."""
         return self.kernels.cases if self.kernels else {}

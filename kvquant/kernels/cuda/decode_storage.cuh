@@ -53,7 +53,7 @@ struct __align__(16) SharedStorage {
   // First the corrections of the scores in their warp's unit, then the scores, then for each pair
   // of tokens the weights times the tokens' scales and the weights alone, fp16.
   union {
-    int score_change[GROUP_SIZE][SCORE_STRIDE];
+    __align__(16) int score_change[GROUP_SIZE][SCORE_STRIDE];  // zeroed 16 bytes at a time
     float score[GROUP_SIZE][SCORE_STRIDE];
     uint2 weight[GROUP_SIZE][SCORE_STRIDE / 2];
   };
