@@ -10,6 +10,7 @@ import torch
 from kvquant.formats.layer_quantizer import outliers_per_side
 from kvquant.kernels.cuda_decode import DecodeShape
 from kvquant.kernels.cuda_pack import PackShape
+from kvquant.kernels.cuda_pack_allocated import AllocatedPackShape
 
 # How tokens lie in memory that a kernel packs. "pairs": the channels of a head are contiguous, and
 # two neighbouring ones can be loaded as one aligned word. "channels": they are only contiguous.
@@ -36,11 +37,13 @@ class CacheShape:
         queries_per_kv_head: Query heads that share a key head.
         dtype: Of the 16-bit tokens that the cache holds.
         codebook: How packed codes are read: "nuq" for tables of levels with static key channels and
-            online value ranges; any other name is one that no kernel reads.
+            online value ranges, "allocated" for widths that change from tile to tile; any other
+            name is one that no kernel reads.
         block_size: Tokens per block.
         bits: Per code of the codebook "nuq".
         sinks: First tokens of each sequence that stay 16-bit.
         outliers: Fraction of elements that are kept exactly.
+        head_ranges: Whether each head's values have a range of their own ("allocated").
         narrow_tables: Whether the calibration of every layer fits in fp16.
         query_dtype: Of the call's queries; None if it is that of the cache.
         protocol: "A" or "B", see :class:`kvquant.cache.kvquant_cache.KVQuantCache`.
@@ -61,6 +64,7 @@ class CacheShape:
     bits: int = 0
     sinks: int = 0
     outliers: float = 0.0
+    head_ranges: bool = False
     narrow_tables: bool = True
     query_dtype: torch.dtype | None = None
     protocol: str = "A"
@@ -106,3 +110,20 @@ class CacheShape:
             self.outliers > 0,
             self.outliers_per_side,
         )
+
+    @property
+    def allocated_pack_shape(self) -> AllocatedPackShape:
+        """The constants that the CUDA kernels which pack allocated codes are compiled for."""
+        return AllocatedPackShape(
+            self.head_dim,
+            self.kv_heads,
+            self.block_size,
+            self.dtype,
+            self.outliers > 0,
+            self.head_ranges,
+        )
+
+    @property
+    def pack_kernel(self) -> PackShape | AllocatedPackShape:
+        """The constants of the CUDA kernels that pack blocks of this codebook."""
+        return self.allocated_pack_shape if self.codebook == "allocated" else self.pack_shape

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from kvquant.formats.lane_layout import CHUNK
 from kvquant.kernels.arena_table import MAX_ARENAS, MAX_PLACES
 from kvquant.kernels.cache_shape import CacheShape
 from kvquant.kernels.cuda_pack import WARP
@@ -43,6 +44,10 @@ def _codes(shape: CacheShape) -> Iterator[str]:
             "outliers: 1 keeps every element in 16 bits, which leaves kernels no codes to read; "
             "choose a fraction below 1"
         )
+    yield from _stored_dtype(shape)
+
+
+def _stored_dtype(shape: CacheShape) -> Iterator[str]:
     if shape.dtype not in HALF:
         yield (
             f"dtype: the cache holds {_name(shape.dtype)}, and kernels read float16 and bfloat16; "
@@ -97,6 +102,9 @@ def _readable_blocks(shape: CacheShape) -> Iterator[str]:
 
 def cuda_pack(shape: CacheShape) -> Iterator[str]:
     """The reasons why the CUDA kernels do not pack blocks of this shape."""
+    if shape.codebook == "allocated":
+        yield from _cuda_pack_allocated(shape)
+        return
     kernel = shape.pack_shape
     yield from _codes(shape)
     yield from _head_dim(shape, CUDA_HEAD_DIMS)
@@ -118,6 +126,17 @@ def cuda_pack(shape: CacheShape) -> Iterator[str]:
         yield (
             "input: two neighbouring channels of keys or values are not one aligned word; pass "
             "contiguous tensors"
+        )
+
+
+def _cuda_pack_allocated(shape: CacheShape) -> Iterator[str]:
+    """The reasons why the CUDA kernels do not pack blocks of allocated codes."""
+    yield from _stored_dtype(shape)
+    yield from _head_dim(shape, CUDA_HEAD_DIMS)
+    if shape.block_size % CHUNK or shape.block_size < 1:
+        yield (
+            f"block_size: {shape.block_size} is not a multiple of the {CHUNK} tokens that a warp "
+            f"packs at a time; choose {CHUNK}"
         )
 
 

@@ -10,7 +10,7 @@ from kvquant.cache.block_store import stored_dtype
 from kvquant.kernels.backends import Operation, Selection, report
 from kvquant.kernels.cache_shape import CacheShape
 from kvquant.study.scheme_kinds import Scheme
-from kvquant.study.schemes import NuqScheme
+from kvquant.study.schemes import AllocatedScheme, NuqScheme
 
 
 def backend_report(
@@ -66,5 +66,13 @@ def backend_report(
             bits=scheme.bits,
             sinks=scheme.sinks,
             outliers=scheme.outliers,
+        )
+    elif isinstance(scheme, AllocatedScheme):
+        shape = replace(
+            shape,
+            block_size=scheme.block_size,
+            sinks=scheme.sinks,
+            outliers=scheme.outliers,
+            head_ranges=scheme.value_range == "token-head",
         )
     return report(shape, device)
