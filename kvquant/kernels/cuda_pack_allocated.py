@@ -148,7 +148,7 @@ def midpoint_row(levels: torch.Tensor, width: int) -> torch.Tensor:
     """Returns two factors and the midpoints of a codebook.
 
     Of evenly spaced midpoints the factors `(a, b)` make `a x + b` 0 at the first midpoint and 1 at
-    the last one. For more than 4 bits it is the other way round, see `cuda/pack_allocated_codes.cuh`.
+    the last one; for more than 4 bits the other way round, see `cuda/pack_allocated_codes.cuh`.
 
     Args:
         levels: fp32 `[2**width]`, sorted.

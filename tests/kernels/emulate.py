@@ -99,7 +99,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 1) -> None:
         monkeypatch,
         cuda_pack_allocated,
         functions=_pack_allocated_functions,
-        multiprocessors=lambda index: 0,  # thread blocks cannot wait for each other here
+        multiprocessors=lambda index: 1,  # room for one thread block: none waits for another
     )
     facts = backends.DeviceFacts("cuda", capability=(9, 0), triton=False)
     monkeypatch.setattr(backends, "device_facts", lambda device: facts)

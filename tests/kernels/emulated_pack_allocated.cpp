@@ -1,4 +1,5 @@
-// The kernels that pack allocated codes as a library for a CPU; arguments as cuLaunchKernel has them.
+// The kernels that pack allocated codes as a library for a CPU; arguments as cuLaunchKernel has
+// them.
 #include "pack_allocated.cu"
 
 #define ARGUMENT(type, i) (*(type*)arguments[i])

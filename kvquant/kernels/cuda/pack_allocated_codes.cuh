@@ -56,8 +56,7 @@ constexpr u32 initial_word(int width, int word) {
 // Codes of one width.
 //
 // \tparam WIDTH  bits per code
-template <int WIDTH>
-struct Coder {
+template <int WIDTH> struct Coder {
   static constexpr int KEPT = WIDTH < 4 ? (1 << WIDTH) - 1 : 1;  // midpoints in registers
   const float* midpoints;
   float slope, offset;
@@ -95,9 +94,8 @@ struct Coder {
       // From above where the reference searches and not counts, because NaN gets the last code.
       constexpr float LAST = (1 << WIDTH) - 2;
       const float part = saturated(x, slope, offset);
-      const u32 rounded =
-          __float_as_uint(WIDTH > 4 ? __fmaf_rn(part, -LAST, ROUNDING + LAST)
-                                    : __fmaf_rn(part, LAST, ROUNDING));
+      const u32 rounded = __float_as_uint(WIDTH > 4 ? __fmaf_rn(part, -LAST, ROUNDING + LAST)
+                                                    : __fmaf_rn(part, LAST, ROUNDING));
       const float nearest = midpoints[(int)(rounded - ROUNDING_BITS)];
       const bool above = WIDTH > 4 ? !(x <= nearest) : x > nearest;
       if (is_whole(WIDTH, item)) {
@@ -143,11 +141,17 @@ template <typename F>
 __device__ __forceinline__ void encode_tile(int width, const Operand& x, const float* levels,
                                             u32* out, F normalize) {
   switch (width) {
-    case 1: return encode_width<1>(x, levels, out, normalize);
-    case 2: return encode_width<2>(x, levels, out, normalize);
-    case 3: return encode_width<3>(x, levels, out, normalize);
-    case 4: return encode_width<4>(x, levels, out, normalize);
-    case 5: return encode_width<5>(x, levels, out, normalize);
-    default: return encode_width<6>(x, levels, out, normalize);
+    case 1:
+      return encode_width<1>(x, levels, out, normalize);
+    case 2:
+      return encode_width<2>(x, levels, out, normalize);
+    case 3:
+      return encode_width<3>(x, levels, out, normalize);
+    case 4:
+      return encode_width<4>(x, levels, out, normalize);
+    case 5:
+      return encode_width<5>(x, levels, out, normalize);
+    default:
+      return encode_width<6>(x, levels, out, normalize);
   }
 }

@@ -28,10 +28,9 @@ __device__ __forceinline__ u32 encode_keys(const Chunk& chunk, const KeyTile& ti
 #pragma unroll
   for (int s = 0; s < 2; ++s)
 #pragma unroll
-    for (int e = 0; e < 2; ++e)
-      chunk.take(x.w[s][e], tile.channel[e] + s * (HEAD_DIM / 2), g);
+    for (int e = 0; e < 2; ++e) chunk.take(x.w[s][e], tile.channel[e] + s * (HEAD_DIM / 2), g);
   u32 marks = 0;
-  encode_tile(width, x, levels, out, [&](int k, float(&n)[2][2]) {
+  encode_tile(width, x, levels, out, [&](int k, float (&n)[2][2]) {
 #pragma unroll
     for (int s = 0; s < 2; ++s)
 #pragma unroll
@@ -59,7 +58,7 @@ __device__ __forceinline__ void write_key_outliers(const PackTarget& target, con
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(THREADS, KEY_BLOCKS_PER_SM)
     pack_allocated_keys(const PackSource source, const PackTarget target,
                         const AllocatedTables tables) {
   __shared__ Chunk chunk_smem;
@@ -89,10 +88,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       const int tile = warp_idx + i * WARPS;
       const TilePlace place(tables, kv_head_idx, tile);
       const KeyTile calibration(tables, kv_head_idx * TILES + tile, t);
-      marks[chunk][i] =
-          encode_keys(chunk_smem, calibration, place.width,
-                      levels_smem + (place.width - 1) * LEVEL_ROW,
-                      place.words(target.codes, tables, block_idx, chunk) + lane_idx, g);
+      marks[chunk][i] = encode_keys(
+          chunk_smem, calibration, place.width, levels_smem + (place.width - 1) * LEVEL_ROW,
+          place.words(target.codes, tables, block_idx, chunk) + lane_idx, g);
     }
   }
   if (bad) target.status[1] = 1;

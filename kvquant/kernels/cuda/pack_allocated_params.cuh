@@ -7,20 +7,20 @@
 
 // The calibration of a layer's keys or of its values.
 struct AllocatedTables {
-  const int4* tiles;       // [NUM_KV_HEADS, TILES], see TilePlace
-  const float* levels;     // [MAX_WIDTH, LEVEL_ROW]
-  const uint4* ranges;     // keys: [NUM_KV_HEADS, TILES, 2, 4]: zeros and inverses of two channels
-  const u32* channels;     // keys: [NUM_KV_HEADS, TILES, 4]: the first channels of two RoPE pairs
-  int planes;              // of all heads, the sum of all tiles' widths
+  const int4* tiles;    // [NUM_KV_HEADS, TILES], see TilePlace
+  const float* levels;  // [MAX_WIDTH, LEVEL_ROW]
+  const uint4* ranges;  // keys: [NUM_KV_HEADS, TILES, 2, 4]: zeros and inverses of two channels
+  const u32* channels;  // keys: [NUM_KV_HEADS, TILES, 4]: the first channels of two RoPE pairs
+  int planes;           // of all heads, the sum of all tiles' widths
 };
 template struct AllocatedTablesLayout<AllocatedTables>;
 
 // Where the codes of a tile lie.
 struct TilePlace {
   int width;
-  int plane;         // of the tile's first bit, among the head's planes
-  int head_plane;    // of the head's first tile, among those of all heads
-  int head_planes;   // of the head
+  int plane;        // of the tile's first bit, among the head's planes
+  int head_plane;   // of the head's first tile, among those of all heads
+  int head_planes;  // of the head
 
   __device__ __forceinline__ TilePlace(const AllocatedTables& tables, int kv_head_idx, int tile) {
     const int4 row = __ldg(tables.tiles + kv_head_idx * TILES + tile);
@@ -29,8 +29,8 @@ struct TilePlace {
   // The first word of the tile in a chunk of a block.
   __device__ __forceinline__ u32* words(u8* codes, const AllocatedTables& tables, int block_idx,
                                         int chunk) const {
-    const i64 planes = (i64)CHUNKS * ((i64)block_idx * tables.planes + head_plane) +
-                       chunk * head_planes + plane;
+    const i64 planes =
+        (i64)CHUNKS * ((i64)block_idx * tables.planes + head_plane) + chunk * head_planes + plane;
     return (u32*)(codes + planes * PLANE_BYTES);
   }
 };

@@ -15,20 +15,23 @@
 #include "types.cuh"
 
 constexpr int CHUNK = 64;
-constexpr int CHUNKS = BLOCK_SIZE / CHUNK;       // of a block
-constexpr int TILES = HEAD_DIM / 16;             // of a head
-constexpr int OCTETS = HEAD_DIM / 8;             // runs of 8 channels, which a thread loads at once
-constexpr int THREADS = OCTETS * 8;              // each has an octet of 8 tokens
+constexpr int CHUNKS = BLOCK_SIZE / CHUNK;  // of a block
+constexpr int TILES = HEAD_DIM / 16;        // of a head
+constexpr int OCTETS = HEAD_DIM / 8;        // runs of 8 channels, which a thread loads at once
+constexpr int THREADS = OCTETS * 8;         // each has an octet of 8 tokens
 constexpr int WARPS = THREADS / 32;
 constexpr int TILES_PER_WARP = TILES / WARPS;
-constexpr int BLOCKS_PER_SM = 1280 / THREADS;    // leaves a thread 48 registers
-constexpr int PLANE_BYTES = 128;                 // of one bit of a tile's codes in a chunk
+// Thread blocks that a multiprocessor shall hold, as many as their registers suffice for.
+constexpr int KEY_BLOCKS_PER_SM = 1024 / THREADS;
+constexpr int VALUE_BLOCKS_PER_SM = 1280 / THREADS;
+constexpr int PLANE_BYTES = 128;  // of one bit of a tile's codes in a chunk
 constexpr int MAX_WIDTH = 6;
 
 // A row of the table of midpoints: two factors (see pack_allocated_codes.cuh), then the midpoints.
 constexpr int LEVEL_ROW = 2 + 64;
 
-// The values' workspace: a ticket, then for each chunk the ends of its tokens' ranges and a counter.
+// The values' workspace: a ticket, then for each chunk the ends of its tokens' ranges and a
+// counter.
 constexpr int TICKET_WORDS = 32;
 constexpr int CHUNK_ENDS = 2 * CHUNK;
 constexpr int CHUNK_WORDS = CHUNK_ENDS + 8;

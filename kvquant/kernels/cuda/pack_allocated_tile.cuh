@@ -34,7 +34,7 @@ struct Piece {
   __device__ __forceinline__ void load(const u16* x, i64 token_stride) {
     uint4 rows[8];
 #pragma unroll
-    for (int k = 0; k < 8; ++k) rows[k] = load8(x + 8 * k * token_stride);
+    for (int k = 0; k < 8; ++k, x += 8 * token_stride) rows[k] = load8(x);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint4 a = rows[2 * i], b = rows[2 * i + 1];
@@ -47,8 +47,7 @@ struct Piece {
   __device__ __forceinline__ void store(Chunk& chunk, int octet, int u) const {
 #pragma unroll
     for (int c = 0; c < 8; ++c)
-      chunk.units[Chunk::place(8 * octet + c, u)] =
-          make_uint4(w[c][0], w[c][1], w[c][2], w[c][3]);
+      chunk.units[Chunk::place(8 * octet + c, u)] = make_uint4(w[c][0], w[c][1], w[c][2], w[c][3]);
   }
   // Whether a number is not finite: its product with zero is NaN then.
   __device__ __forceinline__ bool has_infinite() const {

@@ -64,9 +64,8 @@ __device__ __forceinline__ void encode_values(const Chunk& chunk, const float4* 
 #pragma unroll
   for (int s = 0; s < 2; ++s)
 #pragma unroll
-    for (int e = 0; e < 2; ++e)
-      chunk.take(x.w[s][e], 8 * tile + g + s * (HEAD_DIM / 2), 2 * t + e);
-  encode_tile(width, x, levels, out, [&](int k, float(&n)[2][2]) {
+    for (int e = 0; e < 2; ++e) chunk.take(x.w[s][e], 8 * tile + g + s * (HEAD_DIM / 2), 2 * t + e);
+  encode_tile(width, x, levels, out, [&](int k, float (&n)[2][2]) {
     const float4 both = ranges[4 * k + t];  // tokens 8 k + 2 t and the next one
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
@@ -79,7 +78,7 @@ __device__ __forceinline__ void encode_values(const Chunk& chunk, const float4* 
 // `zeros` and `scales`: [blocks, BLOCK_SIZE] or, with HEAD_RANGES, [blocks, NUM_KV_HEADS,
 // BLOCK_SIZE]. `workspace`: zeros, of TICKET_WORDS and CHUNK_WORDS for each chunk; null with
 // HEAD_RANGES. `phases`: FIND_ENDS, then ENCODE in another launch with the same workspace, or both.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(THREADS, VALUE_BLOCKS_PER_SM)
     pack_allocated_values(const PackSource source, u8* codes, int* status, u16* zeros, u16* scales,
                           const AllocatedTables tables, u32* workspace, int phases) {
   __shared__ Chunk chunk_smem;
