@@ -62,11 +62,11 @@ class AllocatedPackShape:
 
     def header(self) -> str:
         """The text of `generated.cuh` for this shape."""
-        structs = (cuda_structs.PackSource, cuda_structs.PackTarget, AllocatedTables)
+        structs = (cuda_structs.PackSource, cuda_structs.PackTarget, PackTables)
         return cuda_header(self.constants(), structs)
 
 
-class AllocatedTables(ctypes.Structure):
+class PackTables(ctypes.Structure):
     """The calibration of one side as the kernels read it (`cuda/pack_allocated_params.cuh`)."""
 
     _fields_ = [
@@ -138,10 +138,10 @@ class SideTables:
         )
 
     @property
-    def argument(self) -> AllocatedTables:
+    def argument(self) -> PackTables:
         """The kernels' argument."""
         tensors = (self.tiles, self.levels, self.ranges, self.channels)
-        return AllocatedTables(*(0 if t is None else t.data_ptr() for t in tensors), self.planes)
+        return PackTables(*(0 if t is None else t.data_ptr() for t in tensors), self.planes)
 
 
 def midpoint_row(levels: torch.Tensor, width: int) -> torch.Tensor:

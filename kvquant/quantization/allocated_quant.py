@@ -96,6 +96,7 @@ class AllocatedQuantizer:
         self._scale = self._keys.rows.to_tiles(layer.key_scale[None, :, None])
         self._inverse = fused.channel_inverse(self._scale)
         self.key_room = 1.0
+        self._shapes: dict[object, CacheShape] = {}
 
     @property
     def nbytes(self) -> int:
@@ -130,17 +131,20 @@ class AllocatedQuantizer:
 
     def _shape(self, like: torch.Tensor) -> CacheShape:
         """The properties of blocks that decide which backend packs them."""
-        _, heads, size, dim = like.shape
-        return CacheShape(
-            head_dim=dim,
-            kv_heads=heads,
-            queries_per_kv_head=1,  # packing does not depend on it
-            dtype=like.dtype,
-            codebook="allocated",
-            block_size=size,
-            outliers=self.outliers,
-            head_ranges=self.per_head,
-        )
+        key = (like.shape[1:], like.dtype)
+        if key not in self._shapes:
+            _, heads, size, dim = like.shape
+            self._shapes[key] = CacheShape(
+                head_dim=dim,
+                kv_heads=heads,
+                queries_per_kv_head=1,  # packing does not depend on it
+                dtype=like.dtype,
+                codebook="allocated",
+                block_size=size,
+                outliers=self.outliers,
+                head_ranges=self.per_head,
+            )
+        return self._shapes[key]
 
     def kernel_pack_into(
         self,

@@ -268,7 +268,7 @@ def test_a_kernel_that_does_not_compile_is_refused_and_warned_of_once(
     monkeypatch.setattr(backends.cuda_decode, "functions", fail)
     monkeypatch.setattr(backends.cuda_pack, "functions", fail)
     monkeypatch.setattr(backends.cuda_pack_allocated, "functions", fail)
-    shape = replace(SHAPE, kv_heads=3, queries_per_kv_head=5)  # of no other test: kept per process
+    shape = replace(SHAPE, kv_heads=33, queries_per_kv_head=5)  # of no other test: kept per process
     with pytest.warns(UserWarning, match="no CUDA packing kernel, another backend instead"):
         found = decide("pack", replace(shape, codebook="allocated"), GPU, "auto")
     assert found.backend == "pytorch"

@@ -386,9 +386,9 @@ def test_compiles_without_a_gpu(shape: AllocatedPackShape, arch: str) -> None:
 
 def test_a_swapped_field_is_refused() -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
-    fields = list(cuda_pack_allocated.AllocatedTables._fields_)
+    fields = list(cuda_pack_allocated.PackTables._fields_)
     fields[0], fields[1] = fields[1], fields[0]
-    swapped = type("AllocatedTables", (ctypes.Structure,), {"_fields_": fields})
+    swapped = type("PackTables", (ctypes.Structure,), {"_fields_": fields})
     header = cuda_header(SHAPE.constants(), (PackSource, PackTarget, swapped))
-    with pytest.raises(KernelUnavailable, match="not as in Python's AllocatedTables"):
+    with pytest.raises(KernelUnavailable, match="not as in Python's PackTables"):
         compile_cubin("pack_allocated.cu", header, "sm_80")

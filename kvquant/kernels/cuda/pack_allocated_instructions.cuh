@@ -3,7 +3,9 @@
 
 #include "pack_instructions.cuh"
 
-#ifndef EMULATED
+#ifdef EMULATED
+#include "emulated_pack_allocated.h"  // tests only: the same functions for a CPU
+#else
 // Eight 16-bit numbers that are read once.
 __device__ __forceinline__ uint4 load8(const u16* p) {
   uint4 d;

@@ -9,7 +9,7 @@ struct KeyTile {
   float zero[2][2], inverse[2][2];  // by s and e
   int channel[2];                   // of s = 0, by e; that of s = 1 is the pair's other one
 
-  __device__ __forceinline__ KeyTile(const AllocatedTables& tables, int row, int t) {
+  __device__ __forceinline__ KeyTile(const PackTables& tables, int row, int t) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       const uint4 range = __ldg(tables.ranges + (row * 2 + s) * 4 + t);
@@ -59,8 +59,7 @@ __device__ __forceinline__ void write_key_outliers(const PackTarget& target, con
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, KEY_BLOCKS_PER_SM)
-    pack_allocated_keys(const PackSource source, const PackTarget target,
-                        const AllocatedTables tables) {
+    pack_allocated_keys(const PackSource source, const PackTarget target, const PackTables tables) {
   __shared__ Chunk chunk_smem;
   __shared__ float levels_smem[MAX_WIDTH * LEVEL_ROW];
   __shared__ int warp_counts[WARPS];

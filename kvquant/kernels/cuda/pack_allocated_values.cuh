@@ -80,7 +80,7 @@ __device__ __forceinline__ void encode_values(const Chunk& chunk, const float4* 
 // HEAD_RANGES. `phases`: FIND_ENDS, then ENCODE in another launch with the same workspace, or both.
 extern "C" __global__ void __launch_bounds__(THREADS, VALUE_BLOCKS_PER_SM)
     pack_allocated_values(const PackSource source, u8* codes, int* status, u16* zeros, u16* scales,
-                          const AllocatedTables tables, u32* workspace, int phases) {
+                          const PackTables tables, u32* workspace, int phases) {
   __shared__ Chunk chunk_smem;
   __shared__ float levels_smem[LEVEL_ROW];
   __shared__ float4 ranges_smem[CHUNK / 2];
