@@ -115,19 +115,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, VALUE_BLOCKS_PER_SM)
   }
   if (!(phases & ENCODE)) return;
   piece.store(chunk_smem, octet, u);
+  __syncthreads();
+  const bool waits = !HEAD_RANGES && (phases & FIND_ENDS);
+  if (waits && tid == 0) count_up(ends + CHUNK_ENDS);
   const TilePlace first(tables, kv_head_idx, 0);  // all of a head's tiles have one width
   for (int i = tid; i < LEVEL_ROW; i += THREADS)
     levels_smem[i] = __ldg(tables.levels + (first.width - 1) * LEVEL_ROW + i);
+  if (waits && tid == 0) wait_for(ends + CHUNK_ENDS, NUM_KV_HEADS);
   __syncthreads();
-#ifndef EMULATED  // there, one thread block runs after the other
-  if (!HEAD_RANGES && (phases & FIND_ENDS)) {
-    if (tid == 0) {
-      count_up(ends + CHUNK_ENDS);
-      wait_for(ends + CHUNK_ENDS, NUM_KV_HEADS);
-    }
-    __syncthreads();
-  }
-#endif
   if (tid < CHUNK) {
     const bool writes = HEAD_RANGES || kv_head_idx == 0;
     const i64 row = HEAD_RANGES ? (i64)block_idx * NUM_KV_HEADS + kv_head_idx : block_idx;
