@@ -12,6 +12,8 @@ from kvquant.kernels.cuda_decode import DecodeShape
 from kvquant.kernels.cuda_pack import PackShape
 from kvquant.kernels.cuda_pack_allocated import AllocatedPackShape
 
+LOOKED_UP_BITS = 3  # the widest allocated codes whose levels are looked up
+
 # How tokens lie in memory that a kernel packs. "pairs": the channels of a head are contiguous, and
 # two neighbouring ones can be loaded as one aligned word. "channels": they are only contiguous.
 InputLayout = Literal["pairs", "channels", "strided"]
@@ -37,13 +39,13 @@ class CacheShape:
         queries_per_kv_head: Query heads that share a key head.
         dtype: Of the 16-bit tokens that the cache holds.
         codebook: How packed codes are read: "nuq" for tables of levels with static key channels and
-            online value ranges, "allocated" for widths that change from tile to tile; any other
-            name is one that no kernel reads.
+            online value ranges, "allocated" for codes of allocated widths; any other name is one
+            that no kernel reads.
         block_size: Tokens per block.
-        bits: Per code of the codebook "nuq".
+        bits: Per code of the codebook "nuq"; 3 of "allocated", the widest that is looked up.
         sinks: First tokens of each sequence that stay 16-bit.
         outliers: Fraction of elements that are kept exactly.
-        head_ranges: Whether each head's values have a range of their own ("allocated").
+        range_per_head: Whether each head of a token's values has a range, in "allocated".
         narrow_tables: Whether the calibration of every layer fits in fp16.
         query_dtype: Of the call's queries; None if it is that of the cache.
         protocol: "A" or "B", see :class:`kvquant.cache.kvquant_cache.KVQuantCache`.
@@ -64,7 +66,7 @@ class CacheShape:
     bits: int = 0
     sinks: int = 0
     outliers: float = 0.0
-    head_ranges: bool = False
+    range_per_head: bool = False
     narrow_tables: bool = True
     query_dtype: torch.dtype | None = None
     protocol: str = "A"
@@ -96,6 +98,8 @@ class CacheShape:
             self.dtype,
             self.outliers > 0,
             self.outliers or 0.01,
+            allocated=self.codebook == "allocated",
+            range_per_head=self.range_per_head,
         )
 
     @property
@@ -120,7 +124,7 @@ class CacheShape:
             self.block_size,
             self.dtype,
             self.outliers > 0,
-            self.head_ranges,
+            self.range_per_head,
         )
 
     @property

@@ -36,7 +36,7 @@ class AllocatedPackShape:
         block_size: Tokens per block, a multiple of 64.
         dtype: fp16 or bf16.
         outliers: Whether keys have any.
-        head_ranges: Whether each head's values have a range of their own; else each token's.
+        range_per_head: Whether each head's values have a range of their own; else each token's.
     """
 
     head_dim: int
@@ -44,7 +44,7 @@ class AllocatedPackShape:
     block_size: int
     dtype: torch.dtype
     outliers: bool
-    head_ranges: bool
+    range_per_head: bool
 
     def constants(self) -> dict[str, int | bool]:
         """Constants of the source (`cuda/pack_allocated_shape.cuh` says what they mean)."""
@@ -54,7 +54,7 @@ class AllocatedPackShape:
             "NUM_KV_HEADS": self.heads,
             "BLOCK_SIZE": self.block_size,
             "HAS_KEY_OUTLIERS": self.outliers,
-            "HEAD_RANGES": self.head_ranges,
+            "RANGE_PER_HEAD": self.range_per_head,
             "WIDE_POSITIONS": position_dtype(elements) is torch.int32,
             "WIDE_COUNTS": count_dtype(elements) is torch.int32,
             "BF16": self.dtype is torch.bfloat16,
@@ -243,11 +243,11 @@ def pack_values(
     _, kernel = functions(shape, index)
     chunks = x.shape[0] * (shape.block_size // CHUNK)
     workspace = None
-    if not shape.head_ranges:
+    if not shape.range_per_head:
         words = TICKET_WORDS + chunks * CHUNK_WORDS
         workspace = torch.zeros(words, dtype=torch.int32, device=x.device)
     # Thread blocks of a chunk wait for each other, so there must be room for all of its heads.
-    at_once = shape.head_ranges or shape.heads <= multiprocessors(index)
+    at_once = shape.range_per_head or shape.heads <= multiprocessors(index)
     for phases in (FIND_ENDS | ENCODE,) if at_once else (FIND_ENDS, ENCODE):
         kernel(
             (chunks * shape.heads, 1, 1), shape.head_dim, source_of(x),

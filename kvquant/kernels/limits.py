@@ -29,12 +29,13 @@ def _list(numbers: tuple[int, ...]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _codes(shape: CacheShape) -> Iterator[str]:
-    """The reasons against every GPU kernel: they read the codes of one scheme kind alone."""
-    if shape.codebook != "nuq":
+def _codes(shape: CacheShape, *known: str) -> Iterator[str]:
+    """The reasons against every GPU kernel: each reads the codes of some scheme kinds alone."""
+    if shape.codebook not in known:
+        named = " and ".join(f"'{kind}'" for kind in known)
         yield (
-            f"codebook: GPU kernels know the packed codes of scheme kind 'nuq', and this cache "
-            f"holds '{shape.codebook}'; choose a scheme of kind nuq"
+            f"codebook: this kernel knows the packed codes of scheme kind {named}, and this cache "
+            f"holds '{shape.codebook}'; choose a scheme of kind {' or '.join(known)}"
         )
         return
     if shape.bits not in (2, 3, 4):
@@ -44,10 +45,6 @@ def _codes(shape: CacheShape) -> Iterator[str]:
             "outliers: 1 keeps every element in 16 bits, which leaves kernels no codes to read; "
             "choose a fraction below 1"
         )
-    yield from _stored_dtype(shape)
-
-
-def _stored_dtype(shape: CacheShape) -> Iterator[str]:
     if shape.dtype not in HALF:
         yield (
             f"dtype: the cache holds {_name(shape.dtype)}, and kernels read float16 and bfloat16; "
@@ -106,7 +103,7 @@ def cuda_pack(shape: CacheShape) -> Iterator[str]:
         yield from _cuda_pack_allocated(shape)
         return
     kernel = shape.pack_shape
-    yield from _codes(shape)
+    yield from _codes(shape, "nuq", "allocated")
     yield from _head_dim(shape, CUDA_HEAD_DIMS)
     yield from _channels(shape)
     threads = kernel.key_threads
@@ -131,7 +128,7 @@ def cuda_pack(shape: CacheShape) -> Iterator[str]:
 
 def _cuda_pack_allocated(shape: CacheShape) -> Iterator[str]:
     """The reasons why the CUDA kernels do not pack blocks of allocated codes."""
-    yield from _stored_dtype(shape)
+    yield from _codes(shape, "allocated")
     yield from _head_dim(shape, CUDA_HEAD_DIMS)
     if shape.block_size % CHUNK or shape.block_size < 1:
         yield (
@@ -142,7 +139,7 @@ def _cuda_pack_allocated(shape: CacheShape) -> Iterator[str]:
 
 def triton_pack(shape: CacheShape) -> Iterator[str]:
     """The reasons why the Triton kernels do not pack blocks of this shape."""
-    yield from _codes(shape)
+    yield from _codes(shape, "nuq")
     if shape.head_dim % 8 or shape.head_dim < 32:
         yield (
             f"head_dim: {shape.head_dim} is not a multiple of 8 from 32 on; use a model with one, "
@@ -179,14 +176,16 @@ def pytorch_pack(shape: CacheShape) -> Iterator[str]:
 
 def cuda_decode(shape: CacheShape) -> Iterator[str]:
     """The reasons why the CUDA kernel does not take decode steps of this shape."""
-    yield from _codes(shape)
+    yield from _codes(shape, "nuq", "allocated")
     yield from _head_dim(shape, CUDA_HEAD_DIMS)
     if shape.queries_per_kv_head > MAX_GROUP:
         yield (
             f"queries_per_kv_head: {shape.queries_per_kv_head} are more than {MAX_GROUP}; use a "
             "model with fewer, or accept another backend"
         )
-    if shape.block_size != 32 and (shape.block_size % 64 or shape.block_size < 1):
+    if shape.codebook == "allocated" and shape.block_size % 64:
+        yield f"block_size: {shape.block_size} is not a multiple of 64; choose 64"
+    elif shape.block_size != 32 and (shape.block_size % 64 or shape.block_size < 1):
         yield (
             f"block_size: {shape.block_size} is neither 32 nor a multiple of 64; choose one of them"
         )
@@ -210,7 +209,7 @@ def cuda_decode(shape: CacheShape) -> Iterator[str]:
 
 def triton_past(shape: CacheShape) -> Iterator[str]:
     """The reasons why the Triton kernels do not attend to a packed past of this shape."""
-    yield from _codes(shape)
+    yield from _codes(shape, "nuq")
     yield from _head_dim(shape, TRITON_HEAD_DIMS)
     yield from _readable_blocks(shape)
 

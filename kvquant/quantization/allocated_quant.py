@@ -18,7 +18,7 @@ from kvquant.formats.mixed_packing import MixedRows
 from kvquant.kernels import cuda_pack_allocated
 from kvquant.kernels import pytorch_fused as fused
 from kvquant.kernels.backends import select
-from kvquant.kernels.cache_shape import CacheShape
+from kvquant.kernels.cache_shape import LOOKED_UP_BITS, CacheShape
 from kvquant.kernels.cuda_pack_allocated import SideTables
 from kvquant.kernels.pack_target import PackTarget
 from kvquant.quantization.block_input import check_block, not_finite, outlier_slots
@@ -140,9 +140,10 @@ class AllocatedQuantizer:
                 queries_per_kv_head=1,  # packing does not depend on it
                 dtype=like.dtype,
                 codebook="allocated",
+                bits=LOOKED_UP_BITS,
                 block_size=size,
                 outliers=self.outliers,
-                head_ranges=self.per_head,
+                range_per_head=self.per_head,
             )
         return self._shapes[key]
 

@@ -13,7 +13,7 @@ from kvquant.formats.allocated_layer import AllocatedLayer
 from kvquant.formats.blocked_sparse import SparseSlab
 from kvquant.formats.mixed_packing import TILE
 from kvquant.kernels.allocated_tables import allocated_tables
-from kvquant.kernels.cache_shape import CacheShape
+from kvquant.kernels.cache_shape import LOOKED_UP_BITS, CacheShape
 from kvquant.kernels.decode_tables import HeadTables
 from kvquant.kernels.pack_target import PackTarget
 from kvquant.quantization.allocated_quant import AllocatedQuantizer
@@ -55,6 +55,19 @@ class AllocatedCodec(Codec):
                 f"{num_kv_heads} of {head_dim}; calibrate this model"
             )
 
+    def cache_shape(
+        self, head_dim: int, kv_heads: int, query_heads: int, dtype: torch.dtype
+    ) -> CacheShape:
+        """See :meth:`Codec.cache_shape`."""
+        shape = super().cache_shape(head_dim, kv_heads, query_heads, dtype)
+        return replace(
+            shape,
+            codebook="allocated",
+            bits=LOOKED_UP_BITS,
+            outliers=self.quantizer.outliers,
+            range_per_head=self.quantizer.per_head,
+        )
+
     @functools.cached_property
     def decode_tables(self) -> HeadTables:
         """See :meth:`Codec.decode_tables`."""
@@ -84,18 +97,6 @@ class AllocatedCodec(Codec):
     def widen(self, factor: float) -> None:
         """See :meth:`Codec.widen`."""
         self.quantizer.key_room *= factor
-
-    def cache_shape(
-        self, head_dim: int, kv_heads: int, query_heads: int, dtype: torch.dtype
-    ) -> CacheShape:
-        """See :meth:`Codec.cache_shape`."""
-        shape = super().cache_shape(head_dim, kv_heads, query_heads, dtype)
-        return replace(
-            shape,
-            codebook="allocated",
-            outliers=self.quantizer.outliers,
-            head_ranges=self.quantizer.per_head,
-        )
 
     def reserve(self, blocks: int, like: torch.Tensor) -> Packed | None:
         """See :meth:`Codec.reserve`; only kernels that pack in place have it."""

@@ -8,7 +8,7 @@ import torch
 
 from kvquant.cache.block_store import stored_dtype
 from kvquant.kernels.backends import Operation, Selection, report
-from kvquant.kernels.cache_shape import CacheShape
+from kvquant.kernels.cache_shape import LOOKED_UP_BITS, CacheShape
 from kvquant.study.scheme_kinds import Scheme
 from kvquant.study.schemes import AllocatedScheme, NuqScheme
 
@@ -59,6 +59,15 @@ def backend_report(
         static_rope=static_rope,
         kept_rope=not static_rope,
     )
+    if isinstance(scheme, AllocatedScheme):
+        shape = replace(
+            shape,
+            block_size=scheme.block_size,
+            bits=LOOKED_UP_BITS,
+            sinks=scheme.sinks,
+            outliers=scheme.outliers,
+            range_per_head=scheme.value_range == "token-head",
+        )
     if isinstance(scheme, NuqScheme):
         shape = replace(
             shape,
@@ -66,13 +75,5 @@ def backend_report(
             bits=scheme.bits,
             sinks=scheme.sinks,
             outliers=scheme.outliers,
-        )
-    elif isinstance(scheme, AllocatedScheme):
-        shape = replace(
-            shape,
-            block_size=scheme.block_size,
-            sinks=scheme.sinks,
-            outliers=scheme.outliers,
-            head_ranges=scheme.value_range == "token-head",
         )
     return report(shape, device)

@@ -129,8 +129,8 @@ def test_a_shape_of_allocated_codes_is_refused_for_one_reason(
 @pytest.mark.parametrize("block_size", [64, 128, 1024])
 @pytest.mark.parametrize("layout", ["pairs", "channels", "strided"])
 def test_allocated_codes_are_packed_by_cuda_alone(block_size: int, layout: Any) -> None:
-    shape: dict[str, Any] = {"codebook": "allocated", "bits": 0, "input_layout": layout}
-    shape |= {"block_size": block_size, "kv_heads": 300, "head_ranges": True}
+    shape: dict[str, Any] = {"codebook": "allocated", "input_layout": layout}
+    shape |= {"block_size": block_size, "kv_heads": 300, "range_per_head": True}
     assert ask("pack", **shape).backend == "cuda"
     assert ask("pack", **shape, head_dim=256, outliers=0.0).backend == "cuda"
     assert ask("pack", wished="triton", **shape).backend == "pytorch"
@@ -328,9 +328,9 @@ def test_the_constants_of_kernels_come_from_the_shape() -> None:
     assert SHAPE.pack_shape.per_side == SHAPE.outliers_per_side == 5
     assert SHAPE.pack_shape.heads == 8
     assert SHAPE.pack_kernel == SHAPE.pack_shape
-    allocated = replace(SHAPE, codebook="allocated", head_ranges=True)
+    allocated = replace(SHAPE, codebook="allocated", range_per_head=True)
     assert allocated.pack_kernel == allocated.allocated_pack_shape
-    assert allocated.allocated_pack_shape.outliers and allocated.allocated_pack_shape.head_ranges
+    assert allocated.allocated_pack_shape.outliers and allocated.allocated_pack_shape.range_per_head
 
 
 def test_an_empty_wish_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@
 //   NUM_KV_HEADS       kv heads
 //   BLOCK_SIZE         tokens per block of the cache, a multiple of 64
 //   HAS_KEY_OUTLIERS   whether keys have outliers
-//   HEAD_RANGES        whether each head's values have a range of their own (else each token's)
+//   RANGE_PER_HEAD        whether each head's values have a range of their own (else each token's)
 //   WIDE_POSITIONS, WIDE_COUNTS  whether the outliers' index arrays are of 32 bits
 //   BF16               whether 16-bit numbers are bfloat16 (else fp16)
 //

@@ -1,5 +1,5 @@
 // Values: one thread block per (chunk, kv head). Zero and scale of a token come from its range,
-// which is that of all heads (or of the head, HEAD_RANGES).
+// which is that of all heads (or of the head, RANGE_PER_HEAD).
 //
 // Values are read once. The thread blocks of a chunk add the ends of their tokens to a workspace,
 // and each waits for the others before it encodes what it holds in shared memory. They take their
@@ -75,9 +75,10 @@ __device__ __forceinline__ void encode_values(const Chunk& chunk, const float4* 
   });
 }
 
-// `zeros` and `scales`: [blocks, BLOCK_SIZE] or, with HEAD_RANGES, [blocks, NUM_KV_HEADS,
+// `zeros` and `scales`: [blocks, BLOCK_SIZE] or, with RANGE_PER_HEAD, [blocks, NUM_KV_HEADS,
 // BLOCK_SIZE]. `workspace`: zeros, of TICKET_WORDS and CHUNK_WORDS for each chunk; null with
-// HEAD_RANGES. `phases`: FIND_ENDS, then ENCODE in another launch with the same workspace, or both.
+// RANGE_PER_HEAD. `phases`: FIND_ENDS, then ENCODE in another launch with the same workspace, or
+// both.
 extern "C" __global__ void __launch_bounds__(THREADS, VALUE_BLOCKS_PER_SM)
     pack_allocated_values(const PackSource source, u8* codes, int* status, u16* zeros, u16* scales,
                           const PackTables tables, u32* workspace, int phases) {
@@ -88,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, VALUE_BLOCKS_PER_SM)
   __shared__ int ticket;
   const int tid = threadIdx.x, lane_idx = tid & 31, warp_idx = tid >> 5;
   int unit = blockIdx.x;
-  if (!HEAD_RANGES && phases == (FIND_ENDS | ENCODE)) {
+  if (!RANGE_PER_HEAD && phases == (FIND_ENDS | ENCODE)) {
     if (tid == 0) ticket = atomicAdd((int*)workspace, 1);
     __syncthreads();
     unit = ticket;
@@ -96,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, VALUE_BLOCKS_PER_SM)
   const int kv_head_idx = unit % NUM_KV_HEADS, chunk_idx = unit / NUM_KV_HEADS;
   const int block_idx = chunk_idx / CHUNKS, chunk = chunk_idx % CHUNKS;
   const int octet = tid % OCTETS, u = tid / OCTETS;
-  u32* ends = HEAD_RANGES ? ends_smem : workspace + TICKET_WORDS + (i64)chunk_idx * CHUNK_WORDS;
+  u32* ends = RANGE_PER_HEAD ? ends_smem : workspace + TICKET_WORDS + (i64)chunk_idx * CHUNK_WORDS;
   Piece piece;
   piece.load(source.x + block_idx * source.block_stride + kv_head_idx * source.head_stride +
                  (chunk * CHUNK + u) * source.token_stride + 8 * octet,
@@ -106,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, VALUE_BLOCKS_PER_SM)
     if (octet < 8) {
       if (geu2(absolute(found), INFINITY_BITS * BOTH_HALVES)) status[1] = 1;
       u32* at = ends + (octet >> 2) * CHUNK + 16 * (octet & 3) + u;
-      if constexpr (HEAD_RANGES) {
+      if constexpr (RANGE_PER_HEAD) {
         at[0] = end_key(found & 0xFFFF), at[8] = end_key(found >> 16);
       } else {
         atomicMax(at, end_key(found & 0xFFFF)), atomicMax(at + 8, end_key(found >> 16));
@@ -116,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, VALUE_BLOCKS_PER_SM)
   if (!(phases & ENCODE)) return;
   piece.store(chunk_smem, octet, u);
   __syncthreads();
-  const bool waits = !HEAD_RANGES && (phases & FIND_ENDS);
+  const bool waits = !RANGE_PER_HEAD && (phases & FIND_ENDS);
   if (waits && tid == 0) count_up(ends + CHUNK_ENDS);
   const TilePlace first(tables, kv_head_idx, 0);  // all of a head's tiles have one width
   for (int i = tid; i < LEVEL_ROW; i += THREADS)
@@ -124,11 +125,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, VALUE_BLOCKS_PER_SM)
   if (waits && tid == 0) wait_for(ends + CHUNK_ENDS, NUM_KV_HEADS);
   __syncthreads();
   if (tid < CHUNK) {
-    const bool writes = HEAD_RANGES || kv_head_idx == 0;
-    const i64 row = HEAD_RANGES ? (i64)block_idx * NUM_KV_HEADS + kv_head_idx : block_idx;
+    const bool writes = RANGE_PER_HEAD || kv_head_idx == 0;
+    const i64 row = RANGE_PER_HEAD ? (i64)block_idx * NUM_KV_HEADS + kv_head_idx : block_idx;
     const i64 at = row * BLOCK_SIZE + chunk * CHUNK + tid;
-    const u32 most = HEAD_RANGES ? ends[tid] : load_shared_word(ends + tid);
-    const u32 negated = HEAD_RANGES ? ends[CHUNK + tid] : load_shared_word(ends + CHUNK + tid);
+    const u32 most = RANGE_PER_HEAD ? ends[tid] : load_shared_word(ends + tid);
+    const u32 negated = RANGE_PER_HEAD ? ends[CHUNK + tid] : load_shared_word(ends + CHUNK + tid);
     ((float2*)ranges_smem)[tid] =
         token_range(most, negated, writes ? zeros + at : nullptr, writes ? scales + at : nullptr);
   }
