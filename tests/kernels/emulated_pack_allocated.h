@@ -16,7 +16,7 @@ static float saturated(float a, float b, float c) {
   const float d = std::fma(a, b, c);
   return d > 0 ? (d < 1 ? d : 1.0f) : 0.0f;
 }
-static u32 load_shared_word(const u32* p) { return *p; }
+static u32 load_fresh(const u32* p) { return *p; }
 // Thread blocks run one after the other, so only the last one of a chunk may wait for the others.
 static void count_up(u32* counter) { ++*counter; }
 static void wait_for(const u32* counter, u32 number) {

@@ -37,7 +37,7 @@ __device__ __forceinline__ void wait_for(const u32* counter, u32 number) {
   }
 }
 // A load of what other thread blocks wrote during this launch.
-__device__ __forceinline__ u32 load_shared_word(const u32* p) {
+__device__ __forceinline__ u32 load_fresh(const u32* p) {
   u32 d;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(d) : "l"(p) : "memory");
   return d;

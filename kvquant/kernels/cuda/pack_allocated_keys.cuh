@@ -58,7 +58,7 @@ __device__ __forceinline__ void write_key_outliers(const PackTarget& target, con
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, KEY_BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     pack_allocated_keys(const PackSource source, const PackTarget target, const PackTables tables) {
   __shared__ Chunk chunk_smem;
   __shared__ float levels_smem[MAX_WIDTH * LEVEL_ROW];

@@ -21,9 +21,9 @@ constexpr int OCTETS = HEAD_DIM / 8;        // runs of 8 channels, which a threa
 constexpr int THREADS = OCTETS * 8;         // each has an octet of 8 tokens
 constexpr int WARPS = THREADS / 32;
 constexpr int TILES_PER_WARP = TILES / WARPS;
-// Thread blocks that a multiprocessor shall hold, as many as their registers suffice for.
-constexpr int KEY_BLOCKS_PER_SM = 1024 / THREADS;
-constexpr int VALUE_BLOCKS_PER_SM = 1280 / THREADS;
+// Thread blocks that a multiprocessor shall hold. They leave a thread 64 registers; with fewer it
+// could not have all its loads in flight at once.
+constexpr int BLOCKS_PER_SM = 1024 / THREADS;
 constexpr int PLANE_BYTES = 128;  // of one bit of a tile's codes in a chunk
 constexpr int MAX_WIDTH = 6;
 

@@ -79,7 +79,7 @@ __device__ __forceinline__ void encode_values(const Chunk& chunk, const float4* 
 // BLOCK_SIZE]. `workspace`: zeros, of TICKET_WORDS and CHUNK_WORDS for each chunk; null with
 // RANGE_PER_HEAD. `phases`: FIND_ENDS, then ENCODE in another launch with the same workspace, or
 // both.
-extern "C" __global__ void __launch_bounds__(THREADS, VALUE_BLOCKS_PER_SM)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     pack_allocated_values(const PackSource source, u8* codes, int* status, u16* zeros, u16* scales,
                           const PackTables tables, u32* workspace, int phases) {
   __shared__ Chunk chunk_smem;
@@ -120,6 +120,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, VALUE_BLOCKS_PER_SM)
   const bool waits = !RANGE_PER_HEAD && (phases & FIND_ENDS);
   if (waits && tid == 0) count_up(ends + CHUNK_ENDS);
   const TilePlace first(tables, kv_head_idx, 0);  // all of a head's tiles have one width
+#pragma unroll 1
   for (int i = tid; i < LEVEL_ROW; i += THREADS)
     levels_smem[i] = __ldg(tables.levels + (first.width - 1) * LEVEL_ROW + i);
   if (waits && tid == 0) wait_for(ends + CHUNK_ENDS, NUM_KV_HEADS);
@@ -128,8 +129,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, VALUE_BLOCKS_PER_SM)
     const bool writes = RANGE_PER_HEAD || kv_head_idx == 0;
     const i64 row = RANGE_PER_HEAD ? (i64)block_idx * NUM_KV_HEADS + kv_head_idx : block_idx;
     const i64 at = row * BLOCK_SIZE + chunk * CHUNK + tid;
-    const u32 most = RANGE_PER_HEAD ? ends[tid] : load_shared_word(ends + tid);
-    const u32 negated = RANGE_PER_HEAD ? ends[CHUNK + tid] : load_shared_word(ends + CHUNK + tid);
+    const u32 most = RANGE_PER_HEAD ? ends[tid] : load_fresh(ends + tid);
+    const u32 negated = RANGE_PER_HEAD ? ends[CHUNK + tid] : load_fresh(ends + CHUNK + tid);
     ((float2*)ranges_smem)[tid] =
         token_range(most, negated, writes ? zeros + at : nullptr, writes ? scales + at : nullptr);
   }
