@@ -64,6 +64,7 @@ class MixedRows:
     Attributes:
         groups: The tiles by width.
         planes: Planes of each head, the sum of its tiles' widths.
+        tile_widths: Bits per code of each tile, by head.
 
     Raises:
         ValueError: A head's pairs do not fill whole tiles, or a width is not supported.
@@ -84,6 +85,7 @@ class MixedRows:
         if int(widths.min()) < 1 or int(widths.max()) > MAX_WIDTH:
             raise ValueError(f"widths: must be 1 to {MAX_WIDTH}")
         self.planes: list[int] = widths.sum(1).tolist()
+        self.tile_widths: list[list[int]] = widths.tolist()
         first = torch.arange(self.heads)[:, None, None] * self.head_dim
         order = (tile_channels(pair_order) + first).view(-1)
         # 32 bits, because the cache counts these tables among its bytes
@@ -106,6 +108,11 @@ class MixedRows:
         """Bytes of the index tables."""
         held = [t for group in self.groups for t in (group.tiles, group.places)]
         return sum(t.nbytes for t in (self._order, self._place, *held))
+
+    @property
+    def channels(self) -> torch.Tensor:
+        """The channels of each tile within its head, int32 `[num_heads, tiles, 16]`."""
+        return self._order.view(self.heads, -1, TILE) % self.head_dim
 
     def to_tiles(self, x: torch.Tensor) -> torch.Tensor:
         """Sorts `[blocks, num_heads, size, head_dim]` into `[blocks, size, tiles, 16]`."""

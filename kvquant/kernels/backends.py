@@ -18,11 +18,12 @@ from typing import Literal
 import torch
 
 from kvquant.errors import UserError
-from kvquant.kernels import cuda_decode, cuda_pack, limits
+from kvquant.kernels import cuda_decode, cuda_pack, cuda_pack_allocated, limits
 from kvquant.kernels.cache_shape import CacheShape
 from kvquant.kernels.cuda_build import KernelUnavailable
 from kvquant.kernels.cuda_decode import DecodeShape
 from kvquant.kernels.cuda_pack import PackShape
+from kvquant.kernels.cuda_pack_allocated import AllocatedPackShape
 
 Operation = Literal["pack", "decode", "past"]
 Backend = Literal["cuda", "triton", "pytorch"]
@@ -265,7 +266,7 @@ def _query_refusals(shape: CacheShape, wished: str) -> Iterator[str]:
 
 def _load_refusals(operation: Operation, shape: CacheShape, index: int) -> Iterator[str]:
     """The reason why a kernel that should run does not compile or load."""
-    kernel = shape.pack_shape if operation == "pack" else shape.decode_shape
+    kernel = shape.pack_kernel if operation == "pack" else shape.decode_shape
     if (problem := _load_problem(kernel, index)) is not None:
         yield (
             f"kernel: it does not compile or load ({problem.splitlines()[0]}); report this, or set "
@@ -274,11 +275,13 @@ def _load_refusals(operation: Operation, shape: CacheShape, index: int) -> Itera
 
 
 @functools.cache
-def _load_problem(shape: DecodeShape | PackShape, index: int) -> str | None:
+def _load_problem(shape: DecodeShape | PackShape | AllocatedPackShape, index: int) -> str | None:
     """Why a CUDA kernel does not compile or load, or None; a failure is also warned of, once."""
     try:
         if isinstance(shape, DecodeShape):
             cuda_decode.functions(shape, index)
+        elif isinstance(shape, AllocatedPackShape):
+            cuda_pack_allocated.functions(shape, index)
         else:
             cuda_pack.functions(shape, index)
     except KernelUnavailable as problem:

@@ -10,6 +10,9 @@ import torch
 from kvquant.formats.layer_quantizer import outliers_per_side
 from kvquant.kernels.cuda_decode import DecodeShape
 from kvquant.kernels.cuda_pack import PackShape
+from kvquant.kernels.cuda_pack_allocated import AllocatedPackShape
+
+LOOKED_UP_BITS = 3  # the widest allocated codes whose levels are looked up
 
 LOOKED_UP_BITS = 3  # the widest allocated codes whose levels are looked up
 
@@ -113,3 +116,20 @@ class CacheShape:
             self.outliers > 0,
             self.outliers_per_side,
         )
+
+    @property
+    def allocated_pack_shape(self) -> AllocatedPackShape:
+        """The constants that the CUDA kernels which pack allocated codes are compiled for."""
+        return AllocatedPackShape(
+            self.head_dim,
+            self.kv_heads,
+            self.block_size,
+            self.dtype,
+            self.outliers > 0,
+            self.range_per_head,
+        )
+
+    @property
+    def pack_kernel(self) -> PackShape | AllocatedPackShape:
+        """The constants of the CUDA kernels that pack blocks of this codebook."""
+        return self.allocated_pack_shape if self.codebook == "allocated" else self.pack_shape

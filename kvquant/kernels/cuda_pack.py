@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,8 @@ WAVES = 4  # waves of thread blocks of values before one takes several tokens
 MIN_ELEMENTS_AT_ONCE = 1 << 23  # elements from which keys and values are packed side by side
 MAX_TOKENS = 4  # tokens that a thread block of values takes at most
 GROUP_THREADS = 256  # threads that sort the outliers of a block, as in the source file
+
+Launch = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,13 @@ def functions(shape: PackShape, device: int) -> tuple[Function, Function, Functi
     return module.function("pack_keys"), module.function("pack_values"), group
 
 
-def _source(x: torch.Tensor) -> cuda_structs.PackSource:
+def source_of(x: torch.Tensor) -> cuda_structs.PackSource:
+    """The argument for blocks `[blocks, num_heads, block_size, head_dim]`."""
     return cuda_structs.PackSource(x.data_ptr(), *x.stride()[:3])
 
 
-def _target(target: PackTarget) -> cuda_structs.PackTarget:
+def target_of(target: PackTarget) -> cuda_structs.PackTarget:
+    """The argument for the tensors that packed blocks go to."""
     lists = (target.begin, target.count, target.positions, target.values, target.cursor)
     tensors = (target.codes, target.status, *lists)
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
@@ -124,7 +129,7 @@ def pack_keys(shape: PackShape, x: torch.Tensor, table: torch.Tensor, target: Pa
     kernel, _, _ = functions(shape, index_of(x))
     kernel(
         (x.shape[0] * shape.heads, 1, 1), shape.key_threads,
-        _source(x), _target(target), ctypes.c_void_p(table.data_ptr()),
+        source_of(x), target_of(target), ctypes.c_void_p(table.data_ptr()),
     )  # fmt: skip
 
 
@@ -181,19 +186,41 @@ def pack_values(
     each = tokens_per_block(tokens, multiprocessors(index), shape.workers)
     kernel(
         (-(-tokens // each), 1, 1), shape.workers,
-        _source(x), *(ctypes.c_void_p(t.data_ptr()) for t in (
+        source_of(x), *(ctypes.c_void_p(t.data_ptr()) for t in (
             target.codes, target.status, zero_out, scale_out, midpoints, found,
         )),
         ctypes.c_int(tokens), ctypes.c_int(each),
     )  # fmt: skip
     if group is not None:
-        group((blocks, 1, 1), GROUP_THREADS, _target(target), ctypes.c_void_p(found.data_ptr()))
+        group((blocks, 1, 1), GROUP_THREADS, target_of(target), ctypes.c_void_p(found.data_ptr()))
 
 
 @functools.cache
 def _beside(index: int) -> torch.cuda.Stream:
     """A second stream of a GPU, for what may run beside the current one."""
     return torch.cuda.Stream(torch.device("cuda", index))
+
+
+def side_by_side(keys: torch.Tensor, of_keys: Launch, of_values: Launch) -> None:
+    """Launches the kernels of keys and of values, on two streams where both are long.
+
+    Keys then use the multiprocessors that the last thread blocks of values leave idle.
+
+    Args:
+        keys: The blocks of keys.
+        of_keys: Launches the kernels of keys on the current stream.
+        of_values: The same for values.
+    """
+    if keys.device.type != "cuda" or keys.numel() < MIN_ELEMENTS_AT_ONCE:
+        of_keys()
+        of_values()
+        return
+    main, beside = torch.cuda.current_stream(keys.device), _beside(index_of(keys))
+    beside.wait_stream(main)
+    of_values()
+    with torch.cuda.stream(beside):
+        of_keys()
+    main.wait_stream(beside)
 
 
 def pack(
@@ -209,9 +236,6 @@ def pack(
 ) -> None:
     """Quantizes and packs key and value blocks.
 
-    Long inputs are packed side by side, so that keys use the multiprocessors that the last thread
-    blocks of values leave idle.
-
     Args:
         shape: Of the cache.
         keys: As in :func:`pack_keys`.
@@ -223,13 +247,8 @@ def pack(
         zero_out: Of :func:`pack_values`.
         scale_out: Of :func:`pack_values`.
     """
-    if keys.device.type != "cuda" or keys.numel() < MIN_ELEMENTS_AT_ONCE:
-        pack_keys(shape, keys, table, key_target)
-        pack_values(shape, values, midpoints, value_target, zero_out, scale_out)
-        return
-    main, beside = torch.cuda.current_stream(keys.device), _beside(index_of(keys))
-    beside.wait_stream(main)
-    pack_values(shape, values, midpoints, value_target, zero_out, scale_out)
-    with torch.cuda.stream(beside):
-        pack_keys(shape, keys, table, key_target)
-    main.wait_stream(beside)
+    side_by_side(
+        keys,
+        lambda: pack_keys(shape, keys, table, key_target),
+        lambda: pack_values(shape, values, midpoints, value_target, zero_out, scale_out),
+    )

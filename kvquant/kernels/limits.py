@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from kvquant.formats.lane_layout import CHUNK
 from kvquant.kernels.arena_table import MAX_ARENAS, MAX_PLACES
 from kvquant.kernels.cache_shape import CacheShape
 from kvquant.kernels.cuda_pack import WARP
@@ -98,8 +99,11 @@ def _readable_blocks(shape: CacheShape) -> Iterator[str]:
 
 def cuda_pack(shape: CacheShape) -> Iterator[str]:
     """The reasons why the CUDA kernels do not pack blocks of this shape."""
+    if shape.codebook == "allocated":
+        yield from _cuda_pack_allocated(shape)
+        return
     kernel = shape.pack_shape
-    yield from _codes(shape, "nuq")
+    yield from _codes(shape, "nuq", "allocated")
     yield from _head_dim(shape, CUDA_HEAD_DIMS)
     yield from _channels(shape)
     threads = kernel.key_threads
@@ -119,6 +123,17 @@ def cuda_pack(shape: CacheShape) -> Iterator[str]:
         yield (
             "input: two neighbouring channels of keys or values are not one aligned word; pass "
             "contiguous tensors"
+        )
+
+
+def _cuda_pack_allocated(shape: CacheShape) -> Iterator[str]:
+    """The reasons why the CUDA kernels do not pack blocks of allocated codes."""
+    yield from _codes(shape, "allocated")
+    yield from _head_dim(shape, CUDA_HEAD_DIMS)
+    if shape.block_size % CHUNK or shape.block_size < 1:
+        yield (
+            f"block_size: {shape.block_size} is not a multiple of the {CHUNK} tokens that a warp "
+            f"packs at a time; choose {CHUNK}"
         )
 
 

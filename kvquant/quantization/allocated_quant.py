@@ -8,12 +8,19 @@ of their head. Every decision about a token depends on it and on calibration alo
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from kvquant.formats.allocated_layer import AllocatedLayer
 from kvquant.formats.blocked_sparse import SparseSlab
 from kvquant.formats.mixed_packing import MixedRows
+from kvquant.kernels import cuda_pack_allocated
 from kvquant.kernels import pytorch_fused as fused
+from kvquant.kernels.backends import select
+from kvquant.kernels.cache_shape import LOOKED_UP_BITS, CacheShape
+from kvquant.kernels.cuda_pack_allocated import SideTables
+from kvquant.kernels.pack_target import PackTarget
 from kvquant.quantization.block_input import check_block, not_finite, outlier_slots
 from kvquant.quantization.hadamard import rotate
 
@@ -27,22 +34,25 @@ class TileCodes:
     Args:
         rows: Layout of the tiles.
         levels: fp32 `[6, 64]`, codebooks (see :class:`AllocatedLayer`).
+
+    Attributes:
+        levels: fp32 codebook of each width that a tile has.
     """
 
     def __init__(self, rows: MixedRows, levels: torch.Tensor) -> None:
         self.rows = rows
-        self._levels = {g.width: levels[g.width - 1, : 2**g.width].clone() for g in rows.groups}
+        self.levels = {g.width: levels[g.width - 1, : 2**g.width].clone() for g in rows.groups}
 
     @property
     def nbytes(self) -> int:
         """Bytes of codebooks and index tables."""
-        return self.rows.nbytes + sum(levels.nbytes for levels in self._levels.values())
+        return self.rows.nbytes + sum(levels.nbytes for levels in self.levels.values())
 
     def encode(self, normalized: torch.Tensor) -> torch.Tensor:
         """Returns the uint8 codes of fp32 `[blocks, size, tiles, 16]`."""
         codes = torch.empty(normalized.shape, dtype=torch.uint8, device=normalized.device)
         for group in self.rows.groups:
-            levels = self._levels[group.width]
+            levels = self.levels[group.width]
             part = normalized.index_select(2, group.tiles)
             if levels.numel() > MAX_COMPARED_LEVELS:
                 found = torch.bucketize(part, fused.midpoints(levels), out_int32=True)
@@ -56,7 +66,7 @@ class TileCodes:
         """Returns the fp32 levels of uint8 codes `[blocks, size, tiles, 16]`."""
         out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
         for group in self.rows.groups:
-            part = fused.decode(codes.index_select(2, group.tiles), self._levels[group.width])
+            part = fused.decode(codes.index_select(2, group.tiles), self.levels[group.width])
             out.index_copy_(2, group.tiles, part)
         return out
 
@@ -86,6 +96,7 @@ class AllocatedQuantizer:
         self._scale = self._keys.rows.to_tiles(layer.key_scale[None, :, None])
         self._inverse = fused.channel_inverse(self._scale)
         self.key_room = 1.0
+        self._shapes: dict[object, CacheShape] = {}
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +111,71 @@ class AllocatedQuantizer:
     def _rotated(self, values: torch.Tensor) -> torch.Tensor:
         """Returns the 16-bit values that are coded."""
         return rotate(values.float()).to(values.dtype) if self.rotation else values
+
+    @functools.cached_property
+    def _tables(self) -> tuple[SideTables, SideTables]:
+        """The calibration of keys and of values as the CUDA kernels read it."""
+        ranges = (self._zero, self._inverse)
+        return (
+            SideTables.make(self._keys.rows, self._keys.levels, ranges),
+            SideTables.make(self._values.rows, self._values.levels, None),
+        )
+
+    def block_bytes(self, size: int) -> tuple[int, int]:
+        """Returns the bytes of the key codes and of the value codes of a block of `size` tokens."""
+        return size * self._keys.rows.token_bytes, size * self._values.rows.token_bytes
+
+    def kernels(self, like: torch.Tensor) -> bool:
+        """Tells whether kernels pack blocks `[blocks, heads, size, head_dim]` like this one."""
+        return select("pack", self._shape(like), like.device).backend == "cuda"
+
+    def _shape(self, like: torch.Tensor) -> CacheShape:
+        """The properties of blocks that decide which backend packs them."""
+        key = (like.shape[1:], like.dtype)
+        if key not in self._shapes:
+            _, heads, size, dim = like.shape
+            self._shapes[key] = CacheShape(
+                head_dim=dim,
+                kv_heads=heads,
+                queries_per_kv_head=1,  # packing does not depend on it
+                dtype=like.dtype,
+                codebook="allocated",
+                bits=LOOKED_UP_BITS,
+                block_size=size,
+                outliers=self.outliers,
+                range_per_head=self.per_head,
+            )
+        return self._shapes[key]
+
+    def kernel_pack_into(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        key_target: PackTarget,
+        value_target: PackTarget,
+        zero_out: torch.Tensor,
+        scale_out: torch.Tensor,
+    ) -> bool:
+        """Packs keys and values into memory that is already there, without a host sync.
+
+        Args:
+            keys: fp16/bf16 `[blocks, num_heads, block_size, head_dim]`.
+            values: The same shape.
+            key_target: Where keys go; `codes` are `[blocks, bytes]`.
+            value_target: Where values go, without outliers.
+            zero_out: 16-bit `[blocks, block_size]`, or `[blocks, num_heads, block_size]`.
+            scale_out: The same.
+
+        Returns:
+            False, with nothing written, where PyTorch was selected.
+        """
+        if not self.kernels(keys):
+            return False
+        cuda_pack_allocated.pack(
+            self._shape(keys).allocated_pack_shape, keys, self._rotated(values), self._tables,
+            key_target, value_target, zero_out, scale_out,
+        )  # fmt: skip
+        return True
 
     def not_finite(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Returns int32 `[1]`, 1 if keys or rotated values hold NaN or Inf, without a sync."""

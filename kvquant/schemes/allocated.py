@@ -10,10 +10,12 @@ import torch
 from kvquant.cache.codec import Codec, Packed
 from kvquant.errors import UserError
 from kvquant.formats.allocated_layer import AllocatedLayer
+from kvquant.formats.blocked_sparse import SparseSlab
 from kvquant.formats.mixed_packing import TILE
 from kvquant.kernels.allocated_tables import allocated_tables
 from kvquant.kernels.cache_shape import LOOKED_UP_BITS, CacheShape
 from kvquant.kernels.decode_tables import HeadTables
+from kvquant.kernels.pack_target import PackTarget
 from kvquant.quantization.allocated_quant import AllocatedQuantizer
 from kvquant.quantization.hadamard import factors
 from kvquant.study.schemes import AllocatedScheme
@@ -77,6 +79,15 @@ class AllocatedCodec(Codec):
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
         """See :meth:`Codec.pack`."""
+        room = self.reserve(keys.shape[0], keys)
+        if room is not None:
+            status = torch.zeros(2, dtype=torch.int32, device=keys.device)
+            self.pack_into(room, keys, values, status)
+            slabs = {
+                name: replace(slab, excess=status[0], cursor=None)
+                for name, slab in room.sparse.items()
+            }
+            return Packed(room.dense, slabs, status[1:])
         key_codes, outliers = self.quantizer.pack_keys(keys)
         value_codes, zero, scale = self.quantizer.pack_values(values)
         bad = self.quantizer.not_finite(keys, values) if keys.is_cuda else None
@@ -86,6 +97,42 @@ class AllocatedCodec(Codec):
     def widen(self, factor: float) -> None:
         """See :meth:`Codec.widen`."""
         self.quantizer.key_room *= factor
+
+    def reserve(self, blocks: int, like: torch.Tensor) -> Packed | None:
+        """See :meth:`Codec.reserve`; only kernels that pack in place have it."""
+        if not self.quantizer.kernels(like):
+            return None
+        _, heads, size, dim = like.shape
+
+        def codes(room: int) -> torch.Tensor:
+            return torch.empty((blocks, room), dtype=torch.uint8, device=like.device)
+
+        each = (heads, size) if self.quantizer.per_head else (size,)
+        ranges = torch.empty((2, blocks, *each), dtype=like.dtype, device=like.device)
+        of_keys, of_values = map(codes, self.quantizer.block_bytes(size))
+        dense = {"keys": of_keys, "values": of_values, "zero": ranges[0], "scale": ranges[1]}
+        sparse = {}
+        if slots := self.quantizer.key_slots(blocks * heads * size * dim):
+            shape = (blocks, heads, size, dim)
+            sparse["keys"] = SparseSlab.reserve(shape, slots, like.dtype, like.device)
+        return Packed(dense, sparse, reserved=True)
+
+    def pack_into(
+        self, room: Packed, keys: torch.Tensor, values: torch.Tensor, status: torch.Tensor
+    ) -> None:
+        """See :meth:`Codec.pack_into`."""
+        dense, slab = room.dense, room.sparse.get("keys")
+        target = PackTarget(dense["keys"], status)
+        if slab is not None:
+            target = replace(
+                target, begin=slab.begin, count=slab.count, positions=slab.positions,
+                values=slab.values, cursor=slab.cursor,
+            )  # fmt: skip
+        done = self.quantizer.kernel_pack_into(
+            keys, values, target, PackTarget(dense["values"], status), dense["zero"], dense["scale"]
+        )
+        if not done:
+            raise RuntimeError("KVQUANT_KERNELS: changed while a cache was in use")
 
     def unpack(
         self, packed: Packed, shape: tuple[int, int, int, int]

@@ -305,3 +305,25 @@ def test_peak_of_a_prefill_on_a_gpu(batch: int) -> None:
           f"{peak / 1e9:.2f} GB (cache {packed / 1e9:.2f}), excess {excess / 1e6:.0f} MB, "
           f"one layer {one / 1e6:.0f} MB")  # fmt: skip
     assert excess <= one
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("value_range", ["token", "token-head"])
+def test_what_torch_allocated_for_allocated_codes(value_range: Any) -> None:
+    """The same for blocks that kernels pack in place, with the slots that a GPU reserves."""
+    heads, calls = 8, [[16384, 12288]] + [[1, 1]] * 130
+    spec = AllocatedScheme(kind="allocated", bits=3.3, value_range=value_range)
+    fill(spec, heads, 128, [[128]], "cuda")  # kernels are built
+    torch.cuda.synchronize()
+    before, _ = gpu_bytes()
+    store = fill(spec, heads, 128, calls, "cuda")
+    torch.cuda.synchronize()
+    requested = gpu_bytes()[0] - before
+    assert store.packed_by_kernels
+    layer = ranged_tables(spec, torch.zeros(heads, 128), torch.ones(heads, 128))
+    assert isinstance(layer, AllocatedLayer)
+    tables = store.codec.shared_bytes
+    formula = allocated_footprint(spec, layer, calls, tables=tables, key_room=1.5).total
+    assert requested == pytest.approx(store.nbytes, rel=0.02)
+    assert requested == pytest.approx(formula, rel=0.02)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kvquant.kernels import backends, cuda_decode, cuda_pack
+from kvquant.kernels import backends, cuda_decode, cuda_pack, cuda_pack_allocated
 from kvquant.kernels.cuda_header import HEADER_NAME
 
 HERE = Path(__file__).parent
@@ -57,6 +57,13 @@ def _pack_functions(shape: cuda_pack.PackShape, device: int) -> tuple[Any, Any, 
     return _function(library, "pack_keys"), _function(library, "pack_values"), group
 
 
+def _pack_allocated_functions(
+    shape: cuda_pack_allocated.AllocatedPackShape, device: int
+) -> tuple[Any, Any]:
+    library = _library("pack_allocated", shape.header())
+    return tuple(_function(library, f"pack_allocated_{side}") for side in ("keys", "values"))
+
+
 def _decode_functions(shape: cuda_decode.DecodeShape, device: int) -> tuple[Any, Any]:
     name = "decode_allocated" if shape.allocated else "decode"
     library = _library(name, shape.header(SHARED_BYTES))
@@ -87,6 +94,12 @@ def emulate(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 1) -> None:
         cuda_pack,
         functions=_pack_functions,
         multiprocessors=lambda index: multiprocessors,
+    )
+    _instead(
+        monkeypatch,
+        cuda_pack_allocated,
+        functions=_pack_allocated_functions,
+        multiprocessors=lambda index: 1,  # room for one thread block: none waits for another
     )
     facts = backends.DeviceFacts("cuda", capability=(9, 0), triton=False)
     monkeypatch.setattr(backends, "device_facts", lambda device: facts)

@@ -248,6 +248,7 @@ static u32 load2(const u16* p) {
   memcpy(&d, p, 4);
   return d;
 }
+static float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fadd_rn(float a, float b) { return a + b; }
 static float __fsub_rn(float a, float b) { return a - b; }

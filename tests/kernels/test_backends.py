@@ -106,6 +106,37 @@ SHAPES: list[tuple[Operation, Backend, dict[str, Any], str]] = [
 ]
 
 
+# The same for blocks of allocated codes, which the CUDA kernels pack.
+ALLOCATED: list[tuple[Backend, dict[str, Any], str]] = [
+    ("cuda", {"head_dim": 80}, "head_dim: 80 is none of 64, 128, 256; use a model"),
+    ("cuda", {"block_size": 32}, "block_size: 32 is not a multiple of the 64 .*; choose 64"),
+    ("cuda", {"block_size": 96}, "block_size: 96 is not a multiple of the 64 .*; choose 64"),
+    ("cuda", {"dtype": torch.float32}, "dtype: .* float32, .*; load the model in one"),
+    ("triton", {"block_size": 32}, "codebook: .*'allocated'; choose"),
+]
+
+
+@pytest.mark.parametrize(("backend", "changes", "says"), ALLOCATED)
+def test_a_shape_of_allocated_codes_is_refused_for_one_reason(
+    backend: Backend, changes: dict[str, Any], says: str
+) -> None:
+    found = ask("pack", codebook="allocated", **changes)
+    assert found.backend == (None if "dtype" in changes else "pytorch")
+    (reason,) = found.reasons(backend)
+    assert re.match(says, reason)
+
+
+@pytest.mark.parametrize("block_size", [64, 128, 1024])
+@pytest.mark.parametrize("layout", ["pairs", "channels", "strided"])
+def test_allocated_codes_are_packed_by_cuda_alone(block_size: int, layout: Any) -> None:
+    shape: dict[str, Any] = {"codebook": "allocated", "input_layout": layout}
+    shape |= {"block_size": block_size, "kv_heads": 300, "range_per_head": True}
+    assert ask("pack", **shape).backend == "cuda"
+    assert ask("pack", **shape, head_dim=256, outliers=0.0).backend == "cuda"
+    assert ask("pack", wished="triton", **shape).backend == "pytorch"
+    assert ask("pack", CPU, **shape).backend == "pytorch"
+
+
 @pytest.mark.parametrize(("operation", "backend", "changes", "says"), SHAPES)
 def test_a_shape_is_refused_for_one_reason(
     operation: Operation, backend: Backend, changes: dict[str, Any], says: str
@@ -181,7 +212,7 @@ SHAPE_VALUES = st.builds(
     kv_heads=st.integers(1, 200),
     queries_per_kv_head=st.integers(1, 20),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
-    codebook=st.sampled_from(["nuq", "kivi", "fp8"]),
+    codebook=st.sampled_from(["nuq", "kivi", "fp8", "allocated"]),
     bits=st.integers(1, 8),
     block_size=st.sampled_from([1, 8, 16, 24, 32, 64, 96, 128, 1024, 4096]),
     sinks=st.sampled_from([0, 1, 32, 33, 64, 65, 1000]),
@@ -236,7 +267,11 @@ def test_a_kernel_that_does_not_compile_is_refused_and_warned_of_once(
 
     monkeypatch.setattr(backends.cuda_decode, "functions", fail)
     monkeypatch.setattr(backends.cuda_pack, "functions", fail)
-    shape = replace(SHAPE, kv_heads=3, queries_per_kv_head=5)  # of no other test: kept per process
+    monkeypatch.setattr(backends.cuda_pack_allocated, "functions", fail)
+    shape = replace(SHAPE, kv_heads=33, queries_per_kv_head=5)  # of no other test: kept per process
+    with pytest.warns(UserWarning, match="no CUDA packing kernel, another backend instead"):
+        found = decide("pack", replace(shape, codebook="allocated"), GPU, "auto")
+    assert found.backend == "pytorch"
     for operation in ("pack", "decode"):
         with pytest.warns(UserWarning, match="no CUDA .* kernel, another backend instead"):
             found = decide(operation, shape, GPU, "auto")
@@ -292,6 +327,10 @@ def test_the_constants_of_kernels_come_from_the_shape() -> None:
     assert not replace(SHAPE, outliers=0.0).decode_shape.outliers
     assert SHAPE.pack_shape.per_side == SHAPE.outliers_per_side == 5
     assert SHAPE.pack_shape.heads == 8
+    assert SHAPE.pack_kernel == SHAPE.pack_shape
+    allocated = replace(SHAPE, codebook="allocated", range_per_head=True)
+    assert allocated.pack_kernel == allocated.allocated_pack_shape
+    assert allocated.allocated_pack_shape.outliers and allocated.allocated_pack_shape.range_per_head
 
 
 def test_an_empty_wish_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

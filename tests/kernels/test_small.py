@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from kvquant.quantization.batched_quant import BatchedKVQuantizer
+from kvquant.schemes.allocated import AllocatedCodec
+from kvquant.study.schemes import AllocatedScheme
 from tests.support.decode_case import TOLERANCE, decode_error
-from tests.support.packing import check_packed
+from tests.support.packing import check_packed, same_outliers
 from tests.support.past_case import PastCase, largest_error
-from tests.support.quantizers import random_quantizer
+from tests.support.quantizers import random_allocated, random_quantizer
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -47,6 +51,28 @@ def test_pack(bits: int, kind: str, kernels: str, monkeypatch: pytest.MonkeyPatc
         tables.key_scale[0, :3] = 0.0  # constant channels
     quantizer = BatchedKVQuantizer(tables.to("cuda"), bits, 0.02)
     check_packed(quantizer, keys.half().to("cuda"), values.half().to("cuda"))
+
+
+@pytest.mark.parametrize("value_range", ["token", "token-head"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_pack_allocated(
+    value_range: Any, dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three heads whose tiles have all widths, blocks of one and of two chunks."""
+    for size in (64, 128):
+        options: dict[str, Any] = {"block_size": size, "value_range": value_range}
+        spec = AllocatedScheme(kind="allocated", outliers=0.01, **options)
+        layer = random_allocated(3, dim, scale=(2.5, 3.5), seed=dim).to("cuda")
+        codec = AllocatedCodec(spec, layer)
+        keys, values = torch.randn(2, 2, 3, size, dim, device="cuda").to(dtype)
+        found = []
+        for kernels in ("auto", "pytorch"):
+            monkeypatch.setenv("KVQUANT_KERNELS", kernels)
+            found.append(codec.pack(keys, values))
+        for name, t in found[0].dense.items():
+            assert torch.equal(t, found[1].dense[name])
+        assert same_outliers(found[0].sparse["keys"], found[1].sparse["keys"])
 
 
 def test_continue() -> None:

@@ -165,6 +165,10 @@ def test_what_the_cache_reads_of_the_options() -> None:
     assert not made.rotated_keys
     assert made.shared_bytes == made.quantizer.nbytes > 0
     assert made.tables is None  # kernels of the other codebooks cannot read it
+    shape = made.cache_shape(64, 2, 8, torch.bfloat16)
+    assert (shape.codebook, shape.outliers, shape.range_per_head) == ("allocated", 0.0025, False)
+    assert (shape.block_size, shape.sinks, shape.queries_per_kv_head) == (128, 5, 4)
+    assert codec(value_range="token-head").cache_shape(64, 2, 2, torch.float16).range_per_head
     built = build_codecs(
         AllocatedScheme(kind="allocated"), 2, [random_allocated(2, 64), random_allocated(2, 32)]
     )

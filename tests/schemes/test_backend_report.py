@@ -14,9 +14,11 @@ from kvquant.kernels.backends import DeviceFacts
 from kvquant.kernels.cache_shape import CacheShape
 from kvquant.quantization.nuq import fit
 from kvquant.schemes import backend_report as module
+from kvquant.schemes.allocated import AllocatedCodec
 from kvquant.schemes.backend_report import backend_report
 from kvquant.schemes.nuq import NuqCodec
-from kvquant.study.schemes import Fp16Scheme, KiviScheme, NuqScheme
+from kvquant.study.schemes import AllocatedScheme, Fp16Scheme, KiviScheme, NuqScheme
+from tests.support.quantizers import random_allocated
 
 NUQ = NuqScheme(kind="nuq", bits=3, sinks=2, block_size=128)
 MODEL: dict[str, Any] = {
@@ -58,4 +60,20 @@ def test_the_shape_is_the_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
     levels = fit("nf", 3)
     tables = LayerQuantizer(torch.zeros(8, 128), torch.ones(8, 128), levels, levels)
     codec = NuqCodec(NUQ, tables)
+    assert codec.cache_shape(128, 8, 32, torch.bfloat16) == replace(asked[0], query_dtype=None)
+
+
+@pytest.mark.parametrize("value_range", ["token", "token-head"])
+def test_the_shape_of_allocated_codes_is_the_codecs(
+    value_range: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[CacheShape] = []
+    spec = AllocatedScheme(
+        kind="allocated", sinks=2, block_size=128, outliers=0.01, value_range=value_range
+    )
+    found = backend_report(spec, **MODEL, device=on_gpu(monkeypatch))
+    assert found["pack"].backend == "cuda"
+    monkeypatch.setattr(module, "report", lambda shape, device: asked.append(shape))
+    backend_report(spec, **MODEL, device=torch.device("cpu"))
+    codec = AllocatedCodec(spec, random_allocated(8, 128))
     assert codec.cache_shape(128, 8, 32, torch.bfloat16) == replace(asked[0], query_dtype=None)

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "pack_instructions.cuh"
+#include "pack_shape.cuh"
 
 // The code bits of a row that a thread has: the lower half of a word is for channel c, the upper
 // one for c + 1. With 4 bits `low` and `high` are nibbles of even and odd lane pairs; else `low`

@@ -1,7 +1,10 @@
 // Instructions of the packing kernels, on pairs of 16-bit numbers in a word.
 #pragma once
 
-#include "pack_shape.cuh"
+#include "types.cuh"
+
+constexpr int INFINITY_BITS = BF16 ? 0x7F80 : 0x7C00;
+constexpr u32 BOTH_HALVES = 0x00010001u;  // times a 16-bit number: that number in both halves
 
 #ifndef EMULATED
 // Only sm_90 and later compare two bfloat16 at a time.
@@ -83,4 +86,14 @@ __device__ __forceinline__ int ordered(u32 raw) {
 }
 __device__ __forceinline__ u32 unordered(int order) {
   return order < 0 ? 0x8000u | (u32)-order : (u32)order;
+}
+
+// The sum of the lanes' numbers up to and including the own.
+__device__ __forceinline__ int inclusive_sum(int x, int lane_idx) {
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    int below = from_lane_below(x, d);
+    if (lane_idx >= d) x += below;
+  }
+  return x;
 }

@@ -48,16 +48,6 @@ __device__ __forceinline__ void encode_rows(CodeBits (&codes)[ROWS_PER_THREAD],
   }
 }
 
-// The sum of the lanes' numbers up to and including the own.
-__device__ __forceinline__ int inclusive_sum(int x, int lane_idx) {
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    int below = from_lane_below(x, d);
-    if (lane_idx >= d) x += below;
-  }
-  return x;
-}
-
 // Writes a thread's outliers from `slot` on; returns whether one is not finite.
 __device__ __forceinline__ u32 write_outliers(const PackTarget& target, const u16* x,
                                               i64 token_stride,

@@ -7,6 +7,7 @@
 
 #include "pack_instructions.cuh"
 #include "pack_params.cuh"
+#include "pack_shape.cuh"
 
 // A sort key: larger for larger elements, and of equal ones for the lower channel. The last bit
 // keeps the sign of a zero.

@@ -19,8 +19,6 @@
 
 #include "types.cuh"
 
-constexpr int INFINITY_BITS = BF16 ? 0x7F80 : 0x7C00;
-constexpr u32 BOTH_HALVES = 0x00010001u;  // times a 16-bit number: that number in both halves
 constexpr int LANE_CHANNELS = HEAD_DIM / 8;
 constexpr int THREADS_PER_ROW = HEAD_DIM / 16;
 constexpr int ROW_BYTES = HEAD_DIM * BITS / 8;
