@@ -17,16 +17,17 @@ import torch
 
 from kvquant.calibration.bit_allocation import allocate
 from kvquant.calibration.build import GRID, bin_centers, key_ranges
-from kvquant.calibration.statistics import LayerStatistics
+from kvquant.calibration.statistics import VALUE_RANGES, LayerStatistics
 from kvquant.errors import UserError
 from kvquant.formats.allocated_layer import AllocatedLayer, padded_levels
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
-from kvquant.formats.lane_layout import LOOKED_UP
+from kvquant.formats.lane_layout import looked_up
 from kvquant.formats.mixed_packing import MAX_WIDTH, PAIRS_PER_TILE, TILE
 from kvquant.quantization.nuq import even_levels, kmeans_1d
 from kvquant.study.schemes import AllocatedScheme
 
 WIDTHS = range(1, MAX_WIDTH + 1)
+MAX_HEAD_SCALE = 64.0
 ROUNDS = 3  # of fitting codebooks and allocating widths
 
 
@@ -36,9 +37,11 @@ class Curves:
 
     Attributes:
         weights: float64 `[rows, GRID]` over [-1, 1], squared gradients times squared ranges.
+        of_keys: Whether the elements are keys; else values.
     """
 
     weights: np.ndarray
+    of_keys: bool
 
     def fit(self, width: int, rows: np.ndarray) -> np.ndarray:
         """Returns the sorted levels of a width for some of the rows (bool `[rows]`)."""
@@ -51,7 +54,7 @@ class Curves:
         mass = weights.reshape(-1, 4).sum(1)
         means = (weights * bin_centers(GRID)).reshape(-1, 4).sum(1) / np.where(mass > 0, mass, 1.0)
         points = np.where(mass > 0, means, bin_centers(GRID).reshape(-1, 4).mean(1))
-        if width not in LOOKED_UP:
+        if width not in looked_up(of_keys=self.of_keys):
             return even_levels(points, mass, 2**width)
         return kmeans_1d(points, mass, 2**width)
 
@@ -71,6 +74,7 @@ class _Layer:
         scale: fp32 `[channels]`.
         keys: Histograms per key channel.
         values: Histograms per head.
+        value_scale: fp32 `[heads]`, see :class:`AllocatedLayer`.
         heads: Number of kv heads.
         pairs: int64 `[heads, head_dim / 2]`, the order of RoPE pairs.
         key_widths: int64 `[heads, tiles]`.
@@ -83,6 +87,7 @@ class _Layer:
     scale: torch.Tensor
     keys: Curves
     values: Curves
+    value_scale: torch.Tensor
     heads: int
     pairs: np.ndarray
     key_widths: np.ndarray
@@ -131,6 +136,7 @@ class _Layer:
             torch.from_numpy(self.pairs.astype(np.float32)),
             torch.from_numpy(self.key_widths.astype(np.float32)),
             levels(self.key_levels),
+            self.value_scale.clone(),
             torch.from_numpy(self.value_widths.astype(np.float32)),
             levels(self.value_levels),
         )
@@ -148,7 +154,7 @@ def _key_curves(
     index = ((normalized + 1.0) * (GRID / 2)).long().clamp_(0, GRID - 1)
     weights = statistics.fisher * (scale**2)[:, None] * inlier
     out = torch.zeros(len(scale), GRID, dtype=torch.float64)
-    return Curves(out.scatter_add_(1, index, weights.double()).numpy())
+    return Curves(out.scatter_add_(1, index, weights.double()).numpy(), of_keys=True)
 
 
 def _start(statistics: LayerStatistics, spec: AllocatedScheme, heads: int, layer: int) -> _Layer:
@@ -163,7 +169,10 @@ def _start(statistics: LayerStatistics, spec: AllocatedScheme, heads: int, layer
         raise UserError(
             "--stats: was collected by an older version, without rotated values: calibrate again"
         )
-    values = histograms[int(spec.rotation), int(spec.value_range == "token-head")].double().numpy()
+    ranges = VALUE_RANGES.index(spec.value_range)
+    values = histograms[int(spec.rotation), ranges].double().numpy()
+    assert statistics.value_rms is not None
+    value_scale = head_scales(statistics.value_rms) if ranges == 0 else torch.ones(heads)
     keys = _key_curves(statistics, zero, scale, constant)
     for name, curves in (("keys", keys.weights), ("values", values)):
         if not curves.any():
@@ -177,7 +186,8 @@ def _start(statistics: LayerStatistics, spec: AllocatedScheme, heads: int, layer
         zero,
         scale,
         keys,
-        Curves(values),
+        Curves(values, of_keys=False),
+        value_scale,
         heads,
         np.tile(np.arange(pairs), (heads, 1)),
         np.full((heads, pairs // PAIRS_PER_TILE), nominal),
@@ -188,6 +198,19 @@ def _start(statistics: LayerStatistics, spec: AllocatedScheme, heads: int, layer
     found.fit()
     found.sort_pairs(nominal)
     return found
+
+
+def head_scales(rms: torch.Tensor) -> torch.Tensor:
+    """Returns by what values are divided so that those of all heads become similarly large.
+
+    No number is below 1, so that 16-bit values stay finite, and none above `MAX_HEAD_SCALE`, so
+    that a head of tiny values does not make those of all others tiny.
+
+    Args:
+        rms: fp32 `[heads]`, root mean square of each head's values.
+    """
+    least = max(float(rms.min()), float(rms.max()) / MAX_HEAD_SCALE)
+    return (rms.cpu() / least).clamp(1.0, MAX_HEAD_SCALE)
 
 
 def fixed_bits(spec: AllocatedScheme, heads: int, dim: int) -> float:

@@ -15,6 +15,9 @@ from kvquant.kernels.pytorch_fused import inverse_range, split_outliers
 from kvquant.quantization.hadamard import factors, rotate
 
 VALUE_BINS = 1024
+# What values are normalized by: one range per token, of values divided by their head's root mean
+# square; one range per token and head; one range per token.
+VALUE_RANGES = ("token", "token-head", "token-unscaled")
 MAX_LAYERS = 4096
 FIELD = "--stats"
 AGAIN = "calibrate again"
@@ -34,11 +37,12 @@ class LayerStatistics:
         value_fisher: fp32, the same shape, sum of squared value gradients per bin.
         value_fisher_range2: fp32, the same shape, sum of squared value gradients times the
             token's squared range.
-        rotated_fisher_range2: fp32 `[2, 2, heads, VALUE_BINS]`, sum of squared gradients times
+        rotated_fisher_range2: fp32 `[2, 3, heads, VALUE_BINS]`, sum of squared gradients times
             squared ranges of values that are normalized by their range. First index: as they are,
             or rotated within their head by a Hadamard matrix (zeros where there is none). Second
-            index: one range for all heads of a token, or one per head. None in files of older
-            versions.
+            index: `VALUE_RANGES`. None in files of older versions.
+        value_rms: fp32 `[heads]`, root mean square of each head's values in the first window, or 1
+            where all are 0; None as above.
         key_moments: fp32 `[heads, head_dim, head_dim]`, sum of products of two key channels, before
             RoPE; None as above.
         key_gradient_moments: fp32, the same of the gradients of keys.
@@ -59,6 +63,7 @@ class LayerStatistics:
     value_fisher: torch.Tensor
     value_fisher_range2: torch.Tensor
     rotated_fisher_range2: torch.Tensor | None = None
+    value_rms: torch.Tensor | None = None
     key_moments: torch.Tensor | None = None
     key_gradient_moments: torch.Tensor | None = None
     value_moments: torch.Tensor | None = None
@@ -95,7 +100,8 @@ class LayerStatistics:
             zeros(fractions, VALUE_BINS),
             zeros(fractions, VALUE_BINS),
             zeros(fractions, VALUE_BINS),
-            zeros(2, 2, heads, VALUE_BINS),
+            zeros(2, len(VALUE_RANGES), heads, VALUE_BINS),
+            zeros(heads),
             **{name: zeros(*square) for name in MOMENTS},
         )
 
@@ -129,9 +135,11 @@ class LayerStatistics:
             return False
         square = (heads, len(self.low) // heads, len(self.low) // heads)
         return (
-            tuple(tables[0].shape) == (2, 2, heads, VALUE_BINS)
+            tuple(tables[0].shape) == (2, len(VALUE_RANGES), heads, VALUE_BINS)
             and bool((tables[0] >= 0).all())
-            and all(tuple(table.shape) == square for table in tables[1:])
+            and tuple(tables[1].shape) == (heads,)
+            and bool((tables[1] > 0).all())
+            and all(tuple(table.shape) == square for table in tables[2:])
         )
 
     def _cover(self, keys: torch.Tensor) -> None:
@@ -176,23 +184,30 @@ class LayerStatistics:
 
         A rotation turns values and gradients alike.
         """
-        assert self.rotated_fisher_range2 is not None
+        assert self.rotated_fisher_range2 is not None and self.value_rms is not None
         heads = self.rotated_fisher_range2.shape[2]
         x, g = (rows.unflatten(1, (heads, -1)) for rows in (values, gradient))
+        if not bool(self.value_rms.any()):  # the first window
+            rms = x.square().mean((0, 2)).sqrt()
+            self.value_rms = torch.where(rms > 0, rms, torch.ones_like(rms))
+        each = self.value_rms[:, None]
+        ranges = ((each, (1, 2)), (None, (2,)), (None, (1, 2)))
         turns = [(x, g)]
         if has_rotation(x.shape[2]):
             turns.append((rotate(x), rotate(g)))
         for turn, (y, slope) in enumerate(turns):
             y = y.to(torch.float16).float()
-            for per_head, over in enumerate(((1, 2), (2,))):
-                low, high = y.amin(over, keepdim=True), y.amax(over, keepdim=True)
+            for kind, (unit, over) in enumerate(ranges):
+                scaled = y if unit is None else y / unit
+                low, high = scaled.amin(over, keepdim=True), scaled.amax(over, keepdim=True)
                 scale = (high - low) * 0.5
-                normalized = (y - (high + low) * 0.5) * inverse_range(scale)
+                normalized = (scaled - (high + low) * 0.5) * inverse_range(scale)
+                weights = slope * scale * (1.0 if unit is None else unit)
                 index = ((normalized + 1.0) * (VALUE_BINS / 2)).long()
                 index.clamp_(0, VALUE_BINS - 1)
                 index += torch.arange(heads, device=y.device)[:, None] * VALUE_BINS
-                table = self.rotated_fisher_range2[turn, per_head].view(-1)
-                table.index_add_(0, index.view(-1), ((slope * scale) ** 2).reshape(-1))
+                table = self.rotated_fisher_range2[turn, kind].view(-1)
+                table.index_add_(0, index.view(-1), (weights**2).reshape(-1))
 
     def add_values(
         self, values: torch.Tensor, fisher: torch.Tensor, fractions: list[float]
@@ -221,7 +236,7 @@ MOMENTS = (
     "roped_query_moments",
     "output_moments",
 )
-ADDED = ("rotated_fisher_range2", *MOMENTS)  # what files of older versions lack
+ADDED = ("rotated_fisher_range2", "value_rms", *MOMENTS)  # what files of older versions lack
 
 
 def head_moments(x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from kvquant.formats.lane_layout import LOOKED_UP
+from kvquant.formats.lane_layout import looked_up
 from kvquant.formats.mixed_packing import MAX_WIDTH, PAIRS_PER_TILE, TILE, MixedRows
 
 MAX_LEVELS = 2**MAX_WIDTH
@@ -25,8 +25,10 @@ class AllocatedLayer:
             its tiles, a permutation.
         key_widths: fp32 `[num_kv_heads, tiles]`, bits per code of each tile.
         key_levels: fp32 `[6, 64]`; row `w - 1` begins with the sorted codebook of width `w` on
-            normalized keys, and repeats its last level. Codebooks of widths other than 2 and 3 are
-            evenly spaced, as GPU kernels compute their levels.
+            normalized keys, and repeats its last level. Codebooks of widths that are not looked up
+            (:mod:`kvquant.formats.lane_layout`) are evenly spaced.
+        value_scale: fp32 `[num_kv_heads]`, by which the values of each head are divided before the
+            range of their token is taken, at least 1.
         value_widths: fp32 `[num_kv_heads]`, bits per code of each head's values.
         value_levels: fp32 `[6, 64]`, codebooks of normalized values, as for keys.
     """
@@ -37,6 +39,7 @@ class AllocatedLayer:
         "key_pairs",
         "key_widths",
         "key_levels",
+        "value_scale",
         "value_widths",
         "value_levels",
     )
@@ -46,6 +49,7 @@ class AllocatedLayer:
     key_pairs: torch.Tensor
     key_widths: torch.Tensor
     key_levels: torch.Tensor
+    value_scale: torch.Tensor
     value_widths: torch.Tensor
     value_levels: torch.Tensor
 
@@ -59,6 +63,7 @@ class AllocatedLayer:
             "key_pairs": (heads, pairs),
             "key_widths": (heads, pairs // PAIRS_PER_TILE),
             "key_levels": levels,
+            "value_scale": (heads,),
             "value_widths": (heads,),
             "value_levels": levels,
         }
@@ -67,6 +72,8 @@ class AllocatedLayer:
         """Returns what is wrong with the tables, or None."""
         if bool((self.key_scale < 0).any()):
             return "key_scale has a negative range"
+        if not bool((self.value_scale >= 1).all()):  # others could make values infinite
+            return "value_scale has a number below 1"
         if (dim := self.key_zero.shape[1]) % TILE:
             return f"key_pairs: head_dim {dim} is not a multiple of {TILE}"
         pairs = torch.arange(self.key_pairs.shape[1], device=self.key_pairs.device)
@@ -84,7 +91,8 @@ class AllocatedLayer:
             for width in widths.unique().int().tolist():
                 if not bool(levels[width - 1].any()):  # all of them would be read back as zeros
                     return f"{name} has no codebook of width {width}"
-                if width not in LOOKED_UP and not _even(levels[width - 1, : 2**width]):
+                even = width not in looked_up(of_keys=name == "key_levels")
+                if even and not _even(levels[width - 1, : 2**width]):
                     return f"{name} of width {width} are not evenly spaced"
         return None
 

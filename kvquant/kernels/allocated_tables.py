@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from kvquant.formats.allocated_layer import AllocatedLayer
-from kvquant.formats.lane_layout import CHUNK, LOOKED_UP
+from kvquant.formats.lane_layout import CHUNK, LOOKED_UP_KEYS, LOOKED_UP_VALUES
 from kvquant.formats.mixed_packing import CHUNK_PLANE_BYTES, PAIRS_PER_TILE, MixedRows
 from kvquant.kernels.cuda_structs import allocated_table_struct
 from kvquant.kernels.decode_tables import HeadTables, level_bytes
 
 SUBNORMAL = 24  # the lowest bit of a subnormal fp16 number stands for 2**-24
 # Widths of which the kernel shifts codes of the tile's last channels to the bit behind the first's
-SHIFTED_WIDTHS = (4, 5)
+SHIFTED_WIDTHS = (5,)
 
 
 def _operands(layer: AllocatedLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -35,7 +35,7 @@ def _operands(layer: AllocatedLayer) -> tuple[torch.Tensor, torch.Tensor, torch.
             both = torch.cat((pairs[head, tile], pairs[head, tile] + dim // 2))
             levels = layer.key_levels[width - 1, : 2**width].double()
             first, last = levels[0], levels[-1]
-            if width in LOOKED_UP:
+            if width in LOOKED_UP_KEYS:
                 factor, summand = scale[head, both], zero[head, both]
                 read = torch.stack((first, last)).half().double()
             elif width == 1:
@@ -55,7 +55,7 @@ def _operands(layer: AllocatedLayer) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 def _value_reading(levels: torch.Tensor, width: int) -> tuple[list[float], float]:
     """Returns the factors of a tile's first and last eight channels, and the shift of levels."""
-    if width in LOOKED_UP:
+    if width in LOOKED_UP_VALUES:
         return [1.0, 1.0], 0.0
     first, last = float(levels[0]), float(levels[2**width - 1])
     step = (last - first) / (2**width - 1)
@@ -85,13 +85,14 @@ def allocated_tables(layer: AllocatedLayer, size: int) -> HeadTables:
     struct = allocated_table_struct(dim)
     factors, summands, ends = _operands(layer)
     pairs = layer.key_pairs.long()
-    levels = torch.cat(
-        [
-            level_bytes(table[width - 1, : 2**width])
-            for table in (layer.key_levels, layer.value_levels)
-            for width in LOOKED_UP
-        ]
-    )
+    narrow = {
+        name: torch.cat([level_bytes(table[w - 1, : 2**w]) for w in (2, 3)])
+        for name, table in (
+            ("key_levels", layer.key_levels),
+            ("value_levels", layer.value_levels),
+        )
+    }
+    wide = torch.cat([level_bytes(half) for half in layer.value_levels[3, :16].split(8)])
     keys, values = (_places(rows, size) for rows in (layer.key_rows(), layer.value_rows()))
     # By tile, thread of four, then x and y: the thread's two pairs.
     channels = torch.stack((pairs, pairs + dim // 2), 1).view(heads, 2, -1, 4, 2)
@@ -103,7 +104,8 @@ def allocated_tables(layer: AllocatedLayer, size: int) -> HeadTables:
         reading, shift = _value_reading(layer.value_levels[width - 1], width)
         numbers = {
             "key_operands": torch.cat([x[head] for x in operands], 1),
-            "levels": levels,
+            **narrow,
+            "wide_levels": wide,
             "offset": torch.tensor([keys[0][head], values[0][head]]),
             "block_bytes": torch.tensor([keys[1], values[1]]),
             "chunk_bytes": torch.tensor([keys[2][head], values[2][head]], dtype=torch.int32),
@@ -111,7 +113,7 @@ def allocated_tables(layer: AllocatedLayer, size: int) -> HeadTables:
             "value_factor": torch.tensor(reading),
             "value_shift": torch.tensor([shift]),
             "largest_key": ends[head].float().abs().max()[None],
-            "padding": torch.zeros(1),
+            "value_scale": layer.value_scale[head : head + 1],
             "pairs": pairs[head].short(),
             "places": pairs[head].argsort().short(),
             "key_widths": torch.nn.functional.pad(

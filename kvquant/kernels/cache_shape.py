@@ -14,7 +14,6 @@ from kvquant.kernels.cuda_pack_allocated import AllocatedPackShape
 
 LOOKED_UP_BITS = 3  # the widest allocated codes whose levels are looked up
 
-LOOKED_UP_BITS = 3  # the widest allocated codes whose levels are looked up
 
 # How tokens lie in memory that a kernel packs. "pairs": the channels of a head are contiguous, and
 # two neighbouring ones can be loaded as one aligned word. "channels": they are only contiguous.

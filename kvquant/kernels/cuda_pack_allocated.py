@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
-from kvquant.formats.lane_layout import CHUNK, LOOKED_UP
+from kvquant.formats.lane_layout import CHUNK, looked_up
 from kvquant.formats.mixed_packing import MAX_WIDTH, PLANE_BYTES, MixedRows
 from kvquant.kernels import cuda_structs
 from kvquant.kernels.cuda_build import Function, index_of, load, multiprocessors
@@ -70,7 +70,10 @@ class PackTables(ctypes.Structure):
     """The calibration of one side as the kernels read it (`cuda/pack_allocated_params.cuh`)."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("tiles", "levels", "ranges", "channels")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("tiles", "levels", "ranges", "channels", "inverses")
+        ),
         ("planes", ctypes.c_int),
     ]  # fmt: skip
 
@@ -87,6 +90,7 @@ class SideTables:
             zeros (e = 0, 1) and inverses, by s and t. Else None.
         channels: int32 `[num_heads, tiles, 4]` for keys: of the tile's channels 2 t and 2 t + 1 the
             places within the head, in the lower and the upper half. Else None.
+        inverses: fp32 `[num_heads]` for values, their factors before the range is taken. Else None.
         planes: Planes of all heads.
     """
 
@@ -94,6 +98,7 @@ class SideTables:
     levels: torch.Tensor
     ranges: torch.Tensor | None
     channels: torch.Tensor | None
+    inverses: torch.Tensor | None
     planes: int
 
     @classmethod
@@ -101,14 +106,15 @@ class SideTables:
         cls,
         rows: MixedRows,
         levels: Mapping[int, torch.Tensor],
-        ranges: tuple[torch.Tensor, torch.Tensor] | None,
+        ranges: tuple[torch.Tensor, torch.Tensor] | torch.Tensor,
     ) -> SideTables:
         """Builds the tables of a side.
 
         Args:
             rows: Layout of the codes.
             levels: fp32 codebook of each width that a tile has.
-            ranges: For keys zeros and inverses, fp32, in the order of tiles.
+            ranges: For keys zeros and inverses, fp32, in the order of tiles; for values the factors
+                of heads, fp32.
 
         Raises:
             ValueError: Levels that the kernels compute are not evenly spaced.
@@ -122,29 +128,31 @@ class SideTables:
         tiles = torch.stack([p.expand_as(widths).int() for p in parts], -1)
         table = torch.zeros(MAX_WIDTH, LEVEL_ROW)
         for width, codebook in levels.items():
-            row = midpoint_row(codebook.cpu(), width)
+            row = midpoint_row(codebook.cpu(), width, of_keys=rows.of_keys)
             table[width - 1, : len(row)] = row
-        made = cls(tiles.to(device), table.to(device), None, None, int(planes.sum()))
-        if ranges is None:
-            return made
+        total = int(planes.sum())
+        if isinstance(ranges, torch.Tensor):
+            factors = ranges.reshape(-1).contiguous()
+            return cls(tiles.to(device), table.to(device), None, None, factors, total)
         split = [r.reshape(*widths.shape, 2, 4, 2) for r in ranges]
         first = rows.channels[..., :8].int().unflatten(-1, (4, 2))
         return cls(
-            made.tiles,
-            made.levels,
+            tiles.to(device),
+            table.to(device),
             torch.cat(split, -1).contiguous(),
             (first[..., 0] | first[..., 1] << 16).contiguous(),
-            made.planes,
+            None,
+            total,
         )
 
     @property
     def argument(self) -> PackTables:
         """The kernels' argument."""
-        tensors = (self.tiles, self.levels, self.ranges, self.channels)
+        tensors = (self.tiles, self.levels, self.ranges, self.channels, self.inverses)
         return PackTables(*(0 if t is None else t.data_ptr() for t in tensors), self.planes)
 
 
-def midpoint_row(levels: torch.Tensor, width: int) -> torch.Tensor:
+def midpoint_row(levels: torch.Tensor, width: int, *, of_keys: bool) -> torch.Tensor:
     """Returns two factors and the midpoints of a codebook.
 
     Of evenly spaced midpoints the factors `(a, b)` make `a x + b` 0 at the first midpoint and 1 at
@@ -153,13 +161,14 @@ def midpoint_row(levels: torch.Tensor, width: int) -> torch.Tensor:
     Args:
         levels: fp32 `[2**width]`, sorted.
         width: Bits per code.
+        of_keys: Whether they are levels of keys.
 
     Raises:
         ValueError: The kernels compute the midpoints of this width, and they are not evenly spaced.
     """
     edges = midpoints(levels)
     factors = torch.zeros(2, dtype=torch.float64)
-    if width not in LOOKED_UP and width > 1:
+    if width not in looked_up(of_keys=of_keys) and width > 1:
         first, last, steps = float(edges[0]), float(edges[-1]), len(edges) - 1
         found = (edges.double() - first) * (steps / max(last - first, 1e-30))
         if float((found - torch.arange(len(edges))).abs().max()) > EVEN_ERROR:

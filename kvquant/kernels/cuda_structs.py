@@ -58,7 +58,7 @@ def allocated_table_struct(head_dim: int) -> type[ctypes.Structure]:
     class HeadTable(ctypes.Structure):
         _fields_ = [
             ("key_operands", ctypes.c_uint32 * head_dim),
-            ("levels", ctypes.c_uint8 * 64),
+            *((f"{name}_levels", ctypes.c_uint8 * 32) for name in ("key", "value", "wide")),
             ("offset", ctypes.c_int64 * 2),
             ("block_bytes", ctypes.c_int64 * 2),
             ("chunk_bytes", ctypes.c_int32 * 2),
@@ -66,7 +66,7 @@ def allocated_table_struct(head_dim: int) -> type[ctypes.Structure]:
             ("value_factor", ctypes.c_float * 2),
             ("value_shift", ctypes.c_float),
             ("largest_key", ctypes.c_float),
-            ("padding", ctypes.c_float),
+            ("value_scale", ctypes.c_float),
             ("pairs", ctypes.c_uint16 * (head_dim // 2)),
             ("places", ctypes.c_uint16 * (head_dim // 2)),
             ("key_widths", ctypes.c_uint8 * 16),

@@ -95,13 +95,15 @@ class AllocatedQuantizer:
         self._zero = self._keys.rows.to_tiles(layer.key_zero[None, :, None])
         self._scale = self._keys.rows.to_tiles(layer.key_scale[None, :, None])
         self._inverse = fused.channel_inverse(self._scale)
+        self._value_scale = layer.value_scale[:, None, None].clone()
+        self._value_inverse = 1.0 / self._value_scale
         self.key_room = 1.0
         self._shapes: dict[object, CacheShape] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tables, which the sequences of the layer share."""
-        ranges = (self._zero, self._scale, self._inverse)
+        ranges = (self._zero, self._scale, self._inverse, self._value_scale, self._value_inverse)
         return self._keys.nbytes + self._values.nbytes + sum(t.nbytes for t in ranges)
 
     def key_slots(self, elements: int) -> int:
@@ -118,7 +120,7 @@ class AllocatedQuantizer:
         ranges = (self._zero, self._inverse)
         return (
             SideTables.make(self._keys.rows, self._keys.levels, ranges),
-            SideTables.make(self._values.rows, self._values.levels, None),
+            SideTables.make(self._values.rows, self._values.levels, self._value_inverse),
         )
 
     def block_bytes(self, size: int) -> tuple[int, int]:
@@ -200,9 +202,10 @@ class AllocatedQuantizer:
         x = self._rotated(x)
         check_block(x, "values")
         over = (-1,) if self.per_head else (1, 3)
-        low, high = x.amin(over).float() * 0.5, x.amax(over).float() * 0.5
+        scaled = x.float() * self._value_inverse
+        low, high = scaled.amin(over) * 0.5, scaled.amax(over) * 0.5
         zero, scale = (high + low).to(x.dtype), (high - low).to(x.dtype)
-        normalized = (x.float() - self._spread(zero)) * fused.inverse_range(self._spread(scale))
+        normalized = (scaled - self._spread(zero)) * fused.inverse_range(self._spread(scale))
         return self._values.encode(self._values.rows.to_tiles(normalized)), zero, scale
 
     def _decode_values(
@@ -217,6 +220,7 @@ class AllocatedQuantizer:
         # The sum is made of small parts, because fp32 holds no more than bf16 does.
         most = torch.finfo(scale.dtype).max / PARTS
         out = levels * (self._spread(scale) / PARTS) + ones * (self._spread(zero) / PARTS)
+        out *= self._value_scale
         return out.clamp_(-most, most).mul_(PARTS)
 
     def _spread(self, x: torch.Tensor) -> torch.Tensor:

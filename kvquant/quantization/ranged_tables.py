@@ -12,7 +12,7 @@ import torch
 from kvquant.errors import UserError
 from kvquant.formats.allocated_layer import AllocatedLayer, padded_levels
 from kvquant.formats.block_gtq_layer import BlockGtqLayer
-from kvquant.formats.lane_layout import LOOKED_UP
+from kvquant.formats.lane_layout import looked_up
 from kvquant.formats.layer_quantizer import LayerQuantizer, LayerTables
 from kvquant.formats.mixed_packing import MAX_WIDTH, TILE
 from kvquant.formats.wush_layer import WushLayer
@@ -61,8 +61,14 @@ def _allocated(bits: float, zero: torch.Tensor, scale: torch.Tensor) -> Allocate
     mean = min(max(round(bits), 2), MAX_WIDTH - 1)
     cycle = torch.tensor([mean + 1, mean, mean - 1, mean], dtype=torch.float32)
     tiles = torch.arange(heads * dim // TILE) % len(cycle)
-    levels = padded_levels(
-        {w: fit("nf" if w in LOOKED_UP else "uniform", w) for w in range(1, MAX_WIDTH + 1)}
+    keys, values = (
+        padded_levels(
+            {
+                w: fit("nf" if w in looked_up(of_keys=of_keys) else "uniform", w)
+                for w in range(1, MAX_WIDTH + 1)
+            }
+        )
+        for of_keys in (True, False)
     )
     pairs = torch.stack([torch.arange(dim // 2).roll(head) for head in range(heads)])
     return AllocatedLayer(
@@ -70,7 +76,8 @@ def _allocated(bits: float, zero: torch.Tensor, scale: torch.Tensor) -> Allocate
         scale.cpu(),
         pairs.float(),
         cycle[tiles].view(heads, -1),
-        levels,
+        keys,
+        torch.ones(heads),
         mean + (torch.arange(heads) % 2).float(),
-        levels.clone(),
+        values,
     ).to(zero.device)

@@ -123,8 +123,8 @@ class AllocatedScheme(CalibratedScheme):
     sinks: Sinks = 1
     block_size: BlockSize = 64
     rotation: bool = Field(True, description="rotate values within their head by a Hadamard matrix")
-    value_range: Literal["token", "token-head"] = Field(
-        "token", description="one range of values per token, or per token and head"
+    value_range: Literal["token", "token-head", "token-unscaled"] = Field(
+        "token", description="one range per token (of scaled heads or not), or per token and head"
     )
     allocation: Literal["model", "layer"] = Field(
         "model", description="whether layers compete for bits or get equally many"

@@ -14,6 +14,7 @@ from kvquant.calibration.build import build_layer
 from kvquant.calibration.statistics import (
     ADDED,
     VALUE_BINS,
+    VALUE_RANGES,
     LayerStatistics,
     head_moments,
     load_statistics,
@@ -68,29 +69,33 @@ def test_heads_that_read_a_kv_head_count_as_their_mean() -> None:
 
 
 @pytest.mark.parametrize("turn", [0, 1])
-@pytest.mark.parametrize("per_head", [0, 1])
-def test_rotated_values_are_weighted_by_their_gradients_and_scales(
-    turn: int, per_head: int
-) -> None:
+@pytest.mark.parametrize("kind", range(len(VALUE_RANGES)))
+def test_rotated_values_are_weighted_by_their_gradients_and_scales(turn: int, kind: int) -> None:
     generator = torch.Generator().manual_seed(2)
     values, slopes = torch.randn(2, 7, HEADS * DIM, generator=generator)
+    values[:, DIM : 2 * DIM] *= 3
     found = LayerStatistics.from_first(values, 64, 1, HEADS)
     found.add_rotated(values, slopes)
     expected = torch.zeros(HEADS, VALUE_BINS)
+    rms = values.view(7, HEADS, DIM).square().mean((0, 2)).sqrt()
+    assert found.value_rms is not None
+    torch.testing.assert_close(found.value_rms, rms)
+    per_head, scaled = VALUE_RANGES[kind] == "token-head", VALUE_RANGES[kind] == "token"
+    units = rms if scaled else torch.ones(HEADS)
     for token in range(7):
         x, g = (t[token].view(HEADS, DIM) for t in (values, slopes))
         if turn:
             x, g = rotate(x), rotate(g)
-        x = x.half().float()
+        x = x.half().float() / units[:, None]
         for head in range(HEADS):
             own = x[head] if per_head else x
             scale, zero = (own.max() - own.min()) / 2, (own.max() + own.min()) / 2
             for channel in range(DIM):
                 place = int((float((x[head, channel] - zero) / scale) + 1) * VALUE_BINS / 2)
-                weight = float((g[head, channel] * scale) ** 2)
+                weight = float((g[head, channel] * scale * units[head]) ** 2)
                 expected[head, min(place, VALUE_BINS - 1)] += weight
     assert found.rotated_fisher_range2 is not None
-    table = found.rotated_fisher_range2[turn, per_head]
+    table = found.rotated_fisher_range2[turn, kind]
     torch.testing.assert_close(table.sum(1), expected.sum(1), rtol=1e-4, atol=1e-4)
     # 1 / scale is rounded, so that an element at the edge of a bin may fall beside it
     moved = (table.cumsum(1) - expected.cumsum(1)).abs() > 1e-3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvquant.formats.lane_layout import bit_sources, pack_chunks, unpack_chunks
+from kvquant.formats.lane_layout import bit_sources, looked_up, pack_chunks, unpack_chunks
 
 WIDTHS = range(1, 7)
 
@@ -22,8 +22,10 @@ def words_of(packed: torch.Tensor, width: int) -> list[list[int]]:
     return [list(map(int, lane)) for lane in words.T]
 
 
-def looked_up(words: list[int], width: int, m: int) -> int:
+def selectors(words: list[int], width: int, m: int) -> int:
     """The selector word of a tile of tokens: nibbles are codes of h, s and e."""
+    if width == 4:
+        return words[m]
     selector = words[m // 2] >> (2 * (m % 2)) & 0x33333333
     if width == 3:
         top = words[2]
@@ -69,8 +71,8 @@ def test_a_warp_finds_its_operands(width: int, of_keys: bool) -> None:
                     token, channel = 16 * m + 8 * h + g, 8 * s + 2 * t + e
                 else:
                     token, channel = 16 * m + 8 * h + 2 * t + e, 8 * s + g
-                if width in (2, 3):
-                    found = looked_up(words, width, m) >> (4 * (4 * h + 2 * s + e)) & 7
+                if width in looked_up(of_keys=of_keys):
+                    found = selectors(words, width, m) >> (4 * (4 * h + 2 * s + e)) & 15
                 else:
                     found = computed(words, width, item, e)
                 assert found == codes[token, channel]

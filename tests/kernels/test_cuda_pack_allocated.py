@@ -335,18 +335,19 @@ def test_a_cache_holds_the_same_without_kernels(value_range: Any, outliers: floa
 
 def test_levels_that_are_not_even_are_refused() -> None:
     even = torch.linspace(-0.7, 0.9, 16)
-    row = midpoint_row(even, 4)
+    row = midpoint_row(even, 4, of_keys=True)
     assert row.numel() == 2 + 15
     ends = row[0] * row[[2, -1]] + row[1]
     torch.testing.assert_close(ends, torch.tensor([0.0, 1.0]), atol=1e-6, rtol=0)
-    falling = midpoint_row(torch.linspace(-0.7, 0.9, 32), 5)
+    falling = midpoint_row(torch.linspace(-0.7, 0.9, 32), 5, of_keys=True)
     ends = falling[0] * falling[[2, -1]] + falling[1]
     torch.testing.assert_close(ends, torch.tensor([1.0, 0.0]), atol=1e-6, rtol=0)
     even[3] += 0.05
     for levels in (even, torch.full((16,), 0.5)):
         with pytest.raises(ValueError, match="levels of width 4 are not evenly spaced"):
-            midpoint_row(levels, 4)
-    assert midpoint_row(torch.tensor([-1.0, -0.9, 0.0, 1.0]), 2).numel() == 2 + 3
+            midpoint_row(levels, 4, of_keys=True)
+    assert midpoint_row(even, 4, of_keys=False).numel() == 2 + 15  # looked up
+    assert midpoint_row(torch.tensor([-1.0, -0.9, 0.0, 1.0]), 2, of_keys=True).numel() == 2 + 3
 
 
 def test_tables_of_keys() -> None:

@@ -101,6 +101,8 @@ def values_by_loops(
         rows = [x[block, head, token] for head in range(heads)]
         if rotation:
             rows = [rotate(row.float()).to(x.dtype) for row in rows]
+        units = [FP32(float(unit)) for unit in layer.value_scale]
+        rows = [row.float() * float(FP32(1) / u) for row, u in zip(rows, units, strict=True)]
         ends = [(min(row.tolist()), max(row.tolist())) for row in rows]
         for head, row in enumerate(rows):
             mine = ends[head : head + 1] if per_head else ends
@@ -117,7 +119,8 @@ def values_by_loops(
             ]
             codes[block, head, token] = torch.tensor(found, dtype=torch.uint8)
             read = torch.tensor(
-                [float(FP32(levels[code]) * top + zero) for code in found], dtype=torch.float64
+                [float((FP32(levels[code]) * top + zero) * units[head]) for code in found],
+                dtype=torch.float64,
             )
             out[block, head, token] = (matrix.T @ read).float()
     return codes, ranges, out
@@ -416,6 +419,7 @@ def test_bytes_are_those_of_all_tables(heads: int, dim: int) -> None:
     layer.key_widths.view(-1)[0] = 6
     channels, tiles = heads * dim, heads * dim // 16
     expected = 3 * 4 * channels  # zero, scale, and its reciprocal
+    expected += 2 * 4 * heads  # the scale of values and its reciprocal
     for widths, rows in (
         (layer.key_widths, layer.key_rows()),
         (layer.value_widths, layer.value_rows()),

@@ -178,8 +178,8 @@ def test_what_the_cache_reads_of_the_options() -> None:
 
 
 @pytest.mark.parametrize(("zero", "scale", "narrow"), [
-    (60000.0, 5000.0, True), (-60000.0, 5000.0, True), (65504.0, 0.0, True),
-    (60000.0, 6000.0, False), (-60000.0, 6000.0, False), (0.0, 7e4, False),
+    (60000.0, 1000.0, True), (-60000.0, 1000.0, True), (65504.0, 0.0, True),
+    (60000.0, 1500.0, False), (-60000.0, 1500.0, False), (0.0, 7e4, False),
 ])  # fmt: skip
 def test_ranges_beyond_fp16_are_known(zero: float, scale: float, narrow: bool) -> None:
     layer = random_allocated(2, 64)

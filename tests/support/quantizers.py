@@ -9,7 +9,7 @@ import torch
 
 from kvquant.cache.codec import Codec
 from kvquant.formats.allocated_layer import AllocatedLayer, padded_levels
-from kvquant.formats.lane_layout import LOOKED_UP
+from kvquant.formats.lane_layout import looked_up
 from kvquant.formats.layer_quantizer import LayerQuantizer, LayerTables
 from kvquant.quantization.nuq import fit
 from kvquant.quantization.quantizer_file import QuantizerManifest, save_quantizer
@@ -67,9 +67,9 @@ def random_allocated(
     def widths(*shape: int) -> torch.Tensor:
         return torch.randint(1, 7, shape, generator=generator).float()
 
-    def levels() -> torch.Tensor:
+    def levels(*, of_keys: bool) -> torch.Tensor:
         def some(width: int) -> torch.Tensor:
-            if width in LOOKED_UP:
+            if width in looked_up(of_keys=of_keys):
                 return (uniform(2**width) * 2 - 1).sort().values
             ends = uniform(2) * 0.5 + 0.5
             return torch.linspace(-float(ends[0]), float(ends[1]), 2**width)
@@ -83,9 +83,10 @@ def random_allocated(
         uniform(heads, dim) * (high - low) + low,
         pairs.float(),
         widths(heads, dim // 16),
-        levels(),
+        levels(of_keys=True),
+        uniform(heads) * 3 + 1,
         widths(heads),
-        levels(),
+        levels(of_keys=False),
     )
 
 

@@ -6,7 +6,9 @@
 
 #include "allocated_table.cuh"
 
-constexpr bool looked_up(int width) { return width >= MIN_LOOKED_UP && width <= MAX_LOOKED_UP; }
+constexpr bool looked_up(int width, Side side) {
+  return width >= MIN_LOOKED_UP && width <= (side == KEYS ? 3 : 4);
+}
 
 // The bits of an item that lies whole in the words' halves: its word and first bit.
 struct ItemPlace {
@@ -55,6 +57,7 @@ __device__ __forceinline__ u32 item_codes(const u32 (&words)[WIDTH], int item) {
 
 // The selectors of the codes of 16 tokens: nibbles are codes of h, s and e, lowest first.
 template <int WIDTH> __device__ __forceinline__ u32 selectors(const u32 (&words)[WIDTH], int m) {
+  if constexpr (WIDTH == 4) return words[m];
   const u32 low = (words[m / 2] >> (2 * (m % 2))) & 0x33333333u;
   if constexpr (WIDTH == 3) return low | (shifted(words[2], 2 - m) & 0x44444444u);
   else return low;

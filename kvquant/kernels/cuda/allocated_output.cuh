@@ -11,21 +11,23 @@ __device__ __forceinline__ void correct_output(const DecodeParams&, SharedStorag
 // To which bit codes are shifted that are multiplied as subnormal fp16 numbers: those of channels g
 // and those of channels g + 8. `value_factor` makes levels of the sums.
 template <int WIDTH> constexpr int code_bit(int s) {
-  return s == 1 && (WIDTH == 4 || WIDTH == 5) ? WIDTH : 0;
+  return s == 1 && WIDTH == 5 ? WIDTH : 0;
 }
 
 // Adds the weighted values of a tile of channels and a chunk's tokens: channels in rows, queries
 // 2t, 2t + 1 in columns.
-template <int WIDTH>
+//
+// \tparam L  Levels or WideLevels
+template <int WIDTH, typename L>
 __device__ __forceinline__ void multiply_value_tile(float (&out)[4], const u32 (&words)[WIDTH],
-                                                    const Levels& levels,
+                                                    const L& levels,
                                                     const u32 (&weights)[TILES_PER_CHUNK][2]) {
 #pragma unroll
   for (int m = 0; m < TILES_PER_CHUNK; m++) {
     u32 a[2][2];  // [h][s]
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      if constexpr (looked_up(WIDTH)) {
+      if constexpr (looked_up(WIDTH, VALUES)) {
         levels.look_up(selectors(words, m) >> (16 * h), a[h][0], a[h][1]);
       } else {
         a[h][0] = item_codes<WIDTH, code_bit<WIDTH>(0)>(words, 4 * m + 2 * h);
@@ -42,9 +44,10 @@ __device__ __forceinline__ void accumulate_width(const SharedStorage& smem, int 
                                                  int warp_idx, int lane_idx,
                                                  float (&out)[CHANNEL_TILES][4]) {
   const int g = lane_idx / 4, t = lane_idx % 4;
-  Levels levels;
-  if constexpr (looked_up(WIDTH))
-    levels.load(smem.head_table.levels[VALUES][WIDTH - MIN_LOOKED_UP], lane_idx);
+  typename Select<WIDTH == 4, WideLevels, Levels>::type levels;
+  if constexpr (WIDTH == 4) levels.load(smem.head_table.wide_levels, lane_idx);
+  else if constexpr (looked_up(WIDTH, VALUES))
+    levels.load(smem.head_table.value_levels[WIDTH - MIN_LOOKED_UP], lane_idx);
   const uint2* const group_weights = smem.weight[g < GROUP_SIZE ? g : GROUP_SIZE - 1] + t;
   const u8* codes = chunk_codes(smem, VALUES, warp_idx, num_chunks);
   u32 even[WIDTH], odd[WIDTH];

@@ -56,14 +56,14 @@ __device__ __forceinline__ void multiply_key_tile(float (&scores)[TILES_PER_CHUN
 #pragma unroll
   for (int k = 0; k < WIDTH; k++) words[k] = codes[k];
   Levels levels;
-  if constexpr (looked_up(WIDTH)) levels = table[WIDTH - MIN_LOOKED_UP];
+  if constexpr (looked_up(WIDTH, KEYS)) levels = table[WIDTH - MIN_LOOKED_UP];
 #pragma unroll
   for (int m = 0; m < TILES_PER_CHUNK; m++) {
     u32 a[2], b[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       u32 x, y;
-      if constexpr (looked_up(WIDTH)) {
+      if constexpr (looked_up(WIDTH, KEYS)) {
         levels.look_up(selectors(words, m) >> (16 * h), x, y);
       } else {  // numbers from 1 to 2, whose first fraction bits are the code; of one bit, 1 and -1
         constexpr int TO = WIDTH == 1 ? 15 : 10 - WIDTH;
@@ -88,7 +88,7 @@ __device__ __forceinline__ void compute_scores(SharedStorage& smem, int num_chun
   const uint2* const query =
       (const uint2*)smem.tables.query[warp_idx][g < GROUP_SIZE ? g : GROUP_SIZE - 1] + t;
   const u8* const rope = smem.tables.rope + lane_idx * 8;
-  const Levels* const levels = smem.head_table.levels[KEYS];
+  const Levels* const levels = smem.head_table.key_levels;
   float maximum[2] = {NO_SCORE, NO_SCORE};
   const u8* codes = chunk_codes(smem, KEYS, warp_idx, num_chunks);
   u32 next[MAX_WIDTH];

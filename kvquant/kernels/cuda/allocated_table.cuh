@@ -10,7 +10,7 @@
 #include "decode_shape.cuh"
 
 constexpr int CHANNEL_TILES = HEAD_DIM / 16;
-constexpr int MIN_LOOKED_UP = 2, MAX_LOOKED_UP = 3;  // widths whose levels are looked up
+constexpr int MIN_LOOKED_UP = 2;  // the smallest width whose levels are looked up
 constexpr int MAX_WIDTH = 6;
 constexpr int PLANE_BYTES = 128;  // of a chunk and tile: a bit of all its codes
 
@@ -37,12 +37,32 @@ struct Levels {
   }
 };
 
+// Sixteen fp16 levels: those of codes whose highest bit is 0, and of the others.
+struct WideLevels {
+  Levels halves[2];
+
+  __device__ __forceinline__ void load(const WideLevels& from, int lane_idx) {
+    halves[0].load(from.halves[0], lane_idx), halves[1].load(from.halves[1], lane_idx);
+  }
+  __device__ __forceinline__ void look_up(u32 selector, u32& first, u32& second) const {
+    const u32 inner = selector & 0x7777, half = ((selector >> 1) & 0x4444) | 0x3210;
+    const Levels &a = halves[0], &b = halves[1];
+    const u32 h = permute_bytes(permute_bytes(a.high[0], a.high[1], inner),
+                                permute_bytes(b.high[0], b.high[1], inner), half),
+              l = permute_bytes(permute_bytes(a.low[0], a.low[1], inner),
+                                permute_bytes(b.low[0], b.low[1], inner), half);
+    first = permute_bytes(l, h, 0x5140);
+    second = permute_bytes(l, h, 0x7362);
+  }
+};
+
 // In memory a table is followed by `level_ends` of each of the head's channels (KeyChannel).
 struct __align__(16) HeadTable {
   // By tile and thread of four: factors of x, factors of y, summands of x, summands of y for the
   // thread's two pairs, fp16. They turn what a code is read as into a key.
   uint4 key_operands[CHANNEL_TILES][4];
-  Levels levels[2][2];  // of keys, of values; of widths 2 and 3
+  Levels key_levels[2], value_levels[2];  // of widths 2 and 3
+  WideLevels wide_levels;                 // of values, of width 4
   i64 offset[2];        // bytes from the begin of a block to the head's codes
   i64 block_bytes[2];   // of all heads
   int chunk_bytes[2];   // of the head
@@ -50,7 +70,7 @@ struct __align__(16) HeadTable {
   float value_factor[2];  // what codes of rows g and g + 8 are read as, times this, plus the shift
   float value_shift;      // are levels
   float largest_key;      // the largest magnitude that a level of keys stands for
-  float padding;
+  float value_scale;      // of all values of the head
   u16 pairs[HALF_DIM];    // the pair at each place
   u16 places[HALF_DIM];   // the place of each pair
   u8 key_widths[16];      // of the tiles
@@ -95,3 +115,4 @@ __device__ __forceinline__ int chunk_bytes(const HeadTable& table, int side) {
   return table.chunk_bytes[side];
 }
 __device__ __forceinline__ float value_shift(const HeadTable& table) { return table.value_shift; }
+__device__ __forceinline__ float value_scale(const HeadTable& table) { return table.value_scale; }

@@ -86,3 +86,4 @@ __device__ __forceinline__ int chunk_bytes(const HeadTable&, int) {
 
 // Levels stand for themselves.
 __device__ __forceinline__ float value_shift(const HeadTable&) { return 0.0f; }
+__device__ __forceinline__ float value_scale(const HeadTable&) { return 1.0f; }

@@ -11,7 +11,9 @@
 constexpr float ROUNDING = 12582912.0f;
 constexpr u32 ROUNDING_BITS = 0x4B400000u;
 
-constexpr bool looked_up(int width) { return width == 2 || width == 3; }
+constexpr bool looked_up(int width, bool of_keys) {
+  return width == 2 || width == 3 || (width == 4 && !of_keys);
+}
 
 // Whether a code of a width that is computed lies in one word. `item`: 2 k + s.
 constexpr bool is_whole(int width, int item) {
@@ -19,9 +21,10 @@ constexpr bool is_whole(int width, int item) {
 }
 
 // The place of a code's bit among a lane's words (lane_layout._place).
-constexpr int place(int width, int item, int e, int bit) {
-  if (looked_up(width)) {
+constexpr int place(int width, int item, int e, int bit, bool of_keys) {
+  if (looked_up(width, of_keys)) {
     const int m = item / 4, nibble = 2 * (item % 4) + e;
+    if (width == 4) return 32 * m + 4 * nibble + bit;
     return bit == 2 ? 64 + 4 * nibble + m : 32 * (m / 2) + 4 * nibble + 2 * (m % 2) + bit;
   }
   const int j = item / 2, s = item % 2;
@@ -42,12 +45,12 @@ constexpr int place(int width, int item, int e, int bit) {
 }
 
 // What a word begins with, so that the bits of ROUNDING that codes bring along cancel.
-constexpr u32 initial_word(int width, int word) {
+constexpr u32 initial_word(int width, int word, bool of_keys) {
   u32 sum = 0;
-  if (width >= 4)
+  if (width >= 4 && !looked_up(width, of_keys))
     for (int item = 0; item < 16; ++item)
       for (int e = 0; e < 2; ++e) {
-        const int at = place(width, item, e, 0);
+        const int at = place(width, item, e, 0, of_keys);
         if (is_whole(width, item) && at / 32 == word) sum -= ROUNDING_BITS << (at % 32);
       }
   return sum;
@@ -55,9 +58,10 @@ constexpr u32 initial_word(int width, int word) {
 
 // Codes of one width.
 //
-// \tparam WIDTH  bits per code
-template <int WIDTH> struct Coder {
-  static constexpr int KEPT = WIDTH < 4 ? (1 << WIDTH) - 1 : 1;  // midpoints in registers
+// \tparam WIDTH    bits per code
+// \tparam OF_KEYS  whether they are those of keys
+template <int WIDTH, bool OF_KEYS> struct Coder {
+  static constexpr int KEPT = WIDTH < 4 ? (1 << WIDTH) - 1 : 3;  // midpoints in registers
   const float* midpoints;
   float slope, offset;
   float kept[KEPT];
@@ -67,13 +71,14 @@ template <int WIDTH> struct Coder {
   __device__ __forceinline__ explicit Coder(const float* row) : midpoints(row + 2) {
     slope = row[0], offset = row[1];
 #pragma unroll
-    for (int i = 0; i < KEPT; ++i) kept[i] = midpoints[i];
+    for (int i = 0; i < KEPT; ++i) kept[i] = midpoints[WIDTH < 4 ? i : WIDTH == 4 ? 4 * i + 3 : 0];
 #pragma unroll
-    for (int i = 0; i < WIDTH; ++i) words[i] = initial_word(WIDTH, i);
+    for (int i = 0; i < WIDTH; ++i) words[i] = initial_word(WIDTH, i, OF_KEYS);
   }
   // Adds a bit, or a whole code from its lowest bit on.
   __device__ __forceinline__ void put(int item, int e, int bit, u32 x) {
-    words[place(WIDTH, item, e, bit) / 32] += x << (place(WIDTH, item, e, bit) % 32);
+    words[place(WIDTH, item, e, bit, OF_KEYS) / 32] += x
+                                                       << (place(WIDTH, item, e, bit, OF_KEYS) % 32);
   }
   // Adds the code of a normalized element.
   __device__ __forceinline__ void add(float x, int item, int e) {
@@ -90,6 +95,12 @@ template <int WIDTH> struct Coder {
       if (b1) put(item, e, 1, 1);
       const float above = b2 ? kept[6 % KEPT] : kept[2], below = b2 ? kept[4 % KEPT] : kept[0];
       if (x > (b1 ? above : below)) put(item, e, 0, 1);
+    } else if constexpr (looked_up(WIDTH, OF_KEYS)) {
+      const bool b3 = x > kept[1], b2 = x > (b3 ? kept[2] : kept[0]);
+      u32 code = 8 * b3 + 4 * b2;
+      code += x > midpoints[code + 1] ? 2 : 0;
+      code += x > midpoints[code] ? 1 : 0;
+      put(item, e, 0, code);
     } else {
       // From above where the reference searches and not counts, because NaN gets the last code.
       constexpr float LAST = (1 << WIDTH) - 2;
@@ -112,12 +123,12 @@ template <int WIDTH> struct Coder {
 
 // Encodes a lane's elements of a tile and writes them.
 //
-// \tparam WIDTH  bits per code
+// \tparam WIDTH, OF_KEYS  see Coder
 // \tparam F      callable (int k, float (&x)[2][2]) that normalizes the elements of s and e
-template <int WIDTH, typename F>
+template <int WIDTH, bool OF_KEYS, typename F>
 __device__ __forceinline__ void encode_width(const Operand& x, const float* levels, u32* out,
                                              F normalize) {
-  Coder<WIDTH> coder(levels);
+  Coder<WIDTH, OF_KEYS> coder(levels);
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
     float n[2][2];
@@ -137,21 +148,21 @@ __device__ __forceinline__ void encode_width(const Operand& x, const float* leve
 
 // The same for a width that is known at run time. `levels`: the row of that width; `out`: the
 // lane's word.
-template <typename F>
+template <bool OF_KEYS, typename F>
 __device__ __forceinline__ void encode_tile(int width, const Operand& x, const float* levels,
                                             u32* out, F normalize) {
   switch (width) {
     case 1:
-      return encode_width<1>(x, levels, out, normalize);
+      return encode_width<1, OF_KEYS>(x, levels, out, normalize);
     case 2:
-      return encode_width<2>(x, levels, out, normalize);
+      return encode_width<2, OF_KEYS>(x, levels, out, normalize);
     case 3:
-      return encode_width<3>(x, levels, out, normalize);
+      return encode_width<3, OF_KEYS>(x, levels, out, normalize);
     case 4:
-      return encode_width<4>(x, levels, out, normalize);
+      return encode_width<4, OF_KEYS>(x, levels, out, normalize);
     case 5:
-      return encode_width<5>(x, levels, out, normalize);
+      return encode_width<5, OF_KEYS>(x, levels, out, normalize);
     default:
-      return encode_width<6>(x, levels, out, normalize);
+      return encode_width<6, OF_KEYS>(x, levels, out, normalize);
   }
 }

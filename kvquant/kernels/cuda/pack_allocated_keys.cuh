@@ -30,7 +30,7 @@ __device__ __forceinline__ u32 encode_keys(const Chunk& chunk, const KeyTile& ti
 #pragma unroll
     for (int e = 0; e < 2; ++e) chunk.take(x.w[s][e], tile.channel[e] + s * (HEAD_DIM / 2), g);
   u32 marks = 0;
-  encode_tile(width, x, levels, out, [&](int k, float (&n)[2][2]) {
+  encode_tile<true>(width, x, levels, out, [&](int k, float (&n)[2][2]) {
 #pragma unroll
     for (int s = 0; s < 2; ++s)
 #pragma unroll

@@ -40,10 +40,13 @@ __device__ __forceinline__ u32 find_ends(const Piece& piece, int octet) {
   return ends[0];
 }
 
-// An end as a number that is above 0 and grows with it, and back.
-__device__ __forceinline__ u32 end_key(u32 raw) { return (u32)(0x8000 + ordered(raw)); }
+// A scaled end as a number that is above 0 and grows with it, and back.
+__device__ __forceinline__ u32 end_key(u32 raw, float factor) {
+  const u32 bits = __float_as_uint(__fmul_rn(to_float((u16)raw), factor));
+  return bits ^ (bits >> 31 ? ~0u : 0x80000000u);
+}
 __device__ __forceinline__ float end_of(u32 key) {
-  return to_float((u16)unordered((int)key - 0x8000));
+  return __uint_as_float(key ^ (key >> 31 ? 0x80000000u : ~0u));
 }
 
 // Zero and inverse of a token, whose zero and scale are written where `zero_out` is not null.
@@ -58,19 +61,19 @@ __device__ __forceinline__ float2 token_range(u32 most, u32 most_negated, u16* z
 
 // Encodes a lane's elements of a tile and writes them. `ranges`: of all tokens.
 __device__ __forceinline__ void encode_values(const Chunk& chunk, const float4* ranges, int tile,
-                                              int width, const float* levels, u32* out, int g,
-                                              int t) {
+                                              int width, float factor, const float* levels,
+                                              u32* out, int g, int t) {
   Operand x;
 #pragma unroll
   for (int s = 0; s < 2; ++s)
 #pragma unroll
     for (int e = 0; e < 2; ++e) chunk.take(x.w[s][e], 8 * tile + g + s * (HEAD_DIM / 2), 2 * t + e);
-  encode_tile(width, x, levels, out, [&](int k, float (&n)[2][2]) {
+  encode_tile<false>(width, x, levels, out, [&](int k, float (&n)[2][2]) {
     const float4 both = ranges[4 * k + t];  // tokens 8 k + 2 t and the next one
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      n[s][0] = __fmul_rn(__fsub_rn(n[s][0], both.x), both.y);
-      n[s][1] = __fmul_rn(__fsub_rn(n[s][1], both.z), both.w);
+      n[s][0] = __fmul_rn(__fsub_rn(__fmul_rn(n[s][0], factor), both.x), both.y);
+      n[s][1] = __fmul_rn(__fsub_rn(__fmul_rn(n[s][1], factor), both.z), both.w);
     }
   });
 }
@@ -97,6 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const int kv_head_idx = unit % NUM_KV_HEADS, chunk_idx = unit / NUM_KV_HEADS;
   const int block_idx = chunk_idx / CHUNKS, chunk = chunk_idx % CHUNKS;
   const int octet = tid % OCTETS, u = tid / OCTETS;
+  const float factor = __ldg(tables.inverses + kv_head_idx);
   u32* ends = RANGE_PER_HEAD ? ends_smem : workspace + TICKET_WORDS + (i64)chunk_idx * CHUNK_WORDS;
   Piece piece;
   piece.load(source.x + block_idx * source.block_stride + kv_head_idx * source.head_stride +
@@ -108,9 +112,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       if (geu2(absolute(found), INFINITY_BITS * BOTH_HALVES)) status[1] = 1;
       u32* at = ends + (octet >> 2) * CHUNK + 16 * (octet & 3) + u;
       if constexpr (RANGE_PER_HEAD) {
-        at[0] = end_key(found & 0xFFFF), at[8] = end_key(found >> 16);
+        at[0] = end_key(found & 0xFFFF, factor), at[8] = end_key(found >> 16, factor);
       } else {
-        atomicMax(at, end_key(found & 0xFFFF)), atomicMax(at + 8, end_key(found >> 16));
+        atomicMax(at, end_key(found & 0xFFFF, factor));
+        atomicMax(at + 8, end_key(found >> 16, factor));
       }
     }
   }
@@ -139,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   for (int i = 0; i < TILES_PER_WARP; ++i) {
     const int tile = warp_idx + i * WARPS;
     const TilePlace place(tables, kv_head_idx, tile);
-    encode_values(chunk_smem, ranges_smem, tile, place.width, levels_smem,
+    encode_values(chunk_smem, ranges_smem, tile, place.width, factor, levels_smem,
                   place.words(codes, tables, block_idx, chunk) + lane_idx, lane_idx >> 2,
                   lane_idx & 3);
   }
