@@ -28,6 +28,7 @@ from kvquant.study.schemes import AllocatedScheme
 
 WIDTHS = range(1, MAX_WIDTH + 1)
 MAX_HEAD_SCALE = 64.0
+MIN_FITTED_BITS = 4  # mean bits from which values of 4 bits have a fitted codebook
 ROUNDS = 3  # of fitting codebooks and allocating widths
 
 
@@ -38,13 +39,18 @@ class Curves:
     Attributes:
         weights: float64 `[rows, GRID]` over [-1, 1], squared gradients times squared ranges.
         of_keys: Whether the elements are keys; else values.
+        max_fitted: The largest width whose levels are fitted one by one.
     """
 
     weights: np.ndarray
     of_keys: bool
+    max_fitted: int = MAX_WIDTH
 
     def fit(self, width: int, rows: np.ndarray) -> np.ndarray:
-        """Returns the sorted levels of a width for some of the rows (bool `[rows]`)."""
+        """Returns the sorted levels of a width for some of the rows (bool `[rows]`).
+
+        Levels are evenly spaced where kernels compute them.
+        """
         weights = self.weights[rows].sum(0)
         if not weights.any():
             weights = self.weights.sum(0)
@@ -54,7 +60,7 @@ class Curves:
         mass = weights.reshape(-1, 4).sum(1)
         means = (weights * bin_centers(GRID)).reshape(-1, 4).sum(1) / np.where(mass > 0, mass, 1.0)
         points = np.where(mass > 0, means, bin_centers(GRID).reshape(-1, 4).mean(1))
-        if width not in looked_up(of_keys=self.of_keys):
+        if width > self.max_fitted or width not in looked_up(of_keys=self.of_keys):
             return even_levels(points, mass, 2**width)
         return kmeans_1d(points, mass, 2**width)
 
@@ -180,13 +186,16 @@ def _start(statistics: LayerStatistics, spec: AllocatedScheme, heads: int, layer
                 f"scheme: all gradients of the {name} of layer {layer} were 0 in calibration, so "
                 "that bits cannot be allocated: calibrate in fp32"
             )
+    # Where few heads have 4 bits, even levels cost little, and the decode kernel reads them in a
+    # third of the instructions.
+    max_fitted = MAX_WIDTH if spec.bits >= MIN_FITTED_BITS else MIN_FITTED_BITS - 1
     pairs = len(scale) // heads // 2
     nominal = min(max(round(spec.bits), 1), MAX_WIDTH)
     found = _Layer(
         zero,
         scale,
         keys,
-        Curves(values, of_keys=False),
+        Curves(values, of_keys=False, max_fitted=max_fitted),
         value_scale,
         heads,
         np.tile(np.arange(pairs), (heads, 1)),

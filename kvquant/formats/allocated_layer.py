@@ -92,7 +92,7 @@ class AllocatedLayer:
                 if not bool(levels[width - 1].any()):  # all of them would be read back as zeros
                     return f"{name} has no codebook of width {width}"
                 even = width not in looked_up(of_keys=name == "key_levels")
-                if even and not _even(levels[width - 1, : 2**width]):
+                if even and not evenly_spaced(levels[width - 1, : 2**width]):
                     return f"{name} of width {width} are not evenly spaced"
         return None
 
@@ -117,8 +117,8 @@ class AllocatedLayer:
         return MixedRows(order, widths, of_keys=False)
 
 
-def _even(levels: torch.Tensor) -> bool:
-    """Tells whether sorted levels are evenly spaced, as kernels compute them."""
+def evenly_spaced(levels: torch.Tensor) -> bool:
+    """Tells whether sorted levels are evenly spaced, so that kernels can compute them."""
     first, last = levels[0].double(), levels[-1].double()
     parts = torch.arange(len(levels), device=levels.device) / (len(levels) - 1)
     far = (levels.double() - first - (last - first) * parts).abs().max()

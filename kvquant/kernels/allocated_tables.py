@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvquant.formats.allocated_layer import AllocatedLayer
+from kvquant.formats.allocated_layer import AllocatedLayer, evenly_spaced
 from kvquant.formats.lane_layout import CHUNK, LOOKED_UP_KEYS, LOOKED_UP_VALUES
 from kvquant.formats.mixed_packing import CHUNK_PLANE_BYTES, PAIRS_PER_TILE, MixedRows
 from kvquant.kernels.cuda_structs import allocated_table_struct
@@ -13,6 +13,7 @@ from kvquant.kernels.decode_tables import HeadTables, level_bytes
 SUBNORMAL = 24  # the lowest bit of a subnormal fp16 number stands for 2**-24
 # Widths of which the kernel shifts codes of the tile's last channels to the bit behind the first's
 SHIFTED_WIDTHS = (5,)
+EVEN_FOUR = 7  # the reading of values of 4 bits whose levels are evenly spaced
 
 
 def _operands(layer: AllocatedLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -53,14 +54,26 @@ def _operands(layer: AllocatedLayer) -> tuple[torch.Tensor, torch.Tensor, torch.
     return factors, summands, ends.half()
 
 
-def _value_reading(levels: torch.Tensor, width: int) -> tuple[list[float], float]:
-    """Returns the factors of a tile's first and last eight channels, and the shift of levels."""
-    if width in LOOKED_UP_VALUES:
-        return [1.0, 1.0], 0.0
-    first, last = float(levels[0]), float(levels[2**width - 1])
+def _value_reading(levels: torch.Tensor, width: int) -> tuple[int, list[float], float]:
+    """Returns how a head's values are read, and what makes levels of what is read.
+
+    Args:
+        levels: fp32 `[6, 64]`, the layer's codebooks of values.
+        width: Bits per code.
+
+    Returns:
+        The kernel's number of the reading, the factors of a tile's first and last eight channels,
+        and the shift.
+    """
+    mine = levels[width - 1, : 2**width]
+    first, last = float(mine[0]), float(mine[-1])
     step = (last - first) / (2**width - 1)
+    if width == 4 and evenly_spaced(mine):
+        return EVEN_FOUR, [step * 2.0**SUBNORMAL] * 2, first
+    if width in LOOKED_UP_VALUES:
+        return width, [1.0, 1.0], 0.0
     later = width if width in SHIFTED_WIDTHS else 0
-    return [step * 2.0**SUBNORMAL, step * 2.0 ** (SUBNORMAL - later)], first
+    return width, [step * 2.0**SUBNORMAL, step * 2.0 ** (SUBNORMAL - later)], first
 
 
 def _places(rows: MixedRows, size: int) -> tuple[list[int], int, list[int]]:
@@ -101,7 +114,7 @@ def allocated_tables(layer: AllocatedLayer, size: int) -> HeadTables:
     rows = []
     for head in range(heads):
         width = int(layer.value_widths[head])
-        reading, shift = _value_reading(layer.value_levels[width - 1], width)
+        reading, factor, shift = _value_reading(layer.value_levels, width)
         numbers = {
             "key_operands": torch.cat([x[head] for x in operands], 1),
             **narrow,
@@ -109,8 +122,8 @@ def allocated_tables(layer: AllocatedLayer, size: int) -> HeadTables:
             "offset": torch.tensor([keys[0][head], values[0][head]]),
             "block_bytes": torch.tensor([keys[1], values[1]]),
             "chunk_bytes": torch.tensor([keys[2][head], values[2][head]], dtype=torch.int32),
-            "value_width": torch.tensor([width], dtype=torch.int32),
-            "value_factor": torch.tensor(reading),
+            "value_reading": torch.tensor([reading], dtype=torch.int32),
+            "value_factor": torch.tensor(factor),
             "value_shift": torch.tensor([shift]),
             "largest_key": ends[head].float().abs().max()[None],
             "value_scale": layer.value_scale[head : head + 1],

@@ -62,7 +62,7 @@ def allocated_table_struct(head_dim: int) -> type[ctypes.Structure]:
             ("offset", ctypes.c_int64 * 2),
             ("block_bytes", ctypes.c_int64 * 2),
             ("chunk_bytes", ctypes.c_int32 * 2),
-            ("value_width", ctypes.c_int32),
+            ("value_reading", ctypes.c_int32),
             ("value_factor", ctypes.c_float * 2),
             ("value_shift", ctypes.c_float),
             ("largest_key", ctypes.c_float),

@@ -70,13 +70,13 @@ def test_source_on_a_cpu(
     assert error < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("width", range(1, 7))
-def test_every_width(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("width", "even"), [*((w, False) for w in range(1, 7)), (4, True)])
+def test_every_width(width: int, even: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         emulate_decode(monkeypatch, multiprocessors=16)
     lengths = [(3, 7), (1, 0)]
-    error = error_of(64, 1, 64, 0.0025, torch.float16, lengths, device, width=width)
+    error = error_of(64, 1, 64, 0.0025, torch.float16, lengths, device, width=width, even=even)
     assert error < TOLERANCE[torch.float16]
 
 

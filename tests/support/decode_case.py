@@ -38,13 +38,19 @@ def allocated_case(
     seed: int = 0,
     device: str = "cuda",
     width: int | None = None,
+    even: bool = False,
 ) -> Made:
-    """A codec of allocated codes for :func:`decode_error`, with random widths or one width."""
+    """A codec of allocated codes for :func:`decode_error`, with random widths or one width.
+
+    With `even` the levels of values of 4 bits are evenly spaced.
+    """
     scale = (2.2, 3.2) if outliers else (5.0, 5.0)
     layer = random_allocated(heads, dim, scale=scale, seed=seed)
     if width is not None:
         layer.key_widths.fill_(width)
         layer.value_widths.fill_(width)
+    if even:
+        layer.value_levels[3, :16] = torch.linspace(-0.8, 0.9, 16)
     layer = layer.to(device)
     spec = AllocatedScheme(
         kind="allocated", outliers=outliers, block_size=size, rotation=False,

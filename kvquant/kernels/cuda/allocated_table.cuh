@@ -66,7 +66,7 @@ struct __align__(16) HeadTable {
   i64 offset[2];        // bytes from the begin of a block to the head's codes
   i64 block_bytes[2];   // of all heads
   int chunk_bytes[2];   // of the head
-  int value_width;
+  int value_reading;      // the values' width, or EVEN_FOUR (allocated_output.cuh)
   float value_factor[2];  // what codes of rows g and g + 8 are read as, times this, plus the shift
   float value_shift;      // are levels
   float largest_key;      // the largest magnitude that a level of keys stands for
