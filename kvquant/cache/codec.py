@@ -11,6 +11,7 @@ import torch
 from kvquant.formats.blocked_sparse import SparseSlab
 from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.kernels.cache_shape import CacheShape
+from kvquant.kernels.cuda_expand_allocated import ExpandTables
 from kvquant.kernels.decode_tables import HeadTables
 
 
@@ -136,12 +137,18 @@ class Codec(ABC):
             block_size=self.block_size,
             sinks=self.sinks,
             narrow_tables=self.narrow_tables,
+            rotates_values=self.rotates_values,
         )
 
     @property
     def decode_tables(self) -> HeadTables:
         """The calibration as the decode kernel reads it, for codecs that have such a kernel."""
         raise NotImplementedError
+
+    @property
+    def past_tables(self) -> LayerQuantizer | ExpandTables | None:
+        """The calibration as kernels read it that expand a packed past, if there are such."""
+        return self.tables
 
     @abstractmethod
     def unpack(

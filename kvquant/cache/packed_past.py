@@ -159,7 +159,7 @@ class Past:
         """Yields each range with its rotated keys and values, which the next one overwrites."""
         from kvquant.kernels.triton_workspace import Held, Range, Workspace
 
-        arenas, tables = store.arena_table(), store.codec.tables
+        arenas, tables = store.arena_table(), store.codec.past_tables
         assert store.sinks is not None and store.tail is not None
         assert arenas is not None and tables is not None
         batch, heads = store.tail[0].shape[:2]

@@ -207,11 +207,13 @@ def decide(
         reasons = [*_refusals(backend, facts, wished), *limit(shape)]
         if operation != "pack" and backend == "triton":
             reasons += _query_refusals(shape, wished)
+            if shape.codebook == "allocated":  # a CUDA kernel expands the blocks
+                reasons += _cuda_refusals(facts, wished)
         if load and backend == "cuda" and not reasons:
             reasons += _load_refusals(operation, shape, facts.index)
         if not reasons:
             return Selection(operation, backend, tuple(refused))
-        refused.append((backend, tuple(reasons)))
+        refused.append((backend, tuple(dict.fromkeys(reasons))))
     return Selection(operation, None, tuple(refused))
 
 

@@ -47,6 +47,8 @@ class CacheShape:
         sinks: First tokens of each sequence that stay 16-bit.
         outliers: Fraction of elements that are kept exactly.
         range_per_head: Whether each head of a token's values has a range, in "allocated".
+        rotates_values: Whether values are rotated while they are packed, and back when they are
+            read.
         narrow_tables: Whether the calibration of every layer fits in fp16.
         query_dtype: Of the call's queries; None if it is that of the cache.
         protocol: "A" or "B", see :class:`kvquant.cache.kvquant_cache.KVQuantCache`.
@@ -68,6 +70,7 @@ class CacheShape:
     sinks: int = 0
     outliers: float = 0.0
     range_per_head: bool = False
+    rotates_values: bool = False
     narrow_tables: bool = True
     query_dtype: torch.dtype | None = None
     protocol: str = "A"

@@ -80,6 +80,11 @@ def _readable_blocks(shape: CacheShape) -> Iterator[str]:
             "calibration: zero and scale of a key channel exceed float16 (65504), in which kernels "
             "read them; calibrate on other texts, or accept PyTorch"
         )
+    if shape.rotates_values:
+        yield (
+            "rotates_values: values are rotated while they are packed, and kernels read them as "
+            "they lie; load the model from its files, whose weights then give rotated values"
+        )
     if not shape.packed_by_kernels:
         yield (
             "blocks: PyTorch packed some of them, whose memory kernels cannot address; see why "
@@ -209,8 +214,14 @@ def cuda_decode(shape: CacheShape) -> Iterator[str]:
 
 def triton_past(shape: CacheShape) -> Iterator[str]:
     """The reasons why the Triton kernels do not attend to a packed past of this shape."""
-    yield from _codes(shape, "nuq")
-    yield from _head_dim(shape, TRITON_HEAD_DIMS)
+    yield from _codes(shape, "nuq", "allocated")
+    allocated = shape.codebook == "allocated"
+    yield from _head_dim(shape, CUDA_HEAD_DIMS if allocated else TRITON_HEAD_DIMS)
+    if allocated and shape.query_dtype not in (None, shape.dtype):
+        yield (
+            f"query_dtype: {_name(shape.query_dtype or shape.dtype)} is not the cache's "
+            f"{_name(shape.dtype)}; load the model in one dtype"
+        )
     yield from _readable_blocks(shape)
 
 

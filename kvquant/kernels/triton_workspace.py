@@ -8,7 +8,9 @@ import torch
 
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
 from kvquant.formats.layer_quantizer import LayerQuantizer
+from kvquant.kernels import cuda_expand_allocated
 from kvquant.kernels.cuda_decode import DecodeShape
+from kvquant.kernels.cuda_expand_allocated import ExpandTables
 from kvquant.kernels.triton_expand import _expand, _place_outliers
 
 # To tune: elements of half a tile of one head, heads per program (they share the rotary table of a
@@ -74,7 +76,7 @@ class Workspace:
         size = (2, batch, heads, places)
         self.data = torch.empty((*size, shape.head_dim), dtype=dtype, device=device)
         self._words = max(1, shape.head_dim // 32)
-        words = self._words if shape.outliers else 0
+        words = self._words if shape.outliers and not shape.allocated else 0
         self._bitmap = torch.empty((*size, words), dtype=torch.int32, device=device)
 
     def expand(
@@ -84,7 +86,7 @@ class Workspace:
         table: torch.Tensor,
         lengths: torch.Tensor,
         held: Held,
-        tables: LayerQuantizer,
+        tables: LayerQuantizer | ExpandTables,
         rope: tuple[torch.Tensor, torch.Tensor],
         sinks: int,
     ) -> None:
@@ -96,7 +98,7 @@ class Workspace:
             table: int32 `[batch_size, room]`, the number of each block.
             lengths: int32 `[batch_size, 4]`: sinks held, blocks, tokens in the tail, their sum.
             held: The 16-bit tokens.
-            tables: Key ranges and codebooks of the layer.
+            tables: Key ranges and codebooks of the layer, as the scheme's kernel reads them.
             rope: fp32 cosine and sine `[positions, head_dim / 2]`, contiguous.
             sinks: Sinks of a long sequence.
         """
@@ -104,6 +106,13 @@ class Workspace:
         size, dim = shape.block_size, shape.head_dim
         _, batch, heads, places, _ = self.data.shape
         assert part.places <= places
+        if isinstance(tables, ExpandTables):
+            ordinals = part.first, part.stop
+            cuda_expand_allocated.expand(
+                shape, self.data, ordinals, part.base, arenas, table, lengths,
+                (*held.sinks, *held.tail), tables, rope, sinks,
+            )  # fmt: skip
+            return
         blocks, bf16 = part.stop - part.first, shape.dtype is torch.bfloat16
         if shape.outliers:
             elements = size * dim

@@ -14,6 +14,7 @@ from kvquant.formats.blocked_sparse import SparseSlab
 from kvquant.formats.mixed_packing import TILE
 from kvquant.kernels.allocated_tables import allocated_tables
 from kvquant.kernels.cache_shape import LOOKED_UP_BITS, CacheShape
+from kvquant.kernels.cuda_expand_allocated import ExpandTables
 from kvquant.kernels.decode_tables import HeadTables
 from kvquant.kernels.pack_target import PackTarget
 from kvquant.quantization.allocated_quant import AllocatedQuantizer
@@ -72,6 +73,11 @@ class AllocatedCodec(Codec):
     def decode_tables(self) -> HeadTables:
         """See :meth:`Codec.decode_tables`."""
         return allocated_tables(self._layer, self.block_size)
+
+    @functools.cached_property
+    def past_tables(self) -> ExpandTables:
+        """See :meth:`Codec.past_tables`."""
+        return ExpandTables(self.decode_tables, self._layer)
 
     def expect_rotated_values(self) -> None:
         """See :meth:`Codec.expect_rotated_values`."""

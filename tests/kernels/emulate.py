@@ -14,7 +14,13 @@ from typing import Any
 
 import pytest
 
-from kvquant.kernels import backends, cuda_decode, cuda_pack, cuda_pack_allocated
+from kvquant.kernels import (
+    backends,
+    cuda_decode,
+    cuda_expand_allocated,
+    cuda_pack,
+    cuda_pack_allocated,
+)
 from kvquant.kernels.cuda_header import HEADER_NAME
 
 HERE = Path(__file__).parent
@@ -70,6 +76,11 @@ def _decode_functions(shape: cuda_decode.DecodeShape, device: int) -> tuple[Any,
     return _function(library, "decode"), _function(library, "combine")
 
 
+def _expand_function(shape: cuda_decode.DecodeShape, device: int) -> Any:
+    text = cuda_expand_allocated.header(shape, SHARED_BYTES)
+    return _function(_library("expand_allocated", text), "expand")
+
+
 def _instead(monkeypatch: pytest.MonkeyPatch, module: ModuleType, **given: Any) -> None:
     for name, value in given.items():
         monkeypatch.setattr(module, name, value)
@@ -85,6 +96,11 @@ def emulate_decode(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 1) ->
         multiprocessors=lambda index: multiprocessors,
         shared_memory=lambda index: SHARED_BYTES,
     )
+
+
+def emulate_expand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets :func:`kvquant.kernels.cuda_expand_allocated.expand` take tensors on a CPU."""
+    _instead(monkeypatch, cuda_expand_allocated, function=_expand_function)
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 1) -> None:

@@ -76,4 +76,5 @@ def test_the_shape_of_allocated_codes_is_the_codecs(
     monkeypatch.setattr(module, "report", lambda shape, device: asked.append(shape))
     backend_report(spec, **MODEL, device=torch.device("cpu"))
     codec = AllocatedCodec(spec, random_allocated(8, 128))
+    codec.expect_rotated_values()  # as those of a model that is loaded from files
     assert codec.cache_shape(128, 8, 32, torch.bfloat16) == replace(asked[0], query_dtype=None)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kvquant.cache.block_store import BlockStore
+from kvquant.cache.codec import Codec
 from kvquant.cache.layout import Layout
 from kvquant.cache.packed_past import Past, block_table
 from kvquant.schemes.nuq import NuqCodec
@@ -22,6 +23,7 @@ class PastCase:
         lengths: Tokens of each sequence before the call.
         columns: Of the call.
         calls: Appends that fill the past; each that packs blocks makes an arena.
+        codec: Of other codes than `nuq`.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class PastCase:
         calls: int = 3,
         factor: float = 1.0,
         device: torch.device | None = None,
+        codec: Codec | None = None,
     ) -> None:
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(bits * 100 + dim)
@@ -48,7 +51,7 @@ class PastCase:
         tables = random_quantizer(heads, dim, bits, zero=0.3, scale=scale, values="uniform")
         tables = tables.to(device)
         spec = NuqScheme(kind="nuq", bits=bits, outliers=outliers, block_size=size, sinks=sinks)
-        self.codec = NuqCodec(spec, tables)
+        self.codec: Codec = codec or NuqCodec(spec, tables)
         self.store, self.layout = BlockStore(self.codec), Layout(sinks, size, 0)
         self.dim, self.group, self.factor, self.lengths = dim, group, factor, lengths
         batch, longest = len(lengths), max(lengths)
