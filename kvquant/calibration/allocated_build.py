@@ -21,14 +21,13 @@ from kvquant.calibration.statistics import VALUE_RANGES, LayerStatistics
 from kvquant.errors import UserError
 from kvquant.formats.allocated_layer import AllocatedLayer, padded_levels
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
-from kvquant.formats.lane_layout import looked_up
+from kvquant.formats.lane_layout import looked_up, max_fitted
 from kvquant.formats.mixed_packing import MAX_WIDTH, PAIRS_PER_TILE, TILE
 from kvquant.quantization.nuq import even_levels, kmeans_1d
 from kvquant.study.schemes import AllocatedScheme
 
 WIDTHS = range(1, MAX_WIDTH + 1)
 MAX_HEAD_SCALE = 64.0
-MIN_FITTED_BITS = 4  # mean bits from which values of 4 bits have a fitted codebook
 ROUNDS = 3  # of fitting codebooks and allocating widths
 
 
@@ -39,12 +38,12 @@ class Curves:
     Attributes:
         weights: float64 `[rows, GRID]` over [-1, 1], squared gradients times squared ranges.
         of_keys: Whether the elements are keys; else values.
-        max_fitted: The largest width whose levels are fitted one by one.
+        bits: Mean bits per element, see :func:`max_fitted`.
     """
 
     weights: np.ndarray
     of_keys: bool
-    max_fitted: int = MAX_WIDTH
+    bits: float
 
     def fit(self, width: int, rows: np.ndarray) -> np.ndarray:
         """Returns the sorted levels of a width for some of the rows (bool `[rows]`).
@@ -60,7 +59,8 @@ class Curves:
         mass = weights.reshape(-1, 4).sum(1)
         means = (weights * bin_centers(GRID)).reshape(-1, 4).sum(1) / np.where(mass > 0, mass, 1.0)
         points = np.where(mass > 0, means, bin_centers(GRID).reshape(-1, 4).mean(1))
-        if width > self.max_fitted or width not in looked_up(of_keys=self.of_keys):
+        fitted = width <= max_fitted(self.bits, of_keys=self.of_keys)
+        if not fitted or width not in looked_up(of_keys=self.of_keys):
             return even_levels(points, mass, 2**width)
         return kmeans_1d(points, mass, 2**width)
 
@@ -149,7 +149,11 @@ class _Layer:
 
 
 def _key_curves(
-    statistics: LayerStatistics, zero: torch.Tensor, scale: torch.Tensor, constant: torch.Tensor
+    statistics: LayerStatistics,
+    zero: torch.Tensor,
+    scale: torch.Tensor,
+    constant: torch.Tensor,
+    bits: float,
 ) -> Curves:
     """Returns the histograms of normalized inlier keys, rebinned to a grid on [-1, 1]."""
     bins = statistics.counts.shape[1]
@@ -160,7 +164,7 @@ def _key_curves(
     index = ((normalized + 1.0) * (GRID / 2)).long().clamp_(0, GRID - 1)
     weights = statistics.fisher * (scale**2)[:, None] * inlier
     out = torch.zeros(len(scale), GRID, dtype=torch.float64)
-    return Curves(out.scatter_add_(1, index, weights.double()).numpy(), of_keys=True)
+    return Curves(out.scatter_add_(1, index, weights.double()).numpy(), of_keys=True, bits=bits)
 
 
 def _start(statistics: LayerStatistics, spec: AllocatedScheme, heads: int, layer: int) -> _Layer:
@@ -179,23 +183,20 @@ def _start(statistics: LayerStatistics, spec: AllocatedScheme, heads: int, layer
     values = histograms[int(spec.rotation), ranges].double().numpy()
     assert statistics.value_rms is not None
     value_scale = head_scales(statistics.value_rms) if ranges == 0 else torch.ones(heads)
-    keys = _key_curves(statistics, zero, scale, constant)
+    keys = _key_curves(statistics, zero, scale, constant, spec.bits)
     for name, curves in (("keys", keys.weights), ("values", values)):
         if not curves.any():
             raise UserError(
                 f"scheme: all gradients of the {name} of layer {layer} were 0 in calibration, so "
                 "that bits cannot be allocated: calibrate in fp32"
             )
-    # Where few heads have 4 bits, even levels cost little, and the decode kernel reads them in a
-    # third of the instructions.
-    max_fitted = MAX_WIDTH if spec.bits >= MIN_FITTED_BITS else MIN_FITTED_BITS - 1
     pairs = len(scale) // heads // 2
     nominal = min(max(round(spec.bits), 1), MAX_WIDTH)
     found = _Layer(
         zero,
         scale,
         keys,
-        Curves(values, of_keys=False, max_fitted=max_fitted),
+        Curves(values, of_keys=False, bits=spec.bits),
         value_scale,
         heads,
         np.tile(np.arange(pairs), (heads, 1)),

@@ -12,7 +12,7 @@ import torch
 from kvquant.errors import UserError
 from kvquant.formats.allocated_layer import AllocatedLayer, padded_levels
 from kvquant.formats.block_gtq_layer import BlockGtqLayer
-from kvquant.formats.lane_layout import looked_up
+from kvquant.formats.lane_layout import looked_up, max_fitted
 from kvquant.formats.layer_quantizer import LayerQuantizer, LayerTables
 from kvquant.formats.mixed_packing import MAX_WIDTH, TILE
 from kvquant.formats.wush_layer import WushLayer
@@ -61,23 +61,20 @@ def _allocated(bits: float, zero: torch.Tensor, scale: torch.Tensor) -> Allocate
     mean = min(max(round(bits), 2), MAX_WIDTH - 1)
     cycle = torch.tensor([mean + 1, mean, mean - 1, mean], dtype=torch.float32)
     tiles = torch.arange(heads * dim // TILE) % len(cycle)
-    keys, values = (
-        padded_levels(
-            {
-                w: fit("nf" if w in looked_up(of_keys=of_keys) else "uniform", w)
-                for w in range(1, MAX_WIDTH + 1)
-            }
-        )
-        for of_keys in (True, False)
-    )
+
+    def levels(*, of_keys: bool) -> torch.Tensor:
+        fitted = [w for w in looked_up(of_keys=of_keys) if w <= max_fitted(bits, of_keys=of_keys)]
+        widths = range(1, MAX_WIDTH + 1)
+        return padded_levels({w: fit("nf" if w in fitted else "uniform", w) for w in widths})
+
     pairs = torch.stack([torch.arange(dim // 2).roll(head) for head in range(heads)])
     return AllocatedLayer(
         zero.cpu(),
         scale.cpu(),
         pairs.float(),
         cycle[tiles].view(heads, -1),
-        keys,
+        levels(of_keys=True),
         torch.ones(heads),
         mean + (torch.arange(heads) % 2).float(),
-        values,
+        levels(of_keys=False),
     ).to(zero.device)
