@@ -47,7 +47,7 @@ def keys() -> str:
     ]
     top = y + 92
     parts.append(
-        note(20, top - 10, "row of a token, head_dim 64: a plane of 16 bits per bit of a tile")
+        note(20, top - 10, "a chunk of 64 tokens, head_dim 64: a plane of 128 bytes per bit of a tile")
     )
     x = 20.0
     for tile, width in enumerate((5, 3, 3, 1)):
@@ -55,8 +55,8 @@ def keys() -> str:
             parts.append(box(x, top, 56, 30, BLUE if tile % 2 == 0 else GREY, f"{tile}.{plane}"))
             x += 58
         x += 8
-    parts.append(note(20, top + 48, "tile.bit: first the 8 lower channels of the pairs, then their "
-                      "partners c + head_dim / 2"))  # fmt: skip
+    parts.append(note(20, top + 48, "tile.bit: one bit of 1024 codes, in the order in which the "
+                      "lanes of a warp multiply them"))  # fmt: skip
     return "".join(parts)
 
 
