@@ -34,6 +34,11 @@ static void cp_async_wait_all() {}
 static void prefetch_l2(const u8*) {}
 template <int N> static void load_words(u32 (&w)[N], const u8* p) { memcpy(w, p, 4 * N); }
 static void cp_async_4(void* to, const void* from) { memcpy(to, from, 4); }
+template <int OFFSET> static u32 load_word(const u8* p) {
+  u32 w;
+  memcpy(&w, p + OFFSET, 4);
+  return w;
+}
 static u32 load_short(const u8* p) {
   u16 x;
   memcpy(&x, p, 2);

@@ -63,18 +63,18 @@ template <int WIDTH> __device__ __forceinline__ u32 selectors(const u32 (&words)
   else return low;
 }
 
-// Loads the words of a tile, in flight until they are used.
-//
-// \tparam WIDTH  words of the array
-// \param width   words to be loaded
-template <int WIDTH>
-__device__ __forceinline__ void load_codes(u32 (&words)[WIDTH], int width, const u8* tile,
-                                           int lane_idx) {
-#pragma unroll
-  for (int k = 0; k < WIDTH; k++)
-    if (k < width) {
-      u32 word[1];
-      load_words(word, tile + k * PLANE_BYTES + lane_idx * 4);
-      words[k] = word[0];
-    }
+// Loads the words of a tile from word K on, in flight until they are used. `lane_codes`: the lane's
+// first word.
+template <int WIDTH, int K = 0>
+__device__ __forceinline__ void load_codes(u32 (&words)[WIDTH], const u8* lane_codes) {
+  words[K] = load_word<K * PLANE_BYTES>(lane_codes);
+  if constexpr (K + 1 < WIDTH) load_codes<WIDTH, K + 1>(words, lane_codes);
+}
+
+// The same of a width that is known at run time: the first `width` words of six.
+template <int K = 0>
+__device__ __forceinline__ void load_codes(u32 (&words)[MAX_WIDTH], int width,
+                                           const u8* lane_codes) {
+  if (K < width) words[K] = load_word<K * PLANE_BYTES>(lane_codes);
+  if constexpr (K + 1 < MAX_WIDTH) load_codes<K + 1>(words, width, lane_codes);
 }

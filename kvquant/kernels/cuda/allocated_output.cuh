@@ -54,14 +54,15 @@ __device__ __forceinline__ void accumulate_reading(const SharedStorage& smem, in
   else if constexpr (WIDTH != 4 && looked_up(WIDTH, VALUES))
     levels.load(smem.head_table.value_levels[WIDTH - MIN_LOOKED_UP], lane_idx);
   const uint2* const group_weights = smem.weight[g < GROUP_SIZE ? g : GROUP_SIZE - 1] + t;
-  const u8* codes = chunk_codes(smem, VALUES, warp_idx, num_chunks);
+  const u8* codes = chunk_codes(smem, VALUES, warp_idx, num_chunks) + lane_idx * 4;
   u32 words[AHEAD][WIDTH];
 #pragma unroll
   for (int i = 0; i < AHEAD; i++)
-    load_codes(words[i], WIDTH, codes + i * (WIDTH * PLANE_BYTES), lane_idx);
+    load_codes(words[i], codes + i * (WIDTH * PLANE_BYTES));
 #pragma unroll 1
   for (int kv_chunk_idx = warp_idx; kv_chunk_idx < num_chunks; kv_chunk_idx += NUM_WARPS) {
-    const u8* const next_chunk = chunk_codes(smem, VALUES, kv_chunk_idx + NUM_WARPS, num_chunks);
+    const u8* const next_chunk =
+        chunk_codes(smem, VALUES, kv_chunk_idx + NUM_WARPS, num_chunks) + lane_idx * 4;
     u32 weights[TILES_PER_CHUNK][2];
 #pragma unroll
     for (int m = 0; m < TILES_PER_CHUNK; m++)
@@ -79,11 +80,11 @@ __device__ __forceinline__ void accumulate_reading(const SharedStorage& smem, in
         mma_m16n8k16(out[tile], a[0][0], a[0][1], a[1][0], a[1][1], weights[m][0], weights[m][1]);
       }
       const int after = tile + AHEAD;
-      load_codes(words[tile % AHEAD], WIDTH,
-                 after < CHANNEL_TILES
-                     ? codes + after * (WIDTH * PLANE_BYTES)
-                     : next_chunk + (after - CHANNEL_TILES) * (WIDTH * PLANE_BYTES),
-                 lane_idx);
+      if (after < CHANNEL_TILES)
+        load_codes(words[tile % AHEAD], codes + after * (WIDTH * PLANE_BYTES));
+      else
+        load_codes(words[tile % AHEAD],
+                   next_chunk + (after - CHANNEL_TILES) * (WIDTH * PLANE_BYTES));
     }
     codes = next_chunk;
   }

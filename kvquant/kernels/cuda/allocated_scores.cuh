@@ -80,48 +80,14 @@ __device__ __forceinline__ void multiply_key_tile(float (&scores)[TILES_PER_CHUN
   }
 }
 
-// The same for a width that is known at run time.
-__device__ __forceinline__ void multiply_key_tile(int width, float (&scores)[TILES_PER_CHUNK][4],
-                                                  const u32 (&codes)[MAX_WIDTH],
-                                                  const Levels* levels, const uint4& operands,
-                                                  const uint2& query, const u8* rope) {
-  switch (width) {
-    case 1: return multiply_key_tile<1>(scores, codes, levels, operands, query, rope);
-    case 2: return multiply_key_tile<2>(scores, codes, levels, operands, query, rope);
-    case 3: return multiply_key_tile<3>(scores, codes, levels, operands, query, rope);
-    case 4: return multiply_key_tile<4>(scores, codes, levels, operands, query, rope);
-    case 5: return multiply_key_tile<5>(scores, codes, levels, operands, query, rope);
-    default: return multiply_key_tile<6>(scores, codes, levels, operands, query, rope);
-  }
+// The widths of the tiles of keys, four bits each.
+__device__ __forceinline__ u64 packed_widths(const HeadTable& table) {
+  u64 widths = 0;
+#pragma unroll
+  for (int tile = 0; tile < CHANNEL_TILES; tile++)
+    widths |= (u64)table.key_widths[tile] << (4 * tile);
+  return widths;
 }
-
-// A warp's way through the tiles of its chunks, some tiles ahead of the products.
-struct KeyTiles {
-  const SharedStorage& smem;
-  const int num_chunks, lane_idx;
-  int kv_chunk_idx, tile;  // that are loaded next
-  const u8* codes;
-
-  __device__ __forceinline__ KeyTiles(const SharedStorage& smem, int num_chunks, int warp_idx,
-                                      int lane_idx)
-      : smem(smem),
-        num_chunks(num_chunks),
-        lane_idx(lane_idx),
-        kv_chunk_idx(warp_idx),
-        tile(0),
-        codes(chunk_codes(smem, KEYS, warp_idx, num_chunks)) {}
-  // Begins to load the next tile and returns its width.
-  __device__ __forceinline__ int load(u32 (&words)[MAX_WIDTH]) {
-    const int width = smem.head_table.key_widths[tile];
-    load_codes(words, width, codes, lane_idx);
-    codes += width * PLANE_BYTES;
-    if (++tile == CHANNEL_TILES) {
-      tile = 0, kv_chunk_idx += NUM_WARPS;
-      codes = chunk_codes(smem, KEYS, kv_chunk_idx, num_chunks);
-    }
-    return width;
-  }
-};
 
 // Phase 2: scores of the warp's chunks, and their maxima.
 __device__ __forceinline__ void compute_scores(SharedStorage& smem, int num_chunks, int warp_idx,
@@ -133,9 +99,10 @@ __device__ __forceinline__ void compute_scores(SharedStorage& smem, int num_chun
   const u8* const rope = smem.tables.rope + lane_idx * 8;
   const Levels* const levels = smem.head_table.key_levels;
   float maximum[2] = {NO_SCORE, NO_SCORE};
-  KeyTiles tiles(smem, num_chunks, warp_idx, lane_idx);
-  u32 even[MAX_WIDTH], odd[MAX_WIDTH];  // tiles that are on their way
-  int even_width = tiles.load(even), odd_width = tiles.load(odd);
+  const u64 widths = packed_widths(smem.head_table);
+  const u8* codes = chunk_codes(smem, KEYS, warp_idx, num_chunks) + lane_idx * 4;
+  u32 ahead[MAX_WIDTH];  // the words of the next tile
+  load_codes(ahead, (int)widths & 15, codes);
 #pragma unroll 1
   for (int kv_chunk_idx = warp_idx; kv_chunk_idx < num_chunks; kv_chunk_idx += NUM_WARPS) {
     if (kv_chunk_idx + NUM_WARPS < num_chunks) {
@@ -150,19 +117,30 @@ __device__ __forceinline__ void compute_scores(SharedStorage& smem, int num_chun
 #pragma unroll
     for (int m = 0; m < TILES_PER_CHUNK; m++)
       scores[m][0] = scores[m][1] = scores[m][2] = scores[m][3] = 0.0f;
-    auto multiply = [&](u32(&loaded)[MAX_WIDTH], int& loaded_width, int tile) {
+    const u8* const next_chunk =
+        chunk_codes(smem, KEYS, kv_chunk_idx + NUM_WARPS, num_chunks) + lane_idx * 4;
+    u64 rest = widths;
+#pragma unroll 1
+    for (int tile = 0; tile < CHANNEL_TILES; tile++) {
       u32 words[MAX_WIDTH];
 #pragma unroll
-      for (int k = 0; k < MAX_WIDTH; k++) words[k] = loaded[k];
-      const int width = loaded_width;
-      loaded_width = tiles.load(loaded);
-      multiply_key_tile(width, scores, words, levels, smem.head_table.key_operands[tile][t],
-                        query[tile * 4], rope + tile * (CHUNK_SIZE * 32));
-    };
-#pragma unroll 1
-    for (int tile = 0; tile < CHANNEL_TILES; tile += 2) {
-      multiply(even, even_width, tile);
-      multiply(odd, odd_width, tile + 1);
+      for (int k = 0; k < MAX_WIDTH; k++) words[k] = ahead[k];
+      const int width = (int)rest & 15;
+      const bool last = tile == CHANNEL_TILES - 1;
+      rest = last ? widths : rest >> 4;
+      codes = last ? next_chunk : codes + width * PLANE_BYTES;
+      load_codes(ahead, (int)rest & 15, codes);
+      const uint4 operands = smem.head_table.key_operands[tile][t];
+      const uint2 tile_query = query[tile * 4];
+      const u8* const turns = rope + tile * (CHUNK_SIZE * 32);
+      switch (width) {
+        case 1: multiply_key_tile<1>(scores, words, levels, operands, tile_query, turns); break;
+        case 2: multiply_key_tile<2>(scores, words, levels, operands, tile_query, turns); break;
+        case 3: multiply_key_tile<3>(scores, words, levels, operands, tile_query, turns); break;
+        case 4: multiply_key_tile<4>(scores, words, levels, operands, tile_query, turns); break;
+        case 5: multiply_key_tile<5>(scores, words, levels, operands, tile_query, turns); break;
+        default: multiply_key_tile<6>(scores, words, levels, operands, tile_query, turns);
+      }
     }
     const float unit = HAS_OUTLIERS ? smem.score_units[kv_chunk_idx / CHUNKS_PER_BLOCK] : 0.0f;
     float* const to = &smem.score[2 * t < GROUP_SIZE ? 2 * t : 0][kv_chunk_idx * CHUNK_SIZE + g];

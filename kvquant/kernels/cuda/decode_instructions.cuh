@@ -107,6 +107,12 @@ template <int N> __device__ __forceinline__ void load_words(u32 (&w)[N], const u
     asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(p));
   else asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(w[0]) : "l"(p));
 }
+// A word OFFSET bytes behind `p`.
+template <int OFFSET> __device__ __forceinline__ u32 load_word(const u8* p) {
+  u32 w;
+  asm volatile("ld.global.nc.u32 %0, [%1+%2];" : "=r"(w) : "l"(p), "n"(OFFSET));
+  return w;
+}
 __device__ __forceinline__ u32 load_short(const u8* p) {
   u16 x;
   asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(x) : "l"(p));

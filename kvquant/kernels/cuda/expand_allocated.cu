@@ -47,7 +47,7 @@ __device__ __forceinline__ void for_tile(int width, const u8* tile, int lane_idx
   const int g = lane_idx / 4, t = lane_idx % 4;
   auto each = [&](auto& words) {
     constexpr int WIDTH = sizeof(words) / 4;
-    load_codes(words, WIDTH, tile, lane_idx);
+    load_codes(words, tile + lane_idx * 4);
     for_codes<WIDTH, SIDE>(words, g, t, f);
   };
   u32 one[1], two[2], three[3], four[4], five[5], six[6];
