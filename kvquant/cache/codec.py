@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kvquant.errors import UserError
 from kvquant.formats.blocked_sparse import SparseSlab
 from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.kernels.cache_shape import CacheShape
@@ -41,6 +42,24 @@ class Packed:
         """The bytes of all tensors."""
         return sum(t.nbytes for t in self.dense.values()) + sum(
             s.nbytes for s in self.sparse.values()
+        )
+
+
+def check_made_for(found: tuple[int, ...], num_kv_heads: int, head_dim: int) -> None:
+    """Refuses a model of another shape than a quantizer was made for.
+
+    Args:
+        found: kv heads and channels per head of the quantizer.
+        num_kv_heads: Of the model.
+        head_dim: Of the model.
+
+    Raises:
+        UserError: They differ.
+    """
+    if found != (num_kv_heads, head_dim):
+        raise UserError(
+            f"quantizer: made for {found[0]} kv heads of {found[1]}, the model has "
+            f"{num_kv_heads} of {head_dim}; calibrate this model"
         )
 
 

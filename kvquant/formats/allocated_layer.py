@@ -11,7 +11,7 @@ from kvquant.formats.lane_layout import looked_up
 from kvquant.formats.mixed_packing import MAX_WIDTH, PAIRS_PER_TILE, TILE, MixedRows
 
 MAX_LEVELS = 2**MAX_WIDTH
-EVEN_ERROR = 1e-4  # of a step, by which levels that kernels compute may be off
+EVEN_ERROR = 0.01  # of a step, by which levels that kernels compute may be off
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def evenly_spaced(levels: torch.Tensor) -> bool:
     first, last = levels[0].double(), levels[-1].double()
     parts = torch.arange(len(levels), device=levels.device) / (len(levels) - 1)
     far = (levels.double() - first - (last - first) * parts).abs().max()
-    return bool(far <= EVEN_ERROR * (last - first) / (len(levels) - 1))
+    return bool(last > first) and bool(far <= EVEN_ERROR * (last - first) / (len(levels) - 1))
 
 
 def padded_levels(codebooks: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from kvquant.formats.allocated_layer import AllocatedLayer
 from kvquant.formats.lane_layout import CHUNK
 from kvquant.formats.mixed_packing import MAX_WIDTH
 from kvquant.kernels.cuda_build import Function, index_of, load
-from kvquant.kernels.cuda_decode import DecodeShape
+from kvquant.kernels.cuda_decode import DecodeShape, shared_memory
 from kvquant.kernels.cuda_header import cuda_header
 from kvquant.kernels.cuda_structs import DecodeParams
 from kvquant.kernels.decode_tables import HeadTables
@@ -78,8 +78,6 @@ def header(shape: DecodeShape, shared_bytes: int) -> str:
 @functools.cache
 def function(shape: DecodeShape, device: int) -> Function:
     """The kernel `expand`, compiled for a GPU."""
-    from kvquant.kernels.cuda_decode import shared_memory
-
     module = load("expand_allocated.cu", header(shape, shared_memory(device)), device)
     return module.function("expand", storage_bytes(shape.head_dim))
 

@@ -20,6 +20,7 @@ from kvquant.errors import unknown
 from kvquant.study.datatypes import DATATYPES
 from kvquant.study.dotted import load
 
+POINT_RANGE = 1e-3  # half of the range of evenly spaced levels for a single point
 EVEN_ROUNDS = 30  # of alternating assignment and regression
 
 
@@ -141,7 +142,7 @@ def even_levels(points: np.ndarray, weights: np.ndarray, count: int) -> np.ndarr
     seen = points[weights > 0]
     low, high = float(seen.min()), float(seen.max())
     if low == high:
-        return np.linspace(low - 1e-6, low + 1e-6, count)
+        return np.linspace(low - POINT_RANGE, low + POINT_RANGE, count)
     total, middle = weights.sum(), (low + high) / 2
     best: np.ndarray = np.linspace(low, high, count)
     least = math.inf

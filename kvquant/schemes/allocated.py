@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from kvquant.cache.codec import Codec, Packed
+from kvquant.cache.codec import Codec, Packed, check_made_for
 from kvquant.errors import UserError
 from kvquant.formats.allocated_layer import AllocatedLayer
 from kvquant.formats.blocked_sparse import SparseSlab
@@ -49,12 +49,7 @@ class AllocatedCodec(Codec):
             raise UserError(f"head_dim: {head_dim} is not a multiple of {TILE}, as tiles need")
         if self.rotates_values:
             factors(head_dim)
-        found = self.shape
-        if found != (num_kv_heads, head_dim):
-            raise UserError(
-                f"quantizer: made for {found[0]} kv heads of {found[1]}, the model has "
-                f"{num_kv_heads} of {head_dim}; calibrate this model"
-            )
+        check_made_for(self.shape, num_kv_heads, head_dim)
 
     def cache_shape(
         self, head_dim: int, kv_heads: int, query_heads: int, dtype: torch.dtype

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from kvquant.cache.codec import Codec, Packed
+from kvquant.cache.codec import Codec, Packed, check_made_for
 from kvquant.errors import UserError
 from kvquant.formats.block_gtq_layer import BlockGtqLayer
 from kvquant.quantization.exact_product import MAX_SIZE
@@ -49,11 +49,7 @@ class BlockGtqCodec(Codec):
         """See :meth:`Codec.check_model`."""
         if head_dim > MAX_SIZE:
             raise UserError(f"head_dim: {head_dim} is more than {MAX_SIZE}, the most for block-gtq")
-        if (found := self.shape) != (num_kv_heads, head_dim):
-            raise UserError(
-                f"quantizer: made for {found[0]} kv heads of {found[1]}, the model has "
-                f"{num_kv_heads} of {head_dim}; calibrate this model"
-            )
+        check_made_for(self.shape, num_kv_heads, head_dim)
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
         """See :meth:`Codec.pack`."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from kvquant.cache.codec import Codec, Packed
+from kvquant.cache.codec import Codec, Packed, check_made_for
 from kvquant.errors import UserError
 from kvquant.formats.blocked_sparse import SparseSlab
 from kvquant.formats.layer_quantizer import LayerQuantizer, outliers_per_side
@@ -43,12 +43,7 @@ class NuqCodec(Codec):
                 f"num_kv_heads: {num_kv_heads} of {head_dim} are more than {MAX_CHANNELS} channels"
             )
         assert self.tables is not None
-        found = tuple(self.tables.key_zero.shape)
-        if found != (num_kv_heads, head_dim):
-            raise UserError(
-                f"quantizer: made for {found[0]} kv heads of {found[1]}, the model has "
-                f"{num_kv_heads} of {head_dim}; calibrate this model"
-            )
+        check_made_for(tuple(self.tables.key_zero.shape), num_kv_heads, head_dim)
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
         """See :meth:`Codec.pack`."""

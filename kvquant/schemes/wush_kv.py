@@ -26,7 +26,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import ndtr
 
-from kvquant.cache.codec import Codec, Packed
+from kvquant.cache.codec import Codec, Packed, check_made_for
 from kvquant.errors import UserError
 from kvquant.formats.packing import pack, unpack
 from kvquant.formats.wush_layer import WushLayer
@@ -147,11 +147,7 @@ class WushKvCodec(Codec):
         factors(head_dim)
         if head_dim > MAX_SIZE:
             raise UserError(f"head_dim: {head_dim} is more than {MAX_SIZE}, the most for wush-kv")
-        if (found := self.shape) != (num_kv_heads, head_dim):
-            raise UserError(
-                f"quantizer: made for {found[0]} kv heads of {found[1]}, the model has "
-                f"{num_kv_heads} of {head_dim}; calibrate this model"
-            )
+        check_made_for(self.shape, num_kv_heads, head_dim)
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
         """See :meth:`Codec.pack`."""

@@ -217,13 +217,30 @@ def test_what_no_case_can_be_measured_with_is_told(
     assert main(command(tmp_path, raw)) == 2
     assert "kernels: this study has no such section" in capsys.readouterr().err
     assert main(command(tmp_path, {**study({"one": SECOND}), "headline": "kivi-4"})) == 2
-    assert "headline: 'kivi-4' is not of kind nuq" in capsys.readouterr().err
+    assert "scheme: 'kivi-4' has no kernels to be measured" in capsys.readouterr().err
+    raw = study({"one": {**SECOND, "scheme": "other"}})
+    assert main(command(tmp_path, raw)) == 2
+    assert "kernels.cases.one.scheme: 'other' is not among the schemes" in capsys.readouterr().err
     assert main(command(tmp_path, study(), device_name="h100-80gb-hbm3")) == 2
     assert "--device-name: this is 'cpu'" in capsys.readouterr().err
     raw = study()
     raw["schemes"]["nuq3-1pct"]["block_size"] = 64
     assert main(command(tmp_path, raw, "--cases", "second")) == 2
     assert "32 is not a multiple of the block size 64" in capsys.readouterr().err
+
+
+def test_a_case_may_name_its_scheme(tmp_path: Path) -> None:
+    raw = study({"one": {**SECOND, "measure": ["pack"], "scheme": "allocated-3"}, "two": SECOND})
+    raw["schemes"]["allocated-3"] = {"kind": "allocated", "block_size": 32}
+    assert main(command(tmp_path, raw)) == 0
+    record = read_record(tmp_path / "out/one.json", KernelRecord)
+    assert record.scheme == "allocated-3"
+    assert {side.side for side in record.parts[0].sides} == {"copy", "allocated-3"}
+    assert read_record(tmp_path / "out/two.json", KernelRecord).scheme == "nuq3-1pct"
+    plain = study({"two": SECOND})
+    plain["schemes"] = raw["schemes"]
+    mine, theirs = (kernels_digest(parse_study(s), "two") for s in (raw, plain))
+    assert mine == theirs  # the headline's name is not written out
 
 
 def test_cases_of_a_shape_stand_together_those_without_a_model_first() -> None:

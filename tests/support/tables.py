@@ -25,7 +25,7 @@ ROWS = 12  # of a LongBench task
 def damage(study: Study, scheme: str) -> float:
     """How much a scheme loses: nothing at 16 bits, more with fewer bits."""
     bits = getattr(study.schemes[scheme], "bits", 16)
-    return {16: 0.0, 8: 0.01, 4: 0.05, 3: 0.3, 2: 1.0}[bits]
+    return {16: 0.0, 8: 0.01, 4: 0.05, 3: 0.3, 2: 1.0}[round(bits)]
 
 
 def accuracy_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
