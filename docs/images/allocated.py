@@ -47,7 +47,7 @@ def keys() -> str:
     ]
     top = y + 92
     parts.append(
-        note(20, top - 10, "64 tokens of a head, head_dim 64: a plane of 128 bytes per bit of a tile")
+        note(20, top - 10, "64 tokens, head_dim 64: a plane of 128 bytes per bit of a tile")
     )
     x = 20.0
     for tile, width in enumerate((5, 3, 3, 1)):

@@ -67,7 +67,8 @@ def _pack_allocated_functions(
     shape: cuda_pack_allocated.AllocatedPackShape, device: int
 ) -> tuple[Any, Any]:
     library = _library("pack_allocated", shape.header())
-    return tuple(_function(library, f"pack_allocated_{side}") for side in ("keys", "values"))
+    keys, values = (_function(library, f"pack_allocated_{side}") for side in ("keys", "values"))
+    return keys, values
 
 
 def _decode_functions(shape: cuda_decode.DecodeShape, device: int) -> tuple[Any, Any]:
