@@ -46,17 +46,15 @@ def keys() -> str:
         box(790, y, 190, 56, ORANGE, "outliers", "0.25 % exactly, blocked CSC"),
     ]
     top = y + 92
-    parts.append(
-        note(20, top - 10, "64 tokens, head_dim 64: a plane of 128 bytes per bit of a tile")
-    )
+    parts.append(note(20, top - 10, "64 tokens, head_dim 64: 128 bytes per bit of a tile's width"))
     x = 20.0
     for tile, width in enumerate((5, 3, 3, 1)):
         for plane in range(width):
             parts.append(box(x, top, 56, 30, BLUE if tile % 2 == 0 else GREY, f"{tile}.{plane}"))
             x += 58
         x += 8
-    parts.append(note(20, top + 48, "tile.bit: one bit of 1024 codes, in the order in which the "
-                      "lanes of a warp multiply them"))  # fmt: skip
+    parts.append(note(20, top + 48, "tile.word: a word of each lane of a warp, whose 32 codes are "
+                      "what the lane multiplies"))  # fmt: skip
     return "".join(parts)
 
 
@@ -68,9 +66,9 @@ def values() -> str:
         box(20, y, 290, h, GREEN, "rotated within the head",
             "M W_V and W_O M\u1d40 in the weights,", "or while packing"),
         box(345, y, 290, h, GREEN, "normalized by the token's range",
-            "zero and scale, 16 bits each"),
+            "heads scaled alike; zero and scale"),
         box(670, y, 310, h, GREEN, "one width per head and layer",
-            "planes of 16 bits, as for keys"),
+            "chunks of 64 tokens, as for keys"),
     ]  # fmt: skip
     parts += [arrow(x, y + h / 2, x + 32, y + h / 2) for x in (310, 635)]
     return "".join(parts)

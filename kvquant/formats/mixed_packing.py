@@ -20,7 +20,7 @@ from kvquant.formats.lane_layout import CHUNK, LANES, WORD_BYTES, pack_chunks, u
 PAIRS_PER_TILE = 8
 TILE = 2 * PAIRS_PER_TILE
 PLANE_BYTES = TILE // 8  # of one token
-CHUNK_PLANE_BYTES = LANES * WORD_BYTES  # of a chunk's tokens
+CHUNK_PLANE_BYTES = LANES * WORD_BYTES  # of a chunk: a word of each lane
 MAX_WIDTH = 6
 
 

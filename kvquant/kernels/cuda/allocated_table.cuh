@@ -12,7 +12,7 @@
 constexpr int CHANNEL_TILES = HEAD_DIM / 16;
 constexpr int MIN_LOOKED_UP = 2;  // the smallest width whose levels are looked up
 constexpr int MAX_WIDTH = 6;
-constexpr int PLANE_BYTES = 128;  // of a chunk and tile: a bit of all its codes
+constexpr int PLANE_BYTES = 128;  // of a chunk and tile: a word of each lane
 
 // Up to eight fp16 levels, their high and their low bytes apart.
 struct Levels {
