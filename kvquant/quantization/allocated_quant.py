@@ -25,7 +25,6 @@ from kvquant.quantization.block_input import check_block, not_finite, outlier_sl
 from kvquant.quantization.hadamard import rotate
 
 PARTS = 64.0  # a power of two beyond the square root of any head_dim
-MAX_COMPARED_LEVELS = 16  # with more, a binary search is faster than counting midpoints
 
 
 class TileCodes:
@@ -54,12 +53,7 @@ class TileCodes:
         for group in self.rows.groups:
             levels = self.levels[group.width]
             part = normalized.index_select(2, group.tiles)
-            if levels.numel() > MAX_COMPARED_LEVELS:
-                found = torch.bucketize(part, fused.midpoints(levels), out_int32=True)
-                part_codes = found.to(torch.uint8)
-            else:
-                part_codes = fused.encode(part, levels)
-            codes.index_copy_(2, group.tiles, part_codes)
+            codes.index_copy_(2, group.tiles, fused.encode(part, levels))
         return codes
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:

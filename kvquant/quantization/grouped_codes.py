@@ -23,7 +23,6 @@ from kvquant.quantization.exact_product import MATRIX, VECTOR, product, random_r
 from kvquant.quantization.lloyd_max import lloyd_max
 
 LEVEL = 2.0**17  # levels, at most 4.6 in magnitude, are whole multiples of 1 / LEVEL
-MAX_COMPARED = 16  # with more levels, a binary search is faster than counting midpoints
 PIECE = 2**24  # elements that are coded at a time
 
 
@@ -86,14 +85,8 @@ class GroupedCodes:
 
     def _codes(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the codes of the nearest levels of fp32 `[blocks, heads, size, head_dim]`."""
-        out = []
-        for part, levels in zip(self.rows.by_width(x), self._levels, strict=True):
-            if levels.numel() > MAX_COMPARED:
-                found = torch.bucketize(part.contiguous(), fused.midpoints(levels), out_int32=True)
-                out.append(found.to(torch.uint8))
-            else:
-                out.append(fused.encode(part, levels))
-        return self.rows.whole(out)
+        parts = zip(self.rows.by_width(x), self._levels, strict=True)
+        return self.rows.whole([fused.encode(part, levels) for part, levels in parts])
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encodes 16-bit `[blocks, num_heads, size, head_dim]`.
