@@ -94,6 +94,8 @@ class AllocatedLayer:
                 even = width not in looked_up(of_keys=name == "key_levels")
                 if even and not evenly_spaced(levels[width - 1, : 2**width]):
                     return f"{name} of width {width} are not evenly spaced"
+                if name == "key_levels" and _beyond(levels[width - 1, : 2**width]):
+                    return f"{name} of width {width} reach too far beyond [-1, 1]"
         return None
 
     def to(self, device: torch.device | str) -> AllocatedLayer:
@@ -115,6 +117,15 @@ class AllocatedLayer:
         order = torch.arange(pairs).expand(heads, -1)
         widths = self.value_widths[:, None].expand(-1, pairs // PAIRS_PER_TILE)
         return MixedRows(order, widths, of_keys=False)
+
+
+def _beyond(levels: torch.Tensor) -> bool:
+    """Tells whether an outlier of keys may have another code than that of an end.
+
+    Kernels know the code of an outlier, which lies outside [-1, 1], without reading it.
+    """
+    ends = torch.stack((levels[0] + levels[1], levels[-2] + levels[-1])).abs() * 0.5
+    return bool((ends > 1.0).any())
 
 
 def evenly_spaced(levels: torch.Tensor) -> bool:

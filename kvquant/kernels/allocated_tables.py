@@ -123,7 +123,7 @@ def allocated_tables(layer: AllocatedLayer, size: int) -> HeadTables:
             "block_bytes": torch.tensor([keys[1], values[1]]),
             "chunk_bytes": torch.tensor([keys[2][head], values[2][head]], dtype=torch.int32),
             "value_reading": torch.tensor([reading], dtype=torch.int32),
-            "value_factor": torch.tensor(factor),
+            "value_factor": torch.tensor(factor) * layer.value_scale[head],
             "value_shift": torch.tensor([shift]),
             "largest_key": ends[head].float().abs().max()[None],
             "value_scale": layer.value_scale[head : head + 1],

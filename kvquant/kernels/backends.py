@@ -18,7 +18,13 @@ from typing import Literal
 import torch
 
 from kvquant.errors import UserError
-from kvquant.kernels import cuda_decode, cuda_pack, cuda_pack_allocated, limits
+from kvquant.kernels import (
+    cuda_decode,
+    cuda_expand_allocated,
+    cuda_pack,
+    cuda_pack_allocated,
+    limits,
+)
 from kvquant.kernels.cache_shape import CacheShape
 from kvquant.kernels.cuda_build import KernelUnavailable
 from kvquant.kernels.cuda_decode import DecodeShape
@@ -209,8 +215,9 @@ def decide(
             reasons += _query_refusals(shape, wished)
             if shape.codebook == "allocated":  # a CUDA kernel expands the blocks
                 reasons += _cuda_refusals(facts, wished)
-        if load and backend == "cuda" and not reasons:
-            reasons += _load_refusals(operation, shape, facts.index)
+        expands = operation != "pack" and backend == "triton" and shape.codebook == "allocated"
+        if load and (backend == "cuda" or expands) and not reasons:
+            reasons += _load_refusals(operation, shape, facts.index, expands=expands)
         if not reasons:
             return Selection(operation, backend, tuple(refused))
         refused.append((backend, tuple(dict.fromkeys(reasons))))
@@ -266,10 +273,19 @@ def _query_refusals(shape: CacheShape, wished: str) -> Iterator[str]:
         )
 
 
-def _load_refusals(operation: Operation, shape: CacheShape, index: int) -> Iterator[str]:
-    """The reason why a kernel that should run does not compile or load."""
+def _load_refusals(
+    operation: Operation, shape: CacheShape, index: int, *, expands: bool
+) -> Iterator[str]:
+    """The reason why a kernel that should run does not compile or load.
+
+    Args:
+        operation: See :func:`select`.
+        shape: Of the cache.
+        index: Number of the GPU.
+        expands: Whether it is the kernel that expands blocks.
+    """
     kernel = shape.pack_kernel if operation == "pack" else shape.decode_shape
-    if (problem := _load_problem(kernel, index)) is not None:
+    if (problem := _load_problem(kernel, index, expands=expands)) is not None:
         yield (
             f"kernel: it does not compile or load ({problem.splitlines()[0]}); report this, or set "
             "KVQUANT_KERNELS=triton"
@@ -277,17 +293,22 @@ def _load_refusals(operation: Operation, shape: CacheShape, index: int) -> Itera
 
 
 @functools.cache
-def _load_problem(shape: DecodeShape | PackShape | AllocatedPackShape, index: int) -> str | None:
+def _load_problem(
+    shape: DecodeShape | PackShape | AllocatedPackShape, index: int, *, expands: bool
+) -> str | None:
     """Why a CUDA kernel does not compile or load, or None; a failure is also warned of, once."""
     try:
-        if isinstance(shape, DecodeShape):
+        if isinstance(shape, DecodeShape) and expands:
+            cuda_expand_allocated.function(shape, index)
+        elif isinstance(shape, DecodeShape):
             cuda_decode.functions(shape, index)
         elif isinstance(shape, AllocatedPackShape):
             cuda_pack_allocated.functions(shape, index)
         else:
             cuda_pack.functions(shape, index)
     except KernelUnavailable as problem:
-        name = "decode" if isinstance(shape, DecodeShape) else "packing"
+        read = "expansion" if expands else "decode"
+        name = read if isinstance(shape, DecodeShape) else "packing"
         warnings.warn(f"no CUDA {name} kernel, another backend instead: {problem}", stacklevel=2)
         return str(problem) or type(problem).__name__
     return None

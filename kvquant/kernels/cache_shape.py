@@ -12,7 +12,7 @@ from kvquant.kernels.cuda_decode import DecodeShape
 from kvquant.kernels.cuda_pack import PackShape
 from kvquant.kernels.cuda_pack_allocated import AllocatedPackShape
 
-LOOKED_UP_BITS = 3  # the widest allocated codes whose levels are looked up
+LOOKED_UP_BITS = 3  # of allocated codes, whose widths are data: the widest keys that are looked up
 
 
 # How tokens lie in memory that a kernel packs. "pairs": the channels of a head are contiguous, and

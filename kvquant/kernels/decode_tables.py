@@ -79,7 +79,7 @@ class HeadTables:
     Attributes:
         heads: uint8 `[num_kv_heads, bytes]`. A row is a `struct HeadTable`, followed for each
             channel by the two fp16 numbers that its lowest and its highest level stand for.
-        value_levels: fp32 `[2**bits]`.
+        value_levels: fp32 `[2**bits]`; `[6, 64]` of allocated codes, whose kernel has its own.
     """
 
     heads: torch.Tensor

@@ -60,6 +60,14 @@ def _head_dim(shape: CacheShape, known: tuple[int, ...]) -> Iterator[str]:
         )
 
 
+def _no_chunks(shape: CacheShape) -> str:
+    """The reason against blocks of allocated codes that do not consist of whole chunks."""
+    return (
+        f"block_size: {shape.block_size} is not a multiple of the {CHUNK} tokens that a warp takes "
+        f"at a time; choose {CHUNK}"
+    )
+
+
 def _channels(shape: CacheShape) -> Iterator[str]:
     if shape.channels > MAX_CHANNELS:
         yield (
@@ -83,7 +91,8 @@ def _readable_blocks(shape: CacheShape) -> Iterator[str]:
     if shape.rotates_values:
         yield (
             "rotates_values: values are rotated while they are packed, and kernels read them as "
-            "they lie; load the model from its files, whose weights then give rotated values"
+            "they lie; load the model from its files, whose weights then give rotated values, or "
+            "choose a scheme with `rotation: false`"
         )
     if not shape.packed_by_kernels:
         yield (
@@ -136,10 +145,7 @@ def _cuda_pack_allocated(shape: CacheShape) -> Iterator[str]:
     yield from _codes(shape, "allocated")
     yield from _head_dim(shape, CUDA_HEAD_DIMS)
     if shape.block_size % CHUNK or shape.block_size < 1:
-        yield (
-            f"block_size: {shape.block_size} is not a multiple of the {CHUNK} tokens that a warp "
-            f"packs at a time; choose {CHUNK}"
-        )
+        yield _no_chunks(shape)
 
 
 def triton_pack(shape: CacheShape) -> Iterator[str]:
@@ -188,8 +194,8 @@ def cuda_decode(shape: CacheShape) -> Iterator[str]:
             f"queries_per_kv_head: {shape.queries_per_kv_head} are more than {MAX_GROUP}; use a "
             "model with fewer, or accept another backend"
         )
-    if shape.codebook == "allocated" and shape.block_size % 64:
-        yield f"block_size: {shape.block_size} is not a multiple of 64; choose 64"
+    if shape.codebook == "allocated" and shape.block_size % CHUNK:
+        yield _no_chunks(shape)
     elif shape.block_size != 32 and (shape.block_size % 64 or shape.block_size < 1):
         yield (
             f"block_size: {shape.block_size} is neither 32 nor a multiple of 64; choose one of them"
@@ -217,6 +223,8 @@ def triton_past(shape: CacheShape) -> Iterator[str]:
     yield from _codes(shape, "nuq", "allocated")
     allocated = shape.codebook == "allocated"
     yield from _head_dim(shape, CUDA_HEAD_DIMS if allocated else TRITON_HEAD_DIMS)
+    if allocated and shape.block_size % CHUNK:
+        yield _no_chunks(shape)
     if allocated and shape.query_dtype not in (None, shape.dtype):
         yield (
             f"query_dtype: {_name(shape.query_dtype or shape.dtype)} is not the cache's "

@@ -137,7 +137,7 @@ def even_levels(points: np.ndarray, weights: np.ndarray, count: int) -> np.ndarr
         count: Number of levels, at least two.
 
     Returns:
-        float64 `[count]`, increasing.
+        float64 `[count]`, increasing, whose midpoints lie within the points of some weight.
     """
     seen = points[weights > 0]
     low, high = float(seen.min()), float(seen.max())
@@ -160,7 +160,9 @@ def even_levels(points: np.ndarray, weights: np.ndarray, count: int) -> np.ndarr
             first, step = point - slope * code, slope
         codes = np.clip(np.rint((points - first) / step), 0, count - 1)
         error = float(weights @ (points - first - step * codes) ** 2)
-        if error < least:
+        # Extrapolated levels could leave no point to the last codes.
+        inside = low <= first + step / 2 and first + step * (count - 1.5) <= high
+        if inside and error < least:
             best, least = first + step * np.arange(count), error
     return best
 

@@ -18,8 +18,9 @@ from kvquant.study.tasks import SUITES, TaskSpec
 from kvquant.study.timing import TimedStage
 
 VERSIONS = {
-    # Versions of file formats, not of content: 2 has hashes. An increase makes the files again.
-    **{"fetch": 2, "statistics-file": 2, "quantizer-file": 2},
+    # Versions of file formats, not of content: 2 has hashes, 3 the scales of heads of values. An
+    # increase makes the files again.
+    **{"fetch": 2, "statistics-file": 3, "quantizer-file": 3},
     **{"calibrate": 1, "quantize": 1, "prompts": 1, "evaluate": 1},
     **{"throughput": 1, "append": 1, "kernels": 1},
     "energy": 2,  # 2: only the model's own GPUs, each CPU socket once, settled averages

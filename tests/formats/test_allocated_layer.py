@@ -48,6 +48,11 @@ def uneven(name: str, width: int) -> Damage:
     return damage
 
 
+def far_levels(t: dict[str, torch.Tensor]) -> None:
+    t["key_levels"][3, :16] = torch.linspace(-1.0, 1.2, 16)
+    t["key_levels"][3, 16:] = 1.2
+
+
 def one_level(t: dict[str, torch.Tensor]) -> None:
     t["key_levels"][0] = 0.25
 
@@ -96,6 +101,7 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
         )
         for name, width in (("key_levels", 4), ("key_levels", 6), ("value_levels", 5))
     },
+    "far levels": ("key_levels of width 4 reach too far beyond [-1, 1]", far_levels),
     "one level": ("key_levels of width 1 are not evenly spaced", one_level),
     **{
         f"no {name}": (f"{name} has no codebook of width 3", without_codebook(name, 3))

@@ -1,4 +1,5 @@
-// The decode kernel of allocated codes as a library for a CPU; arguments as cuLaunchKernel has them.
+// The decode kernel of allocated codes as a library for a CPU; arguments as cuLaunchKernel has
+// them.
 #include "decode_allocated.cu"
 
 #define ARGUMENT(type, i) (*(type*)arguments[i])

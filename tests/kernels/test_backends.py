@@ -96,6 +96,8 @@ SHAPES: list[tuple[Operation, Backend, dict[str, Any], str]] = [
     ("decode", "cuda", {"packed_by_kernels": False}, "blocks: PyTorch packed .*; see why"),
     ("decode", "cuda", {"arenas": 2049}, "arenas: 2049 .* 2048 .*; prefill in longer chunks"),
     ("decode", "cuda", {"arena_blocks": (1 << 20) + 1}, "arena_blocks: 1048577 .*; prefill"),
+    ("decode", "cuda", {"rotates_values": True}, "rotates_values: .*; load .* `rotation: false`"),
+    ("past", "triton", {"rotates_values": True}, "rotates_values: "),
     ("past", "triton", {"codebook": "turboquant"}, "codebook: .*'turboquant'"),
     ("past", "triton", {"head_dim": 96}, "head_dim: 96 is none of 32, 64, 128, 256"),
     ("past", "triton", {"query_dtype": torch.float32}, "query_dtype: float32 .*; load the model"),
@@ -114,6 +116,42 @@ ALLOCATED: list[tuple[Backend, dict[str, Any], str]] = [
     ("cuda", {"dtype": torch.float32}, "dtype: .* float32, .*; load the model in one"),
     ("triton", {"block_size": 32}, "codebook: .*'allocated'; choose"),
 ]
+
+
+# Of what reads such blocks.
+READERS: list[tuple[Operation, Backend, dict[str, Any], str]] = [
+    ("decode", "cuda", {"block_size": 32}, "block_size: 32 is not a multiple of the 64"),
+    ("decode", "cuda", {"rotates_values": True}, "rotates_values: "),
+    ("past", "triton", {"block_size": 32}, "block_size: 32 is not a multiple of the 64"),
+    ("past", "triton", {"rotates_values": True}, "rotates_values: "),
+    ("past", "triton", {"head_dim": 32}, "head_dim: 32 is none of 64, 128, 256"),
+    ("past", "triton", {"query_dtype": torch.bfloat16}, "query_dtype: bfloat16 is not .* float16"),
+]
+
+
+@pytest.mark.parametrize(("operation", "backend", "changes", "says"), READERS)
+def test_reading_allocated_codes_is_refused_for_one_reason(
+    operation: Operation, backend: Backend, changes: dict[str, Any], says: str
+) -> None:
+    found = ask(operation, codebook="allocated", bits=3, **changes)
+    (reason,) = found.reasons(backend)
+    assert re.match(says, reason)
+    assert ask(operation, codebook="allocated", bits=3).backend == backend
+
+
+def test_a_cuda_kernel_expands_allocated_codes_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = replace(SHAPE, codebook="allocated", bits=3)
+    found = decide("past", shape, replace(GPU, nvrtc="gone"), "auto", load=False)
+    assert found.backend == "pytorch" and "cuda-bindings: NVRTC" in found.reasons("triton")[0]
+    assert decide("past", shape, GPU, "triton", load=False).backend == "pytorch"
+
+    def fails(shape: Any, index: int) -> None:
+        raise KernelUnavailable("expand_allocated.cu: line 1")
+
+    monkeypatch.setattr(backends.cuda_expand_allocated, "function", fails)
+    with pytest.warns(UserWarning, match="no CUDA expansion kernel"):
+        found = decide("past", replace(shape, kv_heads=77), GPU, "auto")
+    assert found.backend == "pytorch" and found.reasons("triton")[0].startswith("kernel: ")
 
 
 @pytest.mark.parametrize(("backend", "changes", "says"), ALLOCATED)

@@ -25,8 +25,11 @@ def error_of(
     device: str,
     **options: Any,
 ) -> float:
+    spread = options.pop("spread", 1.0)
     made = allocated_case(dim, group, size, outliers, dtype, device=device, **options)
-    return decode_error(3, dim, group, size, outliers, dtype, lengths, device=device, made=made)
+    return decode_error(
+        3, dim, group, size, outliers, dtype, lengths, device=device, made=made, spread=spread
+    )
 
 
 @pytest.mark.gpu
@@ -77,6 +80,21 @@ def test_every_width(width: int, even: bool, monkeypatch: pytest.MonkeyPatch) ->
         emulate_decode(monkeypatch, multiprocessors=16)
     lengths = [(3, 7), (1, 0)]
     error = error_of(64, 1, 64, 0.0025, torch.float16, lengths, device, width=width, even=even)
+    assert error < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("spread", "width", "even"), [(3000.0, None, False), (1e-3, None, False), (1e-3, 4, True)]
+)
+def test_large_and_small_values(
+    spread: float, width: int | None, even: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values times the scale of their head, up to 4 here, exceed what fp16 holds."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        emulate_decode(monkeypatch, multiprocessors=16)
+    options = {"width": width, "even": even, "spread": spread, "seed": 1}
+    error = error_of(64, 1, 64, 0.0025, torch.float16, [(3, 7), (1, 0)], device, **options)
     assert error < TOLERANCE[torch.float16]
 
 

@@ -45,9 +45,19 @@ def filled(
 
 
 def expanded(
-    store: BlockStore, layout: Layout, shape: DecodeShape, first: int, stop: int, kind: torch.dtype
+    store: BlockStore,
+    layout: Layout,
+    shape: DecodeShape,
+    first: int,
+    stop: int,
+    kind: torch.dtype,
+    *,
+    simulated: bool = False,
 ) -> tuple[torch.Tensor, int]:
-    """A range of blocks of all sequences, and the position of its first token."""
+    """A range of blocks of all sequences, and the position of its first token.
+
+    With `simulated` the tail stands for quantized tokens in fp32, as protocol B reads it.
+    """
     view = layout.view()
     table = block_table(layout, view.blocks, torch.device(DEVICE))
     counts = zip(view.lengths, view.blocks, view.tails, strict=True)
@@ -65,8 +75,13 @@ def expanded(
     arenas, tables = store.arena_table(), store.codec.past_tables
     assert arenas is not None and tables is not None
     part = Range(first, stop, base, places)
+    tail = store.tail
+    if simulated:
+        faked = store.read_tail(view, fake=True)
+        assert faked[0].dtype is torch.float32
+        tail = (faked[0].contiguous(), faked[1].contiguous())
     workspace.expand(
-        part, arenas, table, lengths, Held(store.sinks, store.tail), tables, turns, layout.sinks
+        part, arenas, table, lengths, Held(store.sinks, tail), tables, turns, layout.sinks
     )
     return workspace.data.float(), base
 
@@ -101,11 +116,11 @@ def test_every_token_is_what_pytorch_reads(
     lengths = [2 * size + 70 + 17, sinks + size, 5, 1]
     store, layout = filled(codec, lengths, kind, dim, heads)
     view = layout.view()
-    for first, stop in ((0, 3), (1, 2)):
-        data, base = expanded(store, layout, shape, first, stop, kind)
+    for first, stop, simulated in ((0, 3, False), (1, 2, False), (0, 3, True)):
+        data, base = expanded(store, layout, shape, first, stop, kind, simulated=simulated)
         for row, length in enumerate(lengths):
             blocks = [store.unpack(a, slice(p, p + 1)) for a, p in layout.table[row]]
-            tails = store.read_tail(view, fake=False)
+            tails = store.read_tail(view, fake=simulated)
             for i in range(2):
                 assert store.sinks is not None
                 held = store.sinks[i][row, :, : min(sinks, length)]

@@ -10,7 +10,7 @@ import torch
 from kvquant.quantization.batched_quant import BatchedKVQuantizer
 from kvquant.schemes.allocated import AllocatedCodec
 from kvquant.study.schemes import AllocatedScheme
-from tests.support.decode_case import TOLERANCE, decode_error
+from tests.support.decode_case import TOLERANCE, allocated_case, decode_error
 from tests.support.packing import check_packed, same_outliers
 from tests.support.past_case import PastCase, largest_error
 from tests.support.quantizers import random_allocated, random_quantizer
@@ -73,6 +73,21 @@ def test_pack_allocated(
         for name, t in found[0].dense.items():
             assert torch.equal(t, found[1].dense[name])
         assert same_outliers(found[0].sparse["keys"], found[1].sparse["keys"])
+
+
+@pytest.mark.parametrize(("dim", "group", "size"), [(128, 4, 64), (64, 1, 128), (256, 8, 64)])
+def test_decode_allocated(dim: int, group: int, size: int) -> None:
+    made = allocated_case(dim, group, size, 0.01, torch.float16)
+    lengths = [(0, 1), (1, size - 1), (9, 2)]
+    error = decode_error(3, dim, group, size, 0.01, torch.float16, lengths, made=made)
+    assert error < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_continue_allocated(dim: int) -> None:
+    made = allocated_case(dim, 3, 64, 0.01, torch.float16)
+    case = PastCase([197, 1, 66], 5, heads=2, group=3, dim=dim, size=64, codec=made[0])
+    assert largest_error(case.attend(2), case.reference()) < 8e-3
 
 
 def test_continue() -> None:

@@ -114,6 +114,21 @@ def test_evenly_spaced_levels_fit_as_well_as_a_search(count: int) -> None:
         assert error(levels[0], levels[-1]) <= error(-1.0, 1.0)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 6), st.integers(2, 30), st.integers(0, 10**6))
+def test_evenly_spaced_levels_stay_among_sparse_points(bits: int, some: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    points = (np.arange(1024) + 0.5) / 512 - 1
+    weights = np.zeros(1024)
+    chosen = generator.choice(1024, some, replace=False)
+    weights[chosen] = generator.exponential(size=some) ** 3
+    levels = even_levels(points, weights, 2**bits)
+    seen = points[weights > 0]
+    assert (np.diff(levels) > 0).all()
+    middles = (levels[:-1] + levels[1:]) / 2
+    assert middles[0] >= seen.min() - 1e-9 and middles[-1] <= seen.max() + 1e-9
+
+
 def test_evenly_spaced_levels_of_one_point() -> None:
     points = np.array([-1.0, 0.25, 1.0])
     levels = even_levels(points, np.array([0.0, 3.0, 0.0]), 4)

@@ -110,9 +110,9 @@ def decode_error(
     batch = len(lengths)
     x = torch.randn(2, max(total, 1), heads, size, dim, device=device)
     x[0] += key_zero[:, None]
-    x[1] *= spread
     x[1, :, :, 3] += 7.0  # a token far from zero
     x[:, :, :, 5] = 0.25  # a constant one
+    x[1] *= spread
     if column:
         x[1, ..., 7] = column
     x = x.to(dtype)
@@ -136,7 +136,9 @@ def decode_error(
             table[b, i] = block_number(*where[block])
         at += n
     room = size
-    held = torch.randn(2, batch, heads, sinks + room, dim, device=device).to(dtype)
+    held = torch.randn(2, batch, heads, sinks + room, dim, device=device)
+    held[1] *= spread
+    held = held.to(dtype)
     sink = (held[0, :, :, :sinks].contiguous(), held[1, :, :, :sinks].contiguous())
     tail = (held[0, :, :, sinks:].contiguous(), held[1, :, :, sinks:].contiguous())
     numbers = torch.tensor([(sinks, n, t) for n, t in lengths], dtype=torch.int32, device=device)

@@ -27,7 +27,9 @@ template <int WIDTH> constexpr ItemPlace item_place(int item) {
   return {item * WIDTH / 16, item * WIDTH % 16};
 }
 
-__device__ __forceinline__ u32 shifted(u32 x, int left) { return left < 0 ? x >> -left : x << left; }
+__device__ __forceinline__ u32 shifted(u32 x, int left) {
+  return left < 0 ? x >> -left : x << left;
+}
 
 // Both halves' bits from `mask`.
 constexpr u32 in_halves(u32 mask) { return mask | mask << 16; }

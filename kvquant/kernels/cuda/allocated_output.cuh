@@ -57,8 +57,7 @@ __device__ __forceinline__ void accumulate_reading(const SharedStorage& smem, in
   const u8* codes = chunk_codes(smem, VALUES, warp_idx, num_chunks) + lane_idx * 4;
   u32 words[AHEAD][WIDTH];
 #pragma unroll
-  for (int i = 0; i < AHEAD; i++)
-    load_codes(words[i], codes + i * (WIDTH * PLANE_BYTES));
+  for (int i = 0; i < AHEAD; i++) load_codes(words[i], codes + i * (WIDTH * PLANE_BYTES));
 #pragma unroll 1
   for (int kv_chunk_idx = warp_idx; kv_chunk_idx < num_chunks; kv_chunk_idx += NUM_WARPS) {
     const u8* const next_chunk =
@@ -95,13 +94,20 @@ __device__ __forceinline__ void accumulate_values(const SharedStorage& smem, int
                                                   int warp_idx, int lane_idx,
                                                   float (&out)[CHANNEL_TILES][4]) {
   switch (smem.head_table.value_reading) {
-    case 1: return accumulate_reading<1>(smem, num_chunks, warp_idx, lane_idx, out);
-    case 2: return accumulate_reading<2>(smem, num_chunks, warp_idx, lane_idx, out);
-    case 3: return accumulate_reading<3>(smem, num_chunks, warp_idx, lane_idx, out);
-    case 4: return accumulate_reading<4>(smem, num_chunks, warp_idx, lane_idx, out);
-    case 5: return accumulate_reading<5>(smem, num_chunks, warp_idx, lane_idx, out);
-    case 6: return accumulate_reading<6>(smem, num_chunks, warp_idx, lane_idx, out);
-    default: return accumulate_reading<EVEN_FOUR>(smem, num_chunks, warp_idx, lane_idx, out);
+    case 1:
+      return accumulate_reading<1>(smem, num_chunks, warp_idx, lane_idx, out);
+    case 2:
+      return accumulate_reading<2>(smem, num_chunks, warp_idx, lane_idx, out);
+    case 3:
+      return accumulate_reading<3>(smem, num_chunks, warp_idx, lane_idx, out);
+    case 4:
+      return accumulate_reading<4>(smem, num_chunks, warp_idx, lane_idx, out);
+    case 5:
+      return accumulate_reading<5>(smem, num_chunks, warp_idx, lane_idx, out);
+    case 6:
+      return accumulate_reading<6>(smem, num_chunks, warp_idx, lane_idx, out);
+    default:
+      return accumulate_reading<EVEN_FOUR>(smem, num_chunks, warp_idx, lane_idx, out);
   }
 }
 

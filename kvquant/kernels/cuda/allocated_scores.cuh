@@ -39,9 +39,9 @@ __device__ __forceinline__ void unrotate_queries(const SharedStorage& smem,
     for (int q = item / TWOS; q < GROUP_SIZE; q += LANES_PER_TWO) {
       const float* const query = smem.query[q];
       const float x[2] = {query[f], query[k]}, y[2] = {query[f + HALF_DIM], query[k + HALF_DIM]};
-      ((uint2*)to[q])[two] = make_uint2(
-          pack2(fmaf(x[0], c[0], y[0] * s[0]), fmaf(x[1], c[1], y[1] * s[1])),
-          pack2(fmaf(y[0], c[0], -x[0] * s[0]), fmaf(y[1], c[1], -x[1] * s[1])));
+      ((uint2*)to[q])[two] =
+          make_uint2(pack2(fmaf(x[0], c[0], y[0] * s[0]), fmaf(x[1], c[1], y[1] * s[1])),
+                     pack2(fmaf(y[0], c[0], -x[0] * s[0]), fmaf(y[1], c[1], -x[1] * s[1])));
     }
   }
 }
@@ -134,12 +134,23 @@ __device__ __forceinline__ void compute_scores(SharedStorage& smem, int num_chun
       const uint2 tile_query = query[tile * 4];
       const u8* const turns = rope + tile * (CHUNK_SIZE * 32);
       switch (width) {
-        case 1: multiply_key_tile<1>(scores, words, levels, operands, tile_query, turns); break;
-        case 2: multiply_key_tile<2>(scores, words, levels, operands, tile_query, turns); break;
-        case 3: multiply_key_tile<3>(scores, words, levels, operands, tile_query, turns); break;
-        case 4: multiply_key_tile<4>(scores, words, levels, operands, tile_query, turns); break;
-        case 5: multiply_key_tile<5>(scores, words, levels, operands, tile_query, turns); break;
-        default: multiply_key_tile<6>(scores, words, levels, operands, tile_query, turns);
+        case 1:
+          multiply_key_tile<1>(scores, words, levels, operands, tile_query, turns);
+          break;
+        case 2:
+          multiply_key_tile<2>(scores, words, levels, operands, tile_query, turns);
+          break;
+        case 3:
+          multiply_key_tile<3>(scores, words, levels, operands, tile_query, turns);
+          break;
+        case 4:
+          multiply_key_tile<4>(scores, words, levels, operands, tile_query, turns);
+          break;
+        case 5:
+          multiply_key_tile<5>(scores, words, levels, operands, tile_query, turns);
+          break;
+        default:
+          multiply_key_tile<6>(scores, words, levels, operands, tile_query, turns);
       }
     }
     const float unit = HAS_OUTLIERS ? smem.score_units[kv_chunk_idx / CHUNKS_PER_BLOCK] : 0.0f;

@@ -1,5 +1,5 @@
 // The calibration of one kv head with allocated codes, as the decode kernel copies it;
-// decode_tables.py makes it.
+// allocated_tables.py makes it.
 //
 // Tiles of 16 channels are 8 RoPE pairs: channels c (x) and c + HALF_DIM (y). The pairs of a head
 // are sorted; `place` means a pair's index in that order.
@@ -63,12 +63,12 @@ struct __align__(16) HeadTable {
   uint4 key_operands[CHANNEL_TILES][4];
   Levels key_levels[2], value_levels[2];  // of widths 2 and 3
   WideLevels wide_levels;                 // of values, of width 4
-  i64 offset[2];        // bytes from the begin of a block to the head's codes
-  i64 block_bytes[2];   // of all heads
-  int chunk_bytes[2];   // of the head
-  int value_reading;      // the values' width, or EVEN_FOUR (allocated_output.cuh)
-  float value_factor[2];  // what codes of rows g and g + 8 are read as, times this, plus the shift
-  float value_shift;      // are levels
+  i64 offset[2];                          // bytes from the begin of a block to the head's codes
+  i64 block_bytes[2];                     // of all heads
+  int chunk_bytes[2];                     // of the head
+  int value_reading;                      // the values' width, or EVEN_FOUR (allocated_output.cuh)
+  float value_factor[2];  // makes values, but for the shift, of sums over codes of rows g, g + 8
+  float value_shift;      // of levels, against what their codes are read as
   float largest_key;      // the largest magnitude that a level of keys stands for
   float value_scale;      // of all values of the head
   u16 pairs[HALF_DIM];    // the pair at each place

@@ -102,8 +102,7 @@ struct BlockFinder {
     if (!found) return;
     const i64* arena = params.arenas + (i64)(block_number >> PLACE_BITS) * NUM_ARENA_FIELDS;
 #pragma unroll
-    for (int i = 0; i < NUM_FIELDS_READ; i++)
-      address[i] = __ldg(arena + i);
+    for (int i = 0; i < NUM_FIELDS_READ; i++) address[i] = __ldg(arena + i);
   }
   __device__ __forceinline__ u32 place() const { return block_number & ((1u << PLACE_BITS) - 1); }
   __device__ __forceinline__ void read_outlier_lists(const DecodeParams& params, int kv_head_idx) {
@@ -122,12 +121,13 @@ struct BlockFinder {
                                         const CodePlaces& places, int kv_head_idx, int warp_idx,
                                         int lane_idx) const {
     if (!found) return;
-    const i64 token_block = place(),
-              ranges = VALUE_RANGE_PER_HEAD ? token_block * params.num_kv_heads + kv_head_idx
-                                            : token_block;
+    const i64 token_block = place(), ranges = VALUE_RANGE_PER_HEAD
+                                                  ? token_block * params.num_kv_heads + kv_head_idx
+                                                  : token_block;
     BlockEntry& block = smem.blocks[warp_idx + lane_idx * NUM_WARPS];
     block.codes[KEYS] = (const u8*)address[KEY_CODES] + places.block_offset(token_block, KEYS);
-    block.codes[VALUES] = (const u8*)address[VALUE_CODES] + places.block_offset(token_block, VALUES);
+    block.codes[VALUES] =
+        (const u8*)address[VALUE_CODES] + places.block_offset(token_block, VALUES);
     block.v_zeros = (const u16*)address[VALUE_ZEROS] + ranges * BLOCK_SIZE;
     block.v_scales = (const u16*)address[VALUE_SCALES] + ranges * BLOCK_SIZE;
     if constexpr (HAS_OUTLIERS) {

@@ -21,7 +21,6 @@ __device__ __forceinline__ void compute_weights(SharedStorage& smem, int num_chu
                                                 int lane_idx) {
   float maximum[GROUP_SIZE], sum[GROUP_SIZE], zeros[GROUP_SIZE];
   const float shift = value_shift(smem.head_table);  // of levels, against what they are read as
-  const float unit = value_scale(smem.head_table);
 #pragma unroll
   for (int q = 0; q < GROUP_SIZE; q++) {
     maximum[q] = warp_max_signed(lane_idx < NUM_WARPS ? smem.score_max[q][lane_idx] : NO_SCORE);
@@ -33,10 +32,9 @@ __device__ __forceinline__ void compute_weights(SharedStorage& smem, int num_chu
       const int pair = kv_chunk_idx % CHUNKS_PER_BLOCK * PAIRS_PER_CHUNK + lane_idx;
       const u32 both_scales = smem.v_scales[kv_chunk_idx / CHUNKS_PER_BLOCK][pair],
                 both_zeros = smem.v_zeros[kv_chunk_idx / CHUNKS_PER_BLOCK][pair];
-      const float scale[2] = {load16((u16)(both_scales & 0xFFFF)) * unit,
-                              load16((u16)(both_scales >> 16)) * unit};
-      const float zero[2] = {load16((u16)(both_zeros & 0xFFFF)) * unit,
-                             load16((u16)(both_zeros >> 16)) * unit};
+      const float scale[2] = {load16((u16)(both_scales & 0xFFFF)),
+                              load16((u16)(both_scales >> 16))};
+      const float zero[2] = {load16((u16)(both_zeros & 0xFFFF)), load16((u16)(both_zeros >> 16))};
 #pragma unroll
       for (int q = 0; q < GROUP_SIZE; q++) {
         uint2* const weight = &smem.weight[q][kv_chunk_idx * PAIRS_PER_CHUNK + lane_idx];
@@ -58,7 +56,7 @@ __device__ __forceinline__ void compute_weights(SharedStorage& smem, int num_chu
     }
     if (lane_idx == 0) {
       smem.weight_sum[q][warp_idx] = sum[q];
-      smem.zero_sum[q][warp_idx] = zeros[q];
+      smem.zero_sum[q][warp_idx] = zeros[q] * value_scale(smem.head_table);
     }
   }
 }

@@ -15,6 +15,8 @@ constexpr int EXPAND_THREADS = 256, EXPAND_WARPS = EXPAND_THREADS / 32;
 constexpr int ROW_STRIDE = HEAD_DIM + 2;  // fp32 numbers per token in shared memory
 constexpr int LEVELS = 1 << MAX_WIDTH;
 
+constexpr float LARGEST = BF16 ? 0x1.FEp127f : 65504.0f;  // number of the cache
+
 struct ExpandStorage {
   float rows[CHUNK_SIZE][ROW_STRIDE];
   float levels[MAX_WIDTH][LEVELS];
@@ -52,12 +54,18 @@ __device__ __forceinline__ void for_tile(int width, const u8* tile, int lane_idx
   };
   u32 one[1], two[2], three[3], four[4], five[5], six[6];
   switch (width) {
-    case 1: return each(one);
-    case 2: return each(two);
-    case 3: return each(three);
-    case 4: return each(four);
-    case 5: return each(five);
-    default: return each(six);
+    case 1:
+      return each(one);
+    case 2:
+      return each(two);
+    case 3:
+      return each(three);
+    case 4:
+      return each(four);
+    case 5:
+      return each(five);
+    default:
+      return each(six);
   }
 }
 
@@ -68,8 +76,7 @@ __device__ __forceinline__ void copy_levels(ExpandStorage& smem, const float* le
 }
 
 // Writes tokens of the workspace, two channels at a time. `read(token, channel)` gives a number.
-template <typename F>
-__device__ __forceinline__ void write_values(u16* to, int count, F read) {
+template <typename F> __device__ __forceinline__ void write_values(u16* to, int count, F read) {
   for (int i = threadIdx.x; i < count * (HEAD_DIM / 2); i += EXPAND_THREADS) {
     const int token = i / (HEAD_DIM / 2), c = i % (HEAD_DIM / 2) * 2;
     const u32 low = store16(read(token, c)), high = store16(read(token, c + 1));
@@ -124,8 +131,9 @@ __device__ __forceinline__ void expand_block(const ExpandParams& params, ExpandS
   };
   copy_levels(smem, params.key_levels);
   __syncthreads();
-  const float *const scales = params.key_scale + kv_head_idx * HEAD_DIM,
-              *const zeros = params.key_zero + kv_head_idx * HEAD_DIM;
+  const float *const scales = params.key_scale + kv_head_idx * HEAD_DIM, *const zeros =
+                                                                             params.key_zero +
+                                                                             kv_head_idx * HEAD_DIM;
   const u8* codes = chunk_of(KEYS);
   for (int tile = 0; tile < CHANNEL_TILES; tile++) {
     const int width = table.key_widths[tile];
@@ -158,25 +166,28 @@ __device__ __forceinline__ void expand_block(const ExpandParams& params, ExpandS
                           (BLOCK_SIZE / CHUNK_SIZE) +
                       chunk) *
                      CHUNK_SIZE;
-  const u16 *const v_zeros = (const u16*)arena[VALUE_ZEROS] + ranges,
-            *const v_scales = (const u16*)arena[VALUE_SCALES] + ranges;
+  const u16 *const v_zeros = (const u16*)arena[VALUE_ZEROS] + ranges, *const v_scales =
+                                                                          (const u16*)
+                                                                              arena[VALUE_SCALES] +
+                                                                          ranges;
   const int width = table.chunk_bytes[VALUES] / (CHANNEL_TILES * PLANE_BYTES);
   codes = chunk_of(VALUES);
   for (int tile = warp_idx; tile < CHANNEL_TILES; tile += EXPAND_WARPS)
-    for_tile<VALUES>(width, codes + tile * width * PLANE_BYTES, lane_idx,
-                     [&](int token, int i, u32 code) {
-                       smem.rows[token][8 * tile + i % 8 + i / 8 * HALF_DIM] =
-                           (smem.levels[width - 1][code] * load16(v_scales[token]) +
-                            load16(v_zeros[token])) *
-                           table.value_scale;
-                     });
+    for_tile<VALUES>(
+        width, codes + tile * width * PLANE_BYTES, lane_idx, [&](int token, int i, u32 code) {
+          const float x =
+              (smem.levels[width - 1][code] * load16(v_scales[token]) + load16(v_zeros[token])) *
+              table.value_scale;
+          // Rounding may exceed what 16 bits hold; packed values are finite.
+          smem.rows[token][8 * tile + i % 8 + i / 8 * HALF_DIM] =
+              fminf(fmaxf(x, -LARGEST), LARGEST);
+        });
   __syncthreads();
   write_values(values, CHUNK_SIZE, read);
 }
 
 // Grid: [chunks of the blocks from `low` on, num_kv_heads, batch]. Block -1 are the sinks.
-extern "C" __global__ void __launch_bounds__(EXPAND_THREADS, 2)
-    expand(const ExpandParams params) {
+extern "C" __global__ void __launch_bounds__(EXPAND_THREADS, 2) expand(const ExpandParams params) {
   DYNAMIC_SHARED(smem_raw, EXPAND_BYTES);
   ExpandStorage& smem = *(ExpandStorage*)smem_raw;
   const int ordinal = params.low + (int)blockIdx.x / params.chunks;
@@ -184,17 +195,16 @@ extern "C" __global__ void __launch_bounds__(EXPAND_THREADS, 2)
   const int kv_head_idx = blockIdx.y, batch_idx = blockIdx.z;
   const int* const lengths = params.lengths + batch_idx * 4;
   const bool sinks = ordinal < 0, packed = !sinks && ordinal < lengths[1];
-  const int count = (sinks                    ? lengths[0]
-                     : packed                 ? BLOCK_SIZE
-                     : ordinal == lengths[1]  ? lengths[2]
-                                              : 0) -
+  const int count = (sinks                   ? lengths[0]
+                     : packed                ? BLOCK_SIZE
+                     : ordinal == lengths[1] ? lengths[2]
+                                             : 0) -
                     first;
   if (count <= 0) return;
   const int position = (sinks ? 0 : params.sinks + ordinal * BLOCK_SIZE) + first;
   const i64 row = (i64)batch_idx * params.num_kv_heads + kv_head_idx;
   u16* const keys = params.out + (row * params.places + position - params.base) * HEAD_DIM;
-  u16* const values =
-      keys + (i64)gridDim.z * params.num_kv_heads * params.places * HEAD_DIM;
+  u16* const values = keys + (i64)gridDim.z * params.num_kv_heads * params.places * HEAD_DIM;
   if (packed) {
     const u32 number = params.table[(i64)batch_idx * params.table_stride + ordinal];
     expand_block(params, smem, number, kv_head_idx, first / CHUNK_SIZE, position, keys, values);

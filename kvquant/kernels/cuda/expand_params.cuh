@@ -20,7 +20,6 @@ struct ExpandParams {
   const float* cos;           // [positions, HALF_DIM]
   const float* sin;           // the same shape
   u16* out;                   // [2, batch, num_kv_heads, places, HEAD_DIM]
-  int num_kv_heads, table_stride, sink_room, tail_room, low, chunks, base, places, sinks,
-      fp32_tail;
+  int num_kv_heads, table_stride, sink_room, tail_room, low, chunks, base, places, sinks, fp32_tail;
 };
 template struct ExpandParamsLayout<ExpandParams>;

@@ -60,8 +60,8 @@ __device__ __forceinline__ int rope_offset(const HeadTable&, int token, int f) {
 
 constexpr int SINE_OFFSET = 8;  // from a cosine to its sine
 
-// Where channel `c` of a query lies in its operands, in halves: by selector word and thread of four,
-// channels (c, c+1), those + HALF_DIM, (c+2, c+3), those + HALF_DIM.
+// Where channel `c` of a query lies in its operands, in halves: by selector word and thread of
+// four, channels (c, c+1), those + HALF_DIM, (c+2, c+3), those + HALF_DIM.
 __device__ __forceinline__ int query_offset(const HeadTable&, int c) {
   int f = c % HALF_DIM, j = f / (HEAD_DIM / 4), rest = f % (HEAD_DIM / 4),
       t = rest / (HEAD_DIM / 16), w = rest % (HEAD_DIM / 16) / 4;
@@ -71,7 +71,8 @@ __device__ __forceinline__ int query_offset(const HeadTable&, int c) {
 // Where the codes of a kv head lie in a block, and how long a block and a chunk are.
 struct CodePlaces {
   __device__ __forceinline__ CodePlaces(const DecodeParams& params, int kv_head_idx)
-      : kv_head_idx(kv_head_idx), num_kv_heads(params.num_kv_heads) {}
+      : kv_head_idx(kv_head_idx),
+        num_kv_heads(params.num_kv_heads) {}
   __device__ __forceinline__ i64 block_offset(i64 place, int) const {
     return (place * num_kv_heads + kv_head_idx) * (BLOCK_SIZE * TOKEN_BYTES);
   }

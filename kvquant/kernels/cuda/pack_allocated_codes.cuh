@@ -1,8 +1,9 @@
 // The codes of a tile, found by the comparisons of the specification, and their places in words.
 //
-// A code is the number of midpoints below the normalized element. Levels of widths 2 and 3 are
-// anywhere, so their midpoints are compared in a binary search. Those of other widths are evenly
-// spaced but for rounding: the nearest midpoint is computed, and comparing with it decides.
+// A code is the number of midpoints below the normalized element. Levels of widths 2 and 3, and of
+// values of width 4, are anywhere, so their midpoints are compared in a binary search. Those of
+// other widths are evenly spaced but for rounding: the nearest midpoint is computed, and comparing
+// with it decides.
 #pragma once
 
 #include "pack_allocated_tile.cuh"
@@ -77,8 +78,8 @@ template <int WIDTH, bool OF_KEYS> struct Coder {
   }
   // Adds a bit, or a whole code from its lowest bit on.
   __device__ __forceinline__ void put(int item, int e, int bit, u32 x) {
-    words[place(WIDTH, item, e, bit, OF_KEYS) / 32] += x
-                                                       << (place(WIDTH, item, e, bit, OF_KEYS) % 32);
+    words[place(WIDTH, item, e, bit, OF_KEYS) / 32] +=
+        x << (place(WIDTH, item, e, bit, OF_KEYS) % 32);
   }
   // Adds the code of a normalized element.
   __device__ __forceinline__ void add(float x, int item, int e) {

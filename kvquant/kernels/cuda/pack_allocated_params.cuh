@@ -7,12 +7,12 @@
 
 // The calibration of a layer's keys or of its values.
 struct PackTables {
-  const int4* tiles;    // [NUM_KV_HEADS, TILES], see TilePlace
-  const float* levels;  // [MAX_WIDTH, LEVEL_ROW]
-  const uint4* ranges;  // keys: [NUM_KV_HEADS, TILES, 2, 4]: zeros and inverses of two channels
-  const u32* channels;  // keys: [NUM_KV_HEADS, TILES, 4]: the first channels of two RoPE pairs
+  const int4* tiles;      // [NUM_KV_HEADS, TILES], see TilePlace
+  const float* levels;    // [MAX_WIDTH, LEVEL_ROW]
+  const uint4* ranges;    // keys: [NUM_KV_HEADS, TILES, 2, 4]: zeros and inverses of two channels
+  const u32* channels;    // keys: [NUM_KV_HEADS, TILES, 4]: the first channels of two RoPE pairs
   const float* inverses;  // values: [NUM_KV_HEADS]: factors before ranges are taken
-  int planes;           // of all heads, the sum of all tiles' widths
+  int planes;             // of all heads, the sum of all tiles' widths
 };
 template struct PackTablesLayout<PackTables>;
 
