@@ -173,7 +173,7 @@ def test_the_reasons_are_those_of_all_layers(monkeypatch: pytest.MonkeyPatch) ->
     (_, plain), (_, wide) = (cpu_cache(spec, 2, reaches) for reaches in ((1.0, 1.0), (1.0, 7e4)))
     facts = backends.DeviceFacts("cuda", capability=(9, 0))
     monkeypatch.setattr(backends, "device_facts", lambda device: facts)
-    monkeypatch.setattr(backends, "_load_problem", lambda shape, index: None)
+    monkeypatch.setattr(backends, "_load_problem", lambda shape, index, *, expands: None)
     (short,) = plain.step_refusals(where)
     assert short == (
         "lengths: a sequence of 2 tokens is shorter than the 3 sinks; call the model until it is "
