@@ -83,6 +83,19 @@ def test_every_width(width: int, even: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert error < TOLERANCE[torch.float16]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_range_times_the_scale_of_a_head_exceeds_fp16(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The range is that of the other head, whose scale is 1."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        emulate_decode(monkeypatch, multiprocessors=16)
+    options: dict[str, Any] = {"width": 6, "scales": (64.0, 1.0), "spread": 1500.0}
+    error = error_of(64, 1, 64, 0.0, dtype, [(3, 7), (1, 0)], device, **options)
+    assert error < 0.03  # differences of large numbers, in codes that are coarse for this head
+
+
 @pytest.mark.parametrize(
     ("spread", "width", "even"), [(3000.0, None, False), (1e-3, None, False), (1e-3, 4, True)]
 )

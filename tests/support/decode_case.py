@@ -39,10 +39,11 @@ def allocated_case(
     device: str = "cuda",
     width: int | None = None,
     even: bool = False,
+    scales: tuple[float, ...] = (),
 ) -> Made:
     """A codec of allocated codes for :func:`decode_error`, with random widths or one width.
 
-    With `even` the levels of values of 4 bits are evenly spaced.
+    With `even` the levels of values of 4 bits are evenly spaced; `scales` are those of the heads.
     """
     scale = (2.2, 3.2) if outliers else (5.0, 5.0)
     layer = random_allocated(heads, dim, scale=scale, seed=seed)
@@ -51,6 +52,9 @@ def allocated_case(
         layer.value_widths.fill_(width)
     if even:
         layer.value_levels[3, :16] = torch.linspace(-0.8, 0.9, 16)
+    if scales:
+        layer.value_scale[:] = torch.tensor(scales)
+        layer.value_levels[5] = torch.linspace(-1, 1, 64)  # which reach the ends of every range
     layer = layer.to(device)
     spec = AllocatedScheme(
         kind="allocated", outliers=outliers, block_size=size, rotation=False,
