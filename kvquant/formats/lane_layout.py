@@ -123,6 +123,19 @@ def bit_sources(width: int, *, of_keys: bool) -> torch.Tensor:
     return out.view(-1)
 
 
+@functools.cache
+def _order(width: int, device: torch.device, *, of_keys: bool, back: bool) -> torch.Tensor:
+    """Returns :func:`bit_sources` on a device, or what undoes it, made once per process."""
+    sources = bit_sources(width, of_keys=of_keys)
+    return (sources.argsort() if back else sources).to(device)
+
+
+def bytes_of(bits: torch.Tensor) -> torch.Tensor:
+    """Packs uint8 zeros and ones `[..., 8 n]` to bytes `[..., n]`, lowest bits first."""
+    weights = (1 << torch.arange(8, device=bits.device)).to(torch.uint8)
+    return (bits.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+
+
 def pack_chunks(codes: torch.Tensor, width: int, *, of_keys: bool) -> torch.Tensor:
     """Packs the codes of whole chunks.
 
@@ -136,16 +149,15 @@ def pack_chunks(codes: torch.Tensor, width: int, *, of_keys: bool) -> torch.Tens
     """
     shifts = torch.arange(width, dtype=torch.uint8, device=codes.device)
     bits = ((codes.unsqueeze(-1) >> shifts) & 1).flatten(-3)
-    ordered = bits.index_select(-1, bit_sources(width, of_keys=of_keys).to(codes.device))
-    weights = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
-    return (ordered.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    order = _order(width, codes.device, of_keys=of_keys, back=False)
+    return bytes_of(bits.index_select(-1, order))
 
 
 def unpack_chunks(packed: torch.Tensor, width: int, *, of_keys: bool) -> torch.Tensor:
     """Unpacks what :func:`pack_chunks` returns, to uint8 `[..., 64, 16]`."""
     bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
     ordered = ((packed.unsqueeze(-1) >> bits) & 1).flatten(-2)
-    places = bit_sources(width, of_keys=of_keys).argsort().to(packed.device)
+    places = _order(width, packed.device, of_keys=of_keys, back=True)
     spread = ordered.index_select(-1, places).unflatten(-1, (CHUNK, -1, width))
     codes = spread[..., 0].clone()
     for bit in range(1, width):

@@ -15,7 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
-from kvquant.formats.lane_layout import CHUNK, LANES, WORD_BYTES, pack_chunks, unpack_chunks
+from kvquant.formats.lane_layout import (
+    CHUNK,
+    LANES,
+    WORD_BYTES,
+    bytes_of,
+    pack_chunks,
+    unpack_chunks,
+)
 
 PAIRS_PER_TILE = 8
 TILE = 2 * PAIRS_PER_TILE
@@ -183,13 +190,11 @@ class MixedRows:
 
     def _pack_rows(self, codes: torch.Tensor) -> torch.Tensor:
         """Packs tokens one by one, to uint8 `[blocks, size, planes, 2]`."""
-        weights = (1 << torch.arange(8, device=codes.device)).to(torch.uint8)
         rows = codes.new_empty(*codes.shape[:2], sum(self.planes), PLANE_BYTES)
         for group in self.groups:
             shifts = torch.arange(group.width, dtype=torch.uint8, device=codes.device)
             chosen = codes.index_select(2, group.tiles).unsqueeze(3)
-            planes = ((chosen >> shifts[:, None]) & 1).unflatten(4, (PLANE_BYTES, 8))
-            packed = (planes * weights).sum(-1, dtype=torch.uint8)
+            packed = bytes_of((chosen >> shifts[:, None]) & 1)
             rows.index_copy_(2, group.places, packed.flatten(2, 3))
         return rows
 

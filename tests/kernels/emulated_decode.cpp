@@ -1,5 +1,8 @@
 // The decode kernel as a library for a CPU; arguments as cuLaunchKernel has them.
-#include "decode.cu"
+#ifndef DECODE_SOURCE
+#define DECODE_SOURCE "decode.cu"
+#endif
+#include DECODE_SOURCE
 
 #define ARGUMENT(type, i) (*(type*)arguments[i])
 

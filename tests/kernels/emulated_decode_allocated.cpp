@@ -1,16 +1,3 @@
-// The decode kernel of allocated codes as a library for a CPU; arguments as cuLaunchKernel has
-// them.
-#include "decode_allocated.cu"
-
-#define ARGUMENT(type, i) (*(type*)arguments[i])
-
-#pragma GCC visibility push(default)
-extern "C" void launch_decode(int x, int y, int z, int threads, void** arguments) {
-  launch(x, y, z, threads, [=] { decode(ARGUMENT(DecodeParams, 0)); });
-}
-extern "C" void launch_combine(int x, int y, int z, int threads, void** arguments) {
-  launch(x, y, z, threads, [=] {
-    combine(ARGUMENT(const float*, 0), ARGUMENT(const float*, 1), ARGUMENT(u16*, 2),
-            ARGUMENT(int, 3));
-  });
-}
+// The decode kernel of allocated codes as a library for a CPU.
+#define DECODE_SOURCE "decode_allocated.cu"
+#include "emulated_decode.cpp"
