@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "bench": ("kvquant.benchmarks.bench", "measure costs on random data: append, kernels"),
     "aggregate": ("kvquant.analysis.collect", "verify all records and collect tidy tables"),
     "seal": ("kvquant.study.seal", "add missing seals to records of an older schema"),
+    "publish": ("kvquant.study.publish", "add finished records to the published ones; verify"),
     "statistics": ("kvquant.analysis.statistics", "run paired tests of every scheme and task"),
     "pareto": ("kvquant.analysis.pareto", "join accuracy, speed, energy and bits per scheme"),
     "plot": ("kvquant.analysis.plot", "draw one figure from the tables"),

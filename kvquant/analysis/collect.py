@@ -1,7 +1,8 @@
 """`kvquant aggregate`: collects every configured record, verified, in tidy tables.
 
-Nothing is dropped silently: a record that is missing, damaged, of another configuration or without
-a finite value stops the collection, and all such files are named at once.
+Records are the files of finished jobs and, where the study has some, published ones, also of other
+devices. Nothing is dropped silently: a record that is missing, damaged, of another configuration or
+without a finite value stops the collection, and all such files are named at once.
 """
 
 from __future__ import annotations
@@ -11,12 +12,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from kvquant.analysis.cost_rows import append_rows, kernel_rows, timed_rows
+from kvquant.analysis.cost_rows import KEYS, append_rows, energy_rows, kernel_rows, throughput_rows
 from kvquant.analysis.eval_rows import SUITE_METRICS, eval_rows
 from kvquant.analysis.problems import Problems
+from kvquant.analysis.sources import Sources
 from kvquant.analysis.tables import write_table
 from kvquant.errors import UserError
 from kvquant.study.config import Study, load_study
+
+# Of tables without a row, which figures and claims read all the same.
+APPEND_COLUMNS = ["device", "rep", "series", "chunk", "tokens", "status"]
+KERNEL_COLUMNS = ["device", "case", "measure", "side", "role", "status"]
 
 
 def collect(
@@ -26,7 +32,7 @@ def collect(
 
     Args:
         study: The study, which says which records there are.
-        results: The study's folder of results.
+        results: The study's folder of results, beside which its published records count.
         device: The device in the paths of timed records.
         problems: Collects problems, and says whether records may be missing.
 
@@ -34,13 +40,13 @@ def collect(
         UserError: One line for every record that cannot be used.
     """
     problems = Problems() if problems is None else problems
-    evaluations, samples = eval_rows(study, results, problems)
-    perf, energy = timed_rows(study, results, device, problems)
-    appended = append_rows(study, results, device, problems)
-    kernels = kernel_rows(study, results, device, problems)
+    sources = Sources(study, results, device)
+    evaluations, samples = eval_rows(sources, problems)
+    perf, energy = throughput_rows(sources, problems), energy_rows(sources, problems)
+    appended, kernels = append_rows(sources, problems), kernel_rows(sources, problems)
     if problems:
         raise UserError("\n".join(problems))
-    order = ["device", "model", "scheme", "workload", "rep"]
+    order = list(KEYS)
     table = pd.DataFrame(evaluations)
     tables = {
         # as numbers, also where no task has the metric
@@ -52,9 +58,9 @@ def collect(
         "energy": pd.DataFrame(energy, columns=None if energy else order),
     }
     if study.append is not None:
-        tables["append"] = pd.DataFrame(appended)
+        tables["append"] = pd.DataFrame(appended, columns=None if appended else APPEND_COLUMNS)
     if study.kernels is not None:
-        tables["kernels"] = pd.DataFrame(kernels)
+        tables["kernels"] = pd.DataFrame(kernels, columns=None if kernels else KERNEL_COLUMNS)
     return tables
 
 
@@ -65,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device-name", required=True, help="device in perf and energy paths")
     parser.add_argument("--out-dir", required=True, type=Path)
     parser.add_argument(
-        "--present", action="store_true", help="of an unfinished study, what is measured so far"
+        "--present",
+        action="store_true",
+        help="of an unfinished study, what is measured so far; a table may be empty",
     )
 
 
@@ -74,10 +82,7 @@ def run(args: argparse.Namespace) -> None:
     problems = Problems(present=args.present)
     tables = collect(load_study(args.study), args.results, args.device_name, problems)
     for name, table in tables.items():
-        if args.present and table.empty:
-            print(f"aggregate: {name}: nothing yet")
-            continue
         write_table(table, args.out_dir / f"{name}.parquet")
-        print(f"aggregate: {name}: {len(table)} rows")
+        print(f"aggregate: {name}: {f'{len(table)} rows' if len(table) else 'nothing yet'}")
     if problems.missing:
         print(f"aggregate: {problems.missing} records are not there yet")

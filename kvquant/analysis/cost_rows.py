@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from kvquant.analysis.problems import Problems
+from kvquant.analysis.sources import Sources
 from kvquant.analysis.spec_checks import (
     check_append,
     check_energy,
     check_kernels,
     check_throughput,
 )
-from kvquant.study.config import Study
-from kvquant.study.digests import append_digest, energy_digest, kernels_digest, perf_digest
 from kvquant.study.records import (
     AppendRecord,
     EnergyRecord,
@@ -44,50 +42,48 @@ def _trial_ratios(ours: EnergySide, base: EnergySide) -> dict[str, float | None]
             for end, f in (("low", min), ("high", max))}  # fmt: skip
 
 
-def timed_rows(
-    study: Study, results: Path, device: str, problems: Problems
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Returns a row per throughput job, and a row per energy job."""
-    perf: list[dict[str, Any]] = []
-    energy: list[dict[str, Any]] = []
-    keys = ["device", "model", "scheme", "workload", "rep"]
-    for model in study.models:
-        for scheme, workload, rep in study.throughput_cells():
-            file = results / "perf" / device / model / scheme / workload / f"rep{rep}.json"
-            expected = perf_digest(study, model, scheme, workload)
-            names = {"device": device, "model": model, "scheme": scheme, "workload": workload}
-            record = problems.read(file, ThroughputRecord, expected, names | {"rep": rep})
-            if record is None or not problems.fits(file, check_throughput, study, record):
-                continue
-            measured = [record.scheme_side.prefill_ms, record.baseline_side.prefill_ms]
-            problems.once(file, "perf", [m.model_dump() for m in measured if m is not None])
-            row = {name: getattr(record, name) for name in keys}
-            row |= {"prompt_tokens": record.prompt_tokens, "batch_size": record.batch_size}
-            row |= {"prefill_ratio": record.prefill_ratio, "quantize_share": record.quantize_share}
-            ours, base = record.scheme_side.decode_ms, record.baseline_side.decode_ms
-            row["decode_ratio"] = base.median / ours.median if ours and base else None
-            perf.append(
-                row | _side("scheme", record.scheme_side) | _side("base", record.baseline_side)
-            )
-        for scheme, workload, rep in study.energy_cells():
-            file = results / "energy" / device / model / scheme / workload / f"rep{rep}.json"
-            expected = energy_digest(study, model, scheme, workload)
-            names = {"device": device, "model": model, "scheme": scheme, "workload": workload}
-            joules = problems.read(file, EnergyRecord, expected, names | {"rep": rep})
-            if joules is None or not problems.fits(file, check_energy, study, joules):
-                continue
-            both = (joules.scheme_side, joules.baseline_side)
-            problems.once(file, "energy", [[s.joules, s.seconds] for s in both])
-            row = {name: getattr(joules, name) for name in keys}
-            row |= {"source": joules.source, "method": joules.method}
-            row |= {"idle_watts": joules.idle_watts, "energy_ratio": joules.energy_ratio}
-            row |= _trial_ratios(joules.scheme_side, joules.baseline_side)
-            for prefix, side in (("scheme", joules.scheme_side), ("base", joules.baseline_side)):
-                row[f"{prefix}_joules_per_token"] = side.joules_per_token
-                row[f"{prefix}_joules_per_token_above_idle"] = side.joules_per_token_above_idle
-                row[f"{prefix}_trials"] = len(side.joules)
-            energy.append(row)
-    return perf, energy
+KEYS = ("device", "model", "scheme", "workload", "rep")
+
+
+def throughput_rows(sources: Sources, problems: Problems) -> list[dict[str, Any]]:
+    """Returns a row per throughput job."""
+    rows: list[dict[str, Any]] = []
+    for cell in sources.cells("throughput"):
+        source = sources.find(cell)
+        record = problems.read(source, cell, ThroughputRecord)
+        if record is None or not problems.fits(source, check_throughput, sources.study, record):
+            continue
+        measured = [record.scheme_side.prefill_ms, record.baseline_side.prefill_ms]
+        problems.once(source, "perf", [m.model_dump() for m in measured if m is not None])
+        row = {name: getattr(record, name) for name in KEYS}
+        row |= {"prompt_tokens": record.prompt_tokens, "batch_size": record.batch_size}
+        row |= {"prefill_ratio": record.prefill_ratio, "quantize_share": record.quantize_share}
+        ours, base = record.scheme_side.decode_ms, record.baseline_side.decode_ms
+        row["decode_ratio"] = base.median / ours.median if ours and base else None
+        rows.append(row | _side("scheme", record.scheme_side) | _side("base", record.baseline_side))
+    return rows
+
+
+def energy_rows(sources: Sources, problems: Problems) -> list[dict[str, Any]]:
+    """Returns a row per energy job."""
+    rows: list[dict[str, Any]] = []
+    for cell in sources.cells("energy"):
+        source = sources.find(cell)
+        record = problems.read(source, cell, EnergyRecord)
+        if record is None or not problems.fits(source, check_energy, sources.study, record):
+            continue
+        both = (record.scheme_side, record.baseline_side)
+        problems.once(source, "energy", [[s.joules, s.seconds] for s in both])
+        row = {name: getattr(record, name) for name in KEYS}
+        row |= {"source": record.source, "method": record.method}
+        row |= {"idle_watts": record.idle_watts, "energy_ratio": record.energy_ratio}
+        row |= _trial_ratios(record.scheme_side, record.baseline_side)
+        for prefix, side in (("scheme", record.scheme_side), ("base", record.baseline_side)):
+            row[f"{prefix}_joules_per_token"] = side.joules_per_token
+            row[f"{prefix}_joules_per_token_above_idle"] = side.joules_per_token_above_idle
+            row[f"{prefix}_trials"] = len(side.joules)
+        rows.append(row)
+    return rows
 
 
 def _spread(prefix: str, times: Percentiles | None) -> dict[str, Any]:
@@ -95,21 +91,19 @@ def _spread(prefix: str, times: Percentiles | None) -> dict[str, Any]:
     return {f"{prefix}_{part}": getattr(times, part) if times else None for part in parts}
 
 
-def append_rows(
-    study: Study, results: Path, device: str, problems: Problems
-) -> list[dict[str, Any]]:
+def append_rows(sources: Sources, problems: Problems) -> list[dict[str, Any]]:
     """Returns a row per point; none for a study that does not measure appends."""
     rows: list[dict[str, Any]] = []
-    for rep in range(study.append.reps if study.append else 0):
-        file = results / "append" / device / f"rep{rep}.json"
-        names = {"device": device, "rep": rep}
-        record = problems.read(file, AppendRecord, append_digest(study), names)
-        if record is None or not problems.fits(file, check_append, study, record):
+    for cell in sources.cells("append"):
+        source = sources.find(cell)
+        record = problems.read(source, cell, AppendRecord)
+        if record is None or not problems.fits(source, check_append, sources.study, record):
             continue
-        problems.once(file, "append", [p.call_ms.model_dump() for p in record.points if p.call_ms])
+        points = [p.call_ms.model_dump() for p in record.points if p.call_ms]
+        problems.once(source, "append", points)
         shape = {name: getattr(record, name) for name in ("batch_size", "kv_heads", "head_dim")}
         for point in record.points:
-            row: dict[str, Any] = {"device": record.device, "rep": rep, **shape}
+            row: dict[str, Any] = {"device": record.device, "rep": record.rep, **shape}
             for name in ("series", "chunk", "tokens", "status", "cache_bytes"):
                 row[name] = getattr(point, name)
             for name in ("token_ms", "call_ms"):
@@ -118,16 +112,13 @@ def append_rows(
     return rows
 
 
-def kernel_rows(
-    study: Study, results: Path, device: str, problems: Problems
-) -> list[dict[str, Any]]:
+def kernel_rows(sources: Sources, problems: Problems) -> list[dict[str, Any]]:
     """Returns a row per side; none for a study that does not measure kernels."""
     rows: list[dict[str, Any]] = []
-    for case in study.kernel_cases():
-        file = results / "kernels" / device / f"{case}.json"
-        names = {"device": device, "case": case}
-        record = problems.read(file, KernelRecord, kernels_digest(study, case), names)
-        if record is None or not problems.fits(file, check_kernels, study, record):
+    for cell in sources.cells("kernels"):
+        source = sources.find(cell)
+        record = problems.read(source, cell, KernelRecord)
+        if record is None or not problems.fits(source, check_kernels, sources.study, record):
             continue
         keys = ("device", "case", "shape", "scheme", "batch", "tokens", "all_tokens")
         same = {name: getattr(record, name) for name in keys}

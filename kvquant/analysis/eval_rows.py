@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import product
-from pathlib import Path
 from typing import Any
 
 from kvquant.analysis.problems import Problems
+from kvquant.analysis.sources import Source, Sources
 from kvquant.analysis.spec_checks import check_evaluation
 from kvquant.errors import UserError, printable
-from kvquant.formats.files import read_text
 from kvquant.study.config import Study
-from kvquant.study.digests import eval_digest
-from kvquant.study.records import AGAIN, EvalRecord, absent
+from kvquant.study.records import EvalRecord
 from kvquant.study.samples import verified_samples
 from kvquant.study.tasks import SUITES
 
 # Metrics of some suites that tables show beside the one that statistics use.
 SUITE_METRICS = tuple(metric for suite in SUITES.values() for metric in suite.table_metrics)
-MEASURE_BOTH = "delete it and run.json beside it to measure the seed again"
 
 
 def _sample_score(row: dict[str, Any], suite: str) -> float:
@@ -29,45 +25,41 @@ def _sample_score(row: dict[str, Any], suite: str) -> float:
 
 
 def _verified(
-    study: Study, file: Path, record: EvalRecord, problems: Problems
+    study: Study, source: Source, record: EvalRecord, problems: Problems
 ) -> list[dict[str, Any]] | None:
     """Returns the samples of a record that is what the study asks for; None if it is not."""
-    lines = file.with_name("samples.jsonl")
     try:
         check_evaluation(study, record)
-        text = "" if absent(lines) else read_text(lines, "samples", MEASURE_BOTH)
-        return verified_samples(record, text, lines, MEASURE_BOTH)
+        text, where, again = source.samples()
+        return verified_samples(record, text, where, again)
     except UserError as error:
         problems.append(str(error))
     except ValueError as error:
-        problems.append(f"{file}: {printable(error)}: {AGAIN}")
+        problems.append(f"{source.where}: {printable(error)}: {source.again}")
     return None
 
 
 def eval_rows(
-    study: Study, results: Path, problems: Problems
+    sources: Sources, problems: Problems
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns a row per seed of a task and scheme, and a row per sample."""
     rows, samples = [], []
-    asked: dict[tuple[str, str, int], tuple[Path, str | None]] = {}
-    cells = product(study.models, study.schemes, study.tasks, study.seeds)
-    for model, scheme, task, seed in cells:
-        if not study.evaluates(scheme, task):
-            continue
-        names: dict[str, Any] = {"model": model, "scheme": scheme, "task": task, "seed": seed}
-        file = results / "eval" / model / scheme / task / f"seed{seed}" / "run.json"
-        expected = eval_digest(study, model, scheme, task, seed)
-        record = problems.read(file, EvalRecord, expected, names)
+    asked: dict[tuple[str, str, int], tuple[str, str | None]] = {}
+    for cell in sources.cells("eval"):
+        source = sources.find(cell)
+        record = problems.read(source, cell, EvalRecord)
         if record is None:
             continue
-        mine = (file, record.prompts_sha256)
+        model, scheme, task, seed = cell.names.values()
+        mine = (source.where, record.prompts_sha256)
         first, prompts = asked.setdefault((model, task, seed), mine)
         if record.prompts_sha256 != prompts:
             problems.append(
-                f"{file}: answers other prompts than {first}: delete the older one and run again"
+                f"{source.where}: answers other prompts than {first}: delete the older one and run "
+                "again"
             )
             continue
-        found = _verified(study, file, record, problems)
+        found = _verified(sources.study, source, record, problems)
         if found is None:
             continue
         keep = ["model", "scheme", "task", "suite", "seed", "protocol", "metric"]

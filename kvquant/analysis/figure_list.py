@@ -30,6 +30,7 @@ class Figure:
         reason: Why a study has not; follows the words "the study".
         draw: Names the drawing function ("module:attribute") of (study, folder of collected
             tables), which returns a Matplotlib figure.
+        table: The collected table without which it says that nothing was measured yet.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Figure:
     condition: Callable[[Study], bool]
     reason: str
     draw: str
+    table: str = "eval"
 
 
 def _compares(study: Study, suite: str | None = None) -> bool:
@@ -94,6 +96,7 @@ _LIST = (
         condition=lambda study: bool(study.throughput_cells()),
         reason="times no workload of a scheme",
         draw="kvquant.analysis.figures.throughput:draw",
+        table="perf",
     ),
     Figure(
         name="passkey",
@@ -118,6 +121,7 @@ _LIST = (
         condition=lambda study: study.append is not None,
         reason="has no section 'append'",
         draw="kvquant.analysis.figures.append:draw",
+        table="append",
     ),
     Figure(
         name="kernels",
@@ -131,6 +135,7 @@ _LIST = (
         condition=lambda study: bool(study.kernel_cases()),
         reason="has no section 'kernels'",
         draw="kvquant.analysis.figures.kernels:draw",
+        table="kernels",
     ),
 )  # end of the list
 FIGURES = by_name(_LIST)

@@ -11,6 +11,17 @@ from kvquant.study.config import Study, load_study
 from kvquant.study.dotted import load
 
 
+def _not_measured(name: str) -> Any:
+    """Returns a figure that says that a study has no measurement of its kind yet."""
+    from kvquant.analysis.figures.style import WIDTH, plt
+
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.6))
+    axis.axis("off")
+    text = f"Nothing is measured yet: {figure_list.FIGURES[name].label}"
+    axis.annotate(text, (0.5, 0.5), xycoords="axes fraction", ha="center", va="center")
+    return figure
+
+
 def draw_figure(name: str, study: Study, tables: Path) -> Any:
     """Draws a figure in the style of the paper.
 
@@ -20,7 +31,7 @@ def draw_figure(name: str, study: Study, tables: Path) -> Any:
         tables: The folder of collected tables.
 
     Returns:
-        A Matplotlib figure.
+        A Matplotlib figure; of a study without a measurement of this kind, one that says so.
 
     Raises:
         UserError: There is no such figure, or the study has nothing to show in it.
@@ -28,7 +39,11 @@ def draw_figure(name: str, study: Study, tables: Path) -> Any:
     figure_list.check(study, name)
     # Late, so that a wrong name is told at once.
     from kvquant.analysis.figures.style import STYLE, plt
+    from kvquant.analysis.tables import read_table
 
+    if read_table(tables, figure_list.FIGURES[name].table).empty:
+        with plt.rc_context(STYLE):
+            return _not_measured(name)
     draw = load(figure_list.FIGURES[name].draw)
     with plt.rc_context(STYLE):
         return draw(study, tables)

@@ -2,9 +2,9 @@
 
 A finished seed is kept in the resume folder under the digest of everything that it depends on, its
 samples first and its record last. A job that was killed, or that has more seeds now, takes the
-finished seeds from there and measures the rest. Seeds may share batches
-(:mod:`kvquant.evaluation.generated`). The answers of a seed do not depend on the others, only its
-part of a batch's padding does.
+finished seeds from there and from the published records, and measures the rest. Seeds may share
+batches (:mod:`kvquant.evaluation.generated`). The answers of a seed do not depend on the others,
+only its part of a batch's padding does.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from kvquant.formats.files import read_json
 from kvquant.runtime.devices import claim, set_current
 from kvquant.runtime.progress import Progress, note
 from kvquant.runtime.provenance import environment
+from kvquant.study.archive import read_archive
 from kvquant.study.config import Study, load_study
 from kvquant.study.digests import (
     asks_prompts,
@@ -34,6 +35,7 @@ from kvquant.study.digests import (
     prompts_digest,
     quantizer_digest,
 )
+from kvquant.study.places import place_of
 from kvquant.study.records import EvalRecord
 from kvquant.study.tasks import TaskSpec
 
@@ -98,10 +100,13 @@ def evaluate(
     digests = {seed: eval_digest(study, model, scheme, task, seed) for seed in seeds}
     keep = Path(resume_dir) if resume_dir is not None else None
     now = _inputs(study, model, task, model_manifest, data_manifest, quantizer)
+    published = {} if study.published is None else read_archive(study.published)
     for seed in seeds:
         folder = Path(out_dir) / f"seed{seed}"
         wanted = (digests[seed], asked.sha256(seed) if asked else None, now)
         found, where = seed_files.read_pair(folder, *wanted), ", already there"
+        if found is None and (line := published.get(_place(model, scheme, task, seed))) is not None:
+            found, where = seed_files.read_published(line, *wanted), ", published"
         if found is None and keep is not None:
             found, where = seed_files.kept(keep / digests[seed], *wanted), ", resumed"
         if found is not None:
@@ -125,6 +130,10 @@ def evaluate(
                     finished[seed] = seed_files.store(folder, record, result)
                 note(_line(finished[seed][0], ""))
     return [finished[seed][0] for seed in seeds]
+
+
+def _place(model: str, scheme: str, task: str, seed: int) -> str:
+    return place_of("eval", {"model": model, "scheme": scheme, "task": task, "seed": seed})
 
 
 def _inputs(

@@ -13,11 +13,57 @@ from kvquant.errors import UserError, printable
 from kvquant.evaluation.base import SuiteResult
 from kvquant.formats.files import read_text, write_new
 from kvquant.runtime.progress import note
-from kvquant.study.records import EvalRecord, absent, read_record, write_record, write_samples
+from kvquant.study.archive import RESTORE, Published
+from kvquant.study.records import (
+    EvalRecord,
+    absent,
+    parse_record,
+    read_record,
+    write_record,
+    write_samples,
+)
 from kvquant.study.samples import verified_samples
 
 RECORD, SAMPLES = "run.json", "samples.jsonl"
 AGAIN = "delete it and run.json beside it to measure the seed again"
+
+
+def _check(
+    record: EvalRecord,
+    where: object,
+    digest: str,
+    prompts: str | None,
+    inputs: Mapping[str, str] | None,
+) -> None:
+    """Refuses a finished seed of another specification, other prompts or other files."""
+    if record.spec_digest != digest:
+        raise UserError(
+            f"{where}: is the result of another specification "
+            f"(digest {printable(record.spec_digest)}, expected {digest}): delete it by name"
+        )
+    if record.prompts_sha256 != prompts:
+        raise UserError(
+            f"{where}: holds the answers to other prompts (sha256 "
+            f"{printable(record.prompts_sha256)}, expected {prompts}): delete it by name to "
+            "measure it again"
+        )
+    for what, now in (inputs or {}).items():
+        if record.inputs.get(what, now) != now:
+            raise UserError(
+                f"{where}: was measured with another {what} than the one given (sha256 "
+                f"{printable(record.inputs[what][:12])}, not {now[:12]}): delete it by name to "
+                "measure it again"
+            )
+
+
+def read_published(
+    found: Published, digest: str, prompts: str | None, inputs: Mapping[str, str] | None = None
+) -> tuple[EvalRecord, str]:
+    """Returns the record and the samples' text of a published seed; see :func:`read_pair`."""
+    record = parse_record(found.text, EvalRecord, found.where, RESTORE)
+    _check(record, found.where, digest, prompts, inputs)
+    verified_samples(record, found.samples, found.where, RESTORE)
+    return record, found.samples
 
 
 def read_pair(
@@ -39,24 +85,7 @@ def read_pair(
     if absent(folder / RECORD):
         return None
     record = read_record(folder / RECORD, EvalRecord)
-    if record.spec_digest != digest:
-        raise UserError(
-            f"{folder / RECORD}: is the result of another specification "
-            f"(digest {printable(record.spec_digest)}, expected {digest}): delete it by name"
-        )
-    if record.prompts_sha256 != prompts:
-        raise UserError(
-            f"{folder / RECORD}: holds the answers to other prompts (sha256 "
-            f"{printable(record.prompts_sha256)}, expected {prompts}): delete it by name to "
-            "measure it again"
-        )
-    for what, now in (inputs or {}).items():
-        if record.inputs.get(what, now) != now:
-            raise UserError(
-                f"{folder / RECORD}: was measured with another {what} than the one given (sha256 "
-                f"{printable(record.inputs[what][:12])}, not {now[:12]}): delete it by name to "
-                "measure it again"
-            )
+    _check(record, folder / RECORD, digest, prompts, inputs)
     samples = folder / SAMPLES
     text = "" if absent(samples) else read_text(samples, "samples", AGAIN)
     verified_samples(record, text, samples, AGAIN)

@@ -14,13 +14,13 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Returns the mapping `below` with the values of `above` merged over it.
 
     Mappings are merged key by key, as Snakemake merges its config files. Every other value, a list
-    included, replaces the one below it. A null removes a mapping below it (a task, a scheme, a
-    section); over anything else it is the value.
+    included, replaces the one below it. A null removes a mapping or a list below it (a task, a
+    scheme, a section, a scheme's own tasks); over anything else it is the value.
     """
     result = dict(below)
     for key, value in above.items():
         old = below.get(key)
-        if value is None and isinstance(old, dict):
+        if value is None and isinstance(old, dict | list):
             del result[key]
         elif isinstance(value, dict) and isinstance(old, dict):
             result[key] = merged(old, value)

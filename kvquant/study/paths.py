@@ -11,7 +11,7 @@ import re
 import unicodedata
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 PATHVARS = ("results", "paper", "logs", "cache")
@@ -69,6 +69,12 @@ def known_pathvars(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
+def null_or_path(value: object) -> object:
+    """Takes the word null for null, because Snakemake's `--config` knows no other."""
+    return None if value == "null" else value
+
+
 PlainPath = Annotated[str, AfterValidator(plain_path)]
 DeviceKey = Annotated[str, AfterValidator(device_key)]
+MaybePath = Annotated[PlainPath | None, BeforeValidator(null_or_path)]
 PathVars = Annotated[dict[str, PlainPath], AfterValidator(known_pathvars)]

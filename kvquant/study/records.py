@@ -102,7 +102,7 @@ def absent(path: Path) -> bool:
     return False
 
 
-def parse_record(text: str, model: type[R], where: str | Path) -> R:
+def parse_record(text: str, model: type[R], where: str | Path, again: str = AGAIN) -> R:
     """Parses and verifies the text of a record; see :func:`read_record`."""
     try:
         raw = parse_json(text)
@@ -127,7 +127,7 @@ def parse_record(text: str, model: type[R], where: str | Path) -> R:
         what = str(error)
     else:
         return record
-    raise UserError(f"{where}: {printable(what)}: {AGAIN}")
+    raise UserError(f"{where}: {printable(what)}: {again}")
 
 
 def read_record(path: str | Path, model: type[R]) -> R:

@@ -14,7 +14,7 @@ from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.kernels import KernelCase, KernelsSpec
 from kvquant.study.limits import MAX_NAMES
 from kvquant.study.models import ModelSpec
-from kvquant.study.paths import DeviceKey, PathVars
+from kvquant.study.paths import DeviceKey, MaybePath, PathVars
 from kvquant.study.scheme_kinds import Scheme
 from kvquant.study.schemes import SchemeSpec
 from kvquant.study.statistics import StatisticsSpec
@@ -45,6 +45,11 @@ class StudySections(Strict):
     headline: str = Field("nuq3-1pct", description="the scheme that the claims are about")
     data_dir: str | None = Field(
         None, description="folder of local data sets; without it the hub is asked"
+    )
+    published: MaybePath = Field(
+        None,
+        description="folder of published records (`kvquant publish`): what they hold is not "
+        "measured again; absent or null: none",
     )
     models: dict[str, ModelSpec] = Field(description="models by name")
     calibration: CalibrationSpec = Field(

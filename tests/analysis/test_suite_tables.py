@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tables(root: Path, folder: Path) -> Tables:
     """Those of the study of one H100."""
-    study = load_study(root / "config/h100.yaml")
+    study = load_study(root / "config/config.yaml")
     # few draws: the subject is which rows and cells there are
     statistics = study.statistics.model_copy(update={"bootstrap": 100})
     study = study.model_copy(update={"append": None, "statistics": statistics})
@@ -142,7 +142,7 @@ def test_marked_cells_stay_latex_and_text_is_escaped() -> None:
 
 
 def test_schemes_look_different(root: Path) -> None:
-    study = load_study(root / "config/h100.yaml").model_copy(update={"append": None})
+    study = load_study(root / "config/config.yaml").model_copy(update={"append": None})
     many = study.model_copy(update={"schemes": {f"s{n}": n for n in range(40)}})
     assert len({look(many, name) for name in many.schemes}) == 40
 
@@ -166,7 +166,7 @@ def test_accuracy_tables_of_an_unfinished_study(
             missing |= (table["scheme"] == "kivi-4") & (table["level"] == "suite")
         write_table(table[~missing], tmp_path / f"{name}.parquet")
     args = argparse.Namespace(
-        study=str(root / "config/h100.yaml"),
+        study=str(root / "config/config.yaml"),
         tables=tmp_path,
         out_dir=tmp_path / "tex",
         numbers=None,

@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvquant.evaluation.longbench_tasks import definition, metrics_module, score_answer, similarity
+from kvquant.study.archive import read_archive
 
 ROOT = Path(__file__).parents[2]
-RECORDS = sorted((ROOT / "results/published").rglob("longbench-lcc/seed0/samples.jsonl"))
+PUBLISHED = read_archive(ROOT / "results/published/h100")
+RECORDS = [r for place, r in PUBLISHED.items() if place.endswith("longbench-lcc/seed0/run.json")]
 SHORT = st.text(alphabet="ab (", max_size=12)
 
 
@@ -54,11 +56,11 @@ def test_ends() -> None:
 @pytest.mark.skipif(not RECORDS, reason="the published records are not here")
 def test_published_scores_stay() -> None:
     task, seen = definition("lcc"), set()
-    for file in RECORDS:
-        for line in filter(None, file.read_text(encoding="utf-8").split("\n")):
+    for record in RECORDS:
+        for line in filter(None, record.samples.split("\n")):
             row = json.loads(line)
             found = score_answer(task, {"answers": row["references"]}, row["answer"])
-            assert found == row["score"], (file, row["index"])
+            assert found == row["score"], (record.place, row["index"])
             seen.add(found)
     assert len(seen) > 20
 

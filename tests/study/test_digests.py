@@ -127,7 +127,7 @@ def test_what_no_result_depends_on(raw: dict[str, Any], keys: tuple[str, ...], v
 
 
 def test_a_fetched_model_does_not_depend_on_the_machine(root: Path) -> None:
-    demo, h100 = (load_study(root / f"config/{n}.yaml").models[MODEL] for n in ("demo", "h100"))
+    demo, h100 = (load_study(root / f"config/{n}.yaml").models[MODEL] for n in ("demo", "config"))
     assert demo.gpus != h100.gpus
     assert digests.weights_digest(demo) == digests.weights_digest(h100)
     other = demo.model_copy(update={"sha256": "0" * 64})

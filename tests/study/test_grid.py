@@ -31,7 +31,7 @@ def test_rows_count_what_the_study_lists(root: Path) -> None:
 
 
 def test_window_zero_is_told_as_all_positions(root: Path) -> None:
-    study = load_study(root / "config/h100.yaml")
+    study = load_study(root / "config/config.yaml")
     told = {stage: what for stage, _, _, what in grid_rows(study)}
     full = told["evaluate ppl-wikitext2-full-b"]
     assert full.startswith("8 windows of all the model's positions, protocol B")

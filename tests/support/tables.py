@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from kvquant.analysis.eval_rows import SUITE_METRICS
 from kvquant.analysis.pareto import pareto_table
 from kvquant.analysis.statistics import test_all as compare_all
 from kvquant.analysis.tables import write_table
 from kvquant.study.config import Study
+from kvquant.study.overlay import read_study
 from kvquant.study.tasks import SUITES, LongBenchTask, PasskeyTask
 
 TITLE = r"50 % of #1 & $2 {x} a_b \ ~ ^ é ß µ 中 <>"
@@ -127,7 +127,7 @@ def write_tables(study: Study, folder: Path) -> None:
 
 def two_models(root: Path, *, ruler: str = "multikey", **changes: Any) -> dict[str, Any]:
     """The paper's own study with two repetitions of all that is timed; `ruler` names its tasks."""
-    raw = yaml.safe_load((root / "config/config.yaml").read_text(encoding="utf-8"))
+    raw = read_study(root / "config/athena.yaml")
     for stage in ("throughput", "energy"):
         raw[stage] = {**raw[stage], "reps": REPS}
     raw["energy"]["schemes"] = ["nuq3-1pct", "kivi-4"]

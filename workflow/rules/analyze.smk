@@ -4,6 +4,8 @@ if STUDY.append:
     COLLECTED.append("append")
 if STUDY.kernels:
     COLLECTED.append("kernels")
+# Published records count; their hashes tell whether any has changed.
+SUMS = [file for file in [Path(STUDY.published or "") / "SHA256SUMS"] if file.is_file()]
 
 
 localrules:
@@ -15,11 +17,8 @@ localrules:
 rule aggregate:
     """Every record, verified against the study, in tidy tables."""
     input:
-        rules.all_accuracy.input,
-        rules.all_throughput.input,
-        rules.all_energy.input,
-        rules.all_append.input,
-        rules.all_kernels.input,
+        records("eval", "throughput", "energy", "append", "kernels"),
+        SUMS,
     output:
         expand("<results>/tables/{table}.parquet", table=[*COLLECTED, "samples"]),
         expand("<results>/tables/{table}.csv", table=[*COLLECTED, "samples"]),
@@ -30,12 +29,13 @@ rule aggregate:
         digest=digests.digest(STUDY),
         results=STUDY_FILE.parent,
         device=DEVICE,
+        present=lambda wildcards: ["--present"] if PLAN.absent and left_out() else [],
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Collecting all records"
     shell:
         "python -m kvquant aggregate --study {params.study:q} --results {params.results:q}"
-        " --device-name {params.device:q} --out-dir {params.out:q} > {log:q} 2>&1"
+        " --device-name {params.device:q} {params.present:q} --out-dir {params.out:q} > {log:q} 2>&1"
 
 
 rule statistics:

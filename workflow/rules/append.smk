@@ -24,6 +24,6 @@ rule append_cost:
 rule all_append:
     """All append measurements of the study."""
     input:
-        [f"<results>/append/{DEVICE}/rep{rep}.json" for rep in range(STUDY.append_reps())],
+        records("append"),
     message:
         "All append measurements are complete"

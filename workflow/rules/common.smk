@@ -1,4 +1,5 @@
 # The validated study, and the few functions that say what a rule's wildcards need.
+import functools
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from kvquant.runtime.provenance import device_name
 from kvquant.runtime.run_lock import hold
 from kvquant.runtime.slurm import prepare
 from kvquant.study.overlay import read_studies
+from kvquant.study.plan import make_plan, obstacle
 
 find_own_python()
 
@@ -36,14 +38,15 @@ try:
     STUDY = parse_study(read_studies(config_files(), workflow.config_settings.config))
     if STUDY.data_dir is not None and not Path(STUDY.data_dir).is_dir():
         raise UserError(f"data_dir: no such folder: {STUDY.data_dir}")
+    # A study on the processor has its name also where there is a GPU.
+    PLANNED = device_name() if STUDY.gpus else "cpu"
+    DEVICE = PLANNED if STUDY.device == "auto" else STUDY.device
+    STUDY_FILE = Path(STUDY.pathvars.get("results", "results/h100")) / "study.json"
+    PLAN = make_plan(STUDY, DEVICE, STUDY_FILE.parent)
 except UserError as error:
     raise WorkflowError(str(error))
 
 DEVICE_KIND = "cuda" if STUDY.gpus else "cpu"
-# A study on the processor has its name also where there is a GPU.
-PLANNED = device_name() if STUDY.gpus else "cpu"
-DEVICE = PLANNED if STUDY.device == "auto" else STUDY.device
-STUDY_FILE = Path(STUDY.pathvars.get("results", "results/paper")) / "study.json"
 WORKLOADS = {*STUDY.throughput.workloads, *STUDY.energy.workloads}
 MEASURED = protected if STUDY.protect else (lambda files: files)
 
@@ -63,6 +66,33 @@ wildcard_constraints:
     digest=r"[0-9a-f]{16}",  # a digest of model, task and seeds, which names the prompts
     seed=r"\d+",  # an entry of `seeds`
     rep=r"\d+",  # the repetition of an independent job, from 0
+
+
+def submits():
+    """Whether jobs run on other machines. A dry run hides its executor, but not its number of jobs."""
+    if workflow.dryrun:
+        return workflow.resource_settings.nodes is not None
+    return workflow.non_local_exec
+
+
+@functools.cache
+def left_out():
+    """Why missing results are left out; empty where they are measured. Asked for while jobs are
+    planned, as the executor is not known before."""
+    reason = obstacle(STUDY, PLANNED, submits())
+    if STUDY.published is not None and workflow.is_main_process:
+        print(PLAN.line(reason), file=sys.stderr)
+    return reason
+
+
+def records(*stages):
+    """An input: the records of these stages that are in this results folder, or will be."""
+
+    def files(wildcards):
+        places = [place for stage in stages for place in PLAN.files(stage, left_out())]
+        return [f"<results>/{place}" for place in places]
+
+    return files
 
 
 def eval_digests(wildcards):
@@ -112,5 +142,5 @@ onstart:
     for folder in (STUDY_FILE.parent, STUDY.pathvars.get("cache", "resources")):
         sweep_tree(folder)  # what killed jobs left
     STUDY_FILE.write_text(STUDY.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    for line in grid_lines(STUDY):
-        print(line, file=sys.stderr)
+    if PLAN.absent and not left_out():  # there is something to measure
+        print(*grid_lines(STUDY), sep="\n", file=sys.stderr)

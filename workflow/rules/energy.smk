@@ -32,10 +32,6 @@ rule energy:
 rule all_energy:
     """All energy measurements of the study."""
     input:
-        [
-            f"<results>/energy/{DEVICE}/{model}/{scheme}/{workload}/rep{rep}.json"
-            for model in STUDY.models
-            for scheme, workload, rep in STUDY.energy_cells()
-        ],
+        records("energy"),
     message:
         "All energy measurements are complete"

@@ -48,11 +48,6 @@ rule evaluate:
 rule all_accuracy:
     """All evaluations of the study."""
     input:
-        [
-            f"<results>/eval/{model}/{scheme}/{task}/seed{seed}/run.json"
-            for model in STUDY.models
-            for scheme, task in STUDY.eval_cells()
-            for seed in STUDY.seeds
-        ],
+        records("eval"),
     message:
         "All evaluations are complete"

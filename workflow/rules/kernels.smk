@@ -26,6 +26,6 @@ rule kernel_case:
 rule all_kernels:
     """All kernel measurements of the study."""
     input:
-        [f"<results>/kernels/{DEVICE}/{case}.json" for case in STUDY.kernel_cases()],
+        records("kernels"),
     message:
         "All kernel measurements are complete"

@@ -32,10 +32,6 @@ rule throughput:
 rule all_throughput:
     """All throughput measurements of the study."""
     input:
-        [
-            f"<results>/perf/{DEVICE}/{model}/{scheme}/{workload}/rep{rep}.json"
-            for model in STUDY.models
-            for scheme, workload, rep in STUDY.throughput_cells()
-        ],
+        records("throughput"),
     message:
         "All throughput measurements are complete"

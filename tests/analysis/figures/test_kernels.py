@@ -12,6 +12,7 @@ import pytest
 from kvquant.analysis.cost_rows import kernel_rows
 from kvquant.analysis.plot import draw_figure
 from kvquant.analysis.problems import Problems
+from kvquant.analysis.sources import Sources
 from kvquant.analysis.tables import write_table
 from kvquant.benchmarks.turns import Role, Side, Status, to_records
 from kvquant.errors import UserError
@@ -69,16 +70,15 @@ def drawn(study: Study, folder: Path, broken: dict[str, Status] | None = None) -
     """The figure of such records."""
     records(study, folder, broken or {})
     problems = Problems()
-    write_table(
-        pd.DataFrame(kernel_rows(study, folder, "gpu", problems)), folder / "kernels.parquet"
-    )
+    rows = kernel_rows(Sources(study, folder, "gpu"), problems)
+    write_table(pd.DataFrame(rows), folder / "kernels.parquet")
     assert problems == []
     return draw_figure("kernels", study, folder)
 
 
 @pytest.fixture
 def study(root: Path) -> Study:
-    return load_study(root / "config/h100.yaml")
+    return load_study(root / "config/config.yaml").model_copy(update={"published": None})
 
 
 def labels(axis: Any) -> list[str]:
@@ -146,12 +146,12 @@ def test_a_record_of_another_configuration_is_refused(study: Study, tmp_path: Pa
     raw = study.model_dump(mode="json")
     raw["kernels"]["cases"]["7b-mha-16x16384"]["batch"] = 8
     problems = Problems()
-    kernel_rows(Study.model_validate(raw), tmp_path, "gpu", problems)
+    kernel_rows(Sources(Study.model_validate(raw), tmp_path, "gpu"), problems)
     (tmp_path / "kernels/gpu/8b-gqa-1x16384.json").unlink()
-    kernel_rows(study, tmp_path, "gpu", problems)
+    kernel_rows(Sources(study, tmp_path, "gpu"), problems)
     assert len(problems) == 2
     unfinished = Problems(present=True)
-    kernel_rows(study, tmp_path, "gpu", unfinished)
+    kernel_rows(Sources(study, tmp_path, "gpu"), unfinished)
     assert not unfinished and unfinished.missing == 1
     assert "7b-mha-16x16384.json: measured with another configuration" in problems[0]
     assert "missing result" in problems[1]

@@ -1,0 +1,138 @@
+"""`kvquant publish`: verifies the results of finished jobs and adds them to the published records.
+
+A record is published once: the same record is accepted again, another one of the same name is
+refused. Either all records of a folder are published, or none.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from kvquant.errors import UserError, printable
+from kvquant.formats.files import read_json, read_text
+from kvquant.study.archive import (
+    RESTORE,
+    Archive,
+    Published,
+    packed,
+    read_archive,
+    renew_sums,
+    write_archive,
+)
+from kvquant.study.record_types import EvalRecord, Record
+from kvquant.study.records import AGAIN, parse_record
+from kvquant.study.samples import verified_samples
+from kvquant.study.seal import KINDS, record_files
+
+
+def _kind(content: object, where: object) -> type[Record]:
+    kind = KINDS.get(str(content.get("kind"))) if isinstance(content, dict) else None
+    if kind is None:
+        raise UserError(f"{where}: field 'kind': is none of {', '.join(KINDS)}")
+    return kind
+
+
+def _check(record: Published, where: str, again: str) -> None:
+    """Verifies a record and its samples in full."""
+    parsed = parse_record(record.text, _kind(record.content, where), where, again)
+    if isinstance(parsed, EvalRecord):
+        verified_samples(parsed, record.samples, where, again)
+
+
+def _finished(file: Path, results: Path) -> Published:
+    """Returns the verified record of a job's file."""
+    _kind(read_json(file, "record", AGAIN), file)
+    text, samples = read_text(file, "record", AGAIN), ""
+    if file.name == "run.json":
+        samples = read_text(file.with_name("samples.jsonl"), "samples", AGAIN)
+    try:
+        found = packed(text, samples, str(file))
+    except ValueError as error:
+        raise UserError(f"{file}: {printable(error)}: {AGAIN}") from None
+    if str(file.relative_to(results)) != found.place:
+        raise UserError(f"{file}: is the record of {found.place}: {AGAIN}")
+    _check(found, str(file), AGAIN)
+    return found
+
+
+def publish(results: Path, archive: Path) -> tuple[int, int]:
+    """Adds the records below a study's results folder to its published records.
+
+    Returns:
+        The number of records that are published now, and of those that were before.
+
+    Raises:
+        UserError: A record is damaged, of another study, or was published with other content; a
+            line for each, and nothing is published.
+    """
+    there = read_archive(archive)
+    studies = {str(record.content.get("study")) for record in there.values()}
+    added: Archive = {}
+    problems: list[str] = []
+    before = 0
+    for file in record_files(results):
+        try:
+            record = _finished(file, results)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        old = there.get(record.place)
+        if old is not None and old.seal != record.seal:
+            problems.append(
+                f"{file}: is another record than the published one ({old.where}): delete it by "
+                "name, or give the changed entry of the study a new name"
+            )
+        elif studies and (mine := str(record.content["study"])) not in studies:
+            problems.append(
+                f"{file}: field 'study': is '{mine}', the published records' is "
+                f"'{', '.join(sorted(studies))}': publish it in a folder of its own"
+            )
+        elif old is not None:
+            before += 1
+        else:
+            added[record.place] = record
+    if problems:
+        raise UserError("\n".join(problems))
+    if added:
+        write_archive(archive, there | added)
+    return len(added), before
+
+
+def verify(archive: Path) -> int:
+    """Verifies every published record in full and returns how many there are."""
+    records = read_archive(archive)
+    if not records:
+        raise UserError(f"--archive: no published records below {archive}")
+    problems = []
+    for record in records.values():
+        try:
+            _check(record, record.where, RESTORE)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return len(records)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `kvquant publish`."""
+    parser.add_argument(
+        "--results", type=Path, help="a study's results folder; without it, nothing is added"
+    )
+    parser.add_argument(
+        "--archive", required=True, type=Path, help="the study's folder of published records"
+    )
+    parser.add_argument(
+        "--renew-sums", action="store_true", help="write SHA256SUMS anew, after a merge"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Publishes finished records, then verifies all that are published."""
+    if args.renew_sums:
+        renew_sums(args.archive)
+    if args.results is not None:
+        new, before = publish(args.results, args.archive)
+        print(f"publish: {new} records published, {before} were before")
+    print(f"publish: {verify(args.archive)} published records are as they were measured")
