@@ -25,6 +25,7 @@ ANY = "any"  # the model of a claim that needs none
 
 def judge(tables: Tables) -> pd.DataFrame:
     """Returns a row per claim and model; `model` is "any" for a claim that needs no model."""
+    tables = tables.on_one_device()
     rows = []
     for claim in CLAIMS.values():
         of_model = claim.applies_to == "model"

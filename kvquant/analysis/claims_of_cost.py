@@ -28,7 +28,8 @@ def _spread(rows: pd.DataFrame, column: str) -> str:
 def _rounds(rows: pd.DataFrame) -> tuple[str, bool]:
     """Returns the evidence of a timed claim, and whether it suffices."""
     fewest, reps = int(rows.scheme_rounds.min()), len(rows)
-    return f"{reps} repetition{'s' * (reps > 1)} of {fewest} rounds or more", fewest >= MIN_ROUNDS
+    what = f"{reps} repetition{'s' * (reps > 1)} of {fewest} rounds or more"
+    return f"{what} on {rows['device'].iloc[0]}", fewest >= MIN_ROUNDS
 
 
 def prefill(t: Tables) -> Outcome:
@@ -68,7 +69,7 @@ def energy(t: Tables) -> Outcome:
     name, worst = _worst(measured, "energy_ratio", largest=True)
     ratio, trials = worst.energy_ratio, int(worst.scheme_trials.min())
     met = against_bar(ratio.min(), ratio.max(), 0.55, at_most=True)
-    evidence = f"{len(worst)} x {trials} trials"
+    evidence = f"{len(worst)} x {trials} trials on {worst['device'].iloc[0]}"
     return Outcome(
         f"{_spread(worst, 'energy_ratio')} ({name})", met, evidence, trials >= MIN_TRIALS
     )
@@ -111,7 +112,8 @@ def append(t: Tables) -> Outcome:
     mine = t.append[t.append.series == t.study.headline]
     rounds = int(mine.token_ms_n.min())
     met = against_bar(ours[0], ours[0], 1.2, at_most=True)
-    return Outcome(value, met, f"{rounds} rounds or more", rounds >= MIN_ROUNDS)
+    evidence = f"{rounds} rounds or more on {mine['device'].iloc[0]}"
+    return Outcome(value, met, evidence, rounds >= MIN_ROUNDS)
 
 
 def over_reference(t: Tables) -> Outcome:

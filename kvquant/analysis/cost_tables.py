@@ -13,8 +13,9 @@ from kvquant.analysis.study_tables import Tables
 
 
 def _sides(t: Tables, row: Any, reps: int) -> dict[str, Any]:
-    """Returns the first columns of a timed row: model and repetition where there are several."""
-    first = {"model": row.model} if len(t.study.models) > 1 else {}
+    """Returns the first columns of a timed row: device, model, repetition if there are several."""
+    first = {"device": row.device} if len(t.devices()) > 1 else {}
+    first |= {"model": row.model} if len(t.study.models) > 1 else {}
     last = {"rep": row.rep + 1} if reps > 1 else {}
     return first | {"workload": row.workload, "scheme": row.scheme} | last
 

@@ -75,7 +75,7 @@ def numbers(t: Tables) -> str:
         out[name] = value
 
     for word, series in (("Append", t.study.headline), ("Concatenation", "concatenation")):
-        grown = append_growth(t.append, series)
+        grown = append_growth(t.on_one_device().append, series)
         if grown is not None:
             put(number(grown[0]), word, "growth")
     several = len(t.study.models) > 1

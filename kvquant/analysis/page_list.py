@@ -67,10 +67,12 @@ PAGES = {
                 )
             },
             "kl": "KL divergence, nats",
+            "timed_on": "timed on",
             "prefill_workload": "timed workload",
             "prefill_ratio": "prefill speed",
             "decode_ratio": "decode speed",
             "quantize_share": "quantizing, share of prefill",
+            "metered_on": "metered on",
             "energy_workload": "metered workload",
             "energy_ratio": "energy per token",
             "sinks": "16-bit tokens, first",

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from kvquant.analysis.tables import read_table, write_table
+from kvquant.analysis.timed_on import device_of, one_device
 from kvquant.study.config import Study, load_study
 from kvquant.study.suite import likelihood_suites
 from kvquant.study.tasks import SUITES
@@ -71,8 +72,10 @@ def pareto_table(
     mean over perplexity tasks; it does not count for dominance, as perplexity shows that damage.
     Speeds are of the study's first throughput workload (decode: of the first with an answer),
     energy is of the first energy workload and only where counters measured it; medians over
-    repetitions.
+    repetitions. Each is of one device, which `timed_on` and `metered_on` name.
     """
+    perf, energy = one_device(study, perf), one_device(study, energy)
+    timed_on, metered_on = device_of(study, perf), device_of(study, energy)
     prefill, energy_of = first_workload(study.throughput), first_workload(study.energy)
     decode = first_workload(study.throughput, answered=True)
     measured = counted(energy)
@@ -114,6 +117,7 @@ def pareto_table(
                     row[column] = chosen.median()
             row["prefill_workload"] = prefill or ""
             row["energy_workload"] = energy_of or ""
+            row |= {"timed_on": timed_on or "", "metered_on": metered_on or ""}
             there = energy[energy.model == model] if "source" in energy else energy
             sources: list[str] = list(there["source"].unique()) if len(there) else []
             row["energy_source"] = ",".join(sorted(sources)) or "not measured"

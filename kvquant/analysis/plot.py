@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvquant.analysis import figure_list
+from kvquant.analysis.sections import Section
 from kvquant.study.config import Study, load_study
 from kvquant.study.dotted import load
 
@@ -20,6 +21,27 @@ def _not_measured(name: str) -> Any:
     text = f"Nothing is measured yet: {figure_list.FIGURES[name].label}"
     axis.annotate(text, (0.5, 0.5), xycoords="axes fraction", ha="center", va="center")
     return figure
+
+
+def _devices(name: str, study: Study, tables: Path) -> str:
+    """Returns where the timings of a figure were measured; empty for one without timings."""
+    from kvquant.analysis.tables import read_table
+    from kvquant.analysis.timed_on import device_of
+
+    figure = figure_list.FIGURES[name]
+    against_cost = figure.section is Section.ACCURACY_AGAINST_COST
+    sources = ("perf", "energy") if against_cost else (figure.table,)
+    found = [device_of(study, read_table(tables, source)) for source in sources]
+    return " and ".join(dict.fromkeys(f"timed on {name}" for name in found if name is not None))
+
+
+def _add_to_last_label(figure: Any, text: str) -> None:
+    """Adds a line to the label at the bottom, where the layout leaves it room."""
+    if figure.get_supxlabel():
+        figure.supxlabel(f"{figure.get_supxlabel()}, {text}", fontsize=7.5)
+        return
+    label = figure.axes[-1].xaxis.label
+    label.set_text(f"{label.get_text()}\n{text}")
 
 
 def draw_figure(name: str, study: Study, tables: Path) -> Any:
@@ -46,7 +68,10 @@ def draw_figure(name: str, study: Study, tables: Path) -> Any:
             return _not_measured(name)
     draw = load(figure_list.FIGURES[name].draw)
     with plt.rc_context(STYLE):
-        return draw(study, tables)
+        figure = draw(study, tables)
+        if where := _devices(name, study, tables):
+            _add_to_last_label(figure, where)
+        return figure
 
 
 def save_figure(figure: Any, file: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from kvquant.analysis.tables import read_table
+from kvquant.analysis.timed_on import one_device
 from kvquant.study.config import Study
 
 
@@ -32,6 +33,13 @@ class Tables:
         """Returns the names of the devices on which something was timed."""
         timed = [t["device"] for t in (self.perf, self.energy, self.append) if "device" in t]
         return list(dict.fromkeys(name for names in timed for name in names))
+
+    def on_one_device(self) -> Tables:
+        """Returns the tables with the timings of one device each, which claims and numbers read."""
+        names = ("perf", "energy", "append")
+        return replace(
+            self, **{name: one_device(self.study, getattr(self, name)) for name in names}
+        )
 
     def of(self, model: str) -> Tables:
         """Returns the rows of one model; tables without a model stay as they are."""

@@ -12,6 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from kvquant.analysis.figures.style import WIDTH, look, plt
 from kvquant.analysis.tables import read_table
+from kvquant.analysis.timed_on import one_device
 from kvquant.study.config import Study
 
 CONCATENATION = ("#D55E00", "D")  # color and marker of KVQuant's procedure
@@ -68,7 +69,7 @@ def append_panels(
 def draw(study: Study, tables: Path) -> Any:
     """Draws the cost of an appended token, a panel per number of tokens in a call."""
     assert study.append is not None
-    points = read_table(tables, "append")
+    points = one_device(study, read_table(tables, "append"))
     looks = {scheme: look(study, scheme) for scheme in study.append_schemes()}
     chunks = study.append.chunks
     figure, axes = plt.subplots(

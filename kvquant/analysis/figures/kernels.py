@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from kvquant.analysis.figures.style import WIDTH, height_of_rows, marks, plt
 from kvquant.analysis.tables import read_table
+from kvquant.analysis.timed_on import one_device
 from kvquant.errors import UserError
 from kvquant.study.config import Study
 
@@ -148,7 +149,7 @@ def peers_panel(axis: Any, peers: pd.DataFrame) -> Looks:
 
 def draw(study: Study, tables: Path) -> Any:
     """Draws kernels against the rate of a copy, against fp16, and against peers."""
-    rows = read_table(tables, "kernels")
+    rows = one_device(study, read_table(tables, "kernels"))
     above, middle, peers = rates(rows), ratios(rows), rows[rows.role == "peer"]
     counts = [n for n in (len(above), len(middle), peers.side.nunique()) if n]
     if not counts:

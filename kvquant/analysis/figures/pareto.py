@@ -11,6 +11,7 @@ from kvquant.analysis.figures import pareto_panels
 from kvquant.analysis.figures.style import WIDTH, MaxNLocator, look, loss_scale, marks, plt
 from kvquant.analysis.labels import scheme_labels
 from kvquant.analysis.tables import read_table
+from kvquant.analysis.timed_on import one_device
 from kvquant.errors import UserError
 from kvquant.study.config import Study
 
@@ -18,7 +19,9 @@ from kvquant.study.config import Study
 def draw(study: Study, tables: Path) -> Any:
     """Draws accuracy lost against bits, speed and energy: a column per model, a row per cost."""
     names = ("eval", "tests", "perf", "energy")
-    found = pareto_panels.panels(study, *(read_table(tables, name) for name in names))
+    found = pareto_panels.panels(
+        study, *(one_device(study, read_table(tables, name)) for name in names)
+    )
     if not found:
         raise UserError("figure pareto: no scheme has a finite difference to the baseline")
     models = list(study.models)

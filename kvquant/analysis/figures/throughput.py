@@ -9,6 +9,7 @@ import pandas as pd
 
 from kvquant.analysis.figures.style import MARKERS, WIDTH, height_of_rows, look, marks, plt
 from kvquant.analysis.tables import read_table
+from kvquant.analysis.timed_on import one_device
 from kvquant.study.config import Study
 
 
@@ -54,7 +55,7 @@ def _speed_marks(
 
 def draw(study: Study, tables: Path) -> Any:
     """Draws prefill and decode speed over the baseline, by workload, a row of panels per model."""
-    perf = read_table(tables, "perf")
+    perf = one_device(study, read_table(tables, "perf"))
     workloads = list(dict.fromkeys(perf["workload"])) if len(perf) else []
     schemes = [s for s in study.schemes if s in set(perf["scheme"])] if len(perf) else []
     models = list(study.models)
