@@ -7,7 +7,7 @@ which columns are tokens (`begin_forward`), so that padding is neither stored no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -282,6 +282,35 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
             raise ValueError(f"repeats: must be at least 1, got {repeats}")
         self.calls.check()
         self._select(torch.arange(len(self.layout.table)).repeat_interleave(repeats))
+
+    def join(self, others: Sequence[KVQuantCache]) -> None:
+        """Appends the sequences of other caches; see :func:`kvquant.cache.joining.join_caches`."""
+        every = [self, *others]
+        for cache in every:
+            cache.settle()
+            if not cache.layout.table:
+                raise UserError("caches: one is empty; call the model with its prompt first")
+            if cache.kept_nbytes:
+                raise UserError(
+                    "caches: positions that are not counted cannot be joined; prefill all prompts "
+                    "in one call"
+                )
+            pairs = zip(self.layers, cache.layers, strict=False)
+            same = len(cache.layers) == len(self.layers) and cache.protocol == self.protocol
+            if not same or any(mine.codec is not theirs.codec for mine, theirs in pairs):
+                raise UserError("caches: they are of different models, schemes or protocols")
+        sizes = [cache.batch_size for cache in every]
+        with self.calls.changing("joining other caches"):
+            offsets = self.layout.take_over([cache.layout for cache in others])
+            paddings = [(c._padding, n, c.columns) for c, n in zip(others, sizes[1:], strict=True)]
+            self.extent.columns = self._padding.take_over(paddings, sizes[0], self.columns)
+            self._rope.take_over([cache._rope for cache in others], sizes)
+            for number, layer in enumerate(self.layers):
+                layer.store.take_over([c.layers[number].store for c in others], offsets)
+            self._planner.forget_blocks()
+            self._before = self.layout.view()
+        for cache in others:
+            cache.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops columns from the end.
