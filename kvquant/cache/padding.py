@@ -148,7 +148,9 @@ class Padding:
             last = self._counts[:, -1:] + 1
             self._counts = torch.cat((self._counts, last), 1)
 
-    def take_over(self, others: Sequence[tuple[Padding, int, int]], batch: int, columns: int) -> int:
+    def take_over(
+        self, others: Sequence[tuple[Padding, int, int]], batch: int, columns: int
+    ) -> int:
         """Appends the sequences of other batches; the shorter ones are padded on the left.
 
         Args:

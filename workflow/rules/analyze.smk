@@ -4,6 +4,8 @@ if STUDY.append:
     COLLECTED.append("append")
 if STUDY.kernels:
     COLLECTED.append("kernels")
+if STUDY.jobs:
+    COLLECTED.append("jobs")
 
 
 localrules:
@@ -20,6 +22,7 @@ rule aggregate:
         rules.all_energy.input,
         rules.all_append.input,
         rules.all_kernels.input,
+        rules.all_jobs.input,
     output:
         expand("<results>/tables/{table}.parquet", table=[*COLLECTED, "samples"]),
         expand("<results>/tables/{table}.csv", table=[*COLLECTED, "samples"]),

@@ -1,0 +1,30 @@
+# Whole jobs (prompts and answers) of models with random weights, each cache at its best batch.
+
+
+rule job_case:
+    """A case of the study, alone on the device."""
+    output:
+        MEASURED("<results>/jobs/{device}/{job}.json"),
+    log:
+        "<logs>/jobs/{device}/{job}.log",
+    threads: threads_of("job_case")
+    resources:
+        **resources_of("job_case"),
+    params:
+        study=STUDY_FILE,
+        digest=lambda wildcards: digests.jobs_digest(STUDY, wildcards.job),
+        device=DEVICE_KIND,
+    message:
+        "Whole jobs, {wildcards.job}, on {wildcards.device}"
+    shell:
+        "python -m kvquant bench jobs --study {params.study:q} --case {wildcards.job:q}"
+        " --device-name {wildcards.device:q} --device {params.device:q} --out {output:q}"
+        " > {log:q} 2>&1"
+
+
+rule all_jobs:
+    """All cases of whole jobs of the study."""
+    input:
+        [f"<results>/jobs/{DEVICE}/{job}.json" for case in STUDY.job_cases()],
+    message:
+        "All whole jobs are complete"
