@@ -25,6 +25,6 @@ rule job_case:
 rule all_jobs:
     """All cases of whole jobs of the study."""
     input:
-        [f"<results>/jobs/{DEVICE}/{job}.json" for case in STUDY.job_cases()],
+        [f"<results>/jobs/{DEVICE}/{job}.json" for job in STUDY.job_cases()],
     message:
         "All whole jobs are complete"
