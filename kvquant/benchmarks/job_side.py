@@ -20,6 +20,7 @@ from kvquant.models.model_call import cache_argument
 from kvquant.models.oom_retry import fits_in_memory, release_memory
 from kvquant.models.sdpa import without_cudnn
 from kvquant.models.static_decoding import StaticDecoder
+from kvquant.runtime.progress import note
 from kvquant.schemes.fp16_static import StaticFp16Cache
 from kvquant.study.jobs import JobCase
 
@@ -120,8 +121,8 @@ class JobSide:
         if isinstance(cache, KVQuantCache) and self.device.type == "cuda":
             try:
                 return "CUDA graph", GraphedDecoder(model, cache, steps).step
-            except ValueError:  # the decode kernel does not take this cache
-                pass
+            except ValueError as error:
+                note(f"jobs: {self.name}: without a CUDA graph: {error}")
         if isinstance(cache, StaticFp16Cache):
             mask = torch.ones((batch, self.case.prompt), dtype=torch.long, device=self.device)
             decoder = StaticDecoder(model, cache, mask, steps)
@@ -169,6 +170,7 @@ class JobSide:
             times: Filled in and returned; None makes one.
         """
         times = times or JobTimes()
+        release_memory()
         reset_peak([self.device])
         synchronize(self.device)
         start = time.perf_counter()

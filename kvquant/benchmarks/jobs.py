@@ -2,7 +2,8 @@
 
 A case has one shape and one limit of memory. Its caches take turns in one process: as many prompts
 as fit are prefilled one after the other and decoded together. A finished case is one record, beside
-which a CSV file has the samples of power, clocks and temperature.
+which a CSV file has the samples of power, clocks and temperature. Cases of the same shape share a
+model.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from kvquant.benchmarks.job_side import JobSide, JobTimes
 from kvquant.benchmarks.memory_budget import memory_budget
 from kvquant.benchmarks.random_model import RandomModel, head_dim
 from kvquant.benchmarks.timing import summarize, synchronize
+from kvquant.benchmarks.turns import finished
 from kvquant.benchmarks.workload import check_device
 from kvquant.cache.memory_formula import tokens_that_fit
 from kvquant.energy.monitor import EnergyMonitor, not_metered, open_meter
 from kvquant.energy.profiler import DetailedEnergyProfiler, counter_over_power
-from kvquant.errors import UserError, unknown
+from kvquant.errors import UserError
+from kvquant.models.oom_retry import release_memory
 from kvquant.runtime.devices import set_current
 from kvquant.runtime.progress import note
 from kvquant.runtime.provenance import environment
@@ -40,10 +43,10 @@ from kvquant.study.records import JobSide as SideRecord
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `kvquant bench jobs`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--case", required=True, help="name of the case in the study")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="default: all cases")
     parser.add_argument("--device-name", required=True, help="checked against the real device")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--out", required=True, type=Path, help="record to write")
+    parser.add_argument("--out-dir", required=True, type=Path, help="folder of CASE.json")
 
 
 class Runner:
@@ -191,31 +194,22 @@ def turns(runners: list[Runner], trials: int, profiler: DetailedEnergyProfiler |
 
 
 def measure(
-    study: Study, name: str, device: torch.device, device_name: str
+    study: Study, name: str, model: RandomModel, device_name: str
 ) -> tuple[JobRecord, DetailedEnergyProfiler | None]:
     """Measures one case; returns its record and the samples of its energy."""
-    spec, start = study.jobs, time.perf_counter()
-    assert spec is not None
-    case = spec.cases[name]
-    model = RandomModel(case.shape, device)
-    weights = sum(p.nbytes for p in model.model.parameters())
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        with memory_budget(device, case.memory_gb) as allowed:
-            return _in_memory(study, name, model, weights, allowed, device_name, start)
-    if case.batch_size is None or case.capacity or case.memory_gb is not None:
-        raise UserError(
-            f"jobs.cases.{name}.batch_size: what fits in memory is searched on a GPU; give "
-            "batch_size, without capacity and memory_gb"
-        )
-    return _in_memory(study, name, model, weights, weights, device_name, start)
+    case, start = study.job_cases()[name], time.perf_counter()
+    release_memory()
+    limit: AbstractContextManager[int] = nullcontext(model.weight_bytes)
+    if model.device.type == "cuda":
+        limit = memory_budget(model.device, case.memory_gb)
+    with limit as allowed:
+        return _in_memory(study, name, model, allowed, device_name, start)
 
 
 def _in_memory(
     study: Study,
     name: str,
     model: RandomModel,
-    weights: int,
     allowed: int,
     device_name: str,
     start: float,
@@ -253,7 +247,11 @@ def _in_memory(
         if device.type == "cuda":
             cached = study.scheme(runner.side.name)
             formula = tokens_that_fit(
-                cached, model.tables(cached), (model.layers, *shape), case.prompt, allowed - weights
+                cached,
+                model.tables(cached),
+                (model.layers, *shape),
+                case.prompt,
+                allowed - model.weight_bytes,
             )
         sides.append(runner.record(formula, idle))
     record = JobRecord(
@@ -267,7 +265,7 @@ def _in_memory(
         answer=case.answer,
         memory_bytes=allowed,
         emulated=case.memory_gb is not None,
-        weight_bytes=weights,
+        weight_bytes=model.weight_bytes,
         sides=sides,
         seconds=time.perf_counter() - start,
         **energy,
@@ -279,8 +277,10 @@ def show(record: JobRecord, console: Console) -> None:
     """Prints a case with one row per cache."""
     title = (
         f"{record.case} on {record.device}: {record.shape}, prompts of {record.prompt:,} and "
-        f"answers of {record.answer:,} tokens in {record.memory_bytes / 1e9:.1f} GB"
+        f"answers of {record.answer:,} tokens"
     )
+    if record.emulated:
+        title += f" in {record.memory_bytes / 1e9:.1f} GB"
     table = Table(title=title, title_justify="left")
     heads = ("prompts", "held tokens", "prefill tok/s", "first ms", "step ms", "answer tok/s",
              "job tok/s", "J/token", "bits")  # fmt: skip
@@ -309,15 +309,34 @@ def show(record: JobRecord, console: Console) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `kvquant bench jobs` for one case."""
+    """Runs `kvquant bench jobs` for all unfinished cases."""
     study = load_study(args.study)
-    if args.case not in study.job_cases():
-        raise unknown("case", args.case, study.job_cases())
-    if args.out.exists():  # report before minutes of measuring, not after
-        raise UserError(f"--out: {args.out} exists: delete it by name to measure again")
+    cases = study.job_cases()
+    names = list(dict.fromkeys(args.cases or cases))
+    digests = {name: jobs_digest(study, name) for name in names}
+    if not names:
+        raise UserError("jobs: this study has no such section: add it to the study file")
     device = set_current(check_device(args))
-    record, profiler = measure(study, args.case, device, args.device_name)
-    write_record(args.out, record)
-    if profiler is not None:
-        profiler.write_csv(args.out.with_suffix(".csv"))
-    show(record, Console(width=140))
+    for name in names:
+        case = cases[name]
+        searched = case.batch_size is None or case.capacity or case.memory_gb is not None
+        if device.type == "cpu" and searched:
+            raise UserError(
+                f"jobs.cases.{name}.batch_size: what fits in memory is searched on a GPU; give "
+                "batch_size, without capacity and memory_gb"
+            )
+    console = Console(width=140)
+    files = {name: args.out_dir / f"{name}.json" for name in names}
+    there = {name: finished(files[name], JobRecord, digests[name]) for name in names}
+    model: RandomModel | None = None
+    for name in sorted(names, key=lambda name: list(cases).index(name)):
+        record = there[name]
+        if record is None:
+            if model is None or model.shape != cases[name].shape:
+                model = None  # frees the memory of the last one
+                model = RandomModel(cases[name].shape, device)
+            record, profiler = measure(study, name, model, args.device_name)
+            write_record(files[name], record)
+            if profiler is not None:
+                profiler.write_csv(files[name].with_suffix(".csv"))
+        show(record, console)

@@ -40,8 +40,15 @@ def study_file(folder: Path, case: dict[str, Any], **options: Any) -> Path:
 def bench(folder: Path, case: dict[str, Any], **options: Any) -> tuple[int, Path]:
     """Runs the case as the workflow does."""
     out = folder / "tiny.json"
-    words = ["bench", "jobs", "--study", str(study_file(folder, case, **options)), "--case", "tiny"]
-    words += ["--device-name", "cpu", "--device", "cpu", "--out", str(out)]
+    words = [
+        "bench",
+        "jobs",
+        "--study",
+        str(study_file(folder, case, **options)),
+        "--cases",
+        "tiny",
+    ]
+    words += ["--device-name", "cpu", "--device", "cpu", "--out-dir", str(folder)]
     return main(words), out
 
 
@@ -85,8 +92,8 @@ def test_what_fits_is_searched_on_a_gpu_only(
 
 def test_an_unknown_case_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = study_file(tmp_path, CASE)
-    words = ["bench", "jobs", "--study", str(file), "--case", "tinny", "--device-name", "cpu"]
-    assert main([*words, "--out", str(tmp_path / "x.json")]) == 2
+    words = ["bench", "jobs", "--study", str(file), "--cases", "tinny", "--device-name", "cpu"]
+    assert main([*words, "--out-dir", str(tmp_path)]) == 2
     assert "did you mean tiny" in capsys.readouterr().err
 
 

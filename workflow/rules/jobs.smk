@@ -14,11 +14,12 @@ rule job_case:
         study=STUDY_FILE,
         digest=lambda wildcards: digests.jobs_digest(STUDY, wildcards.job),
         device=DEVICE_KIND,
+        out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Whole jobs, {wildcards.job}, on {wildcards.device}"
     shell:
-        "python -m kvquant bench jobs --study {params.study:q} --case {wildcards.job:q}"
-        " --device-name {wildcards.device:q} --device {params.device:q} --out {output:q}"
+        "python -m kvquant bench jobs --study {params.study:q} --cases {wildcards.job:q}"
+        " --device-name {wildcards.device:q} --device {params.device:q} --out-dir {params.out:q}"
         " > {log:q} 2>&1"
 
 
