@@ -145,14 +145,40 @@ class JobSide:
 
         return "from Python", step
 
+    def _generate(self, cache: Any, token: torch.Tensor) -> _Marks:
+        """Decodes by transformers' `generate`, as a user calls it; returns the steps' marks."""
+        prompts = [self._ids(row, self.case.prompt) for row in range(len(token))]
+        ids = torch.cat([torch.cat(prompts), token], 1)
+        marks = _Marks(self.device)
+
+        def mark(*args: Any, **kwargs: Any) -> torch.Tensor:
+            marks.set()
+            return torch.zeros(len(token), dtype=torch.bool, device=self.device)
+
+        self.qm.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=self.case.answer,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+            stopping_criteria=[mark],
+        )
+        return marks
+
     @torch.inference_mode()
     def decode(self, cache: Any, token: torch.Tensor, times: JobTimes) -> None:
         """Decodes the answers of all prompts greedily, without a check for end tokens."""
-        times.decoder, step = self._decoder(cache, len(token))
-        marks = _Marks(self.device)
-        for _ in range(self.case.answer):
-            token = step(token).argmax(-1, keepdim=True)
-            marks.set()
+        if self.case.decode == "generate":
+            times.decoder = "generate"
+            marks = self._generate(cache, token)
+        else:
+            times.decoder, step = self._decoder(cache, len(token))
+            marks = _Marks(self.device)
+            for _ in range(self.case.answer):
+                token = step(token).argmax(-1, keepdim=True)
+                marks.set()
         times.step_ms = marks.differences()
         if self.device.type == "cuda":
             times.steady = torch.cuda.memory_allocated(self.device)

@@ -43,6 +43,11 @@ class CallRope:
         self._table: Table | None = None
 
     @property
+    def counts(self) -> bool:
+        """Whether the position of each token is its index in its sequence."""
+        return self.kept is None and (self._shifts is None or self._shifts.zero)
+
+    @property
     def read(self) -> Rope:
         """The function from token indices `[1, n]` to the rotary table for reading their keys."""
         return self.counted if self.kept is None else self.kept.read

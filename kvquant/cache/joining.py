@@ -44,7 +44,8 @@ def join_caches(caches: Sequence[Any]) -> Any:
             kinds = f"{type(first).__name__} and {type(cache).__name__}"
             raise UserError(f"caches: {kinds} cannot be joined; use caches of one scheme")
     if isinstance(first, KVQuantCache):
-        first.join(rest)
+        _check_quantized(first, rest)
+        first.take_over(rest)
     elif isinstance(first, Cache) and all(isinstance(x, Fp16Layer) for x in first.layers):
         _join_unquantized(first, rest)
     else:
@@ -52,6 +53,23 @@ def join_caches(caches: Sequence[Any]) -> Any:
             f"caches: {type(first).__name__} cannot be joined; prefill all prompts in one call"
         )
     return first
+
+
+def _check_quantized(first: KVQuantCache, rest: list[KVQuantCache]) -> None:
+    """Refuses caches whose sequences cannot be put side by side."""
+    for cache in (first, *rest):
+        cache.settle()
+        if not cache.layout.table:
+            raise UserError("caches: one is empty; call the model with its prompt first")
+        if cache.kept_nbytes:
+            raise UserError(
+                "caches: positions that are not counted cannot be joined; prefill all prompts in "
+                "one call"
+            )
+        pairs = zip(first.layers, cache.layers, strict=False)
+        same = len(cache.layers) == len(first.layers) and cache.protocol == first.protocol
+        if not same or any(mine.codec is not theirs.codec for mine, theirs in pairs):
+            raise UserError("caches: they are of different models, schemes or protocols")
 
 
 def _join_unquantized(first: Cache, rest: list[Cache]) -> None:

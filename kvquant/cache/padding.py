@@ -40,6 +40,11 @@ class Padding:
         # bool [] on a GPU: whether the mask of the last decode step was wrong; None: checked
         self.wrong: torch.Tensor | None = None
 
+    @property
+    def any(self) -> bool:
+        """Whether any column is padding."""
+        return self._counts is not None
+
     def spans(self, batch: int, new_len: int, total: int, mask: torch.Tensor | None) -> list[Span]:
         """Adds new columns and returns which of them are tokens in each sequence.
 

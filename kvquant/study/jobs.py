@@ -6,6 +6,8 @@ memory there is and which caches take turns; each cache serves as many prompts a
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from kvquant.study.kernels import ShapeName
@@ -28,6 +30,11 @@ class JobCase(Strict):
         le=MAX_BATCH,
         description="memory of the GPU in GB that a job may use, which emulates a smaller card; "
         "absent: all of it",
+    )
+    decode: Literal["fastest", "generate"] = Field(
+        "fastest",
+        description="how answers are decoded: each cache in its fastest way, or all by "
+        "transformers' generate",
     )
     schemes: list[str] = Field(min_length=1, description="caches that take turns")
     capacity: bool = Field(

@@ -157,3 +157,12 @@ def test_lost_outliers_are_answered_by_more_room(monkeypatch: pytest.MonkeyPatch
     side(JobSide).prefill(1, times)
     assert widened == calls[:1]
     assert len(times.first_token_ms) == 1
+
+
+def test_answers_by_generate(tmp_path: Path) -> None:
+    code, out = bench(tmp_path, CASE | {"decode": "generate", "trials": 1})
+    assert code == 0
+    for found in read_record(out, JobRecord).sides:
+        assert found.decoder == "generate"
+        assert found.step_ms is not None
+        assert found.step_ms.n == 5
