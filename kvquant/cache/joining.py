@@ -87,11 +87,12 @@ def _join_unquantized(first: Cache, rest: list[Cache]) -> None:
             for name in ("keys", "values")
         )
         for other in layers[1:]:
-            other.reset()
             other.keys = other.values = None
-        moved = getattr(layer, "_moved", None)  # a layer with an allocation of its own
-        if moved is not None:
-            moved()
+            other.is_initialized = False
+        for other in layers:
+            moved = getattr(other, "_moved", None)  # a layer with an allocation of its own
+            if moved is not None:
+                moved()
 
 
 @torch.inference_mode()
