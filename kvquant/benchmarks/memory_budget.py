@@ -32,6 +32,8 @@ def memory_budget(device: torch.device, gigabytes: float | None) -> Iterator[int
     """
     if device.type != "cuda":
         raise UserError("memory_gb: a limit needs a GPU; leave it out on a CPU")
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     free, total = torch.cuda.mem_get_info(device)
     beside = total - free - torch.cuda.memory_reserved(device)
     if gigabytes is None:
