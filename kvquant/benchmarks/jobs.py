@@ -9,6 +9,7 @@ model.
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,7 +30,7 @@ from kvquant.cache.memory_formula import tokens_that_fit
 from kvquant.energy.monitor import EnergyMonitor, not_metered, open_meter
 from kvquant.energy.profiler import DetailedEnergyProfiler, counter_over_power
 from kvquant.errors import UserError
-from kvquant.models.oom_retry import release_memory
+from kvquant.models.oom_retry import fits_in_memory, release_memory
 from kvquant.runtime.devices import set_current
 from kvquant.runtime.progress import note
 from kvquant.runtime.provenance import environment
@@ -118,6 +119,14 @@ class Runner:
             )
         )
 
+    def lower(self) -> None:
+        """Goes on with a smaller batch, as the last one no longer fits."""
+        self.batch -= 1
+        if self.side.case.batch_size is not None:
+            self.batch = 0
+        self.trials.clear()
+        self.times.clear()
+
     def record(self, formula: int | None, idle_watts: float | None) -> SideRecord:
         """Returns the measurements as a side of the record."""
         side, case = self.side, self.side.case
@@ -183,14 +192,22 @@ def metered(
 
 
 def turns(runners: list[Runner], trials: int, profiler: DetailedEnergyProfiler | None) -> None:
-    """Lets the caches run their trials in turns; a slow one runs the first alone."""
+    """Lets the caches run their trials in turns; a slow one runs the first alone.
+
+    A batch that fitted before and no longer does, because free memory is scattered, is lowered, and
+    the cache's trials begin anew.
+    """
     for number in range(trials):
         for runner in runners:
-            if runner.batch and not (runner.slow and number):
+            if runner.slow and number:
+                continue
+            while runner.batch and len(runner.trials) <= number:
                 if profiler is not None:
                     profiler.label = runner.side.name
-                note(f"jobs: {runner.side.name}: trial {number + 1}, {runner.batch} prompts")
-                runner.trial()
+                done = f"trial {len(runner.trials) + 1}, {runner.batch} prompts"
+                note(f"jobs: {runner.side.name}: {done}")
+                if not fits_in_memory(runner.trial):
+                    runner.lower()
 
 
 def measure(
@@ -310,6 +327,8 @@ def show(record: JobRecord, console: Console) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs `kvquant bench jobs` for all unfinished cases."""
+    # Less memory is scattered then, so that every cache, the baseline's too, fits more prompts.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     study = load_study(args.study)
     cases = study.job_cases()
     names = list(dict.fromkeys(args.cases or cases))

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from kvquant.benchmarks.job_side import JobSide, JobTimes
+from kvquant.benchmarks.jobs import Runner, turns
 from kvquant.benchmarks.random_model import RandomModel
 from kvquant.cli import main
 from kvquant.errors import UserError
-from kvquant.study.jobs import JobCase
+from kvquant.study.jobs import JobCase, JobsSpec
 from kvquant.study.records import JobRecord, read_record
 from kvquant.study.schemes import NuqScheme
 from tests.support.studies import study_of
@@ -166,3 +167,20 @@ def test_answers_by_generate(tmp_path: Path) -> None:
         assert found.decoder == "generate"
         assert found.step_ms is not None
         assert found.step_ms.n == 5
+
+
+def test_a_batch_that_no_longer_fits_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(side(JobSide, batch_size=None), JobsSpec(cases={"tiny": JobCase(**CASE)}), None)
+    runner.batch, calls, plain = 3, [], JobSide.job
+
+    def job(self: JobSide, batch: int, *args: Any) -> JobTimes:
+        calls.append(batch)
+        if len(calls) == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return plain(self, batch, *args)
+
+    monkeypatch.setattr(JobSide, "job", job)
+    turns([runner], 2, None)
+    assert calls == [3, 3, 2, 2]
+    assert runner.record(None, None).batch_size == 2
+    assert len(runner.trials) == 2
