@@ -14,6 +14,7 @@ import pandas as pd
 
 from kvquant.analysis.cost_rows import KEYS, append_rows, energy_rows, kernel_rows, throughput_rows
 from kvquant.analysis.eval_rows import SUITE_METRICS, eval_rows
+from kvquant.analysis.job_rows import job_rows
 from kvquant.analysis.problems import Problems
 from kvquant.analysis.sources import Sources
 from kvquant.analysis.tables import write_table
@@ -23,12 +24,13 @@ from kvquant.study.config import Study, load_study
 # Of tables without a row, which figures and claims read all the same.
 APPEND_COLUMNS = ["device", "rep", "series", "chunk", "tokens", "status"]
 KERNEL_COLUMNS = ["device", "case", "measure", "side", "role", "status"]
+JOB_COLUMNS = ["device", "case", "scheme", "status"]
 
 
 def collect(
     study: Study, results: Path, device: str, problems: Problems | None = None
 ) -> dict[str, pd.DataFrame]:
-    """Returns `eval`, `samples`, `perf`, `energy`, and `append` and `kernels` where measured.
+    """Returns `eval`, `samples`, `perf`, `energy`, and `append`, `kernels`, `jobs` where measured.
 
     Args:
         study: The study, which says which records there are.
@@ -44,6 +46,7 @@ def collect(
     evaluations, samples = eval_rows(sources, problems)
     perf, energy = throughput_rows(sources, problems), energy_rows(sources, problems)
     appended, kernels = append_rows(sources, problems), kernel_rows(sources, problems)
+    jobs = job_rows(sources, problems)
     if problems:
         raise UserError("\n".join(problems))
     order = list(KEYS)
@@ -61,6 +64,8 @@ def collect(
         tables["append"] = pd.DataFrame(appended, columns=None if appended else APPEND_COLUMNS)
     if study.kernels is not None:
         tables["kernels"] = pd.DataFrame(kernels, columns=None if kernels else KERNEL_COLUMNS)
+    if study.jobs is not None:
+        tables["jobs"] = pd.DataFrame(jobs, columns=None if jobs else JOB_COLUMNS)
     return tables
 
 

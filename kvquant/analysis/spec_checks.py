@@ -14,6 +14,7 @@ from kvquant.study.records import (
     AppendRecord,
     EnergyRecord,
     EvalRecord,
+    JobRecord,
     KernelRecord,
     ThroughputRecord,
 )
@@ -104,3 +105,16 @@ def check_kernels(study: Study, record: KernelRecord) -> None:
     _are(record, {**shape, "scheme": study.kernel_scheme(case)})
     if [part.measure for part in record.parts] != case.measure:
         raise ValueError(f"field 'parts.measure': the study's are {', '.join(case.measure)}")
+
+
+def check_jobs(study: Study, record: JobRecord) -> None:
+    """Checks the shape, the lengths and the caches of a case of whole jobs."""
+    case = study.job_cases()[record.case]
+    _are(record, {name: getattr(case, name) for name in ("shape", "prompt", "answer")})
+    if [side.scheme for side in record.sides] != case.schemes:
+        raise ValueError(f"field 'sides.scheme': the study's are {', '.join(case.schemes)}")
+    if case.energy == (record.source is None):
+        raise ValueError(f"field 'source': is {record.source!r}, but energy is {case.energy}")
+    sizes = {side.batch_size for side in record.sides if side.status == "ok"}
+    if case.batch_size is not None and sizes - {case.batch_size}:
+        raise ValueError(f"field 'sides.batch_size': the study's is {case.batch_size}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from kvquant.benchmarks import append, kernels
+from kvquant.benchmarks import append, jobs, kernels
 
 WHAT = {
     "append": (append, "measure the cost of appending to a cache as it grows"),
+    "jobs": (jobs, "run whole jobs of prompts and answers, each cache at its best batch"),
     "kernels": (kernels, "time the headline scheme's kernels against copies, fp16 and peers"),
 }
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvquant.benchmarks.kernel_measures import Bench, prompt_lengths
+from kvquant.benchmarks.turns import finished
 from kvquant.benchmarks.workload import check_device
 from kvquant.errors import UserError
 from kvquant.runtime.devices import set_current
@@ -23,7 +24,7 @@ from kvquant.runtime.provenance import environment
 from kvquant.study.config import Study, load_study
 from kvquant.study.digests import kernels_digest
 from kvquant.study.kernels import ON_GPU, WHOLE_MODEL
-from kvquant.study.records import KernelPart, KernelRecord, KernelSide, read_record, write_record
+from kvquant.study.records import KernelPart, KernelRecord, KernelSide, write_record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,23 +46,6 @@ def order(study: Study, names: list[str]) -> list[str]:
         return shapes.index(case.shape), bool(set(case.measure) & set(WHOLE_MODEL))
 
     return sorted(names, key=place)
-
-
-def finished(file: Path, digest: str) -> KernelRecord | None:
-    """Returns the record of a finished case, or None.
-
-    Raises:
-        UserError: The record is damaged or belongs to another specification.
-    """
-    if not file.is_file():
-        return None
-    record = read_record(file, KernelRecord)
-    if record.spec_digest != digest:
-        raise UserError(
-            f"{file}: measured with another configuration (digest {record.spec_digest}, the study "
-            f"has {digest}): delete it by name to measure again"
-        )
-    return record
 
 
 def measure(bench: Bench, name: str, device_name: str) -> KernelRecord:
@@ -149,7 +133,9 @@ def run(args: argparse.Namespace) -> None:
             )
     bench = Bench(study, device)
     console = Console(width=140)
-    there = {name: finished(args.out_dir / f"{name}.json", digests[name]) for name in names}
+    there = {
+        name: finished(args.out_dir / f"{name}.json", KernelRecord, digests[name]) for name in names
+    }
     for name in order(study, [name for name in names if there[name] is None]):
         record = measure(bench, name, args.device_name)
         write_record(args.out_dir / f"{name}.json", record)

@@ -59,6 +59,11 @@ class RandomModel:
         return self.dims["num_hidden_layers"]
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(int(p.nbytes) for p in self.model.parameters())
+
+    @property
     def read_bytes(self) -> int:
         """Bytes of the weights that a decode step reads, all but the input embeddings."""
         embedding = self.model.model.embed_tokens.weight
@@ -110,4 +115,6 @@ class RandomModel:
         codecs = build_codecs(scheme, self.layers, tables)
         for codec in codecs or []:
             codec.check_model(*size)
+            if codec.rotates_values:  # folded in, as random weights stay random when rotated
+                codec.expect_rotated_values()
         return QuantizedModel(self.model, None, scheme, codecs, caches)

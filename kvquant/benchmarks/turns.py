@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import torch
 
 from kvquant.benchmarks.timing import MIN_ROUNDS, fits_in_memory, summarize
 from kvquant.errors import MissingPackage, UserError
 from kvquant.study.kernels import KernelsSpec
-from kvquant.study.records import KernelSide, Percentiles
+from kvquant.study.records import KernelSide, Percentiles, Record, read_record
 
 Role = Literal["ours", "copy", "fp16", "peer"]
 Status = Literal["ok", "oom", "not installed", "refused", "failed"]
@@ -168,3 +169,28 @@ def issue_rate(device: torch.device) -> float | None:
         return None
     count = torch.cuda.get_device_properties(device).multi_processor_count
     return float(count * 128 * megahertz * 1e6)
+
+
+R = TypeVar("R", bound=Record)
+
+
+def finished(file: Path, kind: type[R], digest: str) -> R | None:
+    """Returns the record of a finished case, or None.
+
+    Args:
+        file: The record's file.
+        kind: The type of the record.
+        digest: The digest that the study asks for.
+
+    Raises:
+        UserError: The record is damaged or belongs to another specification.
+    """
+    if not file.is_file():
+        return None
+    record = read_record(file, kind)
+    if record.spec_digest != digest:
+        raise UserError(
+            f"{file}: measured with another configuration (digest {record.spec_digest}, the study "
+            f"has {digest}): delete it by name to measure again"
+        )
+    return record

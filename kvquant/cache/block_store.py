@@ -9,6 +9,8 @@ sequence needs any more is freed when sequences are cropped or selected
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from kvquant.cache.arena import NO_ARENA, Arena
@@ -365,6 +367,23 @@ class BlockStore:
             where = indices.to(self.tail[0].device)
             self.sinks = (self.sinks[0][where], self.sinks[1][where])
             self.tail = (self.tail[0][where], self.tail[1][where])
+
+    @torch.inference_mode()
+    def take_over(self, others: Sequence[BlockStore], offsets: Sequence[int]) -> None:
+        """Appends the sequences of other stores; packed blocks stay where they are.
+
+        Args:
+            others: Stores of the same codec and kind of tokens, which must not be used again.
+            offsets: What :meth:`kvquant.cache.layout.Layout.take_over` returned.
+        """
+        stores = [self, *others]
+        pairs = [(s.sinks, s.tail) for s in stores if s.sinks is not None and s.tail is not None]
+        sinks, tails = zip(*pairs, strict=True)
+        self.sinks = (torch.cat([x[0] for x in sinks]), torch.cat([x[1] for x in sinks]))
+        self.tail = (torch.cat([x[0] for x in tails]), torch.cat([x[1] for x in tails]))
+        for other, offset in zip(others, offsets, strict=True):
+            for number, arena in enumerate(other.arenas):
+                self._set_arena(offset + number, arena)
 
     @torch.inference_mode()
     def uncut(self, cuts: list[tuple[int, int, int] | None]) -> None:

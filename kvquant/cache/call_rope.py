@@ -8,6 +8,8 @@ continue those before, the rotation of each token is kept
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from kvquant.cache.kept_rope import KeptRope, Table
@@ -39,6 +41,11 @@ class CallRope:
         # and the table of counted positions where the model's is shifted.
         self._taken = False
         self._table: Table | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether the position of each token is its index in its sequence."""
+        return self.kept is None and (self._shifts is None or self._shifts.zero)
 
     @property
     def read(self) -> Rope:
@@ -123,6 +130,22 @@ class CallRope:
     def restore(self, state: tuple[KeptRope | None, Shifts | None]) -> None:
         """Restores a state, which undoes a call that has stored nothing."""
         self.kept, self._shifts = state
+
+    def take_over(self, others: Sequence[CallRope], lengths: Sequence[int]) -> None:
+        """Appends the sequences of other caches, whose positions are counted as here.
+
+        Args:
+            others: Their rotations.
+            lengths: Number of sequences of this cache and of each other one.
+        """
+        every = [self, *others]
+        if any(rope._shifts is not None for rope in every):
+            parts = [
+                rope._shifts or Shifts([0] * n, True)
+                for rope, n in zip(every, lengths, strict=True)
+            ]
+            known = [shift for part in parts for shift in part.known]
+            self._shifts = Shifts(known, all(part.open for part in parts))
 
     def select(self, indices: torch.Tensor, order: list[int]) -> None:
         """Keeps or repeats the given sequences; `order` is `indices` on the host."""

@@ -7,7 +7,7 @@ which columns are tokens (`begin_forward`), so that padding is neither stored no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -48,7 +48,14 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
 
     Attributes:
         layout: The places of all tokens, shared by all layers.
+        graphs: Whether the model may run its decode steps as a CUDA graph.
+        steps: What :mod:`kvquant.models.graph_calls` knows of the steps so far; None before.
+        changes: Number of times that sequences were chosen, cut or joined.
     """
+
+    graphs: bool = True
+    steps: Any = None
+    changes: int = 0
 
     def __init__(
         self,
@@ -187,6 +194,35 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
             self._padding.count_token()
             self.extent.columns += 1
 
+    def continues_counting(self, given: bool) -> bool:
+        """Returns whether the next tokens' positions are the numbers of tokens so far.
+
+        Args:
+            given: Whether the caller gives positions; the model's own count padding.
+        """
+        return self._rope.counts and (given or not self._padding.any)
+
+    def check_step(
+        self, mask: torch.Tensor | None, positions: torch.Tensor | None, expected: torch.Tensor
+    ) -> None:
+        """Checks the mask and positions of a step before its graph runs, as for any other call.
+
+        Args:
+            mask: `[batch_size, columns + 1]`, or None.
+            positions: int64 `[1 or batch_size, 1]` on the device, or None.
+            expected: int64 `[batch_size, 1]`, the positions that the graph uses.
+
+        Raises:
+            ValueError: The mask or an earlier one does not fit, or the positions' shape.
+        """
+        self.calls.hear(self._watch.check, self._late.check)
+        batch = len(self.layout.table)
+        check_batch(positions, batch, 1, batch)
+        padding = self._padding.fork()  # the step itself counts the token
+        padding.spans(batch, 1, self.columns + 1, mask)
+        moved = None if positions is None else (positions != expected).any()
+        self._late.note(padding.wrong, moved)
+
     def settle(self) -> None:
         """Waits for the device and raises if any call so far went wrong.
 
@@ -233,6 +269,7 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
         self._padding, self._watch, self._late = Padding(), OutlierWatch(), LateCheck()
         self._rope = self._rope.empty()
         self.extent.columns = 0
+        self.steps, self.changes = None, self.changes + 1
         for layer in self.layers:
             layer.store = BlockStore(layer.codec)
         self.calls = CallRecord()
@@ -241,6 +278,7 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
     def _select(self, indices: torch.Tensor) -> None:
         if not self.layout.table:
             return
+        self.changes += 1
         order, before = indices.tolist(), len(self.layout.table)
         with self.calls.changing("choosing or cutting its sequences"):
             self.layout.select(order)
@@ -283,6 +321,25 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
         self.calls.check()
         self._select(torch.arange(len(self.layout.table)).repeat_interleave(repeats))
 
+    def take_over(self, others: Sequence[KVQuantCache]) -> None:
+        """Appends the sequences of other caches of the same codecs, which become empty.
+
+        :func:`kvquant.cache.joining.join_caches` checks the caches first.
+        """
+        sizes = [cache.batch_size for cache in (self, *others)]
+        self.changes += 1
+        with self.calls.changing("joining other caches"):
+            offsets = self.layout.take_over([cache.layout for cache in others])
+            paddings = [(c._padding, n, c.columns) for c, n in zip(others, sizes[1:], strict=True)]
+            self.extent.columns = self._padding.take_over(paddings, sizes[0], self.columns)
+            self._rope.take_over([cache._rope for cache in others], sizes)
+            for number, layer in enumerate(self.layers):
+                layer.store.take_over([c.layers[number].store for c in others], offsets)
+            self._planner.forget_blocks()
+            self._before = self.layout.view()
+        for cache in others:
+            cache.reset()
+
     def crop(self, tokens_to_remove: int) -> None:
         """Drops columns from the end.
 
@@ -301,6 +358,7 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
         if keep <= 0:
             self.reset()
             return
+        self.changes += 1
         with self.calls.changing("choosing or cutting its sequences"):
             lengths = self._padding.crop(keep) or [keep] * len(self.layout.table)
             cuts = self.layout.crop(lengths)

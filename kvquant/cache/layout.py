@@ -10,6 +10,7 @@ no data. :meth:`Layout.reclaim` frees blocks that no table lists any more.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -218,6 +219,22 @@ class Layout:
                 self.tails[b] = rest
             self.lengths[b] = length
         return cut
+
+    def take_over(self, others: Sequence[Layout]) -> list[int]:
+        """Appends the sequences of other layouts of the same scheme, which must not be used again.
+
+        Returns:
+            For each of them, what is added to the numbers of its arenas.
+        """
+        offsets = []
+        for other in others:
+            offset = len(self.arenas)
+            self.arenas += other.arenas
+            self.table += [[(a + offset, place) for a, place in t] for t in other.table]
+            self.lengths += other.lengths
+            self.tails += other.tails
+            offsets.append(offset)
+        return offsets
 
     def reclaim(self) -> Reclaim | None:
         """Frees blocks that no sequence lists any more, after :meth:`select` or :meth:`crop`.

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from kvquant.cache.layout import Layout
 from kvquant.formats.allocated_layer import AllocatedLayer
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
-from kvquant.formats.layer_quantizer import outliers_per_side
-from kvquant.study.schemes import AllocatedScheme, KiviScheme, KvarnScheme, NuqScheme
+from kvquant.formats.layer_quantizer import LayerTables, outliers_per_side
+from kvquant.study.schemes import AllocatedScheme, KiviScheme, KvarnScheme, NuqScheme, SchemeSpec
 
 HALF = 2  # bytes of a 16-bit number
 GROWN_ROOM = 1.25  # outlier slots over expected outliers in an arena that is filled block by block
@@ -209,3 +209,38 @@ def prefill_excess(
         baseline_cache_bytes: Bytes of its cache.
     """
     return peak - cache_bytes - (baseline_peak - baseline_cache_bytes)
+
+
+def tokens_that_fit(
+    scheme: SchemeSpec,
+    tables: Sequence[LayerTables] | None,
+    shape: tuple[int, int, int],
+    prompt: int,
+    memory: int,
+) -> int | None:
+    """Returns how many tokens of prompts of one length should fit in a memory.
+
+    Args:
+        scheme: The scheme.
+        tables: Calibrated tables per layer, for schemes that have them.
+        shape: Numbers of layers, of kv heads and of channels per head.
+        prompt: Tokens of each prompt, stored at once.
+        memory: Bytes for the cache, activations not counted.
+
+    Returns:
+        The number of tokens; None for a kind of scheme without a formula.
+    """
+    layers, heads, dim = shape
+    if scheme.kind in ("fp16", "fp16-static"):
+        return memory // (layers * fp16_bytes(heads, dim, 1))
+    if isinstance(scheme, NuqScheme | KiviScheme | KvarnScheme):
+        bytes_each = layers * layer_footprint(scheme, heads, dim, [[prompt]]).total
+    elif isinstance(scheme, AllocatedScheme) and tables is not None:
+        bytes_each = sum(
+            allocated_footprint(scheme, layer, [[prompt]], tables=0).total
+            for layer in tables
+            if isinstance(layer, AllocatedLayer)
+        )
+    else:
+        return None
+    return memory * prompt // bytes_each

@@ -7,6 +7,8 @@ is refused. The mask of a decode step on a GPU cannot be read without waiting fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from kvquant.cache.late_check import on_device
@@ -37,6 +39,11 @@ class Padding:
         self._counts: torch.Tensor | None = None
         # bool [] on a GPU: whether the mask of the last decode step was wrong; None: checked
         self.wrong: torch.Tensor | None = None
+
+    @property
+    def any(self) -> bool:
+        """Whether any column is padding."""
+        return self._counts is not None
 
     def spans(self, batch: int, new_len: int, total: int, mask: torch.Tensor | None) -> list[Span]:
         """Adds new columns and returns which of them are tokens in each sequence.
@@ -145,6 +152,34 @@ class Padding:
         if self._counts is not None:
             last = self._counts[:, -1:] + 1
             self._counts = torch.cat((self._counts, last), 1)
+
+    def take_over(
+        self, others: Sequence[tuple[Padding, int, int]], batch: int, columns: int
+    ) -> int:
+        """Appends the sequences of other batches; the shorter ones are padded on the left.
+
+        Args:
+            others: Padding of each batch, with its number of sequences and of columns.
+            batch: Number of sequences of this batch.
+            columns: Number of columns of this batch.
+
+        Returns:
+            Number of columns of the joined batch.
+        """
+        every = [(self, batch, columns), *others]
+        longest = max(part[2] for part in every)
+        if any(part._counts is not None or own < longest for part, _, own in every):
+            rows = [part._padded(count, own, longest) for part, count, own in every]
+            device = next((p._counts.device for p, *_ in every if p._counts is not None), None)
+            self._counts = torch.cat([row if device is None else row.to(device) for row in rows])
+        return longest
+
+    def _padded(self, batch: int, columns: int, longest: int) -> torch.Tensor:
+        """Returns the counts of a batch that is padded on the left to `longest` columns."""
+        counts = self._counts
+        if counts is None:
+            counts = torch.arange(1, columns + 1).expand(batch, -1)
+        return torch.nn.functional.pad(counts, (longest - columns, 0))
 
     def select(self, indices: torch.Tensor) -> None:
         """Keeps or repeats the given sequences."""

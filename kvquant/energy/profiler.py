@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import statistics
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +15,27 @@ from typing import Any
 from kvquant.energy.carbon import CarbonTracker
 from kvquant.energy.monitor import Meter
 from kvquant.formats.files import replacing
+
+
+def counter_over_power(samples: Sequence[Mapping[str, Any]]) -> float | None:
+    """Returns the energy by the counter over the integral of the sampled power.
+
+    Args:
+        samples: Samples of :class:`DetailedEnergyProfiler`, one per moment and device.
+
+    Returns:
+        About 1 if both agree; None without two moments that have a power of each device.
+    """
+    moments: dict[float, tuple[float, float]] = {}
+    for sample in samples:
+        power = sample.get("power_w")
+        if power is None:
+            return None
+        watts = moments.get(sample["seconds"], (0.0, 0.0))[1] + power
+        moments[sample["seconds"]] = (sample["joules"], watts)
+    points = sorted((at, *both) for at, both in moments.items())
+    integral = sum((b[0] - a[0]) * (a[2] + b[2]) / 2 for a, b in itertools.pairwise(points))
+    return (points[-1][1] - points[0][1]) / integral if integral > 0 else None
 
 
 class DetailedEnergyProfiler:

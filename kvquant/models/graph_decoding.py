@@ -7,6 +7,8 @@ graph is captured anew only where a table has outgrown its room.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,14 +41,22 @@ class GraphedDecoder:
         model: The model with kvquant's attention (`load_quantized_model`).
         cache: The cache after the prefill; every sequence must have filled its sinks.
         new_tokens: Number of steps for which to make room, so that no new capture is needed.
+        borrowed: Whether the cache keeps this object, which then must not keep the cache alive.
+
+    Attributes:
+        positions: int64 `[batch_size, 1]` on the device, positions of the next tokens.
 
     Raises:
         ValueError: The decode kernel cannot read this cache (`KVQuantCache.step_refusals`), or the
             model is on several devices.
     """
 
-    def __init__(self, model: Any, cache: KVQuantCache, new_tokens: int = 1024) -> None:
-        self._model, self._cache = model, cache
+    def __init__(
+        self, model: Any, cache: KVQuantCache, new_tokens: int = 1024, *, borrowed: bool = False
+    ) -> None:
+        self._model = model
+        self._held: Callable[[], KVQuantCache | None]
+        self._held = weakref.ref(cache) if borrowed else lambda: cache
         devices = devices_of(model.parameters())
         if len(devices) > 1:
             raise ValueError("model: a graph holds the work of one GPU; call the model instead")
@@ -60,22 +70,29 @@ class GraphedDecoder:
         self._room = new_tokens // cache.layout.block_size + 2
         self._tokens = torch.zeros((batch, 1), dtype=torch.long, device=device)
         lengths = torch.tensor(cache.lengths, device=device)[:, None]
-        self._positions = lengths.long()
+        self.positions = lengths.long()
         self._captured: CapturedStep | None = None
+
+    @property
+    def _cache(self) -> KVQuantCache:
+        """The cache, which whoever calls :meth:`step` keeps."""
+        cache = self._held()
+        assert cache is not None
+        return cache
 
     def _work(self) -> torch.Tensor:
         """Runs the model on a plan that reads all lengths on the device; returns logits."""
-        plan = self._cache.graph_plan(self._steps, self._positions)
+        plan = self._cache.graph_plan(self._steps, self.positions)
         with self._cache.planned(plan):
             output = self._model(
                 input_ids=self._tokens,
-                position_ids=self._positions,
+                position_ids=self.positions,
                 **cache_argument(self._model, self._cache),
                 use_cache=True,
                 logits_to_keep=1,
             )
         logits: torch.Tensor = output.logits[:, -1]
-        self._positions += 1
+        self.positions += 1
         return logits
 
     def _prepare(self) -> CapturedStep:
@@ -94,11 +111,11 @@ class GraphedDecoder:
 
     def _capture(self, addresses: tuple[int, ...]) -> CapturedStep:
         """Captures the graph of a step after a warm-up step and resets what both counted."""
-        lengths, positions = self._steps.lengths.clone(), self._positions.clone()
+        lengths, positions = self._steps.lengths.clone(), self.positions.clone()
 
         def undo() -> None:  # the next step overwrites the tails
             self._steps.lengths.copy_(lengths)
-            self._positions.copy_(positions)
+            self.positions.copy_(positions)
 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

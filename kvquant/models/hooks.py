@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kvquant.errors import UserError
+from kvquant.models.graph_calls import graph_calls, no_graph_calls
 from kvquant.models.model_call import CACHE_NAMES, arguments, find_cache, parameters, refuse_unknown
 from kvquant.models.prefill_quant import PrefillQuantizedAttention, original_class
 from kvquant.study.model_families import family_of_attention, supported_families
@@ -201,6 +202,7 @@ def install_attention(model: Any) -> None:
     """
     for attention in attention_layers(model):
         PrefillQuantizedAttention(attention)
+    graph_calls(model)
     _hook(model, _enter_model, _leave_model)
     _hook(model.model, _enter_decoder, _leave_decoder)
 
@@ -210,6 +212,7 @@ def uninstall_attention(model: Any) -> None:
     for layer in model.model.layers:
         if isinstance(layer.self_attn, PrefillQuantizedAttention):
             layer.self_attn.restore()
+    no_graph_calls(model)
     ours = (_enter_model, _leave_model, _enter_decoder, _leave_decoder)
     for module in (model, model.model):
         for hooks, flags in (

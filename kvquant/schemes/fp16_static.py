@@ -55,6 +55,31 @@ class StaticFp16Layer(Fp16Layer):
         self.keys, self.values = whole[0][:, :, :total], whole[1][:, :, :total]
         return self.keys.to(kind), self.values.to(kind)
 
+    def reserve(self, tokens: int) -> None:
+        """Makes room for `tokens` further tokens, if there is less."""
+        held: list[Any] = [self.keys, self.values]
+        total = self.get_seq_length()
+        whole = self._buffers
+        if whole is not None and whole[0].shape[2] >= total + tokens:
+            return
+        self._room = tokens
+        whole = self._allocate(held[0], total), self._allocate(held[1], total)
+        for buffer, x in zip(whole, held, strict=True):
+            buffer[:, :, :total] = x
+        self._buffers = whole
+        self.keys, self.values = whole[0][:, :, :total], whole[1][:, :, :total]
+
+    @property
+    def allocation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All allocated keys and values, `[batch_size, heads, columns, head_dim]` each.
+
+        Raises:
+            ValueError: Nothing is stored yet.
+        """
+        if self._buffers is None:
+            raise ValueError("cache: nothing is allocated; call reserve() after the prompts")
+        return self._buffers
+
     def _allocate(self, like: torch.Tensor, total: int) -> torch.Tensor:
         batch, heads, _, dim = like.shape
         return like.new_empty((batch, heads, total + self._room, dim))
@@ -100,6 +125,12 @@ class StaticFp16Cache(Cache, CountedCache):
 
     def __init__(self, num_layers: int, room: int) -> None:
         super().__init__(layers=[StaticFp16Layer(room) for _ in range(num_layers)])
+
+    @torch.inference_mode()
+    def reserve(self, tokens: int) -> None:
+        """Makes room for `tokens` further tokens of each sequence, one layer after the other."""
+        for layer in self.layers:
+            layer.reserve(tokens)
 
     def stored_nbytes(self) -> int:
         """Returns the bytes that all layers have allocated, unused room included."""

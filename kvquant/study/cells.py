@@ -12,12 +12,13 @@ from kvquant.study.digests import (
     append_digest,
     energy_digest,
     eval_digest,
+    jobs_digest,
     kernels_digest,
     perf_digest,
 )
 from kvquant.study.places import place_of
 
-STAGES = ("eval", "throughput", "energy", "append", "kernels")  # kinds of records
+STAGES = ("eval", "throughput", "energy", "append", "kernels", "jobs")  # kinds of records
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ def cells_of(study: Study, stage: str, device: str) -> Iterator[Cell]:
     elif stage == "kernels":
         for case in study.kernel_cases():
             yield Cell(stage, on | {"case": case}, kernels_digest(study, case))
+    elif stage == "jobs":
+        for case in study.job_cases():
+            yield Cell(stage, on | {"case": case}, jobs_digest(study, case))
     else:
         timed, digest = (
             (study.throughput_cells(), perf_digest)

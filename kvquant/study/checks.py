@@ -24,6 +24,7 @@ def _names(study: StudySections) -> Iterator[str]:
         "throughput.workloads": study.throughput.workloads,
         "energy.workloads": study.energy.workloads,
         "kernels.cases": study.kernel_cases(),
+        "jobs.cases": study.job_cases(),
         "study": [study.study],
     }
     for field, names in groups.items():
@@ -136,6 +137,8 @@ def _timed(study: StudySections) -> Iterator[str]:
             if name not in study.schemes or name in (study.baseline, measured):
                 what = "measured anyway" if name in study.schemes else "not among the schemes"
                 yield f"kernels.cases.{label}.peers: '{name}' is {what}"
+    for label, job in study.job_cases().items():
+        yield from _not_among(f"jobs.cases.{label}.schemes", job.schemes, study.schemes, "scheme")
     used = {
         *(study.evaluation.schemes or study.schemes),
         *study.timed_schemes(study.throughput),

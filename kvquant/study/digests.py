@@ -22,7 +22,7 @@ VERSIONS = {
     # increase makes the files again.
     **{"fetch": 2, "statistics-file": 3, "quantizer-file": 3},
     **{"calibrate": 1, "quantize": 1, "prompts": 1, "evaluate": 1},
-    **{"throughput": 1, "append": 1, "kernels": 1},
+    **{"throughput": 1, "append": 1, "kernels": 1, "jobs": 1},
     "energy": 2,  # 2: only the model's own GPUs, each CPU socket once, settled averages
 }
 
@@ -138,3 +138,15 @@ def kernels_digest(study: Study, case: str) -> str:
     schemes = {name: study.scheme(name).model_dump(mode="json") for name in spec.peers}
     scheme = study.scheme(study.kernel_scheme(spec))
     return digest(spec, rest, scheme, schemes, VERSIONS["kernels"])
+
+
+def jobs_digest(study: Study, case: str) -> str:
+    """Returns the digest of a case of whole jobs: shape, lengths, memory and timed schemes."""
+    if study.jobs is None:
+        raise UserError("jobs: this study has no such section: add it to the study file")
+    if case not in study.jobs.cases:
+        raise unknown("case", case, study.jobs.cases)
+    spec = study.jobs.cases[case]
+    rest = study.jobs.model_dump(mode="json", exclude={"cases", "minutes"})
+    schemes = {name: study.scheme(name).model_dump(mode="json") for name in spec.schemes}
+    return digest(spec, rest, schemes, VERSIONS["jobs"])

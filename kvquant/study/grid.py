@@ -44,6 +44,9 @@ def request(
     if rule == "kernel_case":
         assert study.kernels is not None
         return Request(study.gpus, BENCH_MEM_MB * attempt, study.kernels.minutes * attempt)
+    if rule == "job_case":
+        assert study.jobs is not None
+        return Request(study.gpus, BENCH_MEM_MB * attempt, study.jobs.minutes * attempt)
     assert model is not None
     spec = study.model(model)
     mem = spec.mem_gb * 1000
@@ -115,6 +118,8 @@ def grid_rows(study: Study) -> list[tuple[str, int, int, str]]:
         rows.append(("append", study.append.reps, study.append.reps, what))
     if cases := study.kernel_cases():
         rows.append(("kernels", len(cases), len(cases), ", ".join(cases)))
+    if whole := study.job_cases():
+        rows.append(("jobs", len(whole), len(whole), ", ".join(whole)))
     return rows
 
 
@@ -148,6 +153,10 @@ def job_rows(study: Study) -> list[tuple[str, int, float]]:
         asked = request(study, "kernel_case", None)
         cases = len(study.kernels.cases)
         rows.append(("kernel_case", cases, cases * asked.gpus * asked.minutes / 60))
+    if study.jobs is not None:
+        asked = request(study, "job_case", None)
+        cases = len(study.jobs.cases)
+        rows.append(("job_case", cases, cases * asked.gpus * asked.minutes / 60))
     return rows
 
 

@@ -15,6 +15,7 @@ PLACES = {
     "energy": "energy/{device}/{model}/{scheme}/{workload}/rep{rep}.json",
     "append": "append/{device}/rep{rep}.json",
     "kernels": "kernels/{device}/{case}.json",
+    "jobs": "jobs/{device}/{case}.json",
 }
 PACKED = {
     "eval": "eval/{model}/{scheme}.jsonl",
@@ -22,6 +23,7 @@ PACKED = {
     "energy": "energy/{device}.jsonl",
     "append": "append/{device}.jsonl",
     "kernels": "kernels/{device}.jsonl",
+    "jobs": "jobs/{device}.jsonl",
 }
 
 

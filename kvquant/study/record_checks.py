@@ -13,6 +13,8 @@ from kvquant.study.record_types import (
     EnergyRecord,
     EnergySide,
     EvalRecord,
+    JobRecord,
+    JobSide,
     KernelPart,
     KernelRecord,
     KernelSide,
@@ -221,6 +223,63 @@ def _kernels(record: KernelRecord) -> None:
             _kernel_side(side, part, copy)
 
 
+def _job_side(side: JobSide, record: JobRecord) -> None:
+    where = f"sides.{side.scheme}"
+    if side.status != "ok":
+        free = {"scheme", "status", "capacity_tokens", "formula_tokens"}
+        if held := [k for k, v in side.model_dump(exclude=free, exclude_none=True).items() if v]:
+            raise ValueError(
+                f"field '{where}.{held[0]}': is there, but the status is {side.status}"
+            )
+        return
+    if not side.trials or side.batch_size is None:
+        raise ValueError(f"field '{where}.trials': is missing, but the status is ok")
+    _at_least(f"{where}.batch_size", side.batch_size, 1)
+    for name, times in (("first_token_ms", side.first_token_ms), ("step_ms", side.step_ms)):
+        _spread(f"{where}.{name}", times)
+    _bits(f"{where}.", side)
+    jobs = sum(trial.jobs for trial in side.trials)
+    prompts = jobs * side.batch_size * record.prompt
+    answers = jobs * side.batch_size * record.answer
+    prefill = sum(trial.prefill_seconds for trial in side.trials)
+    decode = sum(trial.decode_seconds for trial in side.trials)
+    _at_least(f"{where}.trials", min(t.jobs for t in side.trials), 1)
+    _follows(f"{where}.prefill_tokens_per_s", side.prefill_tokens_per_s, prompts / prefill)
+    _follows(f"{where}.decode_tokens_per_s", side.decode_tokens_per_s, answers / decode)
+    rate = (prompts + answers) / (prefill + decode)
+    _follows(f"{where}.job_tokens_per_s", side.job_tokens_per_s, rate)
+    joules = [(t.prefill_joules, t.decode_joules) for t in side.trials]
+    derived: list[float | None] = [None] * 4
+    if record.source is not None:
+        if any(x is None for pair in joules for x in pair) or record.idle_watts is None:
+            raise ValueError(f"field '{where}.trials': a trial is without joules")
+        first, second = (sum(float(p[i] or 0) for p in joules) for i in (0, 1))
+        above = first + second - record.idle_watts * (prefill + decode)
+        derived = [
+            first / prompts,
+            second / answers,
+            (first + second) / (prompts + answers),
+            above / (prompts + answers),
+        ]
+    names = ("prompt_token", "answer_token", "token", "token_above_idle")
+    for name, value in zip(names, derived, strict=True):
+        _follows(f"{where}.joules_per_{name}", getattr(side, f"joules_per_{name}"), value)
+
+
+def _jobs(record: JobRecord) -> None:
+    for name in ("prompt", "answer", "memory_bytes", "weight_bytes"):
+        _at_least(name, getattr(record, name), 1)
+    names = [side.scheme for side in record.sides]
+    if len(set(names)) != len(names):
+        raise ValueError("field 'sides': one is given twice")
+    if (record.source == "nvml") != record.method.startswith("GPU board energy"):
+        raise ValueError(
+            f"field 'source': is '{record.source}', which contradicts the method ({record.method})"
+        )
+    for side in record.sides:
+        _job_side(side, record)
+
+
 def check_record(record: Any) -> None:
     """Recomputes the derived fields of a record from its own other fields.
 
@@ -233,6 +292,7 @@ def check_record(record: Any) -> None:
         EnergyRecord: _energy,
         AppendRecord: _append,
         KernelRecord: _kernels,
+        JobRecord: _jobs,
     }
     if check := checks.get(type(record)):
         check(record)

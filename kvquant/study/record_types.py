@@ -219,3 +219,65 @@ class KernelRecord(Record):
     all_tokens: int = Field(description="tokens of all sequences in prefill, steps and layer-step")
     parts: list[KernelPart]
     seconds: float = Field(description="wall time of the case; not part of any table")
+
+
+class JobTrial(Strict):
+    """Holds one trial of a cache: one job, or as many as fill the shortest trial."""
+
+    jobs: int
+    prefill_seconds: float = Field(description="all prompts of all jobs of the trial")
+    decode_seconds: float = Field(description="all answers, capture of a graph included")
+    prefill_joules: float | None = None
+    decode_joules: float | None = None
+
+
+class JobSide(Strict):
+    """Holds one cache's side of a case of whole jobs."""
+
+    scheme: str
+    status: Literal["ok", "oom"]
+    decoder: str = Field("", description="how answers were decoded: a CUDA graph, or from Python")
+    batch_size: int | None = Field(None, description="prompts per job")
+    capacity_tokens: int | None = Field(None, description="tokens that were held at once")
+    formula_tokens: int | None = Field(
+        None, description="tokens that fit by the bytes per token of this cache"
+    )
+    trials: list[JobTrial] = Field(default_factory=list)
+    first_token_ms: Percentiles | None = Field(None, description="of one prompt")
+    step_ms: Percentiles | None = Field(None, description="one decode step of all prompts")
+    prefill_tokens_per_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    job_tokens_per_s: float | None = Field(None, description="prompt and answer tokens")
+    peak_bytes: int | None = Field(None, description="largest allocation of a job, with weights")
+    steady_bytes: int | None = Field(None, description="held while answers are decoded")
+    cache_bytes: int | None = None
+    cache_elements: int | None = None
+    bits_per_element: float | None = None
+    joules_per_prompt_token: float | None = None
+    joules_per_answer_token: float | None = None
+    joules_per_token: float | None = Field(None, description="of the job, idle power included")
+    joules_per_token_above_idle: float | None = None
+
+
+class JobRecord(Record):
+    """Holds a case of whole jobs, whose caches ran in turns in one process."""
+
+    kind: Literal["jobs"] = "jobs"
+    device: str
+    case: str
+    shape: str
+    prompt: int
+    answer: int
+    memory_bytes: int = Field(description="what torch may allocate, weights included")
+    emulated: bool = Field(description="whether that is less than the GPU has")
+    weight_bytes: int
+    source: Literal["nvml", "estimated"] | None = Field(None, description="None: no energy")
+    method: str = Field("", description="counter or power model behind the numbers")
+    idle_watts: float | None = None
+    counter_over_power: float | None = Field(
+        None, description="energy by the counter over the integral of sampled power"
+    )
+    sides: list[JobSide]
+    carbon: dict[str, Any] = Field(default_factory=dict, description="CodeCarbon bookkeeping")
+    telemetry: dict[str, Any] = Field(default_factory=dict, description="clocks, temperature")
+    seconds: float = Field(description="wall time of the case; not part of any table")

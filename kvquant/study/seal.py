@@ -16,6 +16,7 @@ from kvquant.study.record_types import (
     AppendRecord,
     EnergyRecord,
     EvalRecord,
+    JobRecord,
     KernelRecord,
     Record,
     ThroughputRecord,
@@ -29,8 +30,9 @@ KINDS: dict[str, type[Record]] = {
     "energy": EnergyRecord,
     "append": AppendRecord,
     "kernels": KernelRecord,
+    "jobs": JobRecord,
 }
-FOLDERS = ("eval", "perf", "energy", "append", "kernels")
+FOLDERS = ("eval", "perf", "energy", "append", "kernels", "jobs")
 
 
 def record_files(results: Path) -> list[Path]:

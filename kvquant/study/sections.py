@@ -11,6 +11,7 @@ from pydantic import Field
 from kvquant.errors import unknown
 from kvquant.study.append import AppendSpec
 from kvquant.study.calibration import CalibrationSpec
+from kvquant.study.jobs import JobCase, JobsSpec
 from kvquant.study.kernels import KernelCase, KernelsSpec
 from kvquant.study.limits import MAX_NAMES
 from kvquant.study.models import ModelSpec
@@ -70,6 +71,9 @@ class StudySections(Strict):
     kernels: KernelsSpec | None = Field(
         None, description="cases of the kernel benchmark; absent: not measured"
     )
+    jobs: JobsSpec | None = Field(
+        None, description="whole jobs of models with random weights; absent: not measured"
+    )
     statistics: StatisticsSpec = Field(
         StatisticsSpec(), description="how schemes are compared with the baseline"
     )
@@ -107,3 +111,7 @@ class StudySections(Strict):
     def kernel_cases(self) -> dict[str, KernelCase]:
         """Returns the cases of the kernel benchmark; empty where kernels are not measured."""
         return self.kernels.cases if self.kernels else {}
+
+    def job_cases(self) -> dict[str, JobCase]:
+        """Returns the cases of whole jobs; empty where they are not measured."""
+        return self.jobs.cases if self.jobs else {}

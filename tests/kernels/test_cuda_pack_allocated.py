@@ -220,7 +220,8 @@ def test_whole_layers_on_a_gpu(
 @pytest.mark.parametrize("heads", [1, 8, 32, 128])
 def test_thread_blocks_wait_for_each_other(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values that are read once, beside keys and often, equal those of two launches."""
-    codec = codec_of(random_allocated(heads, 128, scale=(2.5, 3.5)), 0.0025, rotation=False)
+    # Room for all outliers: which of them are lost where there is too little is not determined.
+    codec = codec_of(random_allocated(heads, 128, scale=(2.5, 3.5)), 0.02, rotation=False)
     x = torch.randn(2, 8192 // heads, heads, 64, 128, device=DEVICE, dtype=torch.float16)
     with kernels():
         packed = [codec.pack(*x) for _ in range(20)]

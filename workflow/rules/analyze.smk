@@ -4,6 +4,8 @@ if STUDY.append:
     COLLECTED.append("append")
 if STUDY.kernels:
     COLLECTED.append("kernels")
+if STUDY.jobs:
+    COLLECTED.append("jobs")
 # Published records count; their hashes tell whether any has changed.
 SUMS = [file for file in [Path(STUDY.published or "") / "SHA256SUMS"] if file.is_file()]
 
@@ -17,7 +19,7 @@ localrules:
 rule aggregate:
     """Every record, verified against the study, in tidy tables."""
     input:
-        records("eval", "throughput", "energy", "append", "kernels"),
+        records("eval", "throughput", "energy", "append", "kernels", "jobs"),
         SUMS,
     output:
         expand("<results>/tables/{table}.parquet", table=[*COLLECTED, "samples"]),

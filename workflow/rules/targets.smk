@@ -19,6 +19,9 @@ use rule all_append as appends
 use rule all_kernels as kernels
 
 
+use rule all_jobs as jobs
+
+
 use rule figures as all_figures
 
 

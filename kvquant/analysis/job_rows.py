@@ -1,0 +1,44 @@
+"""Rows of the collected table `jobs`, from verified records of whole jobs: a row per cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvquant.analysis.problems import Problems
+from kvquant.analysis.sources import Sources
+from kvquant.analysis.spec_checks import check_jobs
+from kvquant.study.records import JobRecord, JobSide
+
+SHARED = (
+    *("device", "case", "shape", "prompt", "answer", "memory_bytes", "emulated"),
+    *("weight_bytes", "source", "method", "idle_watts", "counter_over_power"),
+)
+
+
+def _spreads(side: JobSide) -> dict[str, Any]:
+    """Returns times with their spread, and the ends of what trials gave."""
+    row: dict[str, Any] = {}
+    for name in ("first_token_ms", "step_ms"):
+        times = getattr(side, name)
+        for part in ("median", "p10", "p90", "p99"):
+            row[f"{name}_{part}"] = getattr(times, part) if times else None
+    seconds = [(t.prefill_seconds + t.decode_seconds) / t.jobs for t in side.trials]
+    row |= {"job_seconds_low": min(seconds, default=None)}
+    row |= {"job_seconds_high": max(seconds, default=None)}
+    return row | {"trials": len(side.trials), "jobs": sum(t.jobs for t in side.trials)}
+
+
+def job_rows(sources: Sources, problems: Problems) -> list[dict[str, Any]]:
+    """Returns a row per cache of a case; none for a study that measures no whole jobs."""
+    rows: list[dict[str, Any]] = []
+    for cell in sources.cells("jobs"):
+        source = sources.find(cell)
+        record = problems.read(source, cell, JobRecord)
+        if record is None or not problems.fits(source, check_jobs, sources.study, record):
+            continue
+        problems.once(source, "jobs", [t.model_dump() for s in record.sides for t in s.trials])
+        shared = {name: getattr(record, name) for name in SHARED}
+        for side in record.sides:
+            plain = side.model_dump(exclude={"trials", "first_token_ms", "step_ms"})
+            rows.append(shared | plain | _spreads(side))
+    return rows

@@ -1,0 +1,270 @@
+"""One cache's side of a case of whole jobs: prefill, decoding and what fits in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvquant.benchmarks.timing import peak_bytes, reset_peak, synchronize
+from kvquant.cache.footprint import cache_elements, cache_nbytes
+from kvquant.cache.joining import join_caches
+from kvquant.cache.kvquant_cache import KVQuantCache
+from kvquant.errors import OutlierOverflow
+from kvquant.models.graph_decoding import GraphedDecoder
+from kvquant.models.loading import QuantizedModel
+from kvquant.models.model_call import cache_argument
+from kvquant.models.oom_retry import fits_in_memory, release_memory
+from kvquant.models.sdpa import without_cudnn
+from kvquant.models.static_decoding import StaticDecoder
+from kvquant.runtime.progress import note
+from kvquant.schemes.fp16_static import StaticFp16Cache
+from kvquant.study.jobs import JobCase
+
+Step = Callable[[torch.Tensor], torch.Tensor]
+PARTS = 64  # the shortest part of a prompt in the search of what fits, as a share of the prompt
+
+
+@dataclass
+class JobTimes:
+    """The times and sizes of one job.
+
+    Attributes:
+        prefill_seconds: Seconds of all prompts.
+        decode_seconds: Seconds of all answers, capture of a graph included.
+        first_token_ms: Milliseconds of each prompt until its first token.
+        step_ms: Milliseconds of each decode step.
+        decoder: How answers were decoded.
+        peak: Largest number of bytes that torch held.
+        steady: Bytes that torch held while answers were decoded.
+        cache_bytes: Bytes of the cache after the prompts.
+        elements: Number of key and value elements in those bytes.
+    """
+
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    first_token_ms: list[float] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
+    decoder: str = ""
+    peak: int = 0
+    steady: int = 0
+    cache_bytes: int = 0
+    elements: int = 0
+
+
+@dataclass
+class JobSide:
+    """Runs jobs on one cache.
+
+    Args:
+        name: Name of the scheme.
+        qm: The model with the scheme's caches.
+        case: The case.
+    """
+
+    name: str
+    qm: QuantizedModel
+    case: JobCase
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return self.qm.device
+
+    def _ids(self, row: int, tokens: int) -> torch.Tensor:
+        """Returns the token ids of a prompt, int64 `[1, tokens]`, the same for every cache."""
+        generator = torch.Generator().manual_seed(row)
+        vocabulary = int(self.qm.model.config.vocab_size)
+        return torch.randint(0, vocabulary, (1, tokens), generator=generator).to(self.device)
+
+    @torch.inference_mode()
+    def prefill_one(self, row: int, tokens: int) -> tuple[Any, torch.Tensor]:
+        """Runs one prompt; returns its cache and the first token of its answer, `[1, 1]`.
+
+        A cache that loses outliers for lack of room is filled anew with more, as later ones are.
+        """
+        ids = self._ids(row, tokens)
+        while True:
+            cache = self.qm.new_cache("A")
+            try:
+                logits = self.qm.model(
+                    input_ids=ids,
+                    position_ids=torch.arange(tokens, device=self.device)[None],
+                    **cache_argument(self.qm.model, cache),
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits
+                if isinstance(cache, KVQuantCache):
+                    cache.settle()
+                return cache, logits[:, -1].argmax(-1, keepdim=True)
+            except OutlierOverflow:
+                cache.widen()
+
+    def prefill(self, batch: int, times: JobTimes) -> tuple[Any, torch.Tensor]:
+        """Runs all prompts one after the other; returns the joined cache and first tokens."""
+        caches, firsts = [], []
+        for row in range(batch):
+            start = time.perf_counter()
+            cache, first = self.prefill_one(row, self.case.prompt)
+            synchronize(self.device)
+            times.first_token_ms.append((time.perf_counter() - start) * 1e3)
+            caches.append(cache)
+            firsts.append(first)
+        return (join_caches(caches) if batch > 1 else caches[0]), torch.cat(firsts)
+
+    def _decoder(self, cache: Any, batch: int) -> tuple[str, Step]:
+        """Returns the fastest way to decode from a cache, and what it is called."""
+        steps, model = self.case.answer, self.qm.model
+        if isinstance(cache, KVQuantCache) and self.device.type == "cuda":
+            try:
+                return "CUDA graph", GraphedDecoder(model, cache, steps).step
+            except ValueError as error:
+                note(f"jobs: {self.name}: without a CUDA graph: {error}")
+        if isinstance(cache, StaticFp16Cache):
+            mask = torch.ones((batch, self.case.prompt), dtype=torch.long, device=self.device)
+            decoder = StaticDecoder(model, cache, mask, steps)
+            if decoder.backend is None:
+                return "from Python, one size", decoder.step
+            return f"CUDA graph, {decoder.backend.name.lower()}", decoder.step
+        position = torch.full((batch, 1), self.case.prompt - 1, device=self.device)
+
+        def step(tokens: torch.Tensor) -> torch.Tensor:
+            position.add_(1)
+            with without_cudnn():
+                logits: torch.Tensor = model(
+                    input_ids=tokens,
+                    position_ids=position,
+                    **cache_argument(model, cache),
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits
+            return logits[:, -1]
+
+        return "from Python", step
+
+    def _generate(self, cache: Any, token: torch.Tensor) -> _Marks:
+        """Decodes by transformers' `generate`, as a user calls it; returns the steps' marks."""
+        prompts = [self._ids(row, self.case.prompt) for row in range(len(token))]
+        ids = torch.cat([torch.cat(prompts), token], 1)
+        marks = _Marks(self.device)
+
+        def mark(*args: Any, **kwargs: Any) -> torch.Tensor:
+            marks.set()
+            return torch.zeros(len(token), dtype=torch.bool, device=self.device)
+
+        self.qm.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=self.case.answer,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+            stopping_criteria=[mark],
+        )
+        return marks
+
+    @torch.inference_mode()
+    def decode(self, cache: Any, token: torch.Tensor, times: JobTimes) -> None:
+        """Decodes the answers of all prompts greedily, without a check for end tokens."""
+        if self.case.decode == "generate":
+            times.decoder = "generate"
+            marks = self._generate(cache, token)
+        else:
+            times.decoder, step = self._decoder(cache, len(token))
+            marks = _Marks(self.device)
+            for _ in range(self.case.answer):
+                token = step(token).argmax(-1, keepdim=True)
+                marks.set()
+        times.step_ms = marks.differences()
+        if self.device.type == "cuda":
+            times.steady = torch.cuda.memory_allocated(self.device)
+        if isinstance(cache, KVQuantCache):
+            cache.settle()
+
+    def job(
+        self, batch: int, between: Callable[[], None] = lambda: None, times: JobTimes | None = None
+    ) -> JobTimes:
+        """Runs one job.
+
+        Args:
+            batch: Number of prompts.
+            between: Called between the prompts and the answers, while the device is idle.
+            times: Filled in and returned; None makes one.
+        """
+        times = times or JobTimes()
+        release_memory()
+        reset_peak([self.device])
+        synchronize(self.device)
+        start = time.perf_counter()
+        cache, token = self.prefill(batch, times)
+        synchronize(self.device)
+        times.prefill_seconds = time.perf_counter() - start
+        times.cache_bytes = cache_nbytes(cache)
+        times.elements = cache_elements(cache, None)
+        between()
+        start = time.perf_counter()
+        self.decode(cache, token, times)
+        synchronize(self.device)
+        times.decode_seconds = time.perf_counter() - start
+        times.peak = peak_bytes([self.device])
+        return times
+
+    def tokens_that_fit(self) -> tuple[int, int]:
+        """Fills the GPU with prompts until it is out of memory.
+
+        The last prompt is shortened, in steps of 1/64 of a prompt, to what still fits.
+
+        Returns:
+            The number of prompts and of tokens that were held at once, each prompt prefilled beside
+            all those before.
+        """
+        caches: list[Any] = []
+        prompt = self.case.prompt
+        while fits_in_memory(lambda: caches.append(self.prefill_one(len(caches), prompt)[0])):
+            pass
+        whole, extra, part = len(caches), 0, prompt // 2
+        while part and part >= prompt // PARTS:
+            length = extra + part
+            if fits_in_memory(lambda n=length: self.prefill_one(whole, n)):  # type: ignore[misc]
+                extra = length
+            part //= 2
+        caches.clear()
+        release_memory()
+        return whole, whole * prompt + extra
+
+    def largest_batch(self, batch: int) -> int:
+        """Returns the largest number of prompts up to `batch` whose job fits; 0 if none does."""
+        while batch and not fits_in_memory(lambda n=batch: self.job(n)):  # type: ignore[misc]
+            batch -= 1
+        release_memory()
+        return batch
+
+
+class _Marks:
+    """Marks points of time without waiting for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[Any] = []
+        self.set()
+
+    def set(self) -> None:
+        """Marks the present point of the device's work."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter() * 1e3)
+
+    def differences(self) -> list[float]:
+        """Waits for the device; returns the milliseconds between marks."""
+        synchronize(self._device)
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        if self._device.type == "cuda":
+            return [begin.elapsed_time(end) for begin, end in pairs]
+        return [end - begin for begin, end in pairs]

@@ -1,0 +1,107 @@
+"""Joins caches of single prompts to the cache of a batch.
+
+A long prompt fills a GPU by itself, so that prompts are best prefilled one after the other, with
+the activations of one in memory, and decoded together. Packed blocks are not copied or moved: the
+joined cache takes over the arenas, and only 16-bit sinks and tails are put side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from kvquant.cache.fp16_layer import Fp16Layer
+from kvquant.cache.kvquant_cache import KVQuantCache
+from kvquant.errors import UserError
+
+
+def join_caches(caches: Sequence[Any]) -> Any:
+    """Joins caches to one that holds all their sequences, in order.
+
+    The given caches are used up: they are empty afterwards. Sequences of different lengths become
+    left-padded columns, so that later calls need the mask and the positions of such a batch.
+
+    Args:
+        caches: At least one filled cache, all of one scheme and model.
+
+    Returns:
+        The first cache, with the sequences of the others appended.
+
+    Raises:
+        UserError: A cache is empty, runs a call, cannot be joined, or differs from the first.
+        OutlierOverflow: A cache has lost outliers for lack of room.
+    """
+    if not caches:
+        raise UserError("caches: there is none to join")
+    if len({id(cache) for cache in caches}) < len(caches):
+        raise UserError("caches: one is given twice; join copies of it")
+    first, rest = caches[0], list(caches[1:])
+    for cache in rest:
+        if type(cache) is not type(first):
+            kinds = f"{type(first).__name__} and {type(cache).__name__}"
+            raise UserError(f"caches: {kinds} cannot be joined; use caches of one scheme")
+    if isinstance(first, KVQuantCache):
+        _check_quantized(first, rest)
+        first.take_over(rest)
+    elif isinstance(first, Cache) and all(isinstance(x, Fp16Layer) for x in first.layers):
+        _join_unquantized(first, rest)
+    else:
+        raise UserError(
+            f"caches: {type(first).__name__} cannot be joined; prefill all prompts in one call"
+        )
+    return first
+
+
+def _check_quantized(first: KVQuantCache, rest: list[KVQuantCache]) -> None:
+    """Refuses caches whose sequences cannot be put side by side."""
+    for cache in (first, *rest):
+        cache.settle()
+        if not cache.layout.table:
+            raise UserError("caches: one is empty; call the model with its prompt first")
+        if cache.kept_nbytes:
+            raise UserError(
+                "caches: positions that are not counted cannot be joined; prefill all prompts in "
+                "one call"
+            )
+        pairs = zip(first.layers, cache.layers, strict=False)
+        same = len(cache.layers) == len(first.layers) and cache.protocol == first.protocol
+        if not same or any(mine.codec is not theirs.codec for mine, theirs in pairs):
+            raise UserError("caches: they are of different models, schemes or protocols")
+
+
+def _join_unquantized(first: Cache, rest: list[Cache]) -> None:
+    """Appends the sequences layer by layer, so that only one layer is in memory twice."""
+    if len({len(cache.layers) for cache in (first, *rest)}) > 1 or not first.layers:
+        raise UserError("caches: one is empty; call the model with its prompt first")
+    for number, layer in enumerate(first.layers):
+        layers = [layer, *(cache.layers[number] for cache in rest)]
+        for other in layers:
+            if other.keys is None or not other.get_seq_length():
+                raise UserError("caches: one is empty; call the model with its prompt first")
+        columns = max(other.get_seq_length() for other in layers)
+        layer.keys, layer.values = (
+            _side_by_side([getattr(other, name) for other in layers], columns)
+            for name in ("keys", "values")
+        )
+        for other in layers[1:]:
+            other.keys = other.values = None
+            other.is_initialized = False
+        for other in layers:
+            moved = getattr(other, "_moved", None)  # a layer with an allocation of its own
+            if moved is not None:
+                moved()
+
+
+@torch.inference_mode()
+def _side_by_side(parts: list[torch.Tensor], columns: int) -> torch.Tensor:
+    """Returns `[batch_size, heads, columns, head_dim]` of all parts, padded on the left."""
+    batch, (_, heads, _, dim) = sum(len(part) for part in parts), parts[0].shape
+    out = parts[0].new_zeros((batch, heads, columns, dim))
+    at = 0
+    for part in parts:
+        out[at : at + len(part), :, columns - part.shape[2] :] = part
+        at += len(part)
+    return out

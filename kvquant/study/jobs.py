@@ -1,0 +1,70 @@
+"""The study's optional section `jobs:`, without torch; part of :mod:`kvquant.study.config`.
+
+A job is what a user waits for: prompts and their answers. Its cases say how long they are, how much
+memory there is and which caches take turns; each cache serves as many prompts at once as fit.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from kvquant.study.kernels import ShapeName
+from kvquant.study.limits import MAX_BATCH, MAX_MINUTES, MAX_ROUNDS, MAX_SECONDS, MAX_TOKENS
+from kvquant.study.strict import Strict
+
+
+class JobCase(Strict):
+    """Settings of one case: a model of random weights, prompts, answers and the caches."""
+
+    shape: ShapeName = Field(description="dimensions of the model")
+    prompt: int = Field(ge=1, le=MAX_TOKENS, description="tokens per prompt")
+    answer: int = Field(ge=1, le=MAX_TOKENS, description="decoded tokens per prompt")
+    batch_size: int | None = Field(
+        None, ge=1, le=MAX_BATCH, description="prompts per job; absent: as many as fit"
+    )
+    memory_gb: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_BATCH,
+        description="memory of the GPU in GB that a job may use, which emulates a smaller card; "
+        "absent: all of it",
+    )
+    decode: Literal["fastest", "generate"] = Field(
+        "fastest",
+        description="how answers are decoded: each cache in its fastest way, or all by "
+        "transformers' generate",
+    )
+    schemes: list[str] = Field(min_length=1, description="caches that take turns")
+    capacity: bool = Field(
+        False, description="whether to search how many tokens of such prompts fit"
+    )
+    energy: bool = Field(False, description="whether to measure the GPU's energy")
+    trials: int = Field(3, ge=1, le=MAX_ROUNDS, description="jobs per cache, in turns")
+
+    @model_validator(mode="after")
+    def _agrees(self) -> JobCase:
+        if len(set(self.schemes)) != len(self.schemes):
+            raise ValueError("schemes: an entry is given twice")
+        return self
+
+
+class JobsSpec(Strict):
+    """Settings of whole jobs: prefill and answers of models with random weights."""
+
+    cases: dict[str, JobCase] = Field(min_length=1, description="cases by name, one job each")
+    seconds: float = Field(
+        5.0,
+        gt=0,
+        le=MAX_SECONDS,
+        description="length of the shortest trial with energy; jobs are repeated until then",
+    )
+    slow_seconds: float = Field(
+        30.0, gt=0, le=MAX_SECONDS, description="a cache whose job takes longer runs one trial"
+    )
+    idle_seconds: float = Field(
+        5.0, ge=0, le=MAX_SECONDS, description="seconds for which idle power is measured"
+    )
+    country: str = Field("POL", description="ISO code for CodeCarbon's offline carbon intensity")
+    minutes: int = Field(30, ge=1, le=MAX_MINUTES, description="expected run time of a case")

@@ -1,0 +1,132 @@
+"""Caches of single prompts that become the cache of a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kvquant.cache.footprint import cache_elements, cache_nbytes
+from kvquant.cache.joining import join_caches
+from kvquant.errors import UserError
+from kvquant.study.schemes import (
+    AllocatedScheme,
+    Fp16Scheme,
+    Fp16StaticScheme,
+    HfQuantoScheme,
+    KiviScheme,
+    NuqScheme,
+)
+from tests.support.caches import CLOSE, feed, quantized, ragged, stored
+from tests.support.models import tiny_model
+
+NUQ = NuqScheme(kind="nuq", bits=3, outliers=0.02, block_size=32)
+SPECS = [
+    NUQ,
+    AllocatedScheme(kind="allocated", bits=3.4, rotation=False, block_size=32),
+    KiviScheme(kind="kivi", bits=4, group=16, residual=16),
+    Fp16Scheme(kind="fp16"),
+    Fp16StaticScheme(kind="fp16-static", room=8),
+]
+
+
+def singles(qm: Any, rows: list[torch.Tensor]) -> list[Any]:
+    """A cache per prompt."""
+    return [feed(qm, row[None], None, [len(row)])[1] for row in rows]
+
+
+def further(qm: Any, cache: Any, mask: torch.Tensor, steps: int, chunk: int = 1) -> torch.Tensor:
+    """Logits of further tokens, `[batch, steps * chunk, vocabulary]`."""
+    tokens = torch.randint(1, 97, (len(mask), steps * chunk), generator=torch.manual_seed(3))
+    logits = []
+    with torch.inference_mode():
+        for part in tokens.split(chunk, 1):
+            first = mask.sum(1, keepdim=True)
+            mask = torch.cat((mask, torch.ones_like(part)), 1)
+            out = qm.model(
+                input_ids=part,
+                attention_mask=mask,
+                position_ids=first + torch.arange(chunk),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
+@pytest.mark.parametrize("lengths", [[70, 70, 70], [100, 33, 1, 64]])
+def test_joined_caches_are_that_of_the_batch(spec: Any, lengths: list[int]) -> None:
+    qm = quantized(tiny_model(), spec)
+    rows, ids, mask = ragged(lengths, "left")
+    whole = feed(qm, ids, mask if min(lengths) < max(lengths) else None, [ids.shape[1]])[1]
+    parts = singles(qm, rows)
+    joined = join_caches(parts)
+    assert joined is parts[0]
+    assert joined.get_seq_length() == ids.shape[1]
+    for cache in parts[1:]:
+        assert cache.get_seq_length() == 0
+    if hasattr(joined, "layout"):
+        assert joined.lengths == lengths
+        for row in range(len(lengths)):
+            for mine, theirs in zip(stored(joined, row), stored(whole, row), strict=True):
+                torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=2e-3)
+    assert cache_elements(joined, mask) == cache_elements(whole, mask)
+    if spec.kind != "fp16":
+        assert cache_nbytes(joined) <= 1.2 * cache_nbytes(whole)
+    given = further(qm, joined, mask, 40)  # also fills blocks
+    torch.testing.assert_close(given, further(qm, whole, mask, 40), **CLOSE)
+
+
+def test_joined_caches_take_chunks_and_selection() -> None:
+    qm = quantized(tiny_model(), NUQ)
+    rows, ids, mask = ragged([90, 40, 70], "left")
+    cache = join_caches(singles(qm, rows))
+    chunk = further(qm, cache, mask, 2, chunk=50)
+    other = feed(qm, ids, mask, [90])[1]
+    torch.testing.assert_close(chunk, further(qm, other, mask, 2, chunk=50), **CLOSE)
+    chosen = torch.tensor([2, 0])
+    cache.batch_select_indices(chosen)
+    assert cache.lengths == [170, 190]
+    for mine, theirs in zip(stored(cache, 0), stored(other, 2), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=2e-3)
+    more = join_caches([cache, *singles(qm, [rows[1]])])  # a batch and one more prompt
+    assert more.lengths == [170, 190, 40]
+
+
+def test_what_cannot_be_joined_is_refused() -> None:
+    model = tiny_model()
+    qm, other = quantized(model, NUQ), quantized(model, NUQ)
+    rows, _, _ = ragged([40, 40], "left")
+    first, second = singles(qm, rows)
+    with pytest.raises(UserError, match="none to join"):
+        join_caches([])
+    with pytest.raises(UserError, match="given twice"):
+        join_caches([first, first])
+    with pytest.raises(UserError, match="is empty"):
+        join_caches([first, qm.new_cache()])
+    with pytest.raises(UserError, match="different models, schemes or protocols"):
+        join_caches([first, *singles(other, rows[:1])])
+    with pytest.raises(UserError, match="cannot be joined; use caches of one scheme"):
+        join_caches([first, qm.baseline_cache()])
+    with pytest.raises(UserError, match="is empty"):
+        join_caches([qm.baseline_cache(), qm.baseline_cache()])
+    kept, jumping = singles(qm, rows[:1])[0], qm.new_cache()
+    with torch.inference_mode():
+        qm.model(
+            input_ids=rows[0][None],
+            position_ids=2 * torch.arange(40)[None],
+            past_key_values=jumping,
+        )
+    with pytest.raises(UserError, match="positions that are not counted"):
+        join_caches([kept, jumping])
+    assert join_caches([first, second]).lengths == [40, 40]  # refusals changed nothing
+
+
+def test_quantized_caches_of_transformers_are_refused() -> None:
+    pytest.importorskip("optimum.quanto")
+    qm = quantized(tiny_model(), HfQuantoScheme(kind="hf-quanto", bits=4))
+    rows, _, _ = ragged([40, 40], "left")
+    with pytest.raises(UserError, match="prefill all prompts in one call"):
+        join_caches(singles(qm, rows))
