@@ -2,7 +2,9 @@
 
 Kinds that are listed nowhere here are tested with the options of :func:`derived`.
 
-Also covers: schemes.kivi, schemes.nuq, schemes.registry, study.dotted, study.scheme_kinds.
+Also covers: schemes.kivi, schemes.nuq, schemes.registry, study.dotted, study.own_schemes,
+study.peer_schemes, study.peer_schemes_calibrated, study.scheme_kinds, study.scheme_options,
+study.transformers_schemes.
 """
 
 from __future__ import annotations
