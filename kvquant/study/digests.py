@@ -65,6 +65,16 @@ def calibration_digest(study: Study, model: str) -> str:
     return digest(_weights(study.model(model)), study.calibration, VERSIONS["calibrate"])
 
 
+def collection_digest(study: Study, model: str) -> str:
+    """Returns what makes the workflow calibrate again: the digest, and a sample of tokens if any.
+
+    Other schemes do not depend on the sample, so that it is no part of the digest that results
+    are known by.
+    """
+    samples = study.sampled_tokens()
+    return calibration_digest(study, model) + (f"+{samples}" if samples else "")
+
+
 def quantizer_digest(study: Study, model: str, scheme: str) -> str:
     """Returns the digest of a scheme built for a model, from calibration if it needs one."""
     spec = study.scheme(scheme)

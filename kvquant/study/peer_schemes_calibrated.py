@@ -91,6 +91,57 @@ class WushKvScheme(CalibratedScheme):
 
 
 @scheme_kind(
+    label="CQ",
+    summary="CQ: channels of a head coded together, centroids by Fisher-weighted k-means",
+    codec="kvquant.schemes.cq:make_codec",
+    tables="kvquant.formats.cq_layer:CqLayer",
+    builder="kvquant.calibration.cq_build:build_cq",
+    reference="arXiv 2405.03917",
+)
+class CqScheme(TokenScheme, CalibratedScheme):
+    """CQ (arXiv 2405.03917): neighbouring channels of a head share one code of a codebook."""
+
+    kind: Literal["cq"] = Field(description="kind of the scheme")
+    bits: float = Field(
+        2.0, ge=0.125, le=8.0, description="bits per channel, without codebooks; see `channels`"
+    )
+    channels: Literal[1, 2, 4, 8, 16] = Field(
+        4, description="channels per code, which has `channels` times `bits` bits: 1 to 8"
+    )
+    samples: int = Field(
+        4096,
+        ge=256,
+        le=MAX_TOKENS,
+        description="calibration tokens per layer, at most, that centroids are fitted to",
+    )
+
+    @model_validator(mode="after")
+    def _whole_code(self) -> CqScheme:
+        width = self.bits * self.channels
+        if width not in range(1, 9):
+            raise ValueError(
+                f"bits: {self.bits:g} times channels {self.channels} is {width:g} bits per code, "
+                "which must be a whole number from 1 to 8"
+            )
+        return self
+
+    @property
+    def table_bits(self) -> float:
+        """Returns the bits per code."""
+        return self.bits * self.channels
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Returns how many whole tokens per layer calibration must keep, at most."""
+        return self.samples
+
+    @property
+    def nominal_bits(self) -> int:
+        """Returns the bits per channel, rounded down."""
+        return int(self.bits)
+
+
+@scheme_kind(
     label="KVQuant's procedure",
     summary="KVQuant's published procedure, the baseline of speed claims",
     caches="kvquant.schemes.kvquant_ref:make_caches",

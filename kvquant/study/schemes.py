@@ -19,7 +19,12 @@ from kvquant.study.peer_schemes import (
     KvarnScheme,
     TurboQuantScheme,
 )
-from kvquant.study.peer_schemes_calibrated import BlockGtqScheme, KvquantRefScheme, WushKvScheme
+from kvquant.study.peer_schemes_calibrated import (
+    BlockGtqScheme,
+    CqScheme,
+    KvquantRefScheme,
+    WushKvScheme,
+)
 from kvquant.study.scheme_kinds import SCHEME_KINDS, Scheme
 from kvquant.study.transformers_schemes import HfFp8Scheme, HfHqqScheme, HfQuantoScheme
 
@@ -27,6 +32,7 @@ __all__ = [
     "SCHEME_KINDS",
     "AllocatedScheme",
     "BlockGtqScheme",
+    "CqScheme",
     "Fp8Scheme",
     "Fp16Scheme",
     "Fp16StaticScheme",
