@@ -75,8 +75,8 @@ def build_cq(
                 held = "no" if sample is None else f"only {len(sample)}"
                 raise UserError(
                     f"samples: {needed} whole tokens per layer are needed, but --stats has {held} "
-                    "such tokens, as it was made for other schemes: run `kvquant calibrate` again "
-                    "with this study"
+                    "such tokens, as it was made for other schemes: calibrate again with this "
+                    "study (`snakemake --forcerun calibrate`)"
                 )
             if not gradients.any():
                 raise UserError(

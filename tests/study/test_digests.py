@@ -67,6 +67,18 @@ def test_calibration_changes_calibrated_schemes_only(raw: dict[str, Any]) -> Non
     assert schemes == {s for s in raw["schemes"] if s.startswith("nuq")}
 
 
+def test_a_scheme_that_needs_whole_tokens_changes_what_is_collected_and_no_digest(
+    raw: dict[str, Any],
+) -> None:
+    """So that results which were there before stay, while the workflow calibrates again."""
+    more = {**raw, "schemes": {**raw["schemes"], "cq-4c8b": {"kind": "cq"}}}
+    before, after = every_digest(parse_study(raw)), every_digest(parse_study(more))
+    assert before == {name: after[name] for name in before}
+    studies = [parse_study(raw), parse_study(more)]
+    collected = [digests.collection_digest(study, MODEL) for study in studies]
+    assert collected == [before["calibrate"], f"{before['calibrate']}+4096"]
+
+
 def test_append_depends_on_its_own_section_and_schemes(raw: dict[str, Any]) -> None:
     assert changed(raw, "append", "rounds", value=7) == {"append"}
     assert changed(raw, "append", "minutes", value=7) == set()
