@@ -106,8 +106,9 @@ class _Collector:
         gradient = grad[0, skip:].reshape(tokens - skip, -1).float() * tokens
         if self._sample is not None:
             kind = "key" if is_key else "value"
-            self._sample.add(self._number, layer, f"{kind}_sample", x)
-            self._sample.add(self._number, layer, f"{kind}_gradient_sample", gradient)
+            self._sample.add(self._number, layer, f"{kind}_sample", data[0].flatten(1))
+            slopes = grad[0].flatten(1).float() * tokens
+            self._sample.add(self._number, layer, f"{kind}_gradient_sample", slopes)
         if self.statistics[layer] is None and is_key:
             self.statistics[layer] = LayerStatistics.from_first(
                 x, self.spec.bins, len(self.spec.outlier_fractions), self.heads
@@ -201,7 +202,8 @@ def calibrate(
         model: A causal LM with frozen weights, in evaluation mode.
         windows: Token ids of each window.
         spec: Sinks, bins, outlier fractions and seed.
-        samples: Number of whole tokens to keep per layer; all if there are fewer.
+        samples: Number of whole tokens to keep per layer, beside first ones; all if there are
+            fewer.
 
     Raises:
         UserError: There is no window, or one has no token after the sinks.
@@ -213,8 +215,8 @@ def calibrate(
             f"{min(map(len, windows), default=0)}"
         )
     refuse_rotated(model, "calibration")
-    lengths = [len(window) - spec.sinks for window in windows]
-    sample = TokenSample(lengths, samples, spec.seed) if samples else None
+    lengths = list(map(len, windows))
+    sample = TokenSample(lengths, spec.sinks, samples, spec.seed) if samples else None
     collector = _Collector(model, spec, sample)
     collector.run(model, windows, next(model.parameters()).device)
     found = []

@@ -2,7 +2,8 @@
 
 The paper's Fisher-guided learning (arXiv 2405.03917) minimizes, for each group of coupled channels,
 the sum over calibration tokens of the group's squared gradient length times the squared distance to
-the nearest centroid, by weighted k-means with a k-means++ start.
+the nearest centroid, by weighted k-means with a k-means++ start. First tokens of sequences, which
+the paper quantizes like all others, are among the tokens unless the scheme keeps them in 16 bits.
 """
 
 from __future__ import annotations
@@ -23,12 +24,31 @@ def _groups(x: torch.Tensor, channels: int) -> torch.Tensor:
     return x.float().unflatten(1, (-1, channels)).transpose(0, 1).contiguous()
 
 
+def _shares(marks: torch.Tensor, count: int, total: int, *, sinks: bool) -> torch.Tensor:
+    """Returns how many tokens of the text each token of a sample stands for; 0 leaves it out.
+
+    Args:
+        marks: See `sample_sinks` of :class:`LayerStatistics`.
+        count: Number of drawn tokens to use.
+        total: Number of tokens that they were drawn from.
+        sinks: Whether first tokens of sequences are quantized.
+    """
+    drawn = marks == 0
+    used = drawn & (drawn.cumsum(0) <= count)
+    return used * (total / count) + marks * sinks
+
+
 def _centroids(
-    sample: torch.Tensor, gradients: torch.Tensor, spec: CqScheme, heads: int, seed: int
+    sample: torch.Tensor,
+    gradients: torch.Tensor,
+    shares: torch.Tensor,
+    spec: CqScheme,
+    heads: int,
+    seed: int,
 ) -> tuple[torch.Tensor, float]:
     """Returns the table of :class:`CqLayer`, and its weighted error over that of a mean alone."""
     points = _groups(sample, spec.channels)
-    weights = _groups(gradients, spec.channels).square().sum(2)
+    weights = _groups(gradients, spec.channels).square().sum(2) * shares
     centers, loss = weighted_kmeans(points, weights, 2 ** int(spec.table_bits), seed)
     mean = (points * weights.unsqueeze(2)).sum(1, keepdim=True)
     mean /= weights.sum(1)[:, None, None].clamp(min=torch.finfo(torch.float32).tiny)
@@ -59,7 +79,8 @@ def build_cq(
     dim = len(statistics[0].low) // heads
     if dim % spec.channels:
         raise UserError(f"channels: {spec.channels} does not divide the model's head_dim {dim}")
-    needed = min(spec.samples, round(float(statistics[0].counts[0].sum())))
+    total = round(float(statistics[0].counts[0].sum()))
+    needed = min(spec.samples, total)
     if needed < 2 ** int(spec.table_bits):
         raise UserError(
             f"bits: {2 ** int(spec.table_bits)} centroids per code, but only {needed} calibration "
@@ -67,24 +88,28 @@ def build_cq(
         )
     layers, errors = [], torch.zeros(2, dtype=torch.float64)
     for number, layer in enumerate(statistics):
+        marks = layer.sample_sinks
+        held = 0 if marks is None else int((marks == 0).sum())
+        if marks is None or held < needed:
+            raise UserError(
+                f"samples: {needed} whole tokens per layer are needed, but --stats has {held} such "
+                "tokens, as it was made for other schemes: calibrate again with this study "
+                "(`snakemake --forcerun calibrate`)"
+            )
+        shares = _shares(marks, needed, total, sinks=spec.sinks == 0)
+        used = shares > 0
         built = []
         for side, name in enumerate(("key", "value")):
-            sample = getattr(layer, f"{name}_sample")
-            gradients = getattr(layer, f"{name}_gradient_sample")
-            if sample is None or len(sample) < needed:
-                held = "no" if sample is None else f"only {len(sample)}"
-                raise UserError(
-                    f"samples: {needed} whole tokens per layer are needed, but --stats has {held} "
-                    "such tokens, as it was made for other schemes: calibrate again with this "
-                    "study (`snakemake --forcerun calibrate`)"
-                )
+            sample, gradients = (
+                getattr(layer, f"{name}{part}")[used] for part in ("_sample", "_gradient_sample")
+            )
             if not gradients.any():
                 raise UserError(
                     f"samples: all gradients of the {name}s of layer {number} were 0 in "
                     "calibration, so that centroids have no weights: calibrate in fp32"
                 )
             seed = SEED + (2 * number + side) * 1_000_003
-            table, error = _centroids(sample[:needed], gradients[:needed], spec, heads, seed)
+            table, error = _centroids(sample, gradients, shares[used], spec, heads, seed)
             built.append(table)
             errors[side] += error
         layers.append(CqLayer(*built))

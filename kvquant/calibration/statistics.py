@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvquant.calibration.token_sample import SAMPLES
+from kvquant.calibration.token_sample import MARKS, SAMPLES
 from kvquant.errors import UserError
 from kvquant.formats.layer_quantizer import outliers_per_side
 from kvquant.formats.tensor_file import read_info, read_tensors, save_pair
@@ -54,11 +54,14 @@ class LayerStatistics:
             that read a kv head.
         output_moments: fp32, the same of the rows of W_O that a kv head's values are multiplied
             by, as a sum over their query heads.
-        key_sample: fp16 `[tokens, channels]`, keys before RoPE of tokens drawn at random; None
-            unless the study names a scheme that needs whole tokens.
+        key_sample: fp16 `[tokens, channels]`, keys before RoPE of some tokens
+            (:mod:`kvquant.calibration.token_sample`); None unless the study names a scheme that
+            needs whole tokens.
         key_gradient_sample: bf16, gradients of these keys.
         value_sample: fp16, values of the same tokens.
         value_gradient_sample: bf16, gradients of these values.
+        sample_sinks: fp32 `[tokens]`, 0 for tokens drawn at random, which come last; else how many
+            first tokens of windows the token stands for.
     """
 
     low: torch.Tensor
@@ -81,6 +84,7 @@ class LayerStatistics:
     key_gradient_sample: torch.Tensor | None = None
     value_sample: torch.Tensor | None = None
     value_gradient_sample: torch.Tensor | None = None
+    sample_sinks: torch.Tensor | None = None
 
     @classmethod
     def from_first(
@@ -155,13 +159,15 @@ class LayerStatistics:
 
     def _sample_consistent(self) -> bool:
         """Returns whether the tables of drawn tokens are all there and fit, or none is."""
-        tables = [getattr(self, name) for name in SAMPLES]
-        if all(table is None for table in tables):
-            return True
-        if any(table is None for table in tables) or tables[0].dim() != 2:
-            return False
-        shape = (len(tables[0]), len(self.low))
-        return shape[0] > 0 and all(tuple(table.shape) == shape for table in tables)
+        *tables, marks = (getattr(self, name) for name in (*SAMPLES, MARKS))
+        if marks is None or any(table is None for table in tables):
+            return marks is None and all(table is None for table in tables)
+        shape = (len(marks), len(self.low))
+        return (
+            marks.dim() == 1
+            and bool((marks >= 0).all())
+            and all(tuple(table.shape) == shape for table in tables)
+        )
 
     def _cover(self, keys: torch.Tensor) -> None:
         """Doubles the grid of every channel that new data leaves, merging its bins in pairs."""
@@ -292,8 +298,8 @@ def save_statistics(path: Path, layers: list[LayerStatistics], info: dict[str, A
     }
     whole = all(layer.rotated_fisher_range2 is not None for layer in layers)
     found = {**info, "moments": whole}
-    if layers and (sample := layers[0].key_sample) is not None:
-        found["samples"] = len(sample)
+    if layers and (marks := layers[0].sample_sinks) is not None:
+        found["samples"] = int((marks == 0).sum())
     save_pair(path.with_suffix(".json"), path, found, tensors)
 
 
@@ -311,7 +317,7 @@ def load_statistics(path: Path) -> tuple[list[LayerStatistics], dict[str, Any]]:
     # Files of older versions lack some tables, which only some kinds of schemes need.
     absent = set() if info.get("moments") is True else set(ADDED)
     if "samples" not in info:
-        absent |= set(SAMPLES)
+        absent |= {*SAMPLES, MARKS}
     names = [n for n in LayerStatistics.__dataclass_fields__ if n not in absent]
     wanted = {f"layers.{i}.{name}": None for i in range(count) for name in names}
     dtypes = {f"layers.{i}.{name}": SAMPLES[name] for i in range(count) for name in SAMPLES}

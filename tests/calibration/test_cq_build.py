@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvquant.calibration.cq_build import build_cq
+from kvquant.calibration.cq_build import _shares, build_cq
 from kvquant.calibration.statistics import LayerStatistics
 from kvquant.errors import UserError
 from kvquant.quantization.weighted_kmeans import weighted_kmeans
@@ -27,6 +27,7 @@ def statistics(seed: int = 0, tokens: int = TOKENS) -> LayerStatistics:
     found.add_keys(x[0], slopes[0] ** 2)
     found.key_sample, found.value_sample = x[0].half(), x[1].half()
     found.key_gradient_sample, found.value_gradient_sample = slopes.bfloat16()
+    found.sample_sinks = torch.zeros(tokens)
     return found
 
 
@@ -95,11 +96,42 @@ def test_centroids_depend_on_the_layer_alone() -> None:
     assert not torch.equal(both[0].key_centroids, both[1].key_centroids)
 
 
+def test_first_tokens_have_centroids_if_they_are_quantized() -> None:
+    """A kept one stands for one token, a drawn one for as many as were drawn from."""
+    layer = statistics()
+    tables = {
+        name: torch.cat([torch.full((1, HEADS * DIM), far), getattr(layer, name)]).to(dtype)
+        for name, far, dtype in (
+            ("key_sample", 200.0, torch.float16),
+            ("value_sample", -100.0, torch.float16),
+            ("key_gradient_sample", 1.0, torch.bfloat16),
+            ("value_gradient_sample", 1.0, torch.bfloat16),
+        )
+    }
+    marks = torch.tensor([1.0] + [0.0] * TOKENS)
+    more = replace(layer, sample_sinks=marks, **tables)
+    (met,), _ = build_cq([more], scheme(), [], HEADS)
+    assert torch.equal(met.key_centroids.amax(1), torch.full((HEADS, DIM), 200.0))
+    assert torch.equal(met.value_centroids.amin(1), torch.full((HEADS, DIM), -100.0))
+    without, plain = (build_cq([x], scheme(sinks=1), [], HEADS)[0][0] for x in (more, layer))
+    assert torch.equal(without.key_centroids, plain.key_centroids)
+    assert float(without.key_centroids.abs().max()) < 100
+    (one,), _ = build_cq([more], scheme(bits=0.5), [], HEADS)  # one centroid of two is its own
+    assert torch.equal(one.key_centroids.amax(1), torch.full((HEADS, DIM), 200.0))
+
+
+def test_drawn_tokens_stand_for_all_that_they_were_drawn_from() -> None:
+    marks = torch.tensor([2.0, 2.0, 0.0, 0.0, 0.0, 0.0])
+    assert _shares(marks, 4, 100, sinks=True).tolist() == [2, 2, 25, 25, 25, 25]
+    assert _shares(marks, 2, 100, sinks=True).tolist() == [2, 2, 50, 50, 0, 0]
+    assert _shares(marks, 2, 100, sinks=False).tolist() == [0, 0, 50, 50, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (dict.fromkeys(("key_sample", "value_sample")), {}, "samples: 600 whole tokens per layer"),
-        ({"value_sample": torch.zeros(9, 16).half()}, {}, "has only 9 such tokens"),
+        ({"sample_sinks": None}, {}, "samples: 600 whole tokens per layer .* has 0 such tokens"),
+        ({"sample_sinks": torch.ones(600)}, {}, "has 0 such tokens.*forcerun calibrate"),
         ({"key_gradient_sample": torch.zeros(600, 16)}, {}, "gradients of the keys of layer 0"),
         ({}, {"bits": 0.5, "channels": 16}, "channels: 16 does not divide the model's head_dim 8"),
         (

@@ -123,6 +123,7 @@ def test_files_keep_all_tables(tmp_path: Path) -> None:
     for number, layer in enumerate(layers):
         for name, dtype in SAMPLES.items():
             setattr(layer, name, torch.full((5, HEADS * DIM), number + 0.5, dtype=dtype))
+        layer.sample_sinks = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])
     info = {"num_layers": 2, "num_kv_heads": HEADS, "head_dim": DIM}
     save_statistics(tmp_path / "stats.safetensors", layers, info)
     again, _ = load_statistics(tmp_path / "stats.safetensors")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kvquant.calibration.build import build_layer
 from kvquant.calibration.collect import calibrate
 from kvquant.calibration.statistics import LayerStatistics, load_statistics, save_statistics
-from kvquant.calibration.token_sample import SAMPLES, TokenSample
+from kvquant.calibration.token_sample import MARKS, SAMPLES, TokenSample
 from kvquant.errors import UserError
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.schemes import NuqScheme
@@ -23,6 +23,7 @@ from tests.support.models import tiny_model
 from tests.support.studies import study_of
 
 SPEC = CalibrationSpec(windows=2, window=40, sinks=2, seed=3)
+TABLES = (*SAMPLES, MARKS)
 
 
 def windows() -> list[list[int]]:
@@ -30,90 +31,111 @@ def windows() -> list[list[int]]:
     return [torch.randint(0, 97, (40,), generator=generator).tolist() for _ in range(2)]
 
 
-@settings(max_examples=50, deadline=None)
+def filled(lengths: list[int], sinks: int, count: int, seed: int) -> dict[str, torch.Tensor]:
+    """The tables of tokens that are `[window, position]`."""
+    sample = TokenSample(lengths, sinks, count, seed)
+    for window, length in enumerate(lengths):
+        rows = torch.stack([torch.full((length,), float(window)), torch.arange(length) * 1.0], 1)
+        for name in SAMPLES:
+            sample.add(window, 0, name, rows)
+    return sample.of_layer(0)
+
+
+@settings(max_examples=80, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    sinks=st.integers(0, 3),
     count=st.integers(1, 60),
     seed=st.integers(0, 99),
 )
-def test_tokens_are_drawn_without_replacement(lengths: list[int], count: int, seed: int) -> None:
-    sample = TokenSample(lengths, count, seed)
-    known = []
-    for window, length in enumerate(lengths):
-        rows = torch.stack([torch.full((length,), 100.0 * window), torch.arange(length) * 1.0], 1)
-        known += [tuple(row) for row in rows.tolist()]
-        for name in SAMPLES:
-            sample.add(window, 0, name, rows)
-    tables = sample.of_layer(0)
-    found = [tuple(row) for row in tables["key_sample"].tolist()]
-    assert len(found) == len(set(found)) == sample.size == min(count, sum(lengths))
-    assert set(found) <= set(known)
+def test_tokens_are_drawn_without_replacement_beside_first_ones(
+    lengths: list[int], sinks: int, count: int, seed: int
+) -> None:
+    tables = filled(lengths, sinks, count, seed)
+    marks = tables[MARKS]
     for name, dtype in SAMPLES.items():
         assert tables[name].dtype is dtype
         assert torch.equal(tables[name].float(), tables["key_sample"].float())
+    tokens = {(w, t) for w, length in enumerate(lengths) for t in range(length)}
+    first = {token for token in tokens if token[1] < sinks}
+    drawn, kept = (
+        [tuple(row) for row in tables["key_sample"][rows].tolist()]
+        for rows in (marks == 0, marks > 0)
+    )
+    assert len(set(drawn)) == len(drawn) == min(count, len(tokens - first))
+    assert set(drawn) <= tokens - first
+    assert len(set(kept)) == len(kept) == min(count, len(first)) and set(kept) <= first
+    assert float(marks.sum()) == pytest.approx(len(first))  # each stands for as many as it must
+    assert torch.equal(marks.sort(descending=True).values, marks)  # drawn ones come last
 
 
 def test_each_token_is_as_likely_as_any_other_and_as_early() -> None:
-    first, kept = Counter[int](), Counter[int]()
+    first, kept = Counter[tuple[float, ...]](), Counter[tuple[float, ...]]()
     for seed in range(3000):
-        sample = TokenSample([3, 1, 2], 2, seed)
-        rows = torch.arange(6.0).view(6, 1)
-        for window, part in enumerate(rows.split([3, 1, 2])):
-            for name in SAMPLES:
-                sample.add(window, 0, name, part)
-        drawn = sample.of_layer(0)["value_sample"].view(-1).int().tolist()
+        drawn = [tuple(row) for row in filled([3, 1, 2], 0, 2, seed)["value_sample"].tolist()]
         kept.update(drawn)
         first[drawn[0]] += 1
-    assert all(abs(kept[token] / 3000 - 1 / 3) < 0.05 for token in range(6))
-    assert all(abs(first[token] / 3000 - 1 / 6) < 0.05 for token in range(6))
+    assert len(kept) == 6
+    assert all(abs(kept[token] / 3000 - 1 / 3) < 0.05 for token in kept)
+    assert all(abs(first[token] / 3000 - 1 / 6) < 0.05 for token in kept)
 
 
 def test_numbers_beyond_fp16_become_its_largest() -> None:
-    sample = TokenSample([1], 1, 0)
+    sample = TokenSample([1], 0, 1, 0)
     for name in SAMPLES:
         sample.add(0, 0, name, torch.tensor([[1e6, -1e6, 1e-12]]))
     tables = sample.of_layer(0)
     assert tables["key_sample"].tolist() == [[65504.0, -65504.0, 0.0]]
-    assert torch.allclose(
-        tables["key_gradient_sample"].float(), torch.tensor([1e6, -1e6, 1e-12]), 0.01
-    )
+    slopes = tables["key_gradient_sample"].float()
+    torch.testing.assert_close(slopes, torch.tensor([[1e6, -1e6, 1e-12]]), rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_samples_are_what_the_statistics_count(family: str) -> None:
-    """With all tokens kept, sums over the sample are those of histograms and moments."""
+    """With all tokens kept, sums over drawn tokens are those of the second moments."""
     found = calibrate(tiny_model(family), windows(), SPEC, samples=1000)
     for layer in found:
+        marks = layer.sample_sinks
+        assert marks is not None and marks.tolist() == [1.0] * 4 + [0.0] * 76
         for side in ("key", "value"):
-            x, g = (
-                getattr(layer, f"{side}{part}").float() for part in ("_sample", "_gradient_sample")
-            )
-            assert x.shape == g.shape == (2 * 38, 32)
-            for rows, name in ((x, "moments"), (g, "gradient_moments")):
+            for part, name in (("_sample", "moments"), ("_gradient_sample", "gradient_moments")):
+                rows = getattr(layer, f"{side}{part}")[marks == 0].float()
                 by_head = rows.view(-1, 2, 16).transpose(0, 1)
                 moments = getattr(layer, f"{side}_{name}")
-                scale = float(moments.abs().max())
                 torch.testing.assert_close(
-                    by_head.mT @ by_head, moments, rtol=0.02, atol=0.01 * scale
+                    by_head.mT @ by_head,
+                    moments,
+                    rtol=0.02,
+                    atol=0.01 * float(moments.abs().max()),
                 )
+
+
+def test_first_tokens_are_those_that_a_calibration_without_sinks_meets() -> None:
+    """Their keys and gradients, too, whose scale is that of the others."""
+    model = tiny_model()
+    apart = calibrate(model, windows(), SPEC, samples=1000)[1]
+    among = calibrate(model, windows(), SPEC.model_copy(update={"sinks": 0}), samples=1000)[1]
+    for name in SAMPLES:
+        mine, all_of_them = (
+            {tuple(row) for row in getattr(layer, name).tolist()} for layer in (apart, among)
+        )
+        assert mine == all_of_them
+    assert among.sample_sinks is not None and not among.sample_sinks.any()
 
 
 def test_a_sample_changes_nothing_else_and_is_bounded() -> None:
     model = tiny_model()
-    plain, sampled = (
-        calibrate(model, windows(), SPEC),
-        calibrate(model, windows(), SPEC, samples=10),
+    plain, sampled, whole, again = (
+        calibrate(model, windows(), SPEC, samples=count) for count in (0, 10, 76, 10)
     )
     for mine, theirs in zip(plain, sampled, strict=True):
         for name in LayerStatistics.__dataclass_fields__:
-            if name in SAMPLES:
-                assert getattr(mine, name) is None and getattr(theirs, name).shape == (10, 32)
+            if name in TABLES:
+                assert getattr(mine, name) is None and len(getattr(theirs, name)) == 10 + 4
             else:
                 assert torch.equal(getattr(mine, name), getattr(theirs, name))
-    again = calibrate(model, windows(), SPEC, samples=10)
-    assert all(torch.equal(getattr(again[1], n), getattr(sampled[1], n)) for n in SAMPLES)
-    whole = calibrate(model, windows(), SPEC, samples=76)
-    assert all(torch.equal(getattr(whole[1], n)[:10], getattr(sampled[1], n)) for n in SAMPLES)
+    assert all(torch.equal(getattr(again[1], n), getattr(sampled[1], n)) for n in TABLES)
+    assert all(torch.equal(getattr(whole[1], n)[:14], getattr(sampled[1], n)) for n in TABLES)
 
 
 def test_files_with_and_without_samples(tmp_path: Path) -> None:
@@ -124,18 +146,18 @@ def test_files_with_and_without_samples(tmp_path: Path) -> None:
         save_statistics(file, found, {"num_layers": 2, "num_kv_heads": 2, "head_dim": 16})
         again, info = load_statistics(file)
         assert info.get("samples") == (samples or None)
-        for name, dtype in SAMPLES.items():
-            table = getattr(again[0], name)
+        for name in TABLES:
+            table, saved = getattr(again[0], name), getattr(found[0], name)
             assert (table is None) == (not samples)
-            assert table is None or (table.dtype is dtype and table.shape == (20, 32))
+            assert table is None or (torch.equal(table, saved) and table.dtype is saved.dtype)
         build_layer(again[0], NuqScheme(kind="nuq", bits=3), SPEC.outlier_fractions, 2)
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", TABLES)
 def test_samples_that_do_not_fit_are_noticed(name: str) -> None:
     found = calibrate(tiny_model(), windows(), SPEC, samples=20)[0]
     assert found.consistent(32)
-    for odd in (None, getattr(found, name)[:, :-1], getattr(found, name)[:-1]):
+    for odd in (None, getattr(found, name)[..., :-1], getattr(found, name)[:-1]):
         changed: dict[str, Any] = {name: odd}
         assert not replace(found, **changed).consistent()
 
