@@ -76,8 +76,9 @@ def _assign(points: torch.Tensor, centers: torch.Tensor) -> tuple[torch.Tensor, 
     offsets = centers.square().sum(-1, keepdim=True)
     table = torch.cat([points, ones], 2) @ torch.cat([centers * -2, offsets], 2).mT
     index = _smallest(table)
-    least = table.gather(2, index.unsqueeze(2)).squeeze(2)
-    return index, (least + points.square().sum(-1)).clamp_(min=0)
+    # Of the nearest alone the distance is computed as such, because the product rounds.
+    nearest = centers.gather(1, index.unsqueeze(2).expand_as(points))
+    return index, (points - nearest).square_().sum(-1)
 
 
 def _means(
@@ -143,8 +144,9 @@ def weighted_kmeans(
     for number, (x, w) in enumerate(zip(points.split(step), weights.split(step), strict=True)):
         largest = w.amax(1, keepdim=True)
         even = torch.where(largest > 0, w / largest, torch.ones_like(w))
-        # Centered, because differences of large squares would lose small distances.
-        mean = ((x * even.unsqueeze(2)).sum(1) / even.sum(1, keepdim=True)).unsqueeze(1)
+        # Centered, because differences of large squares would lose small distances. Weights do not
+        # count here: a single heavy point far away would pull the center off all others.
+        mean = x.mean(1, keepdim=True)
         start = spread_centers(x - mean, even, count, seed + number)
         centers, loss = improve_centers(x - mean, even, start)
         found.append(centers + mean)

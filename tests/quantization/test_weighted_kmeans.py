@@ -115,6 +115,22 @@ def test_problems_do_not_depend_on_how_many_are_solved_at_a_time(
     assert float(loss.max()) < 60 * 3 * 2e-6  # 50 away from 0, distances of 1e-3 are not lost
 
 
+def test_a_heavy_point_far_away_costs_the_others_no_precision() -> None:
+    """As the first token's keys in some channels, which weigh as much as all others together."""
+    generator = torch.Generator().manual_seed(6)
+    corners = torch.randint(0, 2, (1, 400, 2), generator=generator).float()
+    points = corners * 0.1 + torch.randn(1, 400, 2, generator=generator) * 1e-4
+    points[:, 0] = 3000.0
+    weights = torch.ones(1, 400)
+    weights[:, 0] = 400
+    centers, loss = weighted_kmeans(points, weights, 5, 0)
+    p, w = points[0].tolist(), weights[0].tolist()
+    best = [[a, b] for a in (0.0, 0.1) for b in (0.0, 0.1)]
+    wanted = naive_loss(p, w, naive_lloyd(p, w, [*best, [3000.0, 3000.0]]))
+    assert naive_loss(p, w, centers[0].tolist()) == pytest.approx(wanted, rel=0.01)
+    assert float(loss) == pytest.approx(wanted, rel=0.05)
+
+
 def test_more_centers_lose_less_and_weights_draw_them() -> None:
     generator = torch.Generator().manual_seed(4)
     points = torch.randn(3, 500, 2, generator=generator)
