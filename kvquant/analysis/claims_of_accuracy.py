@@ -18,7 +18,7 @@ def ordering(t: Tables) -> Outcome:
         for name, s in t.study.schemes.items()
         if isinstance(s, NuqScheme)
         and isinstance(head, NuqScheme)
-        and s.model_copy(update={"bits": head.bits}) == head
+        and s.model_copy(update={"bits": head.bits, "label": head.label}) == head
     }
     language = t.evaluations[t.evaluations.suite == "perplexity"]
     if len(by_bits) < 2 or not len(language):

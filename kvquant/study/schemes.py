@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Union
 
 from pydantic import Field, field_validator, model_validator
 
-from kvquant.study.datatypes import DatatypeName
+from kvquant.study.datatypes import DATATYPES, DatatypeName
 from kvquant.study.limits import MAX_SEED, MAX_TOKENS
 from kvquant.study.scheme_kinds import (
     SCHEME_KINDS,
@@ -19,6 +19,7 @@ from kvquant.study.scheme_kinds import (
     Scheme,
     scheme_kind,
 )
+from kvquant.study.wording import Words
 
 # Options that several kinds have, each with its limits and its meaning.
 CodeBits = Annotated[Literal[2, 3, 4], Field(description="bits per code")]
@@ -99,6 +100,10 @@ class NuqScheme(CodebookScheme):
     weighting: Weighting = "fisher-range2"
     q_norm: MomentMatching = False
 
+    def method(self) -> str:
+        """Returns the name of the datatype."""
+        return DATATYPES[self.datatype].label
+
 
 @scheme_kind(
     label="Allocated codes",
@@ -110,6 +115,17 @@ class NuqScheme(CodebookScheme):
 class AllocatedScheme(CalibratedScheme):
     """Codes whose widths one allocation over the whole model chooses by sensitivity (ours)."""
 
+    words: ClassVar[Words] = {
+        **Scheme.words,
+        "rotation": lambda rotated: "values rotated" if rotated else "values not rotated",
+        "value_range": {
+            "token": "a range per token",
+            "token-head": "a range per token and head",
+            "token-unscaled": "heads not scaled",
+        }.__getitem__,
+        "allocation": {"model": "layers compete", "layer": "layers equal"}.__getitem__,
+        "min_value_width": "values from {} bits".format,
+    }
     kind: Literal["allocated"] = Field(description="kind of the scheme")
     bits: float = Field(
         3.3,
@@ -143,7 +159,7 @@ class AllocatedScheme(CalibratedScheme):
 class KiviScheme(Scheme):
     """KIVI (arXiv 2402.02750): keys per channel, values per token, in groups, with a residual."""
 
-    later: ClassVar[tuple[str, ...]] = ("sinks",)
+    later: ClassVar[tuple[str, ...]] = (*Scheme.later, "sinks")
     kind: Literal["kivi"] = Field(description="kind of the scheme")
     bits: CodeBits
     group: Group = 32
