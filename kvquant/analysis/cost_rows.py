@@ -30,7 +30,10 @@ def _side(prefix: str, side: Any) -> dict[str, Any]:
         times = getattr(side, name)
         for part in ("median", "p10", "p90", "p99"):
             row[f"{prefix}_{name}_{part}"] = getattr(times, part) if times else None
-    for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes", "bits_per_element"):
+    for name in (
+        "prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes", "cache_bytes",
+        "bits_per_element",
+    ):  # fmt: skip
         row[f"{prefix}_{name}"] = getattr(side, name)
     row[f"{prefix}_rounds"] = side.prefill_ms.n if side.prefill_ms else 0
     return row
@@ -86,6 +89,9 @@ def timed_rows(
                 row[f"{prefix}_joules_per_token"] = side.joules_per_token
                 row[f"{prefix}_joules_per_token_above_idle"] = side.joules_per_token_above_idle
                 row[f"{prefix}_trials"] = len(side.joules)
+                each = [j / n for j, n in zip(side.joules, side.tokens, strict=True) if n]
+                for end, chosen in (("low", min), ("high", max)):
+                    row[f"{prefix}_joules_per_token_{end}"] = chosen(each) if each else None
             energy.append(row)
     return perf, energy
 

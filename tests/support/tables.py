@@ -93,19 +93,25 @@ def timed_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     for model in study.models:
         for scheme, workload, rep in study.throughput_cells():
             key = {"device": "gpu", "model": model, "scheme": scheme, "workload": workload}
-            row: dict[str, object] = {**key, "rep": rep, "scheme_rounds": 100}
+            row: dict[str, Any] = {**key, "rep": rep, "scheme_rounds": 100}
             row |= {"prompt_tokens": 16384, "batch_size": 4, "quantize_share": rng.uniform(0, 0.1)}
             for part, low, high in (("prefill", 0.9, 1.0), ("decode", 0.7, 2.0)):
                 ratio = rng.uniform(low, high)
                 row |= {f"{part}_ratio": ratio, f"base_{part}_ms_median": 100.0}
                 ends = {"median": 1.0, "p10": 0.97, "p90": 1.04, "p99": 1.1}
                 row |= {f"scheme_{part}_ms_{n}": 100 / ratio * end for n, end in ends.items()}
-            row |= {f"{side}_prefill_tokens_per_s": 26000.0 for side in ("scheme", "base")}
+            for part, speed in (("prefill", 26000.0), ("decode", 50.0)):
+                row |= {f"base_{part}_ms_{n}": 100 * e for n, e in ends.items()}
+                row[f"scheme_{part}_tokens_per_s"] = speed * row[f"{part}_ratio"]
+                row[f"base_{part}_tokens_per_s"] = speed
             perf.append(row)
         for scheme, workload, rep in study.energy_cells():
             key = {"device": "gpu", "model": model, "scheme": scheme, "workload": workload}
-            joules = {"scheme_joules_per_token": 0.011, "base_joules_per_token": 0.02}
-            more = {"rep": rep, "source": "nvml", "energy_ratio": 0.55, "scheme_trials": 5}
+            ratio = 0.55 + 0.05 * damage(study, scheme)
+            joules = {"scheme_joules_per_token": 0.02 * ratio, "base_joules_per_token": 0.02}
+            joules |= {f"{n}_{e}": v * f for n, v in joules.items()
+                       for e, f in (("low", 0.98), ("high", 1.03))}  # fmt: skip
+            more = {"rep": rep, "source": "nvml", "energy_ratio": ratio, "scheme_trials": 5}
             energy.append({**key, **more, **joules})
     columns = ["device", "model", "scheme", "workload", "rep"]
     return (
