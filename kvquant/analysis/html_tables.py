@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from kvquant.analysis.claims import judge
+from kvquant.analysis.claims import judge, named
 from kvquant.analysis.evidence import NOT_SUPPORTED, SUPPORTED
+from kvquant.analysis.labels import labels_of
 from kvquant.analysis.page_list import PAGES
 from kvquant.analysis.study_tables import load_tables
 from kvquant.analysis.tables import read_table
@@ -85,9 +86,11 @@ def table_of(study: Study, folder: Path, name: str) -> pd.DataFrame:
     """Returns the table of one page with its heads, without columns that are empty."""
     shown = PAGES[name]
     if shown.source == "claims":
-        table = judge(load_tables(study, folder))
+        table = named(study, judge(load_tables(study, folder)))
     else:
-        table = read_table(folder, shown.source)
+        table = labels_of(study).of(
+            read_table(folder, shown.source), energy=shown.source == "energy"
+        )
     columns = [c for c in shown.heads if c in table and (table[c].notna() & (table[c] != "")).any()]
     # heads may be equal ("difference"): the column before says of what
     return table[columns].set_axis([shown.heads[c] for c in columns], axis=1)

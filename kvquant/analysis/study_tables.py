@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 
+from kvquant.analysis.labels import Labels, labels_of
 from kvquant.analysis.tables import read_table
 from kvquant.study.config import Study
 
@@ -22,6 +24,11 @@ class Tables:
     tests: pd.DataFrame
     pareto: pd.DataFrame
     append: pd.DataFrame
+
+    @cached_property
+    def labels(self) -> Labels:
+        """Returns the names of the study's models, schemes, tasks and workloads."""
+        return labels_of(self.study)
 
     @property
     def on_gpu(self) -> bool:

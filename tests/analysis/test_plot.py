@@ -1,8 +1,7 @@
 """Figures of little, of nothing and of the unusual: drawn without a warning, in finite limits.
 
 Also covers: analysis.figure_list, analysis.figures.append, analysis.figures.pareto,
-analysis.figures.pareto_panels, analysis.figures.perplexity, analysis.figures.style,
-analysis.labels.
+analysis.figures.pareto_panels, analysis.figures.perplexity.
 """
 
 from __future__ import annotations
@@ -17,19 +16,10 @@ import pytest
 
 from kvquant.analysis.figures.append import append_panels
 from kvquant.analysis.figures.style import plt
-from kvquant.analysis.labels import scheme_labels
 from kvquant.analysis.plot import draw_figure
 from kvquant.analysis.tables import write_table
 from kvquant.study.config import Study, parse_study
-from tests.support.studies import study_of
 from tests.support.tables import two_models, write_tables
-
-
-def test_labels_name_bits_of_values_that_differ_from_those_of_keys() -> None:
-    bits: dict[str, dict[str, int]] = {"k4v2": {"bits": 4, "value_bits": 2}, "k4": {"bits": 4}}
-    schemes = {name: {"kind": "kvarn", **chosen} for name, chosen in bits.items()}
-    labels = scheme_labels(study_of(schemes={"fp16": {"kind": "fp16"}, **schemes}, headline="k4"))
-    assert labels == {"fp16": "16-bit cache", "k4v2": "KVarN 4/2-bit", "k4": "KVarN 4-bit"}
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +82,16 @@ def test_differences_of_every_size(
 
 
 def test_a_workload_that_nobody_could_run(study: Study, tables: Path, tmp_path: Path) -> None:
-    empty = dict.fromkeys(("prefill_ratio", "decode_ratio", "quantize_share"), NAN)
+    speeds = [f"scheme_{part}_tokens_per_s" for part in ("prefill", "decode")]
+    empty = dict.fromkeys(("prefill_ratio", "decode_ratio", "quantize_share", *speeds), NAN)
     folder = changed(tables, tmp_path, "perf", **empty, scheme_status="oom")
     figure = drawn("throughput", study, folder)
     words = [text.get_text() for axis in figure.axes for text in axis.texts]
     assert words and set(words) == {"out of memory"}
     plt.close(figure)
     figure = drawn("pareto", study, folder)
-    assert not any("prefill" in axis.get_xlabel() for axis in figure.axes)
+    (speed,) = (axis for axis in figure.axes if "tokens/s" in axis.get_xlabel())
+    assert [text.get_text() for text in speed.texts] == ["not measured in this study"]
     plt.close(figure)
 
 
@@ -129,7 +121,7 @@ def test_append_of_few_sizes_and_no_time(sizes: list[int], cost: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure, axes = plt.subplots(1, 1, squeeze=False)
-        append_panels(axes[:, 0], points, {"s": ("#000000", "o")})
+        append_panels(axes[:, 0], points, {"s": ("#000000", "o")}, {})
         figure.canvas.draw()
     low, high = axes[0, 0].get_ylim()
     assert 0 < low < high and np.isfinite(high)

@@ -35,7 +35,9 @@ def draw(study: Study, tables: Path) -> Any:
     """
     labels, marked = labels_of(study), looks(study)
     names = ("eval", "tests", "perf", "energy")
-    found = pareto_panels.panels(study, *(read_table(tables, name) for name in names), labels)
+    found = pareto_panels.panels(
+        study, *(read_table(tables, name) for name in names), labels=labels
+    )
     if not any(pareto_panels.compares(study, panel) for panel in found):
         raise UserError("figure pareto: no scheme has a finite difference to the baseline")
     models = list(study.models)

@@ -49,6 +49,10 @@ class Panel:
     missing: str = NOT_MEASURED
     sizes: bool = False
 
+    def __post_init__(self) -> None:
+        """Leaves out points that lack a coordinate."""
+        object.__setattr__(self, "points", self.points.dropna(subset=["x", "y"]))
+
 
 def quality_task(study: Study) -> str | None:
     """Returns the task of the vertical axis: the first of perplexity, or else the first of all."""
@@ -147,6 +151,7 @@ def panels(
     tests: pd.DataFrame,
     perf: pd.DataFrame,
     energy: pd.DataFrame,
+    *,
     labels: Labels,
 ) -> list[Panel]:
     """Returns the panels of the figure: sizes, then throughput and energy of the first workloads.
@@ -177,8 +182,6 @@ def panels(
     for name in study.energy.workloads:
         points = _costs(study, measured, name, "joules_per_token").merge(losses, on=_KEYS)
         joules.append(Panel(f"J per token\n{labels.metered[name]}", False, points))
-    for panel in (*found, *speeds, *joules):
-        panel.points.dropna(subset=["x", "y"], inplace=True)
     estimated = len(energy) and not len(measured)
     reason = "estimated without counters" if estimated else NOT_MEASURED
     shown = [panel for panel in speeds if compares(study, panel)][:MAX_WORKLOADS]
