@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
+from kvquant.analysis.figures import style
 from kvquant.analysis.figures.append import append_panels
 from kvquant.analysis.figures.style import plt
 from kvquant.analysis.plot import draw_figure
@@ -110,6 +112,37 @@ def test_labels_stay_apart(root: Path, tmp_path: Path) -> None:
             for j in range(i):
                 assert not box.overlaps(boxes[j]), (name, texts[i].get_text(), texts[j].get_text())
         plt.close(figure)
+
+
+@pytest.mark.parametrize("name", ["pareto", "perplexity", "throughput", "passkey"])
+def test_a_column_holds_every_figure(study: Study, tables: Path, name: str, tmp_path: Path) -> None:
+    """No text is smaller than 7 points, and no figure is scaled down on the paper's page."""
+    figure = drawn(name, study, tables)
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    assert texts and min(text.get_fontsize() for text in texts) >= style.SMALL
+    width, height = figure.get_size_inches()
+    assert width == (style.PAGE_WIDTH if name == "pareto" else style.WIDTH)
+    assert height <= style.PAGE_HEIGHT
+    shown = "\n".join(text.get_text() for text in texts)
+    assert not [key for key in (*study.schemes, *study.tasks, *study.models) if key in shown]
+    plt.close(figure)
+
+
+def test_a_scheme_looks_alike_in_all_figures(study: Study, tables: Path) -> None:
+    """Marks of the same scheme have one color and marker, whichever figure draws them."""
+    color, marker = style.looks(study)["kivi-4"]
+    pareto = drawn("pareto", study, tables)
+    (handle,) = (h for h in pareto.legends[0].legend_handles if h.get_label() == "KIVI 4 bits")
+    assert (handle.get_color(), handle.get_marker()) == (color, marker)
+    for name in ("perplexity", "throughput"):
+        figure = drawn(name, study, tables)
+        rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        place = rows.index("KIVI 4 bits")
+        lines = [bars.lines[0] for bars in figure.axes[0].containers]
+        mine = [line for line in lines if abs(line.get_ydata()[0] - place) < 0.5]
+        assert {(line.get_color(), line.get_marker()) for line in mine} == {(color, marker)}
+        plt.close(figure)
+    plt.close(pareto)
 
 
 @pytest.mark.parametrize("cost", [0.01, 0.0, NAN])
