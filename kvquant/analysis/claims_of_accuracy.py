@@ -37,7 +37,7 @@ def ordering(t: Tables) -> Outcome:
             met.append(against_bar(low, high, 0.0, at_most=False))
             seeds.append(int((step == step).sum()))
             shown.append(f"{names[i]} {step.mean():+.2f} [{low:+.2f}, {high:+.2f}]")
-        parts.append(f"{t.labels.task(str(task))}: each over the one before: {', '.join(shown)}")
+        parts.append(f"{t.labels.task(str(task))} (each over the one before): {', '.join(shown)}")
     if not parts:
         return not_measured("no perplexity task that all bit widths ran")
     whole = False if False in met else (None if None in met else True)

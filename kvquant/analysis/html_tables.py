@@ -20,7 +20,7 @@ from kvquant.errors import unknown
 from kvquant.formats.files import replace
 from kvquant.study.config import Study, load_study
 
-NAME = 24  # letters of a name, which no line break cuts
+NAME, TEXT = 40, 60  # letters of a name, which no line break cuts, and of a text, which gets room
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 1.5em; color: #1a1a1a; background: #fff; }
 table { border-collapse: collapse; }
@@ -31,6 +31,7 @@ td { border-bottom: 1px solid #ddd; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th.number { text-align: right; }
 td.name { white-space: nowrap; }
+td.text { min-width: 18em; }
 td.yes { color: #00694a; font-weight: 600; }
 td.no { color: #a63a00; font-weight: 600; }
 """
@@ -54,6 +55,8 @@ def _cell(value: Any) -> str:
     mark = {SUPPORTED: " class='yes'", NOT_SUPPORTED: " class='no'"}.get(str(value), "")
     if not mark and len(str(value)) <= NAME:
         mark = " class='name'"
+    elif not mark and len(str(value)) > TEXT:
+        mark = " class='text'"
     return f"<td{mark}>{html.escape(str(value))}</td>"
 
 

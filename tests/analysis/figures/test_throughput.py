@@ -65,7 +65,7 @@ def test_marks_lie_in_their_rows(
         assert len(marks) == len(mine)
         for row, bars in zip(mine, axis.containers, strict=True):
             assert fill(bars.lines[0]) == shown[row["workload"]]
-            assert bars.lines[0].get_marker() == looks(study)[row["scheme"]][1]
+            assert bars.lines[0].get_marker() == looks(study)[str(row["scheme"])][1]
         for x, y in marks:
             assert names[round(y)] == NAMES[int(x) - 1] and abs(y - round(y)) < 0.5
     figure.savefig(tmp_path / "throughput.pdf")
