@@ -129,6 +129,7 @@ FAMILIES = (
         _rows("lcc", "repobench-p"),
         labels={"lcc": "LCC", "repobench-p": "RepoBench-P"},
     ),
+    # A new family goes above this line.
 )
 
 
