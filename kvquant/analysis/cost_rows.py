@@ -30,10 +30,7 @@ def _side(prefix: str, side: Any) -> dict[str, Any]:
         times = getattr(side, name)
         for part in ("median", "p10", "p90", "p99"):
             row[f"{prefix}_{name}_{part}"] = getattr(times, part) if times else None
-    for name in (
-        "prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes", "cache_bytes",
-        "bits_per_element",
-    ):  # fmt: skip
+    for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes", "bits_per_element"):
         row[f"{prefix}_{name}"] = getattr(side, name)
     row[f"{prefix}_rounds"] = side.prefill_ms.n if side.prefill_ms else 0
     return row

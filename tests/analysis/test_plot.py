@@ -103,6 +103,7 @@ def test_labels_stay_apart(root: Path, tmp_path: Path) -> None:
     write_tables(study, tmp_path)
     for name in ("pareto", "throughput", "passkey"):
         figure = drawn(name, study, tmp_path)
+        assert figure.get_figheight() <= style.PAGE_HEIGHT
         renderer = figure.canvas.get_renderer()
         shown = [a for a in figure.axes if a.get_visible() and a.get_label() != "<colorbar>"]
         texts = [t for a in shown for t in (a.title, a._left_title, a.xaxis.label) if t.get_text()]

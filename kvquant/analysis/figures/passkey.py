@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvquant.analysis.figures.style import SMALL, WIDTH, plt, sns, wrapped
+from kvquant.analysis.figures.style import PAGE_WIDTH, SMALL, WIDTH, plt, sns, wrapped
 from kvquant.analysis.labels import labels_of
 from kvquant.analysis.tables import read_table
 from kvquant.study.config import Study
 from kvquant.study.tasks import PasskeyTask
 
 DEPTHS = 10  # rows of the heat map
+IN_A_COLUMN = 15  # panels; more stand across the page
 
 
 def draw(study: Study, tables: Path) -> Any:
@@ -32,7 +33,8 @@ def draw(study: Study, tables: Path) -> Any:
     models = list(dict.fromkeys(found.model))
     schemes = [s for s in study.schemes if s in set(found.scheme)]
     panels = [(model, scheme) for model in models for scheme in schemes]
-    columns = min(3, len(panels))
+    wide = len(panels) > IN_A_COLUMN
+    columns = min(6 if wide else 3, len(panels))
     rows = -(-len(panels) // columns)
     labels = labels_of(study)
     titles = [
@@ -42,7 +44,7 @@ def draw(study: Study, tables: Path) -> Any:
         for model, scheme in panels
     ]
     lines = max(title.count("\n") + 1 for title in titles)
-    size = (WIDTH, 0.9 + (0.75 + 0.11 * lines) * rows)
+    size = (PAGE_WIDTH if wide else WIDTH, 0.9 + (0.75 + 0.11 * lines) * rows)
     figure, axes = plt.subplots(
         rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False
     )

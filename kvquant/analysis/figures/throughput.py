@@ -10,6 +10,8 @@ import pandas as pd
 from kvquant.analysis.figures.style import (
     FILLS,
     GREY,
+    PAGE_HEIGHT,
+    PAGE_WIDTH,
     SMALL,
     WIDTH,
     Look,
@@ -85,15 +87,21 @@ def draw(study: Study, tables: Path) -> Any:
     names, models = [labels.scheme(s) for s in schemes], list(study.models)
     several = len(models) > 1
     one = max(1.9, 0.2 + height_of_rows(len(schemes), most_lines(names, LETTERS)))
-    size = (WIDTH, 0.5 + 0.15 * len(workloads) + (one + 0.2) * len(models))
+    around = 0.5 + 0.15 * len(workloads)
+    height, width = around + (one + 0.2) * len(models), WIDTH
+    if several and height > PAGE_HEIGHT:  # models stand side by side
+        height, width = around + one + 0.2, PAGE_WIDTH
+    shape = (len(models), 2) if width == WIDTH else (1, 2 * len(models))
     figure, axes = plt.subplots(
-        len(models), 2, figsize=size, sharey=True, sharex="col", squeeze=False
+        *shape, figsize=(width, height), sharey=True, sharex="col", squeeze=False
     )
-    for row, model in zip(axes, models, strict=True):
+    axes = axes.reshape(len(models), 2)
+    rows = list(axes)
+    for row, model in zip(rows, models, strict=True):
         mine = perf[perf.model == model] if several else perf
         for axis, part in zip(row, ("prefill", "decode"), strict=True):
             _speed_marks(axis, marked, mine, part, schemes, workloads)
-            if axis is axes[-1][0] or axis is axes[-1][1]:
+            if row is rows[-1] or width == PAGE_WIDTH:
                 axis.set_xlabel(part)
         if several:
             row[0].set_title(labels.model(model), loc="left")
@@ -102,5 +110,5 @@ def draw(study: Study, tables: Path) -> Any:
     more = f"; first {len(workloads)} of {len(timed)} workloads" if timed.keys() - workloads else ""
     figure.supxlabel(f"speed over 16 bits (right of 1: faster{more})", fontsize=7.5)
     if workloads:
-        legend(figure, fill_marks([labels.timed.get(w, w) for w in workloads]), WIDTH)
+        legend(figure, fill_marks([labels.timed.get(w, w) for w in workloads]), width)
     return figure
