@@ -37,6 +37,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "html": ("kvquant.analysis.html_tables", "write claims and tables as HTML for the report"),
     "report": ("kvquant.analysis.report", "write the HTML report of a finished study"),
     "claims": ("kvquant.analysis.claims", "write the claims: measured values and verdicts"),
+    "track": ("kvquant.analysis.tracking", "log every record to Weights & Biases, offline"),
 }
 
 

@@ -67,6 +67,7 @@ def _body(table: pd.DataFrame) -> list[str]:
 _SIZES = {"small": 92, "footnotesize": 103, "scriptsize": 118, "tiny": 152}
 _PAGE = 40  # rows above which a table may break across pages
 _LINE = 17.0  # cm of a line
+_BROKEN = 0.6  # share of its width that a name needs where it may break
 
 
 def _letters(cell: object) -> int:
@@ -80,7 +81,7 @@ def _letters(cell: object) -> int:
 def _fit(table: pd.DataFrame, columns: str, size: str) -> tuple[str, str, bool]:
     """Returns (columns, font size, tight) with which a table that cannot be scaled fits the line.
 
-    Where not even the smallest font does, text breaks at its hyphens and spaces.
+    Before a font is too small to read, text breaks at its hyphens and spaces.
     """
     if "{" in columns:
         return columns, size, False  # widths are given
@@ -89,24 +90,26 @@ def _fit(table: pd.DataFrame, columns: str, size: str) -> tuple[str, str, bool]:
         max([_letters(name), *map(_letters, table.iloc[:, i])])
         for i, name in enumerate(table.columns)
     ]
-    names = list(_SIZES)
-    for name in names[names.index(size) :]:
-        for gap, tight in ((2.6, False), (1.3, True)):
-            if sum(widths) + gap * len(widths) <= _SIZES[name]:
-                return columns, name, tight
-    letter = _LINE / _SIZES["tiny"]
     pieces = [
         max(map(len, re.split(r"[\s-]", " ".join(map(str, [name, *table.iloc[:, i]])))))
         for i, name in enumerate(table.columns)
     ]
     texts = max(1, sum(w for w, c in zip(widths, letters, strict=True) if c == "l"))
     rest = sum(widths) - texts + 1.3 * len(widths)
-    room = max(0.3, 1 - rest / _SIZES["tiny"]) / texts * _LINE
+    names = list(_SIZES)
+    for name in names[names.index(size) :]:
+        for gap, tight in ((2.6, False), (1.3, True)):
+            if sum(widths) + gap * len(widths) <= _SIZES[name]:
+                return columns, name, tight
+        share = max(0.3, 1 - rest / _SIZES[name]) * _SIZES[name] / texts
+        if share >= _BROKEN or name == names[-1]:
+            break
+    letter = _LINE / _SIZES[name]
     broken = [
-        f"L{{{max(room * w, letter * (piece + 1)):.2f}cm}}" if c == "l" else c
+        f"L{{{letter * max(share * w, piece + 1):.2f}cm}}" if c == "l" else c
         for w, piece, c in zip(widths, pieces, letters, strict=True)
     ]
-    return "".join(broken), "tiny", True
+    return "".join(broken), name, True
 
 
 def booktabs(

@@ -15,9 +15,10 @@ import pandas as pd
 from kvquant.analysis.booktabs import booktabs
 from kvquant.analysis.claim_list import CLAIMS
 from kvquant.analysis.evidence import VERDICTS
+from kvquant.analysis.labels import labels_of
 from kvquant.analysis.study_tables import Tables, load_tables
 from kvquant.formats.files import replace as write_file
-from kvquant.study.config import load_study
+from kvquant.study.config import Study, load_study
 from kvquant.study.dotted import load
 
 ANY = "any"  # the model of a claim that needs none
@@ -45,6 +46,12 @@ def judge(tables: Tables) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def named(study: Study, table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the claims with names of models in place of their keys, as readers see them."""
+    names = labels_of(study)
+    return table.assign(model=[names.model(key) for key in table["model"]])
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `kvquant claims`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
@@ -59,9 +66,8 @@ def run(args: argparse.Namespace) -> None:
     table = judge(load_tables(study, args.tables))
     write_file(args.out, table.to_csv(index=False))
     several = len(study.models) > 1
-    shown = (
-        table[["model", *table.columns.drop("model")]] if several else table.drop(columns="model")
-    )
+    shown = named(study, table[["model", *table.columns.drop("model")]])
+    shown = shown if several else shown.drop(columns="model")
     columns = "L{1.9cm}" * several + "L{2.4cm}L{4.3cm}L{3.3cm}L{2cm}L{1.7cm}"
     write_file(args.tex, booktabs(shown, columns, size="scriptsize", tight=True, pages=True))
     counts = table["verdict"].value_counts()

@@ -18,7 +18,7 @@ def ordering(t: Tables) -> Outcome:
         for name, s in t.study.schemes.items()
         if isinstance(s, NuqScheme)
         and isinstance(head, NuqScheme)
-        and s.model_copy(update={"bits": head.bits}) == head
+        and s.model_copy(update={"bits": head.bits, "label": head.label}) == head
     }
     language = t.evaluations[t.evaluations.suite == "perplexity"]
     if len(by_bits) < 2 or not len(language):
@@ -37,7 +37,7 @@ def ordering(t: Tables) -> Outcome:
             met.append(against_bar(low, high, 0.0, at_most=False))
             seeds.append(int((step == step).sum()))
             shown.append(f"{names[i]} {step.mean():+.2f} [{low:+.2f}, {high:+.2f}]")
-        parts.append(f"{task}, each over the one before: {', '.join(shown)}")
+        parts.append(f"{t.labels.task(str(task))} (each over the one before): {', '.join(shown)}")
     if not parts:
         return not_measured("no perplexity task that all bit widths ran")
     whole = False if False in met else (None if None in met else True)
@@ -53,7 +53,9 @@ def loss_on_7b(t: Tables) -> Outcome:
     row = rows.loc[rows.difference.idxmax()] if rows.difference.notna().any() else rows.iloc[0]
     met = against_bar(row.ci_low, row.ci_high, 0.1, at_most=True)
     seeds = int(rows.pairs.min())
-    value = f"{row.task}: {row.difference:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
+    value = (
+        f"{t.labels.task(row.task)}: {row.difference:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
+    )
     return Outcome(value, met, f"{seeds} seeds", seeds >= MIN_SEEDS)
 
 
@@ -63,8 +65,8 @@ def passkey(t: Tables) -> Outcome:
     if not len(rows):
         return not_measured("no passkey task")
     parts = [
-        f"{r['task']}: {r['mean']:.1f} % for {r['baseline_mean']:.1f} %, {r['verdict']}"
-        for r in rows.to_dict("records")
+        f"{task}: {r['mean']:.1f} % for {r['baseline_mean']:.1f} %, {r['verdict']}"
+        for task, r in zip(map(t.labels.task, rows.task), rows.to_dict("records"), strict=True)
     ]
     prompts = int(rows.sample_pairs.min())
     verdicts = list(rows.verdict)

@@ -38,7 +38,7 @@ def prefill(t: Tables) -> Outcome:
     if not len(rows) or rows["prefill_ratio"].isna().all():
         return not_measured("no throughput measured")
     name, worst = _worst(rows, "prefill_ratio", largest=False)
-    value = f"{_spread(worst, 'prefill_ratio')} ({name}, the worst workload)"
+    value = f"{_spread(worst, 'prefill_ratio')} ({t.labels.timed[name]}, the worst workload)"
     if not t.on_gpu:
         return not_measured(f"{value} on {worst['device'].iloc[0]}; defined for a GPU")
     ratio = worst.prefill_ratio
@@ -54,7 +54,8 @@ def quantize_share(t: Tables) -> Outcome:
     name, worst = _worst(rows, "quantize_share", largest=True)
     share = worst.quantize_share
     met = against_bar(share.min(), share.max(), 0.15, at_most=True)
-    value = f"{_spread(worst, 'quantize_share')} of the prefill ({name}, the worst workload)"
+    where = f"({t.labels.timed[name]}, the worst workload)"
+    value = f"{_spread(worst, 'quantize_share')} of the prefill {where}"
     return Outcome(value, met, *_rounds(worst))
 
 
@@ -71,7 +72,10 @@ def energy(t: Tables) -> Outcome:
     met = against_bar(ratio.min(), ratio.max(), 0.55, at_most=True)
     evidence = f"{len(worst)} x {trials} trials on {worst['device'].iloc[0]}"
     return Outcome(
-        f"{_spread(worst, 'energy_ratio')} ({name})", met, evidence, trials >= MIN_TRIALS
+        f"{_spread(worst, 'energy_ratio')} ({t.labels.metered[name]})",
+        met,
+        evidence,
+        trials >= MIN_TRIALS,
     )
 
 
@@ -128,7 +132,7 @@ def over_reference(t: Tables) -> Outcome:
     if both.speed.isna().all():
         return not_measured("no workload that both ran")
     name, worst = _worst(both, "speed", largest=False)
-    value = f"{_spread(worst, 'speed')} ({name}, the worst workload)"
+    value = f"{_spread(worst, 'speed')} ({t.labels.timed[name]}, the worst workload)"
     if not t.on_gpu:
         return not_measured(f"{value}; defined for a GPU")
     met = against_bar(worst.speed.min(), worst.speed.max(), 3.0, at_most=False)

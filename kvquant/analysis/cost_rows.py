@@ -82,6 +82,9 @@ def energy_rows(sources: Sources, problems: Problems) -> list[dict[str, Any]]:
             row[f"{prefix}_joules_per_token"] = side.joules_per_token
             row[f"{prefix}_joules_per_token_above_idle"] = side.joules_per_token_above_idle
             row[f"{prefix}_trials"] = len(side.joules)
+            each = [j / n for j, n in zip(side.joules, side.tokens, strict=True) if n]
+            for end, chosen in (("low", min), ("high", max)):
+                row[f"{prefix}_joules_per_token_{end}"] = chosen(each) if each else None
         rows.append(row)
     return rows
 

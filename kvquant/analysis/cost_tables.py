@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 from kvquant.analysis import suite_tables
 from kvquant.analysis.booktabs import booktabs, number, p_value, signed
 from kvquant.analysis.study_tables import Tables
+from kvquant.study.tasks import SUITES
 
 
 def _sides(t: Tables, row: Any, reps: int) -> dict[str, Any]:
@@ -18,6 +20,11 @@ def _sides(t: Tables, row: Any, reps: int) -> dict[str, Any]:
     first |= {"model": row.model} if len(t.study.models) > 1 else {}
     last = {"rep": row.rep + 1} if reps > 1 else {}
     return first | {"workload": row.workload, "scheme": row.scheme} | last
+
+
+def _shown(t: Tables, table: pd.DataFrame, *, energy: bool = False) -> Iterator[Any]:
+    """Yields the rows of a table with names in place of keys."""
+    yield from t.labels.of(table, energy=energy).itertuples()
 
 
 def _timed(rows: list[dict[str, Any]], figures: int, texts: int = 0) -> str:
@@ -36,10 +43,10 @@ def statistics(t: Tables) -> str:
     ordered = t.tests.sort_values("level", kind="stable", key=lambda level: level != "suite")
     several = len(t.study.models) > 1
     rows = [
-        ({"model": r.model} if several else {})
+        ({"model": t.labels.model(r.model)} if several else {})
         | {
-            "task": f"{r.task} (mean)" if r.level == "suite" else r.task,
-            "scheme": r.scheme,
+            "task": f"{t.labels.task(r.task)}{' (mean)' * (r.level == 'suite')}",
+            "scheme": t.labels.scheme(r.scheme),
             "16-bit": suite_tables.kept_tokens(t.study, str(r.scheme)),
             "base": number(r.baseline_mean, 1),
             "difference [95 % CI]": signed(r.difference, r.sample_ci_low, r.sample_ci_high),
@@ -75,7 +82,7 @@ def throughput(t: Tables) -> str:
             "quantize": "-" if np.isnan(r.quantize_share) else f"{100 * r.quantize_share:.1f} %",
             "rounds": r.scheme_rounds,
         }
-        for r in t.perf.itertuples()
+        for r in _shown(t, t.perf)
     ]
     return _timed(rows, 6)
 
@@ -91,7 +98,7 @@ def energy(t: Tables) -> str:
             "trials": r.scheme_trials,
             "source": r.source,
         }
-        for r in t.energy.itertuples()
+        for r in _shown(t, t.energy, energy=True)
     ]
     return _timed(rows, 4, 1)
 
@@ -100,10 +107,12 @@ def memory(t: Tables) -> str:
     """Builds the table of bits per element from allocated bytes, by suite."""
     rows, several = [], len(t.study.models) > 1
     for (model, scheme), group in t.evaluations.groupby(["model", "scheme"], sort=False):
-        row = {"model": model} if several else {}
-        row |= {"scheme": scheme}
+        row = {"model": t.labels.model(str(model))} if several else {}
+        row |= {"scheme": t.labels.scheme(str(scheme))}
         for suite, part in group.groupby("suite", sort=False):
-            row[str(suite)] = number(8 * part.cache_bytes.sum() / part.cache_elements.sum())
+            row[SUITES[str(suite)].label] = number(
+                8 * part.cache_bytes.sum() / part.cache_elements.sum()
+            )
         rows.append(row)
     table = pd.DataFrame(rows).fillna("-")  # a scheme that cannot run a task's protocol
     labels = 1 + several

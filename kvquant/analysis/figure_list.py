@@ -63,13 +63,15 @@ _LIST = (
     Figure(
         name="pareto",
         section=Section.ACCURACY_AGAINST_COST,
-        label="accuracy, bits, speed and energy",
-        caption="Accuracy lost against bits, speed and energy. Each marker is a cache scheme, a "
-        "column of panels is a model, and a panel shows the workload that its label names; down is "
+        label="accuracy, memory, throughput and energy",
+        caption="Accuracy lost against bits per element, bytes of the cache per token, throughput "
+        "and energy per token. Each marker is a cache scheme, and a panel shows the task or the "
+        "workload that its label names; of several models, each has a column of panels. Down is "
         "closer to the unquantized cache. Vertical bars are 95 % intervals over seeds; horizontal "
-        "bars are the spread of seeds (bits), of rounds and repetitions (speed), or of trials and "
-        "repetitions (energy). The line joins the schemes that no other scheme beats in that "
-        "panel, and a hollow marker is beaten. Energy is shown where counters measured it.",
+        "bars are the spread of seeds (sizes), of rounds and repetitions (throughput), or of "
+        "trials and repetitions (energy). The line joins the schemes that no other scheme beats "
+        "in that panel, and a hollow marker is beaten. Energy is shown where counters measured "
+        "it.",
         condition=_compares,
         reason="compares no scheme with the baseline",
         draw="kvquant.analysis.figures.pareto:draw",
@@ -90,9 +92,9 @@ _LIST = (
         section=Section.THROUGHPUT,
         label="prefill and decode against the baseline",
         caption="Speed of prefill and decode over the unquantized cache, measured in turns in one "
-        "process, with a row of panels per model. Markers are medians over repetitions, and bars "
-        "span the 10th to 90th percentile of the rounds of all repetitions. Right of 1 a scheme is "
-        "faster.",
+        "process, with a row of panels per model. A marker has the look of its scheme and is "
+        "filled by workload. Markers are medians over repetitions, and bars span the 10th to "
+        "90th percentile of the rounds of all repetitions. Right of 1 a scheme is faster.",
         condition=lambda study: bool(study.throughput_cells()),
         reason="times no workload of a scheme",
         draw="kvquant.analysis.figures.throughput:draw",
@@ -114,10 +116,10 @@ _LIST = (
         label="cost of an appended token by cache size",
         caption="Time of one more token when the cache of one layer already holds many. It "
         "includes quantization, packing of the token's block and storage, and no reading of the "
-        "cache. Our cache writes into memory that is already allocated. The series concatenation "
-        "is the same quantizer with arrays that every call allocates and copies anew, as KVQuant's "
-        "public code does, and fp16 is the growing cache of transformers. Bands span the 10th to "
-        "90th percentile of rounds that take turns in one process.",
+        "cache. Our cache writes into memory that is already allocated. Concatenated arrays are "
+        "the same quantizer with arrays that every call allocates and copies anew, as KVQuant's "
+        "public code does, and the 16-bit cache is the growing one of transformers. Bands span the "
+        "10th to 90th percentile of rounds that take turns in one process.",
         condition=lambda study: study.append is not None,
         reason="has no section 'append'",
         draw="kvquant.analysis.figures.append:draw",
@@ -129,9 +131,10 @@ _LIST = (
         label="kernels against their floor, fp16 and peers",
         caption="Top: share of the rate of a device copy that each kernel reaches, over the bytes "
         "that it has to read and write; a kernel that only reads can exceed a copy. Middle and "
-        "bottom: time of fp16 and of peers over ours, in turns in one process; right of 1 ours is "
-        "faster. Bars span the 10th to 90th percentile of the rounds. Weights and data are random, "
-        "and a decode step of one layer includes its weights and the host's launches.",
+        "bottom: time of fp16 and of peers over ours, in turns in one process; right of 1 ours "
+        "is faster, and a peer's marker is filled by what was measured. Bars span the 10th to "
+        "90th percentile of the rounds. Weights and data are random, and a decode step of one "
+        "layer includes its weights and the host's launches.",
         condition=lambda study: bool(study.kernel_cases()),
         reason="has no section 'kernels'",
         draw="kvquant.analysis.figures.kernels:draw",

@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from kvquant.analysis.claims import judge
+from kvquant.analysis.claims import judge, named
 from kvquant.analysis.evidence import NOT_SUPPORTED, SUPPORTED
+from kvquant.analysis.labels import labels_of
 from kvquant.analysis.page_list import PAGES
 from kvquant.analysis.study_tables import load_tables
 from kvquant.analysis.tables import read_table
@@ -19,7 +20,7 @@ from kvquant.errors import unknown
 from kvquant.formats.files import replace
 from kvquant.study.config import Study, load_study
 
-NAME = 24  # letters of a name, which no line break cuts
+NAME, TEXT = 40, 60  # letters of a name, which no line break cuts, and of a text, which gets room
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 1.5em; color: #1a1a1a; background: #fff; }
 table { border-collapse: collapse; }
@@ -30,6 +31,7 @@ td { border-bottom: 1px solid #ddd; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th.number { text-align: right; }
 td.name { white-space: nowrap; }
+td.text { min-width: 18em; }
 td.yes { color: #00694a; font-weight: 600; }
 td.no { color: #a63a00; font-weight: 600; }
 """
@@ -53,6 +55,8 @@ def _cell(value: Any) -> str:
     mark = {SUPPORTED: " class='yes'", NOT_SUPPORTED: " class='no'"}.get(str(value), "")
     if not mark and len(str(value)) <= NAME:
         mark = " class='name'"
+    elif not mark and len(str(value)) > TEXT:
+        mark = " class='text'"
     return f"<td{mark}>{html.escape(str(value))}</td>"
 
 
@@ -85,9 +89,11 @@ def table_of(study: Study, folder: Path, name: str) -> pd.DataFrame:
     """Returns the table of one page with its heads, without columns that are empty."""
     shown = PAGES[name]
     if shown.source == "claims":
-        table = judge(load_tables(study, folder))
+        table = named(study, judge(load_tables(study, folder)))
     else:
-        table = read_table(folder, shown.source)
+        table = labels_of(study).of(
+            read_table(folder, shown.source), energy=shown.source == "energy"
+        )
     columns = [c for c in shown.heads if c in table and (table[c].notna() & (table[c] != "")).any()]
     # heads may be equal ("difference"): the column before says of what
     return table[columns].set_axis([shown.heads[c] for c in columns], axis=1)

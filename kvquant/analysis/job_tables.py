@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from kvquant.analysis.booktabs import booktabs, number
+from kvquant.analysis.labels import job_label
 from kvquant.analysis.study_tables import Tables
 
 
@@ -14,7 +15,8 @@ def _first(t: Tables, row: Any) -> dict[str, Any]:
     """Returns the first columns: the device where there are several, the case and the cache."""
     several = t.jobs["device"].nunique() > 1
     first = {"device": row.device} if several else {}
-    return first | {"case": row.case, "cache": row.scheme}
+    case = job_label(t.study.job_cases()[row.case])
+    return first | {"case": case, "cache": t.labels.scheme(row.scheme)}
 
 
 def _count(value: Any) -> str:

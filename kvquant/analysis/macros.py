@@ -27,11 +27,11 @@ def macro(*words: str) -> str:
     return "".join(parts)
 
 
-def _each_model(values: dict[str, str]) -> str:
+def _each_model(t: Tables, values: dict[str, str]) -> str:
     """Returns the value of every model, with its name where there are several."""
     if len(values) == 1:
         return next(iter(values.values()))
-    named = [f"{value} ({escape(model)})" for model, value in values.items()]
+    named = [f"{value} ({escape(t.labels.model(model))})" for model, value in values.items()]
     return f"{', '.join(named[:-1])} and {named[-1]}"
 
 
@@ -44,7 +44,7 @@ def _headline(t: Tables) -> dict[str, str]:
     for word, (column, digits) in columns.items():
         values = {m: number(mine[column].get(m), digits) for m in t.study.models}
         missing = {m: "(not measured)" if v == "-" else v for m, v in values.items()}
-        out[f"Headline{word}"] = _each_model(missing)
+        out[f"Headline{word}"] = _each_model(t, missing)
     return out
 
 
@@ -53,18 +53,19 @@ def numbers(t: Tables) -> str:
 
     Names are unique: of two keys that are spelt the same, the second gets "Again".
     """
+    prefill = first_workload(t.study.throughput)
     out: dict[str, str] = {
         "Study": escape(t.study.study),
         "Title": escape(t.study.title or t.study.study),
-        "Models": escape(", ".join(t.study.models)),
+        "Models": escape(", ".join(map(t.labels.model, t.study.models))),
         "Device": escape(", ".join(t.devices()) or "no device"),
         "Seeds": str(len(t.study.seeds)),
         "Schemes": str(len(t.study.schemes)),
         "Comparisons": str(int((t.tests["level"] == "task").sum()) if len(t.tests) else 0),
         "SuiteComparisons": str(int((t.tests["level"] == "suite").sum()) if len(t.tests) else 0),
-        "Headline": escape(t.study.headline),
+        "Headline": escape(t.labels.scheme(t.study.headline)),
         "LongBench": escape(suite_tables.suite_name(t, "longbench")),
-        "PrefillWorkload": escape(first_workload(t.study.throughput) or "no workload"),
+        "PrefillWorkload": escape(t.labels.timed[prefill] if prefill else "no workload"),
         **_headline(t),
     }
 

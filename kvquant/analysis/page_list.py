@@ -60,9 +60,9 @@ PAGES = {
             "bits_per_element": "bits per element",
             **{
                 column: head
-                for suite in SUITES
+                for suite, known in SUITES.items()
                 for column, head in (
-                    (suite, suite),
+                    (suite, known.label),
                     (f"{suite}_change", "difference"),
                 )
             },

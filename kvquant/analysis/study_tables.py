@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 
+from kvquant.analysis.labels import Labels, labels_of
 from kvquant.analysis.tables import read_table
 from kvquant.analysis.timed_on import one_device
 from kvquant.study.config import Study
@@ -25,6 +27,11 @@ class Tables:
     append: pd.DataFrame
     jobs: pd.DataFrame
 
+    @cached_property
+    def labels(self) -> Labels:
+        """Returns the names of the study's models, schemes, tasks and workloads."""
+        return labels_of(self.study)
+
     @property
     def on_gpu(self) -> bool:
         """Returns whether timings come from a GPU."""
@@ -32,7 +39,9 @@ class Tables:
 
     def devices(self) -> list[str]:
         """Returns the names of the devices on which something was timed."""
-        timed = [t["device"] for t in (self.perf, self.energy, self.append, self.jobs) if "device" in t]
+        timed = [
+            t["device"] for t in (self.perf, self.energy, self.append, self.jobs) if "device" in t
+        ]
         return list(dict.fromkeys(name for names in timed for name in names))
 
     def on_one_device(self) -> Tables:

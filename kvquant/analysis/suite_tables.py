@@ -50,18 +50,24 @@ def suite_name(t: Tables, suite: str) -> str:
     return f"{label} subset ({int(rows.sum())} rows)"
 
 
-def _caches(t: Tables) -> Iterator[tuple[dict[str, str], pd.Series]]:
-    """Yields the first columns of each row, and which results belong to it.
+def _caches(t: Tables) -> Iterator[tuple[str, str, dict[str, str], pd.Series]]:
+    """Yields model, scheme and first columns of each row, and which results belong to it.
 
     A scheme that is timed only has no row.
     """
     several = len(t.study.models) > 1
     for model in t.study.models:
         for scheme in t.study.schemes:
-            first = {"model": model} if several else {}
+            first = {"model": t.labels.model(model)} if several else {}
             chosen = (t.evaluations.model == model) & (t.evaluations.scheme == scheme)
             if chosen.any():
-                yield first | {"scheme": scheme}, chosen
+                yield model, scheme, first | {"scheme": t.labels.scheme(scheme)}, chosen
+
+
+def _sides(t: Tables, model: str, task: str, scheme: str) -> dict[str, str]:
+    """Returns the first columns of a row: the model where there are several, task and scheme."""
+    first = {"model": t.labels.model(model)} if len(t.study.models) > 1 else {}
+    return first | {"task": t.labels.task(task), "scheme": t.labels.scheme(scheme)}
 
 
 def _test(t: Tables, level: str, task: str, model: str, scheme: str) -> pd.Series | None:
@@ -95,8 +101,7 @@ def likelihoods(t: Tables, suite: str) -> str:
     for (model, task), group in values.groupby(["model", "task"], sort=False):
         for scheme, mine in group.groupby("scheme", sort=False):
             test = _test(t, "task", str(task), str(model), str(scheme))
-            row = {"model": model} if len(t.study.models) > 1 else {}
-            row |= {"task": task, "scheme": scheme}
+            row = _sides(t, str(model), str(task), str(scheme))
             row["16-bit"] = kept_tokens(t.study, str(scheme))
             row["bits"] = number(8 * mine.cache_bytes.sum() / mine.cache_elements.sum())
             row[SUITES[suite].label] = number(mine.value.mean())
@@ -132,8 +137,7 @@ def divergences(t: Tables) -> str:
     measured = t.evaluations[t.evaluations.kl.notna()]
     for (model, task), group in measured.groupby(["model", "task"], sort=False):
         for scheme, mine in group.groupby("scheme", sort=False):
-            row = {"model": model} if len(t.study.models) > 1 else {}
-            row |= {"task": task, "scheme": scheme}
+            row = _sides(t, str(model), str(task), str(scheme))
             row["bits"] = number(8 * mine.cache_bytes.sum() / mine.cache_elements.sum())
             row["KL, mean"] = number(mine.kl.mean(), 4)
             for name, head, form in _TAILS:
@@ -148,11 +152,10 @@ def scores(t: Tables, suite: str) -> str:
     """Builds the table of a suite of scores: schemes by tasks and their mean, with verdicts."""
     names = _columns(t, suite)
     rows = []
-    for row, chosen in _caches(t):
+    for model, scheme, row, chosen in _caches(t):
         mine = t.evaluations[chosen & (t.evaluations.suite == suite)]
         if not len(mine):
             continue
-        model, scheme = str(mine.model.iloc[0]), row["scheme"]
         # an unfinished study lacks some, and then has no mean of all
         means = mine.groupby("task", sort=False)["value"].mean().reindex(list(names))
         cells: dict[str, str] = dict(row)
@@ -173,7 +176,7 @@ def _columns(t: Tables, suite: str) -> dict[str, str]:
     mine = t.evaluations[t.evaluations.suite == suite].drop_duplicates("task")
     heads = {}
     for task, rows in zip(mine.task.astype(str), mine.rows_available, strict=True):
-        head = t.study.task(task).column(task)
+        head = t.study.task(task).column(t.labels.task(task))
         heads[task] = head if np.isnan(rows) else f"{head} ({int(rows)})"
     return heads
 
@@ -191,7 +194,7 @@ def family_means(t: Tables) -> str:
             if mine:
                 tasks[f"{SUITES[suite].label} {family.label}"] = mine
     rows = []
-    for row, chosen in _caches(t):
+    for _, _, row, chosen in _caches(t):
         means = t.evaluations[chosen].groupby("task", sort=False)["value"].mean()
         cells: dict[str, str] = dict(row)
         for head, names in tasks.items():
@@ -210,9 +213,8 @@ def summary(t: Tables) -> str:
     language = t.evaluations[t.evaluations.suite.isin(likelihood_suites())]
     tasks = language.task.unique()
     rows = []
-    for row, chosen in _caches(t):
+    for model, scheme, row, chosen in _caches(t):
         mine = t.evaluations[chosen]
-        model, scheme = str(mine.model.iloc[0]), row["scheme"]
         front = t.pareto[(t.pareto.model == model) & (t.pareto.scheme == scheme)].iloc[0]
         cells: dict[str, str] = dict(row)
         cells["16-bit"] = kept_tokens(t.study, scheme)

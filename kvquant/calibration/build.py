@@ -286,7 +286,7 @@ def run(args: argparse.Namespace) -> None:
         model_identity=info.model_identity,
         text=info.text,
         scheme=args.scheme,
-        spec=spec.model_dump(mode="json"),
+        spec=spec.meaning(),
         calibration=info.calibration.model_dump(mode="json"),
         spec_digest=quantizer_digest(study, args.model, args.scheme),
         num_layers=info.num_layers,

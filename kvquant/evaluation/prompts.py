@@ -81,7 +81,7 @@ def make_prompts(
         out,
         found,
         spec_digest=digest,
-        spec=spec.model_dump(mode="json", exclude={"minutes", "batch_size"}),
+        spec=spec.meaning("minutes", "batch_size"),
         data_sha256=read_data_manifest(data_manifest).sha256 if data_manifest else None,
         packages={name: version(name) for name in PACKAGES},
         probe=probe(tokenizer),

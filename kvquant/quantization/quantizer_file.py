@@ -107,8 +107,8 @@ def check_scheme(path: Path, manifest: QuantizerManifest, scheme: Scheme) -> Non
     Raises:
         UserError: An option differs; the message names it.
     """
-    built = scheme_of(path, manifest).model_dump(mode="json")
-    asked = scheme.model_dump(mode="json")
+    built = scheme_of(path, manifest).meaning()
+    asked = scheme.meaning()
     for name in ("kind", *asked, *built):
         if built.get(name) != asked.get(name):
             raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from kvquant.errors import unknown
 from kvquant.study.datasets import DATASETS
@@ -10,8 +10,11 @@ from kvquant.study.limits import MAX_NAMES, MAX_RESULTS, MAX_SEED
 from kvquant.study.paths import NAME
 from kvquant.study.scheme_kinds import CodebookScheme
 from kvquant.study.sections import StudySections
+from kvquant.study.wording import Named, repeated_labels
 
 MAX_NAME = 64
+# Names of other curves in figures of schemes.
+RESERVED_LABELS = ("concatenated arrays",)
 # Names that tables and figures use in addition to the study's own keys.
 TAKEN = {"models": {"any": "claims without a model"}, "schemes": {"concatenation": "append's peer"}}
 
@@ -40,6 +43,21 @@ def _names(study: StudySections) -> Iterator[str]:
                 yield f"{field}: '{name[:MAX_NAME]}...' is longer than {MAX_NAME} characters"
             elif name in TAKEN.get(field, {}):
                 yield f"{field}: '{name}' is taken ({TAKEN[field][name]}); choose another name"
+
+
+def _labels(study: StudySections) -> Iterator[str]:
+    """Yields a problem per label that two entries have, or that figures give to something else."""
+    groups: dict[str, Mapping[str, Named]] = {
+        **{"models": study.models, "schemes": study.schemes, "tasks": study.tasks},
+        "throughput.workloads": study.throughput.workloads,
+        "energy.workloads": study.energy.workloads,
+    }
+    for field, specs in groups.items():
+        for name, other in repeated_labels(specs):
+            yield f"{field}.{name}.label: is that of '{other}' too; choose another"
+        for name, spec in specs.items():
+            if field == "schemes" and spec.label in RESERVED_LABELS:
+                yield f"{field}.{name}.label: '{spec.label}' is taken by figures; choose another"
 
 
 def _not_among(field: str, names: Iterable[str], known: Iterable[str], what: str) -> Iterator[str]:
@@ -173,7 +191,7 @@ def _size(study: StudySections) -> Iterator[str]:
 
 def problems(study: StudySections) -> Iterator[str]:
     """Yields the problems of a study as a whole, one line each, the most basic ones first."""
-    for check in (_names, _size, _schemes, _tasks, _evaluation, _timed, _statistics):
+    for check in (_names, _labels, _size, _schemes, _tasks, _evaluation, _timed, _statistics):
         found = list(check(study))
         yield from found
         if found and check in (_names, _size, _schemes):

@@ -20,6 +20,7 @@ from kvquant.study.scheme_kinds import SCHEME_KINDS
 from kvquant.study.sections import StudySections
 from kvquant.study.tasks import SUITES
 from kvquant.study.timing import TimedStage
+from kvquant.study.wording import LABEL
 
 
 class Study(StudySections):
@@ -81,8 +82,13 @@ class Study(StudySections):
 
 
 def digest(*specs: BaseModel | dict[str, Any] | list[Any] | str | int | None) -> str:
-    """Returns 16 digits of the sha256 of specifications, taken over their canonical JSON."""
-    plain = [s.model_dump(mode="json") if isinstance(s, BaseModel) else s for s in specs]
+    """Returns 16 digits of the sha256 of specifications, taken over their canonical JSON.
+
+    The label of a specification does not count; those of entries inside it do.
+    """
+    plain = [
+        s.model_dump(mode="json", exclude={LABEL}) if isinstance(s, BaseModel) else s for s in specs
+    ]
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

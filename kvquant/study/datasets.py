@@ -41,6 +41,7 @@ class DataSet:
         arguments: The first arguments of `fetch`.
         pinned: The values that the text must have; None where sources may differ in rows.
         test_only: Whether all of it is test text, which calibration must not see.
+        label: The name in figures and tables; empty for `name`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class DataSet:
     arguments: tuple[str, ...] = ()
     pinned: Pinned | None = None
     test_only: bool = False
+    label: str = ""
 
 
 _LIST = (
@@ -59,6 +61,7 @@ _LIST = (
         pinned=Pinned(
             "b3a70ebc054f2eab5057baf3c4b7e857711472be8086240a516fd29b648ad857", 643_830, 459_742
         ),
+        label="Essays",
     ),
     DataSet(
         "wikitext2",
@@ -67,6 +70,7 @@ _LIST = (
         pinned=Pinned(
             "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83", 1_294_336, 0
         ),
+        label="Wikitext-2",
     ),
     DataSet(
         "squad",

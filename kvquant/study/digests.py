@@ -54,12 +54,12 @@ def settled(file: str, digest: str, samples: int = 0) -> bool:
 
 def weights_digest(model: ModelSpec) -> str:
     """Returns the digest of what a fetched model depends on, without the machines' resources."""
-    return digest(model.model_dump(mode="json", exclude={"gpus", "mem_gb", *CHAT_OPTIONS}))
+    return digest(model.meaning("gpus", "mem_gb", *CHAT_OPTIONS))
 
 
 def _weights(model: ModelSpec) -> dict[str, Any]:
     """Returns a model's specification without the options of its chat template."""
-    return model.model_dump(mode="json", exclude=set(CHAT_OPTIONS))
+    return model.meaning(*CHAT_OPTIONS)
 
 
 def _chat(study: Study, model: str, task: TaskSpec) -> list[dict[str, Any]]:
@@ -104,7 +104,7 @@ def quantizer_digest(study: Study, model: str, scheme: str) -> str:
 def prompts_digest(study: Study, model: str, task: str) -> str:
     """Returns the digest of a task's prompts for a model, independent of the seeds."""
     chosen = study.task(task)
-    spec = chosen.model_dump(mode="json", exclude={"minutes", "batch_size"})
+    spec = chosen.meaning("minutes", "batch_size")
     chat = _chat(study, model, chosen)
     return digest(weights_digest(study.model(model)), spec, VERSIONS["prompts"], *chat)
 
@@ -117,7 +117,7 @@ def prompts_name(study: Study, model: str, task: str) -> str:
 def eval_digest(study: Study, model: str, scheme: str, task: str, seed: int) -> str:
     """Returns the digest of an evaluation result, without expected run time and batch size."""
     chosen = study.task(task)
-    spec = chosen.model_dump(mode="json", exclude=set(chosen.speed_options))
+    spec = chosen.meaning(*chosen.speed_options)
     versions = [VERSIONS["evaluate"]]
     if asks_prompts(chosen):
         versions.append(VERSIONS["prompts"])
@@ -128,7 +128,7 @@ def eval_digest(study: Study, model: str, scheme: str, task: str, seed: int) -> 
 def _timing(spec: TimedStage, workload: str) -> dict[str, object]:
     rest = spec.model_dump(mode="json", exclude={"workloads", "schemes", "reps"})
     return {
-        "workload": spec.workloads[workload].model_dump(mode="json", exclude={"schemes"}),
+        "workload": spec.workloads[workload].meaning("schemes"),
         **rest,
     }
 
@@ -150,7 +150,7 @@ def append_digest(study: Study) -> str:
     if study.append is None:
         raise UserError("append: this study has no such section: add it to the study file")
     spec = study.append.model_dump(mode="json", exclude={"schemes", "reps", "minutes"})
-    schemes = {name: study.scheme(name).model_dump(mode="json") for name in study.append_schemes()}
+    schemes = {name: study.scheme(name).meaning() for name in study.append_schemes()}
     reference = study.scheme(study.headline) if study.append.concatenation else None
     return digest(spec, schemes, reference, VERSIONS["append"])
 
@@ -163,7 +163,7 @@ def kernels_digest(study: Study, case: str) -> str:
         raise unknown("case", case, study.kernels.cases)
     spec = study.kernels.cases[case]
     rest = study.kernels.model_dump(mode="json", exclude={"cases", "minutes"})
-    schemes = {name: study.scheme(name).model_dump(mode="json") for name in spec.peers}
+    schemes = {name: study.scheme(name).meaning() for name in spec.peers}
     scheme = study.scheme(study.kernel_scheme(spec))
     return digest(spec, rest, scheme, schemes, VERSIONS["kernels"])
 

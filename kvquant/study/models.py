@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from kvquant.study.limits import MAX_BATCH
-from kvquant.study.strict import Strict
+from kvquant.study.wording import LABEL, Named
 
 # The name of a wheel with exactly one version.
 PINNED = r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)$"
@@ -32,10 +32,10 @@ def parse_day(text: str) -> datetime.date:
 CHAT_OPTIONS = ("thinking", "reasoning_effort", "date_string")
 
 
-class ModelSpec(Strict):
+class ModelSpec(Named):
     """Where a causal language model comes from, and how its chat template is filled in."""
 
-    later: ClassVar[tuple[str, ...]] = CHAT_OPTIONS
+    later: ClassVar[tuple[str, ...]] = (LABEL, *CHAT_OPTIONS)
     source: Literal["pypi-gguf", "hub", "local"] = Field(
         description="origin of the model: a PyPI wheel, the Hugging Face hub, or a local folder"
     )
@@ -63,6 +63,10 @@ class ModelSpec(Strict):
     date_string: str = Field(
         DATE_STRING, description="the day that chat templates write as today's"
     )
+
+    def title(self, key: str) -> str:
+        """Returns the name on the hub without its owner, or the name in the study."""
+        return self.repo.rsplit("/", 1)[-1] if self.repo else key
 
     @model_validator(mode="after")
     def _complete(self) -> ModelSpec:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from kvquant.study.datatypes import DATATYPES
 from kvquant.study.limits import MAX_TOKENS
 from kvquant.study.scheme_kinds import CalibratedScheme, CodebookScheme, Scheme, scheme_kind
 from kvquant.study.scheme_options import (
@@ -16,6 +17,7 @@ from kvquant.study.scheme_options import (
     Sinks,
     Weighting,
 )
+from kvquant.study.wording import Words
 
 
 @scheme_kind(
@@ -65,6 +67,10 @@ class NuqScheme(CodebookScheme):
     weighting: Weighting = "fisher-range2"
     q_norm: MomentMatching = False
 
+    def method(self) -> str:
+        """Returns the name of the datatype."""
+        return DATATYPES[self.datatype].label
+
 
 @scheme_kind(
     label="Allocated codes",
@@ -76,6 +82,17 @@ class NuqScheme(CodebookScheme):
 class AllocatedScheme(CalibratedScheme):
     """Codes whose widths one allocation over the whole model chooses by sensitivity (ours)."""
 
+    words: ClassVar[Words] = {
+        **Scheme.words,
+        "rotation": lambda rotated: "values rotated" if rotated else "values not rotated",
+        "value_range": {
+            "token": "a range per token",
+            "token-head": "a range per token and head",
+            "token-unscaled": "heads not scaled",
+        }.__getitem__,
+        "allocation": {"model": "layers compete", "layer": "layers equal"}.__getitem__,
+        "min_value_width": "values from {} bits".format,
+    }
     kind: Literal["allocated"] = Field(description="kind of the scheme")
     bits: float = Field(
         3.3,

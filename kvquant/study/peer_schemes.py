@@ -20,7 +20,7 @@ from kvquant.study.scheme_options import CodeBits, Group, Residual, Sinks, Token
 class KiviScheme(Scheme):
     """KIVI (arXiv 2402.02750): keys per channel, values per token, in groups, with a residual."""
 
-    later: ClassVar[tuple[str, ...]] = ("sinks",)
+    later: ClassVar[tuple[str, ...]] = (*Scheme.later, "sinks")
     kind: Literal["kivi"] = Field(description="kind of the scheme")
     bits: CodeBits
     group: Group = 32

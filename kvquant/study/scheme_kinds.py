@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from kvquant.study.registrations import only_value, register
-from kvquant.study.strict import Strict
+from kvquant.study.wording import LABEL, Named, Words
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,48 @@ class SchemeKind:
         return issubclass(self.options, CalibratedScheme)
 
 
-class Scheme(Strict):
+def _kept(none: str, one: str, several: str) -> Callable[[int], str]:
+    """Returns words for a number of tokens."""
+    return lambda n: none if n == 0 else one if n == 1 else several.format(f"{n:,}")
+
+
+def outliers_in_words(fraction: float) -> str:
+    """Returns a fraction of outliers as a part of a name."""
+    return f"{100 * fraction:g} % outliers" if fraction else "no outliers"
+
+
+class Scheme(Named):
     """A scheme of a study, with its kind and the options of the kind."""
 
+    later: ClassVar[tuple[str, ...]] = (LABEL,)
+    words: ClassVar[Words] = {
+        "sinks": _kept("no sink", "1 sink", "{} sinks"),
+        "residual": _kept("no window", "window of 1", "window of {}"),
+        "block_size": "blocks of {}".format,
+        "group": "groups of {}".format,
+        "tile": "tiles of {}".format,
+        "outliers": outliers_in_words,
+    }
     registration: ClassVar[SchemeKind]
     if TYPE_CHECKING:  # a field that each subclass declares, in the order of its options
         kind: str
+
+    def method(self) -> str:
+        """Returns the name of the method, by which figures choose colors."""
+        return self.registration.label
+
+    def title(self, key: str) -> str:
+        """Returns the method with its bits."""
+        bits, values = getattr(self, "bits", None), getattr(self, "value_bits", None)
+        if bits is None:
+            return self.method()
+        both = f"{bits:g}" if values in (None, bits) else f"{bits:g}/{values:g}"
+        return f"{self.method()} {both} bit{'' if both == '1' else 's'}"
+
+    def telling(self) -> list[str]:
+        """Returns the options that may tell schemes of one title apart."""
+        told = ("kind", "bits", "value_bits")
+        return [option for option in super().telling() if option not in told]
 
     @property
     def protocols(self) -> tuple[str, ...]:
@@ -118,6 +154,14 @@ class CodebookScheme(CalibratedScheme):
         datatype: str
         weighting: str
         q_norm: bool
+
+    def title(self, key: str) -> str:
+        """Returns the method with its bits and outliers."""
+        return f"{super().title(key)}, {outliers_in_words(self.outliers)}"
+
+    def telling(self) -> list[str]:
+        """Returns the options that may tell schemes of one title apart."""
+        return [option for option in super().telling() if option != "outliers"]
 
 
 SCHEME_KINDS: dict[str, SchemeKind] = {}

@@ -6,6 +6,8 @@ with each other is checked in :mod:`kvquant.study.checks`.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from kvquant.errors import unknown
@@ -22,11 +24,13 @@ from kvquant.study.statistics import StatisticsSpec
 from kvquant.study.strict import Strict
 from kvquant.study.tasks import EvaluationSpec, TaskSpec
 from kvquant.study.timing import EnergySpec, TimedStage, TimingSpec
+from kvquant.study.tracking import TrackingSpec
 
 
 class StudySections(Strict):
     """The sections of a study file, and look-ups by name."""
 
+    later: ClassVar[tuple[str, ...]] = ("tracking",)
     study: str = Field(description="short name in kebab case")
     title: str = Field("", description="heading of the report and the paper")
     device: DeviceKey = Field(
@@ -76,6 +80,9 @@ class StudySections(Strict):
     )
     statistics: StatisticsSpec = Field(
         StatisticsSpec(), description="how schemes are compared with the baseline"
+    )
+    tracking: TrackingSpec | None = Field(
+        None, description="log every record to a tracker as well; absent: none"
     )
     pathvars: PathVars = Field(
         default_factory=dict,

@@ -17,7 +17,7 @@ from kvquant.study.limits import MAX_BATCH, MAX_MINUTES
 from kvquant.study.margin import Margin
 from kvquant.study.registrations import only_value, register
 from kvquant.study.sample_types import AnsweredSample, Rows, Summary, score_summary
-from kvquant.study.strict import Strict
+from kvquant.study.wording import Named
 
 Protocol = Literal["A", "B"]
 MetricType = Literal["likelihood", "score"]
@@ -28,7 +28,7 @@ def count_of(number: int, noun: str) -> str:
     return f"{number or 'all'} {noun}{'' if number == 1 else 's'}"
 
 
-class Task(Strict):
+class Task(Named):
     """The options of tasks of every suite, and the methods that the workflow calls."""
 
     if TYPE_CHECKING:  # fields that each subclass declares, in the order of its options
@@ -61,13 +61,23 @@ class Task(Strict):
         """Returns the size of the task in a few words."""
         raise NotImplementedError
 
-    def column(self, name: str) -> str:
-        """Returns the head of the task's column in tables.
+    def title(self, key: str) -> str:
+        """Returns the suite, and what the task's own name adds to it."""
+        own = key.removeprefix(f"{self.suite}-").replace("-", " ")
+        return f"{SUITES[self.suite].label} {own}"
+
+    def telling(self) -> list[str]:
+        """Returns the options that may tell tasks of one title apart."""
+        told = {"suite", *self.speed_options}
+        return [option for option in super().telling() if option not in told]
+
+    def column(self, label: str) -> str:
+        """Returns the head of the task's column in a table of its suite.
 
         Args:
-            name: The task's name in the study.
+            label: The task's name among those of the study.
         """
-        return name.removeprefix(f"{self.suite}-")
+        return label.removeprefix(SUITES[self.suite].label).lstrip(" ,") or label
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yields (option, problem) for every option that is wrong beyond what pydantic checks."""

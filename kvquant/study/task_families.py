@@ -7,7 +7,7 @@ data sets that they read, and the table of families shows its mean.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class TaskFamily:
         name: The family's name, unique in its suite.
         label: The name in tables.
         tasks: The data set that each task reads, by the task's name in the pinned lm-eval package.
+        labels: The names of tasks in figures and tables, where they have better ones.
         min_length: Shortest prompt with answer, in tokens, that holds a task of the family.
     """
 
@@ -27,6 +28,7 @@ class TaskFamily:
     label: str
     tasks: Mapping[str, str]
     min_length: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def _essays(*tasks: str) -> dict[str, str]:
@@ -38,6 +40,7 @@ def _rows(*tasks: str) -> dict[str, str]:
     return {task: f"longbench-{task}" for task in tasks}
 
 
+_NEEDLES = ("single", "multikey")
 # Tests hold the tasks against the pinned lm-eval package.
 FAMILIES = (
     TaskFamily(
@@ -49,31 +52,84 @@ FAMILIES = (
             *("niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
             *("niah_multivalue", "niah_multiquery"),
         ),
+        labels={
+            **{f"niah_{kind}_{n}": f"NIAH {kind} {n}" for kind in _NEEDLES for n in (1, 2, 3)},
+            **{"niah_multivalue": "NIAH multivalue", "niah_multiquery": "NIAH multiquery"},
+        },
     ),
     # The shortest chain of variables with instruction and answer has 400 tokens.
-    TaskFamily("ruler", "tracing", "multi-hop tracing", _essays("vt"), min_length=400),
-    TaskFamily("ruler", "aggregation", "aggregation", _essays("cwe", "fwe")),
-    TaskFamily("ruler", "qa", "question answering", {"qa_1": "squad", "qa_2": "hotpotqa"}),
+    TaskFamily(
+        "ruler",
+        "tracing",
+        "multi-hop tracing",
+        _essays("vt"),
+        min_length=400,
+        labels={"vt": "variable tracking"},
+    ),
+    TaskFamily(
+        "ruler",
+        "aggregation",
+        "aggregation",
+        _essays("cwe", "fwe"),
+        labels={"cwe": "common words", "fwe": "frequent words"},
+    ),
+    TaskFamily(
+        "ruler",
+        "qa",
+        "question answering",
+        {"qa_1": "squad", "qa_2": "hotpotqa"},
+        labels={"qa_1": "QA, SQuAD", "qa_2": "QA, HotpotQA"},
+    ),
     TaskFamily(
         "longbench",
         "single-document",
         "single-document QA",
         _rows("narrativeqa", "qasper", "multifieldqa_en"),
+        labels={
+            "narrativeqa": "NarrativeQA",
+            "qasper": "Qasper",
+            "multifieldqa_en": "MultiFieldQA-en",
+        },
     ),
     TaskFamily(
         "longbench",
         "multi-document",
         "multi-document QA",
         _rows("hotpotqa", "2wikimqa", "musique"),
+        labels={"hotpotqa": "HotpotQA", "2wikimqa": "2WikiMultihopQA", "musique": "MuSiQue"},
     ),
     TaskFamily(
-        "longbench", "summarization", "summarization", _rows("gov_report", "qmsum", "multi_news")
+        "longbench",
+        "summarization",
+        "summarization",
+        _rows("gov_report", "qmsum", "multi_news"),
+        labels={"gov_report": "GovReport", "qmsum": "QMSum", "multi_news": "MultiNews"},
     ),
-    TaskFamily("longbench", "few-shot", "few-shot learning", _rows("trec", "triviaqa", "samsum")),
     TaskFamily(
-        "longbench", "synthetic", "synthetic", _rows("passage_retrieval_en", "passage_count")
+        "longbench",
+        "few-shot",
+        "few-shot learning",
+        _rows("trec", "triviaqa", "samsum"),
+        labels={"trec": "TREC", "triviaqa": "TriviaQA", "samsum": "SAMSum"},
     ),
-    TaskFamily("longbench", "code", "code completion", _rows("lcc", "repobench-p")),
+    TaskFamily(
+        "longbench",
+        "synthetic",
+        "synthetic",
+        _rows("passage_retrieval_en", "passage_count"),
+        labels={
+            "passage_retrieval_en": "PassageRetrieval-en",
+            "passage_count": "PassageCount",
+        },
+    ),
+    TaskFamily(
+        "longbench",
+        "code",
+        "code completion",
+        _rows("lcc", "repobench-p"),
+        labels={"lcc": "LCC", "repobench-p": "RepoBench-P"},
+    ),
+    # A new family goes above this line.
 )
 
 
@@ -90,3 +146,9 @@ def task_names(suite: str) -> tuple[str, ...]:
 def family_of(suite: str, task: str) -> TaskFamily | None:
     """Returns the family of a task; None for a task that the suite does not have."""
     return next((family for family in families(suite) if task in family.tasks), None)
+
+
+def task_label(suite: str, task: str) -> str:
+    """Returns the name of a suite's task in figures and tables."""
+    family = family_of(suite, task)
+    return task if family is None else family.labels.get(task, task)

@@ -7,7 +7,7 @@ options, and is listed nowhere else.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Literal, Union
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Union
 
 from pydantic import Field, model_validator
 
@@ -29,7 +29,8 @@ from kvquant.study.sample_types import (
 from kvquant.study.strict import Strict
 from kvquant.study.suite import SUITES as SUITES
 from kvquant.study.suite import AnsweredTask, Protocol, Task, count_of, suite
-from kvquant.study.task_families import family_of, task_names
+from kvquant.study.task_families import family_of, task_label, task_names
+from kvquant.study.wording import Words
 
 RULER_TASKS = task_names("ruler")
 LONGBENCH_TASKS = task_names("longbench")
@@ -81,12 +82,24 @@ class PerplexityTask(Task):
     )
 
     speed_options = frozenset({"minutes", "batch_size"})
+    words: ClassVar[Words] = {
+        "window": lambda n: f"windows of {n:,}" if n else "full windows",
+        "windows": lambda n: f"{n:,} windows" if n else "whole text",
+        "chunk": "chunks of {}".format,
+        "kl": lambda measured: "with KL" if measured else "without KL",
+    }
 
     @model_validator(mode="after")
     def _window(self) -> PerplexityTask:
         if 0 < self.window < 32:
             raise ValueError("window: must be 0 (all positions of the model) or at least 32")
         return self
+
+    def title(self, key: str) -> str:
+        """Returns the data set and the protocol."""
+        known = DATASETS.get(self.dataset)
+        dataset = (known.label if known else "") or self.dataset
+        return f"{dataset}, protocol {self.protocol}"
 
     def cache_protocol(self) -> Protocol:
         """Returns the protocol by which the cache is measured."""
@@ -139,9 +152,9 @@ class PasskeyTask(AnsweredTask):
         10, ge=1, le=MAX_SAMPLES, description="prompts per seed, with evenly spread depths"
     )
 
-    def column(self, name: str) -> str:
-        """Returns the prompt length."""
-        return f"{self.length:,} tokens"
+    def title(self, key: str) -> str:
+        """Returns the suite and the prompt length."""
+        return f"passkey, {self.length:,} tokens"
 
 
 class _FamilyTask(AnsweredTask):
@@ -150,6 +163,12 @@ class _FamilyTask(AnsweredTask):
     if TYPE_CHECKING:  # fields that each subclass declares
         task: str
         max_new_tokens: int
+
+    words: ClassVar[Words] = {"length": lambda n: f"{n:,} tokens"}
+
+    def title(self, key: str) -> str:
+        """Returns the suite and its own name of the task."""
+        return f"{SUITES[self.suite].label} {task_label(self.suite, self.task)}"
 
     def dataset_name(self) -> str | None:
         """Returns the data set that the task reads."""

@@ -6,9 +6,10 @@ from pydantic import Field
 
 from kvquant.study.limits import MAX_BATCH, MAX_REPS, MAX_ROUNDS, MAX_SECONDS, MAX_TOKENS
 from kvquant.study.strict import Strict
+from kvquant.study.wording import Named, short_count
 
 
-class Workload(Strict):
+class Workload(Named):
     """A workload of throughput or energy: prompts of given lengths, and answers."""
 
     prompt: int = Field(ge=1, le=MAX_TOKENS, description="tokens of the longest prompt")
@@ -21,6 +22,17 @@ class Workload(Strict):
         default_factory=list,
         description="schemes that run the workload; empty: all that the stage measures",
     )
+
+    def title(self, key: str) -> str:
+        """Returns batch, lengths and answers."""
+        prompts = f"{self.batch_size} \N{MULTIPLICATION SIGN} {short_count(self.prompt)} tokens"
+        answers = [f"{short_count(self.answer)} new"] if self.answer else []
+        return ", ".join([prompts, *(["ragged"] if self.ragged else []), *answers])
+
+    def telling(self) -> list[str]:
+        """Returns the options that may tell workloads of one title apart."""
+        told = {"prompt", "batch_size", "answer", "ragged", "schemes"}
+        return [option for option in super().telling() if option not in told]
 
 
 class TimedStage(Strict):

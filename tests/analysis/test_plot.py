@@ -1,8 +1,7 @@
 """Figures of little, of nothing and of the unusual: drawn without a warning, in finite limits.
 
 Also covers: analysis.figure_list, analysis.figures.append, analysis.figures.pareto,
-analysis.figures.pareto_panels, analysis.figures.perplexity, analysis.figures.style,
-analysis.labels.
+analysis.figures.pareto_panels, analysis.figures.perplexity.
 """
 
 from __future__ import annotations
@@ -14,22 +13,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
+from kvquant.analysis.figures import style
 from kvquant.analysis.figures.append import append_panels
 from kvquant.analysis.figures.style import plt
-from kvquant.analysis.labels import scheme_labels
 from kvquant.analysis.plot import draw_figure
 from kvquant.analysis.tables import write_table
 from kvquant.study.config import Study, parse_study
-from tests.support.studies import study_of
 from tests.support.tables import two_models, write_tables
-
-
-def test_labels_name_bits_of_values_that_differ_from_those_of_keys() -> None:
-    bits: dict[str, dict[str, int]] = {"k4v2": {"bits": 4, "value_bits": 2}, "k4": {"bits": 4}}
-    schemes = {name: {"kind": "kvarn", **chosen} for name, chosen in bits.items()}
-    labels = scheme_labels(study_of(schemes={"fp16": {"kind": "fp16"}, **schemes}, headline="k4"))
-    assert labels == {"fp16": "16-bit cache", "k4v2": "KVarN 4/2-bit", "k4": "KVarN 4-bit"}
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +84,16 @@ def test_differences_of_every_size(
 
 
 def test_a_workload_that_nobody_could_run(study: Study, tables: Path, tmp_path: Path) -> None:
-    empty = dict.fromkeys(("prefill_ratio", "decode_ratio", "quantize_share"), NAN)
+    speeds = [f"scheme_{part}_tokens_per_s" for part in ("prefill", "decode")]
+    empty = dict.fromkeys(("prefill_ratio", "decode_ratio", "quantize_share", *speeds), NAN)
     folder = changed(tables, tmp_path, "perf", **empty, scheme_status="oom")
     figure = drawn("throughput", study, folder)
     words = [text.get_text() for axis in figure.axes for text in axis.texts]
     assert words and set(words) == {"out of memory"}
     plt.close(figure)
     figure = drawn("pareto", study, folder)
-    assert not any("prefill" in axis.get_xlabel() for axis in figure.axes)
+    (speed,) = (axis for axis in figure.axes if "tokens/s" in axis.get_xlabel())
+    assert [text.get_text() for text in speed.texts] == ["not measured in this study"]
     plt.close(figure)
 
 
@@ -109,6 +103,7 @@ def test_labels_stay_apart(root: Path, tmp_path: Path) -> None:
     write_tables(study, tmp_path)
     for name in ("pareto", "throughput", "passkey"):
         figure = drawn(name, study, tmp_path)
+        assert figure.get_figheight() <= style.PAGE_HEIGHT
         renderer = figure.canvas.get_renderer()
         shown = [a for a in figure.axes if a.get_visible() and a.get_label() != "<colorbar>"]
         texts = [t for a in shown for t in (a.title, a._left_title, a.xaxis.label) if t.get_text()]
@@ -120,6 +115,37 @@ def test_labels_stay_apart(root: Path, tmp_path: Path) -> None:
         plt.close(figure)
 
 
+@pytest.mark.parametrize("name", ["pareto", "perplexity", "throughput", "passkey"])
+def test_a_column_holds_every_figure(study: Study, tables: Path, name: str, tmp_path: Path) -> None:
+    """No text is smaller than 7 points, and no figure is scaled down on the paper's page."""
+    figure = drawn(name, study, tables)
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    assert texts and min(text.get_fontsize() for text in texts) >= style.SMALL
+    width, height = figure.get_size_inches()
+    assert width == (style.PAGE_WIDTH if name == "pareto" else style.WIDTH)
+    assert height <= style.PAGE_HEIGHT
+    shown = "\n".join(text.get_text() for text in texts)
+    assert not [key for key in (*study.schemes, *study.tasks, *study.models) if key in shown]
+    plt.close(figure)
+
+
+def test_a_scheme_looks_alike_in_all_figures(study: Study, tables: Path) -> None:
+    """Marks of the same scheme have one color and marker, whichever figure draws them."""
+    color, marker = style.looks(study)["kivi-4"]
+    pareto = drawn("pareto", study, tables)
+    (handle,) = (h for h in pareto.legends[0].legend_handles if h.get_label() == "KIVI 4 bits")
+    assert (handle.get_color(), handle.get_marker()) == (color, marker)
+    for name in ("perplexity", "throughput"):
+        figure = drawn(name, study, tables)
+        rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        place = rows.index("KIVI 4 bits")
+        lines = [bars.lines[0] for bars in figure.axes[0].containers]
+        mine = [line for line in lines if abs(line.get_ydata()[0] - place) < 0.5]
+        assert {(line.get_color(), line.get_marker()) for line in mine} == {(color, marker)}
+        plt.close(figure)
+    plt.close(pareto)
+
+
 @pytest.mark.parametrize("cost", [0.01, 0.0, NAN])
 @pytest.mark.parametrize("sizes", [[1024], [1024, 131072]])
 def test_append_of_few_sizes_and_no_time(sizes: list[int], cost: float) -> None:
@@ -129,7 +155,7 @@ def test_append_of_few_sizes_and_no_time(sizes: list[int], cost: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure, axes = plt.subplots(1, 1, squeeze=False)
-        append_panels(axes[:, 0], points, {"s": ("#000000", "o")})
+        append_panels(axes[:, 0], points, {"s": ("#000000", "o")}, {})
         figure.canvas.draw()
     low, high = axes[0, 0].get_ylim()
     assert 0 < low < high and np.isfinite(high)

@@ -192,3 +192,15 @@ def test_the_workflow_imports_no_torch(root: Path) -> None:
         "assert not {'torch', 'transformers', 'pandas'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+def test_tracking_is_planned_only_where_it_is_asked_for(root: Path, tmp_path: Path) -> None:
+    """Nothing depends on it: it is in no plan of a study with a section `tracking`."""
+    file = tmp_path / "tracked.yaml"
+    file.write_text(f"base: {root / 'config/smoke.yaml'}\ntracking: {{}}\n", encoding="utf-8")
+    config = ["--configfile", str(file), "--replace-workflow-config", *fresh(tmp_path)]
+    everything = jobs(snakemake(root, *config).stdout)
+    assert everything["aggregate"] == 1 and "track" not in everything
+    asked = jobs(snakemake(root, *config, "--", "track").stdout)
+    assert asked["track"] == 1 and asked["evaluate"] == everything["evaluate"]
+    assert not {"aggregate", "plot", "tables"} & set(asked)

@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from kvquant.analysis.figures.style import WIDTH, look, plt
+from kvquant.analysis.figures.style import GREY, WIDTH, Look, legend, looks, placeholder, plt
+from kvquant.analysis.labels import CONCATENATION, labels_of
 from kvquant.analysis.tables import read_table
 from kvquant.analysis.timed_on import one_device
 from kvquant.study.config import Study
 
-CONCATENATION = ("#D55E00", "D")  # color and marker of KVQuant's procedure
+SERIES = "concatenation"  # KVQuant's procedure, which is no scheme of the study
+CONCATENATED = (GREY, "x")  # its color and marker, which no scheme has
 
 
 def _size(tokens: float, _: Any = None) -> str:
@@ -23,20 +25,22 @@ def _size(tokens: float, _: Any = None) -> str:
 
 
 def append_panels(
-    axes: Sequence[Any], points: pd.DataFrame, looks: dict[str, tuple[str, str]]
+    axes: Sequence[Any], points: pd.DataFrame, marked: dict[str, Look], names: dict[str, str]
 ) -> None:
     """Draws cost per token against cache size, medians with bands of the 10th to 90th percentile.
 
     Args:
         axes: One per chunk size, in increasing order.
         points: The table `append`.
-        looks: Color and marker of each scheme.
+        marked: Color and marker of each scheme.
+        names: Names of schemes in the legend.
     """
-    looks = {**looks, "concatenation": CONCATENATION}
+    marked = {**marked, SERIES: CONCATENATED}
+    names = {**names, SERIES: CONCATENATION}
     sizes = sorted(points.tokens.unique())
     for axis, (chunk, mine) in zip(axes, points.groupby("chunk"), strict=True):
         for series, rows in mine.groupby("series", sort=False):
-            color, marker = looks[str(series)]
+            color, marker = marked[str(series)]
             parts = ["token_ms_median", "token_ms_p10", "token_ms_p90"]
             lines = rows.groupby("tokens")[parts].median().astype(float).dropna() * 1e3
             lines = lines[(lines > 0).all(axis=1)]  # a logarithmic axis has no place for others
@@ -45,7 +49,8 @@ def append_panels(
             middle, low, high = (lines[p].to_numpy() for p in parts)
             where = lines.index.to_numpy(dtype=float)
             axis.fill_between(where, low, high, color=color, alpha=0.2, linewidth=0)
-            axis.plot(where, middle, marker=marker, color=color, ms=3.5, lw=1.2, label=series)
+            name = names.get(str(series), str(series))
+            axis.plot(where, middle, marker=marker, color=color, ms=3.5, lw=1.2, label=name)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.xaxis.set_major_locator(FixedLocator(sizes[:: 1 + (len(sizes) - 1) // 8]))
@@ -55,8 +60,7 @@ def append_panels(
         axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
         axis.yaxis.set_minor_locator(NullLocator())
         if not axis.lines:
-            style = {"xycoords": "axes fraction", "ha": "center", "size": 7}
-            axis.annotate("not measured", (0.5, 0.5), **style)
+            placeholder(axis, "not measured")
         low, high = axis.get_ylim()
         if high / low < 20:  # a flat curve must not look steep
             middle = np.sqrt(low * high)
@@ -70,15 +74,13 @@ def draw(study: Study, tables: Path) -> Any:
     """Draws the cost of an appended token, a panel per number of tokens in a call."""
     assert study.append is not None
     points = one_device(study, read_table(tables, "append"))
-    looks = {scheme: look(study, scheme) for scheme in study.append_schemes()}
     chunks = study.append.chunks
     figure, axes = plt.subplots(
         len(chunks), 1, figsize=(WIDTH, 0.5 + 1.75 * len(chunks)), sharex=True, squeeze=False
     )
-    append_panels(axes[:, 0], points, looks)
+    append_panels(axes[:, 0], points, looks(study), dict(labels_of(study).schemes))
     figure.align_ylabels()
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=3, frameon=False, handletextpad=0.4
-    )
+    handles = {h.get_label(): h for axis in axes[:, 0] for h in axis.lines}
+    if handles:
+        legend(figure, list(handles.values()), WIDTH)
     return figure

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from kvquant.analysis.figures.style import WIDTH, height_of_rows, marks, plt
+from kvquant.analysis.figures.style import (
+    BASELINE,
+    GREY,
+    SMALL,
+    WIDTH,
+    Look,
+    fill_marks,
+    filled,
+    height_of_rows,
+    legend,
+    looks,
+    marks,
+    most_lines,
+    name_rows,
+    plt,
+)
+from kvquant.analysis.labels import Labels, case_label, labels_of
 from kvquant.analysis.tables import read_table
 from kvquant.analysis.timed_on import one_device
 from kvquant.errors import UserError
@@ -22,30 +40,44 @@ WORDS = {
     "prefill": "prefill",
     "continue": "continued prefill",
 }
-OURS = ("#000000", "o")
-FP16 = {  # backends of torch's attention; whole models choose one of them
-    "cudnn": ("#0072B2", "s"),
-    "flash": ("#56B4E9", "^"),
-    "efficient": ("#009E73", "v"),
-}
-WHOLE = ("#CC79A7", "D")
-PEERS = (("#D55E00", "D"), ("#E69F00", "P"), ("#0072B2", "X"), ("#009E73", "*"))  # by measurement
+FP16 = {"cudnn": "s", "flash": "^", "efficient": "v"}  # markers of torch's attention; hollow
+WHOLE = "D"  # whole models choose one of them
 # Text in place of a missing ratio, by status; with 'ok' our own time is missing.
 MISSING = {"ok": "no time of ours", "oom": "out of memory", "refused": "cannot run"}
-Looks = dict[str, tuple[str, str]]
+LETTERS = 34  # of a line of a measurement's name
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a figure shows the sides of a measurement.
+
+    Attributes:
+        ours: Color and marker of the scheme whose kernels are measured.
+        looks: Color and marker of every scheme of the study.
+        labels: Names of the study's schemes.
+    """
+
+    ours: Look
+    looks: Mapping[str, Look]
+    labels: Labels
+
+
+def _named(measure: str, sides: pd.DataFrame) -> str:
+    """Returns the name of a measurement: what is measured, and on what shape."""
+    shape, *sizes = sides.iloc[0][["shape", "batch", "tokens", "all_tokens"]]
+    return f"{WORDS[measure]}, {case_label(str(shape), *map(int, sizes))}"
 
 
 def _labelled(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Returns (label, sides) of every measurement, all cases of a kind together.
 
-    Cases that measure the same on the same shape, for the sake of other peers, are one row, named
-    after the first.
+    Cases that measure the same on the same shape, for the sake of other peers, are one row.
     """
     order = list(WORDS)
     same = ["measure", "shape", "batch", "tokens", "all_tokens"]
     groups = [(str(key[0]), sides) for key, sides in rows.groupby(same, sort=False)]
     groups.sort(key=lambda g: order.index(g[0]))  # stable: cases as the study has them
-    return [(f"{WORDS[measure]}, {sides.case.iloc[0]}", sides) for measure, sides in groups]
+    return [(_named(measure, sides), sides) for measure, sides in groups]
 
 
 def _of_first_case(groups: list[tuple[str, pd.DataFrame]]) -> list[tuple[str, pd.DataFrame]]:
@@ -62,44 +94,46 @@ def ratios(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return _of_first_case(_labelled(rows[(rows.role == "fp16") & rows.over_ours_median.notna()]))
 
 
-def look(side: str, role: str) -> tuple[str, str]:
-    """Returns color and marker of ours or of a 16-bit side."""
-    return OURS if role == "ours" else FP16.get(side, WHOLE)
+def _style(side: str, role: str, names: Names) -> tuple[Look, bool]:
+    """Returns the look of ours or of a 16-bit side, and whether its marker is hollow."""
+    if role == "ours":
+        return names.ours, False
+    return (BASELINE, FP16.get(side, WHOLE)), True
 
 
-def legend(rows: pd.DataFrame, ours: str) -> Looks:
-    """Returns color and marker of each name in the first two panels."""
+def _legend_of(rows: pd.DataFrame, ours: str, names: Names) -> list[Any]:
+    """Returns the handles of the first two panels."""
     there = set(rows[rows.status == "ok"].side)
     whole = [s for s in dict.fromkeys(rows[rows.role == "fp16"].side) if s not in FP16]
-    found = {ours: OURS} | {f"fp16, {s}": look for s, look in FP16.items() if s in there}
-    return found | {s if s == "fp16" else f"fp16, {s}": WHOLE for s in whole}
+    found = {f"fp16, {s}": (BASELINE, marker) for s, marker in FP16.items() if s in there}
+    found |= {s if s == "fp16" else f"fp16, {s}": (BASELINE, WHOLE) for s in whole}
+    return marks({names.labels.scheme(ours): names.ours}, ms=4.5) + marks(
+        found, ms=4.5, mfc="white"
+    )
 
 
-def _point(
-    axis: Any, x: float, place: float, ends: list[float], looks: tuple[str, str], size: float = 4
-) -> None:
+def _point(axis: Any, x: float, place: float, ends: list[float], look: Look, **style: Any) -> None:
     """Draws a median with its whiskers."""
     error = [[max(0.0, x - min(ends))], [max(0.0, max(ends) - x)]]
-    style = {"color": looks[0], "elinewidth": 0.8, "capsize": size / 2, "ms": size}
-    axis.errorbar(x, place, xerr=error, fmt=looks[1], **style)
+    shape = {"color": look[0], "elinewidth": 0.8, "capsize": 2, "ms": 4, **style}
+    axis.errorbar(x, place, xerr=error, fmt=look[1], **shape)
 
 
-def _names(axis: Any, labels: list[str]) -> None:
-    axis.set_yticks(range(len(labels)), labels)
-    axis.set_ylim(len(labels) - 0.4, -0.6)
-    axis.grid(axis="y", visible=False)
+def _side(axis: Any, x: float, place: int, ends: list[float], side: Any, names: Names) -> None:
+    look, hollow = _style(side.side, side.role, names)
+    _point(axis, x, place, ends, look, **({"mfc": "white"} if hollow else {}))
 
 
-def rate_panel(axis: Any, found: list[tuple[str, pd.DataFrame]]) -> None:
+def rate_panel(axis: Any, found: list[tuple[str, pd.DataFrame]], names: Names) -> None:
     """Draws the share of the rate of a device copy, a row per measurement."""
     for place, (_, sides) in enumerate(found):
         for side in sides.itertuples():
             # a rate is bytes over time: the slowest rounds give the lower end
             ends = [100 * side.floor_ms / t for t in (side.ms_p90, side.ms_p10)]
-            _point(axis, 100 * side.copy_share, place, ends, look(side.side, side.role))
+            _side(axis, 100 * side.copy_share, place, ends, side, names)
     axis.axvline(100, color="#888888", linewidth=0.8, zorder=1)
     axis.set_xlim(0, max(110.0, axis.get_xlim()[1]))
-    _names(axis, [label for label, _ in found])
+    name_rows(axis, [label for label, _ in found], LETTERS)
     axis.set_xlabel("bytes a second, % of a device copy (more is better)", loc="right")
 
 
@@ -114,67 +148,69 @@ def _ratio_scale(axis: Any) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
 
 
-def ratio_panel(axis: Any, found: list[tuple[str, pd.DataFrame]]) -> None:
+def ratio_panel(axis: Any, found: list[tuple[str, pd.DataFrame]], names: Names) -> None:
     """Draws time of fp16 over ours on a logarithmic scale, a row per measurement."""
     for place, (_, sides) in enumerate(found):
         for side in sides.itertuples():
             ends = [side.over_ours_p10, side.over_ours_p90]
-            _point(axis, side.over_ours_median, place, ends, look(side.side, side.role))
+            _side(axis, side.over_ours_median, place, ends, side, names)
     _ratio_scale(axis)
-    _names(axis, [label for label, _ in found])
+    name_rows(axis, [label for label, _ in found], LETTERS)
     axis.set_xlabel("time of fp16 over ours (right of 1: ours is faster)", loc="right")
 
 
-def peers_panel(axis: Any, peers: pd.DataFrame) -> Looks:
-    """Draws time of peers over ours, a row per peer, and returns the marker per measurement."""
-    names = list(dict.fromkeys(peers.side))
+def peers_panel(axis: Any, peers: pd.DataFrame, names: Names) -> list[str]:
+    """Draws time of peers over ours, a row per peer; the fill of its marker is the measurement.
+
+    Returns:
+        The names of the measurements, in the order of fills.
+    """
+    rows = list(dict.fromkeys(peers.side))
     groups = _labelled(peers)
-    looks = {label: PEERS[i % len(PEERS)] for i, (label, _) in enumerate(groups)}
-    for i, (label, sides) in enumerate(groups):
-        shift = (i - (len(groups) - 1) / 2) * min(0.4, 0.8 / len(groups))
+    in_row = {row: [i for i, (_, s) in enumerate(groups) if row in set(s.side)] for row in rows}
+    for i, (_, sides) in enumerate(groups):
         for side in sides[sides.over_ours_median.notna()].itertuples():
             ends = [side.over_ours_p10, side.over_ours_p90]
-            place = names.index(side.side) + shift
-            _point(axis, side.over_ours_median, place, ends, looks[label], size=3)
-    for place, name in enumerate(names):
+            look = names.looks.get(side.side.partition(" (")[0], (BASELINE, WHOLE))
+            others = in_row[side.side]
+            apart = min(0.36, 0.8 / len(others))
+            place = rows.index(side.side) + (others.index(i) - (len(others) - 1) / 2) * apart
+            _point(axis, side.over_ours_median, place, ends, look, **filled(look[0], i))
+    for place, name in enumerate(rows):
         without = peers[(peers.side == name) & peers.over_ours_median.isna()]
         text = ", ".join(dict.fromkeys(MISSING.get(s, s) for s in without.status))
-        style = {"fontsize": 6, "va": "center", "color": "#666666"}
+        style = {"fontsize": SMALL, "va": "center", "color": GREY}
         axis.annotate(text, (1, place), (3, 0), textcoords="offset points", **style)
     _ratio_scale(axis)
-    _names(axis, names)
+    name_rows(axis, [names.labels.scheme(row) for row in rows], LETTERS)
     axis.set_xlabel("time of peers over ours (right of 1: ours is faster)", loc="right")
-    return looks
+    return [label for label, _ in groups]
 
 
 def draw(study: Study, tables: Path) -> Any:
     """Draws kernels against the rate of a copy, against fp16, and against peers."""
-    rows = one_device(study, read_table(tables, "kernels"))
+    rows, marked = one_device(study, read_table(tables, "kernels")), looks(study)
+    names = Names(marked[study.headline], marked, labels_of(study))
     above, middle, peers = rates(rows), ratios(rows), rows[rows.role == "peer"]
-    counts = [n for n in (len(above), len(middle), peers.side.nunique()) if n]
+    rows_of = [
+        [label for label, _ in above],
+        [label for label, _ in middle],
+        [names.labels.scheme(side) for side in dict.fromkeys(peers.side)],
+    ]
+    counts = [found for found in rows_of if found]
     if not counts:
         raise UserError("figure kernels: no kernel and no comparison has a time")
-    heights = [height_of_rows(n) for n in counts]
+    heights = [height_of_rows(len(found), most_lines(found, LETTERS)) for found in counts]
     figure, axes = plt.subplots(
-        len(counts), 1, figsize=(WIDTH, 0.9 + sum(heights)), height_ratios=heights, squeeze=False
+        len(counts), 1, figsize=(WIDTH, 1.0 + sum(heights)), height_ratios=heights, squeeze=False
     )
     left = iter(axes[:, 0])
     if above:
-        rate_panel(next(left), above)
+        rate_panel(next(left), above, names)
     if middle:
-        ratio_panel(next(left), middle)
-    _legend(figure, legend(rows, study.headline), "upper")
+        ratio_panel(next(left), middle, names)
+    legend(figure, _legend_of(rows, study.headline, names), WIDTH)
     if len(peers):
-        _legend(figure, peers_panel(next(left), peers), "lower")
+        measured = peers_panel(next(left), peers, names)
+        legend(figure, fill_marks(measured), WIDTH, "lower center")
     return figure
-
-
-def _legend(figure: Any, looks: Looks, where: Literal["upper", "lower"]) -> None:
-    figure.legend(
-        handles=marks(looks, ms=4),
-        loc=f"outside {where} center",
-        ncols=3 if where == "upper" else 1,
-        frameon=False,
-        handletextpad=0.2,
-        columnspacing=1.0,
-    )

@@ -1,4 +1,4 @@
-"""The figure `pareto`: accuracy lost against bits, speed and energy."""
+"""The figure `pareto`: accuracy lost against size, memory, throughput and energy."""
 
 from __future__ import annotations
 
@@ -6,57 +6,79 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from kvquant.analysis.figures import pareto_panels
-from kvquant.analysis.figures.style import WIDTH, MaxNLocator, look, loss_scale, marks, plt
-from kvquant.analysis.labels import scheme_labels
+from kvquant.analysis.figures.style import (
+    PAGE_HEIGHT,
+    PAGE_WIDTH,
+    MaxNLocator,
+    legend,
+    looks,
+    loss_scale,
+    marks,
+    plt,
+)
+from kvquant.analysis.labels import labels_of
 from kvquant.analysis.tables import read_table
 from kvquant.analysis.timed_on import one_device
 from kvquant.errors import UserError
 from kvquant.study.config import Study
 
+PANEL = 1.75  # inches of a panel's height, where the page has room for it
+BITS = (1, 1.5, 2, 3, 4, 5, 6, 8, 12, 16)
+
 
 def draw(study: Study, tables: Path) -> Any:
-    """Draws accuracy lost against bits, speed and energy: a column per model, a row per cost."""
+    """Draws accuracy lost against every cost, a row per cost and a column per model.
+
+    The panels of one model stand in two columns.
+    """
+    labels, marked = labels_of(study), looks(study)
     names = ("eval", "tests", "perf", "energy")
     found = pareto_panels.panels(
-        study, *(one_device(study, read_table(tables, name)) for name in names)
+        study, *(one_device(study, read_table(tables, name)) for name in names), labels=labels
     )
-    if not found:
+    if not any(pareto_panels.compares(study, panel) for panel in found):
         raise UserError("figure pareto: no scheme has a finite difference to the baseline")
     models = list(study.models)
-    wide = max(WIDTH, 2.7 * len(models))
-    labels = scheme_labels(study)
-    seen = set(pd.concat([panel.points for panel in found]).scheme)
-    looks = {s: look(study, s) for s in study.schemes}
-    handles = marks({labels[s]: looks[s] for s in study.schemes if s in seen})
-    columns = max(1, int(wide / (0.35 + 0.052 * max(len(h.get_label()) for h in handles))))
-    legend_rows = -(-len(handles) // columns)
-    height = 0.5 + 1.85 * len(found) + 0.14 * legend_rows
-    figure, axes = plt.subplots(
-        len(found), len(models), figsize=(wide, height), sharey=True, squeeze=False
+    seen = set(pd.concat([panel.points for panel in found if len(panel.points)]).scheme)
+    handles = marks({labels.scheme(s): marked[s] for s in study.schemes if s in seen})
+    columns = max(2, len(models))
+    rows = len(found) if len(models) > 1 else -(-len(found) // columns)
+    figure = plt.figure()
+    under = 0.15 * legend(figure, handles, PAGE_WIDTH, "lower center") + 0.3
+    figure.set_size_inches(PAGE_WIDTH, min(PANEL * rows + under, PAGE_HEIGHT))
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    cells = (
+        [(panel, models[0]) for panel in found]
+        if len(models) == 1
+        else [(panel, model) for panel in found for model in models]
     )
-    for row, panel in zip(axes, found, strict=True):
-        for axis, model in zip(row, models, strict=True):
-            pareto_panels.draw(axis, panel, model, looks)
-            loss_scale(axis, "y")
-            better = "more" if panel.more_is_better else "less"
-            apart = "; " if "\n" in panel.label else "\n"  # a line fits the panel
-            axis.set_xlabel(f"{panel.label}{apart}{better} is better")
+    for axis, (panel, model) in zip(axes.flat, cells, strict=False):
+        pareto_panels.draw(axis, panel, model, marked, study.baseline)
+        better = "more" if panel.more_is_better else "less"
+        first, _, rest = panel.label.partition("\n")
+        lines = [f"{first} ({better} is better)", rest]
+        axis.set_xlabel("\n".join(filter(None, lines)))
+        axis.set_ylabel("")
+        if panel.sizes:
+            axis.set_xscale("log")
+            bits = panel.label.startswith("bits")
+            subs = (1, 1.5, 2, 3, 5, 7)
+            axis.xaxis.set_major_locator(FixedLocator(BITS) if bits else LogLocator(subs=subs))
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        elif axis.get_xticks().size:
             axis.xaxis.set_major_locator(MaxNLocator(5))
+    for axis in axes.flat[len(cells) :]:
+        axis.set_visible(False)
+    loss_scale(axes[0][0], "y")  # all panels share it
     if len(models) > 1:
         for axis, model in zip(axes[0], models, strict=True):
-            axis.set_title(model, fontsize=7.5)
+            axis.set_title(labels.model(model))
     task = pareto_panels.quality_task(study)
     assert task is not None
-    label = pareto_panels.quality_label(study, task)
+    label = pareto_panels.quality_label(study, task, labels)
     figure.supylabel(f"{label} (less is better)", fontsize=7.5)
-    figure.legend(
-        handles=handles,
-        loc="outside upper center",
-        ncols=columns,
-        frameon=False,
-        handletextpad=0.2,
-        columnspacing=1.0,
-    )
     return figure

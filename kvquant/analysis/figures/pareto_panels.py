@@ -1,9 +1,10 @@
-"""The panels of the figure `pareto`: accuracy lost against each cost, a column per model.
+"""The panels of the figure `pareto`: accuracy lost against size, memory, throughput and energy.
 
-A panel shows one cost of one named workload: ratios of different workloads are not comparable.
+A panel shows one cost of one named workload, for costs of different workloads are not comparable.
 Energy is shown where counters measured it. Error bars: vertical the 95 % interval over seeds,
-horizontal the spread of seeds (bits), of rounds and repetitions (speed), of trials and repetitions
-(energy). A line joins the schemes that no other scheme beats in that panel.
+horizontal the spread of seeds (sizes), of rounds and repetitions (throughput), of trials and
+repetitions (energy). A line joins the schemes that no other scheme beats in that panel. A cost of
+which there is no record has a panel that says so.
 """
 
 from __future__ import annotations
@@ -13,14 +14,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 
-from kvquant.analysis.labels import workload_label
+from kvquant.analysis.figures.style import FRONTIER, Look, placeholder
+from kvquant.analysis.labels import Labels
 from kvquant.analysis.pareto import counted, dominated
 from kvquant.study.config import Study
 from kvquant.study.suite import likelihood_suites
 from kvquant.study.tasks import SUITES
+from kvquant.study.timing import Workload
 
-MAX_WORKLOADS = 4  # panels of one cost; a page has room for no more
+MAX_WORKLOADS = 2  # panels of one cost; a page has room for no more
+NOT_MEASURED = "not measured in this study"
+_KEYS = ["model", "scheme"]
+_Y = ["y", "y_low", "y_high"]
+_X = ["x", "x_low", "x_high"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +39,19 @@ class Panel:
         label: Text of the horizontal axis.
         more_is_better: The direction of the horizontal axis.
         points: Columns model, scheme, x, x_low, x_high, y, y_low, y_high.
+        missing: Why there are no points.
+        sizes: Whether the horizontal axis has sizes, which differ by factors.
     """
 
     label: str
     more_is_better: bool
     points: pd.DataFrame
+    missing: str = NOT_MEASURED
+    sizes: bool = False
+
+    def __post_init__(self) -> None:
+        """Leaves out points that lack a coordinate."""
+        object.__setattr__(self, "points", self.points.dropna(subset=["x", "y"]))
 
 
 def quality_task(study: Study) -> str | None:
@@ -45,20 +61,24 @@ def quality_task(study: Study) -> str | None:
     return next(iter(language or study.tasks), None)
 
 
-def quality_label(study: Study, task: str) -> str:
+def quality_label(study: Study, task: str, labels: Labels) -> str:
     """Returns the text of the vertical axis."""
-    return f"{SUITES[study.tasks[task].suite].loss_axis}, {task}"
+    return f"{SUITES[study.tasks[task].suite].loss_axis}, {labels.task(task)}"
 
 
 def quality(study: Study, evaluations: pd.DataFrame, tests: pd.DataFrame) -> pd.DataFrame:
-    """Returns the loss of every scheme on :func:`quality_task`, with its interval over seeds."""
+    """Returns the loss of every scheme on :func:`quality_task`, with its interval over seeds.
+
+    Columns besides are bits per element and bytes of the cache per token, with the seeds' ends.
+    """
     task, rows = quality_task(study), []
     mine = evaluations[evaluations.task == task]
-    for (model, scheme), group in mine.groupby(["model", "scheme"], sort=False):
-        seeds = 8 * group.cache_bytes / group.cache_elements
-        bits = 8 * group.cache_bytes.sum() / group.cache_elements.sum()
-        row = {"model": model, "scheme": scheme, "bits": bits}
-        row |= {"bits_low": seeds.min(), "bits_high": seeds.max()}
+    for (model, scheme), group in mine.groupby(_KEYS, sort=False):
+        row: dict[str, Any] = {"model": model, "scheme": scheme}
+        for name, factor, size in (("bits", 8, "cache_elements"), ("bytes", 1, "tokens")):
+            seeds = factor * group.cache_bytes / group[size]
+            row[name] = factor * group.cache_bytes.sum() / group[size].sum()
+            row |= {f"{name}_low": seeds.min(), f"{name}_high": seeds.max()}
         loss = low = high = 0.0 if scheme == study.baseline else np.nan
         test = tests[
             (tests.level == "task")
@@ -72,42 +92,57 @@ def quality(study: Study, evaluations: pd.DataFrame, tests: pd.DataFrame) -> pd.
             if first.higher_is_better:
                 loss, low, high = -loss, -high, -low
         rows.append(row | {"y": loss, "y_low": low, "y_high": high})
-    return pd.DataFrame(rows, columns=[*_KEYS, "bits", "bits_low", "bits_high", *_Y])
+    sizes = [f"{name}{end}" for name in ("bits", "bytes") for end in ("", "_low", "_high")]
+    return pd.DataFrame(rows, columns=[*_KEYS, *sizes, *_Y])
 
 
-_KEYS = ["model", "scheme"]
-_Y = ["y", "y_low", "y_high"]
-_X = ["x", "x_low", "x_high"]
+def _sides(study: Study, there: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Returns a row per side of every job, with model, scheme and x; the baseline's of all jobs.
+
+    Args:
+        study: The study.
+        there: Rows of one workload.
+        column: Name of the cost without its side.
+    """
+    found = []
+    for side, scheme in (("scheme", there.scheme), ("base", study.baseline)):
+        if f"{side}_{column}" not in there:
+            continue
+        value = there[f"{side}_{column}"].astype(float)
+        rows = pd.DataFrame({"model": there.model, "scheme": scheme, "x": value})
+        part = column.removesuffix("_tokens_per_s")
+        for end, percentile in (("x_low", "p90"), ("x_high", "p10")):
+            times = [f"{side}_{part}_ms_{p}" for p in ("median", percentile)]
+            rows[end] = value
+            if column != part and set(times) <= set(there):
+                # a speed is tokens over time: the slowest rounds give the lower end
+                rows[end] = value * there[times[0]].astype(float) / there[times[1]].astype(float)
+        for end in ("low", "high"):
+            if f"{side}_{column}_{end}" in there:
+                rows[f"x_{end}"] = there[f"{side}_{column}_{end}"].astype(float)
+        found.append(rows)
+    both = pd.concat(found) if found else pd.DataFrame(columns=[*_KEYS, *_X])
+    return both[both.x.notna()]
 
 
-def _speeds(rows: pd.DataFrame) -> dict[str, float]:
-    """Returns the median prefill ratio over repetitions, and the spread of all their rounds."""
-    ratio = rows.prefill_ratio.astype(float)
-    ends = [rows.base_prefill_ms_median / rows[f"scheme_prefill_ms_{p}"] for p in ("p90", "p10")]
-    spread = pd.concat([*ends, ratio]).astype(float)
-    return dict(zip(_X, (ratio.median(), spread.min(), spread.max()), strict=True))
+def _costs(study: Study, table: pd.DataFrame, workload: str, column: str) -> pd.DataFrame:
+    """Returns a row per (model, scheme): the median over jobs, and the ends of their spreads."""
+    if "workload" not in table or not len(table):
+        return pd.DataFrame(columns=[*_KEYS, *_X])
+    sides = _sides(study, table[table.workload == workload], column)
+    grouped = sides.groupby(_KEYS, sort=False)
+    return grouped.agg(
+        x=("x", "median"), x_low=("x_low", "min"), x_high=("x_high", "max")
+    ).reset_index()
 
 
-def _joules(rows: pd.DataFrame) -> dict[str, float]:
-    """Returns the median energy ratio over repetitions, and the spread of trials."""
-    ratio = rows.energy_ratio.astype(float)
-    ends = [rows[c].astype(float) for c in ("energy_ratio_low", "energy_ratio_high") if c in rows]
-    spread = pd.concat([*ends, ratio])
-    return dict(zip(_X, (ratio.median(), spread.min(), spread.max()), strict=True))
-
-
-def _ratios(study: Study, table: pd.DataFrame, workload: str, column: str) -> pd.DataFrame:
-    """Returns a row per (model, scheme) with a ratio, and 1 for the baseline of such a model."""
-    rows: list[dict[str, Any]] = []
-    if column not in table:
-        return pd.DataFrame(rows, columns=[*_KEYS, *_X])
-    there = table[(table.workload == workload) & table[column].notna()]
-    summary = _speeds if column == "prefill_ratio" else _joules
-    for (model, scheme), group in there.groupby(_KEYS, sort=False):
-        rows.append({"model": model, "scheme": scheme, **summary(group)})
-    for model in dict.fromkeys(row["model"] for row in list(rows)):
-        rows.append({"model": model, "scheme": study.baseline, **dict.fromkeys(_X, 1.0)})
-    return pd.DataFrame(rows, columns=[*_KEYS, *_X])
+def _speed(workload: Workload, table: pd.DataFrame) -> tuple[str, str]:
+    """Returns the column and the name of a workload's throughput: of the job, or of its parts."""
+    if workload.answer and "scheme_job_tokens_per_s" in table:
+        return "job_tokens_per_s", "whole job, tokens/s"
+    if workload.answer:
+        return "decode_tokens_per_s", "decode, tokens/s"
+    return "prefill_tokens_per_s", "prefill, tokens/s"
 
 
 def panels(
@@ -116,45 +151,92 @@ def panels(
     tests: pd.DataFrame,
     perf: pd.DataFrame,
     energy: pd.DataFrame,
+    *,
+    labels: Labels,
 ) -> list[Panel]:
-    """Returns the panels of the figure, without those that compare no scheme."""
+    """Returns the panels of the figure: sizes, then throughput and energy of the first workloads.
+
+    A workload that no scheme has a record of has no panel, unless there is no other of its cost.
+    """
     losses = quality(study, evaluations, tests)
-    bits = losses.rename(columns=dict(zip(("bits", "bits_low", "bits_high"), _X, strict=True)))
-    found = [Panel("bits per element, everything included", False, bits)]
+    task = labels.task(quality_task(study) or "")
+
+    def size(name: str) -> pd.DataFrame:
+        mine = dict(zip((name, f"{name}_low", f"{name}_high"), _X, strict=True))
+        return losses.rename(columns=mine)[[*_KEYS, *_X, *_Y]]
+
+    kilobytes = size("bytes")
+    kilobytes[_X] = kilobytes[_X] / 1e3
+    found = [
+        Panel("bits per element, everything included", False, size("bits"), sizes=True),
+        Panel(f"cache per token, kB\n{task}", False, kilobytes, sizes=True),
+    ]
     losses = losses[[*_KEYS, *_Y]]
-    for table, column, words, spec in (
-        (perf, "prefill_ratio", "prefill speed over 16 bits", study.throughput),
-        (counted(energy), "energy_ratio", "energy per token over 16 bits", study.energy),
-    ):
-        for name, workload in list(spec.workloads.items())[:MAX_WORKLOADS]:
-            points = _ratios(study, table, name, column).merge(losses, on=_KEYS)
-            label = f"{words}\n{workload_label(workload)}\n({name})"
-            found.append(Panel(label, column == "prefill_ratio", points))
-    kept = []
-    for panel in found:
-        points = panel.points.dropna(subset=["x", "y"])
-        if (points.scheme != study.baseline).any():
-            kept.append(Panel(panel.label, panel.more_is_better, points))
-    return kept
+    none = losses.iloc[:0].assign(**{x: [] for x in _X})
+    speeds = []
+    for name, workload in study.throughput.workloads.items():
+        column, words = _speed(workload, perf)
+        points = _costs(study, perf, name, column).merge(losses, on=_KEYS)
+        speeds.append(Panel(f"{words}\n{labels.timed[name]}", True, points))
+    joules, measured = [], counted(energy)
+    for name in study.energy.workloads:
+        points = _costs(study, measured, name, "joules_per_token").merge(losses, on=_KEYS)
+        joules.append(Panel(f"J per token\n{labels.metered[name]}", False, points))
+    estimated = len(energy) and not len(measured)
+    reason = "estimated without counters" if estimated else NOT_MEASURED
+    shown = [panel for panel in speeds if compares(study, panel)][:MAX_WORKLOADS]
+    found += shown or [Panel("throughput, tokens/s", True, none)]
+    shown = [panel for panel in joules if compares(study, panel)][:MAX_WORKLOADS]
+    return found + (shown or [Panel("J per token", False, none, reason)])
 
 
-def draw(axis: Any, panel: Panel, model: str, looks: dict[str, tuple[str, str]]) -> None:
+def compares(study: Study, panel: Panel) -> bool:
+    """Returns whether a panel shows another scheme than the baseline."""
+    return bool((panel.points.scheme != study.baseline).any())
+
+
+def _scatter(axis: Any, points: pd.DataFrame, looks: dict[str, Look], *, hollow: bool) -> None:
+    if not len(points):
+        return
+    sns.scatterplot(
+        data=points,
+        x="x",
+        y="y",
+        hue="scheme",
+        style="scheme",
+        palette={s: looks[s][0] for s in points.scheme},
+        markers={s: looks[s][1] for s in points.scheme},
+        s=26,
+        linewidth=0.3,
+        legend=False,
+        zorder=4,
+        ax=axis,
+    )
+    if hollow:
+        drawn = axis.collections[-1]
+        drawn.set(edgecolor=drawn.get_facecolor(), facecolor="white", linewidth=1.0, zorder=3)
+
+
+def draw(axis: Any, panel: Panel, model: str, looks: dict[str, Look], baseline: str) -> None:
     """Draws one model's points of a panel, with bars and the frontier."""
     points = panel.points[panel.points.model == model]
+    if not (points.scheme != baseline).any():
+        axis.set_xticks([])
+        placeholder(axis, panel.missing)
+        return
     costs = np.column_stack([-points.x if panel.more_is_better else points.x, points.y])
-    beaten = dominated(costs.astype(float)) if len(points) else np.zeros(0, dtype=bool)
+    beaten = dominated(costs.astype(float))
     front = points[~beaten].sort_values(["x", "y"])
-    axis.plot(front.x, front.y, color="#999999", lw=0.8, ls="--", zorder=2)
-    for point, worse in zip(points.itertuples(), beaten, strict=True):
-        color, marker = looks[point.scheme]
+    axis.plot(front.x, front.y, color=FRONTIER, lw=1.0, zorder=2)
+    for point in points.itertuples():
         bars = {}
         for side in "xy":
             at, low, high = (getattr(point, side + end) for end in ("", "_low", "_high"))
             if not np.isnan([low, high]).any():
                 bars[f"{side}err"] = [[max(0.0, at - low)], [max(0.0, high - at)]]
-        style = {"color": color, "mfc": "white" if worse else color, "zorder": 3}
-        axis.errorbar(point.x, point.y, fmt=marker, elinewidth=0.8, capsize=2, **bars, **style)
+        style = {"ecolor": looks[point.scheme][0], "elinewidth": 0.8, "capsize": 1.5, "zorder": 3}
+        axis.errorbar(point.x, point.y, fmt="none", **bars, **style)
+    for hollow in (True, False):
+        _scatter(axis, points[beaten == hollow], looks, hollow=hollow)
     axis.axhline(0, color="#888888", linewidth=0.6, zorder=1)
     axis.margins(x=0.08)
-    if not len(points):
-        axis.annotate("not measured", (0.5, 0.5), xycoords="axes fraction", ha="center", size=7)

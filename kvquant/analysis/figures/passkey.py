@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvquant.analysis.figures.style import WIDTH, plt
+from kvquant.analysis.figures.style import PAGE_WIDTH, SMALL, WIDTH, plt, sns, wrapped
+from kvquant.analysis.labels import labels_of
 from kvquant.analysis.tables import read_table
 from kvquant.study.config import Study
 from kvquant.study.tasks import PasskeyTask
 
 DEPTHS = 10  # rows of the heat map
+IN_A_COLUMN = 15  # panels; more stand across the page
 
 
 def draw(study: Study, tables: Path) -> Any:
@@ -31,27 +33,40 @@ def draw(study: Study, tables: Path) -> Any:
     models = list(dict.fromkeys(found.model))
     schemes = [s for s in study.schemes if s in set(found.scheme)]
     panels = [(model, scheme) for model in models for scheme in schemes]
-    columns = min(3, len(panels))
+    wide = len(panels) > IN_A_COLUMN
+    columns = min(6 if wide else 3, len(panels))
     rows = -(-len(panels) // columns)
+    labels = labels_of(study)
+    titles = [
+        "\n".join(wrapped(name, 16) for name in (labels.model(model), labels.scheme(scheme)))
+        if len(models) > 1
+        else wrapped(labels.scheme(scheme), 16)
+        for model, scheme in panels
+    ]
+    lines = max(title.count("\n") + 1 for title in titles)
+    size = (PAGE_WIDTH if wide else WIDTH, 0.9 + (0.75 + 0.11 * lines) * rows)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(WIDTH, 0.5 + 1.15 * rows), sharex=True, sharey=True, squeeze=False
+        rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False
     )
     image = None
-    for axis, (model, scheme) in zip(axes.flat, panels, strict=False):
+    for axis, (model, scheme), title in zip(axes.flat, panels, titles, strict=False):
         mine = found[(found.model == model) & (found.scheme == scheme)]
         grid = mine.pivot_table(index="depth", columns="length", values="score", aggfunc="mean")
         grid = grid.reindex(index=range(depths), columns=lengths).to_numpy(dtype=float) * 100
-        image = axis.imshow(grid, vmin=0, vmax=100, cmap="cividis", aspect="auto")
-        title = scheme if len(models) == 1 else f"{model}\n{scheme}"
-        widest = max(map(len, title.split("\n")))
-        axis.set_title(title, fontsize=max(4.0, min(7.0, 80 / widest)))  # titles stay apart
+        sns.heatmap(grid, vmin=0, vmax=100, cmap="cividis", cbar=False, ax=axis)
+        image = axis.collections[0]
+        axis.set_title(title, fontsize=SMALL, linespacing=0.95)
         axis.grid(False)
-        axis.set_xticks(range(len(lengths)), [f"{round(n / 1024, 1):g}K" for n in lengths])
-        axis.set_yticks([-0.5, (depths - 1) / 2, depths - 0.5], ["0", "50", "100"])
+        names = [f"{round(n / 1024, 1):g}K" for n in lengths]
+        axis.set_xticks([i + 0.5 for i in range(len(lengths))], names, rotation=0)
+        axis.set_yticks([0, depths / 2, depths], ["0", "50", "100"], rotation=0)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
+    for column in range(columns):  # the lowest panel of a column names the lengths
+        axis = axes[(len(panels) - 1 - column) // columns][column]
+        axis.set_xlabel("prompt tokens")
+        axis.tick_params(labelbottom=True)
     if image is not None:
-        figure.colorbar(image, ax=axes, label="accuracy, %", shrink=0.8)
-    figure.supxlabel("prompt tokens", fontsize=7.5)
+        figure.colorbar(image, ax=axes, label="accuracy, %", location="bottom", aspect=40, pad=0.02)
     figure.supylabel("depth of the key, %", fontsize=7.5)
     return figure

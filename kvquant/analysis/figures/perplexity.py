@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvquant.analysis.figures.style import WIDTH, height_of_rows, look, loss_scale, plt
+from kvquant.analysis.figures.style import (
+    PAGE_HEIGHT,
+    WIDTH,
+    height_of_rows,
+    looks,
+    loss_scale,
+    most_lines,
+    name_rows,
+    plt,
+    wrapped,
+)
+from kvquant.analysis.labels import labels_of
 from kvquant.analysis.tables import read_table
 from kvquant.study.config import Study
 from kvquant.study.tasks import SUITES
@@ -20,27 +31,28 @@ def draw(study: Study, tables: Path) -> Any:
     groups = list(language.groupby(["model", "task"], sort=False))
     # a scheme that cannot run a task's protocol has no row in its panel
     schemes = [[s for s in study.schemes if s in set(group.scheme)] for _, group in groups] or [[]]
-    sizes = [height_of_rows(len(names)) + 0.1 for names in schemes]
+    labels, marked = labels_of(study), looks(study)
+    shown = [[labels.scheme(s) for s in names] for names in schemes]
+    sizes = [height_of_rows(len(names), most_lines(names)) + 0.1 for names in shown]
     figure, axes = plt.subplots(
-        len(sizes), 1, figsize=(WIDTH, 0.4 + sum(sizes)), sharex=True, squeeze=False,
-        height_ratios=sizes,
+        len(sizes), 1, figsize=(WIDTH, min(0.4 + sum(sizes), PAGE_HEIGHT)), sharex=True,
+        squeeze=False, height_ratios=sizes,
     )  # fmt: skip
     for axis, ((model, task), group), names in zip(axes.flat, groups, schemes, strict=False):
         seeds = values[(values.model == model) & (values.task == task)]
         base = seeds[seeds.scheme == study.baseline].set_index("seed")["value"]
         for i, scheme in enumerate(names):
             row = group[group.scheme == scheme].iloc[0]
-            color, marker = look(study, scheme)
+            color, marker = marked[scheme]
             single = seeds[seeds.scheme == scheme].set_index("seed")["value"] - base
             axis.plot(single, [i + 0.3] * len(single), ".", color=color, ms=2.5, alpha=0.6)
             ends = [row.difference - row.ci_low], [row.ci_high - row.difference]
             style = {"color": color, "capsize": 2.0, "elinewidth": 0.9, "ms": 4}
             axis.errorbar(row.difference, i, xerr=ends, fmt=marker, **style)
         axis.axvline(0, color="#888888", linewidth=0.6, zorder=1)
-        axis.set_title(task if len(study.models) == 1 else f"{model}, {task}", fontsize=7)
-        axis.set_yticks(range(len(names)), names)
-        axis.set_ylim(len(names) - 0.4, -0.6)
-        axis.grid(axis="y", visible=False)
+        of_model = [] if len(study.models) == 1 else [labels.model(model)]
+        axis.set_title(wrapped(", ".join([*of_model, labels.task(task)]), 50))
+        name_rows(axis, [labels.scheme(s) for s in names])
     loss_scale(axes.flat[-1], "x")
-    axes.flat[-1].set_xlabel(f"{SUITES[SUITE].loss_axis} over fp16 (less is better)")
+    axes.flat[-1].set_xlabel(f"{SUITES[SUITE].loss_axis} (less is better)", loc="right")
     return figure

@@ -1,7 +1,10 @@
-"""What the figures share: colors and markers of schemes, the style, scales of losses."""
+"""What the figures share: colors and markers of schemes, the style, scales of losses, panels."""
 
 from __future__ import annotations
 
+import re
+import textwrap
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import matplotlib
@@ -10,24 +13,49 @@ import numpy as np
 from kvquant.study.config import Study
 
 matplotlib.use("Agg")
+import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's palette without its yellow: told apart with every common colour vision.
-COLORS = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-WIDTH = 3.4  # inches, one column of the paper
+Look = tuple[str, str]  # color and marker
+
+BASELINE = "#000000"
+# Seaborn's palette for color-blind readers, without its two lightest colors.
+COLORS = tuple(c for i, c in enumerate(sns.color_palette("colorblind").as_hex()) if i not in (6, 8))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "d")
+GREY = "#666666"
+FRONTIER = "#777777"
+# How much of a marker is filled, where it stands for what was measured.
+FILLS: tuple[Literal["full", "none", "left", "right", "bottom", "top"], ...] = (
+    "full", "none", "left", "right", "bottom", "top",
+)  # fmt: skip
+WIDTH = 3.25  # inches, one column of the paper
+PAGE_WIDTH, PAGE_HEIGHT = 6.6, 7.9  # inches; a larger figure would be scaled down
+SMALL = 7.0  # points, the smallest text
 STYLE = {
+    **sns.axes_style("ticks"),
+    **sns.plotting_context("paper"),
+    "font.family": ["DejaVu Sans"],
     "font.size": 7.5,
     "axes.labelsize": 7.5,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 6.5,
+    "axes.titlesize": 7.5,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+    "legend.fontsize": SMALL,
+    "legend.title_fontsize": SMALL,
+    "axes.linewidth": 0.8,
+    "xtick.major.width": 0.8,
+    "ytick.major.width": 0.8,
+    "xtick.major.size": 3.0,
+    "ytick.major.size": 3.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.alpha": 0.25,
+    "axes.axisbelow": True,
+    "grid.color": "#b0b0b0",
+    "grid.alpha": 0.3,
     "grid.linewidth": 0.5,
+    "lines.linewidth": 1.2,
     "lines.markersize": 5,
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
@@ -36,10 +64,46 @@ STYLE = {
 }
 
 
-def look(study: Study, scheme: str) -> tuple[str, str]:
-    """Returns color and marker of a scheme; 7 colors and 8 markers make 56 different pairs."""
-    index = list(study.schemes).index(scheme)
-    return COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+def _free(used: set[Look], color: str) -> Iterator[Look]:
+    """Yields looks that no scheme has yet: those of a color first."""
+    for one in (color, *COLORS, BASELINE):
+        for marker in MARKERS:
+            if (one, marker) not in used:
+                yield one, marker
+
+
+def looks(study: Study) -> dict[str, Look]:
+    """Returns color and marker of every scheme, which all figures of the study give it.
+
+    A color is a method (NUQ, KIVI, ...), black the unquantized caches. Schemes of one color have
+    different markers. Only of more schemes than there are pairs (108) do some look alike.
+    """
+    methods = dict.fromkeys(s.method() for s in study.schemes.values() if s.quantizes)
+    colors = {method: COLORS[i % len(COLORS)] for i, method in enumerate(methods)}
+    found: dict[str, Look] = {}
+    for key in (study.baseline, *(k for k in study.schemes if k != study.baseline)):
+        scheme = study.schemes[key]
+        color = colors[scheme.method()] if scheme.quantizes else BASELINE
+        found[key] = next(_free(set(found.values()), color), (color, MARKERS[0]))
+    return {key: found[key] for key in study.schemes}
+
+
+def wrapped(text: str, letters: int) -> str:
+    """Returns a name in lines of about so many letters, which end at commas where they can."""
+    lines: list[str] = []
+    for piece in re.split(r"(?<=,) ", text):
+        if lines and len(lines[-1]) + 1 + len(piece) <= letters:
+            lines[-1] += f" {piece}"
+        else:
+            lines += textwrap.wrap(piece, letters, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines or [text])
+
+
+def placeholder(axis: Any, text: str) -> None:
+    """Writes why a panel shows nothing."""
+    axis.annotate(
+        text, (0.5, 0.5), xycoords="axes fraction", ha="center", va="center", size=SMALL, color=GREY
+    )
 
 
 def loss_ticks(low: float, high: float) -> list[float]:
@@ -65,12 +129,35 @@ def loss_scale(axis: Any, which: Literal["x", "y"]) -> None:
     axis.minorticks_off()
 
 
-def height_of_rows(rows: int) -> float:
-    """Returns the inches of an axis with a named row for each scheme."""
-    return 0.35 + 0.16 * rows
+def height_of_rows(rows: int, lines: int = 1) -> float:
+    """Returns the inches of an axis with a named row for each scheme.
+
+    Args:
+        rows: Their number.
+        lines: Lines of the longest name.
+    """
+    return 0.35 + rows * (0.15 if lines == 1 else 0.015 + 0.1 * lines)
 
 
-def marks(names: dict[str, tuple[str, str]], **style: Any) -> list[Any]:
+def name_rows(axis: Any, names: list[str], letters: int = 25) -> None:
+    """Names the rows of an axis, the first one on top.
+
+    Args:
+        axis: The axis.
+        names: A name per row.
+        letters: Letters of a line.
+    """
+    axis.set_yticks(range(len(names)), [wrapped(n, letters) for n in names], linespacing=0.95)
+    axis.set_ylim(max(len(names), 1) - 0.4, -0.6)
+    axis.grid(axis="y", visible=False)
+
+
+def most_lines(names: list[str], letters: int = 25) -> int:
+    """Returns the lines of the longest name of :func:`name_rows`."""
+    return max((wrapped(n, letters).count("\n") + 1 for n in names), default=1)
+
+
+def marks(names: dict[str, Look], **style: Any) -> list[Any]:
     """Returns handles of a legend: a marker in its color for each name.
 
     Args:
@@ -81,3 +168,45 @@ def marks(names: dict[str, tuple[str, str]], **style: Any) -> list[Any]:
         plt.Line2D([], [], color=color, marker=marker, linestyle="", label=name, **style)
         for name, (color, marker) in names.items()
     ]
+
+
+def fill_marks(names: list[str]) -> list[Any]:
+    """Returns handles of a legend in which the fill of a grey marker stands for a name."""
+    return [
+        plt.Line2D(
+            [], [], color=GREY, marker="o", linestyle="", label=name, **filled(GREY, i), ms=5
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def filled(color: str, index: int) -> dict[str, Any]:
+    """Returns the properties of a marker that show the measurement of that index."""
+    fill = FILLS[index % len(FILLS)]
+    edge = {"mec": color, "mew": 0.9}
+    if fill == "none":  # white, which hides the bars behind it
+        return {"fillstyle": "full", "mfc": "white", **edge}
+    return {"fillstyle": fill, "mfc": color, "mfcalt": "white", **edge}
+
+
+def legend(figure: Any, handles: list[Any], width: float, where: str = "upper center") -> int:
+    """Draws a legend outside of the panels, in as many columns as fit, and returns its rows.
+
+    Args:
+        figure: The figure.
+        handles: Of the legend.
+        width: Inches of the figure.
+        where: Its side of the figure.
+    """
+    longest = max(len(h.get_label()) for h in handles)
+    columns = max(1, min(len(handles), int(width / (0.35 + 0.048 * longest))))
+    figure.legend(
+        handles=handles,
+        loc=f"outside {where}",
+        ncols=columns,
+        frameon=False,
+        handletextpad=0.2,
+        columnspacing=1.0,
+        labelspacing=0.3,
+    )
+    return -(-len(handles) // columns)

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from kvquant.analysis.cost_rows import kernel_rows
+from kvquant.analysis.labels import TIMES, labels_of
 from kvquant.analysis.plot import draw_figure
 from kvquant.analysis.problems import Problems
 from kvquant.analysis.sources import Sources
@@ -59,7 +60,7 @@ def records(study: Study, folder: Path, broken: dict[str, Status]) -> None:
             scheme=study.headline,
             batch=case.batch,
             tokens=case.tokens,
-            all_tokens=case.tokens,
+            all_tokens=case.batch * case.tokens - 32 * case.ragged,
             parts=parts,
             seconds=1.0,
         )
@@ -82,7 +83,7 @@ def study(root: Path) -> Study:
 
 
 def labels(axis: Any) -> list[str]:
-    return [label.get_text() for label in axis.get_yticklabels()]
+    return [label.get_text().replace("\n", " ") for label in axis.get_yticklabels()]
 
 
 def points(axis: Any, row: str) -> list[float]:
@@ -95,17 +96,20 @@ def points(axis: Any, row: str) -> list[float]:
 def test_rows_and_values(study: Study, tmp_path: Path) -> None:
     figure = drawn(study, tmp_path)
     above, middle, below = figure.axes
-    attention = "decode attention, 7b-mha-16x16384"
+    names = labels_of(study)
+    attention = f"decode attention, 7B MHA 16 {TIMES} 16K"
     assert sorted(points(above, attention)) == pytest.approx([100 / 6, 20, 25, 50])
-    assert points(above, "decode step, model, 7b-mha-4x16384") == pytest.approx([50])
+    assert points(above, f"decode step, model, 7B MHA 4 {TIMES} 16K") == pytest.approx([50])
     assert sorted(points(middle, attention)) == pytest.approx([2.0, 2.5, 3.0])
-    assert points(middle, "prefill, 7b-mha-4x16384-ragged") == pytest.approx([1.5])
+    assert points(middle, f"prefill, 7B MHA 4 {TIMES} 16K, ragged") == pytest.approx([1.5])
     peers = [peer for case in study.kernel_cases().values() for peer in case.peers]
-    assert labels(below) == peers
-    assert points(below, "hf-hqq-4") == pytest.approx([5.0, 5.0])  # prefill, step of a layer
-    cases = {label.split(", ")[-1] for axis in (above, middle) for label in labels(axis)}
-    # these two only add peers to a case of the same shape
-    assert set(study.kernel_cases()) - cases == {"7b-mha-1x16384-hf", "7b-mha-1x16384-ref"}
+    assert labels(below) == [names.scheme(peer) for peer in peers]
+    assert points(below, "HQQ 4 bits") == pytest.approx([5.0, 5.0])  # prefill, step of a layer
+    # cases that only add peers to a case of the same shape share its row
+    cases = [
+        (c.shape, c.batch, c.tokens, m) for c in study.kernel_cases().values() for m in c.measure
+    ]
+    assert len({*labels(above), *labels(middle)}) == len(set(cases))
 
 
 def test_missing_peers_are_named(study: Study, tmp_path: Path) -> None:
@@ -113,7 +117,7 @@ def test_missing_peers_are_named(study: Study, tmp_path: Path) -> None:
     below = drawn(study, tmp_path, broken).axes[2]
     said = [text.get_text() for text in below.texts if text.get_text()]
     assert said == ["not installed", "out of memory"]
-    assert points(below, "hf-hqq-4") == []
+    assert points(below, "HQQ 4 bits") == []
 
 
 def test_panels_without_data_are_left_out(study: Study, tmp_path: Path) -> None:
@@ -121,7 +125,7 @@ def test_panels_without_data_are_left_out(study: Study, tmp_path: Path) -> None:
     raw["kernels"]["cases"] = {"one": {"shape": "tiny", "tokens": 64, "measure": ["pack"]}}
     one = Study.model_validate(raw)
     figure = drawn(one, tmp_path / "one")
-    assert [labels(axis) for axis in figure.axes] == [["quantize and pack, one"]]
+    assert [labels(axis) for axis in figure.axes] == [[f"quantize and pack, TINY 1 {TIMES} 64"]]
     with pytest.raises(UserError, match="no kernel and no comparison"):
         drawn(one, tmp_path / "none", {"nuq3-1pct": "oom"})
     raw["kernels"] = None

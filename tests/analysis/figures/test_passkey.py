@@ -44,10 +44,14 @@ def test_cells_are_means_over_length_and_depth(
     ]
     monkeypatch.setattr(passkey, "read_table", lambda tables, name: pd.DataFrame(rows))
     figure = passkey.draw(study_of(2048, 1024), tmp_path)
-    shown = {a.get_title(): np.asarray(a.images[0].get_array()) for a in figure.axes if a.images}
-    assert shown["fp16"].shape == (10, 2) and (shown["fp16"] == 100).all()
-    assert (shown["kivi-2"][:, 0] == 100).all()
-    assert (shown["kivi-2"][:5, 1] == 100).all() and (shown["kivi-2"][5:, 1] == 0).all()
+    shown = {
+        a.get_title(): np.asarray(a.collections[0].get_array())
+        for a in figure.axes
+        if a.get_title()
+    }
+    assert shown["16-bit cache"].shape == (10, 2) and (shown["16-bit cache"] == 100).all()
+    assert (shown["KIVI 2 bits"][:, 0] == 100).all()
+    assert (shown["KIVI 2 bits"][:5, 1] == 100).all() and (shown["KIVI 2 bits"][5:, 1] == 0).all()
     figure.savefig(tmp_path / "passkey.pdf")
     plt.close(figure)
 

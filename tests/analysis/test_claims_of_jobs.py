@@ -1,0 +1,117 @@
+"""Claims and tables of whole jobs. Also covers: analysis.job_tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from kvquant.analysis import claims_of_jobs, job_tables
+from kvquant.analysis.evidence import NOT_ENOUGH, NOT_MEASURED, NOT_SUPPORTED, SUPPORTED, Outcome
+from kvquant.analysis.labels import TIMES, job_label
+from kvquant.analysis.study_tables import Tables
+from kvquant.study.config import Study
+from kvquant.study.jobs import JobCase
+from tests.support.studies import study_of
+from tests.support.tables import job_table
+
+BUDGET: dict[str, Any] = {
+    "shape": "7b-mha",
+    "prompt": 16384,
+    "answer": 512,
+    "memory_gb": 40,
+    "capacity": True,
+    "energy": True,
+    "schemes": ["fp16", "nuq3"],
+}
+GENERATE = BUDGET | {"memory_gb": None, "batch_size": 1, "decode": "generate", "energy": False}
+CASES = {"budget": BUDGET, "generated": GENERATE | {"capacity": False}}
+CLAIMS = ("capacity", "speed", "energy", "prefill_energy", "generate")
+
+
+def study(cases: dict[str, Any] | None = None) -> Study:
+    return study_of(jobs={"cases": CASES if cases is None else cases})
+
+
+def tables(jobs: pd.DataFrame | None = None, asked: Study | None = None) -> Tables:
+    """The tables of a study in which only whole jobs were measured."""
+    none, asked = pd.DataFrame(), asked or study()
+    return Tables(
+        asked, none, none, none, none, none, none, job_table(asked) if jobs is None else jobs
+    )
+
+
+def judged(claim: str, **changed: Any) -> Outcome:
+    """The outcome of a claim where our row has other values."""
+    jobs = job_table(study())
+    for column, value in changed.items():
+        jobs.loc[jobs.scheme == "nuq3", column] = value
+    outcome: Outcome = getattr(claims_of_jobs, claim)(tables(jobs))
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("claim", "value"),
+    [
+        ("capacity", "5.00: 200,000 tokens over 40,000 on gpu"),
+        ("speed", "3.000 [2.941, 3.061] (7B MHA 16K + 512 in 40 GB on gpu, 10 prompts against 2)"),
+        ("energy", "0.333 [0.327, 0.340] (7B MHA 16K + 512 in 40 GB on gpu)"),
+        ("prefill_energy", "1.000 [0.980, 1.020] (7B MHA 16K + 512 in 40 GB on gpu)"),
+        ("generate", f"3.000 [2.941, 3.061] (7B MHA 1 {TIMES} 16K + 512, generate on gpu)"),
+    ],
+)
+def test_claims_compare_with_the_better_fp16_cache(claim: str, value: str) -> None:
+    outcome = judged(claim)
+    assert outcome.verdict == SUPPORTED
+    assert outcome.value == value
+
+
+@pytest.mark.parametrize(
+    ("claim", "changed", "verdict"),
+    [
+        ("capacity", {"capacity_tokens": 150_000}, NOT_SUPPORTED),
+        ("speed", {"trials": 3}, NOT_ENOUGH),
+        ("speed", {"job_tokens_per_s_low": 9000.0}, NOT_ENOUGH),  # the interval holds the bar
+        ("speed", {"job_tokens_per_s_low": 1.0, "job_tokens_per_s_high": 2.0}, NOT_SUPPORTED),
+        ("energy", {"source": "estimated"}, NOT_MEASURED),
+        ("energy", {"joules_per_token_low": 0.1, "joules_per_token_high": 0.2}, NOT_SUPPORTED),
+        ("prefill_energy", {"joules_per_prompt_token_high": 0.03}, NOT_ENOUGH),
+        ("generate", {"step_ms_n": 2}, NOT_ENOUGH),
+        ("capacity", {"status": "oom"}, NOT_MEASURED),
+    ],
+)
+def test_verdicts(claim: str, changed: dict[str, Any], verdict: str) -> None:
+    assert judged(claim, **changed).verdict == verdict
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_what_is_not_measured_has_no_verdict(claim: str) -> None:
+    judge = getattr(claims_of_jobs, claim)
+    asked = study_of()
+    assert judge(tables(pd.DataFrame(), asked)).verdict == NOT_MEASURED
+    other = study({"small": BUDGET | {"memory_gb": 24}})
+    assert judge(tables(asked=other)).verdict == NOT_MEASURED
+
+
+def test_tables_have_a_row_per_cache() -> None:
+    text = job_tables.jobs(tables())
+    assert text.count("7B MHA 16K + 512 in 40 GB") == 2
+    assert "200,000" in text and "NUQ 3 bits" in text
+    joules = job_tables.energy(tables())
+    assert ", generate" not in joules and "0.0396 to 0.0404" in joules
+
+
+def test_two_devices_are_told_apart(tmp_path: Path) -> None:
+    jobs = job_table(study())
+    both = pd.concat([jobs, jobs.assign(device="other")], ignore_index=True)
+    assert "device" in job_tables.jobs(tables(both))
+    assert tables(both).on_one_device().jobs["device"].unique().tolist() == ["gpu"]
+
+
+def test_names_of_cases() -> None:
+    case = JobCase(**BUDGET)
+    assert job_label(case) == "7B MHA 16K + 512 in 40 GB"
+    given = JobCase(**BUDGET | {"memory_gb": None, "batch_size": 4})
+    assert job_label(given) == f"7B MHA 4 {TIMES} 16K + 512"
