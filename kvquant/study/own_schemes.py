@@ -82,15 +82,14 @@ class NuqScheme(CodebookScheme):
 class AllocatedScheme(CalibratedScheme):
     """Codes whose widths one allocation over the whole model chooses by sensitivity (ours)."""
 
-    words: ClassVar[Words] = {
+    words: ClassVar[Words] = {  # a default is never a part of a name
         **Scheme.words,
-        "rotation": lambda rotated: "values rotated" if rotated else "values not rotated",
+        "rotation": {False: "values not rotated"}.__getitem__,
         "value_range": {
-            "token": "a range per token",
             "token-head": "a range per token and head",
             "token-unscaled": "heads not scaled",
         }.__getitem__,
-        "allocation": {"model": "layers compete", "layer": "layers equal"}.__getitem__,
+        "allocation": {"layer": "layers equal"}.__getitem__,
         "min_value_width": "values from {} bits".format,
     }
     kind: Literal["allocated"] = Field(description="kind of the scheme")

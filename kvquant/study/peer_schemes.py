@@ -94,10 +94,5 @@ class KvarnScheme(Scheme):
     sinks: Sinks = 128
     residual: Residual = 0
 
-    @property
-    def nominal_bits(self) -> int:
-        """Returns the mean bits of keys and values, rounded down."""
-        return (self.bits + (self.value_bits or self.bits)) // 2
-
 
 # A new peer without calibration goes above this line; CONTRIBUTING.md has the other steps.

@@ -55,11 +55,6 @@ class BlockGtqScheme(TokenScheme, CalibratedScheme):
         """Returns the bits per code of values."""
         return int(self.bits) if self.value_bits is None else self.value_bits
 
-    @property
-    def nominal_bits(self) -> int:
-        """Returns the mean bits of keys and values, rounded down."""
-        return int((self.bits + self.width_of_values) / 2)
-
 
 @scheme_kind(
     label="WUSH-KV",
@@ -83,11 +78,6 @@ class WushKvScheme(CalibratedScheme):
     sinks: Sinks = 16
     block_size: Literal[16, 32, 64, 128, 256] = Field(16, description="tokens per block")
     residual: Residual = 128
-
-    @property
-    def nominal_bits(self) -> int:
-        """Returns the mean bits of keys and values, rounded down."""
-        return (self.bits + (self.value_bits or self.bits)) // 2
 
 
 @scheme_kind(

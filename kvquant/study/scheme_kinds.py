@@ -122,9 +122,15 @@ class Scheme(Named):
 
     @property
     def nominal_bits(self) -> int:
-        """Returns the bits per element without scales and outliers."""
+        """Returns the bits per element without scales and outliers, rounded down.
+
+        Where values have bits of their own, it is the mean of keys and values.
+        """
         fixed = self.registration.nominal_bits
-        return int(getattr(self, "bits")) if fixed is None else fixed  # noqa: B009
+        if fixed is not None:
+            return fixed
+        bits = getattr(self, "bits")  # noqa: B009
+        return int((bits + (getattr(self, "value_bits", None) or bits)) / 2)
 
 
 class CalibratedScheme(Scheme):
