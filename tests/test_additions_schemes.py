@@ -23,7 +23,7 @@ CODEC = '''
 
     from kvquant.cache.codec import Codec, Packed
     from kvquant.formats.layer_quantizer import LayerQuantizer
-    from kvquant.study.schemes import Int8Scheme
+    from kvquant.study.peer_schemes import Int8Scheme
 
 
     def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,7 +72,7 @@ KIND = '''
         codec="kvquant.schemes.int8:make_codec",
         nominal_bits=8,
     )
-    class Int8Scheme(_TokenScheme):
+    class Int8Scheme(TokenScheme):
         """8-bit integers."""
 
         kind: Literal["int8"] = Field(description="kind of the scheme")
@@ -109,7 +109,7 @@ def copy(root: Path, tmp_path_factory: pytest.TempPathFactory) -> RepositoryCopy
     """The repository with one of each added."""
     copy = RepositoryCopy(root, tmp_path_factory.mktemp("additions") / "copy")
     copy.add_file("kvquant/schemes/int8.py", CODEC)
-    copy.insert_before("kvquant/study/schemes.py", "# A new kind goes above", KIND)
+    copy.insert_before("kvquant/study/peer_schemes.py", "# A new peer without", KIND)
     copy.add_file("kvquant/quantization/cubic.py", CUBIC)
     copy.insert_before("kvquant/study/datatypes.py", "# A new datatype goes above", DATATYPE)
     copy.insert_before("kvquant/study/model_families.py", "# A new family goes above", FAMILY)
@@ -119,7 +119,7 @@ def copy(root: Path, tmp_path_factory: pytest.TempPathFactory) -> RepositoryCopy
 def test_each_addition_is_one_registration(copy: RepositoryCopy) -> None:
     registrations = {name: n for name, n in copy.edits.items() if name.startswith("kvquant/study/")}
     assert registrations == {
-        "kvquant/study/schemes.py": 10,
+        "kvquant/study/peer_schemes.py": 10,
         "kvquant/study/datatypes.py": 1,
         "kvquant/study/model_families.py": 1,
     }

@@ -133,8 +133,3 @@ def over_reference(t: Tables) -> Outcome:
         return not_measured(f"{value}; defined for a GPU")
     met = against_bar(worst.speed.min(), worst.speed.max(), 3.0, at_most=False)
     return Outcome(value, met, *_rounds(worst))
-
-
-def capacity(t: Tables) -> Outcome:
-    """Judges the tokens that fit in a memory budget, which no study measures yet."""
-    return not_measured("capacity is not measured in this study")

@@ -23,6 +23,7 @@ class Tables:
     tests: pd.DataFrame
     pareto: pd.DataFrame
     append: pd.DataFrame
+    jobs: pd.DataFrame
 
     @property
     def on_gpu(self) -> bool:
@@ -31,12 +32,12 @@ class Tables:
 
     def devices(self) -> list[str]:
         """Returns the names of the devices on which something was timed."""
-        timed = [t["device"] for t in (self.perf, self.energy, self.append) if "device" in t]
+        timed = [t["device"] for t in (self.perf, self.energy, self.append, self.jobs) if "device" in t]
         return list(dict.fromkeys(name for names in timed for name in names))
 
     def on_one_device(self) -> Tables:
         """Returns the tables with the timings of one device each, which claims and numbers read."""
-        names = ("perf", "energy", "append")
+        names = ("perf", "energy", "append", "jobs")
         return replace(
             self, **{name: one_device(self.study, getattr(self, name)) for name in names}
         )
@@ -56,6 +57,14 @@ class Tables:
         rows = self.tests[(self.tests.level == "task") & (self.tests.suite == suite)]
         return rows[rows.scheme == self.study.headline]
 
+    def job_sides(self, case: str) -> tuple[pd.Series | None, pd.DataFrame]:
+        """Returns the headline scheme's row of a case of whole jobs, and those of fp16 caches."""
+        rows = self.jobs[(self.jobs.case == case) & (self.jobs.status == "ok")]
+        kinds = {name: scheme.kind for name, scheme in self.study.schemes.items()}
+        ours = rows[rows.scheme == self.study.headline]
+        base = rows[[kinds[name] in ("fp16", "fp16-static") for name in rows.scheme]]
+        return (ours.iloc[0] if len(ours) else None), base
+
     def headline_perf(self) -> pd.DataFrame:
         """Returns the throughput rows of the headline scheme."""
         return self.perf[self.perf["scheme"] == self.study.headline]
@@ -66,8 +75,9 @@ def load_tables(study: Study, folder: Path, *, accuracy_only: bool = False) -> T
     if accuracy_only:
         none = pd.DataFrame()
         evaluations, tests = read_table(folder, "eval"), read_table(folder, "tests")
-        return Tables(study, evaluations, none, none, tests, none, none)
+        return Tables(study, evaluations, none, none, tests, none, none, none)
     names = ("eval", "perf", "energy", "tests", "pareto")
     evaluations, perf, energy, tests, pareto = (read_table(folder, name) for name in names)
     append = read_table(folder, "append") if study.append else pd.DataFrame()
-    return Tables(study, evaluations, perf, energy, tests, pareto, append)
+    jobs = read_table(folder, "jobs") if study.jobs else pd.DataFrame()
+    return Tables(study, evaluations, perf, energy, tests, pareto, append, jobs)

@@ -134,6 +134,29 @@ _LIST = (
         build="kvquant.analysis.cost_tables:energy",
     ),
     LatexTable(
+        name="jobs",
+        section=Section.THROUGHPUT,
+        caption="Whole jobs on models of random weights: prompts are prefilled one after the other "
+        "and their answers decoded together, in each cache's fastest way. A case without a given "
+        "number of prompts holds as many as fit in its memory; tokens held is what fitted when "
+        "the last prompt was shortened, formula what the cache's bytes per token give without "
+        "activations. Times are medians; the caches of a case take turns.",
+        build="kvquant.analysis.job_tables:jobs",
+        condition=lambda tables: bool(len(tables.jobs)),
+        reason="This study measures no whole jobs.",
+    ),
+    LatexTable(
+        name="job-energy",
+        section=Section.ENERGY,
+        caption="Energy of the GPU board in whole jobs, by its counter: of the prefill per prompt "
+        "token, of decoding per answer token, and of the job per prompt and answer token with the "
+        "range of trials. Above idle leaves out what the idle board draws. Counter/power is the "
+        "energy by the counter over the integral of sampled power.",
+        build="kvquant.analysis.job_tables:energy",
+        condition=lambda tables: bool(len(tables.jobs)) and bool(tables.jobs.source.notna().any()),
+        reason="This study measures no energy of whole jobs.",
+    ),
+    LatexTable(
         name="memory",
         section=Section.ACCURACY_AGAINST_COST,
         caption="Bits per element: bytes really allocated after the prompt over elements of its "

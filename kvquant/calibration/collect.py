@@ -4,7 +4,8 @@ Each window is one forward and one backward pass. Hooks on the keys (before RoPE
 every layer add the activations and their squared loss gradients to histograms as soon as a gradient
 arrives. The layer's tensors are then freed, so that memory holds one window's graph and the
 histograms, whatever the number of windows. Of queries, and of keys after RoPE, only second moments
-are kept.
+are kept. A study with a scheme that needs whole tokens has a bounded sample of them kept as well
+(:mod:`kvquant.calibration.token_sample`).
 
 Key ranges are static per channel, but known only at the end. The histogram of each channel is
 therefore kept in raw units. The first window defines its grid, which doubles when later data leaves
@@ -24,6 +25,7 @@ import torch
 from torch import nn
 
 from kvquant.calibration.statistics import LayerStatistics, head_moments, save_statistics
+from kvquant.calibration.token_sample import TokenSample
 from kvquant.errors import NonFinite, UserError
 from kvquant.fetch.model_manifest import study_manifest
 from kvquant.formats.rope import rotate
@@ -38,8 +40,10 @@ from kvquant.study.digests import VERSIONS, calibration_digest
 class _Collector:
     """Collects statistics by hooks on the key and value projections of every layer."""
 
-    def __init__(self, model: Any, spec: CalibrationSpec) -> None:
+    def __init__(self, model: Any, spec: CalibrationSpec, sample: TokenSample | None) -> None:
         self.spec = spec
+        self._sample = sample
+        self._number = 0  # of the current window
         self.layers = attention_layers(model)
         self.heads = int(model.config.num_key_value_heads)
         self.statistics: list[LayerStatistics | None] = [None] * len(self.layers)
@@ -100,6 +104,11 @@ class _Collector:
         tokens = data.shape[1]
         x = data[0, skip:].reshape(tokens - skip, -1).float()
         gradient = grad[0, skip:].reshape(tokens - skip, -1).float() * tokens
+        if self._sample is not None:
+            kind = "key" if is_key else "value"
+            self._sample.add(self._number, layer, f"{kind}_sample", data[0].flatten(1))
+            slopes = grad[0].flatten(1).float() * tokens
+            self._sample.add(self._number, layer, f"{kind}_gradient_sample", slopes)
         if self.statistics[layer] is None and is_key:
             self.statistics[layer] = LayerStatistics.from_first(
                 x, self.spec.bins, len(self.spec.outlier_fractions), self.heads
@@ -130,6 +139,7 @@ class _Collector:
         try:
             for number, window in enumerate(windows):
                 where = f"window {number + 1}/{len(windows)}"
+                self._number = number
                 loss = self._window(model, torch.tensor([window], device=device), where)
                 print(f"calibrate: {where}, loss {loss:.3f}", file=sys.stderr, flush=True)
         finally:
@@ -183,13 +193,17 @@ def draw_windows(ids: list[int], spec: CalibrationSpec) -> list[list[int]]:
     return [ids[s : s + spec.window] for s in chosen.tolist()]
 
 
-def calibrate(model: Any, windows: list[list[int]], spec: CalibrationSpec) -> list[LayerStatistics]:
+def calibrate(
+    model: Any, windows: list[list[int]], spec: CalibrationSpec, samples: int = 0
+) -> list[LayerStatistics]:
     """Collects the statistics of every layer.
 
     Args:
         model: A causal LM with frozen weights, in evaluation mode.
         windows: Token ids of each window.
-        spec: Sinks, bins and outlier fractions.
+        spec: Sinks, bins, outlier fractions and seed.
+        samples: Number of whole tokens to keep per layer, beside first ones; all if there are
+            fewer.
 
     Raises:
         UserError: There is no window, or one has no token after the sinks.
@@ -201,12 +215,17 @@ def calibrate(model: Any, windows: list[list[int]], spec: CalibrationSpec) -> li
             f"{min(map(len, windows), default=0)}"
         )
     refuse_rotated(model, "calibration")
-    collector = _Collector(model, spec)
+    lengths = list(map(len, windows))
+    sample = TokenSample(lengths, spec.sinks, samples, spec.seed) if samples else None
+    collector = _Collector(model, spec, sample)
     collector.run(model, windows, next(model.parameters()).device)
     found = []
-    for statistics, module in zip(collector.statistics, collector.layers, strict=True):
+    for i, module in enumerate(collector.layers):
+        statistics = collector.statistics[i]
         assert statistics is not None
         statistics.output_moments = output_moments(module, collector.heads)
+        for name, table in sample.of_layer(i).items() if sample else ():
+            setattr(statistics, name, table)
         found.append(statistics)
     return found
 
@@ -257,7 +276,7 @@ def run(args: argparse.Namespace) -> None:
     ids = tokenizer(
         load_text(args.data_manifest, "calibration", spec.dataset), add_special_tokens=False
     ).input_ids
-    layers = calibrate(model, draw_windows(ids, spec), spec)
+    layers = calibrate(model, draw_windows(ids, spec), spec, study.sampled_tokens())
     heads = int(model.config.num_key_value_heads)
     info = {
         "model": args.model,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvquant.calibration.token_sample import MARKS, SAMPLES
 from kvquant.errors import UserError
 from kvquant.formats.layer_quantizer import outliers_per_side
 from kvquant.formats.tensor_file import read_info, read_tensors, save_pair
@@ -53,6 +54,14 @@ class LayerStatistics:
             that read a kv head.
         output_moments: fp32, the same of the rows of W_O that a kv head's values are multiplied
             by, as a sum over their query heads.
+        key_sample: fp16 `[tokens, channels]`, keys before RoPE of some tokens
+            (:mod:`kvquant.calibration.token_sample`); None unless the study names a scheme that
+            needs whole tokens.
+        key_gradient_sample: bf16, gradients of these keys.
+        value_sample: fp16, values of the same tokens.
+        value_gradient_sample: bf16, gradients of these values.
+        sample_sinks: fp32 `[tokens]`, 0 for tokens drawn at random, which come last; else how many
+            first tokens of windows the token stands for.
     """
 
     low: torch.Tensor
@@ -71,6 +80,11 @@ class LayerStatistics:
     roped_key_moments: torch.Tensor | None = None
     roped_query_moments: torch.Tensor | None = None
     output_moments: torch.Tensor | None = None
+    key_sample: torch.Tensor | None = None
+    key_gradient_sample: torch.Tensor | None = None
+    value_sample: torch.Tensor | None = None
+    value_gradient_sample: torch.Tensor | None = None
+    sample_sinks: torch.Tensor | None = None
 
     @classmethod
     def from_first(
@@ -119,6 +133,7 @@ class LayerStatistics:
             and tuple(self.value_counts.shape) == tuple(self.value_fisher.shape) == values
             and tuple(self.value_fisher_range2.shape) == values
             and self._moments_consistent()
+            and self._sample_consistent()
             and bool((self.width > 0).all())
             and all(bool((t >= 0).all()) for t in (*tables, self.value_fisher_range2))
         )
@@ -140,6 +155,18 @@ class LayerStatistics:
             and tuple(tables[1].shape) == (heads,)
             and bool((tables[1] > 0).all())
             and all(tuple(table.shape) == square for table in tables[2:])
+        )
+
+    def _sample_consistent(self) -> bool:
+        """Returns whether the tables of drawn tokens are all there and fit, or none is."""
+        *tables, marks = (getattr(self, name) for name in (*SAMPLES, MARKS))
+        if marks is None or any(table is None for table in tables):
+            return marks is None and all(table is None for table in tables)
+        shape = (len(marks), len(self.low))
+        return (
+            marks.dim() == 1
+            and bool((marks >= 0).all())
+            and all(tuple(table.shape) == shape for table in tables)
         )
 
     def _cover(self, keys: torch.Tensor) -> None:
@@ -270,7 +297,10 @@ def save_statistics(path: Path, layers: list[LayerStatistics], info: dict[str, A
         if tensor is not None
     }
     whole = all(layer.rotated_fisher_range2 is not None for layer in layers)
-    save_pair(path.with_suffix(".json"), path, {**info, "moments": whole}, tensors)
+    found = {**info, "moments": whole}
+    if layers and (marks := layers[0].sample_sinks) is not None:
+        found["samples"] = int((marks == 0).sum())
+    save_pair(path.with_suffix(".json"), path, found, tensors)
 
 
 def load_statistics(path: Path) -> tuple[list[LayerStatistics], dict[str, Any]]:
@@ -285,10 +315,13 @@ def load_statistics(path: Path) -> tuple[list[LayerStatistics], dict[str, Any]]:
     if type(count) is not int or not 1 <= count <= MAX_LAYERS:
         raise UserError(f"{FIELD}: {manifest} is damaged (num_layers: {count}): {AGAIN}")
     # Files of older versions lack some tables, which only some kinds of schemes need.
-    added = ADDED if info.get("moments") is True else ()
-    names = [n for n in LayerStatistics.__dataclass_fields__ if n not in ADDED or n in added]
+    absent = set() if info.get("moments") is True else set(ADDED)
+    if "samples" not in info:
+        absent |= {*SAMPLES, MARKS}
+    names = [n for n in LayerStatistics.__dataclass_fields__ if n not in absent]
     wanted = {f"layers.{i}.{name}": None for i in range(count) for name in names}
-    tensors = read_tensors(path, info["tensors_sha256"], wanted, FIELD, AGAIN)
+    dtypes = {f"layers.{i}.{name}": SAMPLES[name] for i in range(count) for name in SAMPLES}
+    tensors = read_tensors(path, info["tensors_sha256"], wanted, FIELD, AGAIN, dtypes)
     layers = []
     for i in range(count):
         layer = LayerStatistics(**{name: tensors[f"layers.{i}.{name}"] for name in names})

@@ -25,7 +25,7 @@ class LayerTables(Protocol):
 
     @classmethod
     def shapes(cls, bits: float, heads: int, dim: int) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of each table for a scheme's `bits` and a model's heads."""
+        """Returns the shape of each table for a scheme's `table_bits` and a model's heads."""
 
     def problem(self) -> str | None:
         """Returns what is wrong with the tables, which are finite, or None."""

@@ -1,16 +1,20 @@
-"""Packing of 2-, 3- and 4-bit codes into bytes.
+"""Packing of codes of 1 to 8 bits into bytes.
 
 The codes of one block are cut into *lanes*: with `w` bits per element, byte `i` of a plane holds
 the elements `i`, `i + n/p`, `i + 2n/p`, ... where `p = 8 / w` codes share a byte. Packing is then
 a few operations on contiguous slices, and a thread block that loads contiguous bytes gets `p`
-contiguous runs of elements. Three bits are a 2-bit plane followed by a 1-bit plane.
+contiguous runs of elements. Widths that do not divide 8 are several planes, the lowest bits first:
+three bits are a 2-bit plane followed by a 1-bit plane.
 """
 
 from __future__ import annotations
 
 import torch
 
-PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,)}
+PLANES: dict[int, tuple[int, ...]] = {
+    **{1: (1,), 2: (2,), 3: (2, 1), 4: (4,)},
+    **{5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)},
+}
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -27,7 +31,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
     Args:
         codes: uint8 `[..., count]`, each below `2**bits`; `count` a multiple of 8.
-        bits: 1, 2, 3 or 4.
+        bits: 1 to 8.
 
     Returns:
         uint8 `[..., count * bits / 8]`.
@@ -56,7 +60,7 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
     Args:
         packed: uint8 `[..., count * bits / 8]`.
-        bits: 1, 2, 3 or 4.
+        bits: 1 to 8.
 
     Returns:
         uint8 codes `[..., count]`.

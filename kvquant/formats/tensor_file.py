@@ -75,7 +75,12 @@ def read_info(manifest: Path, field: str, again: str) -> dict[str, Any]:
 
 
 def read_tensors(
-    file: Path, sha256: object, shapes: Mapping[str, tuple[int, ...] | None], field: str, again: str
+    file: Path,
+    sha256: object,
+    shapes: Mapping[str, tuple[int, ...] | None],
+    field: str,
+    again: str,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Returns the tensors of a pair after checking hash, names, dtypes, shapes and values.
 
@@ -85,9 +90,10 @@ def read_tensors(
         shapes: Shape of each expected tensor by name; None accepts any shape.
         field: The option that messages name.
         again: How the user makes the file again, for messages.
+        dtypes: Dtypes of tensors that are not fp32, by name.
 
     Returns:
-        fp32 tensors on the CPU, all finite.
+        Tensors on the CPU, all finite.
 
     Raises:
         UserError: One of the checks fails.
@@ -110,8 +116,10 @@ def read_tensors(
         raise UserError(f"{field}: {file} {what} {odd[0]} ({len(odd)} in all): {again}")
     for name, shape in shapes.items():
         tensor = tensors[name]
-        if tensor.dtype != torch.float32:
-            raise UserError(f"{field}: {file}: {name} is {tensor.dtype}, not float32: {again}")
+        dtype = (dtypes or {}).get(name, torch.float32)
+        if tensor.dtype != dtype:
+            wanted = str(dtype).removeprefix("torch.")
+            raise UserError(f"{field}: {file}: {name} is {tensor.dtype}, not {wanted}: {again}")
         if shape is not None and tuple(tensor.shape) != shape:
             raise UserError(
                 f"{field}: {file}: {name} has shape {list(tensor.shape)}, but its JSON says "

@@ -10,7 +10,8 @@ import torch
 
 def pack_bits(codes: list[int], bits: int) -> list[int]:
     """Packs one block's codes one element at a time (layout of :mod:`kvquant.formats.packing`)."""
-    planes = {1: [1], 2: [2], 3: [2, 1], 4: [4]}[bits]
+    few = {1: [1], 2: [2], 3: [2, 1], 4: [4]}
+    planes = {**few, 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [8]}[bits]
     out: list[int] = []
     shift = 0
     for width in planes:

@@ -160,7 +160,7 @@ def load_quantizer(
         )
     spec = scheme_of(path, manifest)
     kind: type[LayerTables] = load(spec.registration.tables)
-    shapes = kind.shapes(spec.bits, manifest.num_kv_heads, manifest.head_dim)
+    shapes = kind.shapes(spec.table_bits, manifest.num_kv_heads, manifest.head_dim)
     wanted = {f"layers.{i}.{f}": shapes[f] for i in range(manifest.num_layers) for f in kind.FIELDS}
     file = tensors_path(path)
     tensors = read_tensors(file, manifest.tensors_sha256, wanted, FIELD, AGAIN)

@@ -2,7 +2,8 @@
 
 Benchmarks time models of random weights, for which nothing can be calibrated. Codebooks that
 are fitted to data are those of the normal distribution, allocated widths cycle around their mean,
-and energies of RoPE pairs, or second moments of keys, are those of their ranges.
+energies of RoPE pairs, or second moments of keys, are those of their ranges, and centroids of
+several channels lie on a grid.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from kvquant.errors import UserError
 from kvquant.formats.allocated_layer import AllocatedLayer, padded_levels
 from kvquant.formats.block_gtq_layer import BlockGtqLayer
+from kvquant.formats.cq_layer import CqLayer
 from kvquant.formats.lane_layout import looked_up, max_fitted
 from kvquant.formats.layer_quantizer import LayerQuantizer, LayerTables
 from kvquant.formats.mixed_packing import MAX_WIDTH, TILE
@@ -21,7 +23,7 @@ from kvquant.quantization.pair_widths import allocate_pairs
 from kvquant.quantization.wush_transform import wush_transform
 from kvquant.study.datatypes import DATATYPES
 from kvquant.study.scheme_kinds import CodebookScheme, Scheme
-from kvquant.study.schemes import AllocatedScheme, BlockGtqScheme, WushKvScheme
+from kvquant.study.schemes import AllocatedScheme, BlockGtqScheme, CqScheme, WushKvScheme
 
 
 def ranged_tables(scheme: Scheme, zero: torch.Tensor, scale: torch.Tensor) -> LayerTables:
@@ -51,7 +53,26 @@ def ranged_tables(scheme: Scheme, zero: torch.Tensor, scale: torch.Tensor) -> La
         keys = torch.stack([wush_transform(m, units, scheme.damping).float() for m in moments])
         values = wush_transform(units, units, scheme.damping).float().expand_as(keys)
         return WushLayer(keys, values.contiguous()).to(zero.device)
+    if isinstance(scheme, CqScheme):
+        return _coupled(scheme, zero, scale)
     raise UserError(f"scheme: kind '{scheme.kind}' has no tables without calibration statistics")
+
+
+def _coupled(scheme: CqScheme, zero: torch.Tensor, scale: torch.Tensor) -> CqLayer:
+    """Returns centroids on a grid: each channel of a group has its part of the code's bits."""
+    dim, width, channels = zero.shape[1], int(scheme.table_bits), scheme.channels
+    if dim % channels:
+        raise UserError(f"channels: {channels} does not divide the head_dim {dim}")
+    codes, columns = torch.arange(2**width), []
+    for channel in range(channels):
+        bits = width // channels + (channel < width % channels)
+        levels = fit("nf" if bits > 1 else "uniform", bits) if bits else torch.zeros(1)
+        columns.append(levels[codes % 2**bits])
+        codes = codes // 2**bits
+    grid = torch.stack(columns, 1).repeat(1, dim // channels).to(zero.device)  # [codes, dim]
+    keys = zero[:, None] + grid * scale[:, None]
+    values = grid * scale.mean()  # of values nothing is known
+    return CqLayer(keys.half().float(), values.half().float().expand_as(keys).contiguous())
 
 
 def _allocated(bits: float, zero: torch.Tensor, scale: torch.Tensor) -> AllocatedLayer:

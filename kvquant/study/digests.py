@@ -14,6 +14,7 @@ from kvquant.errors import UserError, unknown
 from kvquant.formats.files import parse_json
 from kvquant.study.config import Study, digest
 from kvquant.study.models import CHAT_OPTIONS, ModelSpec
+from kvquant.study.scheme_kinds import CalibratedScheme
 from kvquant.study.tasks import SUITES, TaskSpec
 from kvquant.study.timing import TimedStage
 
@@ -33,13 +34,22 @@ def asks_prompts(task: TaskSpec) -> bool:
 
 
 @functools.cache
-def settled(file: str, digest: str) -> bool:
-    """Returns whether a JSON file exists and records `digest`, so that it is up to date."""
+def settled(file: str, digest: str, samples: int = 0) -> bool:
+    """Returns whether a JSON file exists and is up to date.
+
+    Args:
+        file: The JSON file.
+        digest: What it must record.
+        samples: Number of whole tokens that statistics must have.
+    """
     try:
         found = parse_json(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and found.get("spec_digest") == digest
+    if not isinstance(found, dict) or found.get("spec_digest") != digest:
+        return False
+    held = found.get("samples", 0)
+    return isinstance(held, int) and held >= samples
 
 
 def weights_digest(model: ModelSpec) -> str:
@@ -63,6 +73,24 @@ def _chat(study: Study, model: str, task: TaskSpec) -> list[dict[str, Any]]:
 def calibration_digest(study: Study, model: str) -> str:
     """Returns the digest of a model's calibration statistics."""
     return digest(_weights(study.model(model)), study.calibration, VERSIONS["calibrate"])
+
+
+def collection_digest(study: Study, model: str) -> str:
+    """Returns what makes the workflow calibrate again: the digest, and a sample of tokens if any.
+
+    Other schemes do not depend on the sample, so that it is no part of the digest that results
+    are known by.
+    """
+    samples = study.sampled_tokens()
+    return calibration_digest(study, model) + (f"+{samples}" if samples else "")
+
+
+def samples_of(study: Study, scheme: str) -> int:
+    """Returns how many whole tokens the statistics must have that a scheme is built from."""
+    spec = study.scheme(scheme)
+    asked = spec.sampled_tokens if isinstance(spec, CalibratedScheme) else 0
+    calibration = study.calibration
+    return min(asked, calibration.windows * (calibration.window - calibration.sinks))
 
 
 def quantizer_digest(study: Study, model: str, scheme: str) -> str:

@@ -37,7 +37,10 @@ def request(
     does not grow, because a job that exceeds the node would wait for ever.
     """
     if rule in ("prompts", "quantize"):
-        return Request(0, PREPARE_MEM_MB * attempt, PREPARE_MINUTES * attempt)
+        mem = PREPARE_MEM_MB
+        if rule == "quantize" and model is not None and study.sampled_tokens():
+            mem = max(mem, study.model(model).mem_gb * 1000)  # statistics hold whole tokens
+        return Request(0, mem * attempt, PREPARE_MINUTES * attempt)
     if rule == "append_cost":
         assert study.append is not None
         return Request(study.gpus, BENCH_MEM_MB * attempt, study.append.minutes * attempt)

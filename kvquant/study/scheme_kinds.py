@@ -98,6 +98,16 @@ class CalibratedScheme(Scheme):
         bits: float
         sinks: int
 
+    @property
+    def table_bits(self) -> float:
+        """Returns the bits that the shapes of calibrated tables depend on."""
+        return self.bits
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Returns how many whole tokens per layer calibration must keep, at most."""
+        return 0
+
 
 class CodebookScheme(CalibratedScheme):
     """A calibrated scheme with one codebook for the keys and one for the values of each layer."""

@@ -16,7 +16,7 @@ from kvquant.study.kernels import KernelCase, KernelsSpec
 from kvquant.study.limits import MAX_NAMES
 from kvquant.study.models import ModelSpec
 from kvquant.study.paths import DeviceKey, MaybePath, PathVars
-from kvquant.study.scheme_kinds import Scheme
+from kvquant.study.scheme_kinds import CalibratedScheme, Scheme
 from kvquant.study.schemes import SchemeSpec
 from kvquant.study.statistics import StatisticsSpec
 from kvquant.study.strict import Strict
@@ -99,6 +99,11 @@ class StudySections(Strict):
         if name not in self.tasks:
             raise unknown("task", name, self.tasks)
         return self.tasks[name]
+
+    def sampled_tokens(self) -> int:
+        """Returns how many whole tokens per layer calibration keeps for its schemes, maybe 0."""
+        asked = (s.sampled_tokens for s in self.schemes.values() if isinstance(s, CalibratedScheme))
+        return max(asked, default=0)
 
     def timed_schemes(self, spec: TimedStage) -> list[str]:
         """Returns the schemes that `spec` measures, without the baseline of every job."""

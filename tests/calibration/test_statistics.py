@@ -20,6 +20,7 @@ from kvquant.calibration.statistics import (
     load_statistics,
     save_statistics,
 )
+from kvquant.calibration.token_sample import SAMPLES
 from kvquant.errors import UserError
 from kvquant.quantization.hadamard import rotate
 from kvquant.study.schemes import AllocatedScheme, NuqScheme
@@ -119,6 +120,10 @@ def test_a_rotation_spreads_a_large_channel() -> None:
 
 def test_files_keep_all_tables(tmp_path: Path) -> None:
     layers = [statistics(0), statistics(1)]
+    for number, layer in enumerate(layers):
+        for name, dtype in SAMPLES.items():
+            setattr(layer, name, torch.full((5, HEADS * DIM), number + 0.5, dtype=dtype))
+        layer.sample_sinks = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])
     info = {"num_layers": 2, "num_kv_heads": HEADS, "head_dim": DIM}
     save_statistics(tmp_path / "stats.safetensors", layers, info)
     again, _ = load_statistics(tmp_path / "stats.safetensors")

@@ -10,7 +10,7 @@ from kvquant.kernels.reference import pack_bits
 
 
 @settings(max_examples=40, deadline=None)
-@given(bits=st.sampled_from([1, 2, 3, 4]), eighths=st.integers(1, 24), seed=st.integers(0, 2**16))
+@given(bits=st.integers(1, 8), eighths=st.integers(1, 24), seed=st.integers(0, 2**16))
 def test_pack_matches_the_loop_and_comes_back(bits: int, eighths: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (3, eighths * 8), generator=generator, dtype=torch.uint8)
@@ -26,7 +26,7 @@ def test_leading_dimensions_are_kept() -> None:
     assert torch.equal(unpack(pack(codes, 3), 3), codes)
 
 
-@pytest.mark.parametrize(("count", "bits", "word"), [(12, 2, "count"), (16, 5, "bits")])
+@pytest.mark.parametrize(("count", "bits", "word"), [(12, 2, "count"), (16, 9, "bits")])
 def test_bad_input_names_the_field(count: int, bits: int, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         packed_bytes(count, bits)

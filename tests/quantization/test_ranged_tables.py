@@ -48,7 +48,7 @@ def test_every_calibrated_kind_has_tables_that_its_quantizer_file_could_hold(kin
     found = ranged_tables(spec, zero, scale)
     assert type(found) is load(kind.tables)
     assert found.problem() is None
-    shapes = type(found).shapes(spec.bits, 2, 64)
+    shapes = type(found).shapes(spec.table_bits, 2, 64)
     assert {name: tuple(getattr(found, name).shape) for name in found.FIELDS} == shapes
     for name in found.FIELDS:
         assert getattr(found, name).dtype is torch.float32

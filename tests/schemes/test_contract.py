@@ -2,7 +2,9 @@
 
 Kinds that are listed nowhere here are tested with the options of :func:`derived`.
 
-Also covers: schemes.kivi, schemes.nuq, schemes.registry, study.dotted, study.scheme_kinds.
+Also covers: schemes.kivi, schemes.nuq, schemes.registry, study.dotted, study.own_schemes,
+study.peer_schemes, study.peer_schemes_calibrated, study.scheme_kinds, study.scheme_options,
+study.transformers_schemes.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from kvquant.study.scheme_kinds import SCHEME_KINDS, SchemeKind
 from kvquant.study.schemes import (
     AllocatedScheme,
     BlockGtqScheme,
+    CqScheme,
     Fp8Scheme,
     Fp16Scheme,
     Fp16StaticScheme,
@@ -95,6 +98,9 @@ CHOSEN: list[Any] = [
     WushKvScheme(kind="wush-kv", bits=4, sinks=1, residual=0),
     WushKvScheme(kind="wush-kv", bits=3, value_bits=2, block_size=32, sinks=0, residual=7),
     WushKvScheme(kind="wush-kv", bits=4, sinks=16, residual=16),
+    CqScheme(kind="cq", bits=4.0, channels=1, block_size=16, sinks=1),
+    CqScheme(kind="cq", bits=4.0, channels=2, block_size=16),
+    CqScheme(kind="cq", bits=2.0, channels=2, block_size=32, residual=7),
     KvquantRefScheme(kind="kvquant-ref", bits=4, room=5),
     KvquantRefScheme(kind="kvquant-ref", bits=3, outliers=0.0, sinks=0),
     KvquantRefScheme(kind="kvquant-ref", bits=2, sinks=5),
@@ -140,6 +146,7 @@ CHOSEN_SINKING: list[Any] = [
     KvarnScheme(kind="kvarn", bits=2, tile=16, residual=16),
     BlockGtqScheme(kind="block-gtq", block_size=16),
     WushKvScheme(kind="wush-kv", bits=3, residual=16),
+    CqScheme(kind="cq", bits=3.0, channels=2, block_size=16),
 ]
 SINKING = with_others(CHOSEN_SINKING, PACKS_BLOCKS)
 

@@ -27,9 +27,10 @@ PEERS: dict[str, Any] = {
     "turboquant-3": {"kind": "turboquant", "bits": 3, "block_size": 32},
     "block-gtq-3": {"kind": "block-gtq", "bits": 3, "block_size": 32},
     "wush-kv-3": {"kind": "wush-kv", "bits": 3, "sinks": 1, "residual": 0},
+    "cq-2c4b": {"kind": "cq", "bits": 2.0, "channels": 2, "block_size": 32, "samples": 256},
     "fp16-static": {"kind": "fp16-static"},
 }
-CALIBRATED = ("nuq3-1pct", "nf3-1pct", "ref3-1pct", "block-gtq-3", "wush-kv-3")
+CALIBRATED = ("nuq3-1pct", "nf3-1pct", "ref3-1pct", "block-gtq-3", "wush-kv-3", "cq-2c4b")
 if QUANTO:
     PEERS["hf-quanto-4"] = {"kind": "hf-quanto", "bits": 4, "group": 16, "residual": 16}
 EVALUATED = ["fp16", "nuq3-1pct", *(p for p in PEERS if p != "fp16-static")]
@@ -57,11 +58,39 @@ def study(work: Path) -> dict[str, Any]:
     raw["pathvars"] = {"results": str(work / "p")}
     (work / "peers.json").write_text(json.dumps(raw))
     base = ["--study", str(work / "peers.json"), "--model", "tiny"]
+    read = ["--model-manifest", str(work / "model.json"), "--device", "cpu"]
+    read += ["--data-manifest", str(work / "data.json")]
+    stats = str(work / "p/calib/stats.safetensors")
+    assert main(["calibrate", *base, *read, "--out", stats]) == 0
     for scheme in CALIBRATED:
         out = ["--out", str(work / f"p/models/{scheme}/quantizer.json")]
-        stats = ["--stats", str(work / "r/calib/stats.safetensors")]
-        assert main(["quantize", *base, "--scheme", scheme, *stats, *out]) == 0
+        assert main(["quantize", *base, "--scheme", scheme, "--stats", stats, *out]) == 0
     return raw
+
+
+@pytest.mark.fault(
+    "custody",
+    "statistics without the whole tokens that a scheme is built from",
+    "refused: calibrate again; they serve all other schemes",
+)
+def test_statistics_without_whole_tokens_serve_all_schemes_but_those_that_need_them(
+    work: Path, study: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the same calibration that a study without such schemes has made."""
+    older, newer = work / "r/calib/stats.json", work / "p/calib/stats.json"
+    found = [json.loads(file.read_text()) for file in (older, newer)]
+    assert "samples" not in found[0] and found[1]["samples"] == 254
+    assert found[0]["spec_digest"] == found[1]["spec_digest"]
+    words = ["quantize", "--study", str(work / "peers.json"), "--model", "tiny"]
+    words += ["--stats", str(older.with_suffix(".safetensors"))]
+    for scheme in CALIBRATED:
+        out = ["--out", str(work / f"again/{scheme}/quantizer.json")]
+        capsys.readouterr()
+        assert (main([*words, "--scheme", scheme, *out]) == 0) == (scheme != "cq-2c4b")
+        told = capsys.readouterr().err
+        if scheme == "cq-2c4b":
+            assert len(told.splitlines()) == 1
+            assert "schemes.cq-2c4b.samples: 254 whole tokens" in told and "calibrate" in told
 
 
 def options(work: Path, scheme: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,35 @@ def test_calibration_changes_calibrated_schemes_only(raw: dict[str, Any]) -> Non
     assert "calibrate" in found
     schemes = {name.split("/")[1] for name in found if "/" in name}
     assert schemes == {s for s in raw["schemes"] if s.startswith("nuq")}
+
+
+def test_a_scheme_that_needs_whole_tokens_changes_what_is_collected_and_no_digest(
+    raw: dict[str, Any],
+) -> None:
+    """So that results which were there before stay, while the workflow calibrates again."""
+    more = {**raw, "schemes": {**raw["schemes"], "cq-4c8b": {"kind": "cq"}}}
+    before, after = every_digest(parse_study(raw)), every_digest(parse_study(more))
+    assert before == {name: after[name] for name in before}
+    studies = [parse_study(raw), parse_study(more)]
+    collected = [digests.collection_digest(study, MODEL) for study in studies]
+    assert collected == [before["calibrate"], f"{before['calibrate']}+4096"]
+
+
+def test_statistics_are_up_to_date_for_a_scheme_if_they_have_its_whole_tokens(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    more = {"cq": {"kind": "cq"}, "cq-few": {"kind": "cq", "samples": 300}}
+    study = parse_study({**raw, "schemes": {**raw["schemes"], **more}})
+    # 6 windows of 512 tokens without their first one are fewer than 4096
+    wanted = {"cq": 6 * 511, "cq-few": 300, "nuq3-1pct": 0, "fp16": 0}
+    assert {name: digests.samples_of(study, name) for name in wanted} == wanted
+    for held, served in ((None, 0), (300, 300), (3066, 3066), ("many", -1)):
+        file = tmp_path / f"{held}.json"
+        info = {"spec_digest": "d"} | ({} if held is None else {"samples": held})
+        file.write_text(json.dumps(info))
+        for needed in wanted.values():
+            assert digests.settled(str(file), "d", needed) == (needed <= served)
+        assert not digests.settled(str(file), "other")
 
 
 def test_append_depends_on_its_own_section_and_schemes(raw: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from kvquant.study.grid import (
     place_in_line,
     request,
 )
+from tests.support.studies import study_of
 
 
 def test_rows_count_what_the_study_lists(root: Path) -> None:
@@ -28,6 +30,16 @@ def test_rows_count_what_the_study_lists(root: Path) -> None:
     assert rows["throughput"][0] == len(study.throughput_cells())
     assert rows["energy"][0] == len(study.energy_cells())
     assert rows["kernels"] == (len(study.kernel_cases()),) * 2
+
+
+def test_statistics_with_whole_tokens_ask_for_the_memory_of_their_model() -> None:
+    small, large = ({"source": "local", "path": "model", "mem_gb": gb} for gb in (1, 120))
+    for schemes, wanted in (({}, 4_000), ({"cq-4c8b": {"kind": "cq"}}, 120_000)):
+        plain: dict[str, Any] = {"fp16": {"kind": "fp16"}, "nuq3": {"kind": "nuq", "bits": 3}}
+        study = study_of(models={"small": small, "large": large}, schemes=plain | schemes)
+        assert request(study, "quantize", "large").mem_mb == wanted
+        assert request(study, "quantize", "small").mem_mb == 4_000
+        assert request(study, "prompts", "large").mem_mb == 4_000
 
 
 def test_window_zero_is_told_as_all_positions(root: Path) -> None:

@@ -162,6 +162,16 @@ def test_another_calibration_leaves_uncalibrated_schemes_alone(
     assert "fetch-model" not in {rule for rule, _ in jobs}
 
 
+def test_a_scheme_that_needs_whole_tokens_calibrates_again_for_itself(run: Run) -> None:
+    """Statistics of the same digest lack them. Other schemes' quantizers and results stay."""
+    line = "  kivi-2: {kind: kivi"
+    jobs = planned(run("-n", "-p", changes=[(line, "  cq-4c8b: {kind: cq}\n" + line)]))
+    chosen = [(verb, o.get("scheme")) for verb, o in jobs if verb in MEASURED]
+    assert Counter(chosen) == {
+        ("calibrate", None): 1, ("quantize", "cq-4c8b"): 1, ("evaluate", "cq-4c8b"): 3,
+    }  # fmt: skip
+
+
 def test_another_model_is_fetched_and_measured(
     run: Run,
 ) -> None:

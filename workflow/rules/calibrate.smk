@@ -18,7 +18,7 @@ rule calibrate:
         **resources_of("calibrate"),
     params:
         study=STUDY_FILE,
-        digest=lambda wildcards: digests.calibration_digest(STUDY, wildcards.model),
+        digest=lambda wildcards: digests.collection_digest(STUDY, wildcards.model),
         version=digests.VERSIONS["statistics-file"],
         device=DEVICE_KIND,
     message:

@@ -1,12 +1,12 @@
 # What measuring rules read. Plain `ancient` would hide that a file is about to be made anew.
 
 
-def kept(file, digest, record=None):
+def kept(file, digest, record=None, samples=0):
     """An input whose time does not count if its record has the digest that the study asks for.
 
     A copied or cloned folder has times in any order.
     """
-    return ancient(file) if digests.settled(resolved(record or file), digest) else file
+    return ancient(file) if digests.settled(resolved(record or file), digest, samples) else file
 
 
 def resolved(file):
@@ -25,7 +25,8 @@ def calibrated(name, wildcards):
     """A file of a model's calibration; stats.json tells the digest of both."""
     folder = f"<results>/calib/{wildcards.model}"
     digest = digests.calibration_digest(STUDY, wildcards.model)
-    return kept(f"{folder}/{name}", digest, f"{folder}/stats.json")
+    samples = digests.samples_of(STUDY, wildcards.scheme)
+    return kept(f"{folder}/{name}", digest, f"{folder}/stats.json", samples)
 
 
 def quantizer(wildcards):

@@ -1,0 +1,131 @@
+"""Verdicts of the claims about whole jobs: what fits in memory, their speed and their energy.
+
+Every ratio is of the headline scheme over the fp16 cache that is best in it, growing or static, in
+the same case. Its interval spans the worst and the best trials of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pandas as pd
+
+from kvquant.analysis.claim_list import MIN_ROUNDS, MIN_TRIALS
+from kvquant.analysis.evidence import Outcome, against_bar, not_measured
+from kvquant.analysis.study_tables import Tables
+from kvquant.study.jobs import JobCase
+
+BUDGET_GB, SHAPE = 40, "7b-mha"  # of the claims
+
+
+def _cases(
+    t: Tables, fits: Callable[[JobCase], bool]
+) -> Iterator[tuple[str, JobCase, pd.Series, pd.DataFrame]]:
+    """Yields each measured case that a claim is about, with our row and those of fp16 caches."""
+    for name, case in t.study.job_cases().items():
+        if not len(t.jobs) or not fits(case):
+            continue
+        ours, base = t.job_sides(name)
+        if ours is not None and len(base):
+            yield name, case, ours, base
+
+
+def _in_budget(case: JobCase) -> bool:
+    return case.memory_gb == BUDGET_GB and case.shape == SHAPE
+
+
+def _ratio(
+    ours: pd.Series, base: pd.Series, column: str, *, ends: bool = True
+) -> tuple[float, float, float]:
+    """Returns our value over that of a baseline, with the lowest and highest ratio of trials."""
+    if not ends:
+        value = float(ours[column] / base[column])
+        return value, value, value
+    low = float(ours[f"{column}_low"] / base[f"{column}_high"])
+    high = float(ours[f"{column}_high"] / base[f"{column}_low"])
+    return float(ours[column] / base[column]), low, high
+
+
+def _text(value: float, low: float, high: float, what: str) -> str:
+    return f"{value:.3f} [{low:.3f}, {high:.3f}] ({what})"
+
+
+def _trials(ours: pd.Series, base: pd.Series) -> tuple[str, bool]:
+    """Returns the evidence of a claim that rests on trials, and whether it suffices."""
+    fewest = int(min(ours.trials, base.trials))
+    return f"{fewest} trials in turns", fewest >= MIN_TRIALS
+
+
+def capacity(t: Tables) -> Outcome:
+    """Judges the tokens that were held at once in a budget of memory, over fp16."""
+    for _, case, ours, base in _cases(t, lambda case: _in_budget(case) and case.capacity):
+        best = base.loc[base.capacity_tokens.idxmax()]
+        value = float(ours.capacity_tokens / best.capacity_tokens)
+        told = (
+            f"{value:.2f}: {int(ours.capacity_tokens):,} tokens over {int(best.capacity_tokens):,} "
+            f"on {ours.device}"
+        )
+        step = max(1, case.prompt // 64)
+        met = against_bar(value, value, 4.0, at_most=False)
+        return Outcome(told, met, f"searched in steps of {step:,} tokens")
+    return not_measured("what fits in 40 GB is not measured in this study")
+
+
+def speed(t: Tables) -> Outcome:
+    """Judges the tokens per second of whole jobs in a budget of memory, over fp16."""
+    for name, _, ours, base in _cases(t, _in_budget):
+        best = base.loc[base.job_tokens_per_s.idxmax()]
+        value, low, high = _ratio(ours, best, "job_tokens_per_s")
+        batches = f"{int(ours.batch_size)} prompts against {int(best.batch_size)}"
+        told = _text(value, low, high, f"{name} on {ours.device}, {batches}")
+        return Outcome(told, against_bar(low, high, 2.5, at_most=False), *_trials(ours, best))
+    return not_measured("whole jobs in 40 GB are not measured in this study")
+
+
+def _joules(
+    t: Tables, column: str, judge: Callable[[float, float], bool | None]
+) -> Outcome:
+    """Judges an energy over fp16 in the first case in a budget that counters measured."""
+    for name, _, ours, base in _cases(t, lambda case: _in_budget(case) and case.energy):
+        if ours.source != "nvml":
+            return not_measured("an estimate without counters")
+        best = base.loc[base[column].idxmin()]
+        value, low, high = _ratio(ours, best, column)
+        told = _text(value, low, high, f"{name} on {ours.device}")
+        return Outcome(told, judge(low, high), *_trials(ours, best))
+    return not_measured("energy of whole jobs in 40 GB is not measured in this study")
+
+
+def energy(t: Tables) -> Outcome:
+    """Judges the energy per prompt and answer token of whole jobs in a budget, over fp16."""
+    return _joules(
+        t, "joules_per_token", lambda low, high: against_bar(low, high, 0.55, at_most=True)
+    )
+
+
+def prefill_energy(t: Tables) -> Outcome:
+    """Judges the energy per prompt token of the same jobs' prefill, over fp16."""
+    return _joules(
+        t,
+        "joules_per_prompt_token",
+        lambda low, high: against_bar(low, high, 1.03, at_most=True),
+    )
+
+
+def generate(t: Tables) -> Outcome:
+    """Judges decoding by transformers' generate on the worst case, over the growing fp16 cache."""
+    found = []
+    for name, _, ours, base in _cases(t, lambda case: case.decode == "generate"):
+        growing = base[base.scheme == t.study.baseline]
+        if len(growing):
+            found.append((*_ratio(ours, growing.iloc[0], "decode_tokens_per_s"), name, ours))
+    if not found:
+        return not_measured("generate is not measured in this study")
+    value, low, high, name, ours = min(found, key=lambda case: case[0])
+    steps = int(ours.step_ms_n)
+    return Outcome(
+        _text(value, low, high, f"{name} on {ours.device}"),
+        against_bar(low, high, 1.0, at_most=False),
+        f"{int(ours.trials)} trials, {steps} steps",
+        steps >= MIN_ROUNDS,
+    )

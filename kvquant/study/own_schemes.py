@@ -1,0 +1,100 @@
+"""The options of 16-bit caches and of our own scheme kinds."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from kvquant.study.limits import MAX_TOKENS
+from kvquant.study.scheme_kinds import CalibratedScheme, CodebookScheme, Scheme, scheme_kind
+from kvquant.study.scheme_options import (
+    BlockSize,
+    CodeBits,
+    CodeDatatype,
+    MomentMatching,
+    Sinks,
+    Weighting,
+)
+
+
+@scheme_kind(
+    label="16-bit cache",
+    summary="transformers' growing 16-bit cache",
+    nominal_bits=16,
+    quantizes=False,
+)
+class Fp16Scheme(Scheme):
+    """Transformers' unquantized cache, the baseline of every comparison."""
+
+    kind: Literal["fp16"] = Field(description="kind of the scheme")
+
+
+@scheme_kind(
+    label="16-bit cache, allocated once",
+    summary="16 bits, allocated once",
+    caches="kvquant.schemes.fp16_static:make_caches",
+    nominal_bits=16,
+    quantizes=False,
+)
+class Fp16StaticScheme(Scheme):
+    """An unquantized cache that is allocated once instead of again as it grows."""
+
+    kind: Literal["fp16-static"] = Field(description="kind of the scheme")
+    room: int = Field(
+        256, ge=1, le=MAX_TOKENS, description="tokens allocated beyond those of the first call"
+    )
+
+
+@scheme_kind(
+    label="NUQ",
+    summary="ours: non-uniform codes with exact outliers; `datatype` (below)",
+    codec="kvquant.schemes.nuq:make_codec",
+)
+class NuqScheme(CodebookScheme):
+    """Non-uniform quantization with exact sparse outliers (ours; KVQuant's datatype)."""
+
+    kind: Literal["nuq"] = Field(description="kind of the scheme")
+    bits: CodeBits
+    outliers: float = Field(
+        0.01, ge=0.0, le=1.0, description="fraction of elements kept exactly as outliers"
+    )
+    sinks: Sinks = 1
+    block_size: BlockSize = 64
+    datatype: CodeDatatype = "nuq"
+    weighting: Weighting = "fisher-range2"
+    q_norm: MomentMatching = False
+
+
+@scheme_kind(
+    label="Allocated codes",
+    summary="ours: widths of codes by sensitivity, values rotated and without outliers",
+    codec="kvquant.schemes.allocated:make_codec",
+    tables="kvquant.formats.allocated_layer:AllocatedLayer",
+    builder="kvquant.calibration.allocated_build:build_allocated",
+)
+class AllocatedScheme(CalibratedScheme):
+    """Codes whose widths one allocation over the whole model chooses by sensitivity (ours)."""
+
+    kind: Literal["allocated"] = Field(description="kind of the scheme")
+    bits: float = Field(
+        3.3,
+        ge=1.5,
+        le=6.0,
+        description="mean bits per element of full blocks, with outliers, pointers and scales",
+    )
+    outliers: float = Field(
+        0.0025, ge=0.0, lt=0.5, description="fraction of key elements kept exactly as outliers"
+    )
+    sinks: Sinks = 1
+    block_size: BlockSize = 64
+    rotation: bool = Field(True, description="rotate values within their head by a Hadamard matrix")
+    value_range: Literal["token", "token-head", "token-unscaled"] = Field(
+        "token", description="one range per token (of scaled heads or not), or per token and head"
+    )
+    allocation: Literal["model", "layer"] = Field(
+        "model", description="whether layers compete for bits or get equally many"
+    )
+    min_value_width: int | None = Field(
+        None, ge=1, le=6, description="smallest width of values' codes; absent: `bits` rounded down"
+    )
