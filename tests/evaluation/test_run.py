@@ -19,6 +19,7 @@ from kvquant.evaluation.prompts import make_prompts
 from kvquant.evaluation.run import evaluate
 from kvquant.study.config import Study, parse_study
 from kvquant.study.digests import eval_digest, prompts_digest
+from kvquant.study.publish import publish
 from kvquant.study.records import EvalRecord, read_record, write_record
 from tests.evaluation.asking import passkey_study
 
@@ -312,3 +313,20 @@ def test_finished_seeds_need_no_model(
     measure(study, manifest, tmp_path, [0])
     monkeypatch.setattr(run, "_loader", lambda *args: pytest.fail("the model was loaded"))
     assert measure(study, manifest, tmp_path, [0])[0].seed == 0
+
+
+def test_published_seeds_are_not_measured_again(
+    study: Study, manifest: Path, tmp_path: Path, counted: list[int]
+) -> None:
+    first = tmp_path / "first/eval/tiny/kivi-4/passkey"
+    measure(study, manifest, first, [0, 1])
+    publish(tmp_path / "first", tmp_path / "archive")
+    study = study.model_copy(update={"published": str(tmp_path / "archive")})
+    counted.clear()
+    out = tmp_path / "second"
+    measure(study, manifest, out, [0, 1, 2])
+    assert counted == [2]
+    for seed in (0, 1):
+        for name in ("run.json", "samples.jsonl"):
+            written = (out / f"seed{seed}" / name).read_bytes()
+            assert written == (first / f"seed{seed}" / name).read_bytes()
