@@ -109,16 +109,17 @@ _LIST = (
     Claim(
         name="capacity",
         text="Four times the tokens in 40 GB",
-        definition="headline scheme over the better fp16 cache, shape of Llama-2-7B: tokens of "
-        "prompts that were held at once, each prefilled beside those before: at least 4",
+        definition="headline scheme (in a case without it the first quantized cache) over the "
+        "better fp16 cache, shape of Llama-2-7B: tokens of prompts that were held at once, each "
+        "prefilled beside those before: at least 4",
         judge="kvquant.analysis.claims_of_jobs:capacity",
         applies_to="study",
     ),
     Claim(
         name="job-speed",
         text="Whole jobs 2.5 times as fast in 40 GB",
-        definition="headline scheme over the better fp16 cache, shape of Llama-2-7B, prompt and "
-        "answer tokens per second, each cache with as many prompts at once as fit: at least 2.5 "
+        definition="the same caches: prompt and answer tokens per second, each with as many "
+        "prompts at once as fit: at least 2.5 "
         f"between any two trials, at least {MIN_TRIALS} trials in turns",
         judge="kvquant.analysis.claims_of_jobs:speed",
         applies_to="study",

@@ -1,7 +1,8 @@
 """Verdicts of the claims about whole jobs: what fits in memory, their speed and their energy.
 
-Every ratio is of the headline scheme over the fp16 cache that is best in it, growing or static, in
-the same case. Its interval spans the worst and the best trials of both.
+Every ratio is of the headline scheme, or in a case without it of its first quantized cache, over
+the fp16 cache that is best in it, growing or static. Its interval spans the worst and the best
+trials of both.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ def _text(value: float, low: float, high: float, what: str) -> str:
     return f"{value:.3f} [{low:.3f}, {high:.3f}] ({what})"
 
 
+def _who(t: Tables, ours: pd.Series) -> str:
+    """Returns which scheme was measured on which device."""
+    return f"{t.labels.scheme(str(ours.scheme))} on {ours.device}"
+
+
 def _trials(ours: pd.Series, base: pd.Series) -> tuple[str, bool]:
     """Returns the evidence of a claim that rests on trials, and whether it suffices."""
     fewest = int(min(ours.trials, base.trials))
@@ -59,7 +65,7 @@ def capacity(t: Tables) -> Outcome:
         value = float(ours.capacity_tokens / best.capacity_tokens)
         told = (
             f"{value:.2f}: {int(ours.capacity_tokens):,} tokens over {int(best.capacity_tokens):,} "
-            f"on {ours.device}"
+            f"({_who(t, ours)})"
         )
         step = max(1, case.prompt // 64)
         met = against_bar(value, value, 4.0, at_most=False)
@@ -73,7 +79,7 @@ def speed(t: Tables) -> Outcome:
         best = base.loc[base.job_tokens_per_s.idxmax()]
         value, low, high = _ratio(ours, best, "job_tokens_per_s")
         batches = f"{int(ours.batch_size)} prompts against {int(best.batch_size)}"
-        told = _text(value, low, high, f"{job_label(case)} on {ours.device}, {batches}")
+        told = _text(value, low, high, f"{job_label(case)}, {_who(t, ours)}, {batches}")
         return Outcome(told, against_bar(low, high, 2.5, at_most=False), *_trials(ours, best))
     return not_measured("whole jobs in 40 GB are not measured in this study")
 
@@ -85,7 +91,7 @@ def _joules(t: Tables, column: str, judge: Callable[[float, float], bool | None]
             return not_measured("an estimate without counters")
         best = base.loc[base[column].idxmin()]
         value, low, high = _ratio(ours, best, column)
-        told = _text(value, low, high, f"{job_label(case)} on {ours.device}")
+        told = _text(value, low, high, f"{job_label(case)}, {_who(t, ours)}")
         return Outcome(told, judge(low, high), *_trials(ours, best))
     return not_measured("energy of whole jobs in 40 GB is not measured in this study")
 
@@ -119,7 +125,7 @@ def generate(t: Tables) -> Outcome:
     value, low, high, name, ours = min(found, key=lambda case: case[0])
     steps = int(ours.step_ms_n)
     return Outcome(
-        _text(value, low, high, f"{name} on {ours.device}"),
+        _text(value, low, high, f"{name}, {_who(t, ours)}"),
         against_bar(low, high, 1.0, at_most=False),
         f"{int(ours.trials)} trials, {steps} steps",
         steps >= MIN_ROUNDS,

@@ -67,11 +67,16 @@ class Tables:
         return rows[rows.scheme == self.study.headline]
 
     def job_sides(self, case: str) -> tuple[pd.Series | None, pd.DataFrame]:
-        """Returns the headline scheme's row of a case of whole jobs, and those of fp16 caches."""
+        """Returns our row of a case of whole jobs, and those of fp16 caches.
+
+        Ours is that of the headline scheme, or in a case without it of the first quantized cache.
+        """
         rows = self.jobs[(self.jobs.case == case) & (self.jobs.status == "ok")]
-        kinds = {name: scheme.kind for name, scheme in self.study.schemes.items()}
-        ours = rows[rows.scheme == self.study.headline]
-        base = rows[[kinds[name] in ("fp16", "fp16-static") for name in rows.scheme]]
+        schemes = self.study.schemes
+        quantized = [s for s in self.study.job_cases()[case].schemes if schemes[s].quantizes]
+        chosen = [s for s in quantized if s == self.study.headline] or quantized[:1]
+        ours = rows[rows.scheme.isin(chosen)]
+        base = rows[~rows.scheme.isin(quantized)]
         return (ours.iloc[0] if len(ours) else None), base
 
     def headline_perf(self) -> pd.DataFrame:
