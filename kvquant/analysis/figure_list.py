@@ -59,6 +59,15 @@ def _has_passkey_lengths(study: Study) -> bool:
     return len({t.length for t in study.tasks.values() if isinstance(t, PasskeyTask)}) > 1
 
 
+def _has_lengths(study: Study) -> bool:
+    """Returns whether whole jobs of one prompt have several lengths on a shape."""
+    prompts: dict[str, set[int]] = {}
+    for case in study.job_cases().values():
+        if case.batch_size == 1 and case.memory_gb is None and case.decode == "fastest":
+            prompts.setdefault(case.shape, set()).add(case.prompt)
+    return any(len(found) > 1 for found in prompts.values())
+
+
 _LIST = (
     Figure(
         name="pareto",
@@ -139,6 +148,19 @@ _LIST = (
         reason="has no section 'kernels'",
         draw="kvquant.analysis.figures.kernels:draw",
         table="kernels",
+    ),
+    Figure(
+        name="lengths",
+        section=Section.THROUGHPUT,
+        label="one prompt by its length",
+        caption="One prompt and its answer on a model of random weights, by the length of the "
+        "prompt: speed of prefill, time of a decode step, and peak memory with the weights. The "
+        "caches of a length take turns in one process, and each is decoded in its fastest way: the "
+        "static 16-bit cache and ours as CUDA graphs, the growing one from Python. Points are "
+        "medians, of all steps or of all trials together.",
+        condition=_has_lengths,
+        reason="has no cases of whole jobs of one prompt with several lengths",
+        draw="kvquant.analysis.figures.lengths:draw",
     ),
 )  # end of the list
 FIGURES = by_name(_LIST)

@@ -29,12 +29,8 @@ def jobs(t: Tables) -> str:
     for r in t.jobs.itertuples():
         row = _first(t, r)
         row["prompts"] = "out of memory" if r.status == "oom" else _count(r.batch_size)
-        held = r.capacity_tokens
         row |= {
-            "tokens held": _count(held),
-            "formula": "-" if pd.isna(held) else _count(r.formula_tokens),
             "prefill tok/s": number(r.prefill_tokens_per_s, 0),
-            "first ms": number(r.first_token_ms_median, 0),
             "step ms": number(r.step_ms_median),
             "answer tok/s": number(r.decode_tokens_per_s, 0),
             "job tok/s": number(r.job_tokens_per_s, 0),
@@ -47,6 +43,24 @@ def jobs(t: Tables) -> str:
     labels = 2 + ("device" in table)
     columns = "l" * labels + "r" * (table.shape[1] - labels)
     return booktabs(table, columns, size="scriptsize", tight=True, pages=True)
+
+
+def capacity(t: Tables) -> str:
+    """Builds the table of what fitted in memory, a row per cache of a case that searched it."""
+    rows = [
+        _first(t, r)
+        | {
+            "tokens held": _count(r.capacity_tokens),
+            "by formula": _count(r.formula_tokens),
+            "memory GB": number(r.memory_bytes / 1e9, 1),
+            "weights GB": number(r.weight_bytes / 1e9, 1),
+            "bits": number(r.bits_per_element),
+        }
+        for r in t.jobs[t.jobs.capacity_tokens.notna()].itertuples()
+    ]
+    table = pd.DataFrame(rows, dtype=object)
+    labels = 2 + ("device" in table)
+    return booktabs(table, "l" * labels + "r" * (table.shape[1] - labels), size="footnotesize")
 
 
 def energy(t: Tables) -> str:

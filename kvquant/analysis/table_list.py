@@ -138,12 +138,23 @@ _LIST = (
         section=Section.THROUGHPUT,
         caption="Whole jobs on models of random weights: prompts are prefilled one after the other "
         "and their answers decoded together, in each cache's fastest way. A case without a given "
-        "number of prompts holds as many as fit in its memory; tokens held is what fitted when "
-        "the last prompt was shortened, formula what the cache's bytes per token give without "
-        "activations. Times are medians; the caches of a case take turns.",
+        "number of prompts runs as many at once as fit in its memory. A step is a median; the "
+        "caches of a case take turns.",
         build="kvquant.analysis.job_tables:jobs",
         condition=lambda tables: bool(len(tables.jobs)),
         reason="This study measures no whole jobs.",
+    ),
+    LatexTable(
+        name="capacity",
+        section=Section.ACCURACY_AGAINST_COST,
+        caption="Tokens that were held at once: prompts are prefilled beside those before until "
+        "memory ends, and the last is shortened. The formula divides the memory without the "
+        "weights by the cache's bytes per token; it knows no activations.",
+        build="kvquant.analysis.job_tables:capacity",
+        condition=lambda tables: (
+            bool(len(tables.jobs)) and bool(tables.jobs.capacity_tokens.notna().any())
+        ),
+        reason="This study does not search what fits in memory.",
     ),
     LatexTable(
         name="job-energy",

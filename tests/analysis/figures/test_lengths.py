@@ -1,0 +1,76 @@
+"""The figure of one prompt by its length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvquant.analysis.figure_list import FIGURES
+from kvquant.analysis.figures import lengths
+from kvquant.analysis.figures.style import PAGE_WIDTH, WIDTH
+from kvquant.analysis.tables import write_table
+from kvquant.study.config import Study
+from tests.support.studies import study_of
+from tests.support.tables import job_table
+
+
+def case(shape: str, prompt: int, **more: Any) -> dict[str, Any]:
+    settings = {"shape": shape, "prompt": prompt, "answer": 64, "batch_size": 1}
+    return settings | {"schemes": ["fp16", "nuq3"]} | more
+
+
+def study(*shapes: str) -> Study:
+    cases = {f"{s}-{n}": case(s, n) for s in shapes for n in (1024, 4096, 16384)}
+    others: dict[str, Any] = {"batch": {"batch_size": 4}, "budget": {"memory_gb": 40.0}}
+    others |= {"generated": {"decode": "generate"}}
+    cases |= {name: case("7b-mha", 2048, **more) for name, more in others.items()}
+    return study_of(jobs={"cases": cases})
+
+
+def drawn(asked: Study, folder: Path, **changed: Any) -> Any:
+    table = job_table(asked).assign(**changed)
+    write_table(table, folder / "jobs.parquet")
+    return lengths.draw(asked, folder)
+
+
+def test_cases_of_one_prompt_are_lines(tmp_path: Path) -> None:
+    figure = drawn(study("7b-mha"), tmp_path)
+    assert figure.get_size_inches()[0] == WIDTH
+    assert len(figure.axes) == 3
+    for axis in figure.axes:
+        assert [line.get_label() for line in axis.lines] == [
+            "16-bit cache",
+            "NUQ 3 bits, 1 % outliers",
+        ]
+        for line in axis.lines:
+            assert list(line.get_xdata()) == [1024, 4096, 16384]
+        assert axis.get_ylim()[0] == 0
+
+
+def test_shapes_are_columns(tmp_path: Path) -> None:
+    figure = drawn(study("7b-mha", "8b-gqa"), tmp_path)
+    assert figure.get_size_inches()[0] == PAGE_WIDTH
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert [title for title in titles if title] == ["7B MHA", "8B GQA"]
+
+
+def test_what_is_out_of_memory_is_left_out(tmp_path: Path) -> None:
+    figure = drawn(study("7b-mha"), tmp_path, status="oom")
+    assert not any(axis.lines for axis in figure.axes)
+    assert all("not measured" in [t.get_text() for t in axis.texts] for axis in figure.axes)
+
+
+@pytest.mark.parametrize(
+    ("cases", "there"),
+    [
+        ({"a": case("7b-mha", 1024)}, False),
+        ({"a": case("7b-mha", 1024), "b": case("8b-gqa", 4096)}, False),
+        ({"a": case("7b-mha", 1024), "b": case("7b-mha", 4096)}, True),
+    ],
+)
+def test_only_studies_with_several_lengths_have_it(cases: dict[str, Any], there: bool) -> None:
+    asked = study_of(jobs={"cases": cases})
+    assert FIGURES["lengths"].condition(asked) is there
+    assert bool(lengths.by_length(asked)) is there
