@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class CachedSteps:
 
     Attributes:
         lengths: Tokens of each sequence after the last step.
-        changes: The cache's number of changes then.
+        changes: The cache's number of changes then, and the model's number of moves.
         alike: Number of successive steps between which nothing changed the cache.
         decoder: The captured steps; None before there are enough, and after a change.
         refused: Whether the steps of this cache cannot be captured.
@@ -46,14 +47,19 @@ class CachedSteps:
 
     def __init__(self) -> None:
         self.lengths: list[int] = []
-        self.changes = 0
+        self.changes = (0, 0)
         self.alike = 0
         self.decoder: GraphedDecoder | None = None
         self.refused = False
 
-    def begin(self, cache: KVQuantCache) -> bool:
-        """Notes that a step begins; returns whether it goes on from the last one."""
-        now, changes = cache.lengths, cache.changes
+    def begin(self, cache: KVQuantCache, moves: int) -> bool:
+        """Notes that a step begins; returns whether it goes on from the last one.
+
+        Args:
+            cache: The cache.
+            moves: How often the model's weights were moved or converted (:class:`GraphedCalls`).
+        """
+        now, changes = cache.lengths, (cache.changes, moves)
         same = now == self.lengths and changes == self.changes
         self.alike = self.alike + 1 if same else 0
         self.lengths, self.changes = [n + 1 for n in now], changes
@@ -106,7 +112,7 @@ def graphed_logits(model: Any, given: dict[str, Any]) -> torch.Tensor | None:
     if not _is_step(given) or len(given["input_ids"]) != len(cache.lengths):
         steps.forget()
         return None
-    steps.begin(cache)
+    steps.begin(cache, getattr(model, "moves", 0))
     at_limit = cache.columns == cache.position_limit  # the usual call warns there
     if at_limit or not cache.continues_counting(given.get("position_ids") is not None):
         steps.forget()
@@ -136,9 +142,17 @@ class GraphedCalls(nn.Module):
 
     Attributes:
         original_class: The original class of the model.
+        moves: How often its weights were moved or converted, after which a graph that was captured
+            before would read freed memory.
     """
 
     original_class: type[nn.Module]
+    moves: int = 0
+
+    def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Counts what `to`, `half` and their like do to the weights."""
+        self.moves = self.moves + 1
+        return super()._apply(fn, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the original class, from which unpickling makes a model with graphs again."""

@@ -146,6 +146,17 @@ def test_a_change_of_the_cache_ends_the_graph(recorded: type[Recorded]) -> None:
     assert recorded.steps == 4 * (15 - STEPS_BEFORE)
 
 
+def test_moved_weights_end_the_graph(recorded: type[Recorded]) -> None:
+    qm = quantized(tiny_model(), LOSSY)
+    cache = filled_graph(qm)
+    assert recorded.made == 1
+    qm.model.double().float()  # other tensors
+    run(qm.model, cache, ids(2, STEPS_BEFORE))
+    assert recorded.made == 1
+    run(qm.model, cache, ids(2, 2))
+    assert recorded.made == 2
+
+
 def test_beams_never_capture(recorded: type[Recorded]) -> None:
     qm = quantized(tiny_model(), LOSSY)
     cache = qm.new_cache()
