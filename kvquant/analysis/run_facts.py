@@ -104,7 +104,7 @@ def _spec(study: Study, model: str, scheme: str) -> dict[str, Any]:
     return {
         "model_spec": study.model(model).model_dump(mode="json"),
         "scheme_spec": study.scheme(scheme).model_dump(mode="json"),
-        "calibration": study.calibration.model_dump(mode="json"),
+        "calibration": study.calibrated_by(study.calibration_name(scheme)).model_dump(mode="json"),
     }
 
 

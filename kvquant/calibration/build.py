@@ -269,7 +269,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--scheme: '{args.scheme}' (kind {spec.kind}) needs no quantizer")
     layers, found = load_statistics(args.stats)
     info = _info(args.stats, found)
-    if info.spec_digest != calibration_digest(study, args.model):
+    wanted = calibration_digest(study, args.model, study.calibration_name(args.scheme))
+    if info.spec_digest != wanted:
         raise UserError(
             f"--stats: {args.stats} is of another calibration or model: calibrate again"
         )

@@ -255,6 +255,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-manifest", required=True, type=Path, help="manifest.json of fetch-data"
     )
+    parser.add_argument(
+        "--calibration", help="entry of the study's `calibrations`; default: its `calibration`"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--out", required=True, type=Path, help="stats.safetensors")
 
@@ -266,7 +269,7 @@ def run(args: argparse.Namespace) -> None:
 
     study = load_study(args.study)
     study.model(args.model)
-    spec = study.calibration
+    spec = study.calibrated_by(args.calibration)
     manifest = study_manifest(args.model_manifest, study, args.model)
     device = resolve_device(args.device)
     model, tokenizer = load_base_model(manifest, device=str(device))
@@ -276,7 +279,7 @@ def run(args: argparse.Namespace) -> None:
     ids = tokenizer(
         load_text(args.data_manifest, "calibration", spec.dataset), add_special_tokens=False
     ).input_ids
-    layers = calibrate(model, draw_windows(ids, spec), spec, study.sampled_tokens())
+    layers = calibrate(model, draw_windows(ids, spec), spec, study.sampled_tokens(args.calibration))
     heads = int(model.config.num_key_value_heads)
     info = {
         "model": args.model,
@@ -284,7 +287,7 @@ def run(args: argparse.Namespace) -> None:
         "model_identity": manifest.identity,
         "text": calibrated_text(args.data_manifest).model_dump(mode="json"),
         "calibration": spec.model_dump(mode="json"),
-        "spec_digest": calibration_digest(study, args.model),
+        "spec_digest": calibration_digest(study, args.model, args.calibration),
         "version": VERSIONS["calibrate"],
         "num_layers": len(layers),
         "num_kv_heads": heads,

@@ -8,7 +8,7 @@ from kvquant.errors import unknown
 from kvquant.study.datasets import DATASETS
 from kvquant.study.limits import MAX_NAMES, MAX_RESULTS, MAX_SEED
 from kvquant.study.paths import NAME
-from kvquant.study.scheme_kinds import CodebookScheme
+from kvquant.study.scheme_kinds import CalibratedScheme, CodebookScheme
 from kvquant.study.sections import StudySections
 from kvquant.study.wording import Named, repeated_labels
 
@@ -28,6 +28,7 @@ def _names(study: StudySections) -> Iterator[str]:
         "energy.workloads": study.energy.workloads,
         "kernels.cases": study.kernel_cases(),
         "jobs.cases": study.job_cases(),
+        "calibrations": study.calibrations,
         "study": [study.study],
     }
     for field, names in groups.items():
@@ -75,17 +76,37 @@ def _not_among(field: str, names: Iterable[str], known: Iterable[str], what: str
 def _schemes(study: StudySections) -> Iterator[str]:
     yield from _not_among("baseline", [study.baseline], study.schemes, "scheme")
     yield from _not_among("headline", [study.headline], study.schemes, "scheme")
-    fractions = study.calibration.outlier_fractions
-    if len(set(fractions)) != len(fractions) or not all(0 <= f < 1 for f in fractions):
-        yield "calibration.outlier_fractions: must be distinct, from 0 to below 1"
     for name, scheme in study.schemes.items():
+        if not isinstance(scheme, CalibratedScheme):
+            continue
+        chosen = scheme.calibration
+        if chosen is not None and chosen not in study.calibrations:
+            reason = str(unknown("calibration", chosen, study.calibrations))
+            yield f"schemes.{name}.calibration: {reason}"
+            continue
+        where = "calibration" if chosen is None else f"calibrations.{chosen}"
+        fractions = study.calibrated_by(chosen).outlier_fractions
         if isinstance(scheme, CodebookScheme) and scheme.outliers not in fractions:
             yield (
                 f"schemes.{name}.outliers: {scheme.outliers} is not in "
-                f"calibration.outlier_fractions {fractions}; add it there"
+                f"{where}.outlier_fractions {fractions}; add it there"
             )
-    if study.calibration.sinks >= study.calibration.window:
-        yield "calibration.sinks: leaves no token of a window"
+
+
+def _calibrations(study: StudySections) -> Iterator[str]:
+    specs = {"calibration": study.calibration}
+    specs |= {f"calibrations.{name}": spec for name, spec in study.calibrations.items()}
+    for where, spec in specs.items():
+        fractions = spec.outlier_fractions
+        if len(set(fractions)) != len(fractions) or not all(0 <= f < 1 for f in fractions):
+            yield f"{where}.outlier_fractions: must be distinct, from 0 to below 1"
+        if spec.sinks >= spec.window:
+            yield f"{where}.sinks: leaves no token of a window"
+        if spec.dataset not in DATASETS:
+            yield f"{where}.dataset: {unknown('dataset', spec.dataset, DATASETS)}"
+    for name in study.calibrations:
+        if name not in study.used_calibrations():
+            yield f"calibrations.{name}: no scheme is built from it; name it in one, or remove it"
 
 
 def _evaluation(study: StudySections) -> Iterator[str]:
@@ -129,8 +150,6 @@ def _can(study: StudySections, scheme: str, task: str) -> bool:
 
 
 def _tasks(study: StudySections) -> Iterator[str]:
-    if study.calibration.dataset not in DATASETS:
-        yield f"calibration.dataset: {unknown('dataset', study.calibration.dataset, DATASETS)}"
     for name, task in study.tasks.items():
         for option, reason in task.problems():
             yield f"tasks.{name}.{option}: {reason}"
@@ -191,7 +210,10 @@ def _size(study: StudySections) -> Iterator[str]:
 
 def problems(study: StudySections) -> Iterator[str]:
     """Yields the problems of a study as a whole, one line each, the most basic ones first."""
-    for check in (_names, _labels, _size, _schemes, _tasks, _evaluation, _timed, _statistics):
+    for check in (
+        *(_names, _labels, _size, _schemes, _calibrations, _tasks, _evaluation, _timed),
+        _statistics,
+    ):
         found = list(check(study))
         yield from found
         if found and check in (_names, _size, _schemes):

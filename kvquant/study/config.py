@@ -77,7 +77,9 @@ class Study(StudySections):
 
     def datasets(self) -> list[str]:
         """Returns every data set that calibration or a task needs."""
-        found = {task.dataset_name() for task in self.tasks.values()} | {self.calibration.dataset}
+        found = {task.dataset_name() for task in self.tasks.values()} | {
+            self.calibrated_by(name).dataset for name in (None, *self.used_calibrations())
+        }
         return sorted(name for name in found if name is not None)
 
 

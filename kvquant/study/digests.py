@@ -70,26 +70,33 @@ def _chat(study: Study, model: str, task: TaskSpec) -> list[dict[str, Any]]:
     return [chosen] if chosen else []
 
 
-def calibration_digest(study: Study, model: str) -> str:
-    """Returns the digest of a model's calibration statistics."""
-    return digest(_weights(study.model(model)), study.calibration, VERSIONS["calibrate"])
+def calibration_digest(study: Study, model: str, calibration: str | None = None) -> str:
+    """Returns the digest of a model's calibration statistics.
+
+    Args:
+        study: The study.
+        model: Name of the model.
+        calibration: Entry of `calibrations`; None: the study's `calibration`.
+    """
+    spec = study.calibrated_by(calibration)
+    return digest(_weights(study.model(model)), spec, VERSIONS["calibrate"])
 
 
-def collection_digest(study: Study, model: str) -> str:
+def collection_digest(study: Study, model: str, calibration: str | None = None) -> str:
     """Returns what makes the workflow calibrate again: the digest, and a sample of tokens if any.
 
     Other schemes do not depend on the sample, so that it is no part of the digest that results
     are known by.
     """
-    samples = study.sampled_tokens()
-    return calibration_digest(study, model) + (f"+{samples}" if samples else "")
+    samples = study.sampled_tokens(calibration)
+    return calibration_digest(study, model, calibration) + (f"+{samples}" if samples else "")
 
 
 def samples_of(study: Study, scheme: str) -> int:
     """Returns how many whole tokens the statistics must have that a scheme is built from."""
     spec = study.scheme(scheme)
     asked = spec.sampled_tokens if isinstance(spec, CalibratedScheme) else 0
-    calibration = study.calibration
+    calibration = study.calibrated_by(study.calibration_name(scheme))
     return min(asked, calibration.windows * (calibration.window - calibration.sinks))
 
 
@@ -98,7 +105,8 @@ def quantizer_digest(study: Study, model: str, scheme: str) -> str:
     spec = study.scheme(scheme)
     if not spec.registration.calibrated:
         return digest(_weights(study.model(model)), spec)
-    return digest(calibration_digest(study, model), spec, VERSIONS["quantize"])
+    calibration = calibration_digest(study, model, study.calibration_name(scheme))
+    return digest(calibration, spec, VERSIONS["quantize"])
 
 
 def prompts_digest(study: Study, model: str, task: str) -> str:

@@ -137,7 +137,8 @@ def job_rows(study: Study) -> list[tuple[str, int, float]]:
 
     models = len(study.models)
     if built:
-        rows.append(("calibrate", models, hours("calibrate", 1)))
+        calibrations = len(study.used_calibrations())
+        rows.append(("calibrate", models * calibrations, hours("calibrate", calibrations)))
         rows.append(("quantize", models * built, 0.0))
     if asking := sum(map(asks_prompts, study.tasks.values())):
         rows.append(("prompts", models * asking, 0.0))

@@ -83,7 +83,7 @@ class AllocatedScheme(CalibratedScheme):
     """Codes whose widths one allocation over the whole model chooses by sensitivity (ours)."""
 
     words: ClassVar[Words] = {  # a default is never a part of a name
-        **Scheme.words,
+        **CalibratedScheme.words,
         "rotation": {False: "values not rotated"}.__getitem__,
         "value_range": {
             "token-head": "a range per token and head",

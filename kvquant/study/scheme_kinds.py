@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from pydantic import Field
+
 from kvquant.study.registrations import only_value, register
 from kvquant.study.wording import LABEL, Named, Words
 
@@ -136,6 +138,11 @@ class Scheme(Named):
 class CalibratedScheme(Scheme):
     """A scheme that needs a quantizer built from calibration statistics."""
 
+    later: ClassVar[tuple[str, ...]] = (*Scheme.later, "calibration")
+    words: ClassVar[Words] = {**Scheme.words, "calibration": "calibration {}".format}
+    calibration: str | None = Field(
+        None, description="entry of `calibrations`; absent: the study's `calibration`"
+    )
     if TYPE_CHECKING:  # fields that each subclass declares, as above
         bits: float
         sinks: int

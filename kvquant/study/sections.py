@@ -30,7 +30,7 @@ from kvquant.study.tracking import TrackingSpec
 class StudySections(Strict):
     """The sections of a study file, and look-ups by name."""
 
-    later: ClassVar[tuple[str, ...]] = ("tracking",)
+    later: ClassVar[tuple[str, ...]] = ("tracking", "calibrations")
     study: str = Field(description="short name in kebab case")
     title: str = Field("", description="heading of the report and the paper")
     device: DeviceKey = Field(
@@ -59,6 +59,10 @@ class StudySections(Strict):
     models: dict[str, ModelSpec] = Field(description="models by name")
     calibration: CalibrationSpec = Field(
         CalibrationSpec(), description="text and statistics that calibrated schemes are built from"
+    )
+    calibrations: dict[str, CalibrationSpec] = Field(
+        default_factory=dict,
+        description="further calibrations by name, which schemes choose by `calibration`",
     )
     schemes: dict[str, SchemeSpec] = Field(description="cache schemes by name")
     tasks: dict[str, TaskSpec] = Field(
@@ -107,9 +111,28 @@ class StudySections(Strict):
             raise unknown("task", name, self.tasks)
         return self.tasks[name]
 
-    def sampled_tokens(self) -> int:
-        """Returns how many whole tokens per layer calibration keeps for its schemes, maybe 0."""
-        asked = (s.sampled_tokens for s in self.schemes.values() if isinstance(s, CalibratedScheme))
+    def calibration_name(self, scheme: str) -> str | None:
+        """Returns the entry of `calibrations` that a scheme is built from; None: `calibration`."""
+        spec = self.scheme(scheme)
+        return spec.calibration if isinstance(spec, CalibratedScheme) else None
+
+    def calibrated_by(self, name: str | None) -> CalibrationSpec:
+        """Returns an entry of `calibrations`, or for None the study's `calibration`."""
+        if name is None:
+            return self.calibration
+        if name not in self.calibrations:
+            raise unknown("calibration", name, self.calibrations)
+        return self.calibrations[name]
+
+    def used_calibrations(self) -> list[str | None]:
+        """Returns the calibrations that schemes are built from, in the order of the schemes."""
+        calibrated = [s for s in self.schemes.values() if isinstance(s, CalibratedScheme)]
+        return list(dict.fromkeys(scheme.calibration for scheme in calibrated))
+
+    def sampled_tokens(self, calibration: str | None = None) -> int:
+        """Returns how many whole tokens per layer a calibration keeps for its schemes, maybe 0."""
+        calibrated = [s for s in self.schemes.values() if isinstance(s, CalibratedScheme)]
+        asked = (s.sampled_tokens for s in calibrated if s.calibration == calibration)
         return max(asked, default=0)
 
     def timed_schemes(self, spec: TimedStage) -> list[str]:

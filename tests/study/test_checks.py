@@ -116,6 +116,7 @@ MISTAKES = [
     ("tasks", {}, "tasks: must name at least one"),
     ("calibration/outlier_fractions", [0.0, 0.01, 0.01], "outlier_fractions: must be distinct"),
     ("calibration/sinks", 512, "calibration.sinks: leaves no token"),
+    ("calibrations", {"other": {}}, "calibrations.other: no scheme is built from it"),
     ("schemes/fp16", {"kind": "hf-fp8"}, "the baseline 'fp16' cannot run its protocol B"),
 ]
 

@@ -68,6 +68,22 @@ def test_calibration_changes_calibrated_schemes_only(raw: dict[str, Any]) -> Non
     assert schemes == {s for s in raw["schemes"] if s.startswith("nuq")}
 
 
+def test_a_scheme_may_have_a_calibration_of_its_own(raw: dict[str, Any]) -> None:
+    """It changes this scheme's results alone; the same calibration under a name is another."""
+    before = parse_study(raw)
+    name = next(n for n, s in before.schemes.items() if s.registration.calibrated)
+    raw["calibrations"] = {"other": before.calibration.model_dump() | {"seed": 7}}
+    raw["schemes"][name] = {**raw["schemes"][name], "calibration": "other"}
+    after = parse_study(raw)
+    assert after.used_calibrations() != [None]
+    assert digests.calibration_digest(after, MODEL) == digests.calibration_digest(before, MODEL)
+    own = digests.calibration_digest(after, MODEL, "other")
+    assert own != digests.calibration_digest(before, MODEL)
+    for scheme in before.schemes:
+        pair = [digests.quantizer_digest(study, MODEL, scheme) for study in (before, after)]
+        assert (pair[0] != pair[1]) is (scheme == name)
+
+
 def test_a_scheme_that_needs_whole_tokens_changes_what_is_collected_and_no_digest(
     raw: dict[str, Any],
 ) -> None:

@@ -62,6 +62,7 @@ wildcard_constraints:
     workload="|".join(WORKLOADS) or "none",  # a key of `workloads`
     case="|".join(map(re.escape, STUDY.kernel_cases())) or "none",  # a key of `kernels.cases`
     job="|".join(map(re.escape, STUDY.job_cases())) or "none",  # a key of `jobs.cases`
+    calibration="|".join(map(re.escape, STUDY.calibrations)) or "none",  # a key of `calibrations`
     dataset=datasets.wildcard_pattern(),  # a text that can be fetched
     device=re.escape(DEVICE),  # the key `device`, or the GPU's own name
     digest=r"[0-9a-f]{16}",  # a digest of model, task and seeds, which names the prompts

@@ -23,8 +23,9 @@ def weights(wildcards):
 
 def calibrated(name, wildcards):
     """A file of a model's calibration; stats.json tells the digest of both."""
-    folder = f"<results>/calib/{wildcards.model}"
-    digest = digests.calibration_digest(STUDY, wildcards.model)
+    chosen = STUDY.calibration_name(wildcards.scheme)
+    folder = "/".join(filter(None, ["<results>/calib", wildcards.model, chosen]))
+    digest = digests.calibration_digest(STUDY, wildcards.model, chosen)
     samples = digests.samples_of(STUDY, wildcards.scheme)
     return kept(f"{folder}/{name}", digest, f"{folder}/stats.json", samples)
 
