@@ -28,12 +28,14 @@ class Plan:
         published: Cells with a published record.
         finished: Cells whose job has finished in this results folder.
         absent: Cells that nobody has measured yet.
+        elsewhere: Number of published records of other devices, which tables show, too.
     """
 
     study: Study
     published: list[Cell]
     finished: list[Cell]
     absent: list[Cell]
+    elsewhere: int = 0
 
     def files(self, stage: str, obstacle: str = "") -> list[str]:
         """Returns the places of a stage's records that are, or will be, in the results folder.
@@ -56,7 +58,9 @@ class Plan:
             parts.append(f"{left} and left out: {obstacle}")
         else:
             parts.append(f"{left} and planned" if self.absent else "none is missing")
-        return f"Of {total:,} results of the study '{self.study.study}', {', '.join(parts)}"
+        found = f"Of {total:,} results of the study '{self.study.study}', {', '.join(parts)}"
+        more = f"{self.elsewhere:,} more are published of other devices"
+        return f"{found}; {more}" if self.elsewhere else found
 
 
 def obstacle(study: Study, here: str, elsewhere: bool) -> str:
@@ -102,6 +106,13 @@ def published_places(archive: Archive, cells: Iterable[Cell]) -> set[str]:
     return found
 
 
+def _of_others(study: Study, archive: Archive, device: str) -> int:
+    """Returns the number of published records that the study asks for, of other devices."""
+    devices = {str(r.content.get("device", device)) for r in archive.values()} - {device}
+    cells = [c for name in devices for s in STAGES for c in cells_of(study, s, name)]
+    return len({c.place for c in cells if c.names.get("device") in devices} & archive.keys())
+
+
 def stale_line(where: object, found: str, cell: Cell) -> str:
     """Returns the message on a published record of another configuration than the study's."""
     return (
@@ -125,7 +136,7 @@ def make_plan(study: Study, device: str, results: str | Path) -> Plan:
     cells = [cell for stage in STAGES for cell in cells_of(study, stage, device)]
     archive: Archive = read_archive(study.published) if study.published is not None else {}
     there = published_places(archive, cells)
-    plan = Plan(study, [], [], [])
+    plan = Plan(study, [], [], [], _of_others(study, archive, device))
     for cell in cells:
         if cell.place in there:
             plan.published.append(cell)

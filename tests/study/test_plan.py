@@ -72,6 +72,19 @@ def test_what_is_published_needs_no_job(tmp_path: Path) -> None:
     assert plan.line().endswith("32 are missing and planned")
 
 
+def test_records_of_other_devices_are_told_apart(tmp_path: Path) -> None:
+    whole = study_of()
+    write_study(whole, tmp_path / "r")
+    publish(tmp_path / "r", tmp_path / "a")
+    study = whole.model_copy(update={"published": str(tmp_path / "a")})
+    timed = sum(1 for s in STAGES if s != "eval" for _ in cells_of(study, s, DEVICE))
+    here = make_plan(study, DEVICE, tmp_path / "none")
+    assert here.elsewhere == 0 and "of other devices" not in here.line()
+    other = make_plan(study, "another-gpu", tmp_path / "none")
+    assert other.elsewhere == timed
+    assert other.line().endswith(f"; {timed} more are published of other devices")
+
+
 @pytest.mark.fault(
     "records",
     "a study whose changed entry has the name of a published one",
