@@ -37,7 +37,7 @@ def test_cases_are_named_by_shape_and_lengths() -> None:
     assert case_label("8b-gqa", 4, 1000, 3000) == f"8B GQA 4 {TIMES} 1,000, ragged"
 
 
-@pytest.mark.parametrize("file", ["config", "quality", "demo"])
+@pytest.mark.parametrize("file", ["config", "quality", "ablation", "demo"])
 def test_every_scheme_has_a_look_of_its_own(root: Path, file: str) -> None:
     study = load_study(root / f"config/{file}.yaml")
     found = style.looks(study)

@@ -26,7 +26,7 @@ def raw(root: Path) -> dict[str, Any]:
 
 def test_shipped_studies_are_valid(root: Path) -> None:
     files = sorted((root / "config").glob("*.yaml"))
-    assert {f.stem for f in files} >= {"config", "demo", "smoke", "quality", "athena"}
+    assert {f.stem for f in files} >= {"config", "demo", "smoke", "quality", "ablation", "athena"}
     for file in files:
         assert isinstance(load_study(file), Study)
 
