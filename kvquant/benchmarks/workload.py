@@ -13,6 +13,7 @@ import torch
 
 from kvquant.benchmarks.prompts import PromptBatch, prompt_batch
 from kvquant.benchmarks.timing import synchronize
+from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.energy.gpus import cuda_index, devices_of
 from kvquant.errors import UserError, unknown
 from kvquant.fetch.model_manifest import study_manifest
@@ -98,9 +99,18 @@ class Prepared:
         return self._forward(batch.ids, mask, batch.positions, cache)
 
     @torch.inference_mode()
-    def decode(self, cache: Any, token: torch.Tensor, steps: int) -> None:
-        """Decodes `steps` further tokens greedily, without a check for end tokens."""
+    def decode(self, cache: Any, token: torch.Tensor, steps: int, *, graphs: bool = False) -> None:
+        """Decodes `steps` further tokens greedily, without a check for end tokens.
+
+        Args:
+            cache: The cache after the prefill.
+            token: The first token of each answer, `[batch_size, 1]`.
+            steps: Number of tokens.
+            graphs: Whether the model may capture its steps, which would blur the time of one.
+        """
         batch = self.batch
+        if isinstance(cache, KVQuantCache):
+            cache.graphs = graphs
         width, last = batch.ids.shape[1], batch.positions[:, -1:]
         ones = batch.mask.new_ones((batch.mask.shape[0], steps))
         mask = torch.cat([batch.mask, ones], 1) if batch.padded else None
@@ -113,7 +123,7 @@ class Prepared:
         """Runs a whole job of prompts and answers and waits for the devices."""
         cache = new_cache()
         token = self.prefill(cache)
-        self.decode(cache, token, self.workload.answer)
+        self.decode(cache, token, self.workload.answer, graphs=True)
         synchronize(*self.devices)
 
 

@@ -253,8 +253,8 @@ def _answer(
     if device.type == "cuda":
         torch.cuda.empty_cache()  # other processes may use what only the prefill needed
     decoder = graphed(qm, cache, max_new_tokens) if graph else None
-    if not graph and isinstance(cache, KVQuantCache):
-        cache.graphs = False
+    if decoder is None and isinstance(cache, KVQuantCache):
+        cache.graphs = False  # short answers end before a graph would pay
     check_every = CHECK_EVERY_CUDA if device.type == "cuda" else 1
     answers: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
