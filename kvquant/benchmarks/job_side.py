@@ -196,7 +196,6 @@ class JobSide:
             times: Filled in and returned; None makes one.
         """
         times = times or JobTimes()
-        release_memory()
         reset_peak([self.device])
         synchronize(self.device)
         start = time.perf_counter()
@@ -236,12 +235,28 @@ class JobSide:
         release_memory()
         return whole, whole * prompt + extra
 
-    def largest_batch(self, batch: int) -> int:
-        """Returns the largest number of prompts up to `batch` whose job fits; 0 if none does."""
-        while batch and not fits_in_memory(lambda n=batch: self.job(n)):  # type: ignore[misc]
-            batch -= 1
+    def largest_batch(self, batch: int, *, fewer: bool = True) -> tuple[int, float]:
+        """Finds the largest number of prompts up to `batch` whose job fits, and warms up by it.
+
+        Args:
+            batch: Number of prompts to begin with.
+            fewer: Whether to try fewer, if these do not fit.
+
+        Returns:
+            The number of prompts, 0 if none fits, and the seconds of their job.
+        """
+        seconds = 0.0
+
+        def attempt() -> None:
+            nonlocal seconds
+            times = self.job(batch)
+            seconds = times.prefill_seconds + times.decode_seconds
+
         release_memory()
-        return batch
+        while batch and not fits_in_memory(attempt):
+            batch = batch - 1 if fewer else 0
+        release_memory()
+        return batch, seconds
 
 
 class _Marks:

@@ -74,15 +74,14 @@ class Runner:
         if case.capacity or not self.batch:
             fitting, self.capacity = self.side.tokens_that_fit()
             self.batch = self.batch or fitting
-        start = time.perf_counter()
-        self.batch = self.side.largest_batch(self.batch) if self.batch else 0
-        if case.batch_size is not None and self.batch < case.batch_size:
-            self.batch = 0  # the batch that was asked for does not fit
-        self.slow = time.perf_counter() - start > self._spec.slow_seconds
+        given = case.batch_size is not None
+        self.batch, seconds = self.side.largest_batch(self.batch, fewer=not given)
+        self.slow = seconds > self._spec.slow_seconds
 
     def _job(self) -> tuple[JobTimes, tuple[float, float] | None]:
         """Runs one job; returns its times and the joules of prompts and answers."""
         monitor = self._monitor
+        release_memory()  # before energy is counted, which belongs to no job
         if monitor is None:
             return self.side.job(self.batch), None
         joules: list[float] = []

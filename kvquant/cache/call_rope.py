@@ -37,6 +37,7 @@ class CallRope:
         self._rotated = rotated
         self.kept: KeptRope | None = KeptRope() if self._keep else None
         self._shifts: Shifts | None = None  # before the first call
+        self._default_ends = False  # whether the model's default positions would be wrong
         # State of the current call: whether its first layer has brought the rotary table to keep,
         # and the table of counted positions where the model's is shifted.
         self._taken = False
@@ -74,6 +75,11 @@ class CallRope:
             before; None if that is known on the host.
         """
         self._taken, self._table = False, None
+        if self._default_ends and not given:
+            raise ValueError(
+                "position_ids: needed for every call on joined prompts of different lengths, whose "
+                "default positions would count padding"
+            )
         if positions is None or self._rotated or self.kept is not None:
             return None
         lengths = lengths or [0] * len(spans)
@@ -131,21 +137,30 @@ class CallRope:
         """Restores a state, which undoes a call that has stored nothing."""
         self.kept, self._shifts = state
 
-    def take_over(self, others: Sequence[CallRope], lengths: Sequence[int]) -> None:
+    def take_over(
+        self, others: Sequence[CallRope], lengths: Sequence[int], *, padded: bool
+    ) -> None:
         """Appends the sequences of other caches, whose positions are counted as here.
 
         Args:
             others: Their rotations.
             lengths: Number of sequences of this cache and of each other one.
+            padded: Whether sequences are padded now that were not before, so that default positions
+                no longer go on from theirs.
         """
         every = [self, *others]
+        self._default_ends = padded or any(rope._default_ends for rope in every)
         if any(rope._shifts is not None for rope in every):
             parts = [
                 rope._shifts or Shifts([0] * n, True)
                 for rope, n in zip(every, lengths, strict=True)
             ]
-            known = [shift for part in parts for shift in part.known]
-            self._shifts = Shifts(known, all(part.open for part in parts))
+            # An open shift is closed as by a call that gives counted positions.
+            all_open = all(part.open for part in parts)
+            known = [
+                0 if part.open and not all_open else shift for part in parts for shift in part.known
+            ]
+            self._shifts = Shifts(known, all_open)
 
     def select(self, indices: torch.Tensor, order: list[int]) -> None:
         """Keeps or repeats the given sequences; `order` is `indices` on the host."""
@@ -162,5 +177,5 @@ class CallRope:
         """Returns an independent copy."""
         other = self.empty()
         other.kept = None if self.kept is None else self.kept.fork()
-        other._shifts = self._shifts
+        other._shifts, other._default_ends = self._shifts, self._default_ends
         return other

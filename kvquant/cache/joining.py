@@ -7,7 +7,7 @@ joined cache takes over the arenas, and only 16-bit sinks and tails are put side
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,11 +18,12 @@ from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.errors import UserError
 
 
-def join_caches(caches: Sequence[Any]) -> Any:
+def join_caches(caches: Iterable[Any]) -> Any:
     """Joins caches to one that holds all their sequences, in order.
 
     The given caches are used up: they are empty afterwards. Sequences of different lengths become
-    left-padded columns, so that later calls need the mask and the positions of such a batch.
+    left-padded columns, so that later calls need the mask and the positions of such a batch. Where
+    memory runs out while unquantized caches are joined, all of them are empty.
 
     Args:
         caches: At least one filled cache, all of one scheme and model.
@@ -34,11 +35,13 @@ def join_caches(caches: Sequence[Any]) -> Any:
         UserError: A cache is empty, runs a call, cannot be joined, or differs from the first.
         OutlierOverflow: A cache has lost outliers for lack of room.
     """
+    caches = list(caches)
     if not caches:
         raise UserError("caches: there is none to join")
-    if len({id(cache) for cache in caches}) < len(caches):
+    layers = [id(layer) for cache in caches for layer in getattr(cache, "layers", ())]
+    if len({id(cache) for cache in caches}) < len(caches) or len(set(layers)) < len(layers):
         raise UserError("caches: one is given twice; join copies of it")
-    first, rest = caches[0], list(caches[1:])
+    first, rest = caches[0], caches[1:]
     for cache in rest:
         if type(cache) is not type(first):
             kinds = f"{type(first).__name__} and {type(cache).__name__}"
@@ -70,29 +73,63 @@ def _check_quantized(first: KVQuantCache, rest: list[KVQuantCache]) -> None:
         same = len(cache.layers) == len(first.layers) and cache.protocol == first.protocol
         if not same or any(mine.codec is not theirs.codec for mine, theirs in pairs):
             raise UserError("caches: they are of different models, schemes or protocols")
+        for mine, theirs in zip(first.layers, cache.layers, strict=True):
+            _check_alike(mine.store.tail[0], theirs.store.tail[0])
+
+
+def _check_alike(mine: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Refuses keys `[batch_size, heads, n, dim]` of other heads, channels, dtype or device."""
+    names = ("kv heads", "head_dim", "dtype", "device")
+    pair = [(x.shape[1], x.shape[3], x.dtype, x.device) for x in (mine, theirs)]
+    for name, held, found in zip(names, *pair, strict=True):
+        if held != found:
+            raise UserError(f"caches: one has {name} {found}, the first {held}; join caches alike")
 
 
 def _join_unquantized(first: Cache, rest: list[Cache]) -> None:
     """Appends the sequences layer by layer, so that only one layer is in memory twice."""
-    if len({len(cache.layers) for cache in (first, *rest)}) > 1 or not first.layers:
+    every = [first, *rest]
+    if len({len(cache.layers) for cache in every}) > 1 or not first.layers:
         raise UserError("caches: one is empty; call the model with its prompt first")
-    for number, layer in enumerate(first.layers):
-        layers = [layer, *(cache.layers[number] for cache in rest)]
-        for other in layers:
-            if other.keys is None or not other.get_seq_length():
+    for cache in every:
+        for mine, theirs in zip(first.layers, cache.layers, strict=True):
+            if theirs.keys is None or not theirs.get_seq_length():
                 raise UserError("caches: one is empty; call the model with its prompt first")
-        columns = max(other.get_seq_length() for other in layers)
-        layer.keys, layer.values = (
-            _side_by_side([getattr(other, name) for other in layers], columns)
-            for name in ("keys", "values")
-        )
-        for other in layers[1:]:
-            other.keys = other.values = None
-            other.is_initialized = False
-        for other in layers:
-            moved = getattr(other, "_moved", None)  # a layer with an allocation of its own
-            if moved is not None:
-                moved()
+            _check_alike(mine.keys, theirs.keys)
+    try:
+        for layers in zip(*(cache.layers for cache in every), strict=True):
+            _join_layers(list(layers))
+    except BaseException:  # some layers are joined, others are not
+        for cache in every:
+            for layer in cache.layers:
+                _empty(layer)
+        raise
+
+
+def _join_layers(layers: list[Any]) -> None:
+    """Appends the sequences of the other layers to those of the first, and empties the others."""
+    columns = max(layer.get_seq_length() for layer in layers)
+    keys, values = (
+        _side_by_side([getattr(layer, name) for layer in layers], columns)
+        for name in ("keys", "values")
+    )
+    for other in layers[1:]:
+        _empty(other)
+    layers[0].keys, layers[0].values = keys, values
+    _moved(layers[0])
+
+
+def _empty(layer: Any) -> None:
+    layer.keys = layer.values = None
+    layer.is_initialized = False
+    _moved(layer)
+
+
+def _moved(layer: Any) -> None:
+    """Tells a layer with an allocation of its own that its keys and values lie elsewhere now."""
+    moved = getattr(layer, "_moved", None)
+    if moved is not None:
+        moved()
 
 
 @torch.inference_mode()

@@ -331,8 +331,9 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
         with self.calls.changing("joining other caches"):
             offsets = self.layout.take_over([cache.layout for cache in others])
             paddings = [(c._padding, n, c.columns) for c, n in zip(others, sizes[1:], strict=True)]
+            padded = len({cache.columns for cache in (self, *others)}) > 1
             self.extent.columns = self._padding.take_over(paddings, sizes[0], self.columns)
-            self._rope.take_over([cache._rope for cache in others], sizes)
+            self._rope.take_over([cache._rope for cache in others], sizes, padded=padded)
             for number, layer in enumerate(self.layers):
                 layer.store.take_over([c.layers[number].store for c in others], offsets)
             self._planner.forget_blocks()

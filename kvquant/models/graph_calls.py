@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import weakref
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvquant.cache.kvquant_cache import KVQuantCache
-from kvquant.models.graph_decoding import GraphedDecoder
+from kvquant.models.graph_decoding import CapturedStep, GraphedDecoder
 from kvquant.models.model_call import CACHE_NAMES, arguments, find_cache, parameters
+from kvquant.models.oom_retry import release_memory
+from kvquant.runtime.progress import note
 
 # Steps without a change of the cache before a graph is captured, which costs about as much as 3.
 STEPS_BEFORE = 8
@@ -29,9 +31,48 @@ MIN_ROOM, ROOM_SHARE = 256, 8
 
 _IGNORED = {"use_cache": (None, True), "return_dict": (None, True), "logits_to_keep": (None, 0, 1)}
 _OFF = ("labels", "inputs_embeds", "output_attentions", "output_hidden_states")
+_CONFIGURED = ("output_attentions", "output_hidden_states")  # in a model's configuration
 _FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 _CACHE_FIELD = next(name for name in CACHE_NAMES if name in _FIELDS)
 _USED = frozenset({"input_ids", "attention_mask", "position_ids", *CACHE_NAMES, *_IGNORED, *_OFF})
+
+
+class ModelState:
+    """What a graph depends on in a model: its weights, modules, hooks and modes.
+
+    Args:
+        model: The model whose steps are captured.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._parts: list[tuple[dict[str, Any], str, Any]] = []
+        self._weights: list[tuple[torch.Tensor, int]] = []
+        self._hooks: list[tuple[dict[int, Any], int]] = []
+        for module in model.modules():
+            own = module.__dict__
+            self._parts.append((own, "forward", own.get("forward")))
+            for parts in (module._modules, module._parameters, module._buffers):
+                self._parts += [(parts, name, part) for name, part in parts.items()]
+            tensors = (*module._parameters.values(), *module._buffers.values())
+            self._weights += [(x, x.data_ptr()) for x in tensors if x is not None]
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                self._hooks.append((hooks, len(hooks)))
+        self._modes = self._modes_of(model)
+
+    @staticmethod
+    def _modes_of(model: nn.Module) -> tuple[Any, ...]:
+        return model.training, torch.is_autocast_enabled("cuda")
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Returns whether a graph of this state still does what the model would do."""
+        return (
+            self._model() is model
+            and self._modes == self._modes_of(model)
+            and all(parts.get(name) is part for parts, name, part in self._parts)
+            and all(x.data_ptr() == address for x, address in self._weights)
+            and all(len(hooks) == count for hooks, count in self._hooks)
+        )
 
 
 class CachedSteps:
@@ -39,28 +80,27 @@ class CachedSteps:
 
     Attributes:
         lengths: Tokens of each sequence after the last step.
-        changes: The cache's number of changes then, and the model's number of moves.
+        changes: The cache's number of changes then.
         alike: Number of successive steps between which nothing changed the cache.
         decoder: The captured steps; None before there are enough, and after a change.
+        model: What the graph of these steps depends on in the model.
         refused: Whether the steps of this cache cannot be captured.
     """
 
     def __init__(self) -> None:
         self.lengths: list[int] = []
-        self.changes = (0, 0)
+        self.changes = 0
         self.alike = 0
         self.decoder: GraphedDecoder | None = None
+        self.model: ModelState | None = None
         self.refused = False
 
-    def begin(self, cache: KVQuantCache, moves: int) -> bool:
-        """Notes that a step begins; returns whether it goes on from the last one.
-
-        Args:
-            cache: The cache.
-            moves: How often the model's weights were moved or converted (:class:`GraphedCalls`).
-        """
-        now, changes = cache.lengths, (cache.changes, moves)
+    def begin(self, cache: KVQuantCache, model: Any) -> bool:
+        """Notes that a step begins; returns whether it goes on from the last one."""
+        now, changes = cache.lengths, cache.changes
         same = now == self.lengths and changes == self.changes
+        if self.decoder is not None and (self.model is None or not self.model.is_of(model)):
+            same = False
         self.alike = self.alike + 1 if same else 0
         self.lengths, self.changes = [n + 1 for n in now], changes
         if not same:
@@ -73,7 +113,7 @@ class CachedSteps:
 
 
 def _is_step(given: dict[str, Any]) -> bool:
-    """Returns whether a call is a plain decode step of one token per sequence on a GPU."""
+    """Returns whether a call's arguments are those of a plain decode step on a GPU."""
     ids = given.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
         return False
@@ -109,30 +149,53 @@ def graphed_logits(model: Any, given: dict[str, Any]) -> torch.Tensor | None:
     cache.steps = steps
     if steps.refused:
         return None
-    if not _is_step(given) or len(given["input_ids"]) != len(cache.lengths):
+    asked = any(getattr(model.config, name, False) for name in _CONFIGURED)
+    if asked or not _is_step(given) or len(given["input_ids"]) != len(cache.lengths):
         steps.forget()
         return None
-    steps.begin(cache, getattr(model, "moves", 0))
+    steps.begin(cache, model)
     at_limit = cache.columns == cache.position_limit  # the usual call warns there
     if at_limit or not cache.continues_counting(given.get("position_ids") is not None):
         steps.forget()
         return None
     if steps.decoder is None and steps.alike >= STEPS_BEFORE:
-        _capture(model, cache, steps)
-    if steps.decoder is None:
+        _begin(model, cache, steps)
+    captured = _captured(steps)
+    if steps.decoder is None or captured is None:
         return None
     positions = steps.decoder.positions
     cache.check_step(given.get("attention_mask"), given.get("position_ids"), positions)
-    return steps.decoder.step(given["input_ids"]).clone()[:, None]
+    logits = steps.decoder.replay(captured, given["input_ids"]).clone()
+    cache.outer = None  # the decoder's hooks, which take it, have not run
+    return logits[:, None]
 
 
-def _capture(model: Any, cache: KVQuantCache, steps: CachedSteps) -> None:
+def _begin(model: Any, cache: KVQuantCache, steps: CachedSteps) -> None:
     """Prepares the graph of a cache's next steps, or notes that there can be none."""
     room = max(MIN_ROOM, max(cache.lengths) // ROOM_SHARE)
     try:
         steps.decoder = GraphedDecoder(model, cache, room, borrowed=True)
     except ValueError:  # the decode kernel does not take this cache, or there are several GPUs
         steps.refused = True
+    else:
+        steps.model = ModelState(model)
+
+
+def _captured(steps: CachedSteps) -> CapturedStep | None:
+    """Returns the graph of the next step; a cache whose steps cannot be captured goes on without.
+
+    A step may run where its capture does not: a hook that waits for the device, too little memory.
+    """
+    if steps.decoder is None:
+        return None
+    try:
+        return steps.decoder.ready()
+    except RuntimeError as error:
+        note(f"decoding without a CUDA graph: {str(error).partition(chr(10))[0]}")
+        steps.forget()
+        steps.refused = True
+    release_memory()
+    return None
 
 
 class GraphedCalls(nn.Module):
@@ -142,17 +205,9 @@ class GraphedCalls(nn.Module):
 
     Attributes:
         original_class: The original class of the model.
-        moves: How often its weights were moved or converted, after which a graph that was captured
-            before would read freed memory.
     """
 
     original_class: type[nn.Module]
-    moves: int = 0
-
-    def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Counts what `to`, `half` and their like do to the weights."""
-        self.moves = self.moves + 1
-        return super()._apply(fn, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the original class, from which unpickling makes a model with graphs again."""

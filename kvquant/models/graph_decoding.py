@@ -95,8 +95,17 @@ class GraphedDecoder:
         self.positions += 1
         return logits
 
+    @torch.inference_mode()
+    def ready(self) -> CapturedStep:
+        """Updates the tables to the layout and returns a graph that reads them, captured if needed.
+
+        Raises:
+            RuntimeError: The step cannot be captured, or memory ran out. The cache is as before.
+        """
+        with torch.cuda.device_of(self._tokens):  # where the graph is captured and runs
+            return self._prepare()
+
     def _prepare(self) -> CapturedStep:
-        """Updates the tables to the layout and returns a graph that reads them."""
         cache, layout, captured = self._cache, self._cache.layout, self._captured
         blocks = [len(t) for t in layout.table]
         if captured is None:
@@ -109,6 +118,7 @@ class GraphedDecoder:
             captured = self._captured = self._capture(now)
         return captured
 
+    @torch.inference_mode()
     def _capture(self, addresses: tuple[int, ...]) -> CapturedStep:
         """Captures the graph of a step after a warm-up step and resets what both counted."""
         lengths, positions = self._steps.lengths.clone(), self.positions.clone()
@@ -117,17 +127,32 @@ class GraphedDecoder:
             self._steps.lengths.copy_(lengths)
             self.positions.copy_(positions)
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._work()
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._work()
+                undo()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = self._work()
             undo()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self._work()
-        undo()
+        except BaseException:
+            # Without this the host would take the lengths on the device for its own.
+            self._steps.forget()
+            self.positions.copy_(positions)
+            raise
         return CapturedStep(graph, logits, addresses)
+
+    @torch.inference_mode()
+    def replay(self, captured: CapturedStep, tokens: torch.Tensor) -> torch.Tensor:
+        """Decodes one token per sequence by the graph that :meth:`ready` returned; see `step`."""
+        with torch.cuda.device_of(self._tokens):
+            self._tokens.copy_(tokens)
+            captured.graph.replay()
+        self._cache.count_step(self._steps)
+        return captured.logits
 
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -139,9 +164,4 @@ class GraphedDecoder:
         Returns:
             Logits `[batch_size, vocab_size]`, overwritten by the next step.
         """
-        with torch.cuda.device_of(self._tokens):  # where the graph is captured and runs
-            captured = self._prepare()
-            self._tokens.copy_(tokens)
-            captured.graph.replay()
-        self._cache.count_step(self._steps)
-        return captured.logits
+        return self.replay(self.ready(), tokens)

@@ -155,7 +155,7 @@ class StaticDecoder:
         backend: The attention kernel that was fastest; None on a CPU.
 
     Raises:
-        ValueError: The model is on several devices.
+        ValueError: The model is on several devices, or the mask is not that of the cache.
     """
 
     @torch.inference_mode()  # so are the buffers, whatever mode the caller is in
@@ -165,6 +165,12 @@ class StaticDecoder:
         devices = devices_of(model.parameters())
         if len(devices) > 1:
             raise ValueError("model: a graph holds the work of one GPU; call the model instead")
+        if new_tokens < 1:
+            raise ValueError(f"new_tokens: must be at least 1, got {new_tokens}")
+        first = cache.layers[0].keys
+        held = (0, 0) if first is None else (first.shape[0], first.shape[2])
+        if tuple(mask.shape) != held or not held[1]:
+            raise ValueError(f"mask: has shape {tuple(mask.shape)}, but the cache holds {held}")
         device = devices[0]
         self._model, self._steps = model, new_tokens
         batch, columns = mask.shape

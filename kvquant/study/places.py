@@ -57,3 +57,13 @@ def _filled(patterns: Mapping[str, str], kind: str, fields: Mapping[str, Any]) -
         if not whole and not (isinstance(value, str) and NAME.fullmatch(value)):
             raise ValueError(f"field '{name}': is missing, or no name in kebab case")
     return patterns[kind].format_map(dict(fields))
+
+
+def calibration_place(model: str, calibration: str | None) -> str:
+    """Returns the folder of a model's calibration statistics below the results folder.
+
+    Args:
+        model: Name of the model.
+        calibration: Entry of `calibrations`; None: the study's `calibration`.
+    """
+    return f"calib/{model}" if calibration is None else f"calib/{model}/{calibration}"

@@ -133,8 +133,10 @@ def test_the_last_prompt_is_shortened_to_what_fits() -> None:
 
 def test_the_largest_batch_is_found() -> None:
     found = side(Limited)
-    assert found.largest_batch(4) == 2
-    assert side(Limited, prompt=300).largest_batch(3) == 0
+    batch, seconds = found.largest_batch(4)
+    assert batch == 2 and seconds > 0
+    assert found.largest_batch(4, fewer=False) == (0, 0.0)
+    assert side(Limited, prompt=300).largest_batch(3) == (0, 0.0)
 
 
 def test_prompts_are_the_same_for_every_cache_and_each_other_differs() -> None:

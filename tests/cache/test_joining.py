@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 
+from kvquant.cache import joining
 from kvquant.cache.footprint import cache_elements, cache_nbytes
 from kvquant.cache.joining import join_caches
 from kvquant.errors import UserError
@@ -130,3 +132,72 @@ def test_quantized_caches_of_transformers_are_refused() -> None:
     rows, _, _ = ragged([40, 40], "left")
     with pytest.raises(UserError, match="prefill all prompts in one call"):
         join_caches(singles(qm, rows))
+
+
+def test_default_positions_are_refused_where_they_would_count_padding() -> None:
+    qm = quantized(tiny_model(), NUQ)
+    rows, _, _ = ragged([70, 30], "left")
+    cache = join_caches(singles(qm, rows))
+    mask = torch.ones(2, 71, dtype=torch.long)
+    mask[1, :40] = 0
+    with pytest.raises(ValueError, match="position_ids: needed"), torch.inference_mode():
+        qm.model(input_ids=rows[0][:2, None], attention_mask=mask, past_key_values=cache)
+    given = further(qm, cache, mask[:, :70], 3)  # the refused call has changed nothing
+    assert given.isfinite().all() and cache.lengths == [73, 33]
+    equal = join_caches(singles(qm, [rows[0], rows[0]]))
+    with torch.inference_mode():
+        qm.model(input_ids=rows[0][:2, None], past_key_values=equal)
+
+
+@torch.inference_mode()
+def test_default_positions_of_one_and_given_ones_of_another() -> None:
+    qm = quantized(tiny_model(), NUQ)
+    rows, ids, mask = ragged([40, 25], "left")
+    whole = feed(qm, ids, mask, [40])[1]
+    default, given = qm.new_cache(), qm.new_cache()
+    qm.model(input_ids=ids, attention_mask=mask, past_key_values=default)
+    qm.model(input_ids=rows[0][None], position_ids=torch.arange(40)[None], past_key_values=given)
+    cache = join_caches([default, given])
+    all_rows = torch.cat((mask, torch.ones(1, 40, dtype=torch.long)))
+    found = further(qm, cache, all_rows, 3)
+    assert not cache.kept_nbytes
+    other = join_caches([whole, *singles(qm, rows[:1])])
+    torch.testing.assert_close(found, further(qm, other, all_rows, 3), **CLOSE)
+
+
+def test_tokens_of_another_dtype_are_refused() -> None:
+    model = tiny_model()
+    qm = quantized(model, NUQ)
+    rows, _, _ = ragged([40, 40], "left")
+    first = singles(qm, rows[:1])[0]
+    model.bfloat16()
+    second = singles(qm, rows[1:])[0]
+    with pytest.raises(UserError, match=r"dtype torch\.bfloat16, the first torch\.float16"):
+        join_caches([first, second])
+    assert first.lengths == second.lengths == [40]
+
+
+def test_unquantized_caches_are_empty_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    qm = quantized(tiny_model(), Fp16Scheme(kind="fp16"))
+    caches = singles(qm, ragged([40, 40], "left")[0])
+    plain, calls = joining._side_by_side, []
+
+    def fails(parts: list[torch.Tensor], columns: int) -> torch.Tensor:
+        calls.append(columns)
+        if len(calls) == 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return plain(parts, columns)
+
+    monkeypatch.setattr(joining, "_side_by_side", fails)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        join_caches(caches)
+    assert [cache.get_seq_length() for cache in caches] == [0, 0]
+
+
+def test_shared_layers_are_refused() -> None:
+    qm = quantized(tiny_model(), Fp16Scheme(kind="fp16"))
+    cache = singles(qm, ragged([40, 40], "left")[0])[0]
+    with pytest.raises(UserError, match="given twice"):
+        join_caches([cache, copy.copy(cache)])
+    assert cache.get_seq_length() == 40
+    assert join_caches(iter(singles(qm, ragged([9, 9], "left")[0]))).get_seq_length() == 9

@@ -33,6 +33,7 @@ class Recorded:
 
     steps = 0
     made = 0
+    failing: Exception | None = None
 
     def __init__(self, model: Any, cache: KVQuantCache, room: int, *, borrowed: bool) -> None:
         assert borrowed
@@ -41,7 +42,13 @@ class Recorded:
         self._cache: Any = weakref.proxy(cache)
         self.positions = torch.tensor(cache.lengths)[:, None]
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+    def ready(self) -> Any:
+        """Has nothing to capture; `failing` says how it fails."""
+        if Recorded.failing is not None:
+            raise Recorded.failing
+        return self
+
+    def replay(self, captured: Any, tokens: torch.Tensor) -> torch.Tensor:
         """Runs a step as usual."""
         Recorded.steps += 1
         self._cache.graphs = False
@@ -146,15 +153,64 @@ def test_a_change_of_the_cache_ends_the_graph(recorded: type[Recorded]) -> None:
     assert recorded.steps == 4 * (15 - STEPS_BEFORE)
 
 
-def test_moved_weights_end_the_graph(recorded: type[Recorded]) -> None:
+CHANGES: dict[str, Any] = {
+    "moved weights": lambda model: model.double().float(),
+    "another head": lambda model: setattr(model, "lm_head", copy.deepcopy(model.lm_head)),
+    "another weight": lambda model: setattr(
+        model.lm_head, "weight", torch.nn.Parameter(-model.lm_head.weight, requires_grad=False)
+    ),
+    "other data": lambda model: setattr(model.lm_head.weight, "data", -model.lm_head.weight.data),
+    "a hook": lambda model: model.model.layers[1].mlp.register_forward_hook(lambda *a: -a[-1]),
+    "a layer's forward": lambda model: setattr(
+        model.model.layers[0].mlp, "forward", model.model.layers[1].mlp.forward
+    ),
+    "training": lambda model: model.train(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_ends_the_graph(recorded: type[Recorded], change: str) -> None:
     qm = quantized(tiny_model(), LOSSY)
     cache = filled_graph(qm)
     assert recorded.made == 1
-    qm.model.double().float()  # other tensors
+    CHANGES[change](qm.model)
     run(qm.model, cache, ids(2, STEPS_BEFORE))
     assert recorded.made == 1
     run(qm.model, cache, ids(2, 2))
     assert recorded.made == 2
+
+
+def test_another_model_has_no_part_in_the_graph(recorded: type[Recorded]) -> None:
+    qm = quantized(tiny_model(), LOSSY)
+    cache, tokens = filled_graph(qm), ids(2, 1)
+    other = copy.deepcopy(qm.model)
+    other.lm_head.weight.mul_(-1)
+    torch.testing.assert_close(run(other, cache.copy(), tokens), run(other, cache, tokens), **CLOSE)
+    assert recorded.made == 1
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("cannot be captured"), torch.cuda.OutOfMemoryError("CUDA out of memory")]
+)
+def test_a_capture_that_fails_is_no_failure_of_the_call(
+    recorded: type[Recorded], error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qm = quantized(tiny_model(), LOSSY)
+    tokens, plain = ids(2, 30, seed=1), filled(qm)
+    plain.graphs = False
+    expected = run(qm.model, plain, tokens)
+    monkeypatch.setattr(Recorded, "failing", error)
+    torch.testing.assert_close(run(qm.model, filled(qm), tokens), expected, **CLOSE)
+    assert (recorded.made, recorded.steps) == (1, 0)
+
+
+def test_what_the_configuration_asks_for_is_given(recorded: type[Recorded]) -> None:
+    qm = quantized(tiny_model(), LOSSY)
+    cache = filled_graph(qm)
+    qm.model.config.output_hidden_states = True
+    with torch.inference_mode():
+        out = qm.model(input_ids=ids(2, 1), past_key_values=cache)
+    assert out.hidden_states is not None
 
 
 def test_beams_never_capture(recorded: type[Recorded]) -> None:
@@ -294,3 +350,21 @@ class TestOnGpu:
         for a, b in zip(found.logits[:same], expected.logits[:same], strict=True):
             assert (a - b).abs().max() < 0.05 * b.std()
         cache.settle()
+
+    def test_a_model_that_waits_for_the_device_decodes_without(self) -> None:
+        """Its steps cannot be captured; what the failed capture counted is taken back."""
+        model = tiny_model("llama", head_dim=64).half().cuda()
+        spec = NuqScheme(kind="nuq", bits=3, block_size=32)
+        qm = quantized(model, spec, [constant_quantizer(2, 64, 3, 0.4)] * 2)
+        prompt = ids(2, 70).cuda()
+        plain = qm.new_cache()
+        plain.graphs = False
+        expected = model.generate(prompt, past_key_values=plain, max_new_tokens=60, **GREEDY)
+        waits = model.lm_head.register_forward_hook(
+            lambda m, a, out: out * out.isfinite().all().item()
+        )
+        cache = qm.new_cache()
+        found = model.generate(prompt, past_key_values=cache, max_new_tokens=60, **GREEDY)
+        waits.remove()
+        assert cache.steps.refused
+        assert torch.equal(found, expected)

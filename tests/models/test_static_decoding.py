@@ -56,3 +56,15 @@ def test_steps_are_those_of_the_growing_cache(lengths: list[int], family: str, d
     with pytest.raises(ValueError, match="all steps were made"):
         decoder.step(tokens)
     assert model.config._attn_implementation == usual
+
+
+def test_what_does_not_fit_the_cache_is_refused() -> None:
+    qm = quantized(tiny_model(), Fp16StaticScheme(kind="fp16-static", room=2))
+    _, ids, mask = ragged([20, 20], "left")
+    cache = feed(qm, ids, None, [20])[1]
+    with pytest.raises(ValueError, match=r"mask: has shape \(2, 10\), but the cache holds"):
+        StaticDecoder(qm.model, cache, mask[:, :10], 4)
+    with pytest.raises(ValueError, match="new_tokens: must be at least 1"):
+        StaticDecoder(qm.model, cache, mask, 0)
+    with pytest.raises(ValueError, match=r"cache holds \(0, 0\)"):
+        StaticDecoder(qm.model, qm.new_cache(), mask, 4)

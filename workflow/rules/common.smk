@@ -16,6 +16,7 @@ from kvquant.runtime.provenance import device_name
 from kvquant.runtime.run_lock import hold
 from kvquant.runtime.slurm import prepare
 from kvquant.study.overlay import read_studies
+from kvquant.study.places import calibration_place
 from kvquant.study.plan import make_plan, obstacle
 
 find_own_python()

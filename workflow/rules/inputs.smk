@@ -24,7 +24,7 @@ def weights(wildcards):
 def calibrated(name, wildcards):
     """A file of a model's calibration; stats.json tells the digest of both."""
     chosen = STUDY.calibration_name(wildcards.scheme)
-    folder = "/".join(filter(None, ["<results>/calib", wildcards.model, chosen]))
+    folder = f"<results>/{calibration_place(wildcards.model, chosen)}"
     digest = digests.calibration_digest(STUDY, wildcards.model, chosen)
     samples = digests.samples_of(STUDY, wildcards.scheme)
     return kept(f"{folder}/{name}", digest, f"{folder}/stats.json", samples)
