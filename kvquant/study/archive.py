@@ -82,6 +82,8 @@ def _sums(folder: Path) -> dict[str, str]:
         digest, gap, name = line.partition("  ")
         if not gap or len(digest) != 64 or name in found:
             raise UserError(f"{file}:{number}: is no hash and file name: {RESTORE}")
+        if Path(name).is_absolute() or ".." in Path(name).parts or not name.endswith(".jsonl"):
+            raise UserError(f"{file}:{number}: names no file of records in this folder: {RESTORE}")
         found[name] = digest
     return found
 
@@ -93,6 +95,8 @@ def _records(text: str, name: str, folder: Path) -> Iterable[Published]:
         UserError: A line is no record, belongs into another file, or its samples are cut.
     """
     lines = text.split("\n")  # not splitlines(), which also splits at U+2028 inside an answer
+    if text == "":
+        raise UserError(f"{folder / name}: is empty: remove it")
     if lines.pop():
         raise UserError(f"{folder / name}: is cut, its last line has no end: {RESTORE}")
     at = 0

@@ -170,3 +170,16 @@ def test_names_that_are_no_names_are_refused(scheme: object) -> None:
         place_of("eval", fields | {"scheme": "s", "seed": -1})
     with pytest.raises(ValueError, match="field 'kind'"):
         place_of("other", fields)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "eval/../../x.jsonl", "a.txt"])
+def test_sums_name_files_of_this_folder_only(archive: Path, name: str) -> None:
+    with (archive / "SHA256SUMS").open("a") as sums:
+        sums.write(f"{'0' * 64}  {name}\n")
+    assert "names no file of records in this folder" in refused(archive)
+
+
+def test_an_empty_file_is_named_once_and_for_all(archive: Path) -> None:
+    (archive / "eval/tiny/extra.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"extra\.jsonl: is empty: remove it"):
+        renew_sums(archive)
