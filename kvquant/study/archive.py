@@ -95,8 +95,6 @@ def _records(text: str, name: str, folder: Path) -> Iterable[Published]:
         UserError: A line is no record, belongs into another file, or its samples are cut.
     """
     lines = text.split("\n")  # not splitlines(), which also splits at U+2028 inside an answer
-    if text == "":
-        raise UserError(f"{folder / name}: is empty: remove it")
     if lines.pop():
         raise UserError(f"{folder / name}: is cut, its last line has no end: {RESTORE}")
     at = 0
@@ -204,6 +202,8 @@ def renew_sums(folder: str | Path) -> None:
         str(file.relative_to(root)): read_text(file, "published", RESTORE)
         for file in sorted(root.rglob("*.jsonl"))
     }
+    if empty := [name for name, text in texts.items() if not text]:
+        raise UserError(f"{root / empty[0]}: is empty: remove it")
     records = [record for name, text in texts.items() for record in _records(text, name, root)]
     problems = [what for what in map(_damage, records) if what is not None]
     seen: Archive = {}
