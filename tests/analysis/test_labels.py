@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from kvquant.analysis.figures import style
-from kvquant.analysis.labels import TIMES, case_label, labels_of
+from kvquant.analysis.labels import TIMES, case_label, device_label, labels_of
 from kvquant.study.config import load_study, parse_study
 from tests.support.studies import study_of
 
@@ -35,6 +35,19 @@ def test_tables_have_names_where_they_had_keys(root: Path) -> None:
 def test_cases_are_named_by_shape_and_lengths() -> None:
     assert case_label("7b-mha", 1, 16384, 16384) == f"7B MHA 1 {TIMES} 16K"
     assert case_label("8b-gqa", 4, 1000, 3000) == f"8B GQA 4 {TIMES} 1,000, ragged"
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("h100-80gb-hbm3", "H100 80GB HBM3"),
+        ("a100-sxm4-40gb-mig-3g-20gb", "A100 SXM4 40GB MIG 3G 20GB"),
+        ("tesla-t4", "Tesla T4"),
+        ("cpu", "CPU"),
+    ],
+)
+def test_devices_are_named_as_their_makers_do(key: str, name: str) -> None:
+    assert device_label(key) == name
 
 
 @pytest.mark.parametrize("file", ["config", "quality", "demo"])

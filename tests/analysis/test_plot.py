@@ -15,6 +15,8 @@ import pandas as pd
 import pytest
 from matplotlib.text import Text
 
+from kvquant.analysis import plot
+from kvquant.analysis.figure_list import FIGURES
 from kvquant.analysis.figures import style
 from kvquant.analysis.figures.append import append_panels
 from kvquant.analysis.figures.style import plt
@@ -94,6 +96,19 @@ def test_a_workload_that_nobody_could_run(study: Study, tables: Path, tmp_path: 
     figure = drawn("pareto", study, folder)
     (speed,) = (axis for axis in figure.axes if "tokens/s" in axis.get_xlabel())
     assert [text.get_text() for text in speed.texts] == ["not measured in this study"]
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_nothing_is_said_in_whole_words(name: str) -> None:
+    """What a figure without a measurement says lies inside of it."""
+    with plt.rc_context(style.STYLE):
+        figure = plot._not_measured(name)
+    (text,) = figure.axes[0].texts
+    assert text.get_text().replace("\n", " ").endswith(FIGURES[name].label)
+    box = text.get_window_extent(figure.canvas.get_renderer())
+    page = figure.bbox
+    assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
     plt.close(figure)
 
 
