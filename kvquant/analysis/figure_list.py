@@ -74,13 +74,15 @@ _LIST = (
         section=Section.ACCURACY_AGAINST_COST,
         label="accuracy, memory, throughput and energy",
         caption="Accuracy lost against bits per element, bytes of the cache per token, throughput "
-        "and energy per token. Each marker is a cache scheme, and a panel shows the task or the "
-        "workload that its label names; of several models, each has a column of panels. Down is "
-        "closer to the unquantized cache. Vertical bars are 95 % intervals over seeds; horizontal "
-        "bars are the spread of seeds (sizes), of rounds and repetitions (throughput), or of "
-        "trials and repetitions (energy). The line joins the schemes that no other scheme beats "
-        "in that panel, and a hollow marker is beaten. Energy is shown where counters measured "
-        "it.",
+        "and energy per token. Each marker is a cache scheme. Losses and sizes are those of the "
+        "task on the vertical axis, throughput and energy those of the workload that a panel's "
+        "label names; of several models, each has a column of panels. The bits in a scheme's name "
+        "are those of its codes, or of full blocks for allocated codes; the horizontal axis counts "
+        "all that is allocated. Down is closer to the unquantized cache. Vertical bars are 95 % "
+        "intervals over seeds; horizontal bars are the spread of seeds (sizes), of rounds and "
+        "repetitions (throughput), or of trials and repetitions (energy). The line joins the "
+        "schemes that no other scheme beats in that panel, and a hollow marker is beaten. Energy "
+        "is shown where counters measured it.",
         condition=_compares,
         reason="compares no scheme with the baseline",
         draw="kvquant.analysis.figures.pareto:draw",

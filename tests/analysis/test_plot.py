@@ -95,7 +95,32 @@ def test_a_workload_that_nobody_could_run(study: Study, tables: Path, tmp_path: 
     plt.close(figure)
     figure = drawn("pareto", study, folder)
     (speed,) = (axis for axis in figure.axes if "tokens/s" in axis.get_xlabel())
-    assert [text.get_text() for text in speed.texts] == ["not measured in this study"]
+    assert [text.get_text() for text in speed.texts] == ["out of memory"]
+    plt.close(figure)
+
+
+def test_costs_without_points_say_why(study: Study, tables: Path, tmp_path: Path) -> None:
+    """What a study measures and has no record of is not told like what it leaves out."""
+    for table in ("perf", "energy"):
+        empty = pd.read_parquet(tables / f"{table}.parquet").iloc[:0]
+        for file in tables.glob("*.parquet"):
+            write_table(pd.read_parquet(file), tmp_path / file.name)
+        write_table(empty, tmp_path / f"{table}.parquet")
+        raw = study.model_dump(mode="json")
+        raw["throughput" if table == "perf" else "energy"]["workloads"] = {}
+        for asked, said in (
+            (study, "not measured yet"),
+            (parse_study(raw), "not part of this study"),
+        ):
+            figure = drawn("pareto", asked, tmp_path)
+            assert said in [text.get_text() for axis in figure.axes for text in axis.texts]
+            plt.close(figure)
+
+
+def test_panels_of_one_task_name_it_once(study: Study, tables: Path) -> None:
+    figure = drawn("pareto", study, tables)
+    assert "Wikitext-2" in figure.get_supylabel()
+    assert not [a.get_xlabel() for a in figure.axes if "Wikitext-2" in a.get_xlabel()]
     plt.close(figure)
 
 
