@@ -143,9 +143,10 @@ _LIST = (
         caption="Top: share of the rate of a device copy that each kernel reaches, over the bytes "
         "that it has to read and write; a kernel that only reads can exceed a copy. Middle and "
         "bottom: time of fp16 and of peers over ours, in turns in one process; right of 1 ours "
-        "is faster, and a peer's marker is filled by what was measured. Bars span the 10th to "
-        "90th percentile of the rounds. Weights and data are random, and a decode step of one "
-        "layer includes its weights and the host's launches.",
+        "is faster, and a peer's marker is filled by what was measured. Attention in fp16 is "
+        "PyTorch's, by backend; steps and prefills in fp16 run over transformers' growing cache. "
+        "Bars span the 10th to 90th percentile of the rounds. Weights and data are random, and a "
+        "decode step of one layer includes its weights and the host's launches.",
         condition=lambda study: bool(study.kernel_cases()),
         reason="has no section 'kernels'",
         draw="kvquant.analysis.figures.kernels:draw",
