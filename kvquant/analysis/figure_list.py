@@ -164,6 +164,7 @@ _LIST = (
         condition=_has_lengths,
         reason="has no cases of whole jobs of one prompt with several lengths",
         draw="kvquant.analysis.figures.lengths:draw",
+        table="jobs",
     ),
 )  # end of the list
 FIGURES = by_name(_LIST)
