@@ -124,6 +124,19 @@ def test_panels_of_one_task_name_it_once(study: Study, tables: Path) -> None:
     plt.close(figure)
 
 
+def test_titles_of_perplexity_lie_inside_the_figure(root: Path, tmp_path: Path) -> None:
+    raw = two_models(root)
+    raw["tasks"]["ppl-wikitext2-b"]["label"] = "Wikitext-2, protocol B, windows of 8,192 tokens"
+    study = parse_study(raw)
+    write_tables(study, tmp_path)
+    figure = drawn("perplexity", study, tmp_path)
+    renderer = figure.canvas.get_renderer()
+    for axis in figure.axes:
+        box = axis.title.get_window_extent(renderer)
+        assert box.x0 > -1 and box.x1 < figure.bbox.width + 1, axis.get_title()
+    plt.close(figure)
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_nothing_is_said_in_whole_words(name: str) -> None:
     """What a figure without a measurement says lies inside of it."""
