@@ -8,11 +8,12 @@ STAGES = [
     ("quantize", "codebooks"),
     ("evaluate", "task x seed x scheme"),
     ("throughput, energy", "with the baseline"),
+    ("kernels, append, jobs", "random weights and data"),
     ("aggregate", "verified tables"),
     ("statistics", "paired tests, Pareto"),
     ("paper", "figures, tables, claims"),
 ]
-W, H, GAP, PER_ROW = 190, 56, 30, 4
+W, H, GAP, PER_ROW = 190, 56, 30, 5
 
 
 def main() -> None:

@@ -74,13 +74,15 @@ _LIST = (
         section=Section.ACCURACY_AGAINST_COST,
         label="accuracy, memory, throughput and energy",
         caption="Accuracy lost against bits per element, bytes of the cache per token, throughput "
-        "and energy per token. Each marker is a cache scheme, and a panel shows the task or the "
-        "workload that its label names; of several models, each has a column of panels. Down is "
-        "closer to the unquantized cache. Vertical bars are 95 % intervals over seeds; horizontal "
-        "bars are the spread of seeds (sizes), of rounds and repetitions (throughput), or of "
-        "trials and repetitions (energy). The line joins the schemes that no other scheme beats "
-        "in that panel, and a hollow marker is beaten. Energy is shown where counters measured "
-        "it.",
+        "and energy per token. Each marker is a cache scheme. Losses and sizes are those of the "
+        "task on the vertical axis, throughput and energy those of the workload that a panel's "
+        "label names; of several models, each has a column of panels. The bits in a scheme's name "
+        "are those of its codes, or of full blocks for allocated codes; the horizontal axis counts "
+        "all that is allocated. Down is closer to the unquantized cache. Vertical bars are 95 % "
+        "intervals over seeds; horizontal bars are the spread of seeds (sizes), of rounds and "
+        "repetitions (throughput), or of trials and repetitions (energy). The line joins the "
+        "schemes that no other scheme beats in that panel, and a hollow marker is beaten. Energy "
+        "is shown where counters measured it.",
         condition=_compares,
         reason="compares no scheme with the baseline",
         draw="kvquant.analysis.figures.pareto:draw",
@@ -141,9 +143,10 @@ _LIST = (
         caption="Top: share of the rate of a device copy that each kernel reaches, over the bytes "
         "that it has to read and write; a kernel that only reads can exceed a copy. Middle and "
         "bottom: time of fp16 and of peers over ours, in turns in one process; right of 1 ours "
-        "is faster, and a peer's marker is filled by what was measured. Bars span the 10th to "
-        "90th percentile of the rounds. Weights and data are random, and a decode step of one "
-        "layer includes its weights and the host's launches.",
+        "is faster, and a peer's marker is filled by what was measured. Attention in fp16 is "
+        "PyTorch's, by backend; steps and prefills in fp16 run over transformers' growing cache. "
+        "Bars span the 10th to 90th percentile of the rounds. Weights and data are random, and a "
+        "decode step of one layer includes its weights and the host's launches.",
         condition=lambda study: bool(study.kernel_cases()),
         reason="has no section 'kernels'",
         draw="kvquant.analysis.figures.kernels:draw",
@@ -161,6 +164,7 @@ _LIST = (
         condition=_has_lengths,
         reason="has no cases of whole jobs of one prompt with several lengths",
         draw="kvquant.analysis.figures.lengths:draw",
+        table="jobs",
     ),
 )  # end of the list
 FIGURES = by_name(_LIST)

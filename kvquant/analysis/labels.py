@@ -84,6 +84,20 @@ def labels_of(study: Study) -> Labels:
     )
 
 
+def device_label(key: str) -> str:
+    """Returns the name of a device by its key in paths: that of h100-80gb-hbm3 is H100 80GB HBM3.
+
+    Keys are in lower case, so words with a digit and short ones are taken for model numbers, sizes
+    and abbreviations.
+    """
+    words = key.split("-")
+    short = 3
+    return " ".join(
+        word.upper() if len(word) <= short or any(map(str.isdigit, word)) else word.capitalize()
+        for word in words
+    )
+
+
 def case_label(shape: str, batch: int, tokens: int, all_tokens: int) -> str:
     """Returns the name of a case of the kernel benchmark: shape, batch and lengths."""
     name = shape.upper().replace("-", " ")

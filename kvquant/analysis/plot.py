@@ -14,17 +14,18 @@ from kvquant.study.dotted import load
 
 def _not_measured(name: str) -> Any:
     """Returns a figure that says that a study has no measurement of its kind yet."""
-    from kvquant.analysis.figures.style import WIDTH, plt
+    from kvquant.analysis.figures.style import WIDTH, plt, wrapped
 
     figure, axis = plt.subplots(figsize=(WIDTH, 0.6))
     axis.axis("off")
-    text = f"Nothing is measured yet: {figure_list.FIGURES[name].label}"
+    text = wrapped(f"Nothing is measured yet: {figure_list.FIGURES[name].label}", 45)
     axis.annotate(text, (0.5, 0.5), xycoords="axes fraction", ha="center", va="center")
     return figure
 
 
 def _devices(name: str, study: Study, tables: Path) -> str:
     """Returns where the timings of a figure were measured; empty for one without timings."""
+    from kvquant.analysis.labels import device_label
     from kvquant.analysis.tables import read_table
     from kvquant.analysis.timed_on import device_of
 
@@ -32,7 +33,8 @@ def _devices(name: str, study: Study, tables: Path) -> str:
     against_cost = figure.section is Section.ACCURACY_AGAINST_COST
     sources = ("perf", "energy") if against_cost else (figure.table,)
     found = [device_of(study, read_table(tables, source)) for source in sources]
-    return " and ".join(dict.fromkeys(f"timed on {name}" for name in found if name is not None))
+    there = dict.fromkeys(f"timed on {device_label(key)}" for key in found if key is not None)
+    return " and ".join(there)
 
 
 def _add_to_last_label(figure: Any, text: str) -> None:

@@ -8,7 +8,7 @@ from kvquant.benchmarks import append, jobs, kernels
 
 WHAT = {
     "append": (append, "measure the cost of appending to a cache as it grows"),
-    "jobs": (jobs, "run whole jobs of prompts and answers, each cache at its best batch"),
+    "jobs": (jobs, "run whole jobs of prompts and answers, by caches that take turns"),
     "kernels": (kernels, "time the headline scheme's kernels against copies, fp16 and peers"),
 }
 

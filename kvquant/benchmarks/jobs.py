@@ -1,7 +1,8 @@
-"""`kvquant bench jobs`: whole jobs of prompts and answers, each cache at its best batch.
+"""`kvquant bench jobs`: whole jobs of prompts and answers, by caches that take turns.
 
-A case has one shape and one limit of memory. Its caches take turns in one process: as many prompts
-as fit are prefilled one after the other and decoded together. A finished case is one record, beside
+A case has one shape and one limit of memory. Its caches take turns in one process: its
+`batch_size`, or without one as many prompts as fit, are prefilled one after the other and decoded
+together. A finished case is one record, beside
 which a CSV file has the samples of power, clocks and temperature. Cases of the same shape share a
 model.
 """

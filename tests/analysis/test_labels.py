@@ -5,6 +5,7 @@ Also covers: analysis.figures.style.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pandas as pd
 import pytest
 
 from kvquant.analysis.figures import style
-from kvquant.analysis.labels import TIMES, case_label, labels_of
+from kvquant.analysis.labels import TIMES, case_label, device_label, labels_of
 from kvquant.study.config import load_study, parse_study
 from tests.support.studies import study_of
 
@@ -37,18 +38,34 @@ def test_cases_are_named_by_shape_and_lengths() -> None:
     assert case_label("8b-gqa", 4, 1000, 3000) == f"8B GQA 4 {TIMES} 1,000, ragged"
 
 
-@pytest.mark.parametrize("file", ["config", "quality", "ablation", "demo"])
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("h100-80gb-hbm3", "H100 80GB HBM3"),
+        ("a100-sxm4-40gb-mig-3g-20gb", "A100 SXM4 40GB MIG 3G 20GB"),
+        ("tesla-t4", "Tesla T4"),
+        ("cpu", "CPU"),
+    ],
+)
+def test_devices_are_named_as_their_makers_do(key: str, name: str) -> None:
+    assert device_label(key) == name
+
+
+@pytest.mark.parametrize("file", ["config", "quality", "ablation", "demo", "athena"])
 def test_every_scheme_has_a_look_of_its_own(root: Path, file: str) -> None:
     study = load_study(root / f"config/{file}.yaml")
     found = style.looks(study)
     assert list(found) == list(study.schemes) and len(set(found.values())) == len(found)
     assert found[study.baseline] == (style.BASELINE, style.MARKERS[0])
-    colors: dict[str, list[str]] = {}
+    colors: dict[str, set[str]] = {}
     for key, scheme in study.schemes.items():
         if scheme.quantizes:
-            colors.setdefault(scheme.method(), []).append(found[key][0])
-    for of_method in colors.values():  # more than there are markers need another color
-        assert len(set(of_method[: len(style.MARKERS)])) == 1
+            colors.setdefault(scheme.method(), set()).add(found[key][0])
+    # a method has a color of its own, as long as there are markers for all of its schemes
+    counts = Counter(scheme.method() for scheme in study.schemes.values())
+    few = [found for name, found in colors.items() if counts[name] <= len(style.MARKERS)]
+    assert all(len(of_method) == 1 for of_method in few)
+    assert len(set().union(*few)) == len(few)
 
 
 def test_many_schemes_of_one_method_look_different() -> None:

@@ -15,6 +15,8 @@ import pandas as pd
 import pytest
 from matplotlib.text import Text
 
+from kvquant.analysis import plot
+from kvquant.analysis.figure_list import FIGURES
 from kvquant.analysis.figures import style
 from kvquant.analysis.figures.append import append_panels
 from kvquant.analysis.figures.style import plt
@@ -93,7 +95,58 @@ def test_a_workload_that_nobody_could_run(study: Study, tables: Path, tmp_path: 
     plt.close(figure)
     figure = drawn("pareto", study, folder)
     (speed,) = (axis for axis in figure.axes if "tokens/s" in axis.get_xlabel())
-    assert [text.get_text() for text in speed.texts] == ["not measured in this study"]
+    assert [text.get_text() for text in speed.texts] == ["out of memory"]
+    plt.close(figure)
+
+
+def test_costs_without_points_say_why(study: Study, tables: Path, tmp_path: Path) -> None:
+    """What a study measures and has no record of is not told like what it leaves out."""
+    for table in ("perf", "energy"):
+        empty = pd.read_parquet(tables / f"{table}.parquet").iloc[:0]
+        for file in tables.glob("*.parquet"):
+            write_table(pd.read_parquet(file), tmp_path / file.name)
+        write_table(empty, tmp_path / f"{table}.parquet")
+        raw = study.model_dump(mode="json")
+        raw["throughput" if table == "perf" else "energy"]["workloads"] = {}
+        for asked, said in (
+            (study, "not measured yet"),
+            (parse_study(raw), "not part of this study"),
+        ):
+            figure = drawn("pareto", asked, tmp_path)
+            assert said in [text.get_text() for axis in figure.axes for text in axis.texts]
+            plt.close(figure)
+
+
+def test_panels_of_one_task_name_it_once(study: Study, tables: Path) -> None:
+    figure = drawn("pareto", study, tables)
+    assert "Wikitext-2" in figure.get_supylabel()
+    assert not [a.get_xlabel() for a in figure.axes if "Wikitext-2" in a.get_xlabel()]
+    plt.close(figure)
+
+
+def test_titles_of_perplexity_lie_inside_the_figure(root: Path, tmp_path: Path) -> None:
+    raw = two_models(root)
+    raw["tasks"]["ppl-wikitext2-b"]["label"] = "Wikitext-2, protocol B, windows of 8,192 tokens"
+    study = parse_study(raw)
+    write_tables(study, tmp_path)
+    figure = drawn("perplexity", study, tmp_path)
+    renderer = figure.canvas.get_renderer()
+    for axis in figure.axes:
+        box = axis.title.get_window_extent(renderer)
+        assert box.x0 > -1 and box.x1 < figure.bbox.width + 1, axis.get_title()
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_nothing_is_said_in_whole_words(name: str) -> None:
+    """What a figure without a measurement says lies inside of it."""
+    with plt.rc_context(style.STYLE):
+        figure = plot._not_measured(name)
+    (text,) = figure.axes[0].texts
+    assert text.get_text().replace("\n", " ").endswith(FIGURES[name].label)
+    box = text.get_window_extent(figure.canvas.get_renderer())
+    page = figure.bbox
+    assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
     plt.close(figure)
 
 

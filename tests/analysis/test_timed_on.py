@@ -79,8 +79,8 @@ def test_figures_name_their_device(study: Study, folder: Path) -> None:
         figure = draw_figure(name, study, folder)
         return figure.get_supxlabel() or figure.axes[-1].get_xlabel()
 
-    assert label("pareto").endswith("\ntimed on gpu")
-    assert label("throughput").endswith(", timed on gpu")
+    assert label("pareto").endswith("\ntimed on GPU")
+    assert label("throughput").endswith(", timed on GPU")
     assert "timed on" not in label("perplexity")
 
 

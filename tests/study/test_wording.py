@@ -85,8 +85,10 @@ def test_all_names_of_the_studies_differ_and_are_no_keys(root: Path, file: str) 
 def test_tasks_say_data_and_protocol(root: Path) -> None:
     found = told_apart(load_study(root / "config/config.yaml").tasks)
     assert found["ppl-wikitext2-b"] == "Wikitext-2, protocol B"
-    assert found["ppl-wikitext2-full-b"] == "Wikitext-2, protocol B, full windows"
+    assert found["ppl-wikitext2-full-b"] == "Wikitext-2, protocol B, windows of 8,192"
     assert found["ruler-niah-multikey-2"] == "RULER NIAH multikey 2"
+    athena = told_apart(load_study(root / "config/athena.yaml").tasks)  # of other models
+    assert athena["ppl-wikitext2-full-b"] == "Wikitext-2, protocol B, full windows"
     assert found["longbench-retrieval"] == "LongBench PassageRetrieval-en"
     assert found["passkey-8k"] == "passkey, 8,180 tokens"
 

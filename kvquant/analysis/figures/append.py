@@ -65,8 +65,8 @@ def append_panels(
         if high / low < 20:  # a flat curve must not look steep
             middle = np.sqrt(low * high)
             axis.set_ylim(middle / 5, middle * 5)
-        calls = "1 token a call" if chunk == 1 else f"{chunk} tokens a call"
-        axis.set_ylabel(f"µs a token, {calls}")
+        calls = "1 token per call" if chunk == 1 else f"{chunk} tokens per call"
+        axis.set_ylabel(f"µs per token, {calls}")
     axes[-1].set_xlabel("tokens in the cache")
 
 

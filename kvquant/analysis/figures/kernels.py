@@ -41,7 +41,8 @@ WORDS = {
     "continue": "continued prefill",
 }
 FP16 = {"cudnn": "s", "flash": "^", "efficient": "v"}  # markers of torch's attention; hollow
-WHOLE = "D"  # whole models choose one of them
+BACKENDS = {"cudnn": "cuDNN", "flash": "flash", "efficient": "memory-efficient"}
+WHOLE = "D"  # of steps and prefills with transformers' growing cache
 # Text in place of a missing ratio, by status; with 'ok' our own time is missing.
 MISSING = {"ok": "no time of ours", "oom": "out of memory", "refused": "cannot run"}
 LETTERS = 34  # of a line of a measurement's name
@@ -105,8 +106,12 @@ def _legend_of(rows: pd.DataFrame, ours: str, names: Names) -> list[Any]:
     """Returns the handles of the first two panels."""
     there = set(rows[rows.status == "ok"].side)
     whole = [s for s in dict.fromkeys(rows[rows.role == "fp16"].side) if s not in FP16]
-    found = {f"fp16, {s}": (BASELINE, marker) for s, marker in FP16.items() if s in there}
-    found |= {s if s == "fp16" else f"fp16, {s}": (BASELINE, WHOLE) for s in whole}
+    found = {
+        f"fp16 attention, {BACKENDS[s]}": (BASELINE, marker)
+        for s, marker in FP16.items()
+        if s in there
+    }
+    found |= {f"{names.labels.scheme(s)}, growing": (BASELINE, WHOLE) for s in whole}
     return marks({names.labels.scheme(ours): names.ours}, ms=4.5) + marks(
         found, ms=4.5, mfc="white"
     )
@@ -134,7 +139,7 @@ def rate_panel(axis: Any, found: list[tuple[str, pd.DataFrame]], names: Names) -
     axis.axvline(100, color="#888888", linewidth=0.8, zorder=1)
     axis.set_xlim(0, max(110.0, axis.get_xlim()[1]))
     name_rows(axis, [label for label, _ in found], LETTERS)
-    axis.set_xlabel("bytes a second, % of a device copy (more is better)", loc="right")
+    axis.set_xlabel("bytes per second, % of a device copy (more is better)", loc="right")
 
 
 def _ratio_scale(axis: Any) -> None:

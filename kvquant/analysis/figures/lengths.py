@@ -24,6 +24,11 @@ PANELS = (
     ("peak_bytes", "peak memory, GB", 1e9),
 )
 
+LINES: tuple[dict[str, Any], ...] = (
+    {"linestyle": "-", "linewidth": 1.2, "markersize": 3.5},
+    {"linestyle": (0, (3, 2)), "linewidth": 1.2, "markersize": 6.5, "markerfacecolor": "none"},
+)
+
 
 def by_length(study: Study) -> dict[str, list[str]]:
     """Returns the cases of one prompt in all memory, by shape, of shapes with several lengths."""
@@ -45,6 +50,9 @@ def panel(
 ) -> None:  # fmt: skip
     """Draws one quantity against the prompt's length, a line per cache.
 
+    Every second line is dashed and has larger hollow markers, so that of lines that coincide both
+    are seen.
+
     Args:
         axis: The axis.
         rows: Rows of the table `jobs` of one shape.
@@ -53,16 +61,17 @@ def panel(
         marked: Color and marker of schemes.
         names: Names of schemes in the legend.
     """
+    schemes = list(dict.fromkeys(rows.scheme))
     for scheme, mine in rows.groupby("scheme", sort=False):
         mine = mine[mine[column].notna()].sort_values("prompt")
         if not len(mine):
             continue
         color, marker = marked[str(scheme)]
         values = mine[column].astype(float) / unit
+        style = LINES[schemes.index(scheme) % len(LINES)]
         axis.plot(
-            mine.prompt, values, color=color, marker=marker, ms=3.5, lw=1.2,
-            label=names[str(scheme)],
-        )  # fmt: skip
+            mine.prompt, values, color=color, marker=marker, label=names[str(scheme)], **style
+        )
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_locator(FixedLocator(sorted(rows.prompt.unique())))
     axis.xaxis.set_minor_locator(NullLocator())
@@ -71,6 +80,16 @@ def panel(
     axis.set_ylim(bottom=0)
     if not axis.lines:
         placeholder(axis, "not measured")
+
+
+def _names(study: Study) -> dict[str, str]:
+    """Returns the names of schemes in the legend, the growing cache with how it is decoded."""
+    names = dict(labels_of(study).schemes)
+    return names | {
+        key: f"{names[key]} (growing, from Python)"
+        for key, scheme in study.schemes.items()
+        if scheme.kind == "fp16"
+    }
 
 
 def draw(study: Study, tables: Path) -> Any:
@@ -82,7 +101,7 @@ def draw(study: Study, tables: Path) -> Any:
     figure, axes = plt.subplots(
         len(PANELS), len(shapes), figsize=(wide, 5.2), sharex="col", squeeze=False
     )
-    marked, names = looks(study), dict(labels_of(study).schemes)
+    marked, names = looks(study), _names(study)
     for place, (shape, cases) in enumerate(shapes.items()):
         rows = jobs[jobs.case.isin(cases)]
         for row, (column, label, unit) in zip(axes, PANELS, strict=True):

@@ -9,6 +9,7 @@ which there is no record has a panel that says so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,8 @@ from kvquant.study.tasks import SUITES
 from kvquant.study.timing import Workload
 
 MAX_WORKLOADS = 2  # panels of one cost; a page has room for no more
-NOT_MEASURED = "not measured in this study"
+NOT_MEASURED = "not measured yet"  # the study has the measurement, but no record
+NOT_ASKED = "not part of this study"
 _KEYS = ["model", "scheme"]
 _Y = ["y", "y_low", "y_high"]
 _X = ["x", "x_low", "x_high"]
@@ -159,7 +161,6 @@ def panels(
     A workload that no scheme has a record of has no panel, unless there is no other of its cost.
     """
     losses = quality(study, evaluations, tests)
-    task = labels.task(quality_task(study) or "")
 
     def size(name: str) -> pd.DataFrame:
         mine = dict(zip((name, f"{name}_low", f"{name}_high"), _X, strict=True))
@@ -169,7 +170,7 @@ def panels(
     kilobytes[_X] = kilobytes[_X] / 1e3
     found = [
         Panel("bits per element, everything included", False, size("bits"), sizes=True),
-        Panel(f"cache per token, kB\n{task}", False, kilobytes, sizes=True),
+        Panel("cache per token, kB", False, kilobytes, sizes=True),
     ]
     losses = losses[[*_KEYS, *_Y]]
     none = losses.iloc[:0].assign(**{x: [] for x in _X})
@@ -183,11 +184,20 @@ def panels(
         points = _costs(study, measured, name, "joules_per_token").merge(losses, on=_KEYS)
         joules.append(Panel(f"J per token\n{labels.metered[name]}", False, points))
     estimated = len(energy) and not len(measured)
-    reason = "estimated without counters" if estimated else NOT_MEASURED
+    reason = "estimated without counters" if estimated else _reason(energy, study.energy_cells())
     shown = [panel for panel in speeds if compares(study, panel)][:MAX_WORKLOADS]
-    found += shown or [Panel("throughput, tokens/s", True, none)]
+    slow = _reason(perf, study.throughput_cells())
+    found += shown or [Panel("throughput, tokens/s", True, none, slow)]
     shown = [panel for panel in joules if compares(study, panel)][:MAX_WORKLOADS]
     return found + (shown or [Panel("J per token", False, none, reason)])
+
+
+def _reason(table: pd.DataFrame, cells: Sequence[object]) -> str:
+    """Returns why a cost has no point: what the study lacks, or what its records say."""
+    if not cells:
+        return NOT_ASKED
+    statuses = table["scheme_status"] if "scheme_status" in table else pd.Series(dtype=object)
+    return "out of memory" if (statuses == "oom").any() else NOT_MEASURED
 
 
 def compares(study: Study, panel: Panel) -> bool:

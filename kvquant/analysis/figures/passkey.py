@@ -62,10 +62,14 @@ def draw(study: Study, tables: Path) -> Any:
         axis.set_yticks([0, depths / 2, depths], ["0", "50", "100"], rotation=0)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for column in range(columns):  # the lowest panel of a column names the lengths
-        axis = axes[(len(panels) - 1 - column) // columns][column]
-        axis.set_xlabel("prompt tokens")
-        axis.tick_params(labelbottom=True)
+    for column in range(columns):  # the lowest panel of a column shows the lengths
+        *above, lowest = axes[: (len(panels) - 1 - column) // columns + 1, column]
+        lowest.tick_params(labelbottom=True)
+        for axis in above:
+            axis.tick_params(bottom=False)
+        for axis in (*above, lowest) if column else ():
+            axis.tick_params(left=False)
+    axes[-1][0].set_xlabel("prompt tokens")
     if image is not None:
         figure.colorbar(image, ax=axes, label="accuracy, %", location="bottom", aspect=40, pad=0.02)
     figure.supylabel("depth of the key, %", fontsize=7.5)

@@ -22,6 +22,7 @@ from kvquant.study.config import Study
 from kvquant.study.tasks import SUITES
 
 SUITE = "perplexity"
+TITLE = 36  # letters of a line
 
 
 def draw(study: Study, tables: Path) -> Any:
@@ -51,7 +52,8 @@ def draw(study: Study, tables: Path) -> Any:
             axis.errorbar(row.difference, i, xerr=ends, fmt=marker, **style)
         axis.axvline(0, color="#888888", linewidth=0.6, zorder=1)
         of_model = [] if len(study.models) == 1 else [labels.model(model)]
-        axis.set_title(wrapped(", ".join([*of_model, labels.task(task)]), 50))
+        # over the panel alone, beside which the names of schemes take a third of the column
+        axis.set_title(wrapped(", ".join([*of_model, labels.task(task)]), TITLE))
         name_rows(axis, [labels.scheme(s) for s in names])
     loss_scale(axes.flat[-1], "x")
     axes.flat[-1].set_xlabel(f"{SUITES[SUITE].loss_axis} (less is better)", loc="right")

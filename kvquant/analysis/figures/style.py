@@ -20,8 +20,13 @@ from matplotlib.ticker import MaxNLocator
 Look = tuple[str, str]  # color and marker
 
 BASELINE = "#000000"
-# Seaborn's palette for color-blind readers, without its two lightest colors.
-COLORS = tuple(c for i, c in enumerate(sns.color_palette("colorblind").as_hex()) if i not in (6, 8))
+# Seaborn's palette for color-blind readers, without its two lightest colors, then darker ones, so
+# that every kind of scheme can have a color of its own.
+_DARK = ("#332288", "#7a1f3d", "#6b7500", "#00504a", "#7b4ba6", "#8a3b00", "#3c4a5a", "#b0005a")
+COLORS = (
+    *(c for i, c in enumerate(sns.color_palette("colorblind").as_hex()) if i not in (6, 8)),
+    *_DARK,
+)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "d")
 GREY = "#666666"
 FRONTIER = "#777777"
@@ -76,7 +81,7 @@ def looks(study: Study) -> dict[str, Look]:
     """Returns color and marker of every scheme, which all figures of the study give it.
 
     A color is a method (NUQ, KIVI, ...), black the unquantized caches. Schemes of one color have
-    different markers. Only of more schemes than there are pairs (108) do some look alike.
+    different markers. Only of more schemes than there are pairs do some look alike.
     """
     methods = dict.fromkeys(s.method() for s in study.schemes.values() if s.quantizes)
     colors = {method: COLORS[i % len(COLORS)] for i, method in enumerate(methods)}

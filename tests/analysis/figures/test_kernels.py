@@ -112,6 +112,17 @@ def test_rows_and_values(study: Study, tmp_path: Path) -> None:
     assert len({*labels(above), *labels(middle)}) == len(set(cases))
 
 
+def test_the_legend_names_backends_and_the_growing_cache(study: Study, tmp_path: Path) -> None:
+    figure = drawn(study, tmp_path)
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names[1:] == [
+        "fp16 attention, cuDNN",
+        "fp16 attention, flash",
+        "fp16 attention, memory-efficient",
+        "16-bit cache, growing",
+    ]
+
+
 def test_missing_peers_are_named(study: Study, tmp_path: Path) -> None:
     broken: dict[str, Status] = {"hf-hqq-4": "not installed", "kvquant-ref3-1pct": "oom"}
     below = drawn(study, tmp_path, broken).axes[2]

@@ -10,6 +10,7 @@ import pytest
 from kvquant.analysis.figure_list import FIGURES
 from kvquant.analysis.figures import lengths
 from kvquant.analysis.figures.style import PAGE_WIDTH, WIDTH
+from kvquant.analysis.plot import draw_figure
 from kvquant.analysis.tables import write_table
 from kvquant.study.config import Study
 from tests.support.studies import study_of
@@ -41,12 +42,32 @@ def test_cases_of_one_prompt_are_lines(tmp_path: Path) -> None:
     assert len(figure.axes) == 3
     for axis in figure.axes:
         assert [line.get_label() for line in axis.lines] == [
-            "16-bit cache",
+            "16-bit cache (growing, from Python)",
             "NUQ 3 bits, 1 % outliers",
         ]
         for line in axis.lines:
             assert list(line.get_xdata()) == [1024, 4096, 16384]
         assert axis.get_ylim()[0] == 0
+
+
+def test_lines_that_coincide_are_both_seen(tmp_path: Path) -> None:
+    for axis in drawn(study("7b-mha"), tmp_path).axes:
+        below, above = axis.lines
+        assert below.get_linestyle() == "-" and above.get_linestyle() == "--"
+        assert above.get_markerfacecolor() == "none"
+        assert above.get_markersize() > below.get_markersize()
+
+
+def test_the_figure_names_its_device_and_needs_jobs(tmp_path: Path) -> None:
+    asked = study("7b-mha")
+    table = job_table(asked).assign(device="h200")
+    for rows, said in ((table, "timed on H200"), (table.iloc[:0], "Nothing is measured yet")):
+        write_table(rows, tmp_path / "jobs.parquet")
+        figure = draw_figure("lengths", asked, tmp_path)
+        axis = figure.axes[-1]
+        words = [axis.get_xlabel(), *(text.get_text() for text in axis.texts)]
+        assert any(said in one for one in words)
+    assert len(figure.axes) == 1
 
 
 def test_shapes_are_columns(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from kvquant.analysis.figures.style import plt
 from kvquant.analysis.plot import draw_figure
 from kvquant.errors import UserError
 from kvquant.study.config import Study, parse_study
+from tests.support.tables import write_tables
 
 
 def study_of(*lengths: int) -> Study:
@@ -53,6 +54,22 @@ def test_cells_are_means_over_length_and_depth(
     assert (shown["KIVI 2 bits"][:, 0] == 100).all()
     assert (shown["KIVI 2 bits"][:5, 1] == 100).all() and (shown["KIVI 2 bits"][5:, 1] == 0).all()
     figure.savefig(tmp_path / "passkey.pdf")
+    plt.close(figure)
+
+
+def test_lengths_stand_once_below_each_column(tmp_path: Path) -> None:
+    """Also where the last row is not full; the panels above have no ticks without numbers."""
+    raw = study_of(1024, 2048).model_dump(mode="json")
+    raw["schemes"] |= {f"kivi-2-g{n}": {"kind": "kivi", "bits": 2, "group": n} for n in (32, 64)}
+    study = parse_study(raw)
+    write_tables(study, tmp_path)
+    figure = draw_figure("passkey", study, tmp_path)
+    panels = [axis for axis in figure.axes if axis.get_visible() and axis.get_title()]
+    assert len(panels) == 4  # three and one
+    ticks = [axis.xaxis.get_major_ticks()[0] for axis in panels]
+    assert [tick.tick1line.get_visible() for tick in ticks] == [False, True, True, True]
+    assert [tick.label1.get_visible() for tick in ticks] == [False, True, True, True]
+    assert [axis.get_xlabel() for axis in panels] == ["", "", "", "prompt tokens"]
     plt.close(figure)
 
 
