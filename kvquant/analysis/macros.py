@@ -7,9 +7,10 @@ import re
 from kvquant.analysis import suite_tables
 from kvquant.analysis.booktabs import HEAD, escape, number
 from kvquant.analysis.claims_of_cost import append_growth
-from kvquant.analysis.pareto import first_workload
+from kvquant.analysis.pareto import first_task, first_workload
 from kvquant.analysis.study_tables import Tables
-from kvquant.study.suite import scored_suites
+from kvquant.study.suite import likelihood_suites, scored_suites
+from kvquant.study.tasks import SUITES
 
 DIGITS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
 
@@ -54,6 +55,8 @@ def numbers(t: Tables) -> str:
     Names are unique: of two keys that are spelt the same, the second gets "Again".
     """
     prefill = first_workload(t.study.throughput)
+    quality = first_task(t.study, t.evaluations, *likelihood_suites())
+    quality = quality or first_task(t.study, t.evaluations, *SUITES)
     out: dict[str, str] = {
         "Study": escape(t.study.study),
         "Title": escape(t.study.title or t.study.study),
@@ -65,6 +68,7 @@ def numbers(t: Tables) -> str:
         "SuiteComparisons": str(int((t.tests["level"] == "suite").sum()) if len(t.tests) else 0),
         "Headline": escape(t.labels.scheme(t.study.headline)),
         "LongBench": escape(suite_tables.suite_name(t, "longbench")),
+        "QualityTask": escape(t.labels.task(quality) if quality else "no task"),
         "PrefillWorkload": escape(t.labels.timed[prefill] if prefill else "no workload"),
         **_headline(t),
     }

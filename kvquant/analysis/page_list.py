@@ -49,11 +49,13 @@ PAGES = {
         "pareto",
         Section.ACCURACY_AGAINST_COST,
         "all axes",
-        "A row per model and scheme: means over the tasks of each suite and their difference to "
-        "the unquantized cache, bits per element with everything included, and speed and energy "
-        "over the unquantized cache on the workload that is named (energy where counters "
-        "measured it). A scheme is beaten where another is at least as good on every axis and "
-        "better on one.",
+        "A row per model and scheme: bits per element with everything included, perplexity and KL "
+        "divergence, of the first perplexity task alone; means over all tasks of each other "
+        "suite; differences to the unquantized cache; and speed and energy over the unquantized "
+        "cache on the workload that is named (energy where counters measured it). A scheme that "
+        "was not measured on each of those tasks has a dash. A scheme is beaten where another is "
+        "at least as good on every axis on which it was measured, and better on one; without bits "
+        "it is not judged.",
         {
             "model": "model",
             "scheme": "scheme",
