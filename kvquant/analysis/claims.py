@@ -36,14 +36,15 @@ def judge(tables: Tables) -> pd.DataFrame:
             rows.append(
                 {
                     "claim": claim.text,
-                    "model": model,
+                    "model": model if outcome.of_model else ANY,
                     "definition": claim.definition,
                     "measured": outcome.value,
                     "evidence": outcome.evidence,
                     "verdict": outcome.verdict,
                 }
             )
-    return pd.DataFrame(rows)
+    # what is of no model was found once for each of them
+    return pd.DataFrame(rows).drop_duplicates(ignore_index=True)
 
 
 def named(study: Study, table: pd.DataFrame) -> pd.DataFrame:

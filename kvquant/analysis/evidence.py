@@ -21,12 +21,15 @@ class Outcome:
         met: Whether it meets the bar; None where the interval holds the bar or is not known.
         evidence: How much was measured; empty for what was not measured.
         enough: Whether the evidence reaches the claim's minimum.
+        of_model: Whether it was measured on the model of the tables, not on a shape with random
+            weights.
     """
 
     value: str
     met: bool | None
     evidence: str = ""
     enough: bool = True
+    of_model: bool = True
 
     @property
     def verdict(self) -> str:

@@ -213,7 +213,7 @@ def summary(t: Tables) -> str:
     suites = [s for s in scored_suites() if (t.evaluations.suite == s).any()]
     first = first_task(t.study, t.evaluations, *likelihood_suites())
     rows = []
-    for model, scheme, row, chosen in _caches(t):
+    for model, scheme, row, _ in _caches(t):
         front = t.pareto[(t.pareto.model == model) & (t.pareto.scheme == scheme)].iloc[0]
         cells: dict[str, str] = dict(row)
         cells["16-bit"] = kept_tokens(t.study, scheme)

@@ -1,7 +1,7 @@
 """The paper of several models and repetitions: it compiles, and every table tells rows apart.
 
 Also covers: analysis.claim_list, analysis.claims, analysis.claims_of_accuracy,
-analysis.claims_of_cost, analysis.cost_tables, analysis.latex, analysis.macros.
+analysis.cost_tables, analysis.latex, analysis.macros.
 """
 
 from __future__ import annotations
