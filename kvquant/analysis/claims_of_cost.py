@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from kvquant.analysis.claim_list import MIN_ROUNDS, MIN_TRIALS
-from kvquant.analysis.evidence import Outcome, against_bar, not_measured
+from kvquant.analysis.evidence import Outcome, against_bar, no_record, not_measured
 from kvquant.analysis.labels import case_label
 from kvquant.analysis.pareto import counted
 from kvquant.analysis.study_tables import Tables
@@ -51,7 +51,7 @@ def _of_kernels(t: Tables, sides: list[str], bar: float) -> Outcome:
         rows = rows[(rows.scheme == t.study.headline) & (rows.measure == "prefill")]
         rows = rows[rows.side.isin(sides) & rows.over_ours_median.notna()]
     if not len(rows):
-        return not_measured("not measured yet: no prefill in sections `throughput` and `kernels`")
+        return not_measured("not measured yet (sections `throughput` and `kernels`: no record)")
     names = [
         case_label(str(r.shape), int(r.batch), int(r.tokens), int(r.all_tokens))
         for r in rows[["shape", "batch", "tokens", "all_tokens"]].itertuples()
@@ -85,9 +85,9 @@ def prefill(t: Tables) -> Outcome:
 
 def quantize_share(t: Tables) -> Outcome:
     """Judges quantization as a share of the baseline's prefill, on the worst workload."""
-    rows = t.headline_perf()
+    rows = t.headline_perf() if len(t.perf) else t.perf
     if not len(rows) or rows["quantize_share"].isna().all():
-        return not_measured("no throughput measured")
+        return no_record("throughput")
     name, worst = _worst(rows, "quantize_share", largest=True)
     share = worst.quantize_share
     met = against_bar(share.min(), share.max(), 0.15, at_most=True)
@@ -100,7 +100,7 @@ def energy(t: Tables) -> Outcome:
     """Judges the headline scheme's measured energy on its worst workload, over the baseline."""
     rows = t.energy[t.energy["scheme"] == t.study.headline] if len(t.energy) else t.energy
     if not len(rows):
-        return not_measured("no energy measured")
+        return no_record("energy")
     measured = counted(rows)
     if not len(measured) or measured["energy_ratio"].isna().all():
         return not_measured("an estimate without counters")
@@ -144,7 +144,7 @@ def append(t: Tables) -> Outcome:
     """Judges the cost of an appended token at the largest cache over that at the smallest."""
     ours = append_growth(t.append, t.study.headline)
     if ours is None:
-        return not_measured("append is not measured in this study")
+        return no_record("append")
     theirs = append_growth(t.append, "concatenation")
     beside = f"; {theirs[0]:.2f} where arrays are concatenated" if theirs else ""
     value = f"{ours[0]:.2f} from {ours[1]:,} to {ours[2]:,} tokens{beside}"

@@ -46,6 +46,11 @@ def not_measured(reason: str) -> Outcome:
     return Outcome(reason, None)
 
 
+def no_record(section: str) -> Outcome:
+    """Returns the outcome of a claim that rests on a section of the study without a record."""
+    return not_measured(f"not measured yet (section `{section}`: no record)")
+
+
 def against_bar(low: float, high: float, bar: float, *, at_most: bool) -> bool | None:
     """Returns whether an interval lies on the right side of a bar.
 

@@ -94,3 +94,32 @@ def test_what_is_of_a_shape_is_of_no_model() -> None:
     rows = table[table.claim == "Prefill at fp16 speed"]
     assert rows.model.to_list() == ["any"]
     assert table[table.claim == "Quantization is cheap"].model.to_list() == ["one", "two"]
+
+
+def test_a_definition_names_the_headline_scheme_and_stands_alone() -> None:
+    """Rows are read one by one, so none refers to another or to "the headline scheme"."""
+    asked = study()
+    found = tables(asked=asked)
+    evaluations, none = accuracy_tables(asked)[0], pd.DataFrame()
+    table = claims.judge(
+        Tables(asked, evaluations, found.perf, none, none, none, none, none, found.kernels)
+    )
+    named = table.definition.str.contains("NUQ 3 bits, 1 % outliers", regex=False)
+    assert table.claim[~named].to_list() == ["Loss grows as bits fall"]
+    text = " ".join([*table.definition, *table.measured])
+    for words in ("headline", "{", "the same caches", "the same jobs", "in this study", " a call"):
+        assert words not in text, words
+    assert table.claim.is_unique and "Energy per token at equal batch falls by 45 %" in set(
+        table.claim
+    )
+
+
+def test_missing_records_are_named_by_their_section() -> None:
+    for judge, section in (
+        (claims_of_cost.energy, "energy"),
+        (claims_of_cost.append, "append"),
+        (claims_of_cost.quantize_share, "throughput"),
+    ):
+        outcome = judge(tables(pd.DataFrame()))
+        assert outcome.value == f"not measured yet (section `{section}`: no record)"
+        assert outcome.verdict == NOT_MEASURED
