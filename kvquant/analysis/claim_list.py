@@ -116,8 +116,8 @@ _LIST = (
         name="prefill-over-kvquant",
         text="Three times the prefill of KVQuant's procedure",
         definition="{headline}: prefill tokens/s over a one-sequence, growing-array reference, "
-        "GPU: at least 3 in "
-        f"every repetition of the worst workload, at least {MIN_ROUNDS} rounds{OF_KERNELS}",
+        "GPU: at least 3 in every repetition of the worst workload, at least "
+        f"{MIN_ROUNDS} rounds{OF_KERNELS}",
         judge="kvquant.analysis.claims_of_cost:over_reference",
     ),
     Claim(

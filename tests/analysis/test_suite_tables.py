@@ -43,7 +43,7 @@ def tables(root: Path, folder: Path) -> Tables:
     study = load_study(root / "config/config.yaml")
     # few draws: the subject is which rows and cells there are
     statistics = study.statistics.model_copy(update={"bootstrap": 100})
-    study = study.model_copy(update={"append": None, "statistics": statistics})
+    study = study.model_copy(update={"append": None, "kernels": None, "statistics": statistics})
     write_tables(study, folder)
     return load_tables(study, folder)
 
