@@ -24,7 +24,7 @@ IN_40_GB = (
 )
 # The end of definitions that models of random weights can speak to.
 OF_KERNELS = (
-    "; where section `throughput` has no record, prefills of section `kernels`, 10th to 90th "
+    "; where section 'throughput' has no record, prefills of section 'kernels', 10th to 90th "
     "percentile of rounds"
 )
 

@@ -51,7 +51,7 @@ def _of_kernels(t: Tables, sides: list[str], bar: float) -> Outcome:
         rows = rows[(rows.scheme == t.study.headline) & (rows.measure == "prefill")]
         rows = rows[rows.side.isin(sides) & rows.over_ours_median.notna()]
     if not len(rows):
-        return not_measured("not measured yet (sections `throughput` and `kernels`: no record)")
+        return not_measured("not measured yet (sections 'throughput' and 'kernels': no record)")
     names = [
         case_label(str(r.shape), int(r.batch), int(r.tokens), int(r.all_tokens))
         for r in rows[["shape", "batch", "tokens", "all_tokens"]].itertuples()

@@ -48,7 +48,7 @@ def not_measured(reason: str) -> Outcome:
 
 def no_record(section: str) -> Outcome:
     """Returns the outcome of a claim that rests on a section of the study without a record."""
-    return not_measured(f"not measured yet (section `{section}`: no record)")
+    return not_measured(f"not measured yet (section '{section}': no record)")
 
 
 def against_bar(low: float, high: float, bar: float, *, at_most: bool) -> bool | None:

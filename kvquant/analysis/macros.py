@@ -7,10 +7,9 @@ import re
 from kvquant.analysis import suite_tables
 from kvquant.analysis.booktabs import HEAD, escape, number
 from kvquant.analysis.claims_of_cost import append_growth
-from kvquant.analysis.pareto import first_task, first_workload
+from kvquant.analysis.pareto import first_workload
 from kvquant.analysis.study_tables import Tables
-from kvquant.study.suite import likelihood_suites, scored_suites
-from kvquant.study.tasks import SUITES
+from kvquant.study.suite import scored_suites
 
 DIGITS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
 
@@ -55,8 +54,7 @@ def numbers(t: Tables) -> str:
     Names are unique: of two keys that are spelt the same, the second gets "Again".
     """
     prefill = first_workload(t.study.throughput)
-    quality = first_task(t.study, t.evaluations, *likelihood_suites())
-    quality = quality or first_task(t.study, t.evaluations, *SUITES)
+    quality = next(iter(t.pareto.quality_task), "")
     out: dict[str, str] = {
         "Study": escape(t.study.study),
         "Title": escape(t.study.title or t.study.study),

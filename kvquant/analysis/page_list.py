@@ -57,7 +57,7 @@ PAGES = {
         Section.ACCURACY_AGAINST_COST,
         "all axes",
         "A row per model and scheme: bits per element with everything included, perplexity and KL "
-        "divergence, of the first perplexity task alone; means over all tasks of each other "
+        "divergence, of the task that is named; means over all tasks of each other "
         "suite; differences to the unquantized cache; and speed and energy over the unquantized "
         "cache on the workload that is named (energy where counters measured it). A scheme that "
         "was not measured on each of those tasks has a dash. A scheme is beaten where another is "
@@ -66,6 +66,7 @@ PAGES = {
         {
             "model": "model",
             "scheme": "scheme",
+            "quality_task": "task of bits and perplexity",
             "bits_per_element": "bits per element",
             **{
                 column: head

@@ -81,8 +81,8 @@ def _standing_for(study: Study, evaluations: pd.DataFrame, suite: str) -> list[s
 
 def _accuracy(
     study: Study, evaluations: pd.DataFrame, mine: pd.DataFrame, base: pd.DataFrame
-) -> dict[str, float]:
-    """Returns the suites, the divergence and the bits of one scheme.
+) -> dict[str, object]:
+    """Returns the suites, the divergence and the bits of one scheme, and the task of the latter.
 
     Args:
         study: The study.
@@ -90,7 +90,7 @@ def _accuracy(
         mine: Those of the scheme on one model.
         base: Those of the baseline on that model.
     """
-    row = {}
+    row: dict[str, object] = {}
     for suite in SUITES:
         tasks = _standing_for(study, evaluations, suite)
         values, reference = (
@@ -102,6 +102,7 @@ def _accuracy(
         row[f"{suite}_change"] = (values - reference).mean(skipna=False) if tasks else np.nan
     language = first_task(study, evaluations, *likelihood_suites())
     sized = first_task(study, evaluations, *SUITES) if language is None else language
+    row["quality_task"] = sized or ""
     row["kl"] = mine[mine.task == language]["kl"].mean() if "kl" in mine else np.nan
     row["bits_per_element"] = bits_of(mine[mine.task == sized])
     return row
@@ -113,10 +114,11 @@ def pareto_table(
     """Returns a row per (model, scheme).
 
     Every column compares schemes on the same tasks. Perplexity, `kl` and `bits_per_element` are
-    those of the first perplexity task (bits: without one, of the first task of all). Other suites
-    are means over all their tasks. NaN for a scheme that lacks one of these tasks. `kl` does not
-    count for dominance, as perplexity shows that damage; `dominated` is missing for a scheme
-    without bits, which any 16-bit cache would beat.
+    those of the first perplexity task (bits: without one, of the first task of all), which
+    `quality_task` names. Other suites are means over all their tasks. NaN stands for a scheme that
+    lacks one of these tasks. `kl` does not count for dominance, as perplexity shows that damage;
+    `dominated` is missing for a scheme without bits, which any 16-bit cache would beat.
+
     Speeds are of the study's first throughput workload (decode: of the first with an answer),
     energy is of the first energy workload and only where counters measured it; medians over
     repetitions. Each is of one device, which `timed_on` and `metered_on` name.

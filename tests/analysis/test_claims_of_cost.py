@@ -77,7 +77,7 @@ def test_nothing_timed_says_where_it_would_be() -> None:
     for judge in (claims_of_cost.prefill, claims_of_cost.over_reference):
         outcome = judge(tables(pd.DataFrame()))
         assert outcome.verdict == NOT_MEASURED
-        assert "`throughput` and `kernels`" in outcome.value
+        assert "'throughput' and 'kernels'" in outcome.value
     on_cpu = claims_of_cost.prefill(tables(asked=study().model_copy(update={"gpus": 0})))
     assert on_cpu.verdict == NOT_MEASURED and "defined for a GPU" in on_cpu.value
 
@@ -121,5 +121,5 @@ def test_missing_records_are_named_by_their_section() -> None:
         (claims_of_cost.quantize_share, "throughput"),
     ):
         outcome = judge(tables(pd.DataFrame()))
-        assert outcome.value == f"not measured yet (section `{section}`: no record)"
+        assert outcome.value == f"not measured yet (section '{section}': no record)"
         assert outcome.verdict == NOT_MEASURED

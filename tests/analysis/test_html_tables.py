@@ -16,10 +16,12 @@ from kvquant.analysis import html_tables, page_list
 from kvquant.analysis.collect import JOB_COLUMNS
 from kvquant.analysis.evidence import SUPPORTED
 from kvquant.analysis.html_tables import page, table_of
+from kvquant.analysis.labels import labels_of
+from kvquant.analysis.pareto import pareto_table
 from kvquant.analysis.tables import write_table
 from kvquant.errors import UserError
 from tests.support.studies import study_of
-from tests.support.tables import job_table
+from tests.support.tables import accuracy_tables, job_table
 
 NAN, INF = float("nan"), float("inf")
 CASE: dict[str, Any] = {"shape": "7b-mha", "prompt": 4096, "answer": 64}
@@ -101,3 +103,12 @@ def test_a_study_without_whole_jobs_has_no_such_page(tmp_path: Path) -> None:
         args = argparse.Namespace(study=str(file), tables=tmp_path, out=[tmp_path / f"{name}.html"])
         with pytest.raises(UserError, match=words):
             html_tables.run(args)
+
+
+def test_the_page_of_all_axes_names_the_task(tmp_path: Path) -> None:
+    evaluations, none = accuracy_tables(STUDY)[0], pd.DataFrame()
+    write_table(pareto_table(STUDY, evaluations, none, none), tmp_path / "pareto.parquet")
+    table = table_of(STUDY, tmp_path, "summary")
+    (name,) = table["task of bits and perplexity"].unique()
+    assert name == labels_of(STUDY).task("ppl")
+    assert "<td>no</td>" in page(table, "t", "c")
