@@ -27,6 +27,7 @@ ANY = "any"  # the model of a claim that needs none
 def judge(tables: Tables) -> pd.DataFrame:
     """Returns a row per claim and model; `model` is "any" for a claim that needs no model."""
     tables = tables.on_one_device()
+    headline = labels_of(tables.study).scheme(tables.study.headline)
     rows = []
     for claim in CLAIMS.values():
         of_model = claim.applies_to == "model"
@@ -36,14 +37,15 @@ def judge(tables: Tables) -> pd.DataFrame:
             rows.append(
                 {
                     "claim": claim.text,
-                    "model": model,
-                    "definition": claim.definition,
+                    "model": model if outcome.of_model else ANY,
+                    "definition": claim.definition.replace("{headline}", headline),
                     "measured": outcome.value,
                     "evidence": outcome.evidence,
                     "verdict": outcome.verdict,
                 }
             )
-    return pd.DataFrame(rows)
+    # what is of no model was found once for each of them
+    return pd.DataFrame(rows).drop_duplicates(ignore_index=True)
 
 
 def named(study: Study, table: pd.DataFrame) -> pd.DataFrame:
@@ -63,10 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Writes the claims as CSV and LaTeX."""
     study = load_study(args.study)
-    table = judge(load_tables(study, args.tables))
+    table = named(study, judge(load_tables(study, args.tables)))
     write_file(args.out, table.to_csv(index=False))
     several = len(study.models) > 1
-    shown = named(study, table[["model", *table.columns.drop("model")]])
+    shown = table[["model", *table.columns.drop("model")]]
     shown = shown if several else shown.drop(columns="model")
     columns = "L{1.9cm}" * several + "L{2.4cm}L{4.3cm}L{3.3cm}L{2cm}L{1.7cm}"
     write_file(args.tex, booktabs(shown, columns, size="scriptsize", tight=True, pages=True))

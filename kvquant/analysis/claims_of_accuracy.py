@@ -24,7 +24,7 @@ def ordering(t: Tables) -> Outcome:
     if len(by_bits) < 2 or not len(language):
         return not_measured("needs perplexity and two bit widths")
     order = [t.study.baseline, *(by_bits[b] for b in sorted(by_bits, reverse=True))]
-    names = ["fp16", *(f"{b} bit" for b in sorted(by_bits, reverse=True))]
+    names = ["fp16", *(f"{b} bits" for b in sorted(by_bits, reverse=True))]
     parts, met, seeds = [], [], []
     for task, group in language.groupby("task", sort=False):
         values = {s: rows.set_index("seed")["value"] for s, rows in group.groupby("scheme")}
@@ -83,7 +83,10 @@ def bits_per_element(t: Tables) -> Outcome:
     bits, lengths = 8 * rows.cache_bytes / rows.cache_elements, rows.tokens / rows.samples
     if lengths.max() < 16_000:
         longest = int(lengths.max())
-        return not_measured(f"{bits[lengths == lengths.max()].max():.2f} at {longest:,} tokens")
+        most = bits[lengths == lengths.max()].max()
+        return not_measured(
+            f"the longest prompt has {longest:,} tokens ({most:.2f} bits); defined from 16K"
+        )
     long = bits[lengths >= 16_000]
     value = f"{long.max():.2f} (most of {len(long)} results)"
     return Outcome(value, against_bar(long.max(), long.max(), 3.6, at_most=True), "allocated bytes")

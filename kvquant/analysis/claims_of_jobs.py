@@ -1,8 +1,8 @@
 """Verdicts of the claims about whole jobs: what fits in memory, their speed and their energy.
 
 Every ratio is of the headline scheme, or in a case without it of its first quantized cache, over
-the fp16 cache that is best in it, growing or static. Its interval spans the worst and the best
-trials of both.
+the 16-bit cache of the case that is best, growing or static. Its interval spans the worst and the
+best trials of both.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import pandas as pd
 
-from kvquant.analysis.claim_list import MIN_ROUNDS, MIN_TRIALS
-from kvquant.analysis.evidence import Outcome, against_bar, not_measured
+from kvquant.analysis.claim_list import MIN_REPEATS, MIN_ROUNDS, MIN_TRIALS
+from kvquant.analysis.evidence import Outcome, against_bar, no_record, not_measured
 from kvquant.analysis.labels import job_label
 from kvquant.analysis.study_tables import Tables
 from kvquant.study.jobs import JobCase
@@ -47,9 +47,10 @@ def _text(value: float, low: float, high: float, what: str) -> str:
     return f"{value:.3f} [{low:.3f}, {high:.3f}] ({what})"
 
 
-def _who(t: Tables, ours: pd.Series) -> str:
-    """Returns which scheme was measured on which device."""
-    return f"{t.labels.scheme(str(ours.scheme))} on {ours.device}"
+def _who(t: Tables, ours: pd.Series, base: pd.Series) -> str:
+    """Returns which caches were measured on which device."""
+    both = [t.labels.scheme(str(row.scheme)) for row in (ours, base)]
+    return f"{both[0]} over {both[1]}, on {ours.device}"
 
 
 def _trials(ours: pd.Series, base: pd.Series) -> tuple[str, bool]:
@@ -65,12 +66,12 @@ def capacity(t: Tables) -> Outcome:
         value = float(ours.capacity_tokens / best.capacity_tokens)
         told = (
             f"{value:.2f}: {int(ours.capacity_tokens):,} tokens over {int(best.capacity_tokens):,} "
-            f"({_who(t, ours)})"
+            f"({_who(t, ours, best)})"
         )
         step = max(1, case.prompt // 64)
         met = against_bar(value, value, 4.0, at_most=False)
         return Outcome(told, met, f"searched in steps of {step:,} tokens")
-    return not_measured("what fits in 40 GB is not measured in this study")
+    return no_record("jobs")
 
 
 def speed(t: Tables) -> Outcome:
@@ -79,9 +80,9 @@ def speed(t: Tables) -> Outcome:
         best = base.loc[base.job_tokens_per_s.idxmax()]
         value, low, high = _ratio(ours, best, "job_tokens_per_s")
         batches = f"{int(ours.batch_size)} prompts against {int(best.batch_size)}"
-        told = _text(value, low, high, f"{job_label(case)}, {_who(t, ours)}, {batches}")
+        told = _text(value, low, high, f"{job_label(case)}: {_who(t, ours, best)}, {batches}")
         return Outcome(told, against_bar(low, high, 2.5, at_most=False), *_trials(ours, best))
-    return not_measured("whole jobs in 40 GB are not measured in this study")
+    return no_record("jobs")
 
 
 def _joules(t: Tables, column: str, judge: Callable[[float, float], bool | None]) -> Outcome:
@@ -91,9 +92,9 @@ def _joules(t: Tables, column: str, judge: Callable[[float, float], bool | None]
             return not_measured("an estimate without counters")
         best = base.loc[base[column].idxmin()]
         value, low, high = _ratio(ours, best, column)
-        told = _text(value, low, high, f"{job_label(case)}, {_who(t, ours)}")
+        told = _text(value, low, high, f"{job_label(case)}: {_who(t, ours, best)}")
         return Outcome(told, judge(low, high), *_trials(ours, best))
-    return not_measured("energy of whole jobs in 40 GB is not measured in this study")
+    return no_record("jobs")
 
 
 def energy(t: Tables) -> Outcome:
@@ -118,15 +119,16 @@ def generate(t: Tables) -> Outcome:
     for case, ours, base in _cases(t, lambda case: case.decode == "generate"):
         growing = base[base.scheme == t.study.baseline]
         if len(growing):
-            ratio = _ratio(ours, growing.iloc[0], "decode_tokens_per_s")
-            found.append((*ratio, job_label(case), ours))
+            theirs = growing.iloc[0]
+            ratio = _ratio(ours, theirs, "decode_tokens_per_s")
+            found.append((*ratio, job_label(case), ours, theirs))
     if not found:
-        return not_measured("generate is not measured in this study")
-    value, low, high, name, ours = min(found, key=lambda case: case[0])
-    steps = int(ours.step_ms_n)
+        return no_record("jobs")
+    value, low, high, name, ours, theirs = min(found, key=lambda case: case[0])
+    steps, trials = (int(min(ours[key], theirs[key])) for key in ("step_ms_n", "trials"))
     return Outcome(
-        _text(value, low, high, f"{name}, {_who(t, ours)}"),
+        _text(value, low, high, f"{name}: {_who(t, ours, theirs)}"),
         against_bar(low, high, 1.0, at_most=False),
-        f"{int(ours.trials)} trials, {steps} steps",
-        steps >= MIN_ROUNDS,
+        f"{trials} trials, {steps} steps",
+        trials >= MIN_REPEATS and steps >= MIN_ROUNDS,
     )

@@ -10,8 +10,8 @@ import pandas as pd
 
 from kvquant.analysis import suite_tables
 from kvquant.analysis.booktabs import booktabs, number, p_value, signed
+from kvquant.analysis.pareto import bits_of, first_task
 from kvquant.analysis.study_tables import Tables
-from kvquant.study.tasks import SUITES
 
 
 def _sides(t: Tables, row: Any, reps: int) -> dict[str, Any]:
@@ -104,15 +104,18 @@ def energy(t: Tables) -> str:
 
 
 def memory(t: Tables) -> str:
-    """Builds the table of bits per element from allocated bytes, by suite."""
+    """Builds the table of bits per element from allocated bytes, on the first task of each suite.
+
+    A mean over more tasks would compare schemes at other lengths where one of them lacks a task.
+    """
+    suites = t.evaluations.suite.unique()
+    tasks = [first_task(t.study, t.evaluations, str(suite)) for suite in suites]
     rows, several = [], len(t.study.models) > 1
     for (model, scheme), group in t.evaluations.groupby(["model", "scheme"], sort=False):
         row = {"model": t.labels.model(str(model))} if several else {}
         row |= {"scheme": t.labels.scheme(str(scheme))}
-        for suite, part in group.groupby("suite", sort=False):
-            row[SUITES[str(suite)].label] = number(
-                8 * part.cache_bytes.sum() / part.cache_elements.sum()
-            )
+        for task in filter(None, tasks):
+            row[t.labels.task(task)] = number(bits_of(group[group.task == task]))
         rows.append(row)
     table = pd.DataFrame(rows).fillna("-")  # a scheme that cannot run a task's protocol
     labels = 1 + several

@@ -21,12 +21,15 @@ class Outcome:
         met: Whether it meets the bar; None where the interval holds the bar or is not known.
         evidence: How much was measured; empty for what was not measured.
         enough: Whether the evidence reaches the claim's minimum.
+        of_model: Whether it was measured on the model of the tables, not on a shape with random
+            weights.
     """
 
     value: str
     met: bool | None
     evidence: str = ""
     enough: bool = True
+    of_model: bool = True
 
     @property
     def verdict(self) -> str:
@@ -41,6 +44,11 @@ class Outcome:
 def not_measured(reason: str) -> Outcome:
     """Returns the outcome of a claim on which this study has no measurement."""
     return Outcome(reason, None)
+
+
+def no_record(section: str) -> Outcome:
+    """Returns the outcome of a claim that rests on a section of the study without a record."""
+    return not_measured(f"not measured yet (section '{section}': no record)")
 
 
 def against_bar(low: float, high: float, bar: float, *, at_most: bool) -> bool | None:

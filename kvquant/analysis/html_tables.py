@@ -12,11 +12,10 @@ import pandas as pd
 
 from kvquant.analysis.claims import judge, named
 from kvquant.analysis.evidence import NOT_SUPPORTED, SUPPORTED
-from kvquant.analysis.labels import labels_of
-from kvquant.analysis.page_list import PAGES
+from kvquant.analysis.labels import job_label, labels_of
+from kvquant.analysis.page_list import PAGES, check
 from kvquant.analysis.study_tables import load_tables
 from kvquant.analysis.tables import read_table
-from kvquant.errors import unknown
 from kvquant.formats.files import replace
 from kvquant.study.config import Study, load_study
 
@@ -85,15 +84,28 @@ def page(table: pd.DataFrame, title: str, caption: str) -> str:
     )
 
 
+_GIGABYTES = {"memory_gb": "memory_bytes", "weights_gb": "weight_bytes", "peak_gb": "peak_bytes"}
+
+
+def _jobs(study: Study, table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the table of whole jobs with names of cases, and with gigabytes beside bytes."""
+    names = {name: job_label(case) for name, case in study.job_cases().items()}
+    sizes = {new: table[old] / 1e9 for new, old in _GIGABYTES.items() if old in table}
+    return table.assign(case=table["case"].map(names), **sizes)
+
+
 def table_of(study: Study, folder: Path, name: str) -> pd.DataFrame:
     """Returns the table of one page with its heads, without columns that are empty."""
     shown = PAGES[name]
     if shown.source == "claims":
         table = named(study, judge(load_tables(study, folder)))
     else:
-        table = labels_of(study).of(
-            read_table(folder, shown.source), energy=shown.source == "energy"
-        )
+        found = read_table(folder, shown.source)
+        found = _jobs(study, found) if shown.source == "jobs" else found
+        table = labels_of(study).of(found, energy=shown.source == "energy")
+    if shown.measured:
+        there = shown.measured in table
+        table = table[table[shown.measured].notna()] if there else table.iloc[:0]
     columns = [c for c in shown.heads if c in table and (table[c].notna() & (table[c] != "")).any()]
     # heads may be equal ("difference"): the column before says of what
     return table[columns].set_axis([shown.heads[c] for c in columns], axis=1)
@@ -112,8 +124,7 @@ def run(args: argparse.Namespace) -> None:
     """Writes every page asked for; a file's name says which table it shows."""
     study = load_study(args.study)
     for file in args.out:
-        if file.stem not in PAGES:
-            raise unknown("table", file.stem, PAGES)
+        check(study, file.stem)
         title = f"{study.title or study.study}: {file.stem}"
         replace(
             file, page(table_of(study, args.tables, file.stem), title, PAGES[file.stem].caption)

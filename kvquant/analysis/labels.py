@@ -61,7 +61,7 @@ class Labels:
         workload = self.metered if energy else self.timed
         columns: dict[str, Mapping[str, str]] = {
             **{"model": self.models, "scheme": self.schemes, "task": self.tasks},
-            **{"workload": workload, "prefill_workload": self.timed},
+            **{"workload": workload, "prefill_workload": self.timed, "quality_task": self.tasks},
             "energy_workload": self.metered,
         }
         shown = table.copy()

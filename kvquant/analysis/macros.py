@@ -54,6 +54,7 @@ def numbers(t: Tables) -> str:
     Names are unique: of two keys that are spelt the same, the second gets "Again".
     """
     prefill = first_workload(t.study.throughput)
+    quality = next(iter(t.pareto.quality_task), "")
     out: dict[str, str] = {
         "Study": escape(t.study.study),
         "Title": escape(t.study.title or t.study.study),
@@ -65,6 +66,7 @@ def numbers(t: Tables) -> str:
         "SuiteComparisons": str(int((t.tests["level"] == "suite").sum()) if len(t.tests) else 0),
         "Headline": escape(t.labels.scheme(t.study.headline)),
         "LongBench": escape(suite_tables.suite_name(t, "longbench")),
+        "QualityTask": escape(t.labels.task(quality) if quality else "no task"),
         "PrefillWorkload": escape(t.labels.timed[prefill] if prefill else "no workload"),
         **_headline(t),
     }

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvquant.analysis.sections import Section
+from kvquant.errors import UserError, unknown
+from kvquant.study.config import Study
 from kvquant.study.tasks import SUITES
 
 
@@ -23,6 +25,8 @@ class Page:
         caption: What a row is and how to read it, in plain text.
         heads: The head of each column that the page shows, in order; other columns are in the
             collected table alone.
+        of: The key of a study that has this page; empty for every study.
+        measured: The column that a row must have a value in; empty for all rows.
     """
 
     source: str
@@ -30,10 +34,13 @@ class Page:
     label: str
     caption: str
     heads: dict[str, str]
+    of: str = ""
+    measured: str = ""
 
 
 _TIMED = {"device": "device", "model": "model", "workload": "workload", "scheme": "scheme"}
 _TIMED |= {"rep": "repetition"}
+_JOB = {"device": "device", "case": "case", "scheme": "cache"}
 PAGES = {
     "claims": Page(
         "claims",
@@ -49,14 +56,17 @@ PAGES = {
         "pareto",
         Section.ACCURACY_AGAINST_COST,
         "all axes",
-        "A row per model and scheme: means over the tasks of each suite and their difference to "
-        "the unquantized cache, bits per element with everything included, and speed and energy "
-        "over the unquantized cache on the workload that is named (energy where counters "
-        "measured it). A scheme is beaten where another is at least as good on every axis and "
-        "better on one.",
+        "A row per model and scheme: bits per element with everything included, perplexity and KL "
+        "divergence, of the task that is named; means over all tasks of each other "
+        "suite; differences to the unquantized cache; and speed and energy over the unquantized "
+        "cache on the workload that is named (energy where counters measured it). A scheme that "
+        "was not measured on each of those tasks has a dash. A scheme is beaten where another is "
+        "at least as good on every axis on which it was measured, and better on one; without bits "
+        "it is not judged.",
         {
             "model": "model",
             "scheme": "scheme",
+            "quality_task": "task of bits and perplexity",
             "bits_per_element": "bits per element",
             **{
                 column: head
@@ -171,4 +181,91 @@ PAGES = {
             "scheme_trials": "trials",
         },
     ),
+    "jobs": Page(
+        "jobs",
+        Section.THROUGHPUT,
+        "whole jobs",
+        "A row per cache of each case of whole jobs, on models of random weights: prompts are "
+        "prefilled one after the other and their answers decoded together. A case without a given "
+        "number of prompts runs as many at once as fit in its memory. The caches of a case take "
+        "turns, and each is decoded in its fastest way unless the case names generate.",
+        {
+            **_JOB,
+            "status": "status",
+            "decoder": "decoded by",
+            "batch_size": "prompts at once",
+            "prefill_tokens_per_s": "prefill, tokens/s",
+            "step_ms_median": "decode step, ms",
+            "step_ms_p10": "10th percentile, ms",
+            "step_ms_p90": "90th percentile, ms",
+            "decode_tokens_per_s": "answer, tokens/s",
+            "job_tokens_per_s": "whole job, tokens/s",
+            "job_tokens_per_s_low": "slowest trial",
+            "job_tokens_per_s_high": "fastest trial",
+            "peak_gb": "peak memory, GB",
+            "bits_per_element": "bits per element",
+            "trials": "trials",
+        },
+        of="jobs",
+    ),
+    "capacity": Page(
+        "jobs",
+        Section.ACCURACY_AGAINST_COST,
+        "what fits in memory",
+        "A row per cache of each case that searched what fits: prompts are prefilled beside those "
+        "before until memory ends, and the last is shortened. The formula divides the memory "
+        "without the weights by the cache's bytes per token; it knows no activations.",
+        {
+            **_JOB,
+            "capacity_tokens": "tokens held",
+            "formula_tokens": "by formula",
+            "memory_gb": "memory, GB",
+            "weights_gb": "weights, GB",
+            "bits_per_element": "bits per element",
+            "emulated": "emulated on a larger GPU",
+        },
+        of="jobs",
+        measured="capacity_tokens",
+    ),
+    "job-energy": Page(
+        "jobs",
+        Section.ENERGY,
+        "whole jobs",
+        "A row per cache of each case of whole jobs whose energy was measured: energy of the GPU "
+        "board, of the prefill per prompt token, of decoding per answer token, and of the job per "
+        "prompt and answer token. Above idle leaves out what the idle board draws. Counter over "
+        "power is the energy by the counter over the integral of sampled power.",
+        {
+            **_JOB,
+            "batch_size": "prompts at once",
+            "joules_per_prompt_token": "J per prompt token",
+            "joules_per_answer_token": "J per answer token",
+            "joules_per_token": "J per token",
+            "joules_per_token_low": "lowest trial",
+            "joules_per_token_high": "highest trial",
+            "joules_per_token_above_idle": "J per token above idle",
+            "counter_over_power": "counter over power",
+            "trials": "trials",
+            "source": "source",
+        },
+        of="jobs",
+        measured="joules_per_token",
+    ),
 }
+
+
+def shown(study: Study) -> list[str]:
+    """Returns the names of the pages that a study has."""
+    return [name for name, page in PAGES.items() if not page.of or getattr(study, page.of)]
+
+
+def check(study: Study, name: str) -> None:
+    """Refuses a page that there is not, or that the study has no section for.
+
+    Raises:
+        UserError: Names the pages that there are, or the section.
+    """
+    if name not in PAGES:
+        raise unknown("table", name, PAGES)
+    if name not in shown(study):
+        raise UserError(f"--out: {name}: the study has no section '{PAGES[name].of}'")

@@ -57,9 +57,55 @@ def counted(energy: pd.DataFrame) -> pd.DataFrame:
     return energy[energy["source"] != "estimated"] if "source" in energy else energy
 
 
-def _bits(rows: pd.DataFrame) -> float:
-    """Returns bits per element; NaN for a scheme that is only timed."""
-    return 8 * rows.cache_bytes.sum() / rows.cache_elements.sum() if len(rows) else np.nan
+def first_task(study: Study, evaluations: pd.DataFrame, *suites: str) -> str | None:
+    """Returns the task that stands for suites: the study's first that anything was evaluated on.
+
+    Sizes and likelihoods of different tasks are not comparable, and schemes run different tasks.
+    """
+    there = set(evaluations[evaluations.suite.isin(suites)].task)
+    return next((name for name in study.tasks if name in there), None)
+
+
+def bits_of(rows: pd.DataFrame) -> float:
+    """Returns the bits per element of results together; NaN of none."""
+    return float(8 * rows.cache_bytes.sum() / rows.cache_elements.sum()) if len(rows) else np.nan
+
+
+def _standing_for(study: Study, evaluations: pd.DataFrame, suite: str) -> list[str]:
+    """Returns the tasks of which a suite's value is the mean; one that scores needs all of them."""
+    if suite in likelihood_suites():
+        first = first_task(study, evaluations, suite)
+        return [] if first is None else [first]
+    return [str(task) for task in evaluations[evaluations.suite == suite].task.unique()]
+
+
+def _accuracy(
+    study: Study, evaluations: pd.DataFrame, mine: pd.DataFrame, base: pd.DataFrame
+) -> dict[str, object]:
+    """Returns the suites, the divergence and the bits of one scheme, and the task of the latter.
+
+    Args:
+        study: The study.
+        evaluations: All results, which say what tasks there are.
+        mine: Those of the scheme on one model.
+        base: Those of the baseline on that model.
+    """
+    row: dict[str, object] = {}
+    for suite in SUITES:
+        tasks = _standing_for(study, evaluations, suite)
+        values, reference = (
+            side[side.suite == suite].groupby("task")["value"].mean().reindex(tasks)
+            for side in (mine, base)
+        )
+        # a mean over other tasks than another scheme's is no worse or better than that
+        row[suite] = values.mean(skipna=False) if tasks else np.nan
+        row[f"{suite}_change"] = (values - reference).mean(skipna=False) if tasks else np.nan
+    language = first_task(study, evaluations, *likelihood_suites())
+    sized = first_task(study, evaluations, *SUITES) if language is None else language
+    row["quality_task"] = sized or ""
+    row["kl"] = mine[mine.task == language]["kl"].mean() if "kl" in mine else np.nan
+    row["bits_per_element"] = bits_of(mine[mine.task == sized])
+    return row
 
 
 def pareto_table(
@@ -67,9 +113,12 @@ def pareto_table(
 ) -> pd.DataFrame:
     """Returns a row per (model, scheme).
 
-    `bits_per_element` is that of the first perplexity task, or of all tasks without one: contexts
-    of one length, so that schemes are compared under the same share of 16-bit tokens. `kl` is the
-    mean over perplexity tasks; it does not count for dominance, as perplexity shows that damage.
+    Every column compares schemes on the same tasks. Perplexity, `kl` and `bits_per_element` are
+    those of the first perplexity task (bits: without one, of the first task of all), which
+    `quality_task` names. Other suites are means over all their tasks. NaN stands for a scheme that
+    lacks one of these tasks. `kl` does not count for dominance, as perplexity shows that damage;
+    `dominated` is missing for a scheme without bits, which any 16-bit cache would beat.
+
     Speeds are of the study's first throughput workload (decode: of the first with an answer),
     energy is of the first energy workload and only where counters measured it; medians over
     repetitions. Each is of one device, which `timed_on` and `metered_on` name.
@@ -90,16 +139,7 @@ def pareto_table(
             spec = study.schemes[scheme]
             for kept in ("sinks", "residual"):  # first and most recent tokens in 16 bits
                 row[kept] = getattr(spec, kept, 0) if spec.quantizes else np.nan
-            for suite in SUITES:
-                values = mine[mine.suite == suite].groupby("task")["value"].mean()
-                reference = base[base.suite == suite].groupby("task")["value"].mean()
-                row[suite] = values.mean() if len(values) else np.nan
-                row[f"{suite}_change"] = (values - reference).mean() if len(values) else np.nan
-            language = mine[mine.suite.isin(likelihood_suites())]
-            row["kl"] = language["kl"].mean() if "kl" in language else np.nan
-            sized = language if len(language) else mine
-            row["bits_per_element"] = _bits(sized)
-            row["bits_all_tasks"] = _bits(mine)
+            row |= _accuracy(study, evaluations, mine, base)
             for column, table, workload in (
                 ("prefill_ratio", perf, prefill),
                 ("decode_ratio", perf, decode),
@@ -138,6 +178,7 @@ def pareto_table(
             ]
         ).astype(float)
         table.loc[mine, "dominated"] = dominated(costs)
+    table["dominated"] = table["dominated"].astype("boolean").mask(table.bits_per_element.isna())
     return table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -26,6 +26,7 @@ class Tables:
     pareto: pd.DataFrame
     append: pd.DataFrame
     jobs: pd.DataFrame
+    kernels: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @cached_property
     def labels(self) -> Labels:
@@ -39,14 +40,13 @@ class Tables:
 
     def devices(self) -> list[str]:
         """Returns the names of the devices on which something was timed."""
-        timed = [
-            t["device"] for t in (self.perf, self.energy, self.append, self.jobs) if "device" in t
-        ]
-        return list(dict.fromkeys(name for names in timed for name in names))
+        timed = (self.perf, self.energy, self.append, self.jobs, self.kernels)
+        names = [t["device"] for t in timed if "device" in t]
+        return list(dict.fromkeys(name for each in names for name in each))
 
     def on_one_device(self) -> Tables:
         """Returns the tables with the timings of one device each, which claims and numbers read."""
-        names = ("perf", "energy", "append", "jobs")
+        names = ("perf", "energy", "append", "jobs", "kernels")
         return replace(
             self, **{name: one_device(self.study, getattr(self, name)) for name in names}
         )
@@ -94,4 +94,5 @@ def load_tables(study: Study, folder: Path, *, accuracy_only: bool = False) -> T
     evaluations, perf, energy, tests, pareto = (read_table(folder, name) for name in names)
     append = read_table(folder, "append") if study.append else pd.DataFrame()
     jobs = read_table(folder, "jobs") if study.jobs else pd.DataFrame()
-    return Tables(study, evaluations, perf, energy, tests, pareto, append, jobs)
+    kernels = read_table(folder, "kernels") if study.kernels else pd.DataFrame()
+    return Tables(study, evaluations, perf, energy, tests, pareto, append, jobs, kernels)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from kvquant.analysis.booktabs import Latex, booktabs, number, p_value, signed
+from kvquant.analysis.pareto import bits_of, first_task
 from kvquant.analysis.study_tables import Tables
 from kvquant.study.config import Study
 from kvquant.study.suite import likelihood_suites, scored_suites
@@ -103,7 +104,7 @@ def likelihoods(t: Tables, suite: str) -> str:
             test = _test(t, "task", str(task), str(model), str(scheme))
             row = _sides(t, str(model), str(task), str(scheme))
             row["16-bit"] = kept_tokens(t.study, str(scheme))
-            row["bits"] = number(8 * mine.cache_bytes.sum() / mine.cache_elements.sum())
+            row["bits"] = number(bits_of(mine))
             row[SUITES[suite].label] = number(mine.value.mean())
             row["KL, nats"] = number(mine.kl.mean(), 4)
             if test is None:
@@ -138,7 +139,7 @@ def divergences(t: Tables) -> str:
     for (model, task), group in measured.groupby(["model", "task"], sort=False):
         for scheme, mine in group.groupby("scheme", sort=False):
             row = _sides(t, str(model), str(task), str(scheme))
-            row["bits"] = number(8 * mine.cache_bytes.sum() / mine.cache_elements.sum())
+            row["bits"] = number(bits_of(mine))
             row["KL, mean"] = number(mine.kl.mean(), 4)
             for name, head, form in _TAILS:
                 mean = mine[name].mean(skipna=False)
@@ -210,24 +211,21 @@ def family_means(t: Tables) -> str:
 def summary(t: Tables) -> str:
     """Builds the summary: bits, perplexity, KL divergence and suites' means, with verdicts."""
     suites = [s for s in scored_suites() if (t.evaluations.suite == s).any()]
-    language = t.evaluations[t.evaluations.suite.isin(likelihood_suites())]
-    tasks = language.task.unique()
+    first = first_task(t.study, t.evaluations, *likelihood_suites())
     rows = []
-    for model, scheme, row, chosen in _caches(t):
-        mine = t.evaluations[chosen]
+    for model, scheme, row, _ in _caches(t):
         front = t.pareto[(t.pareto.model == model) & (t.pareto.scheme == scheme)].iloc[0]
         cells: dict[str, str] = dict(row)
         cells["16-bit"] = kept_tokens(t.study, scheme)
         cells["bits"] = number(front.bits_per_element)
-        if len(tasks):
-            first = mine[mine.task == tasks[0]]
-            test = _test(t, "task", tasks[0], model, scheme)
-            head = SUITES[t.study.tasks[tasks[0]].suite].label
-            cells[head] = marked(first.value.mean(), test, digits=2)
-            if not np.isnan(first.kl.mean()):
-                cells["KL, nats"] = number(first.kl.mean(), 4)
-        for suite in suites:
-            cells[suite_name(t, suite)] = marked(front[suite], suite_test(t, suite, model, scheme))
+        if first is not None:
+            suite = SUITES[t.study.tasks[first].suite]
+            value, test = front[suite.name], _test(t, "task", first, model, scheme)
+            cells[suite.label] = marked(value, test, digits=2)
+            if not np.isnan(front.kl):
+                cells["KL, nats"] = number(front.kl, 4)
+        for name in suites:
+            cells[suite_name(t, name)] = marked(front[name], suite_test(t, name, model, scheme))
         rows.append(cells)
     table = pd.DataFrame(rows, dtype=object).fillna("-")
     labels = 1 + (len(t.study.models) > 1)

@@ -84,9 +84,10 @@ _LIST = (
     LatexTable(
         name="summary",
         section=Section.ACCURACY_BY_TASK,
-        caption="Summary: bits per element of the cache, everything included; perplexity of the "
-        "first perplexity task and KL divergence of the next token from the unquantized cache "
-        "(smaller is better); means over the tasks of each suite.",
+        caption="Summary: bits per element of the cache, everything included, perplexity, and KL "
+        "divergence of the next token from the unquantized cache, of the first perplexity task "
+        "alone (smaller is better); means over all tasks of each other suite. A cache that was "
+        "not measured on each of those tasks has a dash.",
         build="kvquant.analysis.suite_tables:summary",
     ),
     *map(_of_suite, SUITES),
@@ -171,7 +172,7 @@ _LIST = (
         name="memory",
         section=Section.ACCURACY_AGAINST_COST,
         caption="Bits per element: bytes really allocated after the prompt over elements of its "
-        "tokens.",
+        "tokens, on the first task of each suite, so that caches are compared at one length.",
         build="kvquant.analysis.cost_tables:memory",
     ),
 )  # end of the list

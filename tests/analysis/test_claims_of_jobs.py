@@ -17,7 +17,7 @@ from kvquant.study.jobs import JobCase
 from tests.support.studies import study_of
 from tests.support.tables import job_table
 
-OURS = "NUQ 3 bits, 1 % outliers on gpu"
+OURS = "NUQ 3 bits, 1 % outliers over 16-bit cache, on gpu"
 BUDGET: dict[str, Any] = {
     "shape": "7b-mha",
     "prompt": 16384,
@@ -59,13 +59,13 @@ def judged(claim: str, **changed: Any) -> Outcome:
         ("capacity", f"5.00: 200,000 tokens over 40,000 ({OURS})"),
         (
             "speed",
-            f"3.000 [2.941, 3.061] (7B MHA 16K + 512 in 40 GB, {OURS}, 10 prompts against 2)",
+            f"3.000 [2.941, 3.061] (7B MHA 16K + 512 in 40 GB: {OURS}, 10 prompts against 2)",
         ),
-        ("energy", f"0.333 [0.327, 0.340] (7B MHA 16K + 512 in 40 GB, {OURS})"),
-        ("prefill_energy", f"1.000 [0.980, 1.020] (7B MHA 16K + 512 in 40 GB, {OURS})"),
+        ("energy", f"0.333 [0.327, 0.340] (7B MHA 16K + 512 in 40 GB: {OURS})"),
+        ("prefill_energy", f"1.000 [0.980, 1.020] (7B MHA 16K + 512 in 40 GB: {OURS})"),
         (
             "generate",
-            f"3.000 [2.941, 3.061] (7B MHA 1 {TIMES} 16K + 512, generate, {OURS})",
+            f"3.000 [2.941, 3.061] (7B MHA 1 {TIMES} 16K + 512, generate: {OURS})",
         ),
     ],
 )
@@ -86,6 +86,7 @@ def test_claims_compare_with_the_better_fp16_cache(claim: str, value: str) -> No
         ("energy", {"joules_per_token_low": 0.1, "joules_per_token_high": 0.2}, NOT_SUPPORTED),
         ("prefill_energy", {"joules_per_prompt_token_high": 0.03}, NOT_ENOUGH),
         ("generate", {"step_ms_n": 2}, NOT_ENOUGH),
+        ("generate", {"trials": 1}, NOT_ENOUGH),
         ("capacity", {"status": "oom"}, NOT_MEASURED),
     ],
 )
@@ -122,7 +123,7 @@ def test_two_devices_are_told_apart(tmp_path: Path) -> None:
 def test_without_the_headline_the_first_quantized_cache_counts() -> None:
     asked = study({"budget": BUDGET | {"schemes": ["fp16", "kivi-4"]}})
     outcome = claims_of_jobs.speed(tables(asked=asked))
-    assert outcome.verdict == SUPPORTED and "KIVI 4 bits on gpu" in outcome.value
+    assert outcome.verdict == SUPPORTED and "KIVI 4 bits over 16-bit cache, on gpu" in outcome.value
 
 
 def test_names_of_cases() -> None:

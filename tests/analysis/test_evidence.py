@@ -1,7 +1,6 @@
 """Verdicts need evidence; pages of the report escape what they show.
 
-Also covers: analysis.html_tables, analysis.page_list, analysis.report, analysis.sections,
-runtime.run_end.
+Also covers: analysis.report, analysis.sections, runtime.run_end.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from kvquant.analysis.evidence import (
@@ -22,7 +20,6 @@ from kvquant.analysis.evidence import (
     interval,
     not_measured,
 )
-from kvquant.analysis.html_tables import page
 from kvquant.analysis.report import whole
 from kvquant.runtime.run_end import claim_lines
 
@@ -46,25 +43,6 @@ def test_little_evidence_gives_no_verdict() -> None:
     assert not_measured("no task").verdict == NOT_MEASURED
     assert np.isnan(interval(np.array([1.0]), 0.05)).all()
     assert np.isnan(interval(np.array([1.0, NAN]), 0.05)).all()
-
-
-def test_a_page_escapes_its_cells() -> None:
-    table = pd.DataFrame([{"a_b": "<script>", "n": NAN, "verdict": SUPPORTED, "x": 1.25}])
-    text = page(table, "<t>", "A & B")
-    assert "<script>" not in text and "&lt;script&gt;" in text and "A &amp; B" in text
-    assert "nan" not in text and "<td class='yes'>supported</td>" in text and ">1.25<" in text
-    assert "Nothing of this kind" in page(table.iloc[:0], "t", "c")
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        *((0, "0"), (26000.0, "26,000"), (1234567, "1,234,567"), (0.1234567, "0.1235")),
-        *((2e-21, "2e-21"), (-INF, "-inf"), (NAN, "-"), (-0.00126, "-0.00126")),
-    ],
-)
-def test_numbers_are_rounded_for_reading(value: float, shown: str) -> None:
-    assert f">{shown}</td>" in page(pd.DataFrame({"a": [value]}), "t", "c")
 
 
 @pytest.mark.fault(

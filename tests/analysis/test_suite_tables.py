@@ -19,6 +19,7 @@ from kvquant.analysis.booktabs import Latex, booktabs, escape
 from kvquant.analysis.figure_list import FIGURES
 from kvquant.analysis.figures.style import plt
 from kvquant.analysis.latex import build_table
+from kvquant.analysis.pareto import pareto_table
 from kvquant.analysis.plot import draw_figure
 from kvquant.analysis.study_tables import Tables, load_tables
 from kvquant.analysis.table_list import OF_EVALUATIONS, TABLES
@@ -42,7 +43,7 @@ def tables(root: Path, folder: Path) -> Tables:
     study = load_study(root / "config/config.yaml")
     # few draws: the subject is which rows and cells there are
     statistics = study.statistics.model_copy(update={"bootstrap": 100})
-    study = study.model_copy(update={"append": None, "statistics": statistics})
+    study = study.model_copy(update={"append": None, "kernels": None, "statistics": statistics})
     write_tables(study, folder)
     return load_tables(study, folder)
 
@@ -92,6 +93,60 @@ def test_a_suite_without_tasks_is_told(tables: Tables) -> None:
     for name in ("passkey", "ruler", "longbench"):
         assert build_table(name, less).splitlines()[1].startswith("This study has no")
     assert len(rows(suite_tables.summary(less))[0]) == 5
+
+
+@pytest.fixture(scope="module")
+def partial(tables: Tables) -> Tables:
+    """Where two caches lack tasks that others have, and a cache's size depends on the task.
+
+    KIVI 4 bits lacks two tasks of RULER, KIVI 2 bits the first perplexity task.
+    """
+    values = tables.evaluations
+    lacking = (values.scheme == "kivi-4") & values.task.isin(["ruler-vt", "ruler-cwe"])
+    lacking |= (values.scheme == "kivi-2") & (values.task == "ppl-wikitext2-b")
+    values = values[~lacking].copy()
+    later = values.task.isin(["ppl-wikitext2-a", "ppl-wikitext2-full-b"])
+    values.loc[later, ["value", "cache_bytes", "kl"]] *= 1.5
+    front = pareto_table(tables.study, values, tables.perf, tables.energy)
+    return replace(tables, evaluations=values, pareto=front)
+
+
+def row_of(text: str, scheme: str) -> dict[str, str]:
+    """The cells of a scheme's row by their heads, numbers without marks."""
+    head, *body = rows(text)
+    found = next(row for row in body if row[0] == scheme)
+    return {name: cell.split(r"\makebox")[0] for name, cell in zip(head, found, strict=True)}
+
+
+def test_a_mean_of_some_tasks_is_no_mean_of_the_suite(partial: Tables) -> None:
+    text = suite_tables.summary(partial)
+    assert row_of(text, "KIVI 4 bits")["RULER"] == "-"
+    assert row_of(text, NUQ.format(4))["RULER"] != "-"
+    front = partial.pareto.set_index("scheme")
+    assert np.isnan(front.loc["kivi-4", ["ruler", "ruler_change"]].astype(float)).all()
+    assert r"\newcommand{\kvKiviFourRuler}{-}" in macros.numbers(partial)
+
+
+def test_sizes_and_perplexity_of_one_row_are_of_one_task(partial: Tables) -> None:
+    """The comparison of caches does not depend on which other tasks each of them ran."""
+    values = partial.evaluations
+    first = values[(values.task == "ppl-wikitext2-b") & (values.scheme == "nuq4-1pct")]
+    cells = row_of(suite_tables.summary(partial), NUQ.format(4))
+    assert cells["bits"] == "4.60" and cells["perplexity"] == f"{first.value.mean():.2f}"
+    assert cells["KL, nats"] == f"{first.kl.mean():.4f}"
+    text = macros.numbers(partial)
+    assert rf"\newcommand{{\kvNuqFourOnepctPerplexity}}{{{first.value.mean():.2f}}}" in text
+    assert rf"\newcommand{{\kvQualityTask}}{{{partial.labels.task('ppl-wikitext2-b')}}}" in text
+    sizes = row_of(build_table("memory", partial), NUQ.format(4))
+    assert sizes[partial.labels.task("ppl-wikitext2-b")] == "4.60"
+
+
+def test_a_cache_without_the_first_task_has_dashes_and_is_not_judged(partial: Tables) -> None:
+    cells = row_of(suite_tables.summary(partial), "KIVI 2 bits")
+    assert (cells["bits"], cells["perplexity"], cells["KL, nats"]) == ("-", "-", "-")
+    assert row_of(build_table("memory", partial), "KIVI 2 bits")["passkey, 1,024 tokens"] == "2.60"
+    front = partial.pareto.set_index("scheme")
+    assert front.dominated.isna().to_dict()["kivi-2"] and not front.dominated["fp16"]
 
 
 TAILS = ["kl_p99", "kl_p999", "top1_agreement"]

@@ -1,12 +1,12 @@
 # Figures, LaTeX tables, numbers and claims; all read tables only. Which there are, with captions and
 # sections, is registered in kvquant/analysis: figure_list.py, table_list.py, page_list.py.
-from kvquant.analysis import figure_list
-from kvquant.analysis.page_list import PAGES
+from kvquant.analysis import figure_list, page_list
 from kvquant.analysis.report import remove_if_cut
 from kvquant.analysis.table_list import TABLES
 from kvquant.runtime.run_end import claim_lines, product_lines
 
 FIGURES = {name: figure_list.FIGURES[name] for name in figure_list.shown(STUDY)}
+PAGES = {name: page_list.PAGES[name] for name in page_list.shown(STUDY)}
 
 
 localrules:

@@ -1,0 +1,125 @@
+"""Claims about cost: what each of them is judged from, and what it says where nothing is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from kvquant.analysis import claims, claims_of_cost
+from kvquant.analysis.evidence import NOT_ENOUGH, NOT_MEASURED, NOT_SUPPORTED, SUPPORTED
+from kvquant.analysis.labels import TIMES
+from kvquant.analysis.study_tables import Tables
+from kvquant.study.config import Study
+from tests.support.studies import study_of
+from tests.support.tables import accuracy_tables
+
+SIDES = {"fp16": 1.02, "reference": 1.4}
+
+
+def study(**changed: Any) -> Study:
+    schemes: dict[str, Any] = {
+        "fp16": {"kind": "fp16"},
+        "nuq3": {"kind": "nuq", "bits": 3},
+        "reference": {"kind": "kvquant-ref", "bits": 3},
+    }
+    return study_of(schemes=schemes, gpus=1, **changed)
+
+
+def kernels(**changed: Any) -> pd.DataFrame:
+    """A prefill of two shapes in five rounds; the second is 0.01 slower over the first."""
+    rows = []
+    for shape, less in (("7b-mha", 0.0), ("8b-gqa", 0.01)):
+        for side, ratio in SIDES.items():
+            row: dict[str, Any] = {"device": "gpu", "case": shape, "shape": shape, "side": side}
+            row |= {"scheme": "nuq3", "batch": 1, "tokens": 16384, "all_tokens": 16384}
+            row |= {"measure": "prefill", "over_ours_n": 5, "over_ours_median": ratio - less}
+            row |= {"over_ours_p10": ratio - less - 0.02, "over_ours_p90": ratio - less + 0.02}
+            rows.append(row | changed)
+    return pd.DataFrame(rows)
+
+
+def tables(timed: pd.DataFrame | None = None, asked: Study | None = None) -> Tables:
+    """The tables of a study in which nothing but kernels was timed."""
+    none = pd.DataFrame()
+    perf = pd.DataFrame(columns=["device", "model", "scheme", "workload", "rep", "prefill_ratio"])
+    timed = kernels() if timed is None else timed
+    return Tables(asked or study(), none, perf, none, none, none, none, none, timed)
+
+
+def test_without_throughput_prefill_is_judged_from_kernels() -> None:
+    outcome = claims_of_cost.prefill(tables())
+    where = f"8B GQA 1 {TIMES} 16K, random weights, the worst workload"
+    assert outcome.value == f"1.010 [0.990, 1.030] ({where})"
+    assert outcome.evidence == "1 repetition of 5 rounds or more on gpu"
+    assert outcome.verdict == SUPPORTED
+    slower = claims_of_cost.over_reference(tables())
+    assert slower.value == f"1.390 [1.370, 1.410] ({where})" and slower.verdict == NOT_SUPPORTED
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [
+        ({"over_ours_p10": 0.97}, NOT_ENOUGH),  # the interval holds the bar
+        ({"over_ours_p10": 0.9, "over_ours_p90": 0.95}, NOT_SUPPORTED),
+        ({"over_ours_n": 2}, NOT_ENOUGH),
+        ({"measure": "pack"}, NOT_MEASURED),
+        ({"scheme": "other"}, NOT_MEASURED),
+        ({"over_ours_median": None}, NOT_MEASURED),
+    ],
+)
+def test_verdicts_from_kernels(changed: dict[str, Any], verdict: str) -> None:
+    assert claims_of_cost.prefill(tables(kernels(**changed))).verdict == verdict
+
+
+def test_nothing_timed_says_where_it_would_be() -> None:
+    for judge in (claims_of_cost.prefill, claims_of_cost.over_reference):
+        outcome = judge(tables(pd.DataFrame()))
+        assert outcome.verdict == NOT_MEASURED
+        assert "'throughput' and 'kernels'" in outcome.value
+    on_cpu = claims_of_cost.prefill(tables(asked=study().model_copy(update={"gpus": 0})))
+    assert on_cpu.verdict == NOT_MEASURED and "defined for a GPU" in on_cpu.value
+
+
+def test_what_is_of_a_shape_is_of_no_model() -> None:
+    """Models of random weights speak for none of the study's models, and are shown once."""
+    two = {name: {"source": "local", "path": name} for name in ("one", "two")}
+    asked = study(models=two)
+    evaluations, tests = accuracy_tables(asked)[0], pd.DataFrame()
+    found = tables(asked=asked)
+    table = claims.judge(
+        Tables(asked, evaluations, found.perf, tests, tests, tests, tests, tests, found.kernels)
+    )
+    rows = table[table.claim == "Prefill at fp16 speed"]
+    assert rows.model.to_list() == ["any"]
+    assert table[table.claim == "Quantization is cheap"].model.to_list() == ["one", "two"]
+
+
+def test_a_definition_names_the_headline_scheme_and_stands_alone() -> None:
+    """Rows are read one by one, so none refers to another or to "the headline scheme"."""
+    asked = study()
+    found = tables(asked=asked)
+    evaluations, none = accuracy_tables(asked)[0], pd.DataFrame()
+    table = claims.judge(
+        Tables(asked, evaluations, found.perf, none, none, none, none, none, found.kernels)
+    )
+    named = table.definition.str.contains("NUQ 3 bits, 1 % outliers", regex=False)
+    assert table.claim[~named].to_list() == ["Loss grows as bits fall"]
+    text = " ".join([*table.definition, *table.measured])
+    for words in ("headline", "{", "the same caches", "the same jobs", "in this study", " a call"):
+        assert words not in text, words
+    assert table.claim.is_unique and "Energy per token at equal batch falls by 45 %" in set(
+        table.claim
+    )
+
+
+def test_missing_records_are_named_by_their_section() -> None:
+    for judge, section in (
+        (claims_of_cost.energy, "energy"),
+        (claims_of_cost.append, "append"),
+        (claims_of_cost.quantize_share, "throughput"),
+    ):
+        outcome = judge(tables(pd.DataFrame()))
+        assert outcome.value == f"not measured yet (section '{section}': no record)"
+        assert outcome.verdict == NOT_MEASURED
