@@ -155,8 +155,8 @@ def pareto_table(
                 chosen = there[there.scheme == scheme][column].astype(float).dropna()
                 if len(chosen):
                     row[column] = chosen.median()
-            row["prefill_workload"] = prefill or ""
-            row["energy_workload"] = energy_of or ""
+            row["prefill_workload"] = (timed_on and prefill) or ""
+            row["energy_workload"] = (metered_on and energy_of) or ""
             row |= {"timed_on": timed_on or "", "metered_on": metered_on or ""}
             there = energy[energy.model == model] if "source" in energy else energy
             sources: list[str] = list(there["source"].unique()) if len(there) else []

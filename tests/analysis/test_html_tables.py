@@ -112,3 +112,5 @@ def test_the_page_of_all_axes_names_the_task(tmp_path: Path) -> None:
     (name,) = table["task of bits and perplexity"].unique()
     assert name == labels_of(STUDY).task("ppl")
     assert "<td>no</td>" in page(table, "t", "c")
+    timed = {"timed workload", "metered workload"}
+    assert not timed & set(table.columns)  # nothing was timed
