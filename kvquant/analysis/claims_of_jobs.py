@@ -32,6 +32,32 @@ def _cases(
             yield case, ours, base
 
 
+def _no_pair(t: Tables, fits: Callable[[JobCase], bool]) -> Outcome:
+    """Returns the outcome where no case has a time of both caches: one is out of memory, or none."""
+    for name, case in t.study.job_cases().items():
+        rows = t.jobs[t.jobs.case == name] if len(t.jobs) and fits(case) else t.jobs[:0]
+        if not len(rows):
+            continue
+        ours, _ = t.job_sides(name)
+        if ours is None:
+            told = f"out of memory with the quantized cache ({job_label(case)})"
+            return Outcome(told, False, "1 case")
+        return not_measured(f"out of memory with every 16-bit cache ({job_label(case)}): no ratio")
+    return no_record("jobs")
+
+
+def _budgeted(case: JobCase) -> bool:
+    return _in_budget(case) and case.capacity
+
+
+def _metered(case: JobCase) -> bool:
+    return _in_budget(case) and case.energy
+
+
+def _generated(case: JobCase) -> bool:
+    return case.decode == "generate"
+
+
 def _in_budget(case: JobCase) -> bool:
     return case.memory_gb == BUDGET_GB and case.shape == SHAPE
 
@@ -61,7 +87,7 @@ def _trials(ours: pd.Series, base: pd.Series) -> tuple[str, bool]:
 
 def capacity(t: Tables) -> Outcome:
     """Judges the tokens that were held at once in a budget of memory, over fp16."""
-    for case, ours, base in _cases(t, lambda case: _in_budget(case) and case.capacity):
+    for case, ours, base in _cases(t, _budgeted):
         best = base.loc[base.capacity_tokens.idxmax()]
         value = float(ours.capacity_tokens / best.capacity_tokens)
         told = (
@@ -71,7 +97,7 @@ def capacity(t: Tables) -> Outcome:
         step = max(1, case.prompt // 64)
         met = against_bar(value, value, 4.0, at_most=False)
         return Outcome(told, met, f"searched in steps of {step:,} tokens")
-    return no_record("jobs")
+    return _no_pair(t, _budgeted)
 
 
 def speed(t: Tables) -> Outcome:
@@ -82,19 +108,19 @@ def speed(t: Tables) -> Outcome:
         batches = f"{int(ours.batch_size)} prompts against {int(best.batch_size)}"
         told = _text(value, low, high, f"{job_label(case)}: {_who(t, ours, best)}, {batches}")
         return Outcome(told, against_bar(low, high, 2.5, at_most=False), *_trials(ours, best))
-    return no_record("jobs")
+    return _no_pair(t, _in_budget)
 
 
 def _joules(t: Tables, column: str, judge: Callable[[float, float], bool | None]) -> Outcome:
     """Judges an energy over fp16 in the first case in a budget that counters measured."""
-    for case, ours, base in _cases(t, lambda case: _in_budget(case) and case.energy):
+    for case, ours, base in _cases(t, _metered):
         if ours.source != "nvml":
             return not_measured("an estimate without counters")
         best = base.loc[base[column].idxmin()]
         value, low, high = _ratio(ours, best, column)
         told = _text(value, low, high, f"{job_label(case)}: {_who(t, ours, best)}")
         return Outcome(told, judge(low, high), *_trials(ours, best))
-    return no_record("jobs")
+    return _no_pair(t, _metered)
 
 
 def energy(t: Tables) -> Outcome:
@@ -116,14 +142,14 @@ def prefill_energy(t: Tables) -> Outcome:
 def generate(t: Tables) -> Outcome:
     """Judges decoding by transformers' generate on the worst case, over the growing fp16 cache."""
     found = []
-    for case, ours, base in _cases(t, lambda case: case.decode == "generate"):
+    for case, ours, base in _cases(t, _generated):
         growing = base[base.scheme == t.study.baseline]
         if len(growing):
             theirs = growing.iloc[0]
             ratio = _ratio(ours, theirs, "decode_tokens_per_s")
             found.append((*ratio, job_label(case), ours, theirs))
     if not found:
-        return no_record("jobs")
+        return _no_pair(t, _generated)
     value, low, high, name, ours, theirs = min(found, key=lambda case: case[0])
     steps, trials = (int(min(ours[key], theirs[key])) for key in ("step_ms_n", "trials"))
     return Outcome(

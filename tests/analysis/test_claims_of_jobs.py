@@ -87,7 +87,9 @@ def test_claims_compare_with_the_better_fp16_cache(claim: str, value: str) -> No
         ("prefill_energy", {"joules_per_prompt_token_high": 0.03}, NOT_ENOUGH),
         ("generate", {"step_ms_n": 2}, NOT_ENOUGH),
         ("generate", {"trials": 1}, NOT_ENOUGH),
-        ("capacity", {"status": "oom"}, NOT_MEASURED),
+        ("capacity", {"status": "oom"}, NOT_SUPPORTED),
+        ("speed", {"status": "oom"}, NOT_SUPPORTED),
+        ("energy", {"status": "oom"}, NOT_SUPPORTED),
     ],
 )
 def test_verdicts(claim: str, changed: dict[str, Any], verdict: str) -> None:
@@ -101,6 +103,14 @@ def test_what_is_not_measured_has_no_verdict(claim: str) -> None:
     assert judge(tables(pd.DataFrame(), asked)).verdict == NOT_MEASURED
     other = study({"small": BUDGET | {"memory_gb": 24}})
     assert judge(tables(asked=other)).verdict == NOT_MEASURED
+
+
+def test_without_a_16_bit_cache_there_is_no_ratio() -> None:
+    jobs = job_table(study())
+    jobs.loc[jobs.scheme == "fp16", "status"] = "oom"
+    outcome = claims_of_jobs.speed(tables(jobs))
+    assert outcome.verdict == NOT_MEASURED
+    assert outcome.value.startswith("out of memory with every 16-bit cache (7B MHA 16K + 512 in")
 
 
 def test_tables_have_a_row_per_cache() -> None:
