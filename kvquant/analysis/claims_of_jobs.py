@@ -33,7 +33,7 @@ def _cases(
 
 
 def _no_pair(t: Tables, fits: Callable[[JobCase], bool]) -> Outcome:
-    """Returns the outcome where no case has a time of both caches: one is out of memory, or none."""
+    """Returns the outcome where no case has times of both caches."""
     for name, case in t.study.job_cases().items():
         rows = t.jobs[t.jobs.case == name] if len(t.jobs) and fits(case) else t.jobs[:0]
         if not len(rows):
