@@ -15,9 +15,10 @@ import torch
 
 from kvquant.cache.arena import NO_ARENA, Arena
 from kvquant.cache.codec import Codec
+from kvquant.cache.incoming import fill_blocks, refuse_infinite
 from kvquant.cache.layout import AppendPlan, View
 from kvquant.cache.reclaim import Reclaim
-from kvquant.errors import NonFiniteTokens, UserError
+from kvquant.errors import UserError
 from kvquant.formats.blocked_sparse import Index, SparseSlab
 from kvquant.kernels.arena_table import ARENA_FIELDS
 
@@ -27,38 +28,6 @@ ARENA_ROOM = 64  # initial rows of the kernels' table of arenas
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the 16-bit dtype in which sinks and tails hold tokens of a dtype."""
     return dtype if dtype is torch.bfloat16 else torch.float16
-
-
-def _fill(blocks: torch.Tensor, at: int, tokens: torch.Tensor) -> None:
-    """Writes `[num_heads, n, head_dim]` from token `at` on into `[blocks, num_heads, size, dim]`.
-
-    It takes at most three copies: the rest of a begun block, whole blocks, the start of another.
-    """
-    size, n, done = blocks.shape[2], tokens.shape[1], 0
-    if at % size:
-        done = min(size - at % size, n)
-        blocks[at // size, :, at % size : at % size + done] = tokens[:, :done]
-    whole = (n - done) // size
-    if whole:
-        first = (at + done) // size
-        part = tokens[:, done : done + whole * size].unflatten(1, (whole, size))
-        blocks[first : first + whole] = part.transpose(0, 1)
-        done += whole * size
-    if done < n:
-        blocks[(at + done) // size, :, : n - done] = tokens[:, done:]
-
-
-def _refuse_infinite(plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Refuses tokens that 16 bits cannot hold, which would make every later output NaN.
-
-    Raises:
-        NonFiniteTokens: Keys or values of a token are not finite. Padding may hold anything.
-    """
-    for name, x in (("keys", keys), ("values", values)):
-        if bool(x.isfinite().all()):
-            continue
-        if not all(bool(x[b][:, span].isfinite().all()) for b, span in enumerate(plan.spans)):
-            raise NonFiniteTokens(name)
 
 
 class BlockStore:
@@ -144,7 +113,7 @@ class BlockStore:
         kind = self.tail[0].dtype
         keys, values = keys.to(kind), values.to(kind)
         if keys.device.type == "cpu":  # on a GPU this check would wait for the device
-            _refuse_infinite(plan, keys, values)
+            refuse_infinite(plan, keys, values)
         if plan.decode and keys.shape[2] == 1:
             self._append_step(plan, keys, values)
         else:
@@ -232,9 +201,9 @@ class BlockStore:
                     continue
                 region = out[at : at + blocks]
                 old = min(tail, blocks * size)  # tail tokens that go into blocks
-                _fill(region, 0, buffer[b, :, :old])
+                fill_blocks(region, 0, buffer[b, :, :old])
                 taken = blocks * size - old
-                _fill(region, old, new[:, :taken])
+                fill_blocks(region, old, new[:, :taken])
                 if old < tail:
                     buffer[b, :, : tail - old] = buffer[b, :, old:tail].clone()
                 buffer[b, :, tail - old : plan.after.tails[b]] = new[:, taken:]

@@ -1,6 +1,6 @@
 """A ragged batch in the store: each sequence as if alone, whatever the padding and chunks.
 
-Also covers: cache.arena, cache.codec, cache.layout.
+Also covers: cache.arena, cache.codec, cache.incoming, cache.layout.
 """
 
 from __future__ import annotations

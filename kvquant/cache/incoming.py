@@ -1,0 +1,40 @@
+"""Tokens on their way into a block store: copied into blocks, and refused if they are not finite."""
+
+from __future__ import annotations
+
+import torch
+
+from kvquant.cache.layout import AppendPlan
+from kvquant.errors import NonFiniteTokens
+
+
+def fill_blocks(blocks: torch.Tensor, at: int, tokens: torch.Tensor) -> None:
+    """Writes `[num_heads, n, head_dim]` from token `at` on into `[blocks, num_heads, size, dim]`.
+
+    It takes at most three copies: the rest of a begun block, whole blocks, the start of another.
+    """
+    size, n, done = blocks.shape[2], tokens.shape[1], 0
+    if at % size:
+        done = min(size - at % size, n)
+        blocks[at // size, :, at % size : at % size + done] = tokens[:, :done]
+    whole = (n - done) // size
+    if whole:
+        first = (at + done) // size
+        part = tokens[:, done : done + whole * size].unflatten(1, (whole, size))
+        blocks[first : first + whole] = part.transpose(0, 1)
+        done += whole * size
+    if done < n:
+        blocks[(at + done) // size, :, : n - done] = tokens[:, done:]
+
+
+def refuse_infinite(plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Refuses tokens that 16 bits cannot hold, which would make every later output NaN.
+
+    Raises:
+        NonFiniteTokens: Keys or values of a token are not finite. Padding may hold anything.
+    """
+    for name, x in (("keys", keys), ("values", values)):
+        if bool(x.isfinite().all()):
+            continue
+        if not all(bool(x[b][:, span].isfinite().all()) for b, span in enumerate(plan.spans)):
+            raise NonFiniteTokens(name)
