@@ -1,4 +1,4 @@
-"""Tokens on their way into a block store: copied into blocks, and refused if they are not finite."""
+"""Tokens on their way into a block store: put into blocks, and refused if they are not finite."""
 
 from __future__ import annotations
 
