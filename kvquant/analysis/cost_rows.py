@@ -48,11 +48,9 @@ KEYS = ("device", "model", "scheme", "workload", "rep")
 def throughput_rows(sources: Sources, problems: Problems) -> list[dict[str, Any]]:
     """Returns a row per throughput job."""
     rows: list[dict[str, Any]] = []
-    for cell in sources.cells("throughput"):
-        source = sources.find(cell)
-        record = problems.read(source, cell, ThroughputRecord)
-        if record is None or not problems.fits(source, check_throughput, sources.study, record):
-            continue
+    for source, record in problems.verified(
+        sources, "throughput", ThroughputRecord, check_throughput
+    ):
         measured = [record.scheme_side.prefill_ms, record.baseline_side.prefill_ms]
         problems.once(source, "perf", [m.model_dump() for m in measured if m is not None])
         row = {name: getattr(record, name) for name in KEYS}
@@ -67,11 +65,7 @@ def throughput_rows(sources: Sources, problems: Problems) -> list[dict[str, Any]
 def energy_rows(sources: Sources, problems: Problems) -> list[dict[str, Any]]:
     """Returns a row per energy job."""
     rows: list[dict[str, Any]] = []
-    for cell in sources.cells("energy"):
-        source = sources.find(cell)
-        record = problems.read(source, cell, EnergyRecord)
-        if record is None or not problems.fits(source, check_energy, sources.study, record):
-            continue
+    for source, record in problems.verified(sources, "energy", EnergyRecord, check_energy):
         both = (record.scheme_side, record.baseline_side)
         problems.once(source, "energy", [[s.joules, s.seconds] for s in both])
         row = {name: getattr(record, name) for name in KEYS}
@@ -97,11 +91,7 @@ def _spread(prefix: str, times: Percentiles | None) -> dict[str, Any]:
 def append_rows(sources: Sources, problems: Problems) -> list[dict[str, Any]]:
     """Returns a row per point; none for a study that does not measure appends."""
     rows: list[dict[str, Any]] = []
-    for cell in sources.cells("append"):
-        source = sources.find(cell)
-        record = problems.read(source, cell, AppendRecord)
-        if record is None or not problems.fits(source, check_append, sources.study, record):
-            continue
+    for source, record in problems.verified(sources, "append", AppendRecord, check_append):
         points = [p.call_ms.model_dump() for p in record.points if p.call_ms]
         problems.once(source, "append", points)
         shape = {name: getattr(record, name) for name in ("batch_size", "kv_heads", "head_dim")}
@@ -118,11 +108,7 @@ def append_rows(sources: Sources, problems: Problems) -> list[dict[str, Any]]:
 def kernel_rows(sources: Sources, problems: Problems) -> list[dict[str, Any]]:
     """Returns a row per side; none for a study that does not measure kernels."""
     rows: list[dict[str, Any]] = []
-    for cell in sources.cells("kernels"):
-        source = sources.find(cell)
-        record = problems.read(source, cell, KernelRecord)
-        if record is None or not problems.fits(source, check_kernels, sources.study, record):
-            continue
+    for _, record in problems.verified(sources, "kernels", KernelRecord, check_kernels):
         keys = ("device", "case", "shape", "scheme", "batch", "tokens", "all_tokens")
         same = {name: getattr(record, name) for name in keys}
         for part in record.parts:

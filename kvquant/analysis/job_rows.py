@@ -47,11 +47,7 @@ def _spreads(side: JobSide, prompt: int, answer: int) -> dict[str, Any]:
 def job_rows(sources: Sources, problems: Problems) -> list[dict[str, Any]]:
     """Returns a row per cache of a case; none for a study that measures no whole jobs."""
     rows: list[dict[str, Any]] = []
-    for cell in sources.cells("jobs"):
-        source = sources.find(cell)
-        record = problems.read(source, cell, JobRecord)
-        if record is None or not problems.fits(source, check_jobs, sources.study, record):
-            continue
+    for source, record in problems.verified(sources, "jobs", JobRecord, check_jobs):
         problems.once(source, "jobs", [t.model_dump() for s in record.sides for t in s.trials])
         shared = {name: getattr(record, name) for name in SHARED}
         for side in record.sides:

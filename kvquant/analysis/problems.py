@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from kvquant.analysis.sources import Source
+from kvquant.analysis.sources import Source, Sources
 from kvquant.errors import UserError, printable
 from kvquant.formats.files import canonical_json, sha256_text
 from kvquant.study.cells import Cell
@@ -93,6 +93,27 @@ class Problems(list[str]):
                 )
                 return False
         return True
+
+    def verified(
+        self,
+        sources: Sources,
+        stage: str,
+        kind: type[R],
+        check: Callable[[Study, Any], None],
+    ) -> Iterator[tuple[Source, R]]:
+        """Yields each record of a stage that can be used, with where it is.
+
+        Args:
+            sources: The records of the study.
+            stage: The kind of the records.
+            kind: Their type.
+            check: Refuses a record that is not what the study asks for (:meth:`fits`).
+        """
+        for cell in sources.cells(stage):
+            source = sources.find(cell)
+            record = self.read(source, cell, kind)
+            if record is not None and self.fits(source, check, sources.study, record):
+                yield source, record
 
     def fits(
         self, source: Source, check: Callable[[Study, Any], None], study: Study, record: Record

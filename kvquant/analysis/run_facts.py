@@ -17,26 +17,10 @@ from kvquant.analysis.problems import Problems
 from kvquant.analysis.sources import Sources
 from kvquant.study.cells import Cell
 from kvquant.study.config import Study, digest
-from kvquant.study.records import (
-    AppendRecord,
-    EnergyRecord,
-    EvalRecord,
-    JobRecord,
-    KernelRecord,
-    Record,
-    ThroughputRecord,
-)
+from kvquant.study.records import Record
+from kvquant.study.seal import KINDS
 from kvquant.study.timing import TimedStage
 
-# The type of the records of each stage.
-KINDS: dict[str, type[Record]] = {
-    "eval": EvalRecord,
-    "throughput": ThroughputRecord,
-    "energy": EnergyRecord,
-    "append": AppendRecord,
-    "kernels": KernelRecord,
-    "jobs": JobRecord,
-}
 # Fields of a record that say what was measured; numbers besides are results.
 IDENTITY = ("model", "scheme", "task", "workload", "case", "device", "seed", "rep")
 _SETTINGS = frozenset(

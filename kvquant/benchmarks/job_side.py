@@ -185,17 +185,14 @@ class JobSide:
         if isinstance(cache, KVQuantCache):
             cache.settle()
 
-    def job(
-        self, batch: int, between: Callable[[], None] = lambda: None, times: JobTimes | None = None
-    ) -> JobTimes:
-        """Runs one job.
+    def job(self, batch: int, between: Callable[[], None] = lambda: None) -> JobTimes:
+        """Runs one job and returns its times.
 
         Args:
             batch: Number of prompts.
             between: Called between the prompts and the answers, while the device is idle.
-            times: Filled in and returned; None makes one.
         """
-        times = times or JobTimes()
+        times = JobTimes()
         reset_peak([self.device])
         synchronize(self.device)
         start = time.perf_counter()

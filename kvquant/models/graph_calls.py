@@ -95,8 +95,8 @@ class CachedSteps:
         self.model: ModelState | None = None
         self.refused = False
 
-    def begin(self, cache: KVQuantCache, model: Any) -> bool:
-        """Notes that a step begins; returns whether it goes on from the last one."""
+    def begin(self, cache: KVQuantCache, model: Any) -> None:
+        """Notes that a step begins, and forgets the graph if it does not go on from the last."""
         now, changes = cache.lengths, cache.changes
         same = now == self.lengths and changes == self.changes
         if self.decoder is not None and (self.model is None or not self.model.is_of(model)):
@@ -105,7 +105,6 @@ class CachedSteps:
         self.lengths, self.changes = [n + 1 for n in now], changes
         if not same:
             self.decoder = None
-        return same
 
     def forget(self) -> None:
         """Forgets the graph after a call that is no step."""
