@@ -104,8 +104,7 @@ def table_of(study: Study, folder: Path, name: str) -> pd.DataFrame:
         found = _jobs(study, found) if shown.source == "jobs" else found
         table = labels_of(study).of(found, energy=shown.source == "energy")
     if shown.measured:
-        there = shown.measured in table
-        table = table[table[shown.measured].notna()] if there else table.iloc[:0]
+        table = table[table.reindex(columns=list(shown.measured)).notna().any(axis=1)]
     columns = [c for c in shown.heads if c in table and (table[c].notna() & (table[c] != "")).any()]
     # heads may be equal ("difference"): the column before says of what
     return table[columns].set_axis([shown.heads[c] for c in columns], axis=1)

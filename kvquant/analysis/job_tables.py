@@ -45,18 +45,24 @@ def jobs(t: Tables) -> str:
     return booktabs(table, columns, size="scriptsize", tight=True, pages=True)
 
 
+def _searched(jobs: pd.DataFrame) -> pd.Series:
+    """Returns which rows searched what fits, as prompts beside one another or as a single one."""
+    return jobs.capacity_tokens.notna() | jobs.context_tokens.notna()
+
+
 def capacity(t: Tables) -> str:
     """Builds the table of what fitted in memory, a row per cache of a case that searched it."""
     rows = [
         _first(t, r)
         | {
             "tokens held": _count(r.capacity_tokens),
+            "longest prompt": _count(r.context_tokens),
             "by formula": _count(r.formula_tokens),
             "memory GB": number(r.memory_bytes / 1e9, 1),
             "weights GB": number(r.weight_bytes / 1e9, 1),
             "bits": number(r.bits_per_element),
         }
-        for r in t.jobs[t.jobs.capacity_tokens.notna()].itertuples()
+        for r in t.jobs[_searched(t.jobs)].itertuples()
     ]
     table = pd.DataFrame(rows, dtype=object)
     labels = 2 + ("device" in table)

@@ -112,4 +112,5 @@ def job_label(case: JobCase) -> str:
     lengths = f"{prompts}{short_count(case.prompt)} + {short_count(case.answer)}"
     memory = "" if case.memory_gb is None else f" in {case.memory_gb:g} GB"
     generated = ", generate" if case.decode == "generate" else ""
-    return f"{name} {lengths}{memory}{generated}"
+    searched = ", longest prompt" if case.context else ""
+    return f"{name} {lengths}{memory}{generated}{searched}"

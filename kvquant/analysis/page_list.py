@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from kvquant.analysis.sections import Section
 from kvquant.errors import UserError, unknown
 from kvquant.study.config import Study
+from kvquant.study.jobs import CONTEXT_CHUNK
 from kvquant.study.tasks import SUITES
 
 
@@ -26,7 +27,7 @@ class Page:
         heads: The head of each column that the page shows, in order; other columns are in the
             collected table alone.
         of: The key of a study that has this page; empty for every study.
-        measured: The column that a row must have a value in; empty for all rows.
+        measured: The columns in one of which a row must have a value; empty for all rows.
     """
 
     source: str
@@ -35,7 +36,7 @@ class Page:
     caption: str
     heads: dict[str, str]
     of: str = ""
-    measured: str = ""
+    measured: tuple[str, ...] = ()
 
 
 _TIMED = {"device": "device", "model": "model", "workload": "workload", "scheme": "scheme"}
@@ -213,11 +214,13 @@ PAGES = {
         Section.ACCURACY_AGAINST_COST,
         "what fits in memory",
         "A row per cache of each case that searched what fits: prompts are prefilled beside those "
-        "before until memory ends, and the last is shortened. The formula divides the memory "
-        "without the weights by the cache's bytes per token; it knows no activations.",
+        "before until memory ends, and the last is shortened. The longest prompt is a single one "
+        f"prefilled in calls of {CONTEXT_CHUNK:,} tokens. The formula divides the memory without "
+        "the weights by the cache's bytes per token; it knows no activations.",
         {
             **_JOB,
             "capacity_tokens": "tokens held",
+            "context_tokens": "longest prompt",
             "formula_tokens": "by formula",
             "memory_gb": "memory, GB",
             "weights_gb": "weights, GB",
@@ -225,7 +228,7 @@ PAGES = {
             "emulated": "emulated on a larger GPU",
         },
         of="jobs",
-        measured="capacity_tokens",
+        measured=("capacity_tokens", "context_tokens"),
     ),
     "job-energy": Page(
         "jobs",
@@ -249,7 +252,7 @@ PAGES = {
             "source": "source",
         },
         of="jobs",
-        measured="joules_per_token",
+        measured=("joules_per_token",),
     ),
 }
 

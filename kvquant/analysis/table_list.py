@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvquant.analysis.sections import Section
+from kvquant.study.jobs import CONTEXT_CHUNK
 from kvquant.study.registrations import by_name
 from kvquant.study.sample_types import KL_PERCENTILES
 from kvquant.study.task_families import families
@@ -149,11 +150,13 @@ _LIST = (
         name="capacity",
         section=Section.ACCURACY_AGAINST_COST,
         caption="Tokens that were held at once: prompts are prefilled beside those before until "
-        "memory ends, and the last is shortened. The formula divides the memory without the "
-        "weights by the cache's bytes per token; it knows no activations.",
+        "memory ends, and the last is shortened. The longest prompt is a single one prefilled in "
+        f"calls of {CONTEXT_CHUNK:,} tokens. The formula divides the memory without the weights by "
+        "the cache's bytes per token; it knows no activations.",
         build="kvquant.analysis.job_tables:capacity",
         condition=lambda tables: (
-            bool(len(tables.jobs)) and bool(tables.jobs.capacity_tokens.notna().any())
+            bool(len(tables.jobs))
+            and bool(tables.jobs[["capacity_tokens", "context_tokens"]].notna().any(axis=None))
         ),
         reason="This study does not search what fits in memory.",
     ),

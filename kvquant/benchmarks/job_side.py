@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,8 @@ from kvquant.models.sdpa import without_cudnn
 from kvquant.models.static_decoding import StaticDecoder
 from kvquant.runtime.progress import note
 from kvquant.schemes.fp16_static import StaticFp16Cache
-from kvquant.study.jobs import JobCase
+from kvquant.study.jobs import CONTEXT_CHUNK, JobCase
+from kvquant.study.limits import MAX_TOKENS
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 PARTS = 64  # the shortest part of a prompt in the search of what fits, as a share of the prompt
@@ -81,6 +82,20 @@ class JobSide:
         return torch.randint(0, vocabulary, (1, tokens), generator=generator).to(self.device)
 
     @torch.inference_mode()
+    def _call(self, cache: Any, ids: torch.Tensor, start: int) -> torch.Tensor:
+        """Runs the tokens `ids` `[1, tokens]` from position `start`; returns the next token."""
+        logits = self.qm.model(
+            input_ids=ids,
+            position_ids=torch.arange(start, start + ids.shape[1], device=self.device)[None],
+            **cache_argument(self.qm.model, cache),
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        if isinstance(cache, KVQuantCache):
+            cache.settle()
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+    @torch.inference_mode()
     def prefill_one(self, row: int, tokens: int) -> tuple[Any, torch.Tensor]:
         """Runs one prompt; returns its cache and the first token of its answer, `[1, 1]`.
 
@@ -90,16 +105,7 @@ class JobSide:
         while True:
             cache = self.qm.new_cache("A")
             try:
-                logits = self.qm.model(
-                    input_ids=ids,
-                    position_ids=torch.arange(tokens, device=self.device)[None],
-                    **cache_argument(self.qm.model, cache),
-                    use_cache=True,
-                    logits_to_keep=1,
-                ).logits
-                if isinstance(cache, KVQuantCache):
-                    cache.settle()
-                return cache, logits[:, -1].argmax(-1, keepdim=True)
+                return cache, self._call(cache, ids, 0)
             except OutlierOverflow:
                 cache.widen()
 
@@ -231,6 +237,54 @@ class JobSide:
         caches.clear()
         release_memory()
         return whole, whole * prompt + extra
+
+    def _chunks(self, cache: Any, tokens: int) -> Iterator[int]:
+        """Runs a prompt of up to `tokens` tokens in several calls; yields what is held so far."""
+        for start in range(0, tokens, CONTEXT_CHUNK):
+            end = min(start + CONTEXT_CHUNK, tokens)
+            self._call(cache, self._ids(start, end - start), start)
+            synchronize(self.device)
+            if start == 0 and isinstance(cache, StaticFp16Cache):
+                cache.reserve(tokens - end)
+            yield end
+
+    def _held(self, tokens: int) -> int:
+        """Returns how many of up to `tokens` tokens of one prompt a new cache holds."""
+        held = 0
+
+        def fill() -> None:
+            nonlocal held
+            while True:
+                held, cache = 0, self.qm.new_cache("A")
+                try:
+                    for end in self._chunks(cache, tokens):
+                        held = end
+                    return
+                except OutlierOverflow:
+                    cache.widen()
+
+        fits_in_memory(fill)
+        return held
+
+    def longest_context(self) -> int:
+        """Finds the longest single prompt that fits, in calls of `CONTEXT_CHUNK` tokens.
+
+        A cache that grows takes one call after the other until memory ends. One that is allocated
+        beforehand is tried by twice the length until it fails, then by halves between.
+        """
+        release_memory()
+        if not isinstance(self.qm.new_cache("A"), StaticFp16Cache):
+            return self._held(MAX_TOKENS)
+        fits, fails = 0, CONTEXT_CHUNK
+        while fails < MAX_TOKENS and self._held(fails) == fails:
+            fits, fails = fails, 2 * fails
+        while fails - fits > CONTEXT_CHUNK:
+            middle = (fits + fails) // 2 // CONTEXT_CHUNK * CONTEXT_CHUNK
+            if self._held(middle) == middle:
+                fits = middle
+            else:
+                fails = middle
+        return fits
 
     def largest_batch(self, batch: int, *, fewer: bool = True) -> tuple[int, float]:
         """Finds the largest number of prompts up to `batch` whose job fits, and warms up by it.

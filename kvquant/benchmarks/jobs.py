@@ -65,6 +65,7 @@ class Runner:
         self.batch = 0
         self.slow = False
         self.capacity: int | None = None
+        self.context: int | None = None
         self.trials: list[JobTrial] = []
         self.times: list[JobTimes] = []
 
@@ -72,6 +73,8 @@ class Runner:
         """Finds the batch and runs a job to warm up."""
         case = self.side.case
         self.batch = case.batch_size or 0
+        if case.context:
+            self.context = self.side.longest_context()
         if case.capacity or not self.batch:
             fitting, self.capacity = self.side.tokens_that_fit()
             self.batch = self.batch or fitting
@@ -135,6 +138,7 @@ class Runner:
                 scheme=side.name,
                 status="oom",
                 capacity_tokens=self.capacity,
+                context_tokens=self.context,
                 formula_tokens=formula,
             )
         jobs = sum(trial.jobs for trial in self.trials)
@@ -159,6 +163,7 @@ class Runner:
             decoder=last.decoder,
             batch_size=self.batch,
             capacity_tokens=self.capacity,
+            context_tokens=self.context,
             formula_tokens=formula,
             trials=self.trials,
             first_token_ms=summarize([ms for times in self.times for ms in times.first_token_ms]),
@@ -305,7 +310,11 @@ def show(record: JobRecord, console: Console) -> None:
     for head in heads:
         table.add_column(head, justify="right")
     for side in record.sides:
-        held = f"{side.capacity_tokens:,}" if side.capacity_tokens is not None else ""
+        held = " / ".join(
+            f"{tokens:,}"
+            for tokens in (side.capacity_tokens, side.context_tokens)
+            if tokens is not None
+        )
         if side.first_token_ms is None or side.step_ms is None:
             table.add_row(side.scheme, "out of memory", held)
             continue
@@ -338,11 +347,12 @@ def run(args: argparse.Namespace) -> None:
     device = set_current(check_device(args))
     for name in names:
         case = cases[name]
-        searched = case.batch_size is None or case.capacity or case.memory_gb is not None
+        searched = case.batch_size is None or case.memory_gb is not None
+        searched = searched or case.capacity or case.context
         if device.type == "cpu" and searched:
             raise UserError(
                 f"jobs.cases.{name}.batch_size: what fits in memory is searched on a GPU; give "
-                "batch_size, without capacity and memory_gb"
+                "batch_size, without capacity, context and memory_gb"
             )
     console = Console(width=140)
     files = {name: args.out_dir / f"{name}.json" for name in names}

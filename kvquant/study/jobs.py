@@ -6,7 +6,7 @@ memory there is and which caches take turns; each cache serves as many prompts a
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,10 +14,15 @@ from kvquant.study.kernels import ShapeName
 from kvquant.study.limits import MAX_BATCH, MAX_MINUTES, MAX_ROUNDS, MAX_SECONDS, MAX_TOKENS
 from kvquant.study.strict import Strict
 
+# Tokens per call of the model in the search of the longest prompt: a long prompt in one call needs
+# memory for its activations, which grow with it as the cache does.
+CONTEXT_CHUNK = 4096
+
 
 class JobCase(Strict):
     """Settings of one case: a model of random weights, prompts, answers and the caches."""
 
+    later: ClassVar[tuple[str, ...]] = ("context",)
     shape: ShapeName = Field(description="dimensions of the model")
     prompt: int = Field(ge=1, le=MAX_TOKENS, description="tokens per prompt")
     answer: int = Field(ge=1, le=MAX_TOKENS, description="decoded tokens per prompt")
@@ -39,6 +44,11 @@ class JobCase(Strict):
     schemes: list[str] = Field(min_length=1, description="caches that take turns")
     capacity: bool = Field(
         False, description="whether to search how many tokens of such prompts fit"
+    )
+    context: bool = Field(
+        False,
+        description="whether to search the longest single prompt that fits, prefilled in calls of "
+        f"{CONTEXT_CHUNK:,} tokens",
     )
     energy: bool = Field(False, description="whether to measure the GPU's energy")
     trials: int = Field(3, ge=1, le=MAX_ROUNDS, description="jobs per cache, in turns")

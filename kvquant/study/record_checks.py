@@ -226,7 +226,7 @@ def _kernels(record: KernelRecord) -> None:
 def _job_side(side: JobSide, record: JobRecord) -> None:
     where = f"sides.{side.scheme}"
     if side.status != "ok":
-        free = {"scheme", "status", "capacity_tokens", "formula_tokens"}
+        free = {"scheme", "status", "capacity_tokens", "context_tokens", "formula_tokens"}
         if held := [k for k, v in side.model_dump(exclude=free, exclude_none=True).items() if v]:
             raise ValueError(
                 f"field '{where}.{held[0]}': is there, but the status is {side.status}"

@@ -239,6 +239,7 @@ class JobSide(Strict):
     decoder: str = Field("", description="how answers were decoded: a CUDA graph, or from Python")
     batch_size: int | None = Field(None, description="prompts per job")
     capacity_tokens: int | None = Field(None, description="tokens that were held at once")
+    context_tokens: int | None = Field(None, description="longest single prompt that was held")
     formula_tokens: int | None = Field(
         None, description="tokens that fit by the bytes per token of this cache"
     )

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from kvquant.benchmarks import job_side
 from kvquant.benchmarks.job_side import JobSide, JobTimes
 from kvquant.benchmarks.jobs import Runner, turns
 from kvquant.benchmarks.random_model import RandomModel
 from kvquant.cli import main
-from kvquant.errors import UserError
+from kvquant.errors import OutlierOverflow, UserError
 from kvquant.study.jobs import JobCase, JobsSpec
 from kvquant.study.records import JobRecord, read_record
-from kvquant.study.schemes import NuqScheme
+from kvquant.study.schemes import Fp16Scheme, Fp16StaticScheme, NuqScheme, Scheme
 from tests.support.studies import study_of
 
 CASE: dict[str, Any] = {
@@ -85,7 +86,9 @@ def test_without_energy_nothing_is_metered(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"batch_size": None}, {"capacity": True}, {"memory_gb": 24.0}], ids=str
+    "change",
+    [{"batch_size": None}, {"capacity": True}, {"context": True}, {"memory_gb": 24.0}],
+    ids=str,
 )
 def test_what_fits_is_searched_on_a_gpu_only(
     tmp_path: Path, change: dict[str, Any], capsys: pytest.CaptureFixture[str]
@@ -118,11 +121,26 @@ class Limited(JobSide):
         return super().prefill_one(row, tokens)
 
 
-def side(kind: type[JobSide], **changes: Any) -> JobSide:
+class LimitedContext(JobSide):
+    """A side whose GPU holds 5,000 tokens of one prompt, allocated or written."""
+
+    calls: list[tuple[int, int]]
+
+    def _call(self, cache: Any, ids: torch.Tensor, start: int) -> torch.Tensor:
+        end = start + ids.shape[1]
+        self.calls.append((start, end))
+        if end > 5000:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return super()._call(cache, ids, start)
+
+
+NUQ3 = NuqScheme(kind="nuq", bits=3, outliers=0.01)
+
+
+def side(kind: type[JobSide], scheme: Scheme = NUQ3, **changes: Any) -> JobSide:
     """A side of a tiny random model."""
     model = RandomModel("tiny", torch.device("cpu"))
-    scheme = NuqScheme(kind="nuq", bits=3, outliers=0.01)
-    return kind("nuq3", model.with_scheme(scheme), JobCase(**CASE | changes))
+    return kind("side", model.with_scheme(scheme), JobCase(**CASE | changes))
 
 
 def test_the_last_prompt_is_shortened_to_what_fits() -> None:
@@ -189,3 +207,34 @@ def test_a_batch_that_no_longer_fits_is_lowered(monkeypatch: pytest.MonkeyPatch)
     assert calls == [3, 3, 2, 2]
     assert runner.record(None, None).batch_size == 2
     assert len(runner.trials) == 2
+
+
+@pytest.mark.parametrize(
+    "scheme", [NUQ3, Fp16Scheme(kind="fp16"), Fp16StaticScheme(kind="fp16-static")], ids=str
+)
+def test_the_longest_prompt_is_what_its_calls_held(
+    scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_side, "CONTEXT_CHUNK", 1024)
+    limited = side(LimitedContext, scheme)
+    limited.calls = []
+    assert limited.longest_context() == 4096
+    assert {end - start for start, end in limited.calls} == {1024}
+    last = max(place for place, call in enumerate(limited.calls) if call == (3072, 4096))
+    assert limited.calls[last - 3 : last] == [(0, 1024), (1024, 2048), (2048, 3072)]
+
+
+def test_a_prompt_that_loses_outliers_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_side, "CONTEXT_CHUNK", 1024)
+    limited = side(LimitedContext)
+    limited.calls, lost, call = [], [True], LimitedContext._call
+
+    def losing(self: Any, cache: Any, ids: torch.Tensor, start: int) -> torch.Tensor:
+        if start == 1024 and lost:
+            lost.clear()
+            raise OutlierOverflow("no room")
+        return call(self, cache, ids, start)
+
+    monkeypatch.setattr(LimitedContext, "_call", losing)
+    assert limited.longest_context() == 4096
+    assert [start for start, _ in limited.calls] == [0, 0, 1024, 2048, 3072, 4096]

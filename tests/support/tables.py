@@ -133,6 +133,7 @@ def job_table(study: Study) -> pd.DataFrame:
             row |= {"batch_size": 2 if fp16 else 10, "memory_bytes": 40 * 10**9}
             row["weight_bytes"] = 13 * 10**9
             row |= {"capacity_tokens": 40_000 if fp16 else 200_000, "formula_tokens": 210_000}
+            row["context_tokens"] = None
             row |= {"prefill_tokens_per_s": 26_000.0, "peak_bytes": 35 * 10**9}
             row |= {"first_token_ms_median": 600.0, "bits_per_element": 16.0 if fp16 else 3.4}
             for part in ("median", "p10", "p90", "p99"):

@@ -35,7 +35,7 @@ def draw(study: Study, tables: Path) -> Any:
     The panels of one model stand in two columns.
     """
     labels, marked = labels_of(study), looks(study)
-    names = ("eval", "tests", "perf", "energy")
+    names = ("eval", "tests", "perf", "energy", "jobs")
     found = pareto_panels.panels(
         study, *(one_device(study, read_table(tables, name)) for name in names), labels=labels
     )

@@ -18,7 +18,7 @@ import pandas as pd
 import seaborn as sns
 
 from kvquant.analysis.figures.style import FRONTIER, Look, placeholder
-from kvquant.analysis.labels import Labels
+from kvquant.analysis.labels import Labels, job_label
 from kvquant.analysis.pareto import counted, dominated
 from kvquant.study.config import Study
 from kvquant.study.suite import likelihood_suites
@@ -26,6 +26,7 @@ from kvquant.study.tasks import SUITES
 from kvquant.study.timing import Workload
 
 MAX_WORKLOADS = 2  # panels of one cost; a page has room for no more
+MIN_COMPARED = 4  # schemes in a case of whole jobs that stands for speed and energy
 NOT_MEASURED = "not measured yet"  # the study has the measurement, but no record
 NOT_ASKED = "not part of this study"
 _KEYS = ["model", "scheme"]
@@ -153,12 +154,15 @@ def panels(
     tests: pd.DataFrame,
     perf: pd.DataFrame,
     energy: pd.DataFrame,
+    jobs: pd.DataFrame,
     *,
     labels: Labels,
 ) -> list[Panel]:
-    """Returns the panels of the figure: sizes, then throughput and energy of the first workloads.
+    """Returns the panels of the figure: sizes, then throughput and energy.
 
-    A workload that no scheme has a record of has no panel, unless there is no other of its cost.
+    These are of the case of whole jobs that compares most schemes, and of the model's own first
+    workloads. A workload that no scheme has a record of has no panel, unless there is no other of
+    its cost.
     """
     losses = quality(study, evaluations, tests)
 
@@ -185,11 +189,67 @@ def panels(
         joules.append(Panel(f"J per token\n{labels.metered[name]}", False, points))
     estimated = len(energy) and not len(measured)
     reason = "estimated without counters" if estimated else _reason(energy, study.energy_cells())
+    whole = _whole_jobs(study, jobs, losses)
+    found += whole
     shown = [panel for panel in speeds if compares(study, panel)][:MAX_WORKLOADS]
     slow = _reason(perf, study.throughput_cells())
-    found += shown or [Panel("throughput, tokens/s", True, none, slow)]
+    if shown or not whole:
+        found += shown or [Panel("throughput, tokens/s", True, none, slow)]
     shown = [panel for panel in joules if compares(study, panel)][:MAX_WORKLOADS]
-    return found + (shown or [Panel("J per token", False, none, reason)])
+    if shown or not whole:
+        found += shown or [Panel("J per token", False, none, reason)]
+    return found
+
+
+def case_of_most(study: Study, jobs: pd.DataFrame) -> str | None:
+    """Returns the measured case of whole jobs that compares most schemes on the same prompts.
+
+    A case whose number of prompts is searched compares memory as well, and one of two schemes is no
+    comparison of schemes.
+    """
+    cases = study.job_cases()
+    there = {
+        name: jobs[(jobs.case == name) & (jobs.status == "ok")].scheme.nunique()
+        for name, case in cases.items()
+        if case.batch_size is not None and case.memory_gb is None and case.decode == "fastest"
+    }
+    best = max(there, key=lambda name: there[name], default=None)
+    return best if best is not None and there[best] > MIN_COMPARED else None
+
+
+def _whole_jobs(study: Study, jobs: pd.DataFrame, losses: pd.DataFrame) -> list[Panel]:
+    """Returns the panels of throughput and energy of whole jobs, which have random weights.
+
+    Speeds depend on shapes alone, so that every model has the same. The unquantized cache that is
+    allocated once loses nothing either.
+    """
+    name = case_of_most(study, jobs) if len(jobs) else None
+    if name is None:
+        return []
+    mine = jobs[(jobs.case == name) & (jobs.status == "ok")]
+    lossless = [s for s in dict.fromkeys(mine.scheme) if not study.scheme(s).quantizes]
+    known = set(zip(losses.model, losses.scheme, strict=True))
+    more = [
+        {"model": model, "scheme": scheme, "y": 0.0, "y_low": np.nan, "y_high": np.nan}
+        for model in study.models
+        for scheme in lossless
+        if (model, scheme) not in known
+    ]
+    losses = pd.concat([losses, pd.DataFrame(more, columns=losses.columns)]) if more else losses
+    found = []
+    for column, words, most in (
+        ("job_tokens_per_s", "whole job, tokens/s", True),
+        ("joules_per_token", "whole job, J per token", False),
+    ):
+        counted_there = most or (mine.source == "nvml").any()
+        if not counted_there or not mine[column].notna().any():
+            continue
+        points = mine[["scheme"]].assign(
+            x=mine[column], x_low=mine[f"{column}_low"], x_high=mine[f"{column}_high"]
+        )
+        label = f"{words}\n{job_label(study.job_cases()[name])}"
+        found.append(Panel(label, most, points.merge(losses, on="scheme")))
+    return found
 
 
 def _reason(table: pd.DataFrame, cells: Sequence[object]) -> str:
