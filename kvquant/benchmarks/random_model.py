@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kvquant.formats.layer_quantizer import LayerTables
+from kvquant.formats.rope import rotate
 from kvquant.models.loading import QuantizedModel, install_attention
 from kvquant.quantization.ranged_tables import ranged_tables
 from kvquant.schemes.registry import ModelShape, build_caches, build_codecs
@@ -90,6 +91,13 @@ class RandomModel:
             self._keys = seen
         return self._keys
 
+    def _roped(self, keys: torch.Tensor) -> torch.Tensor:
+        """Returns keys `[tokens, num_kv_heads * head_dim]` of a sequence after RoPE."""
+        positions = torch.arange(len(keys), device=keys.device)[None]
+        by_head = keys.unflatten(1, (-1, head_dim(self.shape))).transpose(0, 1)[None]
+        turned = rotate(by_head, *self.model.model.rotary_emb(by_head, positions))
+        return turned[0].transpose(0, 1).flatten(1)
+
     def tables(self, scheme: SchemeSpec) -> list[LayerTables] | None:
         """Returns tables per layer for a calibrated scheme, whose ranges leave its outliers out."""
         if not isinstance(scheme, CalibratedScheme):
@@ -99,6 +107,8 @@ class RandomModel:
         ends = outliers / 2, 1 - outliers / 2
         found: list[LayerTables] = []
         for keys in self._sample():
+            if scheme.keys_after_rope:
+                keys = self._roped(keys)
             low, high = (torch.quantile(keys.float(), q, dim=0).view(size) for q in ends)
             found.append(ranged_tables(scheme, (low + high) / 2, (high - low) / 2))
         return found

@@ -157,6 +157,7 @@ class Codec(ABC):
             sinks=self.sinks,
             narrow_tables=self.narrow_tables,
             rotates_values=self.rotates_values,
+            rotated_keys=self.rotated_keys,
         )
 
     @property

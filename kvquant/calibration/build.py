@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvquant import __version__
+from kvquant.calibration.key_histograms import KeyHistograms
 from kvquant.calibration.statistics import LayerStatistics, load_statistics
 from kvquant.errors import UserError
 from kvquant.fetch.text_overlap import CalibratedText
@@ -55,7 +56,7 @@ def percentile(
 
 
 def key_ranges(
-    statistics: LayerStatistics, outliers: float
+    statistics: KeyHistograms, outliers: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns zero and scale of each key channel, and which channels are constant.
 
@@ -64,7 +65,7 @@ def key_ranges(
     of its ends, so that the constant is an inlier and any other value an outlier.
 
     Args:
-        statistics: The layer's histograms.
+        statistics: Histograms of the layer's keys.
         outliers: Fraction of the elements outside the range; from 1 on the range has none.
 
     Returns:
@@ -86,7 +87,7 @@ def key_ranges(
 
 
 def key_histogram(
-    statistics: LayerStatistics,
+    statistics: KeyHistograms,
     zero: torch.Tensor,
     scale: torch.Tensor,
     constant: torch.Tensor,
@@ -150,14 +151,15 @@ def build_layer(
     Raises:
         UserError: The scheme does not fit the statistics.
     """
-    zero, scale, constant = key_ranges(statistics, spec.outliers)
+    of_keys = _of_keys(statistics, spec)
+    zero, scale, constant = key_ranges(of_keys, spec.outliers)
     if spec.outliers == 0 and bool(constant.any()):
         raise UserError(
             f"outliers: 0, but {int(constant.sum())} key channels of a layer were constant in "
             "calibration, so that any other value would be lost: choose outliers > 0, which keeps "
             "such values exactly, or a longer calibration text"
         )
-    keys = key_histogram(statistics, zero, scale, constant, spec.weighting)
+    keys = key_histogram(of_keys, zero, scale, constant, spec.weighting)
     values = value_histogram(statistics, _fraction(spec, fractions), spec.weighting)
     levels, errors = [], []
     for name, histogram in (("keys", keys), ("values", values)):
@@ -178,6 +180,20 @@ def build_layer(
         zero.view(heads, -1).contiguous(), scale.view(heads, -1).contiguous(), *levels
     )
     return tables, errors[0], errors[1]
+
+
+def _of_keys(statistics: LayerStatistics, spec: CodebookScheme) -> KeyHistograms:
+    """Returns the histograms of keys as the scheme quantizes them, before or after RoPE."""
+    if not spec.keys_after_rope:
+        return statistics
+    found = statistics.roped_keys()
+    if found is None:
+        raise UserError(
+            "keys: after-rope needs histograms of keys after RoPE, but --stats has none, as it was "
+            "made for other schemes: calibrate again with this study "
+            "(`snakemake --forcerun calibrate`)"
+        )
+    return found
 
 
 def _fraction(spec: CodebookScheme, fractions: list[float]) -> int:

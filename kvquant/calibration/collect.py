@@ -5,7 +5,8 @@ every layer add the activations and their squared loss gradients to histograms a
 arrives. The layer's tensors are then freed, so that memory holds one window's graph and the
 histograms, whatever the number of windows. Of queries, and of keys after RoPE, only second moments
 are kept. A study with a scheme that needs whole tokens has a bounded sample of them kept as well
-(:mod:`kvquant.calibration.token_sample`).
+(:mod:`kvquant.calibration.token_sample`), one with a scheme that quantizes keys after RoPE their
+histograms (:mod:`kvquant.calibration.key_histograms`).
 
 Key ranges are static per channel, but known only at the end. The histogram of each channel is
 therefore kept in raw units. The first window defines its grid, which doubles when later data leaves
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvquant.calibration.key_histograms import RopedKeys
 from kvquant.calibration.statistics import LayerStatistics, head_moments, save_statistics
 from kvquant.calibration.token_sample import TokenSample
 from kvquant.errors import NonFinite, UserError
@@ -40,9 +42,15 @@ from kvquant.study.digests import VERSIONS, calibration_digest
 class _Collector:
     """Collects statistics by hooks on the key and value projections of every layer."""
 
-    def __init__(self, model: Any, spec: CalibrationSpec, sample: TokenSample | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        spec: CalibrationSpec,
+        sample: TokenSample | None,
+        roped_keys: RopedKeys | None,
+    ) -> None:
         self.spec = spec
-        self._sample = sample
+        self._sample, self._roped_keys = sample, roped_keys
         self._number = 0  # of the current window
         self.layers = attention_layers(model)
         self.heads = int(model.config.num_key_value_heads)
@@ -72,7 +80,8 @@ class _Collector:
             name = f"layer {layer}: {'keys' if is_key else 'values'}"
             # Values are quantized from fp16, in which they must be finite, too.
             self._finite[name] = (data if is_key else data.half()).isfinite().all()
-            output.register_hook(lambda grad: self._receive(layer, is_key, data, grad))
+            rope = self._rope
+            output.register_hook(lambda grad: self._receive(layer, is_key, data, grad, rope))
             return output
 
         return forward_hook
@@ -96,7 +105,14 @@ class _Collector:
         return forward_hook
 
     @torch.no_grad()
-    def _receive(self, layer: int, is_key: bool, data: torch.Tensor, grad: torch.Tensor) -> None:
+    def _receive(
+        self,
+        layer: int,
+        is_key: bool,
+        data: torch.Tensor,
+        grad: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
         name = f"layer {layer}: gradients of the {'keys' if is_key else 'values'}"
         self._finite[name] = grad.isfinite().all()
         skip = self.spec.sinks
@@ -118,6 +134,10 @@ class _Collector:
             assert statistics is not None
             statistics.add_keys(x, gradient**2)
             statistics.add_moments(x, gradient, keys=True)
+            if self._roped_keys is not None:
+                assert rope is not None
+                slopes = grad[0].flatten(1).float() * tokens
+                self._roped_keys.add(layer, data[0].flatten(1), slopes, rope)
         elif statistics is None:
             self._late[layer] = (x, gradient)  # in the first window, keys arrive after values
         else:
@@ -194,7 +214,12 @@ def draw_windows(ids: list[int], spec: CalibrationSpec) -> list[list[int]]:
 
 
 def calibrate(
-    model: Any, windows: list[list[int]], spec: CalibrationSpec, samples: int = 0
+    model: Any,
+    windows: list[list[int]],
+    spec: CalibrationSpec,
+    samples: int = 0,
+    *,
+    roped_keys: bool = False,
 ) -> list[LayerStatistics]:
     """Collects the statistics of every layer.
 
@@ -204,6 +229,7 @@ def calibrate(
         spec: Sinks, bins, outlier fractions and seed.
         samples: Number of whole tokens to keep per layer, beside first ones; all if there are
             fewer.
+        roped_keys: Whether to keep histograms of keys after RoPE as well.
 
     Raises:
         UserError: There is no window, or one has no token after the sinks.
@@ -217,15 +243,17 @@ def calibrate(
     refuse_rotated(model, "calibration")
     lengths = list(map(len, windows))
     sample = TokenSample(lengths, spec.sinks, samples, spec.seed) if samples else None
-    collector = _Collector(model, spec, sample)
+    roped = RopedKeys(spec.bins, spec.sinks) if roped_keys else None
+    collector = _Collector(model, spec, sample, roped)
     collector.run(model, windows, next(model.parameters()).device)
     found = []
     for i, module in enumerate(collector.layers):
         statistics = collector.statistics[i]
         assert statistics is not None
         statistics.output_moments = output_moments(module, collector.heads)
-        for name, table in sample.of_layer(i).items() if sample else ():
-            setattr(statistics, name, table)
+        for kept in (sample, roped):
+            for name, table in kept.of_layer(i).items() if kept else ():
+                setattr(statistics, name, table)
         found.append(statistics)
     return found
 
@@ -279,7 +307,13 @@ def run(args: argparse.Namespace) -> None:
     ids = tokenizer(
         load_text(args.data_manifest, "calibration", spec.dataset), add_special_tokens=False
     ).input_ids
-    layers = calibrate(model, draw_windows(ids, spec), spec, study.sampled_tokens(args.calibration))
+    layers = calibrate(
+        model,
+        draw_windows(ids, spec),
+        spec,
+        study.sampled_tokens(args.calibration),
+        roped_keys=study.keys_after_rope(args.calibration),
+    )
     heads = int(model.config.num_key_value_heads)
     info = {
         "model": args.model,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvquant.calibration.key_histograms import ROPED, KeyHistograms, empty_histograms
 from kvquant.calibration.token_sample import MARKS, SAMPLES
 from kvquant.errors import UserError
 from kvquant.formats.layer_quantizer import outliers_per_side
@@ -25,14 +26,10 @@ AGAIN = "calibrate again"
 
 
 @dataclass
-class LayerStatistics:
-    """Holds the histograms of one layer.
+class LayerStatistics(KeyHistograms):
+    """Holds the histograms of one layer: of keys before RoPE those of the base class.
 
     Attributes:
-        low: fp32 `[channels]`, left end of each key channel's grid.
-        width: fp32 `[channels]`, width of the bins of each key channel.
-        counts: fp32 `[channels, bins]`, number of key elements per bin.
-        fisher: fp32 `[channels, bins]`, sum of squared key gradients per bin.
         value_counts: fp32 `[fractions, VALUE_BINS]`, number of normalized value elements per bin
             of [-1, 1], for each outlier fraction.
         value_fisher: fp32, the same shape, sum of squared value gradients per bin.
@@ -62,12 +59,13 @@ class LayerStatistics:
         value_gradient_sample: bf16, gradients of these values.
         sample_sinks: fp32 `[tokens]`, 0 for tokens drawn at random, which come last; else how many
             first tokens of windows the token stands for.
+        roped_low: fp32 `[channels]`, as `low` of keys after RoPE; this and the next three are None
+            unless the study names a scheme that quantizes keys after RoPE.
+        roped_width: fp32 `[channels]`, as `width`.
+        roped_counts: fp32 `[channels, bins]`, as `counts`.
+        roped_fisher: fp32 `[channels, bins]`, as `fisher`.
     """
 
-    low: torch.Tensor
-    width: torch.Tensor
-    counts: torch.Tensor
-    fisher: torch.Tensor
     value_counts: torch.Tensor
     value_fisher: torch.Tensor
     value_fisher_range2: torch.Tensor
@@ -85,12 +83,16 @@ class LayerStatistics:
     value_sample: torch.Tensor | None = None
     value_gradient_sample: torch.Tensor | None = None
     sample_sinks: torch.Tensor | None = None
+    roped_low: torch.Tensor | None = None
+    roped_width: torch.Tensor | None = None
+    roped_counts: torch.Tensor | None = None
+    roped_fisher: torch.Tensor | None = None
 
     @classmethod
     def from_first(
         cls, keys: torch.Tensor, bins: int, fractions: int, heads: int
     ) -> LayerStatistics:
-        """Makes empty histograms whose grid extends the first window's range by half on each side.
+        """Makes empty statistics (:func:`empty_histograms` makes those of keys).
 
         Args:
             keys: Keys of the first window, fp32 `[tokens, channels]`.
@@ -100,43 +102,51 @@ class LayerStatistics:
         """
         channels, device = keys.shape[1], keys.device
         square = (heads, channels // heads, channels // heads)
-        low, high = keys.amin(0), keys.amax(0)
-        margin = (high - low).clamp_(min=1e-6) * 0.5
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
         return cls(
-            low - margin,
-            (high - low + 2 * margin) / bins,
-            zeros(channels, bins),
-            zeros(channels, bins),
-            zeros(fractions, VALUE_BINS),
-            zeros(fractions, VALUE_BINS),
-            zeros(fractions, VALUE_BINS),
-            zeros(2, len(VALUE_RANGES), heads, VALUE_BINS),
-            zeros(heads),
+            **vars(empty_histograms(keys, bins)),
+            value_counts=zeros(fractions, VALUE_BINS),
+            value_fisher=zeros(fractions, VALUE_BINS),
+            value_fisher_range2=zeros(fractions, VALUE_BINS),
+            rotated_fisher_range2=zeros(2, len(VALUE_RANGES), heads, VALUE_BINS),
+            value_rms=zeros(heads),
             **{name: zeros(*square) for name in MOMENTS},
         )
 
     def consistent(self, channels: int | None = None) -> bool:
         """Returns whether shapes and signs of the tables are consistent."""
-        if self.low.dim() != 1 or self.counts.dim() != 2 or self.value_counts.dim() != 2:
+        if not self.histograms_consistent() or self.value_counts.dim() != 2:
             return False
-        keys = (len(self.low), self.counts.shape[1])
         values = (self.value_counts.shape[0], VALUE_BINS)
-        tables = (self.counts, self.fisher, self.value_counts, self.value_fisher)
+        tables = (self.value_counts, self.value_fisher, self.value_fisher_range2)
         return (
-            channels in (None, keys[0])
-            and self.width.shape == self.low.shape
-            and all(tuple(t.shape) == keys for t in (self.counts, self.fisher))
-            and tuple(self.value_counts.shape) == tuple(self.value_fisher.shape) == values
-            and tuple(self.value_fisher_range2.shape) == values
+            channels in (None, len(self.low))
+            and all(tuple(table.shape) == values for table in tables)
             and self._moments_consistent()
             and self._sample_consistent()
-            and bool((self.width > 0).all())
-            and all(bool((t >= 0).all()) for t in (*tables, self.value_fisher_range2))
+            and self._roped_consistent()
+            and all(bool((table >= 0).all()) for table in tables)
         )
+
+    def _roped_consistent(self) -> bool:
+        """Returns whether the histograms of keys after RoPE are all there and fit, or none is."""
+        tables = [getattr(self, name) for name in ROPED]
+        if any(table is None for table in tables):
+            return all(table is None for table in tables)
+        roped = self.roped_keys()
+        return (
+            roped is not None
+            and roped.histograms_consistent()
+            and roped.counts.shape == self.counts.shape
+        )
+
+    def roped_keys(self) -> KeyHistograms | None:
+        """Returns the histograms of keys after RoPE; None where calibration kept none."""
+        found = {name: getattr(self, table) for table, name in ROPED.items()}
+        return None if found["low"] is None else KeyHistograms(**found)
 
     def _moments_consistent(self) -> bool:
         """Returns whether the tables that older versions lack are all there and fit, or none is."""
@@ -168,30 +178,6 @@ class LayerStatistics:
             and bool((marks >= 0).all())
             and all(tuple(table.shape) == shape for table in tables)
         )
-
-    def _cover(self, keys: torch.Tensor) -> None:
-        """Doubles the grid of every channel that new data leaves, merging its bins in pairs."""
-        bins = self.counts.shape[1]
-        low, high = keys.amin(0), keys.amax(0)
-        while True:
-            outside = (low < self.low) | (high > self.low + self.width * bins)
-            if not bool(outside.any()):
-                return
-            for table in (self.counts, self.fisher):
-                pairs = table[outside].unflatten(1, (bins // 2, 2)).sum(2)
-                table[outside] = torch.nn.functional.pad(pairs, (bins // 4, bins // 4))
-            self.low = torch.where(outside, self.low - self.width * (bins / 2), self.low)
-            self.width = torch.where(outside, self.width * 2, self.width)
-
-    def add_keys(self, keys: torch.Tensor, fisher: torch.Tensor) -> None:
-        """Adds keys fp32 `[tokens, channels]` and their squared gradients."""
-        channels, bins = self.counts.shape
-        self._cover(keys)
-        index = ((keys - self.low) / self.width).long().clamp_(0, bins - 1)
-        index += torch.arange(channels, device=keys.device) * bins
-        flat = index.view(-1)
-        self.counts.view(-1).index_add_(0, flat, torch.ones_like(fisher).view(-1))
-        self.fisher.view(-1).index_add_(0, flat, fisher.reshape(-1))
 
     def add_moments(self, x: torch.Tensor, gradient: torch.Tensor, *, keys: bool) -> None:
         """Adds second moments of fp32 keys or values `[tokens, channels]` and their gradients."""
@@ -300,6 +286,8 @@ def save_statistics(path: Path, layers: list[LayerStatistics], info: dict[str, A
     found = {**info, "moments": whole}
     if layers and (marks := layers[0].sample_sinks) is not None:
         found["samples"] = int((marks == 0).sum())
+    if layers and layers[0].roped_low is not None:
+        found["roped_keys"] = True
     save_pair(path.with_suffix(".json"), path, found, tensors)
 
 
@@ -318,6 +306,8 @@ def load_statistics(path: Path) -> tuple[list[LayerStatistics], dict[str, Any]]:
     absent = set() if info.get("moments") is True else set(ADDED)
     if "samples" not in info:
         absent |= {*SAMPLES, MARKS}
+    if info.get("roped_keys") is not True:
+        absent |= set(ROPED)
     names = [n for n in LayerStatistics.__dataclass_fields__ if n not in absent]
     wanted = {f"layers.{i}.{name}": None for i in range(count) for name in names}
     dtypes = {f"layers.{i}.{name}": SAMPLES[name] for i in range(count) for name in SAMPLES}

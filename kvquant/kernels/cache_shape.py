@@ -49,6 +49,7 @@ class CacheShape:
         range_per_head: Whether each head of a token's values has a range, in "allocated".
         rotates_values: Whether values are rotated while they are packed, and back when they are
             read.
+        rotated_keys: Whether keys are stored after RoPE.
         narrow_tables: Whether the calibration of every layer fits in fp16.
         query_dtype: Of the call's queries; None if it is that of the cache.
         protocol: "A" or "B", see :class:`kvquant.cache.kvquant_cache.KVQuantCache`.
@@ -71,6 +72,7 @@ class CacheShape:
     outliers: float = 0.0
     range_per_head: bool = False
     rotates_values: bool = False
+    rotated_keys: bool = False
     narrow_tables: bool = True
     query_dtype: torch.dtype | None = None
     protocol: str = "A"

@@ -83,6 +83,11 @@ def _readable_blocks(shape: CacheShape) -> Iterator[str]:
             "kept_rope: the cache keeps a rotation per token, and kernels compute it from the "
             "position; use a model whose rope scaling does not change with the length"
         )
+    if shape.rotated_keys:
+        yield (
+            "rotated_keys: keys are stored after RoPE, and kernels rotate the keys that they read; "
+            "choose a scheme with `keys: before-rope`, or accept PyTorch"
+        )
     if not shape.narrow_tables:
         yield (
             "calibration: zero and scale of a key channel exceed float16 (65504), in which kernels "

@@ -107,14 +107,15 @@ def check_scheme(path: Path, manifest: QuantizerManifest, scheme: Scheme) -> Non
     Raises:
         UserError: An option differs; the message names it.
     """
-    built = scheme_of(path, manifest).meaning()
-    asked = scheme.meaning()
-    for name in ("kind", *asked, *built):
-        if built.get(name) != asked.get(name):
+    built = scheme_of(path, manifest)
+    # `meaning` lacks options that were added later where they have their default.
+    for name in ("kind", *scheme.meaning(), *built.meaning()):
+        theirs, ours = (getattr(spec, name, None) for spec in (built, scheme))
+        if theirs != ours:
             raise UserError(
                 f"{FIELD}: {path} was built for scheme '{manifest.scheme}' with {name}: "
-                f"{built.get(name)}, not for {name}: {asked.get(name)}: build one for this scheme, "
-                "or leave the scheme to the file"
+                f"{theirs}, not for {name}: {ours}: build one for this scheme, or leave the scheme "
+                "to the file"
             )
 
 

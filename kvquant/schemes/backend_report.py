@@ -75,5 +75,6 @@ def backend_report(
             bits=scheme.bits,
             sinks=scheme.sinks,
             outliers=scheme.outliers,
+            rotated_keys=scheme.keys_after_rope,
         )
     return report(shape, device)

@@ -1,4 +1,10 @@
-"""Our scheme, with non-uniform codes, exact outliers and keys stored before RoPE."""
+"""Our scheme, with non-uniform codes, exact outliers and keys stored before RoPE.
+
+KVQuant (arXiv 2401.18079) argues for keys before RoPE, whose channels have ranges that do not
+depend on the position. With `keys: after-rope` they are stored after RoPE, with ranges and
+codebooks that calibration fitted to rotated keys: packing is the same, and the PyTorch path reads
+them as they lie. No kernel does, as kernels rotate the keys that they read.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +32,7 @@ class NuqCodec(Codec):
     """Packs the blocks of one layer with the tables of its quantizer file."""
 
     def __init__(self, spec: NuqScheme, tables: LayerQuantizer) -> None:
+        self.rotated_keys = spec.keys_after_rope
         self.quantizer = BatchedKVQuantizer(tables, spec.bits, spec.outliers)
         self.sinks = spec.sinks
         self.block_size = spec.block_size

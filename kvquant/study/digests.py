@@ -34,13 +34,14 @@ def asks_prompts(task: TaskSpec) -> bool:
 
 
 @functools.cache
-def settled(file: str, digest: str, samples: int = 0) -> bool:
+def settled(file: str, digest: str, samples: int = 0, roped_keys: bool = False) -> bool:
     """Returns whether a JSON file exists and is up to date.
 
     Args:
         file: The JSON file.
         digest: What it must record.
         samples: Number of whole tokens that statistics must have.
+        roped_keys: Whether statistics must have histograms of keys after RoPE.
     """
     try:
         found = parse_json(Path(file).read_text(encoding="utf-8"))
@@ -49,6 +50,8 @@ def settled(file: str, digest: str, samples: int = 0) -> bool:
     if not isinstance(found, dict) or found.get("spec_digest") != digest:
         return False
     held = found.get("samples", 0)
+    if roped_keys and found.get("roped_keys") is not True:
+        return False
     return isinstance(held, int) and held >= samples
 
 
@@ -83,13 +86,15 @@ def calibration_digest(study: Study, model: str, calibration: str | None = None)
 
 
 def collection_digest(study: Study, model: str, calibration: str | None = None) -> str:
-    """Returns what makes the workflow calibrate again: the digest, and a sample of tokens if any.
+    """Returns what makes the workflow calibrate again: the digest, and what some schemes add.
 
-    Other schemes do not depend on the sample, so that it is no part of the digest that results
-    are known by.
+    These are a sample of tokens and the histograms of keys after RoPE. Other schemes do not depend
+    on them, so that they are no part of the digest that results are known by.
     """
     samples = study.sampled_tokens(calibration)
-    return calibration_digest(study, model, calibration) + (f"+{samples}" if samples else "")
+    added = [str(samples)] if samples else []
+    added += ["roped-keys"] if study.keys_after_rope(calibration) else []
+    return "+".join([calibration_digest(study, model, calibration), *added])
 
 
 def samples_of(study: Study, scheme: str) -> int:
@@ -98,6 +103,12 @@ def samples_of(study: Study, scheme: str) -> int:
     asked = spec.sampled_tokens if isinstance(spec, CalibratedScheme) else 0
     calibration = study.calibrated_by(study.calibration_name(scheme))
     return min(asked, calibration.windows * (calibration.window - calibration.sinks))
+
+
+def roped_keys_of(study: Study, scheme: str) -> bool:
+    """Returns whether the statistics that a scheme is built from must have keys after RoPE."""
+    spec = study.scheme(scheme)
+    return isinstance(spec, CalibratedScheme) and spec.keys_after_rope
 
 
 def quantizer_digest(study: Study, model: str, scheme: str) -> str:

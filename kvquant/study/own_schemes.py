@@ -50,12 +50,17 @@ class Fp16StaticScheme(Scheme):
 
 @scheme_kind(
     label="NUQ",
-    summary="ours: non-uniform codes with exact outliers; `datatype` (below)",
+    summary="ours: non-uniform codes with exact outliers; `datatype`, `keys` (below)",
     codec="kvquant.schemes.nuq:make_codec",
 )
 class NuqScheme(CodebookScheme):
     """Non-uniform quantization with exact sparse outliers (ours; KVQuant's datatype)."""
 
+    later: ClassVar[tuple[str, ...]] = (*CodebookScheme.later, "keys")
+    words: ClassVar[Words] = {
+        **CodebookScheme.words,
+        "keys": {"after-rope": "keys after RoPE"}.__getitem__,
+    }
     kind: Literal["nuq"] = Field(description="kind of the scheme")
     bits: CodeBits
     outliers: float = Field(
@@ -66,6 +71,16 @@ class NuqScheme(CodebookScheme):
     datatype: CodeDatatype = "nuq"
     weighting: Weighting = "fisher-range2"
     q_norm: MomentMatching = False
+    keys: Literal["before-rope", "after-rope"] = Field(
+        "before-rope",
+        description="whether keys are quantized as they are before the rotary embedding or after "
+        "it, which has no GPU kernel for attention",
+    )
+
+    @property
+    def keys_after_rope(self) -> bool:
+        """Returns whether keys are quantized after RoPE, and calibrated so."""
+        return self.keys == "after-rope"
 
     def method(self) -> str:
         """Returns the name of the datatype."""

@@ -157,6 +157,11 @@ class CalibratedScheme(Scheme):
         """Returns how many whole tokens per layer calibration must keep, at most."""
         return 0
 
+    @property
+    def keys_after_rope(self) -> bool:
+        """Returns whether calibration must keep histograms of keys after RoPE."""
+        return False
+
 
 class CodebookScheme(CalibratedScheme):
     """A calibrated scheme with one codebook for the keys and one for the values of each layer."""

@@ -135,6 +135,11 @@ class StudySections(Strict):
         asked = (s.sampled_tokens for s in calibrated if s.calibration == calibration)
         return max(asked, default=0)
 
+    def keys_after_rope(self, calibration: str | None = None) -> bool:
+        """Returns whether a calibration keeps histograms of keys after RoPE for its schemes."""
+        calibrated = [s for s in self.schemes.values() if isinstance(s, CalibratedScheme)]
+        return any(s.keys_after_rope for s in calibrated if s.calibration == calibration)
+
     def timed_schemes(self, spec: TimedStage) -> list[str]:
         """Returns the schemes that `spec` measures, without the baseline of every job."""
         return [s for s in (spec.schemes or self.schemes) if s != self.baseline]

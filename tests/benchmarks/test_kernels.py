@@ -23,6 +23,7 @@ from kvquant.study.config import Study, parse_study
 from kvquant.study.digests import kernels_digest
 from kvquant.study.kernels import KernelCase
 from kvquant.study.records import KernelRecord, read_record
+from tests.support.rope import rope, rotate
 
 CPU = torch.device("cpu")
 FIRST = {
@@ -277,6 +278,23 @@ def test_tables_leave_the_scheme_s_share_of_the_model_s_keys_outside(outliers: f
         scaled = (keys.view(-1, 1, 64) - found.key_zero) / found.key_scale
         assert (scaled.abs() > 1).float().mean() == pytest.approx(outliers, rel=0.1)
     assert model.tables(parse_study(raw).schemes["kivi-4"]) is None
+
+
+def test_tables_of_keys_after_rope_are_of_rotated_keys() -> None:
+    raw = study()
+    raw["schemes"]["nuq3-after-rope"] = {"kind": "nuq", "bits": 3, "keys": "after-rope"}
+    schemes = parse_study(raw).schemes
+    model = RandomModel("tiny", CPU)
+    before, after = (model.tables(schemes[name]) for name in ("nuq3-1pct", "nuq3-after-rope"))
+    assert before is not None and after is not None
+    for keys, others, found in zip(model._sample(), before, after, strict=True):
+        assert isinstance(found, LayerQuantizer) and isinstance(others, LayerQuantizer)
+        cos, sin = rope(torch.arange(len(keys)), 64)
+        turned = rotate(keys.view(-1, 1, 64), cos[:, None], sin[:, None])
+        scaled = (turned - found.key_zero) / found.key_scale
+        outside = (scaled.abs() > 1).float().mean(0)  # 5.12 tokens at each end of a channel
+        assert bool(((outside - 11 / 1024).abs() < 1.1 / 1024).all())
+        assert not torch.equal(found.key_scale, others.key_scale)
 
 
 def test_ragged_prompts_fall_to_half() -> None:

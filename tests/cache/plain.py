@@ -13,6 +13,7 @@ import torch
 
 from kvquant.formats.layer_quantizer import LayerQuantizer, outliers_per_side
 from kvquant.study.schemes import NuqScheme
+from tests.support import rope
 
 
 def codes_of(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -107,7 +108,11 @@ class Sequence:
         """Quantizes every token once; a token's codes depend on nothing but itself."""
         kind = torch.bfloat16 if self.keys.dtype is torch.bfloat16 else torch.float16
         self.spec = spec
-        self.rounded = (self.keys.to(kind), self.values.to(kind))
+        self.given = self.keys  # as the cache gets them to store
+        if spec.keys_after_rope:
+            cos, sin = rope.rope(torch.arange(self.length), self.keys.shape[2])
+            self.given = rope.rotate(self.keys, cos[:, None], sin[:, None])
+        self.rounded = (self.given.to(kind), self.values.to(kind))
         keys, self.key_outliers = quantize_keys(self.rounded[0], tables, spec.outliers)
         values, self.value_outliers = quantize_values(self.rounded[1], tables, spec.outliers)
         self.quantized = (keys, values)
@@ -145,7 +150,7 @@ class Sequence:
                 past = self.stored(start)
                 keys, values = (
                     torch.cat([p, x[start:stop].float()])
-                    for p, x in zip(past, (self.keys, self.values), strict=True)
+                    for p, x in zip(past, (self.given, self.values), strict=True)
                 )
             outputs.append(self._attend(start, stop, keys, values))
             start = stop
@@ -154,7 +159,8 @@ class Sequence:
     def _attend(self, start: int, stop: int, keys: Any, values: Any) -> torch.Tensor:
         group = self.queries.shape[1] // keys.shape[1]
         queries = turn(self.queries[start:stop].double(), start).transpose(0, 1)
-        turned = turn(keys.double(), 0).transpose(0, 1).repeat_interleave(group, 0)
+        turned = keys.double() if self.spec.keys_after_rope else turn(keys.double(), 0)
+        turned = turned.transpose(0, 1).repeat_interleave(group, 0)
         wide = values.double().transpose(0, 1).repeat_interleave(group, 0)
         scores = queries @ turned.transpose(1, 2) * queries.shape[-1] ** -0.5
         later = torch.arange(stop)[None] > torch.arange(start, stop)[:, None]

@@ -11,6 +11,7 @@ from kvquant.models.loading import QuantizedModel
 from kvquant.study.schemes import KiviScheme, NuqScheme
 from tests.support.caches import feed, quantized
 from tests.support.models import tiny_model
+from tests.support.quantizers import random_quantizer
 
 
 def on_gpu(spec: Any, dtype: torch.dtype = torch.float32) -> QuantizedModel:
@@ -41,6 +42,31 @@ def test_kernels_and_pytorch_give_the_same(
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("proto", ["A", "B"])
+def test_keys_after_rope_are_packed_by_kernels_and_read_by_pytorch(
+    proto: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(heads=4, kv_heads=2, head_dim=64).half().cuda()
+    tables = [
+        random_quantizer(2, 64, 3, zero=0.05, scale=(0.5, 0.8), seed=layer) for layer in range(2)
+    ]
+    spec = NuqScheme(kind="nuq", bits=3, block_size=32, keys="after-rope")
+    qm = quantized(model, spec, tables)
+    ids = torch.randint(0, 97, (3, 150), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :60], mask[2, :96] = 0, 0
+    found = []
+    for kernels in ("auto", "pytorch"):
+        monkeypatch.setenv("KVQUANT_KERNELS", kernels)
+        logits, cache = feed(qm, ids, mask, [97, 1, 1, 51], proto)
+        cache.settle()
+        assert cache.layers[0].store.packed_by_kernels == (kernels == "auto")
+        reasons = cache.step_refusals(ids.device)
+        assert any(reason.startswith("rotated_keys: ") for reason in reasons)
+        found.append(torch.where(mask[..., None].bool(), logits, 0))
+    torch.testing.assert_close(found[0], found[1], atol=5e-3, rtol=5e-3)
+
+
 def test_padding_in_a_step_is_reported_later() -> None:
     qm = on_gpu(NuqScheme(kind="nuq", bits=4, block_size=32))
     ids = torch.randint(0, 97, (2, 120), device="cuda")
@@ -55,9 +81,10 @@ def test_padding_in_a_step_is_reported_later() -> None:
     [
         NuqScheme(kind="nuq", bits=2, outliers=1.0, block_size=32),
         NuqScheme(kind="nuq", bits=4, block_size=32),
+        NuqScheme(kind="nuq", bits=4, block_size=32, keys="after-rope"),
         KiviScheme(kind="kivi", bits=4, group=16, residual=16),
     ],
-    ids=["exact", "nuq4", "kivi4"],
+    ids=["exact", "nuq4", "nuq4-after-rope", "kivi4"],
 )
 def test_generate_in_half_precision(spec: Any) -> None:
     qm = on_gpu(spec, torch.float16)

@@ -185,8 +185,12 @@ def full_attention(
 
 
 @functools.cache
-def prepared(heads: str, bits: int, outliers: float) -> tuple[NuqScheme, LayerQuantizer, Any]:
-    spec = NuqScheme(kind="nuq", bits=bits, outliers=outliers, block_size=32, sinks=1)  # type: ignore[arg-type]
+def prepared(
+    heads: str, bits: int, outliers: float, keys: str = "before-rope"
+) -> tuple[NuqScheme, LayerQuantizer, Any]:
+    spec = NuqScheme(  # type: ignore[arg-type]
+        kind="nuq", bits=bits, outliers=outliers, block_size=32, sinks=1, keys=keys
+    )
     tables = make_tables(HEADS[heads][1], 16, bits)
     rows = [
         some_sequence(n, HEADS[heads], 16, seed, torch.float32).prepare(spec, tables)
@@ -213,6 +217,19 @@ def test_matrix(heads: str, side: str, chunks: str, bits: int, outliers: float) 
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("outliers", [0.0, 0.02])
+@pytest.mark.parametrize("chunks", list(CHUNKS))
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("heads", list(HEADS))
+def test_matrix_of_keys_after_rope(heads: str, side: str, chunks: str, outliers: float) -> None:
+    """They are stored as rotated by their position in their sequence, wherever padding is."""
+    spec, tables, rows = prepared(heads, 3, outliers, "after-rope")
+    chosen = [rows[0], *rows[4:]] if side == "none" else rows[:4]
+    for protocol in ("A",) if chunks == "token-by-token" else ("A", "B"):
+        run = Run(spec, tables, chosen, side, CHUNKS[chunks], protocol)
+        run.check(protocol, 2e-5)
+
+
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -226,7 +243,10 @@ def test_any_shape(data: st.DataObject) -> None:
     size, sinks = data.draw(st.sampled_from([(32, 0), (32, 1), (64, 5), (32, 40)]))
     outliers = data.draw(st.sampled_from([0.0, 0.01, 0.02, 1.0]))
     bits = data.draw(st.sampled_from([2, 3, 4]))
-    spec = NuqScheme(kind="nuq", bits=bits, outliers=outliers, block_size=size, sinks=sinks)
+    keys = data.draw(st.sampled_from(["before-rope", "after-rope"]))
+    spec = NuqScheme(
+        kind="nuq", bits=bits, outliers=outliers, block_size=size, sinks=sinks, keys=keys
+    )
     edges = [1, max(1, sinks - 1), sinks + 1]
     edges += [sinks + blocks * size + d for blocks in (1, 2) for d in (-1, 0, 1)]
     length = st.one_of(st.sampled_from(edges), st.integers(1, 150))

@@ -11,6 +11,7 @@ import torch
 
 from kvquant.calibration.allocated_build import build_allocated
 from kvquant.calibration.build import build_layer
+from kvquant.calibration.key_histograms import ROPED
 from kvquant.calibration.statistics import (
     ADDED,
     VALUE_BINS,
@@ -124,6 +125,8 @@ def test_files_keep_all_tables(tmp_path: Path) -> None:
         for name, dtype in SAMPLES.items():
             setattr(layer, name, torch.full((5, HEADS * DIM), number + 0.5, dtype=dtype))
         layer.sample_sinks = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])
+        for name, before in ROPED.items():
+            setattr(layer, name, getattr(layer, before) + 1)
     info = {"num_layers": 2, "num_kv_heads": HEADS, "head_dim": DIM}
     save_statistics(tmp_path / "stats.safetensors", layers, info)
     again, _ = load_statistics(tmp_path / "stats.safetensors")

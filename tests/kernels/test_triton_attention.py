@@ -157,6 +157,23 @@ def test_model_gives_the_logits_of_the_pytorch_path(
     torch.testing.assert_close(found["triton"], found["pytorch"], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("proto", ["A", "B"])
+def test_keys_after_rope_are_read_by_pytorch(proto: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels packed; they would rotate the keys again."""
+    model = tiny_model(heads=2, kv_heads=1, head_dim=64, num_hidden_layers=1).to(DEVICE)
+    spec = NuqScheme(kind="nuq", bits=3, block_size=32, outliers=0.0, keys="after-rope")
+    qm = quantized(model, spec)
+    ids = torch.randint(0, 97, (2, 54), device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, :40] = 0
+    found = {}
+    for kernels in ("triton", "pytorch"):
+        monkeypatch.setenv("KVQUANT_KERNELS", kernels)
+        found[kernels], used = logits(qm, ids, mask, [36, 7, 1, 10], proto)
+        assert used == 0
+    torch.testing.assert_close(found["triton"], found["pytorch"], atol=1e-4, rtol=1e-4)
+
+
 GPU = [
     # bits, dim, heads, group, size, outliers, lengths, columns, dtype
     (3, 128, 16, 1, 64, 0.01, [4096, 3000, 4095, 17], 512, torch.float16),

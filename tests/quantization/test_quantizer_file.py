@@ -83,6 +83,10 @@ def test_scheme_comes_from_the_file(work: Path) -> None:
         (NuqScheme(kind="nuq", bits=3, datatype="nf"), "datatype: nuq"),
         (NuqScheme(kind="nuq", bits=3, weighting="none"), "weighting"),
         (NuqScheme(kind="nuq", bits=3, q_norm=True), "q_norm: False"),
+        (
+            NuqScheme(kind="nuq", bits=3, keys="after-rope"),
+            "keys: before-rope, not for keys: after-rope: build",
+        ),
         (KvquantRefScheme(kind="kvquant-ref", bits=3), "kind: nuq"),
         (Fp16Scheme(kind="fp16"), "kind: nuq"),
     ],

@@ -21,6 +21,7 @@ from kvquant.study.schemes import AllocatedScheme, Fp16Scheme, KiviScheme, NuqSc
 from tests.support.quantizers import random_allocated
 
 NUQ = NuqScheme(kind="nuq", bits=3, sinks=2, block_size=128)
+AFTER_ROPE = NUQ.model_copy(update={"keys": "after-rope"})
 MODEL: dict[str, Any] = {
     "head_dim": 128, "kv_heads": 8, "query_heads": 32, "dtype": torch.bfloat16,
 }  # fmt: skip
@@ -53,13 +54,24 @@ def test_reasons_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend_report(Fp16Scheme(kind="fp16"), **MODEL, device=device) == {}
 
 
-def test_the_shape_is_the_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_after_rope_are_packed_by_kernels_and_read_by_pytorch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = backend_report(AFTER_ROPE, **MODEL, device=on_gpu(monkeypatch))
+    assert [s.backend for s in found.values()] == ["cuda", "pytorch", "pytorch"]
+    for operation in ("decode", "past"):
+        for _, (reason,) in found[operation].refused:
+            assert reason.startswith("rotated_keys: keys are stored after RoPE, and kernels")
+
+
+@pytest.mark.parametrize("spec", [NUQ, AFTER_ROPE], ids=lambda spec: spec.keys)
+def test_the_shape_is_the_codecs(spec: NuqScheme, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[CacheShape] = []
     monkeypatch.setattr(module, "report", lambda shape, device: asked.append(shape))
-    backend_report(NUQ, **MODEL, device=torch.device("cpu"))
+    backend_report(spec, **MODEL, device=torch.device("cpu"))
     levels = fit("nf", 3)
     tables = LayerQuantizer(torch.zeros(8, 128), torch.ones(8, 128), levels, levels)
-    codec = NuqCodec(NUQ, tables)
+    codec = NuqCodec(spec, tables)
     assert codec.cache_shape(128, 8, 32, torch.bfloat16) == replace(asked[0], query_dtype=None)
 
 

@@ -2,8 +2,8 @@
 
 Kinds that are listed nowhere here are tested with the options of :func:`derived`.
 
-Also covers: schemes.kivi, schemes.nuq, schemes.registry, study.dotted, study.own_schemes,
-study.peer_schemes, study.peer_schemes_calibrated, study.scheme_kinds, study.scheme_options,
+Also covers: schemes.kivi, schemes.registry, study.dotted, study.own_schemes, study.peer_schemes,
+study.peer_schemes_calibrated, study.scheme_kinds, study.scheme_options,
 study.transformers_schemes.
 """
 
@@ -80,6 +80,8 @@ CHOSEN: list[Any] = [
     NuqScheme(kind="nuq", bits=4, block_size=32),
     NuqScheme(kind="nuq", bits=3, block_size=32, datatype="nf"),
     NuqScheme(kind="nuq", bits=2, block_size=32, sinks=0),
+    NuqScheme(kind="nuq", bits=4, block_size=32, keys="after-rope"),
+    NuqScheme(kind="nuq", bits=3, block_size=64, sinks=4, keys="after-rope"),
     KiviScheme(kind="kivi", bits=4, group=16, residual=16),
     KiviScheme(kind="kivi", bits=4, group=16, residual=16, sinks=1),
     KiviScheme(kind="kivi", bits=2, group=16, residual=0, sinks=3),
@@ -139,6 +141,7 @@ def name(spec: Any) -> str:
 CHOSEN_SINKING: list[Any] = [
     AllocatedScheme(kind="allocated", block_size=32, outliers=0.0),
     NuqScheme(kind="nuq", bits=3, block_size=32, outliers=0.0),
+    NuqScheme(kind="nuq", bits=3, block_size=32, outliers=0.0, keys="after-rope"),
     KiviScheme(kind="kivi", bits=2, group=16, residual=16),
     Fp8Scheme(kind="fp8", block_size=16),
     TurboQuantScheme(kind="turboquant", bits=3, block_size=16),

@@ -28,9 +28,17 @@ PEERS: dict[str, Any] = {
     "block-gtq-3": {"kind": "block-gtq", "bits": 3, "block_size": 32},
     "wush-kv-3": {"kind": "wush-kv", "bits": 3, "sinks": 1, "residual": 0},
     "cq-2c4b": {"kind": "cq", "bits": 2.0, "channels": 2, "block_size": 32, "samples": 256},
+    "nuq3-after-rope": {"kind": "nuq", "bits": 3, "block_size": 32, "keys": "after-rope"},
     "fp16-static": {"kind": "fp16-static"},
 }
-CALIBRATED = ("nuq3-1pct", "nf3-1pct", "ref3-1pct", "block-gtq-3", "wush-kv-3", "cq-2c4b")
+CALIBRATED = (
+    "nuq3-1pct", "nf3-1pct", "ref3-1pct", "block-gtq-3", "wush-kv-3", "cq-2c4b", "nuq3-after-rope",
+)  # fmt: skip
+# What is refused where statistics lack what a scheme is built from.
+LACKING = {
+    "cq-2c4b": "schemes.cq-2c4b.samples: 254 whole tokens",
+    "nuq3-after-rope": "schemes.nuq3-after-rope.keys: after-rope needs histograms of keys",
+}
 if QUANTO:
     PEERS["hf-quanto-4"] = {"kind": "hf-quanto", "bits": 4, "group": 16, "residual": 16}
 EVALUATED = ["fp16", "nuq3-1pct", *(p for p in PEERS if p != "fp16-static")]
@@ -70,27 +78,28 @@ def study(work: Path) -> dict[str, Any]:
 
 @pytest.mark.fault(
     "custody",
-    "statistics without the whole tokens that a scheme is built from",
+    "statistics without the whole tokens or the keys after RoPE that a scheme is built from",
     "refused: calibrate again; they serve all other schemes",
 )
-def test_statistics_without_whole_tokens_serve_all_schemes_but_those_that_need_them(
+def test_statistics_without_what_some_schemes_need_serve_all_others(
     work: Path, study: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Those of the same calibration that a study without such schemes has made."""
     older, newer = work / "r/calib/stats.json", work / "p/calib/stats.json"
     found = [json.loads(file.read_text()) for file in (older, newer)]
     assert "samples" not in found[0] and found[1]["samples"] == 254
+    assert "roped_keys" not in found[0] and found[1]["roped_keys"] is True
     assert found[0]["spec_digest"] == found[1]["spec_digest"]
     words = ["quantize", "--study", str(work / "peers.json"), "--model", "tiny"]
     words += ["--stats", str(older.with_suffix(".safetensors"))]
     for scheme in CALIBRATED:
         out = ["--out", str(work / f"again/{scheme}/quantizer.json")]
         capsys.readouterr()
-        assert (main([*words, "--scheme", scheme, *out]) == 0) == (scheme != "cq-2c4b")
+        assert (main([*words, "--scheme", scheme, *out]) == 0) == (scheme not in LACKING)
         told = capsys.readouterr().err
-        if scheme == "cq-2c4b":
+        if scheme in LACKING:
             assert len(told.splitlines()) == 1
-            assert "schemes.cq-2c4b.samples: 254 whole tokens" in told and "calibrate" in told
+            assert LACKING[scheme] in told and "calibrate again with this study" in told
 
 
 def options(work: Path, scheme: str) -> list[str]:

@@ -113,6 +113,39 @@ def test_statistics_are_up_to_date_for_a_scheme_if_they_have_its_whole_tokens(
         assert not digests.settled(str(file), "other")
 
 
+def test_a_scheme_of_keys_after_rope_changes_what_is_collected_and_no_digest(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    more = {"nuq3-after-rope": {"kind": "nuq", "bits": 3, "keys": "after-rope"}}
+    changed = {**raw, "schemes": {**raw["schemes"], **more}}
+    before, after = every_digest(parse_study(raw)), every_digest(parse_study(changed))
+    assert before == {name: after[name] for name in before}
+    study = parse_study(changed)
+    found = digests.collection_digest(study, MODEL)
+    assert found == f"{before['calibrate']}+roped-keys"
+    both = parse_study({**changed, "schemes": {**changed["schemes"], "cq": {"kind": "cq"}}})
+    assert digests.collection_digest(both, MODEL) == f"{before['calibrate']}+4096+roped-keys"
+    assert [digests.roped_keys_of(study, s) for s in (*more, "nuq3-1pct", "fp16")] == [
+        True, False, False,
+    ]  # fmt: skip
+    for held, served in ((None, False), (True, True), ("true", False)):
+        file = tmp_path / f"{held}.json"
+        info = {"spec_digest": "d"} | ({} if held is None else {"roped_keys": held})
+        file.write_text(json.dumps(info))
+        assert digests.settled(str(file), "d", 0, roped_keys=True) is served
+        assert digests.settled(str(file), "d", 0)
+        assert not digests.settled(str(file), "d", 1, roped_keys=True)
+
+
+def test_only_the_calibration_of_such_a_scheme_keeps_keys_after_rope(raw: dict[str, Any]) -> None:
+    raw["calibrations"] = {"other": {"windows": 3}}
+    raw["schemes"]["after"] = {
+        "kind": "nuq", "bits": 3, "keys": "after-rope", "calibration": "other",
+    }  # fmt: skip
+    study = parse_study(raw)
+    assert not study.keys_after_rope() and study.keys_after_rope("other")
+
+
 def test_append_depends_on_its_own_section_and_schemes(raw: dict[str, Any]) -> None:
     assert changed(raw, "append", "rounds", value=7) == {"append"}
     assert changed(raw, "append", "minutes", value=7) == set()
@@ -193,3 +226,17 @@ def test_an_option_added_later_leaves_older_digests(raw: dict[str, Any]) -> None
     named["schemes"]["kivi-2"]["sinks"] = 1
     kept = parse_study(parse_study(named).model_dump(mode="json"))
     assert kept.scheme("kivi-2") == parse_study(named).scheme("kivi-2")
+
+
+def test_keys_before_rope_leave_the_digests_of_nuq(raw: dict[str, Any]) -> None:
+    named = yaml.safe_load(yaml.safe_dump(raw))
+    named["schemes"]["nuq3-1pct"]["keys"] = "before-rope"
+    assert every_digest(parse_study(raw)) == every_digest(parse_study(named))
+    # as the published records and quantizers of NUQ have it
+    scheme: dict[str, Any] = {"kind": "nuq", "bits": 3, "outliers": 0.01, "sinks": 1}
+    scheme |= {"block_size": 32, "datatype": "nuq", "weighting": "fisher-range2", "q_norm": False}
+    assert parse_study(named).scheme("nuq3-1pct").model_dump(mode="json") == scheme
+    found = changed(raw, "schemes", "nuq3-1pct", "keys", value="after-rope")
+    assert {n.split("/")[1] for n in found if "/" in n} == {
+        "nuq3-1pct"
+    } and "calibrate" not in found

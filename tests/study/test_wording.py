@@ -43,6 +43,14 @@ def test_names_say_method_bits_and_outliers() -> None:
     }
 
 
+def test_keys_after_rope_are_told() -> None:
+    spec: dict[str, Any] = {"kind": "nuq", "bits": 3}
+    assert names({"a": spec, "b": {**spec, "keys": "after-rope"}}) == {
+        "a": "NUQ 3 bits, 1 % outliers",
+        "b": "NUQ 3 bits, 1 % outliers, keys after RoPE",
+    }
+
+
 def test_options_tell_schemes_of_one_title_apart() -> None:
     kivi: dict[str, Any] = {"kind": "kivi", "bits": 4}
     assert names(

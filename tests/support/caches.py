@@ -20,6 +20,7 @@ SPECS = [
     NuqScheme(kind="nuq", bits=2, block_size=64, outliers=0.0, sinks=5),
     KiviScheme(kind="kivi", bits=4, group=16, residual=16),
     KiviScheme(kind="kivi", bits=2, group=8, residual=0),
+    NuqScheme(kind="nuq", bits=3, block_size=32, keys="after-rope"),
 ]
 EXACT = NuqScheme(kind="nuq", bits=2, outliers=1.0, block_size=32)  # all outliers: 16 bits
 LOSSY = NuqScheme(kind="nuq", bits=3, outliers=0.01, block_size=32)

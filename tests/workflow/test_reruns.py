@@ -162,13 +162,19 @@ def test_another_calibration_leaves_uncalibrated_schemes_alone(
     assert "fetch-model" not in {rule for rule, _ in jobs}
 
 
-def test_a_scheme_that_needs_whole_tokens_calibrates_again_for_itself(run: Run) -> None:
-    """Statistics of the same digest lack them. Other schemes' quantizers and results stay."""
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("cq-4c8b", "{kind: cq}"), ("nuq3-after-rope", "{kind: nuq, bits: 3, keys: after-rope}")],
+)
+def test_a_scheme_that_needs_more_statistics_calibrates_again_for_itself(
+    name: str, options: str, run: Run
+) -> None:
+    """Statistics of the same digest lack whole tokens, or keys after RoPE; all else stays."""
     line = "  kivi-2: {kind: kivi"
-    jobs = planned(run("-n", "-p", changes=[(line, "  cq-4c8b: {kind: cq}\n" + line)]))
+    jobs = planned(run("-n", "-p", changes=[(line, f"  {name}: {options}\n{line}")]))
     chosen = [(verb, o.get("scheme")) for verb, o in jobs if verb in MEASURED]
     assert Counter(chosen) == {
-        ("calibrate", None): 1, ("quantize", "cq-4c8b"): 1, ("evaluate", "cq-4c8b"): 3,
+        ("calibrate", None): 1, ("quantize", name): 1, ("evaluate", name): 3,
     }  # fmt: skip
 
 

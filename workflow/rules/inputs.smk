@@ -1,12 +1,13 @@
 # What measuring rules read. Plain `ancient` would hide that a file is about to be made anew.
 
 
-def kept(file, digest, record=None, samples=0):
+def kept(file, digest, record=None, samples=0, roped_keys=False):
     """An input whose time does not count if its record has the digest that the study asks for.
 
     A copied or cloned folder has times in any order.
     """
-    return ancient(file) if digests.settled(resolved(record or file), digest, samples) else file
+    whole = digests.settled(resolved(record or file), digest, samples, roped_keys)
+    return ancient(file) if whole else file
 
 
 def resolved(file):
@@ -27,7 +28,8 @@ def calibrated(name, wildcards):
     folder = f"<results>/{calibration_place(wildcards.model, chosen)}"
     digest = digests.calibration_digest(STUDY, wildcards.model, chosen)
     samples = digests.samples_of(STUDY, wildcards.scheme)
-    return kept(f"{folder}/{name}", digest, f"{folder}/stats.json", samples)
+    roped_keys = digests.roped_keys_of(STUDY, wildcards.scheme)
+    return kept(f"{folder}/{name}", digest, f"{folder}/stats.json", samples, roped_keys)
 
 
 def quantizer(wildcards):
