@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from kvquant.analysis.ablation_tables import all_rows
 from kvquant.analysis.claims import judge, named
 from kvquant.analysis.evidence import NOT_SUPPORTED, SUPPORTED
 from kvquant.analysis.labels import job_label, labels_of
@@ -99,6 +100,8 @@ def table_of(study: Study, folder: Path, name: str) -> pd.DataFrame:
     shown = PAGES[name]
     if shown.source == "claims":
         table = named(study, judge(load_tables(study, folder)))
+    elif shown.source == "ablation":
+        table = labels_of(study).of(all_rows(load_tables(study, folder)))
     else:
         found = read_table(folder, shown.source)
         found = _jobs(study, found) if shown.source == "jobs" else found
