@@ -51,6 +51,8 @@ def _shown_in(section: Section, tables: Tables) -> list[str]:
         caption = table.caption
         if name in SUITES:
             caption = caption.format(suite=suite_name(tables, name))
+        if table.note:
+            caption = f"{caption} {load(table.note)(tables)}".rstrip()
         lines.append(rf"\generated{{{escape(caption)}}}{{{name}}}")
         if name in drawn:
             drawn.remove(name)

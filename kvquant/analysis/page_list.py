@@ -6,8 +6,8 @@ torch nor pandas.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from kvquant.analysis.ablation import ablations
 from kvquant.analysis.sections import Section
@@ -29,6 +29,8 @@ class Page:
             collected table alone.
         condition: Whether a study has this page.
         reason: Why a study has not; follows the words "the study".
+        joules: Columns of joules per token that get grams of CO2e beside them, each with what the
+            heads of its grams begin with.
         measured: The column that a row must have a value in; empty for all rows.
     """
 
@@ -39,6 +41,7 @@ class Page:
     heads: dict[str, str]
     condition: Callable[[Study], bool] = lambda study: True
     reason: str = ""
+    joules: Mapping[str, str] = field(default_factory=dict)
     measured: str = ""
 
 
@@ -191,6 +194,7 @@ PAGES = {
             "base_joules_per_token": "unquantized, J per token",
             "scheme_trials": "trials",
         },
+        joules={"scheme_joules_per_token": "", "base_joules_per_token": "unquantized, "},
     ),
     "jobs": Page(
         "jobs",
@@ -263,6 +267,7 @@ PAGES = {
         },
         condition=_has_jobs,
         reason="has no section 'jobs'",
+        joules={"joules_per_token": ""},
         measured="joules_per_token",
     ),
     "ablation": Page(

@@ -42,6 +42,8 @@ class LatexTable:
         arguments: Further arguments of `build`.
         condition: Whether collected tables have something to show in it.
         reason: Why they have not, as a sentence.
+        note: Names a function ("module:attribute") of :class:`Tables` that returns a further
+            sentence of the caption, or nothing; empty for none.
         of_evaluations: Whether it rests on evaluations alone, so that it is there for a study of
             which nothing was timed yet.
     """
@@ -53,6 +55,7 @@ class LatexTable:
     arguments: tuple[str, ...] = ()
     condition: Callable[[Tables], bool] = lambda tables: True
     reason: str = ""
+    note: str = ""
     of_evaluations: bool = False
 
 
@@ -137,6 +140,7 @@ _LIST = (
         caption="Energy of whole jobs over the unquantized cache. An estimate has no ratio: no "
         "claim rests on it.",
         build="kvquant.analysis.cost_tables:energy",
+        note="kvquant.analysis.carbon:of_energy",
     ),
     LatexTable(
         name="jobs",
@@ -169,6 +173,7 @@ _LIST = (
         "range of trials. Above idle leaves out what the idle board draws. Counter/power is the "
         "energy by the counter over the integral of sampled power.",
         build="kvquant.analysis.job_tables:energy",
+        note="kvquant.analysis.carbon:of_jobs",
         condition=lambda tables: bool(len(tables.jobs)) and bool(tables.jobs.source.notna().any()),
         reason="This study measures no energy of whole jobs.",
     ),

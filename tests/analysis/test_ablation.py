@@ -133,7 +133,7 @@ def test_seeds_have_no_order() -> None:
 )
 def test_a_study_that_varies_nothing_has_no_such_products(more: str | None) -> None:
     schemes = {n: SCHEMES[n] for n in ("fp16", "nuq3", more) if n is not None}
-    same = {"same": {}} if more == "same-calibration" else {}
+    same: dict[str, Any] = {"same": {}} if more == "same-calibration" else {}
     asked = study(schemes=schemes, calibrations=same, kernels=None)
     assert ablations(asked) == []
     assert "ablation" not in figure_list.shown(asked) + page_list.shown(asked)
