@@ -129,6 +129,16 @@ def ablations(study: Study) -> list[Ablation]:
     return made
 
 
+def compares_kernels(study: Study, ablation: Ablation) -> bool:
+    """Returns whether kernels are timed by schemes of two values of an option, at one size."""
+    timed: dict[tuple[object, ...], set[str]] = {}
+    for case in study.kernel_cases().values():
+        size = (case.shape, case.batch, case.tokens, case.ragged)
+        timed.setdefault(size, set()).add(study.kernel_scheme(case))
+    varied = {choice.scheme for choice in ablation.choices}
+    return any(len(schemes & varied) > 1 for schemes in timed.values())
+
+
 def task_of(study: Study) -> str | None:
     """Returns the task on which ablations compare likelihoods: the headline's first such task."""
     for name, task in study.tasks.items():

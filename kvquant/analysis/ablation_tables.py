@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pandas as pd
@@ -64,6 +65,15 @@ def _kernels(t: Tables, scheme: str) -> list[dict[str, Any]]:
     return found
 
 
+def _compared(timed: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the entries of sizes that at least two schemes have; others compare nothing."""
+    counts = Counter(entry["size"] for entries in timed.values() for entry in entries)
+    return {
+        scheme: [entry for entry in entries if counts[entry["size"]] > 1]
+        for scheme, entries in timed.items()
+    }
+
+
 def _of_choice(
     t: Tables, ablation: Ablation, choice: Choice, model: str, timed: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -93,10 +103,10 @@ def rows_of(t: Tables, ablation: Ablation) -> pd.DataFrame:
         ablation: The option.
 
     Returns:
-        A row per model and value, and per size if kernels were timed at several; a value of which
-        nothing was measured has none. `headline` marks the value of the headline scheme.
+        A row per model and value, and per size if kernels of two values were timed at several; a
+        value of which nothing was measured has none. `headline` marks the headline scheme's.
     """
-    kernels = {choice.scheme: _kernels(t, choice.scheme) for choice in ablation.choices}
+    kernels = _compared({choice.scheme: _kernels(t, choice.scheme) for choice in ablation.choices})
     rows = [
         row
         for model in t.study.models

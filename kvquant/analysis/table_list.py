@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvquant.analysis.ablation import Ablation, ablations, task_of
+from kvquant.analysis.ablation import Ablation, ablations, compares_kernels, task_of
 from kvquant.analysis.sections import Section
 from kvquant.study.config import Study
 from kvquant.study.registrations import by_name
@@ -199,7 +199,7 @@ def _of_ablation(study: Study, ablation: Ablation) -> LatexTable:
             f"Bits per element, {likelihood}, its change and the KL divergence of the next token "
             f"are those of {on}, means over seeds."
         )
-    if study.kernel_cases():
+    if compares_kernels(study, ablation):
         shown.append(
             "Kernels run on random data: pack is the rate of quantizing and packing as a share of "
             "a copy's, and attention is the time of the fastest 16-bit decode attention over ours."

@@ -71,12 +71,16 @@ def kernels(asked: Study, device: str = "h100-80gb-hbm3") -> pd.DataFrame:
     rows = []
     for at, (name, case) in enumerate(asked.kernel_cases().items()):
         same = {"device": device, "case": name, "shape": case.shape, "batch": case.batch}
-        same |= {"scheme": case.scheme, "tokens": case.tokens, "all_tokens": case.tokens}
+        same |= {
+            "scheme": asked.kernel_scheme(case),
+            "tokens": case.tokens,
+            "all_tokens": case.tokens,
+        }
         same |= {"status": "ok"}
         sides = (
             ("pack", "copy", "copy", 1.0, np.nan),
-            ("pack", str(case.scheme), "ours", 0.7 + 0.1 * at, np.nan),
-            ("attention", str(case.scheme), "ours", 0.6, np.nan),
+            ("pack", asked.kernel_scheme(case), "ours", 0.7 + 0.1 * at, np.nan),
+            ("attention", asked.kernel_scheme(case), "ours", 0.6, np.nan),
             ("attention", "cudnn", "fp16", np.nan, 2.5 + at),
             ("attention", "flash", "fp16", np.nan, 2.0 + at),
         )
@@ -171,11 +175,34 @@ def test_rows_hold_quality_and_kernels() -> None:
 
 
 def test_a_scheme_timed_at_two_sizes_has_two_rows() -> None:
-    cases = {str(n): CASE | {"scheme": "nuq3", "tokens": n} for n in (1024, 4096)}
+    cases = {
+        f"{scheme}-{n}": CASE | {"scheme": scheme, "tokens": n}
+        for n in (1024, 4096)
+        for scheme in ("nuq3", "no-outliers")
+    }
     asked = study(kernels={"cases": cases})
-    rows = rows_of(tables_of(asked, kernels(asked)), named(asked, "outliers"))
-    assert list(rows.scheme) == ["no-outliers", "nuq3", "nuq3"]
-    assert len(set(rows["size"])) == 3 and list(rows.pack_share)[1:] == pytest.approx([0.7, 0.8])
+    timed = kernels(asked)
+    rows = rows_of(tables_of(asked, timed), named(asked, "outliers"))
+    assert list(rows.scheme) == 2 * ["no-outliers"] + 2 * ["nuq3"]
+    assert rows["size"].nunique() == 2
+    assert list(rows.pack_share) == pytest.approx([0.8, 1.0, 0.7, 0.9])
+
+
+def test_kernels_of_one_value_compare_nothing() -> None:
+    """Neither the headline's own cases, nor two values at different sizes."""
+    cases = {
+        "headline": CASE,
+        "elsewhere": CASE | {"scheme": "no-outliers", "tokens": 4096},
+        "same": CASE | {"scheme": "block32"},
+    }
+    asked = study(kernels={"cases": cases})
+    timed = kernels(asked)
+    for option, compared in (("outliers", False), ("block_size", True)):
+        rows = rows_of(tables_of(asked, timed), named(asked, option))
+        assert len(rows) == len(named(asked, option).choices)
+        assert bool((rows["size"] != "").any()) is compared
+        caption = table_list.of_study(asked)[f"ablation-{named(asked, option).name}"].caption
+        assert ("Kernels run" in caption) is compared
 
 
 def test_two_devices_are_not_mixed() -> None:

@@ -143,7 +143,8 @@ def draw(study: Study, tables: Path) -> Any:
         axis.set_visible(False)
     labels = labels_of(study)
     suite = SUITES[study.tasks[task].suite]
-    figure.supylabel(f"{suite.loss_axis} (less is better)", fontsize=7.5)
+    beside = wrapped(f"{suite.loss_axis} (less is better)", round(17 * figure.get_figheight()))
+    figure.supylabel(beside, fontsize=7.5)
     figure.supxlabel(
         wrapped(f"value of the option, and bits per element below, on {labels.task(task)}",
                 letters * columns),
