@@ -143,8 +143,8 @@ def draw(study: Study, tables: Path) -> Any:
         axis.set_visible(False)
     labels = labels_of(study)
     suite = SUITES[study.tasks[task].suite]
-    beside = wrapped(f"{suite.loss_axis} (less is better)", round(17 * figure.get_figheight()))
-    figure.supylabel(beside, fontsize=7.5)
+    below = "\n" if rows == 1 else " "  # one row is about as high as the text is long
+    figure.supylabel(f"{suite.loss_axis}{below}(less is better)", fontsize=7.5)
     figure.supxlabel(
         wrapped(f"value of the option, and bits per element below, on {labels.task(task)}",
                 letters * columns),
