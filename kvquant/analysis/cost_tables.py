@@ -10,6 +10,7 @@ import pandas as pd
 
 from kvquant.analysis import suite_tables
 from kvquant.analysis.booktabs import booktabs, number, p_value, signed
+from kvquant.analysis.carbon import grams_per_million, has_grams
 from kvquant.analysis.pareto import bits_of, first_task
 from kvquant.analysis.study_tables import Tables
 
@@ -87,20 +88,33 @@ def throughput(t: Tables) -> str:
     return _timed(rows, 6)
 
 
+def _grams(row: Any, country: str) -> str:
+    """Returns the grams of CO2e per million tokens of both sides of a job."""
+    if row.source == "estimated":
+        return "-"
+    sides = (row.scheme_joules_per_token, row.base_joules_per_token)
+    return " / ".join(number(grams_per_million(float(joules), country)) for joules in sides)
+
+
 def energy(t: Tables) -> str:
-    """Builds the table of joules per token, a row per repetition, with the source of each."""
+    """Builds the table of joules per token, a row per repetition, with the source of each.
+
+    Grams of CO2e per million tokens stand beside joules that counters measured: the scheme's, and
+    behind the stroke the baseline's.
+    """
+    countries = t.study.countries if has_grams(t.study, t.energy) else []
     rows = [
         _sides(t, r, t.study.energy.reps)
         | {
             "J/token": number(r.scheme_joules_per_token, 4),
             "fp16 J/token": number(r.base_joules_per_token, 4),
             "ratio": number(r.energy_ratio, 3) if r.source != "estimated" else "-",
-            "trials": r.scheme_trials,
-            "source": r.source,
         }
+        | {f"g CO2e/M, {country}": _grams(r, country) for country in countries}
+        | {"trials": r.scheme_trials, "source": r.source}
         for r in _shown(t, t.energy, energy=True)
     ]
-    return _timed(rows, 4, 1)
+    return _timed(rows, 4 + len(countries), 1)
 
 
 def memory(t: Tables) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvquant.analysis.ablation import drawable
 from kvquant.analysis.sections import Section
 from kvquant.errors import UserError, unknown
 from kvquant.study.config import Study
@@ -166,6 +167,20 @@ _LIST = (
         reason="has no cases of whole jobs of one prompt with several lengths",
         draw="kvquant.analysis.figures.lengths:draw",
         table="jobs",
+    ),
+    Figure(
+        name="ablation",
+        section=Section.ABLATION,
+        label="options of the headline scheme, one at a time",
+        caption="Increase of perplexity over the unquantized cache where the headline scheme has "
+        "another value of one option, a panel per option. Below each value stand the bits per "
+        "element with everything included, of several models a line each. The filled marker, the "
+        "bold value and the dotted line are the headline scheme itself. Markers are means over "
+        "seeds, and bars span the seeds, each paired with the unquantized cache. Each axis of "
+        "increases begins at 0 and ends where its panel needs.",
+        condition=lambda study: bool(drawable(study)),
+        reason="has no scheme that differs from the headline in one option alone",
+        draw="kvquant.analysis.figures.ablation:draw",
     ),
 )  # end of the list
 FIGURES = by_name(_LIST)

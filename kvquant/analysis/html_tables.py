@@ -10,6 +10,8 @@ from typing import Any
 
 import pandas as pd
 
+from kvquant.analysis.ablation_tables import all_rows
+from kvquant.analysis.carbon import UNIT, explained, with_grams
 from kvquant.analysis.claims import judge, named
 from kvquant.analysis.evidence import NOT_SUPPORTED, SUPPORTED
 from kvquant.analysis.labels import job_label, labels_of
@@ -99,15 +101,30 @@ def table_of(study: Study, folder: Path, name: str) -> pd.DataFrame:
     shown = PAGES[name]
     if shown.source == "claims":
         table = named(study, judge(load_tables(study, folder)))
+    elif shown.source == "ablation":
+        table = labels_of(study).of(all_rows(load_tables(study, folder)))
     else:
         found = read_table(folder, shown.source)
         found = _jobs(study, found) if shown.source == "jobs" else found
         table = labels_of(study).of(found, energy=shown.source == "energy")
     if shown.measured:
         table = table[table.reindex(columns=list(shown.measured)).notna().any(axis=1)]
-    columns = [c for c in shown.heads if c in table and (table[c].notna() & (table[c] != "")).any()]
+    table, heads = with_grams(study, table, shown.heads, shown.joules)
+    columns = [c for c in heads if c in table and (table[c].notna() & (table[c] != "")).any()]
     # heads may be equal ("difference"): the column before says of what
-    return table[columns].set_axis([shown.heads[c] for c in columns], axis=1)
+    return table[columns].set_axis([heads[c] for c in columns], axis=1)
+
+
+def caption_of(study: Study, name: str, table: pd.DataFrame) -> str:
+    """Returns the caption of a page, which says what grams of CO2e are where the page has some.
+
+    Args:
+        study: The study.
+        name: The page.
+        table: What :func:`table_of` returned for it.
+    """
+    note = explained(study) if any(UNIT in str(head) for head in table.columns) else ""
+    return " ".join(filter(None, (PAGES[name].caption, note)))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +142,6 @@ def run(args: argparse.Namespace) -> None:
     for file in args.out:
         check(study, file.stem)
         title = f"{study.title or study.study}: {file.stem}"
-        replace(
-            file, page(table_of(study, args.tables, file.stem), title, PAGES[file.stem].caption)
-        )
+        table = table_of(study, args.tables, file.stem)
+        replace(file, page(table, title, caption_of(study, file.stem, table)))
         print(f"html: {file}")

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from kvquant.analysis.booktabs import booktabs, number
+from kvquant.analysis.carbon import grams_per_million, has_grams
 from kvquant.analysis.labels import job_label
 from kvquant.analysis.study_tables import Tables
 
@@ -69,8 +70,19 @@ def capacity(t: Tables) -> str:
     return booktabs(table, "l" * labels + "r" * (table.shape[1] - labels), size="footnotesize")
 
 
+def _grams(row: Any, country: str) -> str:
+    """Returns the grams of CO2e per million prompt and answer tokens of a job."""
+    if row.source == "estimated":
+        return "-"
+    return number(grams_per_million(float(row.joules_per_token), country))
+
+
 def energy(t: Tables) -> str:
-    """Builds the table of the energy of whole jobs, a row per cache of a case."""
+    """Builds the table of the energy of whole jobs, a row per cache of a case.
+
+    Grams of CO2e per million tokens stand beside joules that counters measured.
+    """
+    countries = t.study.countries if has_grams(t.study, t.jobs) else []
     rows = []
     for r in t.jobs[t.jobs.source.notna()].itertuples():
         if r.status != "ok":
@@ -84,6 +96,7 @@ def energy(t: Tables) -> str:
                 "lowest to highest": f"{r.joules_per_token_low:.4f} to "
                 f"{r.joules_per_token_high:.4f}",
                 "above idle": number(r.joules_per_token_above_idle, 4),
+                **{f"g CO2e/M, {country}": _grams(r, country) for country in countries},
                 "counter/power": number(r.counter_over_power, 3),
                 "trials": r.trials,
                 "source": r.source,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kvquant.analysis import figure_list
+from kvquant.analysis import figure_list, table_list
 from kvquant.analysis.booktabs import HEAD, escape
 from kvquant.analysis.macros import numbers
 from kvquant.analysis.sections import Section
 from kvquant.analysis.study_tables import Tables, load_tables
 from kvquant.analysis.suite_tables import suite_name
-from kvquant.analysis.table_list import OF_EVALUATIONS, TABLES
 from kvquant.errors import UserError
 from kvquant.study.config import load_study
 from kvquant.study.dotted import load
@@ -19,7 +18,7 @@ from kvquant.study.tasks import SUITES
 
 # The paper's sections of tables and figures: the name of a macro, and what it shows.
 PARTS = {
-    "AccuracyFloats": (Section.ACCURACY_BY_TASK,),
+    "AccuracyFloats": (Section.ACCURACY_BY_TASK, Section.ABLATION),
     "CostFloats": (Section.ACCURACY_AGAINST_COST, Section.THROUGHPUT, Section.ENERGY),
     "ComparisonFloats": (Section.STATISTICS,),
 }
@@ -29,10 +28,10 @@ def build_table(name: str, tables: Tables) -> str:
     """Returns a LaTeX table, or a sentence where the study has nothing to show in it.
 
     Args:
-        name: One of :data:`kvquant.analysis.table_list.TABLES`.
+        name: One of :func:`kvquant.analysis.table_list.of_study`.
         tables: The collected tables.
     """
-    table = TABLES[name]
+    table = table_list.of_study(tables.study)[name]
     if not table.condition(tables):
         return f"{HEAD}{escape(table.reason)}\n"
     return str(load(table.build)(tables, *table.arguments))
@@ -46,12 +45,14 @@ def _shown_in(section: Section, tables: Tables) -> list[str]:
         if figure_list.FIGURES[name].section == section
     ]
     lines = []
-    for name, table in TABLES.items():
+    for name, table in table_list.of_study(tables.study).items():
         if table.section != section:
             continue
         caption = table.caption
         if name in SUITES:
             caption = caption.format(suite=suite_name(tables, name))
+        if table.note:
+            caption = f"{caption} {load(table.note)(tables)}".rstrip()
         lines.append(rf"\generated{{{escape(caption)}}}{{{name}}}")
         if name in drawn:
             drawn.remove(name)
@@ -92,12 +93,13 @@ def run(args: argparse.Namespace) -> None:
     if args.present == (args.numbers is not None):
         raise UserError("--numbers: is needed, and left out with --present")
     tables = load_tables(load_study(args.study), args.tables, accuracy_only=args.present)
-    chosen = OF_EVALUATIONS if args.present else tuple(TABLES)
+    known = table_list.of_study(tables.study)
+    chosen = [name for name, table in known.items() if table.of_evaluations or not args.present]
     args.out_dir.mkdir(parents=True, exist_ok=True)
     for name in chosen:
         (args.out_dir / f"{name}.tex").write_text(build_table(name, tables), encoding="utf-8")
     if args.numbers is not None:
         args.numbers.write_text(numbers(tables), encoding="utf-8")
         args.numbers.with_name("floats.tex").write_text(floats(tables), encoding="utf-8")
-        chosen += ("numbers", "floats")
+        chosen += ["numbers", "floats"]
     print(f"tables: {', '.join(chosen)}")

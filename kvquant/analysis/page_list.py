@@ -6,8 +6,10 @@ torch nor pandas.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
+from kvquant.analysis.ablation import ablations
 from kvquant.analysis.sections import Section
 from kvquant.errors import UserError, unknown
 from kvquant.study.config import Study
@@ -20,13 +22,16 @@ class Page:
     """A page of the report.
 
     Attributes:
-        source: The collected table.
+        source: The collected table, or "claims" or "ablation", which follow from several.
         section: Where the report shows it.
         label: What it shows, in a few words.
         caption: What a row is and how to read it, in plain text.
         heads: The head of each column that the page shows, in order; other columns are in the
             collected table alone.
-        of: The key of a study that has this page; empty for every study.
+        condition: Whether a study has this page.
+        reason: Why a study has not; follows the words "the study".
+        joules: Columns of joules per token that get grams of CO2e beside them, each with what the
+            heads of its grams begin with.
         measured: The columns in one of which a row must have a value; empty for all rows.
     """
 
@@ -35,12 +40,21 @@ class Page:
     label: str
     caption: str
     heads: dict[str, str]
-    of: str = ""
+    condition: Callable[[Study], bool] = lambda study: True
+    reason: str = ""
+    joules: Mapping[str, str] = field(default_factory=dict)
     measured: tuple[str, ...] = ()
 
 
 _TIMED = {"device": "device", "model": "model", "workload": "workload", "scheme": "scheme"}
 _TIMED |= {"rep": "repetition"}
+
+
+def _has_jobs(study: Study) -> bool:
+    """Returns whether a study measures whole jobs."""
+    return study.jobs is not None
+
+
 _JOB = {"device": "device", "case": "case", "scheme": "cache"}
 PAGES = {
     "claims": Page(
@@ -181,6 +195,7 @@ PAGES = {
             "base_joules_per_token": "unquantized, J per token",
             "scheme_trials": "trials",
         },
+        joules={"scheme_joules_per_token": "", "base_joules_per_token": "unquantized, "},
     ),
     "jobs": Page(
         "jobs",
@@ -207,7 +222,8 @@ PAGES = {
             "bits_per_element": "bits per element",
             "trials": "trials",
         },
-        of="jobs",
+        condition=_has_jobs,
+        reason="has no section 'jobs'",
     ),
     "capacity": Page(
         "jobs",
@@ -227,7 +243,8 @@ PAGES = {
             "bits_per_element": "bits per element",
             "emulated": "emulated on a larger GPU",
         },
-        of="jobs",
+        condition=_has_jobs,
+        reason="has no section 'jobs'",
         measured=("capacity_tokens", "context_tokens"),
     ),
     "job-energy": Page(
@@ -251,24 +268,56 @@ PAGES = {
             "trials": "trials",
             "source": "source",
         },
-        of="jobs",
+        condition=_has_jobs,
+        reason="has no section 'jobs'",
+        joules={"joules_per_token": ""},
         measured=("joules_per_token",),
+    ),
+    "ablation": Page(
+        "ablation",
+        Section.ABLATION,
+        "one option at a time",
+        "The headline scheme and schemes that differ from it in one option alone, a row per value "
+        "of each such option. Bits per element, the metric, its change against the unquantized "
+        "cache and the KL divergence of the next token are of the task that is named, means over "
+        "seeds. Kernels, where they were timed by that scheme, run on random data: pack is the "
+        "rate of quantizing and packing over a copy's, and attention is the time of the fastest "
+        "16-bit decode attention over ours.",
+        {
+            "option": "option",
+            "value_of_option": "set to",
+            "headline": "the headline's",
+            "model": "model",
+            "scheme": "scheme",
+            "task": "task",
+            "bits": "bits per element",
+            "metric": "metric",
+            "value": "value",
+            "change": "change",
+            "kl": "KL divergence, nats",
+            "size": "kernels of",
+            "timed_on": "timed on",
+            "pack_share": "pack, share of a copy",
+            "attention_ratio": "attention, 16-bit over ours",
+        },
+        condition=lambda study: bool(ablations(study)),
+        reason="has no scheme that differs from the headline in one option alone",
     ),
 }
 
 
 def shown(study: Study) -> list[str]:
     """Returns the names of the pages that a study has."""
-    return [name for name, page in PAGES.items() if not page.of or getattr(study, page.of)]
+    return [name for name, page in PAGES.items() if page.condition(study)]
 
 
 def check(study: Study, name: str) -> None:
-    """Refuses a page that there is not, or that the study has no section for.
+    """Refuses a page that there is not, or that the study has nothing to show in.
 
     Raises:
-        UserError: Names the pages that there are, or the section.
+        UserError: Names the pages that there are, or the reason.
     """
     if name not in PAGES:
         raise unknown("table", name, PAGES)
     if name not in shown(study):
-        raise UserError(f"--out: {name}: the study has no section '{PAGES[name].of}'")
+        raise UserError(f"--out: {name}: the study {PAGES[name].reason}")

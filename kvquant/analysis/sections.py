@@ -14,3 +14,4 @@ class Section(StrEnum):
     THROUGHPUT = "3 Throughput"
     ENERGY = "4 Energy"
     STATISTICS = "5 Statistics"
+    ABLATION = "6 Ablation"

@@ -2,7 +2,8 @@
 
 A table is registered here and nowhere else: `kvquant tables` writes it, the workflow plans it, and
 the paper shows it with its caption. The workflow reads this list, so it imports neither torch nor
-pandas and names the building code. Each suite has a table by its own registration.
+pandas and names the building code. Each suite has a table by its own registration, and each option
+that a study varies has one (:func:`of_study`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvquant.analysis.ablation import Ablation, ablations, compares_kernels, task_of
 from kvquant.analysis.sections import Section
+from kvquant.study.config import Study
 from kvquant.study.jobs import CONTEXT_CHUNK
 from kvquant.study.registrations import by_name
 from kvquant.study.sample_types import KL_PERCENTILES
 from kvquant.study.task_families import families
 from kvquant.study.tasks import SUITES
+from kvquant.study.wording import told_apart
 
 if TYPE_CHECKING:
     from kvquant.analysis.study_tables import Tables
@@ -26,8 +30,8 @@ if TYPE_CHECKING:
 class LatexTable:
     """A LaTeX table and when a study has something to show in it.
 
-    Every table is written for every study, so that the paper can always be compiled; where there is
-    nothing to show, it says why in one sentence.
+    Every table but those of varied options is written for every study, so that the paper can always
+    be compiled; where there is nothing to show, it says why in one sentence.
 
     Attributes:
         name: The name of its file.
@@ -39,6 +43,8 @@ class LatexTable:
         arguments: Further arguments of `build`.
         condition: Whether collected tables have something to show in it.
         reason: Why they have not, as a sentence.
+        note: Names a function ("module:attribute") of :class:`Tables` that returns a further
+            sentence of the caption, or nothing; empty for none.
         of_evaluations: Whether it rests on evaluations alone, so that it is there for a study of
             which nothing was timed yet.
     """
@@ -50,6 +56,7 @@ class LatexTable:
     arguments: tuple[str, ...] = ()
     condition: Callable[[Tables], bool] = lambda tables: True
     reason: str = ""
+    note: str = ""
     of_evaluations: bool = False
 
 
@@ -134,6 +141,7 @@ _LIST = (
         caption="Energy of whole jobs over the unquantized cache. An estimate has no ratio: no "
         "claim rests on it.",
         build="kvquant.analysis.cost_tables:energy",
+        note="kvquant.analysis.carbon:of_energy",
     ),
     LatexTable(
         name="jobs",
@@ -168,6 +176,7 @@ _LIST = (
         "range of trials. Above idle leaves out what the idle board draws. Counter/power is the "
         "energy by the counter over the integral of sampled power.",
         build="kvquant.analysis.job_tables:energy",
+        note="kvquant.analysis.carbon:of_jobs",
         condition=lambda tables: bool(len(tables.jobs)) and bool(tables.jobs.source.notna().any()),
         reason="This study measures no energy of whole jobs.",
     ),
@@ -180,4 +189,35 @@ _LIST = (
     ),
 )  # end of the list
 TABLES = by_name(_LIST)
-OF_EVALUATIONS = tuple(name for name, table in TABLES.items() if table.of_evaluations)
+
+
+def _of_ablation(study: Study, ablation: Ablation) -> LatexTable:
+    """Returns the table of an option that a study varies."""
+    task, name = task_of(study), told_apart(study.schemes)[study.headline]
+    shown = []
+    if task is not None:
+        likelihood = SUITES[study.tasks[task].suite].label
+        on = told_apart(study.tasks)[task]
+        shown.append(
+            f"Bits per element, {likelihood}, its change and the KL divergence of the next token "
+            f"are those of {on}, means over seeds."
+        )
+    if compares_kernels(study, ablation):
+        shown.append(
+            "Kernels run on random data: pack is the rate of quantizing and packing as a share of "
+            "a copy's, and attention is the time of the fastest 16-bit decode attention over ours."
+        )
+    return LatexTable(
+        name=f"ablation-{ablation.name}",
+        section=Section.ABLATION,
+        caption=f"Ablation of {ablation.label}: {name} (bold) and schemes that differ from it in "
+        f"this alone. {' '.join(shown)}",
+        build="kvquant.analysis.ablation_tables:latex",
+        arguments=(ablation.option,),
+        of_evaluations=True,
+    )
+
+
+def of_study(study: Study) -> dict[str, LatexTable]:
+    """Returns the tables of a study by name: all that are registered, and one per varied option."""
+    return TABLES | by_name(_of_ablation(study, ablation) for ablation in ablations(study))

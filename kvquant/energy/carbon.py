@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from kvquant.energy.carbon_intensity import knows, refusal
+
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
@@ -43,13 +45,12 @@ class CarbonTracker:
 
     def _open(self) -> Any:
         from codecarbon import OfflineEmissionsTracker
-        from codecarbon.input import DataSource
 
         logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
         if self._gpus is None:
             raise ValueError("NVML gives no index of the GPUs, which CodeCarbon needs")
-        if self._country not in DataSource().get_global_energy_mix_data():
-            raise ValueError(f"CodeCarbon knows no country '{self._country}'")
+        if not knows(self._country):
+            raise ValueError(refusal(self._country))
         self._folder = tempfile.TemporaryDirectory(prefix="kvquant-carbon-")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # save_to_*: no other way in 3.0

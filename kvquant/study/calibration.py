@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pydantic import Field
 
 from kvquant.study.limits import MAX_BATCH, MAX_SAMPLES, MAX_SEED, MAX_TOKENS
-from kvquant.study.strict import Strict
+from kvquant.study.wording import Worded, short_count
 
 
-class CalibrationSpec(Strict):
+class CalibrationSpec(Worded):
     """The text and the statistics from which non-uniform codebooks are built."""
 
+    terms: ClassVar[Mapping[str, str]] = {
+        "dataset": "calibration text",
+        "windows": "calibration tokens",
+        "window": "tokens per calibration window",
+        "seed": "calibration seed",
+        "sinks": "first tokens left out of calibration",
+        "bins": "calibration bins per channel",
+    }
     dataset: str = Field("essays", description="text that the windows are cut from")
     windows: int = Field(16, ge=1, le=MAX_SAMPLES, description="number of calibration windows")
     window: int = Field(2048, ge=32, le=MAX_TOKENS, description="tokens per window")
@@ -24,3 +35,9 @@ class CalibrationSpec(Strict):
     outlier_fractions: list[float] = Field(
         [0.0, 0.01, 0.02], description="outlier fractions of values that schemes may use"
     )
+
+    def value_in_words(self, option: str) -> str:
+        """Returns the value of an option in words; windows of one length read as their tokens."""
+        if option == "windows":
+            return short_count(self.windows * self.window)
+        return super().value_in_words(option)

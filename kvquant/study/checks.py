@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from kvquant.energy.carbon_intensity import knows, refusal
 from kvquant.errors import unknown
 from kvquant.study.datasets import DATASETS
 from kvquant.study.limits import MAX_NAMES, MAX_RESULTS, MAX_SEED
@@ -208,11 +209,28 @@ def _size(study: StudySections) -> Iterator[str]:
         yield f"reps, seeds: {results:,} results; a study has at most {MAX_RESULTS:,}"
 
 
+def _countries(study: StudySections) -> Iterator[str]:
+    """Yields a problem per country that CodeCarbon's offline table does not have.
+
+    The table is not read for the defaults, so that most studies are read without CodeCarbon.
+    """
+    asked = {f"countries.{i}": country for i, country in enumerate(study.countries)}
+    asked["energy.country"] = study.energy.country
+    if study.jobs is not None:
+        asked["jobs.country"] = study.jobs.country
+    defaults = type(study).model_fields["countries"].default
+    for field, country in asked.items():
+        if country not in defaults and not knows(country):
+            yield f"{field}: {refusal(country)}"
+    if len(set(study.countries)) != len(study.countries):
+        yield "countries: an entry is given twice"
+
+
 def problems(study: StudySections) -> Iterator[str]:
     """Yields the problems of a study as a whole, one line each, the most basic ones first."""
     for check in (
         *(_names, _labels, _size, _schemes, _calibrations, _tasks, _evaluation, _timed),
-        _statistics,
+        *(_statistics, _countries),
     ):
         found = list(check(study))
         yield from found

@@ -15,5 +15,6 @@ MAX_ROUNDS = 1_000_000
 MAX_MINUTES = 60 * 24 * 30
 MAX_SECONDS = 60.0 * MAX_MINUTES
 MAX_NAMES = 1_000  # schemes, tasks, workloads, seeds
+MAX_COUNTRIES = 8  # a column each
 MAX_RESULTS = 1_000_000  # per study
 MAX_SEED = 2**31 - 1

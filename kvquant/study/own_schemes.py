@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -107,6 +108,24 @@ class AllocatedScheme(CalibratedScheme):
         "allocation": {"layer": "layers equal"}.__getitem__,
         "min_value_width": "values from {} bits".format,
     }
+    terms: ClassVar[Mapping[str, str]] = {
+        **CalibratedScheme.terms,
+        "bits": "bits of full blocks",
+        "outliers": "exact outliers of keys",
+        "rotation": "values rotated",
+        "value_range": "range of values",
+        "allocation": "bits allocated over",
+        "min_value_width": "smallest width of values",
+    }
+    values: ClassVar[Words] = {
+        **CalibratedScheme.values,
+        "value_range": {
+            "token": "per token",
+            "token-head": "per token and head",
+            "token-unscaled": "per token, heads not scaled",
+        }.__getitem__,
+        "allocation": {"model": "all layers", "layer": "each layer"}.__getitem__,
+    }
     kind: Literal["allocated"] = Field(description="kind of the scheme")
     bits: float = Field(
         3.3,
@@ -129,3 +148,9 @@ class AllocatedScheme(CalibratedScheme):
     min_value_width: int | None = Field(
         None, ge=1, le=6, description="smallest width of values' codes; absent: `bits` rounded down"
     )
+
+    def value_in_words(self, option: str) -> str:
+        """Returns the value of an option in words; a width that is not given is that of `bits`."""
+        if option == "min_value_width" and self.min_value_width is None:
+            return f"{int(self.bits)}"
+        return super().value_in_words(option)

@@ -7,12 +7,13 @@ and :mod:`kvquant.schemes.registry`, which imports the implementation when it is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from pydantic import Field
 
+from kvquant.study.datatypes import DATATYPES
 from kvquant.study.registrations import only_value, register
 from kvquant.study.wording import LABEL, Named, Words
 
@@ -86,6 +87,15 @@ class Scheme(Named):
         "tile": "tiles of {}".format,
         "outliers": outliers_in_words,
     }
+    terms: ClassVar[Mapping[str, str]] = {
+        "bits": "bits per code",
+        "sinks": "first tokens in 16 bits",
+        "residual": "latest tokens in 16 bits",
+        "block_size": "tokens per block",
+        "group": "elements per group",
+        "outliers": "exact outliers",
+    }
+    values: ClassVar[Words] = {"outliers": lambda fraction: f"{100 * fraction:g} %"}
     registration: ClassVar[SchemeKind]
     if TYPE_CHECKING:  # a field that each subclass declares, in the order of its options
         kind: str
@@ -166,6 +176,21 @@ class CalibratedScheme(Scheme):
 class CodebookScheme(CalibratedScheme):
     """A calibrated scheme with one codebook for the keys and one for the values of each layer."""
 
+    terms: ClassVar[Mapping[str, str]] = {
+        **Scheme.terms,
+        "datatype": "datatype of codes",
+        "weighting": "weights of the codebooks",
+        "q_norm": "levels matched to mean and variance",
+    }
+    values: ClassVar[Words] = {
+        **Scheme.values,
+        "datatype": lambda name: DATATYPES[name].label,
+        "weighting": {
+            "fisher-range2": "Fisher, range squared",
+            "fisher": "Fisher",
+            "none": "equal",
+        }.__getitem__,
+    }
     if TYPE_CHECKING:
         bits: int
         outliers: float

@@ -15,7 +15,7 @@ from kvquant.study.append import AppendSpec
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.jobs import JobCase, JobsSpec
 from kvquant.study.kernels import KernelCase, KernelsSpec
-from kvquant.study.limits import MAX_NAMES
+from kvquant.study.limits import MAX_COUNTRIES, MAX_NAMES
 from kvquant.study.models import ModelSpec
 from kvquant.study.paths import DeviceKey, MaybePath, PathVars
 from kvquant.study.scheme_kinds import CalibratedScheme, Scheme
@@ -30,7 +30,7 @@ from kvquant.study.tracking import TrackingSpec
 class StudySections(Strict):
     """The sections of a study file, and look-ups by name."""
 
-    later: ClassVar[tuple[str, ...]] = ("tracking", "calibrations")
+    later: ClassVar[tuple[str, ...]] = ("tracking", "calibrations", "countries")
     study: str = Field(description="short name in kebab case")
     title: str = Field("", description="heading of the report and the paper")
     device: DeviceKey = Field(
@@ -73,6 +73,12 @@ class StudySections(Strict):
     )
     throughput: TimingSpec = Field(TimingSpec(), description="latency and memory of workloads")
     energy: EnergySpec = Field(EnergySpec(), description="energy of workloads")
+    countries: list[str] = Field(
+        ["POL", "FRA", "USA"],
+        max_length=MAX_COUNTRIES,
+        description="ISO codes of countries for which tables of energy show grams of CO2e as well, "
+        "by CodeCarbon's offline carbon intensity; changes no result",
+    )
     append: AppendSpec | None = Field(
         None, description="time per appended token as the cache grows; absent: not measured"
     )

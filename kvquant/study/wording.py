@@ -1,7 +1,8 @@
 """Names that readers see: the `label` of an entry of the study, or what its options say in words.
 
 Keys such as `nuq3-1pct` name files and are typed; figures, tables and claims show names such as
-"NUQ 3 bits, 1 % outliers". Two entries never have the same name (:func:`told_apart`).
+"NUQ 3 bits, 1 % outliers". Two entries never have the same name (:func:`told_apart`). Where one
+option is the subject, as in an ablation, its name and its values are words, too (:class:`Worded`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,36 @@ def _printable(text: str) -> str:
     return text
 
 
-class Named(Strict):
+class Worded(Strict):
+    """The base class of sections whose options stand in the heads of tables and on axes."""
+
+    # What options are called there; those without an entry go by the words of their key.
+    terms: ClassVar[Mapping[str, str]] = {}
+    # How values read there, also the default; those without an entry read as they are written.
+    values: ClassVar[Words] = {}
+
+    @classmethod
+    def term(cls, option: str) -> str:
+        """Returns what an option is called."""
+        return cls.terms.get(option, option.replace("_", " "))
+
+    def value_in_words(self, option: str) -> str:
+        """Returns the value of an option without the option's name, also where it is the default.
+
+        Args:
+            option: An option of this section.
+        """
+        value = getattr(self, option)
+        if option in self.values:
+            return self.values[option](value)
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if value is None:
+            return "not given"
+        return f"{value:,}" if isinstance(value, int | float) else str(value)
+
+
+class Named(Worded):
     """The base class of what readers know by a name: models, schemes, tasks, workloads."""
 
     later: ClassVar[tuple[str, ...]] = (LABEL,)

@@ -22,7 +22,7 @@ from kvquant.analysis.latex import build_table
 from kvquant.analysis.pareto import pareto_table
 from kvquant.analysis.plot import draw_figure
 from kvquant.analysis.study_tables import Tables, load_tables
-from kvquant.analysis.table_list import OF_EVALUATIONS, TABLES
+from kvquant.analysis.table_list import TABLES, of_study
 from kvquant.analysis.tables import write_table
 from kvquant.errors import UserError
 from kvquant.study.config import load_study
@@ -54,7 +54,10 @@ def rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.removesuffix(r"\\").split(" & ")] for line in lines]
 
 
-@pytest.mark.parametrize("name", sorted(TABLES))
+ABLATIONS = tuple(f"ablation-{name}" for name in ("bits", "datatype", "sinks"))
+
+
+@pytest.mark.parametrize("name", sorted([*TABLES, *ABLATIONS]))
 def test_every_row_has_every_column(tables: Tables, name: str) -> None:
     text = build_table(name, tables)
     cells = rows(text)
@@ -226,7 +229,9 @@ def test_accuracy_tables_of_an_unfinished_study(
         present=True,
     )
     latex.run(args)
-    assert {f.stem for f in (tmp_path / "tex").iterdir()} == set(OF_EVALUATIONS)
+    assert {f.stem for f in (tmp_path / "tex").iterdir()} == {
+        name for name, table in of_study(tables.study).items() if table.of_evaluations
+    }
     cells = rows((tmp_path / "tex/ruler.tex").read_text(encoding="utf-8"))
     kivi = next(row for row in cells if row[0] == "KIVI 4 bits")
     assert [cell.startswith("-") for cell in kivi[1:]].count(True) == 3  # and the mean

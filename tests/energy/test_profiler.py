@@ -91,7 +91,7 @@ def test_an_unknown_country_is_told() -> None:
     tracker = CarbonTracker("XYZ")
     tracker.start()
     found = tracker.stop()
-    assert found["error"] == "CodeCarbon knows no country 'XYZ'"
+    assert found["error"].startswith("CodeCarbon knows no country 'XYZ'")
     assert "kg_co2eq" not in found
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from kvquant.errors import UserError
 from kvquant.study import digests
+from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.config import Study, load_study, parse_study
+from kvquant.study.own_schemes import AllocatedScheme
+from kvquant.study.scheme_kinds import SCHEME_KINDS
 from kvquant.study.schemes import SchemeSpec
 from kvquant.study.wording import short_count, told_apart
 from tests.support.studies import study_of
@@ -166,3 +169,29 @@ def test_an_option_without_words_reads_as_its_name() -> None:
 @pytest.mark.parametrize(("tokens", "said"), [(16384, "16K"), (1000, "1,000"), (0, "0")])
 def test_counts_of_tokens(tokens: int, said: str) -> None:
     assert short_count(tokens) == said
+
+
+def test_options_and_values_have_words_of_their_own() -> None:
+    """Also a default has, of which a name says nothing."""
+    nuq = study_of().schemes["nuq3"]
+    assert nuq.term("block_size") == "tokens per block"
+    assert nuq.value_in_words("outliers") == "1 %" and nuq.in_words("outliers") == ""
+    assert nuq.value_in_words("sinks") == "1" and nuq.in_words("sinks") == ""
+    assert nuq.value_in_words("weighting") == "Fisher, range squared"
+    assert nuq.value_in_words("q_norm") == "no" and nuq.value_in_words("calibration") == "not given"
+    ours = AllocatedScheme(kind="allocated", bits=3.4)
+    assert ours.value_in_words("min_value_width") == "3"
+    assert ours.value_in_words("value_range") == "per token"
+    assert CalibrationSpec(windows=3).value_in_words("windows") == "6K"
+    assert CalibrationSpec().term("windows") == "calibration tokens"
+
+
+@pytest.mark.parametrize("kind", sorted(SCHEME_KINDS))
+def test_every_choice_has_words(kind: str) -> None:
+    """An option with a fixed set of values has words for each of them."""
+    options = SCHEME_KINDS[kind].options
+    for name, field in options.model_fields.items():
+        for value in get_args(field.annotation) if "Literal" in str(field.annotation) else ():
+            words = options.model_construct(**{name: value}).value_in_words(name)
+            assert words and words == words.strip(), name
+        assert options.term(name).replace("_", "") == options.term(name)

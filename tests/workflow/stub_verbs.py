@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from kvquant.analysis.table_list import TABLES
+from kvquant.analysis import table_list
 from kvquant.study import digests
 from kvquant.study.config import load_study
 
@@ -37,7 +37,7 @@ def outputs(verb: str, given: dict[str, list[str]]) -> list[Path]:
     elif verb == "kernels":
         files += [folder / f"{case}.json" for case in given["cases"]]
     elif verb == "tables":
-        files += [folder / f"{name}.tex" for name in TABLES]
+        files += [folder / f"{name}.tex" for name in table_list.of_study(load_study("study.yaml"))]
         files += [file.with_name("floats.tex") for file in files if file.name == "numbers.tex"]
     tables = {
         "aggregate": ("eval", "samples", "perf", "energy", "append", "kernels"),

@@ -1,8 +1,7 @@
 # Figures, LaTeX tables, numbers and claims; all read tables only. Which there are, with captions and
 # sections, is registered in kvquant/analysis: figure_list.py, table_list.py, page_list.py.
-from kvquant.analysis import figure_list, page_list
+from kvquant.analysis import figure_list, page_list, table_list
 from kvquant.analysis.report import remove_if_cut
-from kvquant.analysis.table_list import TABLES
 from kvquant.runtime.run_end import claim_lines, product_lines
 
 FIGURES = {name: figure_list.FIGURES[name] for name in figure_list.shown(STUDY)}
@@ -56,7 +55,7 @@ rule tables:
         "<results>/tables/tests.parquet",
         "<results>/tables/claims.csv",
     output:
-        tables=expand("<paper>/tables/{table}.tex", table=TABLES),
+        tables=expand("<paper>/tables/{table}.tex", table=table_list.of_study(STUDY)),
         numbers="<paper>/numbers.tex",
         floats="<paper>/floats.tex",
     log:
