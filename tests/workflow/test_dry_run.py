@@ -17,7 +17,7 @@ COUNTS = {
         "evaluate": 18,
         "calibrate": 1,
         "quantize": 3,
-        "plot": 4,
+        "plot": 5,
         "append_cost": 1,
     },
     "smoke": {
@@ -26,7 +26,7 @@ COUNTS = {
         "throughput": 1,
         "energy": 1,
         "kernel_case": 1,
-        "plot": 4,
+        "plot": 5,
     },
 }
 
