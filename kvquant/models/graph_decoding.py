@@ -16,6 +16,7 @@ import torch
 
 from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.energy.gpus import devices_of
+from kvquant.models.capturing import capture
 from kvquant.models.model_call import cache_argument
 
 
@@ -128,16 +129,7 @@ class GraphedDecoder:
             self.positions.copy_(positions)
 
         try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._work()
-                undo()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = self._work()
-            undo()
+            graph, logits = capture(self._work, undo)
         except BaseException:
             # Without this the host would take the lengths on the device for its own.
             self._steps.forget()

@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvquant.energy.gpus import devices_of
+from kvquant.models.capturing import capture
 from kvquant.models.model_call import cache_argument
 from kvquant.schemes.fp16_static import StaticFp16Cache
 
@@ -232,16 +233,7 @@ class StaticDecoder:
                 now.copy_(before)
 
         with self._attention():
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._work()
-                undo()
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._logits = self._work()
-            undo()
+            self._graph, self._logits = capture(self._work, undo)
 
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,8 @@ A study's folder of published records holds one file per model and scheme (evalu
 device (all that is timed), and `SHA256SUMS` of these files, which `sha256sum -c` reads. A line is a
 record, the content of a job's own file in one line of JSON with its seal. The samples of an
 evaluation follow it, a line each, exactly as the job wrote them: the record holds their number and
-hash.
+hash. Beside the records of a device lie the samples of power and clocks that its jobs took (CSV),
+which only `SHA256SUMS` covers, as no number rests on them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from kvquant.study.places import in_order, packed_place, place_of
 
 SUMS = "SHA256SUMS"
 RESTORE = "published records are never edited: take the file from version control again"
+CURVES = ".csv"  # samples of power, clocks and temperature
 START = '{"schema_version"'  # of a record's line, and of no sample's
 MOST = 20  # problems in one message
 
@@ -82,7 +84,8 @@ def _sums(folder: Path) -> dict[str, str]:
         digest, gap, name = line.partition("  ")
         if not gap or len(digest) != 64 or name in found:
             raise UserError(f"{file}:{number}: is no hash and file name: {RESTORE}")
-        if Path(name).is_absolute() or ".." in Path(name).parts or not name.endswith(".jsonl"):
+        known = name.endswith((".jsonl", CURVES))
+        if Path(name).is_absolute() or ".." in Path(name).parts or not known:
             raise UserError(f"{file}:{number}: names no file of records in this folder: {RESTORE}")
         found[name] = digest
     return found
@@ -131,8 +134,23 @@ def _damage(record: Published) -> str | None:
     return None
 
 
+def _changed_curves(file: Path, digest: str) -> list[str]:
+    """Returns what is wrong with a job's samples of power and clocks."""
+    try:
+        text = read_text(file, "published", RESTORE)
+    except UserError as error:
+        return [str(error)]
+    return [] if sha256_text(text) == digest else [f"{file}: was changed: {RESTORE}"]
+
+
+def curves_name(record: Published) -> str:
+    """Returns the path below the archive of the samples of power that a job took."""
+    place, folder = Path(record.place), Path(record.packed).parent
+    return str(folder / "-".join(place.relative_to(folder).with_suffix(CURVES).parts))
+
+
 def read_archive(folder: str | Path) -> Archive:
-    """Reads all published records of a study; none where there is no such folder.
+    """Reads all published records of a study; none where there is no such folder or it is empty.
 
     Files are compared with `SHA256SUMS`. In one that differs every record is compared with its own
     seal, so that the message names what was edited.
@@ -142,13 +160,16 @@ def read_archive(folder: str | Path) -> Archive:
     """
     root = Path(folder)
     found: Archive = {}
-    if not root.exists():
+    there = {str(f.relative_to(root)) for f in root.rglob("*") if f.suffix in (".jsonl", CURVES)}
+    if not there and not (root / SUMS).exists():
         return found
     sums, problems = _sums(root), list[str]()
-    there = {str(file.relative_to(root)) for file in root.rglob("*.jsonl")}
     for name in sorted(there - sums.keys()):
         problems.append(f"{root / name}: is not in {SUMS} ({_renew(root)})")
     for name, digest in sums.items():
+        if name.endswith(CURVES):
+            problems += _changed_curves(root / name, digest)
+            continue
         try:
             text = read_text(root / name, "published", RESTORE)
             records = list(_records(text, name, root))
@@ -178,10 +199,22 @@ def sums_text(files: Mapping[str, str]) -> str:
     return "".join(f"{sha256_text(files[name])}  {name}\n" for name in sorted(files))
 
 
-def write_archive(folder: str | Path, records: Archive) -> None:
-    """Writes published records in a stable order, and `SHA256SUMS` last."""
+def write_archive(
+    folder: str | Path, records: Archive, curves: Mapping[str, str] | None = None
+) -> None:
+    """Writes published records in a stable order, and `SHA256SUMS` last.
+
+    Args:
+        folder: The study's folder of published records.
+        records: All of them.
+        curves: The text of further samples of power, by path; those that are there stay.
+    """
     root = Path(folder)
-    files: dict[str, str] = {}
+    files: dict[str, str] = {
+        str(file.relative_to(root)): read_text(file, "published", RESTORE)
+        for file in root.rglob(f"*{CURVES}")
+    }
+    files |= curves or {}
     for place in sorted(records, key=in_order):
         record = records[place]
         files[record.packed] = files.get(record.packed, "") + f"{record.text}\n{record.samples}"

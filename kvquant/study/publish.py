@@ -12,9 +12,11 @@ from pathlib import Path
 from kvquant.errors import UserError, printable
 from kvquant.formats.files import read_json, read_text
 from kvquant.study.archive import (
+    CURVES,
     RESTORE,
     Archive,
     Published,
+    curves_name,
     packed,
     read_archive,
     renew_sums,
@@ -69,6 +71,7 @@ def publish(results: Path, archive: Path) -> tuple[int, int]:
     there = read_archive(archive)
     studies = {str(record.content.get("study")) for record in there.values()}
     added: Archive = {}
+    curves: dict[str, str] = {}
     problems: list[str] = []
     before = 0
     for file in record_files(results):
@@ -92,10 +95,12 @@ def publish(results: Path, archive: Path) -> tuple[int, int]:
             before += 1
         else:
             added[record.place] = record
+            if (samples := file.with_suffix(CURVES)).exists():
+                curves[curves_name(record)] = read_text(samples, "samples", AGAIN)
     if problems:
         raise UserError("\n".join(problems))
     if added:
-        write_archive(archive, there | added)
+        write_archive(archive, there | added, curves)
     return len(added), before
 
 

@@ -183,3 +183,26 @@ def test_an_empty_file_is_named_once_and_for_all(archive: Path) -> None:
     (archive / "eval/tiny/extra.jsonl").write_text("")
     with pytest.raises(UserError, match=r"extra\.jsonl: is empty: remove it"):
         renew_sums(archive)
+
+
+@pytest.mark.fault(
+    "records", "published samples of power that were edited, removed or added", "refused by name"
+)
+@pytest.mark.parametrize("what", ["edited", "removed", "added"])
+def test_samples_of_power_are_those_of_the_sums(archive: Path, what: str) -> None:
+    records = read_archive(archive)
+    write_archive(archive, records, {"jobs/cpu-tiny.csv": "seconds,joules\n0.1,3\n"})
+    assert read_archive(archive).keys() == records.keys()
+    file = archive / "jobs/cpu-tiny.csv"
+    if what == "edited":
+        file.write_text("seconds,joules\n0.1,2\n")
+    elif what == "removed":
+        file.unlink()
+    else:
+        file = file.rename(file.with_name("other.csv"))
+    told = refused(archive)
+    assert (
+        str(file) in told
+        and {"edited": "was changed", "removed": "no such file"}.get(what, "is not in SHA256SUMS")
+        in told
+    )

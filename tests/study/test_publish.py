@@ -84,9 +84,25 @@ def test_damaged_results_are_not_published(
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("study", ["h100", "quality"])
+def test_samples_of_power_lie_beside_their_record(tmp_path: Path) -> None:
+    study, results, archive = study_of(), tmp_path / "r", tmp_path / "a"
+    archive.mkdir()  # an empty folder is as good as none
+    write_study(study, results)
+    job = next((results / "energy").rglob("*.json"))
+    job.with_suffix(".csv").write_text("seconds,label,joules\n0.1,fp16,3\n")
+    assert call(results, archive) == 0
+    (curves,) = archive.rglob("*.csv")
+    parts = job.with_suffix(".csv").relative_to(results / "energy").parts
+    assert curves.relative_to(archive) == Path("energy", "-".join(parts))
+    assert curves.name in hashes(archive)
+    write_evaluation(study, results, "tiny", "fp16", "passkey", 1)
+    assert call(results, archive) == 0
+    assert curves.name in hashes(archive)  # what was there stays
+
+
+@pytest.mark.parametrize("study", ["h100", "quality", "ablation"])
 def test_the_repository_holds_whole_records(study: str) -> None:
     folder = ROOT / "results/published" / study
     assert main(["publish", "--archive", str(folder)]) == 0
-    assert len(read_archive(folder)) >= {"h100": 1808, "quality": 22}[study]
-    assert len(list((ROOT / "results/published").rglob("*"))) < 120
+    assert len(read_archive(folder)) >= {"h100": 1866, "quality": 40, "ablation": 63}[study]
+    assert len(list((ROOT / "results/published").rglob("*"))) < 170
