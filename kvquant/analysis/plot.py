@@ -31,7 +31,9 @@ def _devices(name: str, study: Study, tables: Path) -> str:
 
     figure = figure_list.FIGURES[name]
     against_cost = figure.section is Section.ACCURACY_AGAINST_COST
-    sources = ("perf", "energy", "jobs") if against_cost else (figure.table,)
+    sources = ["perf", "energy"] if against_cost else [figure.table]
+    if against_cost and study.jobs is not None:
+        sources.append("jobs")
     found = [device_of(study, read_table(tables, source)) for source in sources]
     there = dict.fromkeys(f"timed on {device_label(key)}" for key in found if key is not None)
     return " and ".join(there)

@@ -62,6 +62,10 @@ class NuqScheme(CodebookScheme):
         **CodebookScheme.words,
         "keys": {"after-rope": "keys after RoPE"}.__getitem__,
     }
+    values: ClassVar[Words] = {
+        **CodebookScheme.values,
+        "keys": {"before-rope": "before RoPE", "after-rope": "after RoPE"}.__getitem__,
+    }
     kind: Literal["nuq"] = Field(description="kind of the scheme")
     bits: CodeBits
     outliers: float = Field(

@@ -53,56 +53,59 @@ class Names:
     """How a figure shows the sides of a measurement.
 
     Attributes:
-        ours: Color and marker of the scheme whose kernels are measured.
+        headline: The scheme whose kernels are measured where a row does not say otherwise.
         looks: Color and marker of every scheme of the study.
         labels: Names of the study's schemes.
     """
 
-    ours: Look
+    headline: str
     looks: Mapping[str, Look]
     labels: Labels
 
 
-def _named(measure: str, sides: pd.DataFrame) -> str:
-    """Returns the name of a measurement: what is measured, and on what shape."""
-    shape, *sizes = sides.iloc[0][["shape", "batch", "tokens", "all_tokens"]]
-    return f"{WORDS[measure]}, {case_label(str(shape), *map(int, sizes))}"
+def _named(measure: str, sides: pd.DataFrame, names: Names) -> str:
+    """Returns the name of a measurement: what is measured, on what shape, and by which scheme."""
+    scheme, shape, *sizes = sides.iloc[0][["scheme", "shape", "batch", "tokens", "all_tokens"]]
+    by = "" if scheme == names.headline else f", {names.labels.scheme(str(scheme))}"
+    return f"{WORDS[measure]}, {case_label(str(shape), *map(int, sizes))}{by}"
 
 
-def _labelled(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+def _labelled(rows: pd.DataFrame, names: Names) -> list[tuple[str, pd.DataFrame]]:
     """Returns (label, sides) of every measurement, all cases of a kind together.
 
-    Cases that measure the same on the same shape, for the sake of other peers, are one row.
+    Cases that measure the same kernels on the same shape, for the sake of other peers, are one row.
     """
     order = list(WORDS)
-    same = ["measure", "shape", "batch", "tokens", "all_tokens"]
+    same = ["measure", "scheme", "shape", "batch", "tokens", "all_tokens"]
     groups = [(str(key[0]), sides) for key, sides in rows.groupby(same, sort=False)]
     groups.sort(key=lambda g: order.index(g[0]))  # stable: cases as the study has them
-    return [(_named(measure, sides), sides) for measure, sides in groups]
+    return [(_named(measure, sides, names), sides) for measure, sides in groups]
 
 
 def _of_first_case(groups: list[tuple[str, pd.DataFrame]]) -> list[tuple[str, pd.DataFrame]]:
     return [(label, sides[sides.case == sides.case.iloc[0]]) for label, sides in groups]
 
 
-def rates(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+def rates(rows: pd.DataFrame, names: Names) -> list[tuple[str, pd.DataFrame]]:
     """Returns the measurements whose bytes are known, without the copies."""
-    return _of_first_case(_labelled(rows[(rows.role != "copy") & rows.copy_share.notna()]))
+    there = rows[(rows.role != "copy") & rows.copy_share.notna()]
+    return _of_first_case(_labelled(there, names))
 
 
-def ratios(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+def ratios(rows: pd.DataFrame, names: Names) -> list[tuple[str, pd.DataFrame]]:
     """Returns the measurements that compare ours with fp16."""
-    return _of_first_case(_labelled(rows[(rows.role == "fp16") & rows.over_ours_median.notna()]))
+    there = rows[(rows.role == "fp16") & rows.over_ours_median.notna()]
+    return _of_first_case(_labelled(there, names))
 
 
-def _style(side: str, role: str, names: Names) -> tuple[Look, bool]:
+def _style(side: Any, names: Names) -> tuple[Look, bool]:
     """Returns the look of ours or of a 16-bit side, and whether its marker is hollow."""
-    if role == "ours":
-        return names.ours, False
-    return (BASELINE, FP16.get(side, WHOLE)), True
+    if side.role == "ours":
+        return names.looks[side.scheme], False
+    return (BASELINE, FP16.get(side.side, WHOLE)), True
 
 
-def _legend_of(rows: pd.DataFrame, ours: str, names: Names) -> list[Any]:
+def _legend_of(rows: pd.DataFrame, names: Names) -> list[Any]:
     """Returns the handles of the first two panels."""
     there = set(rows[rows.status == "ok"].side)
     whole = [s for s in dict.fromkeys(rows[rows.role == "fp16"].side) if s not in FP16]
@@ -112,9 +115,8 @@ def _legend_of(rows: pd.DataFrame, ours: str, names: Names) -> list[Any]:
         if s in there
     }
     found |= {f"{names.labels.scheme(s)}, growing": (BASELINE, WHOLE) for s in whole}
-    return marks({names.labels.scheme(ours): names.ours}, ms=4.5) + marks(
-        found, ms=4.5, mfc="white"
-    )
+    ours = {names.labels.scheme(s): names.looks[s] for s in dict.fromkeys(rows.scheme)}
+    return marks(ours, ms=4.5) + marks(found, ms=4.5, mfc="white")
 
 
 def _point(axis: Any, x: float, place: float, ends: list[float], look: Look, **style: Any) -> None:
@@ -125,7 +127,7 @@ def _point(axis: Any, x: float, place: float, ends: list[float], look: Look, **s
 
 
 def _side(axis: Any, x: float, place: int, ends: list[float], side: Any, names: Names) -> None:
-    look, hollow = _style(side.side, side.role, names)
+    look, hollow = _style(side, names)
     _point(axis, x, place, ends, look, **({"mfc": "white"} if hollow else {}))
 
 
@@ -171,7 +173,7 @@ def peers_panel(axis: Any, peers: pd.DataFrame, names: Names) -> list[str]:
         The names of the measurements, in the order of fills.
     """
     rows = list(dict.fromkeys(peers.side))
-    groups = _labelled(peers)
+    groups = _labelled(peers, names)
     in_row = {row: [i for i, (_, s) in enumerate(groups) if row in set(s.side)] for row in rows}
     for i, (_, sides) in enumerate(groups):
         for side in sides[sides.over_ours_median.notna()].itertuples():
@@ -195,8 +197,8 @@ def peers_panel(axis: Any, peers: pd.DataFrame, names: Names) -> list[str]:
 def draw(study: Study, tables: Path) -> Any:
     """Draws kernels against the rate of a copy, against fp16, and against peers."""
     rows, marked = one_device(study, read_table(tables, "kernels")), looks(study)
-    names = Names(marked[study.headline], marked, labels_of(study))
-    above, middle, peers = rates(rows), ratios(rows), rows[rows.role == "peer"]
+    names = Names(study.headline, marked, labels_of(study))
+    above, middle, peers = rates(rows, names), ratios(rows, names), rows[rows.role == "peer"]
     rows_of = [
         [label for label, _ in above],
         [label for label, _ in middle],
@@ -214,7 +216,7 @@ def draw(study: Study, tables: Path) -> Any:
         rate_panel(next(left), above, names)
     if middle:
         ratio_panel(next(left), middle, names)
-    legend(figure, _legend_of(rows, study.headline, names), WIDTH)
+    legend(figure, _legend_of(rows, names), WIDTH)
     if len(peers):
         measured = peers_panel(next(left), peers, names)
         legend(figure, fill_marks(measured), WIDTH, "lower center")

@@ -154,7 +154,7 @@ def panels(
     tests: pd.DataFrame,
     perf: pd.DataFrame,
     energy: pd.DataFrame,
-    jobs: pd.DataFrame,
+    jobs: pd.DataFrame | None,
     *,
     labels: Labels,
 ) -> list[Panel]:
@@ -217,14 +217,13 @@ def case_of_most(study: Study, jobs: pd.DataFrame) -> str | None:
     return best if best is not None and there[best] > MIN_COMPARED else None
 
 
-def _whole_jobs(study: Study, jobs: pd.DataFrame, losses: pd.DataFrame) -> list[Panel]:
+def _whole_jobs(study: Study, jobs: pd.DataFrame | None, losses: pd.DataFrame) -> list[Panel]:
     """Returns the panels of throughput and energy of whole jobs, which have random weights.
 
     Speeds depend on shapes alone, so that every model has the same. The unquantized cache that is
     allocated once loses nothing either.
     """
-    name = case_of_most(study, jobs) if len(jobs) else None
-    if name is None:
+    if jobs is None or jobs.empty or (name := case_of_most(study, jobs)) is None:
         return []
     mine = jobs[(jobs.case == name) & (jobs.status == "ok")]
     lossless = [s for s in dict.fromkeys(mine.scheme) if not study.scheme(s).quantizes]

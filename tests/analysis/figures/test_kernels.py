@@ -57,7 +57,7 @@ def records(study: Study, folder: Path, broken: dict[str, Status]) -> None:
             device="gpu",
             case=name,
             shape=case.shape,
-            scheme=study.headline,
+            scheme=study.kernel_scheme(case),
             batch=case.batch,
             tokens=case.tokens,
             all_tokens=case.batch * case.tokens - 32 * case.ragged,
@@ -107,15 +107,23 @@ def test_rows_and_values(study: Study, tmp_path: Path) -> None:
     assert points(below, "HQQ 4 bits") == pytest.approx([5.0, 5.0])  # prefill, step of a layer
     # cases that only add peers to a case of the same shape share its row
     cases = [
-        (c.shape, c.batch, c.tokens, m) for c in study.kernel_cases().values() for m in c.measure
+        (study.kernel_scheme(c), c.shape, c.batch, c.tokens, m)
+        for c in study.kernel_cases().values()
+        for m in c.measure
     ]
     assert len({*labels(above), *labels(middle)}) == len(set(cases))
+    # kernels of another scheme have rows of their own, which name it
+    by_allocated = [row for row in labels(above) if row.endswith("Allocated codes 3.4 bits")]
+    assert f"{attention}, Allocated codes 3.4 bits" in by_allocated
+    assert attention in labels(above)
 
 
 def test_the_legend_names_backends_and_the_growing_cache(study: Study, tmp_path: Path) -> None:
     figure = drawn(study, tmp_path)
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names[1:] == [
+    ours = {"NUQ 3 bits, 1 % outliers", "Allocated codes 3.4 bits"}
+    assert set(names[:2]) == ours
+    assert names[2:] == [
         "fp16 attention, cuDNN",
         "fp16 attention, flash",
         "fp16 attention, memory-efficient",
