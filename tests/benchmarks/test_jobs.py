@@ -6,7 +6,7 @@ Also covers: benchmarks.job_side, study.jobs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -134,10 +134,11 @@ class LimitedContext(JobSide):
         return super()._call(cache, ids, start)
 
 
+Side = TypeVar("Side", bound=JobSide)
 NUQ3 = NuqScheme(kind="nuq", bits=3, outliers=0.01)
 
 
-def side(kind: type[JobSide], scheme: Scheme = NUQ3, **changes: Any) -> JobSide:
+def side(kind: type[Side], scheme: Scheme = NUQ3, **changes: Any) -> Side:
     """A side of a tiny random model."""
     model = RandomModel("tiny", torch.device("cpu"))
     return kind("side", model.with_scheme(scheme), JobCase(**CASE | changes))

@@ -35,10 +35,11 @@ def draw(study: Study, tables: Path) -> Any:
     The panels of one model stand in two columns.
     """
     labels, marked = labels_of(study), looks(study)
-    names = ("eval", "tests", "perf", "energy")
-    read = [one_device(study, read_table(tables, name)) for name in names]
-    jobs = one_device(study, read_table(tables, "jobs")) if study.jobs is not None else None
-    found = pareto_panels.panels(study, *read, jobs, labels=labels)
+    names: tuple[str, ...] = ("eval", "tests", "perf", "energy")
+    if study.jobs is not None:
+        names = (*names, "jobs")
+    read = (one_device(study, read_table(tables, name)) for name in names)
+    found = pareto_panels.panels(study, *read, labels=labels)
     if not any(pareto_panels.compares(study, panel) for panel in found):
         raise UserError("figure pareto: no scheme has a finite difference to the baseline")
     models = list(study.models)

@@ -154,7 +154,7 @@ def panels(
     tests: pd.DataFrame,
     perf: pd.DataFrame,
     energy: pd.DataFrame,
-    jobs: pd.DataFrame | None,
+    jobs: pd.DataFrame | None = None,
     *,
     labels: Labels,
 ) -> list[Panel]:
