@@ -89,6 +89,7 @@ class ForwardPlan(CallPlan):
         view: The state of the cache that is read.
         new_positions: Positions of the new keys: `query_positions` with `NEVER` for padding. None
             for a single column, whose query sees its own key.
+        first: Whether the cache had no column before the call, not even of padding.
         simulated: Whether the call's own tokens are read from the cache, too (protocol B).
         order: The point at which the tokens are stored.
         path: How the past is read. Until the first layer has run, a past that no decode step
@@ -101,6 +102,7 @@ class ForwardPlan(CallPlan):
     append: AppendPlan
     view: View
     new_positions: torch.Tensor | None
+    first: bool
     simulated: bool
     order: Order
     path: Path
@@ -112,8 +114,3 @@ class ForwardPlan(CallPlan):
         """`new_positions`, or None where all of the call's columns are tokens."""
         whole = self.append.whole(self.query_positions.shape[1])
         return None if whole else self.new_positions
-
-    @property
-    def first(self) -> bool:
-        """Whether no sequence had a token before the call."""
-        return not any(self.append.before.lengths)

@@ -125,7 +125,7 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
         append = self.layout.append(spans)
         if append.arena >= 0:
             self._watch.note_packing()
-        plan = self._planner.begin(append, *where)
+        plan = self._planner.begin(append, *where, past=self.columns > 0)
         self.calls.planned(plan)
         return plan
 

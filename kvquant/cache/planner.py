@@ -61,7 +61,12 @@ class Planner:
         self._kernels.forget()
 
     def begin(
-        self, append: AppendPlan, queries: torch.Tensor, keys: torch.Tensor | None
+        self,
+        append: AppendPlan,
+        queries: torch.Tensor,
+        keys: torch.Tensor | None,
+        *,
+        past: bool,
     ) -> ForwardPlan:
         """Begins the plan of a call with what is known before its first layer.
 
@@ -69,9 +74,11 @@ class Planner:
             append: Where the new tokens go.
             queries: int64 `[batch_size, new_len]`, positions of the new queries.
             keys: Positions of the new keys; see :attr:`ForwardPlan.new_positions`.
+            past: Whether there were columns before the call. Where all of them are padding, no
+                token is read back, but the model's own attention would want keys of them.
         """
         step = self._kernel_step(append, queries.device)
-        first = not self._simulated and not any(append.before.lengths)
+        first = not past and not self._simulated
         if step is not None:
             order = Order.WITHIN_STEP
         else:
@@ -82,6 +89,7 @@ class Planner:
             append=append,
             view=append.after if self._simulated else append.before,
             new_positions=keys,
+            first=not past,
             simulated=self._simulated,
             order=order,
             path=step or (FirstCall() if first else NO_PIECES),
@@ -186,6 +194,7 @@ class Planner:
             append=append,
             view=view,
             new_positions=None,
+            first=False,
             simulated=False,
             order=Order.WITHIN_STEP,
             path=KernelStep(steps.shape, steps.step(whole=True), steps.take_places()),

@@ -136,7 +136,7 @@ def test_a_plan_that_is_half_made_is_undone(monkeypatch: pytest.MonkeyPatch) -> 
     cache = qm.new_cache()
     step(qm.model, cache, ids(2, 50))
 
-    def stop(*args: Any) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -325,3 +325,27 @@ class TestSequences:
             cache.batch_select_indices(torch.tensor(chosen))
             caches.append(step(qm.model, cache, ids(2, 3)))
         torch.testing.assert_close(*caches, **CLOSE)
+
+
+@pytest.mark.parametrize("protocol", ["A", "B"])
+def test_a_cache_that_was_cropped_to_padding_goes_on(protocol: str) -> None:
+    model = tiny_model("llama")
+    qm = quantized(model, EXACT)
+    tokens, mask = ids(2, 10), torch.ones(2, 10, dtype=torch.long)
+    mask[:, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = qm.new_cache(protocol)
+    with torch.inference_mode():
+        model(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        cache.crop(-7)
+        assert cache.lengths == [0, 0] and cache.get_seq_length() == 3
+        more = torch.cat([mask[:, :3], torch.ones(2, 5, dtype=torch.long)], 1)
+        found = model(
+            tokens[:, :5],
+            attention_mask=more,
+            position_ids=torch.arange(5)[None].expand(2, 5),
+            past_key_values=cache,
+        )
+        expected = model(tokens[:, :5], past_key_values=DynamicCache(config=model.config))
+    torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
+    assert cache.lengths == [5, 5]
