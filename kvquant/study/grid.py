@@ -87,7 +87,8 @@ def threads(study: Study, rule: str, cores: int) -> int:
 def place_in_line(study: Study, model: str, scheme: str, task: str | None = None) -> int:
     """Returns an evaluation's place in the order of jobs: by task, then model, then scheme.
 
-    A job without a task evaluates all. An interrupted run has then finished the first tasks for every scheme, which can be compared.
+    An interrupted run has then finished the first tasks for every scheme, which can be compared. A
+    job without a task evaluates all of them.
     """
     place = 0 if task is None else list(study.tasks).index(task)
     place = place * len(study.models) + list(study.models).index(model)
