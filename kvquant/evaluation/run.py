@@ -4,7 +4,8 @@ A finished seed is kept in the resume folder under the digest of everything that
 samples first and its record last. A job that was killed, or that has more seeds now, takes the
 finished seeds from there and from the published records, and measures the rest. Seeds may share
 batches (:mod:`kvquant.evaluation.generated`). The answers of a seed do not depend on the others,
-only its part of a batch's padding does.
+only its part of a batch's padding does. Several tasks of one scheme may share a process, and then
+the model in it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from kvquant.study.tasks import TaskSpec
 
 if TYPE_CHECKING:
     from kvquant.evaluation.prompt_file import PromptFile
+    from kvquant.models.loading import QuantizedModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,14 +50,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--model", required=True, help="name of the model in the study")
     parser.add_argument("--scheme", required=True, help="name of the scheme in the study")
-    parser.add_argument("--task", required=True, help="name of the task in the study")
+    parser.add_argument("--task", required=True, nargs="+", help="names of tasks in the study")
     parser.add_argument("--seeds", required=True, nargs="+", type=int, help="seeds to measure")
     parser.add_argument("--model-manifest", required=True, help="manifest.json of fetch-model")
-    parser.add_argument("--prompts", help="file of `kvquant prompts`, for tasks with answers")
-    parser.add_argument("--data-manifest", help="manifest.json of fetch-data, for perplexity")
+    parser.add_argument(
+        "--prompts", nargs="+", default=[], help="file of `kvquant prompts`, per task with answers"
+    )
+    parser.add_argument(
+        "--data-manifest", nargs="+", default=[], help="manifest.json of fetch-data, per other task"
+    )
     parser.add_argument("--quantizer", help="quantizer.json, for schemes that need calibration")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--out-dir", required=True, help="folder of seedN/run.json, samples.jsonl")
+    parser.add_argument(
+        "--out-dir", required=True, nargs="+", help="folder of seedN/run.json, per task"
+    )
     parser.add_argument("--resume-dir", help="folder that keeps finished seeds of unfinished jobs")
 
 
@@ -65,6 +73,38 @@ def _line(record: EvalRecord, where: str) -> str:
         f"{record.metric} {record.value:.4f}, {record.samples} samples, "
         f"{record.bits_per_element:.3f} bits/element, {record.seconds:.1f} s{where}"
     )
+
+
+class SharedModel:
+    """Loads the model of a scheme when the first task needs it, and keeps it for the next ones."""
+
+    def __init__(self) -> None:
+        self._found: QuantizedModel | None = None
+        self._key: tuple[str, ...] = ()
+
+    def get(
+        self,
+        study: Study,
+        model: str,
+        scheme: str,
+        manifest: str | Path,
+        quantizer: str | Path | None,
+        device: str,
+    ) -> QuantizedModel:
+        """Returns the model with the cache of a scheme; all tasks must ask for the same one."""
+        from kvquant.models.loading import load_quantized_model, resolve_device
+
+        key = (model, scheme, str(manifest), str(quantizer), device)
+        assert self._found is None or key == self._key
+        if self._found is None:
+            self._key = key
+            self._found = load_quantized_model(
+                study_manifest(manifest, study, model),
+                study.scheme(scheme),
+                quantizer=quantizer,
+                device=str(set_current(resolve_device(claim(device)))),
+            )
+        return self._found
 
 
 def evaluate(
@@ -81,8 +121,11 @@ def evaluate(
     quantizer: str | Path | None = None,
     device: str = "auto",
     resume_dir: str | Path | None = None,
+    shared: SharedModel | None = None,
 ) -> list[EvalRecord]:
     """Measures every unfinished seed and writes all seeds below `out_dir`.
+
+    `shared` keeps the model for further tasks of the same scheme.
 
     Raises:
         UserError: A name is unknown, a file is missing, the task or prompts do not fit, or an
@@ -116,7 +159,8 @@ def evaluate(
     missing = [seed for seed in seeds if seed not in finished]
     if missing:
         runner = _loader(
-            study, model, scheme, task, model_manifest, asked, data_manifest, quantizer, device
+            *(study, model, scheme, task, model_manifest, asked, data_manifest, quantizer, device),
+            shared=shared or SharedModel(),
         )
         together = _seeds_together(task_spec)
         for first in range(0, len(missing), together):
@@ -194,12 +238,12 @@ def _loader(
     data_manifest: str | Path | None,
     quantizer: str | Path | None,
     device: str,
+    shared: SharedModel,
 ) -> Callable[[dict[int, str]], list[tuple[EvalRecord, SuiteResult]]]:
     """Loads the model and returns a function that measures seeds, given with their digests."""
     # Imported late: a job with finished seeds or wrong names needs no torch.
     from kvquant.evaluation.registry import run_suite
     from kvquant.fetch.text_overlap import check_apart
-    from kvquant.models.loading import load_quantized_model, resolve_device
     from kvquant.quantization.quantizer_file import check_digest
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -214,12 +258,7 @@ def _loader(
         built = check_digest(Path(quantizer), quantizer_digest(study, model, scheme))
         if asked is None and data_manifest is not None and built.text is not None:
             check_apart(built.text, data_manifest)
-    qm = load_quantized_model(
-        study_manifest(model_manifest, study, model),
-        study.scheme(scheme),
-        quantizer=quantizer,
-        device=str(set_current(resolve_device(claim(device)))),
-    )
+    qm = shared.get(study, model, scheme, model_manifest, quantizer, device)
     if asked is not None:
         asked.check_tokenizer(qm.tokenizer)
 
@@ -297,19 +336,48 @@ def _record(
     )
 
 
+def _one_per_task(option: str, given: list[str], tasks: list[str], what: str) -> dict[str, str]:
+    """Returns the files of an option by task.
+
+    Raises:
+        UserError: There is not one file for each of these tasks.
+    """
+    if len(given) != len(tasks):
+        raise UserError(
+            f"{option}: needs one {what} ({', '.join(tasks) or 'none'}), in their order"
+        )
+    return dict(zip(tasks, given, strict=True))
+
+
 def run(args: argparse.Namespace) -> None:
     """Runs `kvquant evaluate`."""
-    evaluate(
-        load_study(args.study),
-        args.model,
-        args.scheme,
-        args.task,
-        args.seeds,
-        model_manifest=args.model_manifest,
-        out_dir=args.out_dir,
-        prompts=args.prompts,
-        data_manifest=args.data_manifest,
-        quantizer=args.quantizer,
-        device=args.device,
-        resume_dir=args.resume_dir,
-    )
+    study = load_study(args.study)
+    asking = {task: asks_prompts(study.task(task)) for task in args.task}
+    tasks = list(asking)
+    if len(tasks) < len(args.task):
+        raise UserError("--task: a task is given twice")
+    folders = _one_per_task("--out-dir", args.out_dir, tasks, "folder per task")
+    asked = [task for task in tasks if asking[task]] if len(tasks) > 1 else tasks
+    read = [task for task in tasks if not asking[task]] if len(tasks) > 1 else tasks
+    prompts = texts = {}
+    if args.prompts:
+        prompts = _one_per_task("--prompts", args.prompts, asked, "file per task with answers")
+    if args.data_manifest:
+        texts = _one_per_task("--data-manifest", args.data_manifest, read, "manifest per text")
+    shared = SharedModel()
+    for task in tasks:
+        evaluate(
+            study,
+            args.model,
+            args.scheme,
+            task,
+            args.seeds,
+            model_manifest=args.model_manifest,
+            out_dir=folders[task],
+            prompts=prompts.get(task),
+            data_manifest=texts.get(task),
+            quantizer=args.quantizer,
+            device=args.device,
+            resume_dir=args.resume_dir,
+            shared=shared,
+        )

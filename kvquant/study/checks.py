@@ -137,9 +137,23 @@ def _evaluation(study: StudySections) -> Iterator[str]:
                 f"tasks.{task}: the baseline '{study.baseline}' cannot run its protocol "
                 f"{_protocol(study, task)}, so nothing can be compared on it"
             )
+    if spec.tasks_per_job == "all":
+        yield from _shared_jobs(study, evaluated)
     for name in spec.schemes:
         if name in study.schemes and not any(_can(study, name, task) for task in study.tasks):
             yield f"evaluation.schemes: '{name}' cannot run the protocol of any task; leave it out"
+
+
+def _shared_jobs(study: StudySections, evaluated: list[str]) -> Iterator[str]:
+    """Yields the problems of a study whose jobs evaluate all tasks of a scheme."""
+    field = "evaluation.tasks_per_job"
+    if study.gpus:
+        yield f"{field}: 'all' is for studies on a CPU (gpus: 0); GPUs share out tasks: write one"
+    for name in filter(study.schemes.get, evaluated):
+        chosen = study.evaluation.tasks.get(name, list(study.tasks))
+        lacks = [t for t in study.tasks if t not in chosen or not _can(study, name, t)]
+        if lacks:
+            yield f"{field}: 'all' needs '{name}' to run every task, '{lacks[0]}' too; write one"
 
 
 def _protocol(study: StudySections, task: str) -> str:

@@ -61,8 +61,9 @@ def request(
     gpus = spec.gpus if study.gpus else 0
     if rule == "calibrate":
         return Request(gpus, mem * attempt, CALIBRATION_MINUTES * attempt)
-    assert task is not None
-    return Request(gpus, mem * attempt, study.task(task).minutes * len(study.seeds) * attempt)
+    tasks = study.tasks if task is None else [task]  # a job without a task evaluates all
+    minutes = sum(study.task(name).minutes for name in tasks) * len(study.seeds)
+    return Request(gpus, mem * attempt, minutes * attempt)
 
 
 def threads(study: Study, rule: str, cores: int) -> int:
@@ -83,14 +84,22 @@ def threads(study: Study, rule: str, cores: int) -> int:
     return CPUS_PER_GPU * study.gpus if study.gpus else cores
 
 
-def place_in_line(study: Study, model: str, scheme: str, task: str) -> int:
+def place_in_line(study: Study, model: str, scheme: str, task: str | None = None) -> int:
     """Returns an evaluation's place in the order of jobs: by task, then model, then scheme.
 
-    An interrupted run has then finished the first tasks for every scheme, which can be compared.
+    An interrupted run has then finished the first tasks for every scheme, which can be compared. A
+    job without a task evaluates all of them.
     """
-    place = list(study.tasks).index(task)
+    place = 0 if task is None else list(study.tasks).index(task)
     place = place * len(study.models) + list(study.models).index(model)
     return place * len(study.schemes) + list(study.schemes).index(scheme)
+
+
+def eval_jobs(study: Study) -> list[tuple[str, str | None]]:
+    """Returns (scheme, task) of every evaluation job per model; no task is named for all tasks."""
+    if study.evaluation.tasks_per_job == "all":
+        return [(scheme, None) for scheme in dict.fromkeys(s for s, _ in study.eval_cells())]
+    return [*study.eval_cells()]
 
 
 def _timed_seconds(study: Study, rule: str) -> float:
@@ -106,15 +115,18 @@ def grid_rows(study: Study) -> list[tuple[str, int, int, str]]:
     models, seeds = len(study.models), len(study.seeds)
     rows = []
     for name, task in study.tasks.items():
-        jobs = models * sum(study.evaluates(scheme, name) for scheme in study.schemes)
+        cells = models * sum(study.evaluates(scheme, name) for scheme in study.schemes)
+        # Jobs of several tasks are counted with the first one.
+        shared = study.evaluation.tasks_per_job == "all" and name != next(iter(study.tasks))
         what = f"{task.describe()}, {count_of(seeds, 'seed')}"
-        rows.append((f"evaluate {name}", jobs, jobs * seeds, what))
-    for stage, cells, spec in (
+        what += ", in the same jobs" if shared else ""
+        rows.append((f"evaluate {name}", 0 if shared else cells, cells * seeds, what))
+    for stage, timed, spec in (
         ("throughput", study.throughput_cells(), study.throughput),
         ("energy", study.energy_cells(), study.energy),
     ):
         workloads = ", ".join(spec.workloads) or "none"
-        rows.append((stage, models * len(cells), models * len(cells), workloads))
+        rows.append((stage, models * len(timed), models * len(timed), workloads))
     if study.append is not None:
         first, last = study.append.sizes[0], study.append.sizes[-1]
         what = f"{len(study.append.sizes)} sizes from {first} to {last} tokens"
@@ -142,9 +154,9 @@ def job_rows(study: Study) -> list[tuple[str, int, float]]:
         rows.append(("quantize", models * built, 0.0))
     if asking := sum(map(asks_prompts, study.tasks.values())):
         rows.append(("prompts", models * asking, 0.0))
-    cells = study.eval_cells()
-    evaluation = sum(hours("evaluate", 1, task) for _, task in cells)
-    rows.append(("evaluate", models * len(cells), evaluation))
+    evaluations = eval_jobs(study)
+    evaluation = sum(hours("evaluate", 1, task) for _, task in evaluations)
+    rows.append(("evaluate", models * len(evaluations), evaluation))
     for rule, timed in (
         ("throughput", study.throughput_cells()),
         ("energy", study.energy_cells()),
@@ -177,7 +189,7 @@ def one_job_per_seed(study: Study) -> tuple[int, float]:
     loading = sum(
         request(study, "evaluate", m, t).gpus * (len(study.seeds) - 1)
         for m in study.models
-        for _, t in study.eval_cells()
+        for _, t in eval_jobs(study)
     )
     jobs = sum(jobs for _, jobs, _ in rows)
     return jobs + more, expected_gpu_hours(study) + loading * LOAD_MINUTES / 60

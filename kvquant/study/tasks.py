@@ -277,3 +277,9 @@ class EvaluationSpec(Strict):
         ge=1,
         description="maximum number of tokens per batch, padding included; absent: no limit",
     )
+    tasks_per_job: Literal["one", "all"] = Field(
+        "one",
+        description="tasks of one scheme that a job evaluates; `all` starts one process and loads "
+        "the model once per scheme, on a CPU",
+    )
+    later: ClassVar[tuple[str, ...]] = ("tasks_per_job",)

@@ -50,6 +50,9 @@ MISTAKES = [
     ("headline", "nuq3-1pc", "headline: 'nuq3-1pc' is not among the schemes; did you mean nuq3"),
     ("baseline", "fp61", "baseline: 'fp61' is not among the schemes; did you mean fp16"),
     ("evaluation/schemes", ["fp16", "kivi-2"], ""),  # nuq3-1pct is timed
+    ("evaluation/tasks", {"kivi-2": ["ppl-b"]}, "tasks_per_job: 'all' needs 'kivi-2' to run every"),
+    ("evaluation/tasks_per_job", "two", "evaluation.tasks_per_job: Input should be 'one' or 'all'"),
+    ("gpus", 1, "evaluation.tasks_per_job: 'all' is for studies on a CPU"),
     ("tasks/ppl-b/dataset", "wikitext", "tasks.ppl-b.dataset: unknown dataset 'wikitext': did you"),
     ("calibration/dataset", "essay", "calibration.dataset: unknown dataset 'essay': did you mean"),
     ("schemes/nuq3-1pct/datatype", "nuk", "datatype: unknown datatype 'nuk': did you mean nuq"),

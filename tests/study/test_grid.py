@@ -32,6 +32,21 @@ def test_rows_count_what_the_study_lists(root: Path) -> None:
     assert rows["kernels"] == (len(study.kernel_cases()),) * 2
 
 
+def test_a_job_of_all_tasks_is_counted_once(root: Path) -> None:
+    study = load_study(root / "config/demo.yaml")
+    assert study.evaluation.tasks_per_job == "all"
+    first, *others = (row for row in grid_rows(study) if row[0].startswith("evaluate "))
+    schemes, results = len(study.schemes), len(study.schemes) * len(study.seeds)
+    assert first[1:3] == (schemes, results)
+    assert [row[1:3] for row in others] == [(0, results)] * (len(study.tasks) - 1)
+    assert dict((rule, jobs) for rule, jobs, _ in job_rows(study))["evaluate"] == schemes
+    model, asked = next(iter(study.models)), study.tasks
+    parts = [request(study, "evaluate", model, task).minutes for task in asked]
+    assert request(study, "evaluate", model).minutes == sum(parts)
+    places = [place_in_line(study, model, scheme) for scheme in study.schemes]
+    assert places == list(range(schemes))
+
+
 def test_statistics_with_whole_tokens_ask_for_the_memory_of_their_model() -> None:
     small, large = ({"source": "local", "path": "model", "mem_gb": gb} for gb in (1, 120))
     for schemes, wanted in (({}, 4_000), ({"cq-4c8b": {"kind": "cq"}}, 120_000)):

@@ -14,7 +14,7 @@ import yaml
 COUNTS = {
     "demo": {
         "prompts": 2,
-        "evaluate": 18,
+        "evaluate_all_tasks": 6,
         "calibrate": 1,
         "quantize": 3,
         "plot": 5,

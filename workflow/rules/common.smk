@@ -49,6 +49,8 @@ except UserError as error:
 
 DEVICE_KIND = "cuda" if STUDY.gpus else "cpu"
 WORKLOADS = {*STUDY.throughput.workloads, *STUDY.energy.workloads}
+SCHEMES = "|".join(map(re.escape, STUDY.schemes))
+TASKS = "|".join(map(re.escape, STUDY.tasks))
 MEASURED = protected if STUDY.protect else (lambda files: files)
 
 
@@ -58,8 +60,8 @@ pathvars:  # also those that the study has from its base
 
 wildcard_constraints:
     model="|".join(map(re.escape, STUDY.models)),  # a key of `models`
-    scheme="|".join(map(re.escape, STUDY.schemes)),  # a key of `schemes`
-    task="|".join(map(re.escape, STUDY.tasks)),  # a key of `tasks`
+    scheme=SCHEMES,  # a key of `schemes`
+    task=TASKS,  # a key of `tasks`
     workload="|".join(WORKLOADS) or "none",  # a key of `workloads`
     case="|".join(map(re.escape, STUDY.kernel_cases())) or "none",  # a key of `kernels.cases`
     job="|".join(map(re.escape, STUDY.job_cases())) or "none",  # a key of `jobs.cases`
@@ -106,12 +108,32 @@ def eval_digests(wildcards):
     ]
 
 
+def all_eval_digests(wildcards):
+    """What the results of all tasks and seeds depend on."""
+    model, scheme = wildcards.model, wildcards.scheme
+    return [
+        digests.eval_digest(STUDY, model, scheme, task, seed)
+        for task in STUDY.tasks
+        for seed in STUDY.seeds
+    ]
+
+
 def option(flag, name):
     """A parameter: an option with the input `name` as words, or none where a job lacks that input."""
 
     def words(wildcards, input):
         file = getattr(input, name)
         return [flag, str(file)] if file else []
+
+    return words
+
+
+def options(flag, name):
+    """A parameter: an option with all files of the input `name`, or none where a job lacks them."""
+
+    def words(wildcards, input):
+        files = [str(file) for file in getattr(input, name)]
+        return [flag, *files] if files else []
 
     return words
 

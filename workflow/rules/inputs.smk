@@ -43,11 +43,20 @@ def quantizer(wildcards):
 
 def asked(wildcards):
     """The prompts of a task that has them. Their name holds their digest: no other can be there."""
-    model, task = wildcards.model, wildcards.task
+    return asked_by(wildcards.model, wildcards.task)
+
+
+def asked_by(model, task):
+    """The prompts of a model's task, or none."""
     if not digests.asks_prompts(STUDY.tasks[task]):
         return []
     name = digests.prompts_name(STUDY, model, task)
     return ancient(f"<cache>/prompts/{model}/{task}/{name}.jsonl.gz")
+
+
+def all_asked(wildcards):
+    """The prompts of all tasks that have them."""
+    return [file for task in STUDY.tasks if (file := asked_by(wildcards.model, task))]
 
 
 def read_text(wildcards):
@@ -55,7 +64,17 @@ def read_text(wildcards):
     return [] if digests.asks_prompts(STUDY.tasks[wildcards.task]) else text(wildcards)
 
 
+def all_read(wildcards):
+    """The texts that evaluations read themselves, one per such task."""
+    return [text_of(name) for name, task in STUDY.tasks.items() if not digests.asks_prompts(task)]
+
+
 def text(wildcards):
     """The manifest of the text that a task is made of, if it is made of one."""
-    dataset = STUDY.tasks[wildcards.task].dataset_name()
+    return text_of(wildcards.task)
+
+
+def text_of(task):
+    """The manifest of a task's text, if it has one."""
+    dataset = STUDY.tasks[task].dataset_name()
     return ancient(f"<cache>/data/{dataset}/manifest.json") if dataset else []
