@@ -60,7 +60,8 @@ class NewTokens:
     def __init__(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rope: Table
     ) -> None:
-        self.queries = rotate(queries, *rope)
+        # Some families have fp32 tables, which would give fp32 queries beside 16-bit values.
+        self.queries = rotate(queries, *rope).to(queries.dtype)
         self.keys = keys
         self.values = values
         self._rope = rope
@@ -68,7 +69,7 @@ class NewTokens:
     @functools.cached_property
     def rotated_keys(self) -> torch.Tensor:
         """The keys after RoPE, computed on first use because not every path needs them."""
-        return rotate(self.keys, *self._rope)
+        return rotate(self.keys, *self._rope).to(self.keys.dtype)
 
 
 @dataclass

@@ -31,8 +31,10 @@ from kvquant.calibration.token_sample import TokenSample
 from kvquant.errors import NonFinite, UserError
 from kvquant.fetch.model_manifest import study_manifest
 from kvquant.formats.rope import rotate
+from kvquant.models.adapters import Part, rotary_width
 from kvquant.models.finite import remedy
 from kvquant.models.loading import attention_layers, load_base_model, resolve_device
+from kvquant.models.prefill_quant import adapter_of
 from kvquant.models.value_rotation import refuse_rotated
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.config import load_study
@@ -53,6 +55,7 @@ class _Collector:
         self._sample, self._roped_keys = sample, roped_keys
         self._number = 0  # of the current window
         self.layers = attention_layers(model)
+        self._width = rotary_width(model)
         self.heads = int(model.config.num_key_value_heads)
         self.statistics: list[LayerStatistics | None] = [None] * len(self.layers)
         self._late: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -63,41 +66,49 @@ class _Collector:
         self._finite: dict[str, torch.Tensor] = {}
         self.handles = []
         for i, module in enumerate(self.layers):
-            keys: Any = getattr(module, "k_norm", None) or module.k_proj
-            values: Any = module.v_proj
-            queries: Any = getattr(module, "q_norm", None) or module.q_proj
-            self.handles.append(keys.register_forward_hook(self._hook(i, is_key=True)))
-            self.handles.append(values.register_forward_hook(self._hook(i, is_key=False)))
+            adapter = adapter_of(module)
+            queries = adapter.part(module, "queries")
+            keys, values = adapter.part(module, "keys"), adapter.part(module, "values")
+            for part in (keys, values):
+                self.handles.append(part.module.register_forward_hook(self._hook(i, part)))
             for name, part in (("roped_key_moments", keys), ("roped_query_moments", queries)):
-                self.handles.append(part.register_forward_hook(self._add_roped(i, name)))
+                hook = self._add_roped(i, name, part)
+                self.handles.append(part.module.register_forward_hook(hook))
             self.handles.append(module.register_forward_pre_hook(self._see_rope, with_kwargs=True))
 
-    def _hook(self, layer: int, *, is_key: bool) -> Any:
+    def _hook(self, layer: int, part: Part) -> Any:
+        is_key, width = part.pairs, self._width
+
         def forward_hook(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
             if not output.requires_grad:
                 output = output.requires_grad_()  # the graph starts here, as weights are frozen
-            data = output.detach()
+            data = part.read(output.detach(), width)
             name = f"layer {layer}: {'keys' if is_key else 'values'}"
             # Values are quantized from fp16, in which they must be finite, too.
             self._finite[name] = (data if is_key else data.half()).isfinite().all()
             rope = self._rope
-            output.register_hook(lambda grad: self._receive(layer, is_key, data, grad, rope))
+
+            def receive(grad: torch.Tensor) -> None:
+                self._receive(layer, is_key, data, part.read(grad, width), rope)
+
+            output.register_hook(receive)
             return output
 
         return forward_hook
 
-    def _see_rope(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        cos, sin = kwargs["position_embeddings"]
+    def _see_rope(self, module: Any, args: Any, kwargs: Any) -> None:
+        table = kwargs["position_embeddings"]
+        cos, sin = adapter_of(module).table(table, int(module.head_dim))
         self._rope = cos.float(), sin.float()
 
-    def _add_roped(self, layer: int, name: str) -> Any:
+    def _add_roped(self, layer: int, name: str, part: Part) -> Any:
         """Returns a hook that finds the moments after RoPE of what a module gives."""
-        dim = int(self.layers[layer].head_dim)
+        dim, width = int(self.layers[layer].head_dim), self._width
 
         @torch.no_grad()
         def forward_hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
             assert self._rope is not None
-            x = output.float().flatten(2).unflatten(2, (-1, dim)).transpose(1, 2)
+            x = part.read(output, width).float().unflatten(2, (-1, dim)).transpose(1, 2)
             seen = rotate(x, *self._rope)[0, :, self.spec.sinks :]
             # Where it is infinite, the loss will be, too.
             self._roped[layer, name] = head_moments(seen, self.heads)
@@ -264,7 +275,7 @@ def output_moments(attention: Any, heads: int) -> torch.Tensor:
 
     The rows are what the module makes of unit vectors, in whatever form it holds its weights.
     """
-    weight = attention.q_proj.weight
+    weight = attention.o_proj.weight
     kind = weight.dtype if weight.is_floating_point() else torch.float16
     size = attention.config.num_attention_heads * attention.head_dim
     units = torch.eye(size, dtype=kind, device=weight.device)

@@ -30,14 +30,14 @@ def score(
     """
     ids = torch.tensor([tokens[:-1]], device=qm.device)
     goal = torch.tensor(tokens[-count:], device=qm.device)
-    decoder, head = qm.model.model, qm.model.get_output_embeddings()
+    decoder = qm.model.model
     given = {**cache_argument(decoder, qm.new_cache(protocol)), "use_cache": True}
     # The last token before the end predicts the first token of the end.
     past = ids.shape[1] - count if protocol == "A" else 0
     if past > 0:
         decoder(input_ids=ids[:, :past], **given)
     hidden = decoder(input_ids=ids[:, past:], **given).last_hidden_state
-    logits = head(hidden[0, -count:]).float().log_softmax(-1, dtype=dtype)
+    logits = qm.logits(hidden[0, -count:]).float().log_softmax(-1, dtype=dtype)
     chosen = logits.gather(1, goal[:, None])[:, 0]
     good = chosen.isfinite() & ~logits.isnan().any(1)
     if not good.all():

@@ -95,7 +95,7 @@ def _pieces(
     Yields:
         One fp32 tensor `[windows, positions, vocabulary]` per cache, and the positions.
     """
-    decoder, head = qm.model.model, qm.model.get_output_embeddings()
+    decoder = qm.model.model
     windows, window = ids.shape
     size = max(1, LOGIT_POSITIONS // windows)
     for first in range(0, window, step):
@@ -109,7 +109,10 @@ def _pieces(
         stop = min(first + step, window - 1)  # the last token has no next one
         for low in range(first, stop, size):
             high = min(low + size, stop)
-            yield [head(h[:, low - first : high - first]).float() for h in hidden], slice(low, high)
+            yield (
+                [qm.logits(h[:, low - first : high - first]).float() for h in hidden],
+                slice(low, high),
+            )
 
 
 @torch.inference_mode()

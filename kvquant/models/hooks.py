@@ -12,13 +12,21 @@ from torch import nn
 from kvquant.errors import UserError
 from kvquant.models.graph_calls import graph_calls, no_graph_calls
 from kvquant.models.model_call import CACHE_NAMES, arguments, find_cache, parameters, refuse_unknown
+from kvquant.models.obstacles import (
+    attention_obstacles,
+    layer_obstacle,
+    refused_features,
+    unsupported_attention,
+    unsupported_configuration,
+    unsupported_model,
+)
 from kvquant.models.prefill_quant import PrefillQuantizedAttention, original_class
-from kvquant.study.model_families import family_of_attention, supported_families
+from kvquant.study.model_families import family_of_attention
 
 # Arguments of a decoder that are supported, or that do not affect its attention.
 _KNOWN = frozenset({
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", *CACHE_NAMES, "use_cache",
-    "output_attentions", "output_hidden_states", "return_dict",
+    "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
 })  # fmt: skip
 
 Arguments = dict[str, Any]
@@ -43,29 +51,40 @@ def attention_layers(model: Any) -> list[Any]:
         UserError: The architecture or an attention kind is not supported.
     """
     found: list[Any] = []
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    if layers is None:
-        raise UserError(
-            f"model: '{type(model).__name__}' is not supported; it must be a causal language model "
-            f"of one of the families {supported_families()}"
-        )
-    for layer in layers:
+    if (problem := unsupported_model(model)) is not None:
+        raise UserError(problem)
+    for number, layer in enumerate(model.model.layers):
+        if (problem := layer_obstacle(layer, number)) is not None:
+            raise UserError(problem)
         module = layer.self_attn
         name = original_class(module).__name__
         family = family_of_attention(name)
+        obstacles = list(attention_obstacles(module, model.config, family))
+        if obstacles:
+            raise UserError(refused_features(number, obstacles))
         if family is None:
-            raise UserError(
-                f"model: attention '{name}' is not supported; supported families: "
-                f"{supported_families()}"
-            )
-        places = [module, model.config] if family.window_in_config else [module]
-        if any(getattr(place, "sliding_window", None) is not None for place in places):
-            raise UserError(
-                f"model: layer {len(found)} uses sliding-window attention, which the "
-                "quantized cache does not support"
-            )
+            raise UserError(unsupported_attention(name))
         found.append(module)
     return found
+
+
+def refuse_configuration(config: Any) -> None:
+    """Refuses a configuration whose weights transformers cannot load as models are loaded here.
+
+    That error would not name the obstacle. The model is made without memory for its weights.
+
+    Raises:
+        UserError: The architecture or an attention kind is not supported.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    if (problem := unsupported_configuration(config)) is not None:
+        raise UserError(problem)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None or getattr(kind, "_supports_sdpa", True):
+        return
+    with torch.device("meta"):
+        attention_layers(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
 
 
 def _given(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:

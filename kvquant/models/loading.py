@@ -18,10 +18,13 @@ from kvquant.fetch.file_hashes import FileHashes
 from kvquant.fetch.model_manifest import ModelManifest as ModelManifest
 from kvquant.fetch.model_manifest import manifest_beside, model_files, verify_model, weight_files
 from kvquant.fetch.model_manifest import read_manifest as read_manifest
+from kvquant.models.adapters import AttentionAdapter, model_rope, rotary_width
 from kvquant.models.hooks import attention_layers as attention_layers
 from kvquant.models.hooks import install_attention as install_attention
 from kvquant.models.hooks import position_limit as position_limit
+from kvquant.models.hooks import refuse_configuration
 from kvquant.models.hooks import uninstall_attention as uninstall_attention
+from kvquant.models.prefill_quant import adapter_of
 from kvquant.models.value_rotation import (
     fold_value_rotation,
     refuse_rotated,
@@ -115,7 +118,9 @@ def load_base_model(
     if isinstance(model, ModelManifest):
         verify_model(model)
     directory = model.directory if isinstance(model, ModelManifest) else model
-    kind = dtype or default_dtype(_read_pretrained(AutoConfig, directory), where)
+    config = _read_pretrained(AutoConfig, directory)
+    refuse_configuration(config)
+    kind = dtype or default_dtype(config, where)
     placed = {} if device_map is None else {"device_map": device_map}
     found, info = _read_pretrained(
         AutoModelForCausalLM,
@@ -203,10 +208,17 @@ class QuantizedModel:
         """The longest supported sequence (see :func:`position_limit`)."""
         return position_limit(self.model.config)
 
+    @property
+    def adapter(self) -> AttentionAdapter:
+        """The adapter of the model's family."""
+        return adapter_of(self.model.model.layers[0].self_attn)
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Computes logits from what the decoder gives (see :meth:`AttentionAdapter.logits`)."""
+        return self.adapter.logits(self.model, hidden_states)
+
     def _rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rotary = self.model.model.rotary_emb
-        like = torch.empty(0, dtype=torch.float32, device=positions.device)
-        return rotary(like, positions)
+        return model_rope(self.model, self.adapter, _kv_shape(self.model)[1])(positions)
 
     def new_cache(self, protocol: Protocol = "A") -> Any:
         """Makes an empty cache of the scheme (see :class:`KVQuantCache` for the protocols).
@@ -364,9 +376,15 @@ def _one_device(model: Any) -> torch.device:
 
 
 def _static_rope(model: Any) -> bool:
-    """Returns whether a position's rotation is the same in calls of any length."""
-    kind = str(getattr(model.model.rotary_emb, "rope_type", "default"))
-    return "dynamic" not in kind and kind != "longrope"
+    """Returns whether a position's rotation is the same in calls of any length.
+
+    Kernels also take one factor of cosine and sine for all channels, which channels that RoPE
+    leaves as they are do not have.
+    """
+    rotary = model.model.rotary_emb
+    kind = str(getattr(rotary, "rope_type", "default"))
+    one_factor = rotary.attention_scaling == 1 or rotary_width(model) == _kv_shape(model)[1]
+    return "dynamic" not in kind and kind != "longrope" and bool(one_factor)
 
 
 def _kv_shape(model: Any) -> tuple[int, int]:

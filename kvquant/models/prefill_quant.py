@@ -9,12 +9,16 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvquant.errors import UserError
+from kvquant.models.adapters import AttentionAdapter, adapter_of_class
 from kvquant.models.model_call import CACHE_NAMES, arguments, find_cache, parameters, refuse_unknown
 from kvquant.models.no_gradient import without_gradient
 
 # Arguments of the attention that are used, or that do not affect it.
 _USED = frozenset({"hidden_states", "position_embeddings", "attention_mask", *CACHE_NAMES})
-_KNOWN = _USED | {"position_ids", "use_cache", "output_attentions", "output_hidden_states"}
+_KNOWN = _USED | {
+    "position_ids", "use_cache", "output_attentions", "output_hidden_states",
+    "output_router_logits",
+}  # fmt: skip
 
 
 @torch.compiler.disable(reason="the cache plans on the host and changes its shapes as it grows")
@@ -35,8 +39,9 @@ def _attend(module: Any, cache: Any, *args: Any) -> torch.Tensor:
 class PrefillQuantizedAttention(nn.Module):
     """A drop-in for the self-attention of all families in :mod:`kvquant.study.model_families`.
 
-    Keys are taken before RoPE (and after a norm of keys, as in Qwen3), stored by the cache, and
-    rotated when read, so that one calibration per channel holds at every position.
+    Keys are taken before RoPE (and after a norm of keys, as in Qwen3) by the family's adapter,
+    stored by the cache, and rotated when read, so that one calibration per channel holds at every
+    position.
 
     `PrefillQuantizedAttention(module)` changes the class of the attention module and returns it.
     Weights, their names, hooks and references stay as they are. :meth:`restore` undoes it.
@@ -95,13 +100,11 @@ class PrefillQuantizedAttention(nn.Module):
                 "it to 0 in the model's configuration"
             )
         hidden_states, rope = given["hidden_states"], given["position_embeddings"]
-        shape = (*hidden_states.shape[:-1], -1, module.head_dim)
-        queries = module.q_proj(hidden_states).view(shape)
-        keys = module.k_proj(hidden_states).view(shape)
-        values = module.v_proj(hidden_states).view(shape).transpose(1, 2)
-        if "q_norm" in self._modules:
-            queries, keys = module.q_norm(queries), module.k_norm(keys)
-        queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
+        adapter = adapter_of(self)
+        queries, keys, values = adapter.project(
+            self, hidden_states, rope[0].shape[-1], given.get("position_ids")
+        )
+        rope = adapter.table(rope, module.head_dim)
 
         def full(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             # Looked up here, because decode steps do not need it.
@@ -160,3 +163,12 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     if isinstance(module, PrefillQuantizedAttention):
         return module.original_class
     return type(module)
+
+
+def adapter_of(module: nn.Module) -> AttentionAdapter:
+    """Returns the adapter of an attention module, drop-in or not.
+
+    Raises:
+        UserError: The module's class belongs to no registered family.
+    """
+    return adapter_of_class(original_class(module).__name__)

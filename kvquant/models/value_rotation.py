@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from kvquant.errors import UserError
+from kvquant.models.prefill_quant import adapter_of
 from kvquant.quantization.hadamard import rotate
 
 MARK = "kvquant_values_rotated"
@@ -43,6 +44,13 @@ def _memory(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
+def _both(attention: Any) -> dict[str, tuple[Any, slice]]:
+    """Returns the projections of values and of the output by name, and their rows that count."""
+    adapter = adapter_of(attention)
+    part, name = adapter.part(attention, "values"), adapter.family.fused or "v_proj"
+    return {name: (part.module, part.rows), "o_proj": (attention.o_proj, slice(None))}
+
+
 def obstacle(model: Any, attentions: list[Any]) -> str | None:
     """Returns why the rotation cannot be folded into a model's weights, or None.
 
@@ -52,14 +60,13 @@ def obstacle(model: Any, attentions: list[Any]) -> str | None:
     """
     held = [(*_memory(p), name) for name, p in model.named_parameters(remove_duplicate=False)]
     for number, attention in enumerate(attentions):
-        for name in ("v_proj", "o_proj"):
-            layer = getattr(attention, name, None)
+        for name, (layer, _) in _both(attention).items():
             where = f"layer {number}: {name}"
             if type(layer) is not nn.Linear:  # a subclass may hold quantized or adapted weights
                 return f"{where} is no plain linear layer"
             if layer.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 return f"{where} has {layer.weight.dtype} weights"
-            bias = layer.bias if name == "v_proj" else None
+            bias = None if name == "o_proj" else layer.bias
             for first, end in map(_memory, (x for x in (layer.weight, bias) if x is not None)):
                 found = [other for begin, last, other in held if begin < end and first < last]
                 if len(found) > 1:  # not its own name alone
@@ -84,11 +91,12 @@ def fold_value_rotation(model: Any, attentions: list[Any], head_dim: int) -> boo
     if obstacle(model, attentions) is not None:
         return False
     for attention in attentions:
-        values, output = attention.v_proj, attention.o_proj
-        by_head = values.weight.double().unflatten(0, (-1, head_dim)).transpose(1, 2)
-        values.weight.copy_(rotate(by_head).transpose(1, 2).flatten(0, 1))
+        (values, rows), (output, _) = _both(attention).values()
+        by_head = values.weight[rows].double().unflatten(0, (-1, head_dim)).transpose(1, 2)
+        values.weight[rows].copy_(rotate(by_head).transpose(1, 2).flatten(0, 1))
         if values.bias is not None:
-            values.bias.copy_(rotate(values.bias.double().unflatten(0, (-1, head_dim))).flatten())
+            bias = values.bias[rows].double().unflatten(0, (-1, head_dim))
+            values.bias[rows].copy_(rotate(bias).flatten())
         rows = output.weight.double().unflatten(1, (-1, head_dim))
         output.weight.copy_(rotate(rows).flatten(1))
     setattr(model, MARK, True)

@@ -1,12 +1,13 @@
 """The families of language models whose attention works with quantized caches.
 
-A family is registered here and nowhere else: :mod:`kvquant.models` accepts its attention, the error
-for other models lists it, and the tests of families run over it.
+A family is registered here and nowhere else: :mod:`kvquant.models.adapters` reads how its attention
+is built, the error for other models lists it, and the tests of families run over it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from kvquant.study.registrations import by_name
 
@@ -16,8 +17,9 @@ class ModelFamily:
     """Models of one architecture in transformers.
 
     The decoder must be at `model.model` with `layers` and `rotary_emb`, the attention of a layer at
-    `self_attn` with `q_proj`, `k_proj`, `v_proj`, `o_proj`, `head_dim` and `scaling`. Norms of
-    queries and keys before RoPE are called `q_norm` and `k_norm`.
+    `self_attn` with `o_proj`, `head_dim` and `scaling`, and its projections must be called
+    `q_proj`, `k_proj` and `v_proj` unless they are fused. A rotary table narrower than a head
+    rotates the first channels of each head, and leaves the others as they are.
 
     Attributes:
         name: The `model_type` of the configuration.
@@ -25,12 +27,30 @@ class ModelFamily:
         attention: Name of the attention class in transformers.
         window_in_config: Whether a `sliding_window` in the configuration holds for all layers; in
             other families the attention of each layer says whether it has one.
+        fused: Name of the one projection that gives queries, keys and values in this order; None
+            for three projections.
+        norms: Names of the norms of queries and keys before RoPE, where the attention has them.
+        norm_input: What these norms get: a head's channels of `[batch_size, seq_len, num_heads,
+            head_dim]` ("heads"), the same with the heads before the tokens ("heads-first"), or the
+            channels of all heads together ("projection").
+        interleaved: Whether RoPE rotates channels 2i and 2i + 1, instead of i and i + half.
+        scaled_queries: Whether queries are multiplied by a factor that grows with their position,
+            `llama_4_scaling_beta` of the rotary parameters (Llama 4, Ministral 3).
+        logit_divisor: Field of the configuration by which logits are divided; None: by nothing.
+        logit_factor: Field of the configuration by which logits are multiplied; None: by nothing.
     """
 
     name: str
     label: str
     attention: str
     window_in_config: bool = False
+    fused: str | None = None
+    norms: tuple[str, str] = ("q_norm", "k_norm")
+    norm_input: Literal["heads", "heads-first", "projection"] = "heads"
+    interleaved: bool = False
+    scaled_queries: bool = False
+    logit_divisor: str | None = None
+    logit_factor: str | None = None
 
 
 MODEL_FAMILIES = by_name(
@@ -41,6 +61,17 @@ MODEL_FAMILIES = by_name(
         ),
         ModelFamily("qwen2", label="Qwen2", attention="Qwen2Attention"),
         ModelFamily("qwen3", label="Qwen3", attention="Qwen3Attention"),
+        ModelFamily(
+            "mixtral", label="Mixtral", attention="MixtralAttention", window_in_config=True
+        ),
+        ModelFamily("qwen2_moe", label="Qwen2-MoE", attention="Qwen2MoeAttention"),
+        ModelFamily("qwen3_moe", label="Qwen3-MoE", attention="Qwen3MoeAttention"),
+        ModelFamily(
+            "granite",
+            label="Granite",
+            attention="GraniteAttention",
+            logit_divisor="logits_scaling",
+        ),
         # A new family goes above this line.
     )
 )

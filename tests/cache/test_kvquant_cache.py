@@ -11,8 +11,6 @@ import pytest
 import torch
 
 from kvquant.cache.footprint import cache_elements, cache_nbytes
-from kvquant.errors import UserError
-from kvquant.models.loading import attention_layers
 from kvquant.study.model_families import MODEL_FAMILIES
 from kvquant.study.schemes import NuqScheme
 from tests.support.caches import GREEDY, SPECS, feed, quantized, stored
@@ -138,10 +136,3 @@ def test_errors_name_the_fix() -> None:
     with pytest.raises(ValueError, match="without a single token"):
         mask = torch.zeros(2, 3)
         cache.begin_forward(2, 3, mask, torch.device("cpu"))
-
-
-def test_sliding_window_and_unknown_attention_are_refused() -> None:
-    with pytest.raises(UserError, match="sliding-window"):
-        attention_layers(tiny_model("mistral", sliding_window=64))
-    with pytest.raises(UserError, match="not supported"):
-        attention_layers(tiny_model("olmo2"))

@@ -17,6 +17,7 @@ from kvquant.errors import UserError
 from kvquant.fetch.file_hashes import FileHashes
 from kvquant.models.hooks import attention_layers
 from kvquant.models.loading import QuantizedModel, load_quantized_model
+from kvquant.models.prefill_quant import adapter_of
 from kvquant.models.value_rotation import (
     fold_value_rotation,
     obstacle,
@@ -75,14 +76,15 @@ def test_the_model_stays_the_same(name: str) -> None:
     assert values_rotated(model)
     torch.testing.assert_close(logits(model, tokens), expected, atol=1e-4, rtol=1e-4)
     changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
+    values = MODEL_FAMILIES[MODELS[name]["family"]].fused or "v_proj"
     rotated = {
         f"model.layers.{layer}.self_attn.{part}"
         for layer in range(2)
-        for part in ("v_proj.weight", "v_proj.bias", "o_proj.weight")
+        for part in (f"{values}.weight", f"{values}.bias", "o_proj.weight")
     }
     assert changed == rotated & set(before)
     assert ("model.layers.1.self_attn.v_proj.bias" in changed) == (
-        "bias" in name or MODELS[name]["family"] == "qwen2"
+        "bias" in name or MODELS[name]["family"] in ("qwen2", "qwen2_moe")
     )
 
 
@@ -94,9 +96,11 @@ def test_values_arrive_rotated_within_their_head(name: str) -> None:
     dim = plain.config.head_dim
     x = torch.randn(7, plain.config.hidden_size, generator=torch.Generator().manual_seed(0))
     for a, b in zip(attention_layers(plain), attention_layers(folded), strict=True):
-        values = a.v_proj(x).unflatten(-1, (-1, dim))
+        values, found = (
+            part.read(part.module(x[None]), dim)[0].unflatten(-1, (-1, dim))
+            for part in (adapter_of(module).part(module, "values") for module in (a, b))
+        )
         assert values.shape[1] == plain.config.num_key_value_heads
-        found = b.v_proj(x).unflatten(-1, (-1, dim))
         torch.testing.assert_close(found, rotate(values), atol=1e-5, rtol=1e-5)
 
 

@@ -16,7 +16,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_model(family: str = "llama", heads: int = 4, kv_heads: int = 2, **extra: Any) -> Any:
+def tiny_model(
+    family: str = "llama", heads: int = 4, kv_heads: int = 2, attention: str = "sdpa", **extra: Any
+) -> Any:
     """A random model of two layers, head_dim 16, 512 positions, fp32, on the CPU."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import AutoConfig
@@ -30,12 +32,19 @@ def tiny_model(family: str = "llama", heads: int = 4, kv_heads: int = 2, **extra
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": 512,
+        "pad_token_id": None,  # some families have one beyond this vocabulary
+        # of mixtures of experts; configurations without experts ignore them
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 48,
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
     }
     if family in MODEL_FAMILIES and MODEL_FAMILIES[family].window_in_config:
         common["sliding_window"] = None
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**common, **extra})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     model.requires_grad_(False)
     with torch.no_grad():  # biases start at zero and would hide a missing one
         for name, parameter in model.named_parameters():

@@ -1,0 +1,125 @@
+"""Models that quantized caches do not serve: one line names the layer, the field and the fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from kvquant.errors import UserError
+from kvquant.models.hooks import attention_layers
+from kvquant.models.loading import install_attention, load_quantized_model
+from kvquant.study.model_families import MODEL_FAMILIES, family_of_attention
+from tests.support.models import tiny_model
+
+SLIDING = "uses sliding-window attention (sliding_window: 64), which the quantized cache does not"
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 16, "first_k_dense_replace": 2, "n_routed_experts": 4, "n_group": 1,
+    "topk_group": 1,
+}  # fmt: skip
+LINEAR: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a window of all layers": ("mistral", {"sliding_window": 64}, f"layer 0 {SLIDING}"),
+    "a window of one layer": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+        f"layer 1 {SLIDING}",
+    ),
+    "experts and a window": ("mixtral", {"sliding_window": 64}, f"layer 0 {SLIDING}"),
+    "Gemma 2": (
+        "gemma2",
+        {"sliding_window": 64},
+        "layer 0 uses sliding-window attention (sliding_window: 64) and soft-capping of scores "
+        "(attn_logit_softcapping: 50.0), which",
+    ),
+    "Gemma 2 without windows": (
+        "gemma2",
+        {"layer_types": ["full_attention"] * 2},
+        "layer 0 uses soft-capping of scores (attn_logit_softcapping: 50.0), which",
+    ),
+    "Gemma 3": ("gemma3_text", {"sliding_window": 64}, f"layer 0 {SLIDING}"),
+    "GPT-OSS": (
+        "gpt_oss",
+        {"sliding_window": 64},
+        "layer 0 uses sliding-window attention (sliding_window: 64) and attention sinks (the "
+        "learned parameter 'sinks'), which",
+    ),
+    "DeepSeek-V3": (
+        "deepseek_v3",
+        LATENT,
+        "layer 0 uses multi-head latent attention ('kv_a_proj_with_mqa', kv_lora_rank: 16), whose",
+    ),
+    "Qwen3-Next": ("qwen3_next", LINEAR, "layer 0 is 'linear_attn': linear attention and"),
+    "another family": ("starcoder2", {}, "attention 'Starcoder2Attention' is not supported"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_error_names_layer_and_field(name: str) -> None:
+    family, options, message = REFUSED[name]
+    model = tiny_model(family, attention="eager", **options)
+    for call in (attention_layers, install_attention):
+        with pytest.raises(UserError) as found:
+            call(model)
+        assert str(found.value).startswith(f"model: {message}")
+        assert "\n" not in str(found.value)
+
+
+def test_an_encoder_decoder_model() -> None:
+    config = AutoConfig.for_model(
+        "t5", vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4
+    )
+    with pytest.raises(UserError, match=r"'t5' is an encoder-decoder model \(is_enc"):
+        attention_layers(AutoModelForSeq2SeqLM.from_config(config))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("gpt_oss", "layer 0 uses sliding-window attention (sliding_window: 128) and attention"),
+        ("t5", "'t5' is an encoder-decoder model (is_encoder_decoder: true), whose"),
+    ],
+)
+def test_a_folder_is_refused_before_its_weights_are_read(
+    model_type: str, message: str, tmp_path: Path
+) -> None:
+    """Transformers' own errors speak of an attention implementation or of a model class."""
+    config = AutoConfig.for_model(
+        model_type, num_hidden_layers=2, hidden_size=64, num_local_experts=4, vocab_size=97
+    )
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError) as found:
+        load_quantized_model(tmp_path)
+    assert str(found.value).startswith(f"model: {message}")
+
+
+def test_a_state_space_model() -> None:
+    config = AutoConfig.for_model(
+        "mamba", vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=4
+    )
+    with pytest.raises(UserError, match="model: 'MambaForCausalLM' is not supported; it must be a"):
+        attention_layers(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_layer_without_attention() -> None:
+    model = tiny_model()
+    del model.model.layers[1].self_attn
+    with pytest.raises(UserError, match=r"model: layer 1 has no 'self_attn' \(it has mlp, input_"):
+        attention_layers(model)
+    model.model.layers[1].mamba = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match="model: layer 1 is 'mamba': linear attention and state"):
+        attention_layers(model)
+
+
+def test_other_families_are_refused_with_the_list_of_those_that_work() -> None:
+    with pytest.raises(UserError, match="'Starcoder2Attention' is not supported") as found:
+        attention_layers(tiny_model("starcoder2"))
+    assert all(family.label in str(found.value) for family in MODEL_FAMILIES.values())
+    assert family_of_attention("Starcoder2Attention") is None
