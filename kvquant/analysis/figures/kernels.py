@@ -216,8 +216,9 @@ def draw(study: Study, tables: Path) -> Any:
         rate_panel(next(left), above, names)
     if middle:
         ratio_panel(next(left), middle, names)
-    legend(figure, _legend_of(rows, names), WIDTH)
+    lines = legend(figure, _legend_of(rows, names), WIDTH)
     if len(peers):
         measured = peers_panel(next(left), peers, names)
-        legend(figure, fill_marks(measured), WIDTH, "lower center")
+        lines += legend(figure, fill_marks(measured), WIDTH, "lower center")
+    figure.set_size_inches(WIDTH, max(1.0, 0.4 + 0.15 * lines) + sum(heights))
     return figure

@@ -31,16 +31,19 @@ LINES: tuple[dict[str, Any], ...] = (
 
 
 def by_length(study: Study) -> dict[str, list[str]]:
-    """Returns the cases of one prompt in all memory, by shape, of shapes with several lengths."""
+    """Returns the cases of one prompt in all memory, by shape, of shapes with several lengths.
+
+    Of cases whose prompts are equally long, which differ in their answers, the first is shown.
+    """
 
     def shown(case: JobCase) -> bool:
         return case.batch_size == 1 and case.memory_gb is None and case.decode == "fastest"
 
-    found: dict[str, list[str]] = {}
-    for name, case in study.job_cases().items():
-        if shown(case):
-            found.setdefault(case.shape, []).append(name)
-    cases = study.job_cases()
+    cases, found = study.job_cases(), dict[str, list[str]]()
+    for name, case in cases.items():
+        there = found.setdefault(case.shape, []) if shown(case) else None
+        if there is not None and case.prompt not in {cases[other].prompt for other in there}:
+            there.append(name)
     return {s: names for s, names in found.items() if len({cases[n].prompt for n in names}) > 1}
 
 

@@ -95,3 +95,9 @@ def test_only_studies_with_several_lengths_have_it(cases: dict[str, Any], there:
     asked = study_of(jobs={"cases": cases})
     assert FIGURES["lengths"].condition(asked) is there
     assert bool(lengths.by_length(asked)) is there
+
+
+def test_of_equal_prompts_the_first_case_is_shown() -> None:
+    longer = case("7b-mha", 4096, answer=512)
+    lengths_of = {"a": case("7b-mha", 1024), "b": case("7b-mha", 4096), "c": longer}
+    assert lengths.by_length(study_of(jobs={"cases": lengths_of})) == {"7b-mha": ["a", "b"]}
