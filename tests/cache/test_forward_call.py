@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -328,7 +328,7 @@ class TestSequences:
 
 
 @pytest.mark.parametrize("protocol", ["A", "B"])
-def test_a_cache_that_was_cropped_to_padding_goes_on(protocol: str) -> None:
+def test_a_cache_that_was_cropped_to_padding_goes_on(protocol: Literal["A", "B"]) -> None:
     model = tiny_model("llama")
     qm = quantized(model, EXACT)
     tokens, mask = ids(2, 10), torch.ones(2, 10, dtype=torch.long)
