@@ -170,6 +170,7 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
     # Rotary embedding of the cache's model, which rotates stored keys; None: unknown
     rotary: nn.Module | None = None
     position_limit: int | None = None  # the model's, found by the first call
+    window: int | None = None  # the shortest of the model's layers, which no call may exceed
 
     def __init__(
         self,

@@ -104,12 +104,18 @@ class _Collector:
     def _add_roped(self, layer: int, name: str, part: Part) -> Any:
         """Returns a hook that finds the moments after RoPE of what a module gives."""
         dim, width = int(self.layers[layer].head_dim), self._width
+        adapter = adapter_of(self.layers[layer])
 
         @torch.no_grad()
         def forward_hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
             assert self._rope is not None
             x = part.read(output, width).float().unflatten(2, (-1, dim)).transpose(1, 2)
-            seen = rotate(x, *self._rope)[0, :, self.spec.sinks :]
+            turned = rotate(x, *self._rope)
+            if name == "roped_query_moments":
+                positions = torch.arange(x.shape[2], device=x.device)[None]
+                factor = adapter.query_factor(self.layers[layer], positions)
+                turned = turned if factor is None else turned * factor
+            seen = turned[0, :, self.spec.sinks :]
             # Where it is infinite, the loss will be, too.
             self._roped[layer, name] = head_moments(seen, self.heads)
 

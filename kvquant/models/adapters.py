@@ -139,9 +139,26 @@ class AttentionAdapter:
         order = channel_order(width, dim, family.interleaved, queries.device)
         if order is not None:
             queries, keys = queries[..., order], keys[..., order]
-        if family.scaled_queries:
-            queries = queries * _position_factor(module.config, positions).to(queries.dtype)
-        return queries, keys, values
+        factor = self.query_factor(module, positions)
+        return queries if factor is None else queries * factor.to(queries.dtype), keys, values
+
+    def query_factor(self, module: Any, positions: torch.Tensor | None) -> torch.Tensor | None:
+        """Returns the factor of queries at their positions, or None where they have none.
+
+        Args:
+            module: The attention module.
+            positions: int64 `[1 or batch_size, seq_len]`.
+
+        Returns:
+            `[1 or batch_size, 1, seq_len, 1]`.
+        """
+        if not self.family.scaled_queries:
+            return None
+        if positions is None:
+            raise ValueError("position_ids: missing, and this family scales queries by them")
+        rope = module.config.rope_parameters
+        steps = torch.floor(positions / rope["original_max_position_embeddings"])
+        return (1 + rope["llama_4_scaling_beta"] * torch.log(1 + steps))[:, None, :, None]
 
     def _normed(self, module: nn.Module, both: list[torch.Tensor]) -> list[torch.Tensor]:
         """Applies the norms of queries and keys where the attention has them."""
@@ -212,15 +229,6 @@ def _sizes(module: Any) -> list[int]:
     config, dim = module.config, module.head_dim
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     return [n * dim for n in heads]
-
-
-def _position_factor(config: Any, positions: torch.Tensor | None) -> torch.Tensor:
-    """Returns the factor of queries at their positions, `[1 or batch_size, 1, seq_len, 1]`."""
-    if positions is None:
-        raise ValueError("position_ids: missing, and this family scales queries by them")
-    rope = config.rope_parameters
-    steps = torch.floor(positions / rope["original_max_position_embeddings"])
-    return (1 + rope["llama_4_scaling_beta"] * torch.log(1 + steps))[:, None, :, None]
 
 
 @functools.cache

@@ -153,7 +153,7 @@ def graphed_logits(model: Any, given: dict[str, Any]) -> torch.Tensor | None:
         steps.forget()
         return None
     steps.begin(cache, model)
-    at_limit = cache.columns == cache.position_limit  # the usual call warns there
+    at_limit = cache.columns in (cache.position_limit, cache.window)  # the usual call tells there
     if at_limit or not cache.continues_counting(given.get("position_ids") is not None):
         steps.forget()
         return None

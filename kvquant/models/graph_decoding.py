@@ -67,6 +67,11 @@ class GraphedDecoder:
             told = "cache: the decode kernel does not take it; call the model instead"
             raise ValueError(". ".join((told, *refusals)))
         self._steps = steps
+        if cache.window is not None and cache.columns + new_tokens > cache.window:
+            raise ValueError(
+                f"model: {new_tokens} more tokens exceed its sliding window of {cache.window}; "
+                "make room for fewer, or call the model instead"
+            )
         batch = len(cache.lengths)
         self._room = new_tokens // cache.layout.block_size + 2
         self._tokens = torch.zeros((batch, 1), dtype=torch.long, device=device)

@@ -14,6 +14,7 @@ from kvquant.models.graph_calls import graph_calls, no_graph_calls
 from kvquant.models.model_call import CACHE_NAMES, arguments, find_cache, parameters, refuse_unknown
 from kvquant.models.obstacles import (
     attention_obstacles,
+    attention_window,
     layer_obstacle,
     refused_features,
     unsupported_attention,
@@ -53,13 +54,14 @@ def attention_layers(model: Any) -> list[Any]:
     found: list[Any] = []
     if (problem := unsupported_model(model)) is not None:
         raise UserError(problem)
+    limit = position_limit(model.config)
     for number, layer in enumerate(model.model.layers):
         if (problem := layer_obstacle(layer, number)) is not None:
             raise UserError(problem)
         module = layer.self_attn
         name = original_class(module).__name__
         family = family_of_attention(name)
-        obstacles = list(attention_obstacles(module, model.config, family))
+        obstacles = list(attention_obstacles(module, model.config, family, limit))
         if obstacles:
             raise UserError(refused_features(number, obstacles))
         if family is None:
@@ -85,6 +87,15 @@ def refuse_configuration(config: Any) -> None:
         return
     with torch.device("meta"):
         attention_layers(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+
+
+def shortest_window(decoder: Any) -> int | None:
+    """Returns the shortest window of a decoder's layers, or None if each sees all tokens."""
+    found = (
+        attention_window(a, decoder.config, family_of_attention(original_class(a).__name__))
+        for a in (layer.self_attn for layer in decoder.layers)
+    )
+    return min((window for window in found if window is not None), default=None)
 
 
 def _given(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
@@ -170,7 +181,14 @@ def _enter_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) 
     past = cache.get_seq_length()
     if not past or cache.position_limit is None:  # reading a configuration is slow
         cache.position_limit = position_limit(config)
+        cache.window = shortest_window(module)
     limit = cache.position_limit
+    if cache.window is not None and past + new_len > cache.window:
+        raise UserError(
+            f"model: {past + new_len} columns exceed its sliding window (sliding_window: "
+            f"{cache.window}), which the quantized cache does not support; use shorter prompts or "
+            "a cache of transformers"
+        )
     if past <= limit < past + new_len:  # once per sequence
         warnings.warn(
             f"{past + new_len} columns, but the model is made for {limit} positions: what it gives "

@@ -232,7 +232,7 @@ class QuantizedModel:
                 "first call attends in full precision whatever it stores, so one forward pass "
                 "measures nothing; use protocol A with chunks"
             )
-        static = _static_rope(self.model)
+        static, one_factor = _static_rope(self.model), _one_factor(self.model)
         if self.caches is not None:
             cache = self.caches(protocol, self._rope)
             if isinstance(cache, AttendingCache) and not static:
@@ -246,7 +246,11 @@ class QuantizedModel:
         if self.codecs is None:
             return new_baseline_cache()
         cache = KVQuantCache(
-            self.codecs, self._rope, protocol, static_rope=static, keep_rope=not static
+            self.codecs,
+            self._rope,
+            protocol,
+            static_rope=static and one_factor,
+            keep_rope=not static,
         )
         cache.rotary = self.model.model.rotary_emb
         return cache
@@ -376,15 +380,15 @@ def _one_device(model: Any) -> torch.device:
 
 
 def _static_rope(model: Any) -> bool:
-    """Returns whether a position's rotation is the same in calls of any length.
+    """Returns whether a position's rotation is the same in calls of any length."""
+    kind = str(getattr(model.model.rotary_emb, "rope_type", "default"))
+    return "dynamic" not in kind and kind != "longrope"
 
-    Kernels also take one factor of cosine and sine for all channels, which channels that RoPE
-    leaves as they are do not have.
-    """
-    rotary = model.model.rotary_emb
-    kind = str(getattr(rotary, "rope_type", "default"))
-    one_factor = rotary.attention_scaling == 1 or rotary_width(model) == _kv_shape(model)[1]
-    return "dynamic" not in kind and kind != "longrope" and bool(one_factor)
+
+def _one_factor(model: Any) -> bool:
+    """Returns whether cosine and sine have one factor for all channels, as decode kernels need."""
+    scaled = model.model.rotary_emb.attention_scaling != 1
+    return not scaled or rotary_width(model) == _kv_shape(model)[1]
 
 
 def _kv_shape(model: Any) -> tuple[int, int]:

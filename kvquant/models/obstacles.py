@@ -74,22 +74,37 @@ def layer_obstacle(layer: nn.Module, number: int) -> str | None:
     return None
 
 
-def attention_obstacles(
-    attention: Any, config: Any, family: ModelFamily | None
-) -> Iterator[tuple[str, str]]:
-    """Yields what an attention does that quantized caches do not: what it uses, and the field.
+def attention_window(attention: Any, config: Any, family: ModelFamily | None) -> int | None:
+    """Returns the number of tokens that an attention sees, or None if it sees all.
 
     Args:
         attention: The attention module of a layer.
         config: The configuration of the model.
         family: Its family; None for an unsupported one.
     """
-    places = [attention, config] if family is not None and family.window_in_config else [attention]
-    for place in places:
-        window = getattr(place, "sliding_window", None)
-        if window is not None:
-            yield "sliding-window attention", f"sliding_window: {window}"
-            break
+    whole = family is not None and family.window_in_config
+    for place in (attention, config) if whole else (attention,):
+        if getattr(place, "sliding_window", None) is not None:
+            return int(place.sliding_window)
+    return None
+
+
+def attention_obstacles(
+    attention: Any, config: Any, family: ModelFamily | None, longest: int
+) -> Iterator[tuple[str, str]]:
+    """Yields what an attention does that quantized caches do not: what it uses, and the field.
+
+    A window as long as the longest sequence hides nothing.
+
+    Args:
+        attention: The attention module of a layer.
+        config: The configuration of the model.
+        family: Its family; None for an unsupported one.
+        longest: The longest sequence for which the model is made.
+    """
+    window = attention_window(attention, config, family)
+    if window is not None and window < longest:
+        yield "sliding-window attention", f"sliding_window: {window}"
     cap = getattr(attention, "attn_logit_softcapping", None)
     if cap is not None:
         yield "soft-capping of scores", f"attn_logit_softcapping: {cap}"

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvquant.energy.gpus import devices_of
 from kvquant.models.capturing import capture
+from kvquant.models.hooks import shortest_window
 from kvquant.models.model_call import cache_argument
 from kvquant.schemes.fp16_static import StaticFp16Cache
 
@@ -175,6 +176,12 @@ class StaticDecoder:
         device = devices[0]
         self._model, self._steps = model, new_tokens
         batch, columns = mask.shape
+        window = shortest_window(model.model)
+        if window is not None and columns + new_tokens > window:
+            raise ValueError(
+                f"new_tokens: {columns + new_tokens} columns exceed the model's sliding window "
+                f"(sliding_window: {window}), which these steps do not know; make fewer steps"
+            )
         cache.reserve(new_tokens)
         buffers = [layer.allocation for layer in cache.layers]
         for buffer in (x for pair in buffers for x in pair):

@@ -72,6 +72,37 @@ MODEL_FAMILIES = by_name(
             attention="GraniteAttention",
             logit_divisor="logits_scaling",
         ),
+        ModelFamily("gemma", label="Gemma", attention="GemmaAttention"),
+        ModelFamily("olmo2", label="OLMo 2", attention="Olmo2Attention", norm_input="projection"),
+        ModelFamily(
+            "phi3",
+            label="Phi-3 and Phi-4",
+            attention="Phi3Attention",
+            window_in_config=True,
+            fused="qkv_proj",
+        ),
+        ModelFamily(
+            "stablelm",
+            label="StableLM",
+            attention="StableLmAttention",
+            norms=("q_layernorm", "k_layernorm"),
+            norm_input="heads-first",
+        ),
+        ModelFamily(
+            "cohere",
+            label="Cohere",
+            attention="CohereAttention",
+            interleaved=True,
+            logit_factor="logit_scale",
+        ),
+        ModelFamily("ministral", label="Ministral", attention="MinistralAttention"),
+        ModelFamily(
+            "ministral3",
+            label="Ministral 3",
+            attention="Ministral3Attention",
+            window_in_config=True,
+            scaled_queries=True,
+        ),
         # A new family goes above this line.
     )
 )

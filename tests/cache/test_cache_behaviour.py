@@ -54,8 +54,10 @@ def test_rope_scaling(name: str, spec: NuqScheme) -> None:
         torch.testing.assert_close(torch.cat(parts, 1), expected, **tolerance)
 
 
-@pytest.mark.parametrize("family", MODEL_FAMILIES)
-@pytest.mark.parametrize("mode", ["greedy", "sample", "beam"])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [("llama", "greedy"), ("llama", "sample"), *((family, "beam") for family in MODEL_FAMILIES)],
+)
 def test_generate(family: str, mode: str) -> None:
     model = tiny_model(family)
     qm = quantized(model, EXACT)
@@ -63,7 +65,7 @@ def test_generate(family: str, mode: str) -> None:
     mask = torch.ones_like(prompts)
     mask[1, :13] = 0
     mask[2, :39] = 0
-    settings = {**GREEDY, "max_new_tokens": 40}
+    settings = {**GREEDY, "max_new_tokens": 40 if family == "llama" else 12}
     settings |= {"sample": {"do_sample": True, "top_k": 5}, "beam": {"num_beams": 3}}.get(mode, {})
     torch.manual_seed(3)
     plain = model.generate(prompts, attention_mask=mask, **settings)

@@ -12,7 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from kvquant.errors import UserError
 from kvquant.models.hooks import attention_layers
 from kvquant.models.loading import install_attention, load_quantized_model
+from kvquant.models.static_decoding import StaticDecoder
+from kvquant.schemes.fp16_static import StaticFp16Cache
 from kvquant.study.model_families import MODEL_FAMILIES, family_of_attention
+from tests.support.caches import CLOSE, EXACT, ids, quantized, step
 from tests.support.models import tiny_model
 
 SLIDING = "uses sliding-window attention (sliding_window: 64), which the quantized cache does not"
@@ -25,6 +28,7 @@ LINEAR: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2,
     "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
 }  # fmt: skip
+# The family, its options, and how the error begins.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a window of all layers": ("mistral", {"sliding_window": 64}, f"layer 0 {SLIDING}"),
     "a window of one layer": (
@@ -70,6 +74,39 @@ def test_the_error_names_layer_and_field(name: str) -> None:
             call(model)
         assert str(found.value).startswith(f"model: {message}")
         assert "\n" not in str(found.value)
+
+
+def test_a_window_that_no_sequence_of_the_model_exceeds() -> None:
+    """It hides nothing until a sequence is longer than the model is made for, and then it would."""
+    options: dict[str, Any] = {"max_position_embeddings": 64, "sliding_window": 66}
+    model = tiny_model("phi3", **options)
+    with pytest.raises(
+        UserError, match=r"layer 0 uses sliding-window attention \(sliding_window: 63"
+    ):
+        attention_layers(tiny_model("phi3", **{**options, "sliding_window": 63}))
+    qm = quantized(model, EXACT)
+    cache, tokens = qm.new_cache(), ids(1, 70)
+    with torch.inference_mode():
+        expected = model(tokens).logits
+    step(model, cache, tokens[:, :60])
+    with pytest.warns(UserWarning, match="66 columns, but the model is made for 64 positions"):
+        found = step(model, cache, tokens[:, 60:66])
+    torch.testing.assert_close(found, expected[:, 60:66], **CLOSE)
+    for call in (model, model.model):
+        with pytest.raises(UserError, match=r"model: 67 columns exceed its sliding window \(slid"):
+            step(call, cache, tokens[:, 66:67])
+    assert cache.get_seq_length() == 66
+    with pytest.raises(UserError, match="model: 70 columns exceed its sliding window"):
+        step(model, qm.new_cache("B"), tokens)
+
+
+def test_decoding_from_a_static_cache_ends_at_the_window() -> None:
+    model = tiny_model("phi3", max_position_embeddings=64, sliding_window=66)
+    cache, tokens = StaticFp16Cache(2, 16), ids(1, 60)
+    step(model, cache, tokens)
+    StaticDecoder(model, cache, torch.ones_like(tokens), 6)
+    with pytest.raises(ValueError, match=r"67 columns exceed the model's sliding window \(slid"):
+        StaticDecoder(model, cache, torch.ones_like(tokens), 7)
 
 
 def test_an_encoder_decoder_model() -> None:

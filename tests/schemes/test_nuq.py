@@ -13,7 +13,6 @@ import torch
 from kvquant.cache.joining import join_caches
 from kvquant.formats.rope import rotate
 from kvquant.schemes.nuq import NuqCodec
-from kvquant.study.model_families import MODEL_FAMILIES
 from kvquant.study.schemes import NuqScheme
 from tests.support.caches import CLOSE, GREEDY, feed, ids, quantized, ragged, step, stored
 from tests.support.models import tiny_model
@@ -52,7 +51,7 @@ def test_stored_keys_are_those_that_attention_gets(protocol: Any) -> None:
             torch.testing.assert_close(after, before, atol=2e-3, rtol=2e-3)
 
 
-@pytest.mark.parametrize("family", MODEL_FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "cohere"])
 @pytest.mark.parametrize("mode", ["greedy", "beam"])
 def test_generate_as_with_the_unquantized_cache(family: str, mode: str) -> None:
     """Which holds the same 16-bit keys after RoPE."""

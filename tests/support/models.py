@@ -42,6 +42,9 @@ def tiny_model(
     }
     if family in MODEL_FAMILIES and MODEL_FAMILIES[family].window_in_config:
         common["sliding_window"] = None
+    elif family in MODEL_FAMILIES and "sliding_window" not in extra:  # some alternate by default
+        layers = int(extra.get("num_hidden_layers", common["num_hidden_layers"]))
+        common["layer_types"] = ["full_attention"] * layers
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**common, **extra})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
