@@ -8,8 +8,6 @@ study.study_file, study.suite, study.task_families, study.tasks.
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from kvquant.study.datatypes import DATATYPES
 from kvquant.study.dotted import load
 from kvquant.study.study_file import parse_mapping
 from kvquant.study.tasks import LONGBENCH_TASKS
+from tests.support.snakemakes import run_snakemake
 
 
 @pytest.fixture(scope="module")
@@ -278,17 +277,8 @@ def test_snakemake_refuses_a_key_that_stands_twice(root: Path, tmp_path: Path) -
     file = tmp_path / "study.yaml"
     demo = (root / "config/demo.yaml").read_bytes()
     file.write_bytes(demo + b"study: again\n")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "snakemake", "-n", "--nolock"),
-            *("--replace-workflow-config", "--configfile", str(file)),
-        ],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    words = ["-n", "--nolock", "--replace-workflow-config", "--configfile", str(file)]
+    done = run_snakemake(words, root)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr + done.stdout, done.stderr[-2000:]
     assert "key 'study' is given twice" in done.stdout + done.stderr

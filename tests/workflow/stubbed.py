@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.support.snakemakes import run_snakemake
+
 # The report's verb is real: it measures nothing.
 STUB = '#!/bin/sh\nif [ "$1 $2" = "-m kvquant" ] && [ "$3" != report ]; then\n'
 STUB += '  shift 2; exec {python} {stub} "$@"\nfi\n'
@@ -37,11 +39,9 @@ def stubbed(root: Path, work: Path) -> Run:
             assert old in text
             text = text.replace(old, new, 1)
         (work / "study.yaml").write_text(text)
-        command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile")]
+        command = ["--snakefile", str(root / "Snakefile")]
         command += ["--directory", str(work), "--configfile", str(work / "study.yaml")]
         command += ["--replace-workflow-config", "--cores", "2"]
-        return subprocess.run(
-            [*command, *args], cwd=work, env=env, capture_output=True, text=True, check=False
-        )
+        return run_snakemake([*command, *args], work, env)
 
     return run

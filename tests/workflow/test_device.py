@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.snakemakes import run_snakemake
 
 # NVML of a host of two GPUs, found by Snakemake in place of the real one.
 NVML = """
@@ -34,17 +34,9 @@ def test_results_are_planned_under_the_gpu_that_will_work(
     (tmp_path / "pynvml.py").write_text(NVML)
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{root}", "CUDA_VISIBLE_DEVICES": visible}
     folders = {name: f"{tmp_path}/{name}" for name in ("results", "paper", "logs", "cache")}
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "snakemake", "--nolock", "-n", "joules"),
-            *("--configfile", "config/smoke.yaml", "--replace-workflow-config"),
-            *("--config", "device=auto", f"gpus={gpus}", f"pathvars={folders}"),
-        ],
-        cwd=root,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = ["--nolock", "-n", "joules", "--configfile", "config/smoke.yaml"]
+    words += ["--replace-workflow-config", "--config"]
+    words += ["device=auto", f"gpus={gpus}", f"pathvars={folders}"]
+    done = run_snakemake(words, root, env)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"results/energy/{device}/" in done.stdout

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.support.snakemakes import run_snakemake
+
 COUNTS = {
     "demo": {
         "prompts": 2,
@@ -34,14 +36,7 @@ COUNTS = {
 def snakemake(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
     bin_dir = str(Path(sys.executable).parent)
     env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}"}
-    return subprocess.run(
-        [sys.executable, "-m", "snakemake", "--nolock", "-n", *args],
-        cwd=root,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_snakemake(["--nolock", "-n", *args], root, env)
 
 
 def jobs(output: str) -> dict[str, int]:
@@ -183,6 +178,29 @@ def test_each_kernel_case_is_a_job(root: Path, tmp_path: Path) -> None:
     none = study(root, tmp_path, "demo", "kernels")  # has no such section
     assert none.returncode == 0, none.stderr[-2000:]
     assert "kernel_case" not in jobs(none.stdout + none.stderr)
+
+
+def test_a_fork_of_the_server_tells_what_a_new_process_does(root: Path, tmp_path: Path) -> None:
+    """So that a test's Snakemake is the one that users run (:mod:`tests.support.snakemakes`)."""
+    config = ["--configfile", "config/smoke.yaml", "--replace-workflow-config", *fresh(tmp_path)]
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    words = ["--nolock", "-n", "--quiet", "host", *config, "--", "tables"]
+    real = subprocess.run(
+        [sys.executable, "-m", "snakemake", *words],
+        cwd=root,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    fork = run_snakemake(words, root, env)
+    assert fork.returncode == real.returncode == 0
+    for one, other in ((fork.stdout, real.stdout), (fork.stderr, real.stderr)):
+        # Jobs and files come in any order, and each block begins with the time.
+        told = [sorted(re.sub(r"\[.*\]", "", text).split()) for text in (one, other)]
+        told = [[word.strip(",;") for word in words] for words in told]
+        assert sorted(told[0]) == sorted(told[1])
+    assert len(real.stdout.splitlines()) > 50
 
 
 def test_the_workflow_imports_no_torch(root: Path) -> None:

@@ -75,7 +75,7 @@ def test_dry_run_of_the_demo_is_readable(root: Path) -> None:
     lines = output.splitlines()
     assert len(lines) < 150
     assert max(map(len, lines)) < 190  # the longest one names every rule
-    assert "Evaluating nuq3-1pct on ppl-b (smollm2-135m)" in output
+    assert "Evaluating nuq3-1pct on all tasks (smollm2-135m)" in output
     assert not any(line.lstrip().startswith(("input:", "output:", "Host:")) for line in lines)
 
 

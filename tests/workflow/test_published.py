@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.snakemakes import run_snakemake
 
 NVML = """
 def nvmlInit(): pass
@@ -32,17 +32,8 @@ def planned(
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"}
     env.pop("CUDA_VISIBLE_DEVICES", None)
     folders = {name: f"{tmp_path}/{name[0]}" for name in ("results", "paper", "logs", "cache")}
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "snakemake", "--nolock", "-n", *args),
-            *("--config", f"pathvars={folders}", *config.split()),
-        ],
-        cwd=root,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = ["--nolock", "-n", *args, "--config", f"pathvars={folders}", *config.split()]
+    done = run_snakemake(words, root, env)
     output = done.stdout + done.stderr
     assert done.returncode == 0 or "Traceback" not in output
     return set(re.findall(r"^(\w+) +\d+$", output, re.M)), output

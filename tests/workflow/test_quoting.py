@@ -6,8 +6,6 @@ Also covers: study.paths.
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import yaml
 from kvquant.analysis.report import whole
 from kvquant.errors import UserError
 from kvquant.study.config import parse_study
+from tests.support.snakemakes import run_snakemake
 from tests.workflow.stubbed import stubbed
 
 PLACEHOLDER = re.compile(r"\{((?:params|wildcards|input|output|log|resources|threads)[^}]*)\}")
@@ -79,15 +78,9 @@ def test_paths_of_any_language_and_with_spaces_are_taken(raw: dict[str, Any]) ->
     "setting", ["device=$(touch hacked)", "pathvars={cache: '$(touch hacked)'}"]
 )
 def test_nothing_is_executed_while_planning(root: Path, tmp_path: Path, setting: str) -> None:
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "-n"]
+    command = ["--snakefile", str(root / "Snakefile"), "-n"]
     command += ["--directory", str(tmp_path), "--configfile", str(root / "config/smoke.yaml")]
-    done = subprocess.run(
-        [*command, "--replace-workflow-config", "--config", setting],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_snakemake([*command, "--replace-workflow-config", "--config", setting], tmp_path)
     assert done.returncode != 0
     assert setting.partition("=")[0].split(":")[0] in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
