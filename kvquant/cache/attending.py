@@ -51,17 +51,18 @@ class NewTokens:
         queries: Before RoPE, `[batch_size, num_heads, new_len, head_dim]`.
         keys: Before RoPE, `[batch_size, num_kv_heads, new_len, head_dim]`.
         values: The same shape.
-        rope: Rotary table, `[1 or batch_size, new_len, head_dim]` each.
+        rope: Rotary table, `[1 or batch_size, new_len, head_dim]` each; None in a layer without
+            RoPE.
 
     Attributes:
         queries: After RoPE.
     """
 
     def __init__(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rope: Table
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rope: Table | None
     ) -> None:
         # Some families have fp32 tables, which would give fp32 queries beside 16-bit values.
-        self.queries = rotate(queries, *rope).to(queries.dtype)
+        self.queries = queries if rope is None else rotate(queries, *rope).to(queries.dtype)
         self.keys = keys
         self.values = values
         self._rope = rope
@@ -69,7 +70,14 @@ class NewTokens:
     @functools.cached_property
     def rotated_keys(self) -> torch.Tensor:
         """The keys after RoPE, computed on first use because not every path needs them."""
+        if self._rope is None:
+            return self.keys
         return rotate(self.keys, *self._rope).to(self.keys.dtype)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the layer has RoPE, so that stored keys are rotated when they are read."""
+        return self._rope is not None
 
 
 @dataclass
@@ -169,6 +177,7 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
     within: bool = False  # whether the current call is part of one of the whole model
     # Rotary embedding of the cache's model, which rotates stored keys; None: unknown
     rotary: nn.Module | None = None
+    unrotated: frozenset[int] = frozenset()  # layers without RoPE
     position_limit: int | None = None  # the model's, found by the first call
     window: int | None = None  # the shortest of the model's layers, which no call may exceed
 
@@ -254,7 +263,8 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
         if first:
             plan = self.meet(plan, queries, keys, rope)
             self.calls.planned(plan)
-        new = NewTokens(queries, keys, values, rope if plan.rope is None else plan.rope)
+        table = rope if plan.rope is None else plan.rope
+        new = NewTokens(queries, keys, values, None if layer in self.unrotated else table)
         out: torch.Tensor = self.layers[layer].attend(plan, new, scaling, full)
         if self.calls.leave(layer):
             self.end_forward()

@@ -92,7 +92,8 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
         if self.store.arena_table() is None:
             return self._pieces(plan, packed.pieces, new, scaling, full)
         own = None if plan.simulated else (new.rotated_keys, new.values, plan.token_positions)
-        return packed.past.attend(self.store, new.queries, plan.query_positions, scaling, own)
+        past = packed.past if new.rotates else packed.past.unrotated
+        return past.attend(self.store, new.queries, plan.query_positions, scaling, own)
 
     def _pieces(
         self,
@@ -104,19 +105,27 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
     ) -> torch.Tensor:
         """Computes attention over the past in PyTorch, piece by piece."""
         if pieces.whole:
-            parts = [self._read(plan, piece) for piece in pieces.cut()]
+            parts = [self._read(plan, piece, new.rotates) for piece in pieces.cut()]
             both = (torch.cat(x, 2).to(new.queries.dtype) for x in zip(*parts, strict=True))
             return full(new.queries, *both)
         heads = new.keys.shape[1]
         attention = BlockwiseAttention(new.queries, plan.query_positions, heads, scaling)
         for piece in pieces.cut():
-            attention.add(*self._read(plan, piece), piece.positions)
+            attention.add(*self._read(plan, piece, new.rotates), piece.positions)
         if not plan.simulated:
             attention.add(new.rotated_keys, new.values, plan.new_positions)
         return attention.result()
 
-    def _read(self, plan: ForwardPlan, piece: Piece) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reads a piece: rotated keys and values `[batch_size, kv_heads, columns, head_dim]`."""
+    def _read(
+        self, plan: ForwardPlan, piece: Piece, rotates: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads a piece: rotated keys and values `[batch_size, kv_heads, columns, head_dim]`.
+
+        Args:
+            plan: The plan of the call.
+            piece: The piece.
+            rotates: Whether the layer has RoPE.
+        """
         store = self.store
         assert store.sinks is not None
         if piece.part == "sinks":
@@ -125,7 +134,7 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
             keys, values = store.read_tail(plan.view, fake=plan.simulated)
         else:
             keys, values = self._blocks(piece)
-        if not self.codec.rotated_keys:
+        if rotates and not self.codec.rotated_keys:
             keys = rotate(keys.float(), *piece.rope)
         return keys, values
 

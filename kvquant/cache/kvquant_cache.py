@@ -375,9 +375,9 @@ class KVQuantCache(AttendingCache[ForwardPlan]):
         codecs, rope = [layer.codec for layer in self.layers], self._rope.fork()
         other = KVQuantCache(codecs, rope.counted, self.protocol, static_rope=self.static_rope)
         other._rope, other.layout = rope, self.layout.fork()
-        other._padding = self._padding.fork()
-        other._watch = self._watch.fork()
+        other._padding, other._watch = self._padding.fork(), self._watch.fork()
         other.extent.columns, other.rotary = self.columns, self.rotary
+        other.unrotated = self.unrotated
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             theirs.store = mine.store.fork()
         other._planner = other._new_planner(self._planner.query_heads)

@@ -7,8 +7,9 @@ call (:class:`Past`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,6 +102,12 @@ class Past:
         half = shape.head_dim // 2
         cos, sin = (x[0, :, :half].float().contiguous() for x in both)
         return cls(shape, view, table, lengths, (cos, sin), layout.sinks, step, causal)
+
+    @functools.cached_property
+    def unrotated(self) -> Past:
+        """The same past for layers without RoPE, whose keys are read as they are."""
+        cos, sin = self.rope
+        return replace(self, rope=(torch.ones_like(cos), torch.zeros_like(sin)))
 
     def attend(
         self,

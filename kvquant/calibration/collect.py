@@ -99,6 +99,8 @@ class _Collector:
     def _see_rope(self, module: Any, args: Any, kwargs: Any) -> None:
         table = kwargs["position_embeddings"]
         cos, sin = adapter_of(module).table(table, int(module.head_dim))
+        if not adapter_of(module).rotates(module):
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         self._rope = cos.float(), sin.float()
 
     def _add_roped(self, layer: int, name: str, part: Part) -> Any:

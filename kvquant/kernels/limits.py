@@ -217,9 +217,9 @@ def cuda_decode(shape: CacheShape) -> Iterator[str]:
         )
     if not shape.static_rope:
         yield (
-            "static_rope: rotations change with the length of the sequence, or their factor with "
-            "the channel, and the tables of the kernel do not; use a model without dynamic rope "
-            "scaling, or with one factor"
+            "static_rope: rotations change with the length of the sequence, or differ by layer, or "
+            "have factors that differ by channel, and the tables of the kernel do not; use a model "
+            "without dynamic rope scaling, layers without RoPE, or partial scaled RoPE"
         )
     yield from _readable_blocks(shape)
 

@@ -206,6 +206,11 @@ class AttentionAdapter:
         cos = torch.cat((cos[..., half], cos.new_ones(shape)) * 2, -1)
         return cos, torch.cat((sin[..., half], sin.new_zeros(shape)) * 2, -1)
 
+    def rotates(self, module: Any) -> bool:
+        """Returns whether an attention module has RoPE."""
+        switch = self.family.rope_switch
+        return switch is None or bool(getattr(module, switch))
+
     def logits(self, model: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """Computes a model's logits from what its decoder gives, with the factors of its family.
 
@@ -247,6 +252,14 @@ def adapter_of_class(attention: str) -> AttentionAdapter:
 def rotary_width(model: Any) -> int:
     """Returns the number of channels per head that a model's RoPE rotates."""
     return 2 * int(model.model.rotary_emb.inv_freq.numel())
+
+
+def one_factor(model: Any, head_dim: int) -> bool:
+    """Returns whether a model's cosine and sine have one factor for all channels of a head.
+
+    Channels that RoPE leaves as they are do not get the factor of some rope scalings.
+    """
+    return model.model.rotary_emb.attention_scaling == 1 or rotary_width(model) == head_dim
 
 
 def model_rope(model: Any, adapter: AttentionAdapter, head_dim: int) -> Rope:

@@ -21,7 +21,7 @@ from kvquant.models.obstacles import (
     unsupported_configuration,
     unsupported_model,
 )
-from kvquant.models.prefill_quant import PrefillQuantizedAttention, original_class
+from kvquant.models.prefill_quant import PrefillQuantizedAttention, adapter_of, original_class
 from kvquant.study.model_families import family_of_attention
 
 # Arguments of a decoder that are supported, or that do not affect its attention.
@@ -89,6 +89,12 @@ def refuse_configuration(config: Any) -> None:
         attention_layers(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
 
 
+def unrotated_layers(attentions: list[Any]) -> frozenset[int]:
+    """Returns the indices of the attention modules without RoPE."""
+    found = enumerate(attentions)
+    return frozenset(i for i, module in found if not adapter_of(module).rotates(module))
+
+
 def shortest_window(decoder: Any) -> int | None:
     """Returns the shortest window of a decoder's layers, or None if each sees all tokens."""
     found = (
@@ -123,7 +129,8 @@ def _check_model(cache: Any, decoder: Any) -> None:
         )
     if cache.rotary is None or cache.rotary is rotary:
         return
-    if not _same_angles(cache.rotary, rotary):
+    unrotated = unrotated_layers([layer.self_attn for layer in decoder.layers])
+    if cache.unrotated != unrotated or not _same_angles(cache.rotary, rotary):
         raise UserError(
             "cache: was made for a model with another rotary embedding; take a new_cache() of this "
             "model"

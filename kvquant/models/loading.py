@@ -18,11 +18,11 @@ from kvquant.fetch.file_hashes import FileHashes
 from kvquant.fetch.model_manifest import ModelManifest as ModelManifest
 from kvquant.fetch.model_manifest import manifest_beside, model_files, verify_model, weight_files
 from kvquant.fetch.model_manifest import read_manifest as read_manifest
-from kvquant.models.adapters import AttentionAdapter, model_rope, rotary_width
+from kvquant.models.adapters import AttentionAdapter, model_rope, one_factor
 from kvquant.models.hooks import attention_layers as attention_layers
 from kvquant.models.hooks import install_attention as install_attention
 from kvquant.models.hooks import position_limit as position_limit
-from kvquant.models.hooks import refuse_configuration
+from kvquant.models.hooks import refuse_configuration, unrotated_layers
 from kvquant.models.hooks import uninstall_attention as uninstall_attention
 from kvquant.models.prefill_quant import adapter_of
 from kvquant.models.value_rotation import (
@@ -232,27 +232,26 @@ class QuantizedModel:
                 "first call attends in full precision whatever it stores, so one forward pass "
                 "measures nothing; use protocol A with chunks"
             )
-        static, one_factor = _static_rope(self.model), _one_factor(self.model)
+        static = _static_rope(self.model)
+        unrotated = unrotated_layers([layer.self_attn for layer in self.model.model.layers])
         if self.caches is not None:
             cache = self.caches(protocol, self._rope)
-            if isinstance(cache, AttendingCache) and not static:
+            if not isinstance(cache, AttendingCache):
+                return cache
+            if not static:
                 raise UserError(
                     f"scheme: '{self.scheme.kind}' rotates keys when it reads them, which a rope "
                     "scaling that changes with the length does not allow"
                 )
-            if isinstance(cache, AttendingCache):
-                cache.rotary = self.model.model.rotary_emb
-            return cache
-        if self.codecs is None:
+        elif self.codecs is None:
             return new_baseline_cache()
-        cache = KVQuantCache(
-            self.codecs,
-            self._rope,
-            protocol,
-            static_rope=static and one_factor,
-            keep_rope=not static,
-        )
-        cache.rotary = self.model.model.rotary_emb
+        else:
+            # Decode kernels have one table for all layers and one factor for all channels.
+            one = not unrotated and one_factor(self.model, _kv_shape(self.model)[1])
+            cache = KVQuantCache(
+                self.codecs, self._rope, protocol, static_rope=static and one, keep_rope=not static
+            )
+        cache.rotary, cache.unrotated = self.model.model.rotary_emb, unrotated
         return cache
 
     def baseline_cache(self) -> Any:
@@ -383,12 +382,6 @@ def _static_rope(model: Any) -> bool:
     """Returns whether a position's rotation is the same in calls of any length."""
     kind = str(getattr(model.model.rotary_emb, "rope_type", "default"))
     return "dynamic" not in kind and kind != "longrope"
-
-
-def _one_factor(model: Any) -> bool:
-    """Returns whether cosine and sine have one factor for all channels, as decode kernels need."""
-    scaled = model.model.rotary_emb.attention_scaling != 1
-    return not scaled or rotary_width(model) == _kv_shape(model)[1]
 
 
 def _kv_shape(model: Any) -> tuple[int, int]:

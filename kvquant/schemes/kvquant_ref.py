@@ -130,7 +130,8 @@ class ReferenceLayer(AttendingLayer[ReferencePlan]):
             for first, k, v, rotated in store.pieces():
                 where = slice(first, first + k.shape[2])
                 cos, sin = plan.key_rope
-                k = k if rotated else rotate(k, cos[:, where], sin[:, where])
+                if new.rotates and not rotated:
+                    k = rotate(k, cos[:, where], sin[:, where])
                 attention.add(k, v, plan.key_positions[:, where] if plan.simulated else None)
             if not plan.simulated:
                 attention.add(new.rotated_keys[row], new.values[row], plan.new_positions[row])
@@ -294,6 +295,7 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
         tables = [layer.tables for layer in self.layers]
         other = ReferenceCache(tables, self._rope, self.protocol)
         other.extent.columns, other.rotary = self.columns, self.rotary
+        other.unrotated = self.unrotated
         other._mask, other._shifts = self._mask, self._shifts
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             theirs.stores = [store.fork() for store in mine.stores]

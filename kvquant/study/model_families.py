@@ -36,6 +36,7 @@ class ModelFamily:
         interleaved: Whether RoPE rotates channels 2i and 2i + 1, instead of i and i + half.
         scaled_queries: Whether queries are multiplied by a factor that grows with their position,
             `llama_4_scaling_beta` of the rotary parameters (Llama 4, Ministral 3).
+        rope_switch: Attribute of an attention that says whether it has RoPE; None where all have.
         logit_divisor: Field of the configuration by which logits are divided; None: by nothing.
         logit_factor: Field of the configuration by which logits are multiplied; None: by nothing.
     """
@@ -49,6 +50,7 @@ class ModelFamily:
     norm_input: Literal["heads", "heads-first", "projection"] = "heads"
     interleaved: bool = False
     scaled_queries: bool = False
+    rope_switch: str | None = None
     logit_divisor: str | None = None
     logit_factor: str | None = None
 
@@ -102,6 +104,9 @@ MODEL_FAMILIES = by_name(
             attention="Ministral3Attention",
             window_in_config=True,
             scaled_queries=True,
+        ),
+        ModelFamily(
+            "smollm3", label="SmolLM3", attention="SmolLM3Attention", rope_switch="use_rope"
         ),
         # A new family goes above this line.
     )

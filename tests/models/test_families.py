@@ -20,6 +20,7 @@ from kvquant.errors import UserError
 from kvquant.evaluation.likelihood import score
 from kvquant.evaluation.perplexity import measure_windows
 from kvquant.formats.rope import rotate
+from kvquant.kernels.backends import select
 from kvquant.models.hooks import attention_layers
 from kvquant.models.loading import QuantizedModel, load_quantized_model
 from kvquant.study.calibration import CalibrationSpec
@@ -53,6 +54,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 512,
         },
     },
+    "smollm3-first": {"no_rope_layers": [0, 1]},  # as they are saved: 0 is a layer without RoPE
+    "smollm3-last": {"no_rope_layers": [1, 0]},
     "cohere-norms": {"use_qk_norm": True},
     "ministral3-long": {
         "rope_parameters": {**YARN, "original_max_position_embeddings": 16,
@@ -212,7 +215,8 @@ def test_calibration_sees_the_gradients_of_what_a_cache_gets(
     def attend(cache: Any, layer: int, *given: Any) -> torch.Tensor:
         for tensor in given[1:3]:
             tensor.retain_grad()
-        seen.append((*given[1:3], *(rotate(x, *given[3]).detach() for x in given[:2])))
+        turned = [x if layer in cache.unrotated else rotate(x, *given[3]) for x in given[:2]]
+        seen.append((*given[1:3], *(x.detach() for x in turned)))
         out: torch.Tensor = AttendingCache.attend(cache, layer, *given)
         return out
 
@@ -269,3 +273,21 @@ def test_an_attention_class_belongs_to_one_family(family: ModelFamily) -> None:
     attentions = [one.attention for one in MODEL_FAMILIES.values()]
     assert len(set(attentions)) == len(attentions)
     assert family in map(family_of_attention, attentions)
+
+
+def test_kernels_read_the_past_of_a_layer_without_rope_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Triton's interpreter reads one block and a tail as PyTorch does."""
+    options: dict[str, Any] = {"hidden_size": 64, "head_dim": 32, "num_hidden_layers": 1}
+    model = tiny_model("smollm3", heads=2, kv_heads=1, no_rope_layers=[0], **options)
+    scheme, tokens = NuqScheme(kind="nuq", bits=4, block_size=32, outliers=0.0), ids(1, 38)
+    found = []
+    for kernels in ("pytorch", "triton"):
+        monkeypatch.setenv("KVQUANT_KERNELS", kernels)
+        cache = quantized(model, scheme).new_cache()
+        found.append([step(model, cache, part) for part in tokens.split([36, 2], 1)][1])
+        shape = cache._planner._stored_shape()
+        assert shape is not None
+        assert select("past", shape, torch.device("cpu")).backend == kernels
+    torch.testing.assert_close(found[1], found[0], atol=1e-2, rtol=1e-2)

@@ -40,6 +40,14 @@ def test_a_cache_of_a_model_with_other_angles(spec: Any) -> None:
     assert cache.get_seq_length() == 0
 
 
+def test_a_cache_of_a_model_with_other_layers_without_rope() -> None:
+    cache = quantized(tiny_model("smollm3", no_rope_layers=[1, 0]), EXACT).new_cache()
+    other = tiny_model("smollm3", no_rope_layers=[0, 1])
+    install_attention(other)
+    with pytest.raises(UserError, match=r"cache: was made for a model with another rotary"):
+        step(other, cache, ids(1, 9))
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 def test_a_cache_of_a_model_with_other_layers(layers: int) -> None:
     other = tiny_model(num_hidden_layers=layers)
@@ -94,6 +102,16 @@ def test_a_model_saved_whole_is_loaded_as_it_was() -> None:
     model = torch.load(file, weights_only=False)  # whole, as the line above saved it
     assert type(model.model.layers[0].self_attn) is type(qm.model.model.layers[0].self_attn)
     assert torch.equal(step(model, qm.new_cache(), tokens), step(qm.model, qm.new_cache(), tokens))
+
+
+@pytest.mark.parametrize("spec", [EXACT, REFERENCE], ids=["nuq", "reference"])
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy])
+def test_a_copy_knows_the_layers_without_rope(spec: Any, way: Any) -> None:
+    qm, tokens = quantized(tiny_model("smollm3", no_rope_layers=[1, 0]), spec), ids(1, 60)
+    cache = qm.new_cache()
+    step(qm.model, cache, tokens[:, :50])
+    found = [step(qm.model, held, tokens[:, 50:]) for held in (way(cache), cache)]
+    torch.testing.assert_close(found[0], found[1])
 
 
 @pytest.mark.fault(
