@@ -66,8 +66,23 @@ families = pytest.mark.parametrize("family", [*MODEL_FAMILIES, *VARIANTS])
 
 
 def tiny(name: str, **options: Any) -> Any:
-    """A tiny model of a family, or of a variant of it."""
-    return tiny_model(name.partition("-")[0], **{**VARIANTS.get(name, {}), **options})
+    """A tiny model of a family, or of a variant of it, whose scores depend on positions.
+
+    Those of untrained weights are all about 0, so that a wrong rotation would change no logit.
+    """
+    model = tiny_model(name.partition("-")[0], **{**VARIANTS.get(name, {}), **options})
+    sharpen(model)
+    return model
+
+
+def sharpen(model: Any) -> None:
+    """Makes queries and keys larger; norms of queries and keys undo it, and make scores of 1."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                parameter *= 6
+            if name.endswith("qkv_proj.weight"):
+                parameter[: len(parameter) * 3 // 4] *= 6
 
 
 @families
@@ -281,6 +296,7 @@ def test_kernels_read_the_past_of_a_layer_without_rope_as_it_is(
     """Triton's interpreter reads one block and a tail as PyTorch does."""
     options: dict[str, Any] = {"hidden_size": 64, "head_dim": 32, "num_hidden_layers": 1}
     model = tiny_model("smollm3", heads=2, kv_heads=1, no_rope_layers=[0], **options)
+    sharpen(model)
     scheme, tokens = NuqScheme(kind="nuq", bits=4, block_size=32, outliers=0.0), ids(1, 38)
     found = []
     for kernels in ("pytorch", "triton"):
