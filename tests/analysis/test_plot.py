@@ -1,7 +1,6 @@
 """Figures of little, of nothing and of the unusual: drawn without a warning, in finite limits.
 
-Also covers: analysis.figure_list, analysis.figures.append, analysis.figures.pareto,
-analysis.figures.pareto_panels, analysis.figures.perplexity.
+Also covers: analysis.figure_list, analysis.figures.append, analysis.figures.perplexity.
 """
 
 from __future__ import annotations
