@@ -35,8 +35,10 @@ SOURCES = Path(cuda_pack.__file__).parent / "cuda"
 # Compiled libraries by the hash of all that they are made of; unused ones are removed.
 CACHE = HERE.parent.parent / ".pytest_cache/emulated"
 KEPT_DAYS = 14
-FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-DEMULATED")
-FLAGS += ("-fvisibility=hidden",)
+FLAGS = (
+    *("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-DEMULATED"),
+    "-fvisibility=hidden",
+)
 
 
 @functools.cache
