@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import hashlib
+import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -28,22 +32,52 @@ SHARED_BYTES = 228 * 1024  # of a multiprocessor of an H100
 SOURCES = Path(cuda_pack.__file__).parent / "cuda"
 
 
+# Compiled libraries by the hash of all that they are made of; unused ones are removed.
+CACHE = HERE.parent.parent / ".pytest_cache/emulated"
+KEPT_DAYS = 14
+FLAGS = (
+    *("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-DEMULATED"),
+    "-fvisibility=hidden",
+)
+
+
+@functools.cache
+def _made_of() -> str:
+    """Returns the hash of the compiler, the flags and every source."""
+    told: list[str | bytes] = [platform.machine(), *FLAGS]
+    told += [subprocess.run(["g++", "-v"], check=True, capture_output=True).stderr]
+    files = [f for folder in (HERE, SOURCES) for f in sorted(folder.iterdir()) if f.is_file()]
+    for file in files:
+        if file.suffix in (".cpp", ".cu", ".cuh", ".h"):
+            told += [file.name, file.read_bytes()]
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for old in CACHE.glob("*.so"):
+        with contextlib.suppress(FileNotFoundError):  # another worker was first
+            if old.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
+                old.unlink()
+    hashed = hashlib.sha256()
+    for part in told:
+        found = part if isinstance(part, bytes) else part.encode()
+        hashed.update(f"{len(found)}:".encode() + found)
+    return hashed.hexdigest()
+
+
 @functools.cache
 def _library(name: str, header: str) -> ctypes.CDLL:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / f"{name}.so"
-        Path(folder, HEADER_NAME).write_text(header)
-        subprocess.run(
-            [
-                "g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-DEMULATED",
-                "-fvisibility=hidden", f"-I{folder}", f"-I{HERE}", f"-I{SOURCES}",
-                HERE / f"emulated_{name}.cpp", "-o", out,
-            ],
-            check=True,
-        )  # fmt: skip
-        return ctypes.CDLL(str(out))
+    key = hashlib.sha256(f"{_made_of()} {name} {header}".encode()).hexdigest()
+    kept = CACHE / f"{key}.so"
+    if not kept.exists():
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            out = Path(folder) / kept.name
+            Path(folder, HEADER_NAME).write_text(header)
+            includes = (f"-I{folder}", f"-I{HERE}", f"-I{SOURCES}")
+            source = HERE / f"emulated_{name}.cpp"
+            subprocess.run(["g++", *FLAGS, *includes, source, "-o", out], check=True)
+            out.replace(kept)
+    kept.touch()
+    return ctypes.CDLL(str(kept))
 
 
 def _function(library: ctypes.CDLL, name: str) -> Callable[..., None]:

@@ -16,7 +16,7 @@ from tests.support.snakemakes import run_snakemake
 COUNTS = {
     "demo": {
         "prompts": 2,
-        "evaluate_all_tasks": 6,
+        "evaluate_all": 6,
         "calibrate": 1,
         "quantize": 3,
         "plot": 5,

@@ -47,7 +47,7 @@ rule evaluate:
         " > {log:q} 2>&1"
 
 
-rule evaluate_all_tasks:
+rule evaluate_all:
     """Accuracy of one scheme on all tasks, for every seed, if `evaluation.tasks_per_job` is `all`."""
     input:
         model=weights,
