@@ -165,7 +165,10 @@ class TestKernelSteps:
             patch.setattr(torch.cuda, "current_stream", Stream)
             patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
             patch.setattr(torch.cuda, "CUDAGraph", Replayed)
-            patch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+            patch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
+            patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+            patch.setattr(torch.cuda, "current_device", lambda: 0)
+            patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(16))
             yield
 
     def test_eager_graphed_and_pytorch_steps_agree(

@@ -73,6 +73,9 @@ class Fake:
     def new_cache(self, protocol: str) -> Any:
         return SimpleNamespace(layers=[], source=self._sources["measured"], logits=None, at=0)
 
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
     def baseline_cache(self) -> Any:
         return SimpleNamespace(layers=[], source=self._sources["reference"], logits=None, at=0)
 
