@@ -64,7 +64,7 @@ def _has_lengths(study: Study) -> bool:
     """Returns whether whole jobs of one prompt have several lengths on a shape."""
     prompts: dict[str, set[int]] = {}
     for case in study.job_cases().values():
-        if case.batch_size == 1 and case.memory_gb is None and case.decode == "fastest":
+        if case.batch_size == 1 and case.given_prompts:
             prompts.setdefault(case.shape, set()).add(case.prompt)
     return any(len(found) > 1 for found in prompts.values())
 

@@ -10,6 +10,7 @@ from kvquant.analysis.booktabs import booktabs, number
 from kvquant.analysis.carbon import grams_per_million, has_grams
 from kvquant.analysis.labels import job_label
 from kvquant.analysis.study_tables import Tables
+from kvquant.study.jobs import SEARCHED
 
 
 def _first(t: Tables, row: Any) -> dict[str, Any]:
@@ -46,11 +47,6 @@ def jobs(t: Tables) -> str:
     return booktabs(table, columns, size="scriptsize", tight=True, pages=True)
 
 
-def _searched(jobs: pd.DataFrame) -> pd.Series:
-    """Returns which rows searched what fits, as prompts beside one another or as a single one."""
-    return jobs.capacity_tokens.notna() | jobs.context_tokens.notna()
-
-
 def capacity(t: Tables) -> str:
     """Builds the table of what fitted in memory, a row per cache of a case that searched it."""
     rows = [
@@ -63,7 +59,7 @@ def capacity(t: Tables) -> str:
             "weights GB": number(r.weight_bytes / 1e9, 1),
             "bits": number(r.bits_per_element),
         }
-        for r in t.jobs[_searched(t.jobs)].itertuples()
+        for r in t.jobs[t.jobs[list(SEARCHED)].notna().any(axis=1)].itertuples()
     ]
     table = pd.DataFrame(rows, dtype=object)
     labels = 2 + ("device" in table)

@@ -13,7 +13,7 @@ from kvquant.analysis.ablation import ablations
 from kvquant.analysis.sections import Section
 from kvquant.errors import UserError, unknown
 from kvquant.study.config import Study
-from kvquant.study.jobs import CONTEXT_CHUNK
+from kvquant.study.jobs import CONTEXT_CHUNK, SEARCHED
 from kvquant.study.tasks import SUITES
 
 
@@ -245,7 +245,7 @@ PAGES = {
         },
         condition=_has_jobs,
         reason="has no section 'jobs'",
-        measured=("capacity_tokens", "context_tokens"),
+        measured=SEARCHED,
     ),
     "job-energy": Page(
         "jobs",

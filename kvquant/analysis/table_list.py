@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from kvquant.analysis.ablation import Ablation, ablations, compares_kernels, task_of
 from kvquant.analysis.sections import Section
 from kvquant.study.config import Study
-from kvquant.study.jobs import CONTEXT_CHUNK
+from kvquant.study.jobs import CONTEXT_CHUNK, SEARCHED
 from kvquant.study.registrations import by_name
 from kvquant.study.sample_types import KL_PERCENTILES
 from kvquant.study.task_families import families
@@ -163,8 +163,7 @@ _LIST = (
         "the cache's bytes per token; it knows no activations.",
         build="kvquant.analysis.job_tables:capacity",
         condition=lambda tables: (
-            bool(len(tables.jobs))
-            and bool(tables.jobs[["capacity_tokens", "context_tokens"]].notna().any(axis=None))
+            bool(len(tables.jobs)) and bool(tables.jobs[list(SEARCHED)].notna().any(axis=None))
         ),
         reason="This study does not search what fits in memory.",
     ),

@@ -159,8 +159,16 @@ def evaluate(
     missing = [seed for seed in seeds if seed not in finished]
     if missing:
         runner = _loader(
-            *(study, model, scheme, task, model_manifest, asked, data_manifest, quantizer, device),
-            shared=shared or SharedModel(),
+            study,
+            model,
+            scheme,
+            task,
+            model_manifest,
+            asked,
+            data_manifest,
+            quantizer,
+            device,
+            shared or SharedModel(),
         )
         together = _seeds_together(task_spec)
         for first in range(0, len(missing), together):

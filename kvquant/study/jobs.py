@@ -17,6 +17,8 @@ from kvquant.study.strict import Strict
 # Tokens per call of the model in the search of the longest prompt: a long prompt in one call needs
 # memory for its activations, which grow with it as the cache does.
 CONTEXT_CHUNK = 4096
+# What a search of what fits found: tokens of prompts beside one another, and of a single one.
+SEARCHED = ("capacity_tokens", "context_tokens")
 
 
 class JobCase(Strict):
@@ -52,6 +54,11 @@ class JobCase(Strict):
     )
     energy: bool = Field(False, description="whether to measure the GPU's energy")
     trials: int = Field(3, ge=1, le=MAX_ROUNDS, description="jobs per cache, in turns")
+
+    @property
+    def given_prompts(self) -> bool:
+        """Returns whether every cache runs the same prompts in all memory, in its fastest way."""
+        return self.batch_size is not None and self.memory_gb is None and self.decode == "fastest"
 
     @model_validator(mode="after")
     def _agrees(self) -> JobCase:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+from kvquant.study.jobs import SEARCHED
 from kvquant.study.percentiles import percentile
 from kvquant.study.record_types import (
     AppendRecord,
@@ -226,7 +227,7 @@ def _kernels(record: KernelRecord) -> None:
 def _job_side(side: JobSide, record: JobRecord) -> None:
     where = f"sides.{side.scheme}"
     if side.status != "ok":
-        free = {"scheme", "status", "capacity_tokens", "context_tokens", "formula_tokens"}
+        free = {"scheme", "status", *SEARCHED, "formula_tokens"}
         if held := [k for k, v in side.model_dump(exclude=free, exclude_none=True).items() if v]:
             raise ValueError(
                 f"field '{where}.{held[0]}': is there, but the status is {side.status}"

@@ -14,7 +14,6 @@ from kvquant.analysis.labels import labels_of
 from kvquant.analysis.tables import read_table
 from kvquant.analysis.timed_on import one_device
 from kvquant.study.config import Study
-from kvquant.study.jobs import JobCase
 from kvquant.study.wording import short_count
 
 # Column of the table `jobs`, its unit on the axis, and what divides it.
@@ -35,14 +34,12 @@ def by_length(study: Study) -> dict[str, list[str]]:
 
     Of cases whose prompts are equally long, which differ in their answers, the first is shown.
     """
-
-    def shown(case: JobCase) -> bool:
-        return case.batch_size == 1 and case.memory_gb is None and case.decode == "fastest"
-
     cases, found = study.job_cases(), dict[str, list[str]]()
     for name, case in cases.items():
-        there = found.setdefault(case.shape, []) if shown(case) else None
-        if there is not None and case.prompt not in {cases[other].prompt for other in there}:
+        if case.batch_size != 1 or not case.given_prompts:
+            continue
+        there = found.setdefault(case.shape, [])
+        if case.prompt not in {cases[other].prompt for other in there}:
             there.append(name)
     return {s: names for s, names in found.items() if len({cases[n].prompt for n in names}) > 1}
 

@@ -211,7 +211,7 @@ def case_of_most(study: Study, jobs: pd.DataFrame) -> str | None:
     there = {
         name: jobs[(jobs.case == name) & (jobs.status == "ok")].scheme.nunique()
         for name, case in cases.items()
-        if case.batch_size is not None and case.memory_gb is None and case.decode == "fastest"
+        if case.given_prompts
     }
     best = max(there, key=lambda name: there[name], default=None)
     return best if best is not None and there[best] > MIN_COMPARED else None
