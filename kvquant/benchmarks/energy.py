@@ -96,6 +96,7 @@ def measure(prepared: Prepared, scheme_name: str, monitor: EnergyMonitor) -> dic
     Raises:
         UserError: The workload does not fit in memory with one of the caches.
     """
+    prepared.make_room()
     spec, workload = prepared.study.energy, prepared.workload
     unused = not_metered(monitor.meter)
     idle = monitor.idle_watts(spec.idle_seconds)

@@ -15,7 +15,7 @@ from kvquant.benchmarks.prompts import PromptBatch, prompt_batch
 from kvquant.benchmarks.timing import synchronize
 from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.energy.gpus import cuda_index, devices_of
-from kvquant.errors import UserError, unknown
+from kvquant.errors import OutlierOverflow, UserError, unknown
 from kvquant.fetch.model_manifest import study_manifest
 from kvquant.models.loading import QuantizedModel, load_quantized_model, resolve_device
 from kvquant.models.model_call import cache_argument
@@ -118,6 +118,29 @@ class Prepared:
             for step in range(1, steps + 1):
                 seen = None if mask is None else mask[:, : width + step]
                 token = self._forward(token, seen, last + step, cache)
+
+    @torch.inference_mode()
+    def make_room(self) -> None:
+        """Gives the scheme's caches room for the outliers of these prompts.
+
+        Random prompts are unlike the calibration text, so that they can have more outliers than a
+        cache expects. As an evaluation does, runs the prompts again with wider caches.
+
+        Raises:
+            OutlierOverflow: Wider caches have no room either.
+        """
+        for last in (False, False, True):
+            cache = self.scheme()
+            if not isinstance(cache, KVQuantCache):
+                return
+            try:
+                self.decode(cache, self.prefill(cache), self.workload.answer)
+                cache.settle()
+                return
+            except OutlierOverflow:
+                if last:
+                    raise
+                cache.widen()
 
     def job(self, new_cache: Callable[[], Any]) -> None:
         """Runs a whole job of prompts and answers and waits for the devices."""

@@ -202,23 +202,45 @@ __device__ __forceinline__ void expand_values(const u32 (&words)[MAX_WIDTH], int
     }
 }
 
-// Marks the exact outliers of a head in a chunk.
-__device__ __forceinline__ void mark_outliers(const Chunk& chunk, ExpandStorage& smem,
-                                              const HeadTable& table, i64 list) {
-  const int begin = ((const int*)chunk.arena[KEY_BEGIN])[list];
-  const int count = ((const count_t*)chunk.arena[KEY_COUNT])[list];
-  const position_t* const positions = (const position_t*)chunk.arena[KEY_POSITIONS] + begin;
-  const u16* const numbers = (const u16*)chunk.arena[KEY_OUTLIERS] + begin;
-  for (int i = threadIdx.x; i < count; i += EXPAND_THREADS) {
-    const int at = positions[i], token = at / HEAD_DIM - chunk.first, c = at % HEAD_DIM;
-    if (token < 0 || token >= CHUNK_SIZE) continue;
-    const int place = __ldg(table.places + c % HALF_DIM), tile = place / 8;
-    const int lane = token % 8 * 4 + place % 8 / 2;
-    const int bit = token / 8 * 4 + c / HALF_DIM * 2 + place % 2;
-    smem.exact[tile][lane][bit] = numbers[i];
+// A head's list of exact outliers in a block. A thread has the entry of its own index in registers,
+// which are filled while the head before is expanded.
+struct Outliers {
+  int begin, count;
+  int at, place;  // of the thread's entry: where it lies in the block, and its pair's place
+  u16 number;
+
+  // `list`: the block's head.
+  __device__ __forceinline__ void find(const Chunk& chunk, i64 list) {
+    begin = __ldg((const int*)chunk.arena[KEY_BEGIN] + list);
+    count = __ldg((const count_t*)chunk.arena[KEY_COUNT] + list);
+  }
+  __device__ __forceinline__ void load(const Chunk& chunk, int i) {
+    at = __ldg((const position_t*)chunk.arena[KEY_POSITIONS] + begin + i);
+    number = __ldg((const u16*)chunk.arena[KEY_OUTLIERS] + begin + i);
+  }
+  __device__ __forceinline__ void load_own(const Chunk& chunk) {
+    if ((int)threadIdx.x < count) load(chunk, threadIdx.x);
+  }
+  __device__ __forceinline__ void place_own(const HeadTable& table) {
+    if ((int)threadIdx.x < count) place = __ldg(table.places + at % HALF_DIM);
+  }
+  __device__ __forceinline__ void mark_one(const Chunk& chunk, ExpandStorage& smem) const {
+    const int token = at / HEAD_DIM - chunk.first, half = at % HEAD_DIM / HALF_DIM;
+    if (token < 0 || token >= CHUNK_SIZE) return;
+    const int tile = place / 8, lane = token % 8 * 4 + place % 8 / 2;
+    const int bit = token / 8 * 4 + half * 2 + place % 2;
+    smem.exact[tile][lane][bit] = number;
     atomicOr(&smem.marks[tile][lane], 1u << bit);
   }
-}
+  // Marks all entries of the list that lie in the chunk.
+  __device__ __forceinline__ void mark(const Chunk& chunk, ExpandStorage& smem,
+                                       const HeadTable& table) {
+    for (int i = threadIdx.x; i < count; i += EXPAND_THREADS) {
+      if (i >= EXPAND_THREADS) load(chunk, i), place = __ldg(table.places + at % HALF_DIM);
+      mark_one(chunk, smem);
+    }
+  }
+};
 
 // Fills the scales and zeros of a chunk's values. `row`: the block, or the block's head.
 __device__ __forceinline__ void read_ranges(const Chunk& chunk, ExpandStorage& smem, i64 row) {
@@ -229,47 +251,69 @@ __device__ __forceinline__ void read_ranges(const Chunk& chunk, ExpandStorage& s
   }
 }
 
-// Expands a chunk of a packed block of one head.
-__device__ __forceinline__ void expand_head(const ExpandParams& params, ExpandStorage& smem,
-                                            const Chunk& chunk, int kv_head_idx, u16* keys,
-                                            u16* values) {
+// Expands a chunk of a packed block, head by head. What a head needs first is loaded while the head
+// before is expanded. `keys` and `values`: the chunk's first token of head 0; `apart`: numbers from
+// a head to the next.
+__device__ __forceinline__ void expand_heads(const ExpandParams& params, ExpandStorage& smem,
+                                             const Chunk& chunk, int first_head, int end, u16* keys,
+                                             u16* values, i64 apart) {
   const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
-  const HeadTable& table =
-      *(const HeadTable*)(params.head_tables + (i64)kv_head_idx * HEAD_TABLE_STRIDE);
-  auto codes_of = [&](int side) {
+  auto table_of = [&](int head) -> const HeadTable& {
+    return *(const HeadTable*)(params.head_tables + (i64)head * HEAD_TABLE_STRIDE);
+  };
+  auto codes_of = [&](const HeadTable& table, int side) {
     return (const u8*)chunk.arena[side == KEYS ? KEY_CODES : VALUE_CODES] +
            chunk.place * __ldg(&table.block_bytes[side]) + __ldg(&table.offset[side]) +
            (i64)(chunk.first / CHUNK_SIZE) * __ldg(&table.chunk_bytes[side]);
   };
-  const u8* const key_codes = codes_of(KEYS);
-  const float *const scales = params.key_scale + kv_head_idx * HEAD_DIM,
-              *const zeros = params.key_zero + kv_head_idx * HEAD_DIM;
   KeyTile key_tile;
-  key_tile.load(table, warp_idx, key_codes, scales, zeros);
-  const i64 list = chunk.place * params.num_kv_heads + kv_head_idx;
-  if constexpr (HAS_OUTLIERS) mark_outliers(chunk, smem, table, list);
-  if constexpr (VALUE_RANGE_PER_HEAD) read_ranges(chunk, smem, list);
-  __syncthreads();
-  for (int tile = warp_idx; tile < CHANNEL_TILES; tile += EXPAND_WARPS) {
-    if (tile >= EXPAND_WARPS) key_tile.load(table, tile, key_codes, scales, zeros);
-    expand_keys(key_tile, smem, tile, keys);
+  Outliers outliers;
+  auto list_of = [&](int head) { return chunk.place * params.num_kv_heads + head; };
+  auto load_keys = [&](int head, int tile) {
+    const HeadTable& table = table_of(head);
+    key_tile.load(table, tile, codes_of(table, KEYS), params.key_scale + head * HEAD_DIM,
+                  params.key_zero + head * HEAD_DIM);
+  };
+  load_keys(first_head, warp_idx);
+  if constexpr (HAS_OUTLIERS) {
+    outliers.find(chunk, list_of(first_head));
+    outliers.load_own(chunk);
+    outliers.place_own(table_of(first_head));
   }
-  const int width = __ldg(&table.chunk_bytes[VALUES]) / (CHANNEL_TILES * PLANE_BYTES);
-  const float scale = __ldg(&table.value_scale);
-  const u8* const value_codes = codes_of(VALUES) + lane_idx * 4;
-  u32 words[MAX_WIDTH] = {};
-  load_codes(words, width, value_codes + warp_idx * width * PLANE_BYTES);
-  __syncthreads();  // exact outliers have been read
-  for (int tile = warp_idx; tile < CHANNEL_TILES; tile += EXPAND_WARPS) {
-    if (tile >= EXPAND_WARPS) load_codes(words, width, value_codes + tile * width * PLANE_BYTES);
-    expand_values(words, width, smem, scale, tile);
+  for (int head = first_head; head < end; head++) {
+    const HeadTable& table = table_of(head);
+    const bool last = head + 1 == end;
+    if constexpr (HAS_OUTLIERS) outliers.mark(chunk, smem, table);
+    if constexpr (VALUE_RANGE_PER_HEAD) read_ranges(chunk, smem, list_of(head));
+    __syncthreads();
+    if (HAS_OUTLIERS && !last) outliers.find(chunk, list_of(head + 1));
+    for (int tile = warp_idx; tile < CHANNEL_TILES; tile += EXPAND_WARPS) {
+      if (tile >= EXPAND_WARPS) load_keys(head, tile);
+      expand_keys(key_tile, smem, tile, keys + head * apart);
+    }
+    const int width = __ldg(&table.chunk_bytes[VALUES]) / (CHANNEL_TILES * PLANE_BYTES);
+    const float scale = __ldg(&table.value_scale);
+    const u8* const codes = codes_of(table, VALUES) + lane_idx * 4;
+    u32 words[MAX_WIDTH] = {};
+    load_codes(words, width, codes + warp_idx * width * PLANE_BYTES);
+    if (HAS_OUTLIERS && !last) outliers.load_own(chunk);
+    __syncthreads();  // exact outliers have been read
+    for (int tile = warp_idx; tile < CHANNEL_TILES; tile += EXPAND_WARPS) {
+      if (tile >= EXPAND_WARPS) load_codes(words, width, codes + tile * width * PLANE_BYTES);
+      expand_values(words, width, smem, scale, tile);
+    }
+    if (!last) {
+      load_keys(head + 1, warp_idx);
+      if constexpr (HAS_OUTLIERS) outliers.place_own(table_of(head + 1));
+    }
+    __syncthreads();
+    u16* const to = values + head * apart;
+    for (int i = threadIdx.x; i < CHUNK_SIZE * (HEAD_DIM / 8); i += EXPAND_THREADS) {
+      const int token = i / (HEAD_DIM / 8), c = i % (HEAD_DIM / 8) * 8;
+      *(uint4*)(to + token * HEAD_DIM + c) = *(const uint4*)&smem.values[token][c];
+    }
+    __syncthreads();  // before outliers of the next head come
   }
-  __syncthreads();
-  for (int i = threadIdx.x; i < CHUNK_SIZE * (HEAD_DIM / 8); i += EXPAND_THREADS) {
-    const int token = i / (HEAD_DIM / 8), c = i % (HEAD_DIM / 8) * 8;
-    *(uint4*)(values + token * HEAD_DIM + c) = *(const uint4*)&smem.values[token][c];
-  }
-  __syncthreads();  // before outliers of the next head come
 }
 
 // Fills what the heads of a packed block share.
@@ -348,8 +392,7 @@ extern "C" __global__ void __launch_bounds__(EXPAND_THREADS, EXPAND_BLOCKS)
     const Chunk chunk{first, position, (i64)(number & ((1u << PLACE_BITS) - 1)),
                       params.arenas + (i64)(number >> PLACE_BITS) * NUM_ARENA_FIELDS};
     prepare(params, smem, chunk);
-    for (int head = first_head; head < end; head++)
-      expand_head(params, smem, chunk, head, keys + head * apart, values + head * apart);
+    expand_heads(params, smem, chunk, first_head, end, keys, values, apart);
     return;
   }
   const Chunk chunk{first, position, 0, params.arenas};
