@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> None:
         study=prepared.study.study,
         spec_digest=energy_digest(prepared.study, args.model, args.scheme, args.workload),
         environment=environment(devices),
-        inputs=prepared.qm.inputs,
+        inputs=prepared.inputs,
         device=args.device_name,
         model=args.model,
         scheme=args.scheme,

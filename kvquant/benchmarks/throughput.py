@@ -187,7 +187,7 @@ def run(args: argparse.Namespace) -> None:
         study=prepared.study.study,
         spec_digest=perf_digest(prepared.study, args.model, args.scheme, args.workload),
         environment=environment(prepared.devices),
-        inputs=prepared.qm.inputs,
+        inputs=prepared.inputs,
         device=args.device_name,
         model=args.model,
         scheme=args.scheme,

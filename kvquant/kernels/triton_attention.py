@@ -363,9 +363,9 @@ class RunningAttention:
         _attend[grid](
             q, keys, values, self._out, *self._state, self._positions,
             self._positions if valid is None else valid, lengths,
-            lengths if order is None else order, base, places, self._splits, self._scale, columns, *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-            self._group, dim, tiles.rows, tiles.keys, kind, valid is not None,
-            order is not None, first, last,
+            lengths if order is None else order, base, places, self._splits, self._scale, columns,
+            *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], self._group, dim,
+            tiles.rows, tiles.keys, kind, valid is not None, order is not None, first, last,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
