@@ -212,3 +212,15 @@ def test_append_of_few_sizes_and_no_time(sizes: list[int], cost: float) -> None:
     low, high = axes[0, 0].get_ylim()
     assert 0 < low < high and np.isfinite(high)
     plt.close(figure)
+
+
+def test_names_of_append_panels_do_not_touch() -> None:
+    parts = ("token_ms_median", "token_ms_p10", "token_ms_p90")
+    row = {"series": "s", **dict.fromkeys(parts, 0.01), "tokens": 1024}
+    points = pd.DataFrame([{**row, "chunk": chunk} for chunk in (1, 64)])
+    figure, axes = plt.subplots(2, 1, figsize=(style.WIDTH, 4.0), squeeze=False)
+    append_panels(axes[:, 0], points, {"s": ("#000000", "o")}, {})
+    figure.canvas.draw()
+    first, second = (axis.yaxis.label.get_window_extent() for axis in axes[:, 0])
+    assert not first.overlaps(second)
+    plt.close(figure)

@@ -66,7 +66,7 @@ def append_panels(
             middle = np.sqrt(low * high)
             axis.set_ylim(middle / 5, middle * 5)
         calls = "1 token per call" if chunk == 1 else f"{chunk} tokens per call"
-        axis.set_ylabel(f"µs per token, {calls}")
+        axis.set_ylabel(f"µs per token,\n{calls}")
     axes[-1].set_xlabel("tokens in the cache")
 
 
