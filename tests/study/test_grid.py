@@ -17,6 +17,7 @@ from kvquant.study.grid import (
     one_job_per_seed,
     place_in_line,
     request,
+    threads,
 )
 from tests.support.studies import study_of
 
