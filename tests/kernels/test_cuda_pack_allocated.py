@@ -129,9 +129,8 @@ def check(codec: AllocatedCodec, keys: torch.Tensor, values: torch.Tensor) -> No
     same(mine, theirs)
 
 
-# (heads, (dim, size), dtype, outliers, value_range): what the kernels are compiled for. On a CPU each
-# takes seconds, so that two stand for each shape: together they have every other option, and every
-# pair of two options is somewhere.
+# (heads, (dim, size), dtype, outliers, value_range): what the kernels are compiled for, which takes
+# g++ a second each. Two stand for each shape, and together they have every other option.
 FEW = [
     (1, (64, 64), torch.float16, 0.0, "token"),
     (2, (64, 64), torch.bfloat16, 0.01, "token-head"),
