@@ -17,6 +17,8 @@ if not torch.cuda.is_available():
 # Tests start hundreds of Python processes. Where an environment forbids bytecode files, each of
 # them would compile snakemake, torch and transformers again, which takes longer than the tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Workers and the processes that tests start share the cores already.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
