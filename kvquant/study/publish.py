@@ -22,6 +22,7 @@ from kvquant.study.archive import (
     renew_sums,
     write_archive,
 )
+from kvquant.study.published_quantizers import add_quantizers, quantizer_problems
 from kvquant.study.record_types import EvalRecord, Record
 from kvquant.study.records import AGAIN, parse_record
 from kvquant.study.samples import verified_samples
@@ -97,10 +98,12 @@ def publish(results: Path, archive: Path) -> tuple[int, int]:
             added[record.place] = record
             if (samples := file.with_suffix(CURVES)).exists():
                 curves[curves_name(record)] = read_text(samples, "samples", AGAIN)
+    added_all = there | added
+    problems += quantizer_problems(archive, added_all.values())
     if problems:
         raise UserError("\n".join(problems))
     if added:
-        write_archive(archive, there | added, curves)
+        write_archive(archive, added_all, curves)
     return len(added), before
 
 
@@ -109,7 +112,7 @@ def verify(archive: Path) -> int:
     records = read_archive(archive)
     if not records:
         raise UserError(f"--archive: no published records below {archive}")
-    problems = []
+    problems = quantizer_problems(archive, records.values())
     for record in records.values():
         try:
             _check(record, record.where, RESTORE)
@@ -140,4 +143,6 @@ def run(args: argparse.Namespace) -> None:
     if args.results is not None:
         new, before = publish(args.results, args.archive)
         print(f"publish: {new} records published, {before} were before")
+        for name in add_quantizers(args.results, args.archive, read_archive(args.archive).values()):
+            print(f"publish: quantizer of {name}")
     print(f"publish: {verify(args.archive)} published records are as they were measured")

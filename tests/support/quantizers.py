@@ -12,7 +12,11 @@ from kvquant.formats.allocated_layer import AllocatedLayer, padded_levels
 from kvquant.formats.lane_layout import looked_up
 from kvquant.formats.layer_quantizer import LayerQuantizer, LayerTables
 from kvquant.quantization.nuq import fit
-from kvquant.quantization.quantizer_file import QuantizerManifest, save_quantizer
+from kvquant.quantization.quantizer_file import (
+    QuantizerManifest,
+    read_quantizer,
+    save_quantizer,
+)
 from kvquant.quantization.ranged_tables import ranged_tables
 from kvquant.schemes.registry import build_codecs
 
@@ -167,3 +171,18 @@ def assert_fake_is_packed(codec: Any, keys: torch.Tensor, values: torch.Tensor) 
             fake = codec.fake(keys[part, :, :count], values[part, :, :count])
             for a, b in zip(found, fake, strict=True):
                 assert torch.equal(a[part, :, :count], b)
+
+
+def save_random_quantizer(
+    folder: Path, model: str, scheme: str, digest: str, zero: float = 0.3
+) -> str:
+    """Writes the files of a quantizer of 3 bits and one layer; returns the hash of its tensors."""
+    path = folder / "quantizer.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = QuantizerManifest(
+        library_version="1", model=model, weights_sha256="0" * 64, scheme=scheme,
+        spec={"kind": "nuq", "bits": 3}, calibration={}, spec_digest=digest, num_layers=1,
+        num_kv_heads=2, head_dim=16, calibration_error={},
+    )  # fmt: skip
+    save_quantizer(path, manifest, [random_quantizer(2, 16, 3, zero=zero)])
+    return read_quantizer(path).tensors_sha256

@@ -88,9 +88,15 @@ def sample_rows(suite: str, rng: np.random.Generator, count: int) -> list[dict[s
 
 
 def write_evaluation(
-    study: Study, results: Path, model: str, scheme: str, task: str, seed: int
+    study: Study,
+    results: Path,
+    model: str,
+    scheme: str,
+    task: str,
+    seed: int,
+    quantizer: str | None = None,
 ) -> None:
-    """The two files of a seed."""
+    """The two files of a seed; `quantizer` is the hash of the one it names."""
     spec = study.task(task)
     rng = np.random.default_rng([seed, *f"{scheme}{task}".encode()])
     rows = sample_rows(spec.suite, rng, spec.sample_count())
@@ -105,7 +111,9 @@ def write_evaluation(
     record = EvalRecord(
         study=study.study,
         spec_digest=digests.eval_digest(study, model, scheme, task, seed),
-        inputs=INPUTS | ({"prompts": prompts} if prompts else {"text": "e" * 64}),
+        inputs=INPUTS
+        | ({"quantizer": quantizer} if quantizer else {})
+        | ({"prompts": prompts} if prompts else {"text": "e" * 64}),
         model=model,
         scheme=scheme,
         task=task,

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from kvquant.study.config import load_study
+from kvquant.study.digests import quantizer_digest
+from tests.support.quantizers import save_random_quantizer
 from tests.support.snakemakes import run_snakemake
 
 NVML = """
@@ -92,3 +95,20 @@ def test_an_edited_number_is_refused_by_name(root: Path, tmp_path: Path) -> None
     file.write_text(text)
     rules, output = planned(root, tmp_path, "aggregate", *config, config=edited)
     assert rules == {"aggregate", "total"}, output
+
+
+def test_a_published_quantizer_is_not_built_again(root: Path, tmp_path: Path) -> None:
+    """Another calibration would differ in the last bits from that of the published records."""
+    study, name = load_study(root / "config/config.yaml"), "allocated-3"
+    digest = quantizer_digest(study, "smollm2-135m", name)
+    folder = tmp_path / f"archive/quantizers/smollm2-135m/{name}"
+    save_random_quantizer(folder, "smollm2-135m", name, digest)
+    target = f"{tmp_path}/r/eval/smollm2-135m/{name}/ppl-wikitext2-b/seed0/run.json"
+    gpu = "NVIDIA H100 80GB HBM3"
+    config = f"published={tmp_path}/archive"
+    rules, output = planned(root, tmp_path, target, gpu=gpu, config=config)
+    assert "evaluate" in rules and not rules & {"calibrate", "quantize"}, output[-2000:]
+    shutil.rmtree(folder)
+    save_random_quantizer(folder, "smollm2-135m", name, "f" * 16)  # of another study
+    rules, output = planned(root, tmp_path, target, gpu=gpu, config=config)
+    assert {"evaluate", "calibrate", "quantize"} <= rules, output[-2000:]

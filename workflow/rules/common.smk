@@ -18,6 +18,7 @@ from kvquant.runtime.slurm import prepare
 from kvquant.study.overlay import read_studies
 from kvquant.study.places import calibration_place
 from kvquant.study.plan import make_plan, obstacle
+from kvquant.study.published_quantizers import published_quantizer
 
 find_own_python()
 

@@ -33,12 +33,24 @@ def calibrated(name, wildcards):
 
 
 def quantizer(wildcards):
-    """The quantizer file, for schemes that are calibrated."""
+    """The quantizer file, for schemes that are calibrated: the published one where there is one."""
     name, scheme = wildcards.model, wildcards.scheme
     if not STUDY.schemes[scheme].registration.calibrated:
         return []
     digest = digests.quantizer_digest(STUDY, name, scheme)
+    if published := published_file(name, scheme, digest):
+        return ancient(published)
     return kept(f"<results>/models/{name}/{scheme}/quantizer.json", digest)
+
+
+@functools.cache
+def published_file(model, scheme, digest):
+    """The published quantizer of that digest, or none; its files are verified once per run."""
+    try:
+        found = published_quantizer(STUDY.published, model, scheme, digest)
+    except UserError as error:
+        raise WorkflowError(str(error))
+    return str(found) if found else ""
 
 
 def asked(wildcards):
@@ -78,3 +90,8 @@ def text_of(task):
     """The manifest of a task's text, if it has one."""
     dataset = STUDY.tasks[task].dataset_name()
     return ancient(f"<cache>/data/{dataset}/manifest.json") if dataset else []
+
+
+def timed_text(wildcards):
+    """The text whose pieces are timed as prompts: what the study calibrates with, its test part."""
+    return ancient(f"<cache>/data/{STUDY.calibration.dataset}/manifest.json")

@@ -1,0 +1,90 @@
+"""Quantizers beside published records: taken where they fit, refused where they do not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvquant.cli import main
+from kvquant.errors import UserError
+from kvquant.study import published_quantizers
+from kvquant.study.archive import read_archive
+from kvquant.study.published_quantizers import published_quantizer, quantizer_problems
+from tests.support.quantizers import save_random_quantizer
+from tests.support.studies import study_of, write_evaluation
+
+DIGEST = "0123456789abcdef"
+
+
+def write_quantizer(results: Path, scheme: str = "nuq3", zero: float = 0.3) -> str:
+    """Writes a quantizer of a results folder; returns the hash of its tensors."""
+    return save_random_quantizer(results / "models/tiny" / scheme, "tiny", scheme, DIGEST, zero)
+
+
+def publish(results: Path, archive: Path) -> int:
+    return main(["publish", "--results", str(results), "--archive", str(archive)])
+
+
+@pytest.fixture
+def archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """Published records of one scheme with its quantizer."""
+    used = write_quantizer(tmp_path / "r")
+    write_evaluation(study_of(), tmp_path / "r", "tiny", "nuq3", "passkey", 0, used)
+    assert publish(tmp_path / "r", tmp_path / "a") == 0
+    assert "quantizer of tiny/nuq3" in capsys.readouterr().out
+    return tmp_path / "a"
+
+
+def test_the_published_quantizer_is_found_by_its_digest(archive: Path, tmp_path: Path) -> None:
+    found = published_quantizer(archive, "tiny", "nuq3", DIGEST)
+    assert found is not None
+    assert found.read_bytes() == (tmp_path / "r/models/tiny/nuq3/quantizer.json").read_bytes()
+    assert published_quantizer(archive, "tiny", "nuq3", "f" * 16) is None
+    assert published_quantizer(archive, "tiny", "kivi-4", DIGEST) is None
+    assert published_quantizer(None, "tiny", "nuq3", DIGEST) is None
+    assert publish(tmp_path / "r", archive) == 0  # once more changes nothing
+
+
+@pytest.mark.fault("records", "a published quantizer whose files were changed", "refused by name")
+@pytest.mark.parametrize("name", ["quantizer.json", "quantizer.safetensors"])
+def test_a_changed_quantizer_is_refused(archive: Path, name: str) -> None:
+    file = archive / "quantizers/tiny/nuq3" / name
+    raw = bytearray(file.read_bytes())
+    raw[-40] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(UserError, match=r"quantizers/tiny/nuq3/quantizer\.json: "):
+        published_quantizer(archive, "tiny", "nuq3", DIGEST)
+    assert main(["publish", "--archive", str(archive)]) == 2
+
+
+@pytest.mark.fault(
+    "records", "a record that another calibration's quantizer measured", "refused, not published"
+)
+def test_records_of_another_quantizer_are_refused(
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_quantizer(tmp_path / "s", zero=0.4)
+    write_evaluation(study_of(), tmp_path / "s", "tiny", "nuq3", "passkey", 1, other)
+    before = (archive / "SHA256SUMS").read_text()
+    assert publish(tmp_path / "s", archive) == 2
+    assert "is not the published quantizer of 'nuq3'" in capsys.readouterr().err
+    assert (archive / "SHA256SUMS").read_text() == before
+    assert not quantizer_problems(archive, read_archive(archive).values())
+
+
+def test_a_large_quantizer_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published_quantizers, "MAX_BYTES", 100)
+    used = write_quantizer(tmp_path / "r")
+    write_evaluation(study_of(), tmp_path / "r", "tiny", "nuq3", "passkey", 0, used)
+    assert publish(tmp_path / "r", tmp_path / "a") == 0
+    assert not (tmp_path / "a/quantizers").exists()
+
+
+def test_a_quantizer_of_another_scheme_is_refused(archive: Path) -> None:
+    folder = archive / "quantizers/tiny/nuq3"
+    folder.rename(folder.with_name("kivi-4"))
+    problems = quantizer_problems(archive, read_archive(archive).values())
+    assert len(problems) == 1 and "of another model or scheme" in problems[0]
+    assert json.loads((folder.with_name("kivi-4") / "quantizer.json").read_text())["seal"]
