@@ -3,9 +3,27 @@
 Also covers: __main__, errors.
 """
 
+import os
+import runpy
+import sys
+
 import pytest
 
 from kvquant.cli import VERBS, main
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_threads_do_not_spin_for_long_unless_they_are_told_to(
+    given: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", given or "")
+    if given is None:
+        monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setattr(sys, "argv", ["kvquant", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("kvquant", run_name="__main__")
+    assert stop.value.code == 0
+    assert os.environ["GOMP_SPINCOUNT"] == (given or "5000")
 
 
 @pytest.mark.parametrize("verb", list(VERBS))

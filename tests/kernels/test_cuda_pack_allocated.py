@@ -129,23 +129,48 @@ def check(codec: AllocatedCodec, keys: torch.Tensor, values: torch.Tensor) -> No
     same(mine, theirs)
 
 
+# (heads, (dim, size), dtype, outliers, value_range): what the kernels are compiled for, which takes
+# g++ a second each. Two stand for each shape, and together they have every other option.
+FEW = [
+    (1, (64, 64), torch.float16, 0.0, "token"),
+    (2, (64, 64), torch.bfloat16, 0.01, "token-head"),
+    (3, (128, 64), torch.float16, 0.01, "token-head"),
+    (1, (128, 64), torch.bfloat16, 0.0, "token"),
+    (2, (64, 128), torch.float16, 0.0, "token-head"),
+    (3, (64, 128), torch.bfloat16, 0.01, "token"),
+    (1, (256, 64), torch.float16, 0.01, "token"),
+    (3, (256, 64), torch.bfloat16, 0.0, "token-head"),
+]
+COMPILED = (
+    st.sampled_from(FEW)
+    if DEVICE == "cpu"
+    else st.tuples(
+        st.integers(1, 3),
+        st.sampled_from([shape for _, shape, *_ in FEW[::2]]),
+        st.sampled_from(KINDS),
+        st.sampled_from([0.0, 0.01]),
+        st.sampled_from(["token", "token-head"]),
+    )
+)
+
+
 @settings(max_examples=30 if DEVICE == "cpu" else 300, deadline=None)
 @given(
-    heads=st.integers(1, 3),
-    shape=st.sampled_from([(64, 64), (128, 64), (64, 128), (256, 64)]),
-    dtype=st.sampled_from(KINDS),
+    compiled=COMPILED,
     kind=st.sampled_from(SORTS),
     even=st.booleans(),
-    outliers=st.sampled_from([0.0, 0.01]),
-    options=st.fixed_dictionaries(
-        {"rotation": st.booleans(), "value_range": st.sampled_from(["token", "token-head"])}
-    ),
+    rotation=st.booleans(),
     seed=st.integers(0, 10**6),
 )
 def test_equal_to_pytorch(
-    heads: int, shape: tuple[int, int], dtype: torch.dtype, kind: str, even: bool, outliers: float,
-    options: dict[str, Any], seed: int,
-) -> None:  # fmt: skip
+    compiled: tuple[int, tuple[int, int], torch.dtype, float, Any],
+    kind: str,
+    even: bool,
+    rotation: bool,
+    seed: int,
+) -> None:
+    heads, shape, dtype, outliers, value_range = compiled
+    options: dict[str, Any] = {"rotation": rotation, "value_range": value_range}
     dim, size = shape
     layer = random_allocated(heads, dim, scale=(1.5, 3.0), seed=seed)
     keys, values = tokens(kind, 2, heads, size, dim, dtype, seed)

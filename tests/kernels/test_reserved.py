@@ -30,14 +30,16 @@ def test_same_as_without_kernels(
         pytest.importorskip("triton")
     torch.manual_seed(2)
     codec = codec_of(2.3, outliers)
-    keys, values = torch.randn(2, 2, 1, 65, 64).half().to(DEVICE)
+    keys, values = torch.randn(2, 2, 1, 51, 64).half().to(DEVICE)
     stores = {}
     for kernels in (wish, "pytorch"):
         monkeypatch.setenv("KVQUANT_KERNELS", kernels)
         if DEVICE == "cpu" and kernels == "auto":
             emulate(monkeypatch)
         store, layout = BlockStore(codec), Layout(codec.sinks, codec.block_size, codec.residual)
-        for part in (slice(0, 42), slice(42, 43), slice(43, 65)):
+        # A block of the first sequence is full after the first part, one of the other at the end:
+        # no more, as Triton's interpreter takes a tenth of a second per token.
+        for part in (slice(0, 34), slice(34, 35), slice(35, 51)):
             columns = part.stop - part.start
             plan = layout.append([slice(0, columns), slice(0, max(columns - 9, 1))])
             store.append(plan, keys[:, :, part], values[:, :, part])
@@ -50,8 +52,8 @@ def test_same_as_without_kernels(
     assert other.arena_table() is None
     assert store.status is not None
     assert store.status.tolist() == [0, 0]
+    assert [len(table) for table in layout.table] == [1, 1]
     for table in layout.table:
-        assert table
         for arena, place in table:
             for mine, theirs in zip(
                 store.unpack(arena, slice(place, place + 1)),
@@ -64,16 +66,16 @@ def test_same_as_without_kernels(
 def test_room_is_made_for_more_outliers(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("KVQUANT_KERNELS", "triton")
-    codec = codec_of(0.7)
-    keys, values = torch.randn(2, 1, 1, 65, 64).half().to(DEVICE)
+    codec = codec_of(0.3)
+    keys, values = torch.randn(2, 1, 1, 33, 64).half().to(DEVICE)
 
     def fill() -> BlockStore:
         store, layout = BlockStore(codec), Layout(codec.sinks, codec.block_size, codec.residual)
-        store.append(layout.append([slice(0, 65)]), keys, values)
+        store.append(layout.append([slice(0, 33)]), keys, values)
         return store
 
     first = fill()
-    assert first.status is not None and int(first.status[0]) > 0  # half is outside the range
+    assert first.status is not None and int(first.status[0]) > 0  # most are outside the range
     assert first.crowding() > 1.0
     codec.widen(1.1 * first.crowding())
     second = fill()

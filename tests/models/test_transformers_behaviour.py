@@ -200,8 +200,10 @@ def test_generate_refuses_what_it_cannot_do_by_name() -> None:
         )
 
 
-@pytest.mark.parametrize("spec", [EXACT, LOSSY], ids=["exact", "lossy"])
-@pytest.mark.parametrize("whole", [True, False], ids=["model", "forward"])
+# What is compiled does not depend on how many outliers a block has.
+@pytest.mark.parametrize(
+    ("spec", "whole"), [(EXACT, True), (LOSSY, False)], ids=["exact-model", "lossy-forward"]
+)
 def test_a_compiled_decode_step_gives_the_same(spec: NuqScheme, whole: bool) -> None:
     """`torch.compile` traces the model around the cache: graphs break there, results stay."""
     import torch._dynamo
@@ -219,12 +221,12 @@ def test_a_compiled_decode_step_gives_the_same(spec: NuqScheme, whole: bool) -> 
     prompt = ids(2, 60)
     step(model, expected, prompt)
     step(model, got, prompt)
-    for i in range(40):  # blocks become full on the way
+    for i in range(10):  # a block becomes full on the way
         token = ids(2, 1, i)
         with torch.inference_mode():
             ours = compiled(input_ids=token, past_key_values=got, use_cache=True).logits
         torch.testing.assert_close(step(model, expected, token), ours, atol=1e-5, rtol=1e-5)
-    assert got.lengths == expected.lengths == [100, 100]
+    assert got.lengths == expected.lengths == [70, 70]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert 0 < graphs < 12  # the same for all layers and steps
     torch._dynamo.reset()

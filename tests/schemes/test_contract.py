@@ -335,7 +335,6 @@ def test_caches_are_gone_after_a_measurement(spec: Any, monkeypatch: pytest.Monk
         return cache
 
     monkeypatch.setattr(qm, "new_cache", seen)
-    gc.collect()
     gc.disable()
     try:
         measure_windows(qm, torch.randint(1, 97, (2, 40)), spec.protocols[0], 20, kl=True)

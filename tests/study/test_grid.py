@@ -17,6 +17,7 @@ from kvquant.study.grid import (
     one_job_per_seed,
     place_in_line,
     request,
+    threads,
 )
 from tests.support.studies import study_of
 
@@ -89,6 +90,13 @@ def test_the_command_names_every_task_scheme_and_seed(
     text, study = capsys.readouterr().out, load_study(file)
     for name in [*study.tasks, *study.schemes, *study.models, *map(str, study.seeds)]:
         assert name in text
+
+
+def test_on_two_cores_calibration_leaves_one_to_evaluations(root: Path) -> None:
+    demo, cluster = (load_study(root / f"config/{name}.yaml") for name in ("demo", "athena"))
+    assert threads(demo, "calibrate", 2) + threads(demo, "evaluate", 2) == 2
+    assert threads(demo, "throughput", 2) == 2  # alone
+    assert threads(cluster, "calibrate", 128) == 8
 
 
 def test_requests_of_the_cluster_study_fit_its_nodes_on_every_attempt(root: Path) -> None:

@@ -37,7 +37,8 @@ class RepositoryCopy:
         self.root = target
         self.edits: Counter[str] = Counter()
         target.mkdir(parents=True)
-        ignored = shutil.ignore_patterns("__pycache__", ".snakemake", "images")
+        # Bytecode is copied, too: it is valid as long as its source has the same time and size.
+        ignored = shutil.ignore_patterns(".snakemake", "images")
         for name in copied:
             if (source / name).is_dir():
                 shutil.copytree(source / name, target / name, ignore=ignored)

@@ -83,7 +83,7 @@ def test_dry_run_of_the_demo_is_readable(root: Path) -> None:
 def test_thousands_of_jobs_are_planned(root: Path, tmp_path: Path) -> None:
     study = read_study(root / "config/athena.yaml")
     passkey = study["tasks"]["passkey-2k"]
-    study["tasks"].update({f"passkey-{n}": {**passkey, "length": 1024 + n} for n in range(250)})
+    study["tasks"].update({f"passkey-{n}": {**passkey, "length": 1024 + n} for n in range(100)})
     study["pathvars"] = {"results": f"{tmp_path}/r", "paper": f"{tmp_path}/p"}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     command = [sys.executable, "-m", "snakemake", "-n", "--quiet", "rules", "--executor", "slurm"]
@@ -104,5 +104,5 @@ def test_thousands_of_jobs_are_planned(root: Path, tmp_path: Path) -> None:
     planned = dict(re.findall(r"^(\w+) +(\d+)$", output, re.M))
     spec = parse_study(study)
     expected = len(spec.models) * len(spec.eval_cells())
-    assert int(planned["evaluate"]) == expected > 3000
+    assert int(planned["evaluate"]) == expected > 1000
     print(f"dry run of {planned['total']} jobs: {seconds:.1f} s")

@@ -1,6 +1,10 @@
 # Accuracy. A job takes one (model, scheme, task) through all seeds with the model loaded once;
 # finished seeds survive a kill in <results>/resume. Where a study says so, a job takes all tasks.
 
+# Snakemake tries each output of a rule for each file that it looks for, so that a rule of another
+# study than this one has few.
+TOGETHER = list(STUDY.tasks) if STUDY.evaluation.tasks_per_job == "all" else ["none"]
+
 
 rule evaluate:
     """Accuracy of one scheme on one task, for every seed of the study."""
@@ -58,7 +62,7 @@ rule evaluate_all:
         MEASURED(
             expand(
                 "<results>/eval/{{model}}/{{scheme}}/{task}/seed{seed}/{file}",
-                task=STUDY.tasks,
+                task=TOGETHER,
                 seed=STUDY.seeds,
                 file=["run.json", "samples.jsonl"],
             )

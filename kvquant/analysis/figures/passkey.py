@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvquant.analysis.figures.style import PAGE_WIDTH, SMALL, WIDTH, plt, sns, wrapped
+from kvquant.analysis.figures.style import PAGE_WIDTH, SMALL, WIDTH, plt, wrapped
 from kvquant.analysis.labels import labels_of
 from kvquant.analysis.tables import read_table
 from kvquant.study.config import Study
@@ -53,8 +53,10 @@ def draw(study: Study, tables: Path) -> Any:
         mine = found[(found.model == model) & (found.scheme == scheme)]
         grid = mine.pivot_table(index="depth", columns="length", values="score", aggfunc="mean")
         grid = grid.reindex(index=range(depths), columns=lengths).to_numpy(dtype=float) * 100
-        sns.heatmap(grid, vmin=0, vmax=100, cmap="cividis", cbar=False, ax=axis)
-        image = axis.collections[0]
+        # seaborn's heat map would lay out the whole figure again for each panel
+        image = axis.pcolormesh(grid, vmin=0, vmax=100, cmap="cividis")
+        axis.set(xlim=(0, len(lengths)), ylim=(depths, 0))
+        axis.spines[["left", "bottom"]].set_visible(False)
         axis.set_title(title, fontsize=SMALL, linespacing=0.95)
         axis.grid(False)
         names = [f"{round(n / 1024, 1):g}K" for n in lengths]
