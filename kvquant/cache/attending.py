@@ -126,6 +126,10 @@ class AttendingLayer(CacheLayerMixin, Generic[Plan]):
             `[batch_size, new_len, num_heads, head_dim]`.
         """
 
+    def table(self, plan: Plan) -> Table | None:
+        """Returns the rotary table of a call's new columns, or None where it is the model's."""
+        return plan.rope
+
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing, because a layer allocates memory when its first tokens come."""
 
@@ -225,6 +229,8 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
     def meet(self, plan: Plan, queries: torch.Tensor, keys: torch.Tensor, rope: Table) -> Plan:
         """Completes the plan of the current call with what its first layer brings.
 
+        Layers with a sliding window, which may have another rotary table, complete no plan.
+
         Args:
             plan: The plan that :meth:`begin_forward` made.
             queries: Before RoPE, `[batch_size, num_heads, new_len, head_dim]`.
@@ -259,13 +265,13 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
         Raises:
             UserError: No call was begun for the layer, so that there is no plan.
         """
-        plan, first = self.calls.enter(layer, keys.shape[2])
-        if first:
+        plan, met = self.calls.enter(layer, keys.shape[2])
+        own: AttendingLayer[Plan] = self.layers[layer]
+        if not met and not own.is_sliding:
             plan = self.meet(plan, queries, keys, rope)
-            self.calls.planned(plan)
-        table = rope if plan.rope is None else plan.rope
-        new = NewTokens(queries, keys, values, None if layer in self.unrotated else table)
-        out: torch.Tensor = self.layers[layer].attend(plan, new, scaling, full)
+            self.calls.meet(plan)
+        table = None if layer in self.unrotated else own.table(plan) or rope
+        out = own.attend(plan, NewTokens(queries, keys, values, table), scaling, full)
         if self.calls.leave(layer):
             self.end_forward()
         return out

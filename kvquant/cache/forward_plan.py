@@ -18,6 +18,7 @@ from kvquant.cache.attending import CallPlan
 from kvquant.cache.layout import AppendPlan, View
 from kvquant.cache.packed_past import Past
 from kvquant.cache.past_pieces import Piece
+from kvquant.cache.window_plan import WindowPlan
 from kvquant.kernels.cuda_decode import DecodeShape, DecodeStep
 
 
@@ -97,6 +98,7 @@ class ForwardPlan(CallPlan):
         storing: Must be called before anything is stored; then the call cannot be undone.
         status: int32 `[2]` on a GPU, where layers report lost outliers and NaN. None on a CPU and
             until the first layer has run.
+        window: What layers with a sliding window do; None if there is no such layer.
     """
 
     append: AppendPlan
@@ -108,6 +110,7 @@ class ForwardPlan(CallPlan):
     path: Path
     storing: Callable[[], None]
     status: torch.Tensor | None
+    window: WindowPlan | None = None
 
     @functools.cached_property
     def token_positions(self) -> torch.Tensor | None:
