@@ -183,7 +183,9 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
     rotary: nn.Module | None = None
     unrotated: frozenset[int] = frozenset()  # layers without RoPE
     position_limit: int | None = None  # the model's, found by the first call
-    window: int | None = None  # the shortest of the model's layers, which no call may exceed
+    # The shortest window that the layers do not know, which no call may exceed
+    window: int | None = None
+    soft_cap: float | None = None  # bound of the scores of all layers
 
     def __init__(
         self,

@@ -18,13 +18,15 @@ from kvquant.fetch.file_hashes import FileHashes
 from kvquant.fetch.model_manifest import ModelManifest as ModelManifest
 from kvquant.fetch.model_manifest import manifest_beside, model_files, verify_model, weight_files
 from kvquant.fetch.model_manifest import read_manifest as read_manifest
-from kvquant.models.adapters import AttentionAdapter, model_rope, one_factor
+from kvquant.models.adapters import AttentionAdapter
 from kvquant.models.hooks import attention_layers as attention_layers
 from kvquant.models.hooks import install_attention as install_attention
-from kvquant.models.hooks import position_limit as position_limit
 from kvquant.models.hooks import refuse_configuration, unrotated_layers
 from kvquant.models.hooks import uninstall_attention as uninstall_attention
+from kvquant.models.layer_kinds import LayerKinds, layer_kinds
+from kvquant.models.layer_kinds import position_limit as position_limit
 from kvquant.models.prefill_quant import adapter_of
+from kvquant.models.rotary import model_rope, one_factor, static_rope
 from kvquant.models.value_rotation import (
     fold_value_rotation,
     refuse_rotated,
@@ -32,6 +34,7 @@ from kvquant.models.value_rotation import (
 )
 from kvquant.quantization.quantizer_file import check_scheme, load_quantizer, scheme_of
 from kvquant.schemes.registry import CacheFactory, ModelShape, build_caches, build_codecs
+from kvquant.study.model_families import MODEL_FAMILIES
 from kvquant.study.schemes import Fp16Scheme, SchemeSpec
 
 
@@ -88,6 +91,16 @@ def default_dtype(config: Any, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if saved in (torch.bfloat16, "bfloat16") else torch.float16
 
 
+def default_attention(config: Any) -> str:
+    """Returns the implementation of attention with which a model is loaded.
+
+    It is torch's, but for models that cap their scores, which torch's kernels cannot do.
+    """
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    family = MODEL_FAMILIES.get(config.model_type)
+    return "eager" if capped and family is not None and family.soft_capping else "sdpa"
+
+
 def load_base_model(
     model: str | Path | ModelManifest,
     *,
@@ -126,7 +139,7 @@ def load_base_model(
         AutoModelForCausalLM,
         directory,
         dtype=kind,
-        attn_implementation="sdpa",
+        attn_implementation=default_attention(config),
         use_safetensors=True,
         output_loading_info=True,
         **placed,
@@ -170,7 +183,7 @@ class QuantizedModel:
         model: The transformers model, called as `model(..., past_key_values=qm.new_cache())`.
         tokenizer: The tokenizer of the model.
         scheme: The scheme of `new_cache`.
-        codecs: One codec per layer, or None for a scheme without codecs.
+        codecs: One codec per layer that sees all tokens, or None for a scheme without codecs.
         caches: Factory of the caches of a scheme with its own kind of cache, else None.
         inputs: Hashes of the files on which results depend, by their role (model, quantizer), which
             records include.
@@ -217,8 +230,10 @@ class QuantizedModel:
         """Computes logits from what the decoder gives (see :meth:`AttentionAdapter.logits`)."""
         return self.adapter.logits(self.model, hidden_states)
 
-    def _rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return model_rope(self.model, self.adapter, _kv_shape(self.model)[1])(positions)
+    @property
+    def kinds(self) -> LayerKinds:
+        """Which layers see all tokens, and which have a sliding window, kept in 16 bits."""
+        return layer_kinds(self.model.model)
 
     def new_cache(self, protocol: Protocol = "A") -> Any:
         """Makes an empty cache of the scheme (see :class:`KVQuantCache` for the protocols).
@@ -232,31 +247,62 @@ class QuantizedModel:
                 "first call attends in full precision whatever it stores, so one forward pass "
                 "measures nothing; use protocol A with chunks"
             )
-        static = _static_rope(self.model)
+        kinds, dim = self.kinds, _kv_shape(self.model)[1]
+        static = static_rope(self.model, kinds.full_rope)
+        rope = model_rope(self.model, self.adapter, dim, kinds.full_rope)
         unrotated = unrotated_layers([layer.self_attn for layer in self.model.model.layers])
         if self.caches is not None:
-            cache = self.caches(protocol, self._rope)
+            cache = self.caches(protocol, rope)
             if not isinstance(cache, AttendingCache):
                 return cache
+            self._refuse_kinds(kinds)
             if not static:
                 raise UserError(
                     f"scheme: '{self.scheme.kind}' rotates keys when it reads them, which a rope "
                     "scaling that changes with the length does not allow"
                 )
         elif self.codecs is None:
-            return new_baseline_cache()
+            return new_baseline_cache(kinds.windows)
         else:
             # Decode kernels have one table for all layers and one factor for all channels.
-            one = not unrotated and one_factor(self.model, _kv_shape(self.model)[1])
+            one = not unrotated & set(kinds.full) and one_factor(self.model, dim, kinds.full_rope)
+            codecs = iter(self.codecs)
+            local = None
+            if kinds.window_rope != kinds.full_rope:
+                local = model_rope(self.model, self.adapter, dim, kinds.window_rope)
             cache = KVQuantCache(
-                self.codecs, self._rope, protocol, static_rope=static and one, keep_rope=not static
+                [next(codecs) if window is None else None for window in kinds.windows],
+                rope,
+                protocol,
+                static_rope=static and one,
+                keep_rope=not static,
+                window=kinds.window,
+                window_rope=local,
+                soft_cap=kinds.soft_cap,
             )
         cache.rotary, cache.unrotated = self.model.model.rotary_emb, unrotated
         return cache
 
+    def _refuse_kinds(self, kinds: LayerKinds) -> None:
+        """Refuses kinds of layers that a scheme's own cache does not know.
+
+        Raises:
+            UserError: A layer has a sliding window, or scores are capped.
+        """
+        told = None
+        if kinds.window is not None:
+            told = f"sliding windows (sliding_window: {kinds.window})"
+        elif kinds.soft_cap is not None:
+            told = f"soft-capping of scores (attn_logit_softcapping: {kinds.soft_cap})"
+        if told is not None:
+            raise UserError(
+                f"scheme: the cache of kind '{self.scheme.kind}' knows no {told}; choose a scheme "
+                "of another kind"
+            )
+
     def baseline_cache(self) -> Any:
         """Makes an empty unquantized 16-bit cache for the same model."""
-        return new_baseline_cache()
+        return new_baseline_cache(self.kinds.windows)
 
 
 def load_quantized_model(
@@ -312,17 +358,18 @@ def load_quantized_model(
         base, own = load_base_model(model, device=device, dtype=dtype, device_map=device_map)
         tokenizer = own if tokenizer is None else tokenizer
     layers = attention_layers(base)
-    where = _one_device(base)
+    where, full = _one_device(base), layer_kinds(base.model).full
     if tables is not None:
-        shape = (len(layers), *_kv_shape(base))
+        shape = (len(full), *_kv_shape(base))
         if (info.num_layers, info.num_kv_heads, info.head_dim) != shape:
             raise UserError(
                 f"quantizer: {quantizer} is for {info.num_layers} layers of {info.num_kv_heads} x "
-                f"{info.head_dim}, the model has {shape[0]} of {shape[1]} x {shape[2]}"
+                f"{info.head_dim}, the model has {shape[0]} that see all tokens, of {shape[1]} x "
+                f"{shape[2]}"
             )
         tables = [table.to(where) for table in tables]
     heads, dim = _kv_shape(base)
-    codecs = build_codecs(spec, len(layers), tables)
+    codecs = build_codecs(spec, len(full), tables)
     for codec in codecs or []:
         codec.check_model(heads, dim)
     if codecs and codecs[0].rotates_values:
@@ -376,12 +423,6 @@ def _one_device(model: Any) -> torch.device:
             "cache needs all of it on one device (meta: weights that are offloaded)"
         )
     return next(iter(found))
-
-
-def _static_rope(model: Any) -> bool:
-    """Returns whether a position's rotation is the same in calls of any length."""
-    kind = str(getattr(model.model.rotary_emb, "rope_type", "default"))
-    return "dynamic" not in kind and kind != "longrope"
 
 
 def _kv_shape(model: Any) -> tuple[int, int]:
