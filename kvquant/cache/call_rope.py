@@ -34,9 +34,7 @@ class CallRope:
         kept: Rotations of all tokens; None where positions are counted.
     """
 
-    def __init__(
-        self, rope: Rope, *, keep: bool, rotated: bool, local: Rope | None = None
-    ) -> None:
+    def __init__(self, rope: Rope, *, keep: bool, rotated: bool, local: Rope | None = None) -> None:
         self.counted = rope
         self.local = local
         self._keep = keep and not rotated

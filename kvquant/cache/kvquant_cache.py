@@ -97,6 +97,8 @@ class KVQuantCache(PackedCache):
         Args:
             device: Device of the cache.
         """
+        if not self.packed:
+            return ("model: all layers have a sliding window, which no decode kernel reads",)
         selection = self._planner.select_step(device)
         if selection is None:
             return ("cache: it is empty; call the model with the prompts first",)
@@ -116,6 +118,19 @@ class KVQuantCache(PackedCache):
             positions: int64 `[batch_size, 1]`, which the graph advances.
         """
         return self._planner.graph(steps, positions, self._watch.status(positions.device))
+
+    def reserve_windows(self) -> list[torch.Tensor]:
+        """Makes the rings of sliding windows as large as they can become, for a CUDA graph.
+
+        Returns:
+            Keys and values of each layer with a sliding window.
+        """
+        if self._windows is None:
+            return []
+        self._windows.reserve()
+        for layer in self.sliding:
+            layer.reserve(self._windows.capacity)
+        return [x for layer in self.sliding if layer.ring is not None for x in layer.ring]
 
     def planned(self, plan: ForwardPlan) -> AbstractContextManager[None]:
         """Returns a context in which the model follows a graph's plan and nothing is counted."""
@@ -198,4 +213,3 @@ class KVQuantCache(PackedCache):
         """Returns the value outliers in a layer's packed blocks, one matrix per sequence."""
         store = self._store(layer)
         return [BlockedCSRMatrix(store.outliers("values", table)) for table in self.layout.table]
-

@@ -62,9 +62,9 @@ class WindowLayer(AttendingLayer[ForwardPlan]):
         elif windows.step:
             self._append(plan, windows, keys, values)
             assert self.ring is not None
-            held = (x[:, :, : windows.step_columns] for x in self.ring)
+            held_keys, held_values = (x[:, :, : windows.step_columns] for x in self.ring)
             out = masked_attention(
-                new.queries, *held, windows.step_mask, scaling, self.soft_cap
+                new.queries, held_keys, held_values, windows.step_mask, scaling, self.soft_cap
             )
         else:
             out = self._chunk(windows, new.queries, keys, values, scaling)
@@ -86,12 +86,12 @@ class WindowLayer(AttendingLayer[ForwardPlan]):
         """Computes the attention of several columns over ring and call."""
         found = []
         for part in windows.parts:
-            both = [x[:, :, part.own] for x in (keys, values)]
+            k, v = keys[:, :, part.own], values[:, :, part.own]
             if part.held and self.ring is not None:
-                rings = (x[:, :, : part.held].to(keys.dtype) for x in self.ring)
-                both = [torch.cat(pair, 2) for pair in zip(rings, both, strict=True)]
+                held_k, held_v = (x[:, :, : part.held].to(keys.dtype) for x in self.ring)
+                k, v = torch.cat((held_k, k), 2), torch.cat((held_v, v), 2)
             rows = queries[:, :, part.queries]
-            found.append(masked_attention(rows, *both, part.mask, scaling, self.soft_cap))
+            found.append(masked_attention(rows, k, v, part.mask, scaling, self.soft_cap))
         return torch.cat(found, 1) if len(found) > 1 else found[0]
 
     @torch.inference_mode()  # buffers are inference tensors, whatever mode the caller is in

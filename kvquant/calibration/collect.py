@@ -33,8 +33,8 @@ from kvquant.fetch.model_manifest import study_manifest
 from kvquant.formats.rope import rotate
 from kvquant.models.adapters import Part
 from kvquant.models.finite import remedy
-from kvquant.models.loading import attention_layers, load_base_model, resolve_device
 from kvquant.models.layer_kinds import layer_kinds
+from kvquant.models.loading import attention_layers, load_base_model, resolve_device
 from kvquant.models.prefill_quant import adapter_of
 from kvquant.models.rotary import rotary_width
 from kvquant.models.value_rotation import refuse_rotated

@@ -226,8 +226,10 @@ class AttentionAdapter:
             logits = logits / getattr(model.config, self.family.logit_divisor)
         if self.family.logit_factor is not None:
             logits = logits * getattr(model.config, self.family.logit_factor)
-        cap = self.family.logit_cap and getattr(model.config, self.family.logit_cap)
-        return logits if cap is None else soft_capped(logits, cap)
+        if self.family.logit_cap is not None:
+            cap = getattr(model.config, self.family.logit_cap)
+            logits = logits if cap is None else soft_capped(logits, cap)
+        return logits
 
 
 def _sizes(module: Any) -> list[int]:

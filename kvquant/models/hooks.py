@@ -11,6 +11,7 @@ from torch import nn
 
 from kvquant.errors import UserError
 from kvquant.models.graph_calls import graph_calls, no_graph_calls
+from kvquant.models.layer_kinds import layer_kinds, position_limit
 from kvquant.models.model_call import CACHE_NAMES, arguments, find_cache, parameters, refuse_unknown
 from kvquant.models.obstacles import (
     attention_obstacles,
@@ -21,7 +22,6 @@ from kvquant.models.obstacles import (
     unsupported_configuration,
     unsupported_model,
 )
-from kvquant.models.layer_kinds import layer_kinds, position_limit
 from kvquant.models.prefill_quant import PrefillQuantizedAttention, adapter_of, original_class
 from kvquant.models.rotary import same_angles
 from kvquant.study.model_families import family_of_attention

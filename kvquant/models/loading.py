@@ -1,7 +1,11 @@
-"""Loads models and installs the quantized attention; nothing else in the library does."""
+"""Loads models and installs the quantized attention; nothing else in the library does.
+
+Unquantized models are loaded by :mod:`kvquant.models.base_model`.
+"""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +20,19 @@ from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.errors import UserError
 from kvquant.fetch.file_hashes import FileHashes
 from kvquant.fetch.model_manifest import ModelManifest as ModelManifest
-from kvquant.fetch.model_manifest import manifest_beside, model_files, verify_model, weight_files
+from kvquant.fetch.model_manifest import model_files, weight_files
 from kvquant.fetch.model_manifest import read_manifest as read_manifest
 from kvquant.models.adapters import AttentionAdapter
+from kvquant.models.base_model import default_attention as default_attention
+from kvquant.models.base_model import default_dtype as default_dtype
+from kvquant.models.base_model import load_base_model as load_base_model
+from kvquant.models.base_model import load_tokenizer as load_tokenizer
+from kvquant.models.base_model import resolve_device as resolve_device
+from kvquant.models.base_model import with_manifest
 from kvquant.models.hooks import attention_layers as attention_layers
 from kvquant.models.hooks import install_attention as install_attention
-from kvquant.models.hooks import refuse_configuration, unrotated_layers
 from kvquant.models.hooks import uninstall_attention as uninstall_attention
+from kvquant.models.hooks import unrotated_layers
 from kvquant.models.layer_kinds import LayerKinds, layer_kinds
 from kvquant.models.layer_kinds import position_limit as position_limit
 from kvquant.models.prefill_quant import adapter_of
@@ -34,145 +44,7 @@ from kvquant.models.value_rotation import (
 )
 from kvquant.quantization.quantizer_file import check_scheme, load_quantizer, scheme_of
 from kvquant.schemes.registry import CacheFactory, ModelShape, build_caches, build_codecs
-from kvquant.study.model_families import MODEL_FAMILIES
 from kvquant.study.schemes import Fp16Scheme, SchemeSpec
-
-
-def resolve_device(device: str) -> torch.device:
-    """Returns the device of a name; 'auto' is the GPU if there is one, else the CPU.
-
-    Raises:
-        UserError: The name is unknown, or the GPU does not exist.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        found = torch.device("meta")
-    if found.type not in ("cpu", "cuda"):
-        raise UserError(f"--device: '{device}' is none of auto, cpu, cuda and cuda:N")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device: '{device}' asked for, but torch sees no GPU")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device: '{device}' asked for, but torch sees "
-            f"{torch.cuda.device_count()} GPU(s), numbered from 0"
-        )
-    return found
-
-
-def _read_pretrained(kind: Any, directory: str | Path, **options: Any) -> Any:
-    """Reads a folder or hub id by a transformers class, never by the folder's own code.
-
-    Raises:
-        UserError: A file cannot be read; the message says why in one line.
-    """
-    try:
-        # Without this, transformers asks on standard input whether it may run the folder's code.
-        return kind.from_pretrained(str(directory), trust_remote_code=False, **options)
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        # Each library that may read a damaged file raises another type of error.
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model: cannot load '{directory}': {told}") from None
-
-
-def default_dtype(config: Any, device: torch.device) -> torch.dtype:
-    """Returns the dtype of the weights with which a model is loaded by default.
-
-    It is fp32 on a CPU. On a GPU it is bf16 for a checkpoint in bf16, whose activations may exceed
-    the range of fp16, and fp16 otherwise.
-    """
-    if device.type == "cpu":
-        return torch.float32
-    saved = getattr(config, "dtype", None)
-    return torch.bfloat16 if saved in (torch.bfloat16, "bfloat16") else torch.float16
-
-
-def default_attention(config: Any) -> str:
-    """Returns the implementation of attention with which a model is loaded.
-
-    It is torch's, but for models that cap their scores, which torch's kernels cannot do.
-    """
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    family = MODEL_FAMILIES.get(config.model_type)
-    return "eager" if capped and family is not None and family.soft_capping else "sdpa"
-
-
-def load_base_model(
-    model: str | Path | ModelManifest,
-    *,
-    device: str = "auto",
-    dtype: torch.dtype | None = None,
-    device_map: Any = None,
-) -> tuple[Any, Any]:
-    """Loads model and tokenizer from a directory or hub id, without remote code or pickles.
-
-    Args:
-        model: Directory, hub id or manifest. The files of a manifest are verified, and those of a
-            directory that `fetch-model` filled.
-        device: "cpu", "cuda" or "auto".
-        dtype: Dtype of the weights; None: see :func:`default_dtype`.
-        device_map: The device map of transformers, used instead of `device`; all layers must end up
-            on one device.
-
-    Returns:
-        The model in evaluation mode with frozen weights, and its tokenizer.
-
-    Raises:
-        UserError: A file is damaged, lacks weights, or differs from the manifest.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    where = resolve_device(device)
-    model = _with_manifest(model)
-    if isinstance(model, ModelManifest):
-        verify_model(model)
-    directory = model.directory if isinstance(model, ModelManifest) else model
-    config = _read_pretrained(AutoConfig, directory)
-    refuse_configuration(config)
-    kind = dtype or default_dtype(config, where)
-    placed = {} if device_map is None else {"device_map": device_map}
-    found, info = _read_pretrained(
-        AutoModelForCausalLM,
-        directory,
-        dtype=kind,
-        attn_implementation=default_attention(config),
-        use_safetensors=True,
-        output_loading_info=True,
-        **placed,
-    )
-    # transformers silently fills these weights with random numbers.
-    for key, what in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of")):
-        if wrong := sorted(map(str, info[key])):
-            raise UserError(
-                f"model: cannot load '{directory}': its weights {what} {wrong[0]} "
-                f"({len(wrong)} in all)"
-            )
-    tokenizer = _read_pretrained(AutoTokenizer, directory)
-    found.requires_grad_(False)
-    return (found if placed else found.to(where)).eval(), tokenizer
-
-
-def load_tokenizer(model: str | Path | ModelManifest) -> tuple[Any, int]:
-    """Loads the tokenizer and the longest sequence of a local model without its weights.
-
-    Args:
-        model: Directory or manifest; a manifest's files other than the weights are verified.
-
-    Raises:
-        UserError: A file cannot be read, or differs from the manifest.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    model = _with_manifest(model)
-    if isinstance(model, ModelManifest):
-        verify_model(model, weights=False)
-    directory = model.directory if isinstance(model, ModelManifest) else model
-    config = _read_pretrained(AutoConfig, directory)
-    return _read_pretrained(AutoTokenizer, directory), position_limit(config)
 
 
 @dataclass
@@ -339,7 +211,7 @@ def load_quantized_model(
     if device_map is not None and device != "auto":
         raise UserError("device_map: says where the model goes; leave device out")
     if not isinstance(model, nn.Module):
-        model = _with_manifest(model)
+        model = with_manifest(model)
     spec = scheme or Fp16Scheme(kind="fp16")
     inputs = {"model": model.identity} if isinstance(model, ModelManifest) else {}
     tables = None
@@ -369,6 +241,14 @@ def load_quantized_model(
             )
         tables = [table.to(where) for table in tables]
     heads, dim = _kv_shape(base)
+    if not full and spec.quantizes:
+        tables = tables or []  # no calibration could make any
+        warnings.warn(
+            "model: all layers have a sliding window (sliding_window: "
+            f"{layer_kinds(base.model).window}), which is kept in 16 bits: scheme kind "
+            f"'{spec.kind}' quantizes nothing",
+            stacklevel=2,
+        )
     codecs = build_codecs(spec, len(full), tables)
     for codec in codecs or []:
         codec.check_model(heads, dim)
@@ -382,12 +262,6 @@ def load_quantized_model(
     caches = build_caches(spec, ModelShape(len(layers), heads, dim), tables)
     install_attention(base)
     return QuantizedModel(base, tokenizer, spec, codecs, caches, inputs)
-
-
-def _with_manifest(model: str | Path | ModelManifest) -> str | Path | ModelManifest:
-    """Returns the manifest of a folder that `fetch-model` filled, else `model` itself."""
-    found = None if isinstance(model, ModelManifest) else manifest_beside(model)
-    return model if found is None else found
 
 
 def _weights_sha256(model: str | Path | ModelManifest) -> str | None:

@@ -59,7 +59,7 @@ def static_rope(model: Any, kind: str | None = None) -> bool:
         model: The causal language model.
         kind: See :func:`layer_type`.
     """
-    found = getattr(model.model.rotary_emb, "rope_type", "default")
+    found: Any = getattr(model.model.rotary_emb, "rope_type", "default")
     name = str(found if kind is None else found[kind])
     return "dynamic" not in name and name != "longrope"
 
