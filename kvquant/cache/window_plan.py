@@ -131,12 +131,14 @@ class WindowPlan:
         length, window, out = queries.shape[1], self.window, []
         # The ring has the capacity of the call before, which is this one's unless it was not full.
         last = torch.tensor(self.before).to(device, non_blocking=True)[:, None] - 1
-        holes = not all(isinstance(span, slice) for span in self.spans)
+        # Between two tokens of a sequence are as many columns as tokens, unless padding is inside.
+        begins = [span.start if isinstance(span, slice) else length for span in self.spans]
+        reach = window + max(begins)  # queries from this column on see nothing of the ring
+        holes = max(begins) == length
         for first in range(0, length, MAX_QUERIES):
             stop = min(first + MAX_QUERIES, length)
-            # Between two tokens of a sequence are at most as many columns as tokens.
             start = 0 if holes else max(0, first - window + 1)
-            held = self.held if holes or first < window else 0
+            held = self.held if first < reach else 0
             part, own = queries[:, first:stop], keys[:, None, start:stop]
             seen = (own <= part[..., None]) & (own > part[..., None] - window) & (own >= 0)
             if held:
