@@ -28,7 +28,7 @@ from kvquant.models.loading import QuantizedModel, load_quantized_model
 from kvquant.models.rotary import same_angles, static_rope
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.schemes import Fp8Scheme, Fp16Scheme, KvquantRefScheme, NuqScheme
-from tests.models.test_families import fed, padded, reordered, sharpen
+from tests.support.cache_uses import fed, padded, reordered, sharpen
 from tests.support.caches import CLOSE, EXACT, GREEDY, feed, ids, quantized, ragged, step
 from tests.support.models import tiny_model, tiny_tokenizer
 from tests.support.quantizers import relative_error
