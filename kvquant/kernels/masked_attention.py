@@ -52,6 +52,7 @@ def masked_attention(
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
     if length == 1:  # the query heads of a group are rows that see the same keys
         packed = queries.reshape(batch, -1, group, dim)
+        mask = None if mask is None else mask.expand(-1, -1, group, -1)
         out = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
         return out.reshape(batch, 1, heads, dim)
     keys, values = (x.repeat_interleave(group, 1) if group > 1 else x for x in (keys, values))

@@ -1,4 +1,4 @@
-"""The uses of a cache that are compared with the unquantized one, over models that they tell apart."""
+"""The uses of a cache that tests compare, and models whose scores depend on positions."""
 
 from __future__ import annotations
 
