@@ -82,10 +82,10 @@ def _check_quantized(first: KVQuantCache, rest: list[KVQuantCache]) -> None:
 
 def _held(layer: Any) -> torch.Tensor:
     """Returns some of a layer's 16-bit keys, `[batch_size, heads, n, dim]`."""
-    held: tuple[torch.Tensor, torch.Tensor] = (
-        layer.ring if isinstance(layer, WindowLayer) else layer.store.tail
-    )
-    return held[0]
+    held = layer.ring if isinstance(layer, WindowLayer) else layer.store.tail
+    assert held is not None  # the cache is filled
+    keys: torch.Tensor = held[0]
+    return keys
 
 
 def _check_alike(mine: torch.Tensor, theirs: torch.Tensor) -> None:

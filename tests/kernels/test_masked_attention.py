@@ -57,15 +57,14 @@ def test_a_mask_says_which_keys_a_query_sees(
 def test_gradients_pass_through(soft_cap: float | None) -> None:
     queries, keys, values, mask = case(5, 5)
     slopes = []
-    for attend in (plain, None):
-        leaves = [x.clone().requires_grad_() for x in (queries, keys, values)]
-        out = (
-            masked_attention(*leaves, mask, 0.9, soft_cap)
-            if attend is None
-            else plain(*leaves, mask, soft_cap)
-        )
+    for ours in (True, False):
+        q, k, v = (x.clone().requires_grad_() for x in (queries, keys, values))
+        if ours:
+            out = masked_attention(q, k, v, mask, 0.9, soft_cap)
+        else:
+            out = plain(q, k, v, mask, soft_cap)
         out.square().sum().backward()
-        slopes.append([x.grad for x in leaves])
+        slopes.append([x.grad for x in (q, k, v)])
     torch.testing.assert_close(*slopes, atol=1e-4, rtol=1e-4)
 
 
