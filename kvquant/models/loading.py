@@ -5,6 +5,7 @@ Unquantized models are loaded by :mod:`kvquant.models.base_model`.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +103,7 @@ class QuantizedModel:
         """Computes logits from what the decoder gives (see :meth:`AttentionAdapter.logits`)."""
         return self.adapter.logits(self.model, hidden_states)
 
-    @property
+    @functools.cached_property
     def kinds(self) -> LayerKinds:
         """Which layers see all tokens, and which have a sliding window, kept in 16 bits."""
         return layer_kinds(self.model.model)

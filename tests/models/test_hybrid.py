@@ -31,7 +31,7 @@ from kvquant.study.schemes import Fp8Scheme, Fp16Scheme, KvquantRefScheme, NuqSc
 from tests.support.cache_uses import fed, padded, reordered, sharpen
 from tests.support.caches import CLOSE, EXACT, GREEDY, feed, ids, quantized, ragged, step
 from tests.support.models import tiny_model, tiny_tokenizer
-from tests.support.quantizers import relative_error
+from tests.support.quantizers import narrow_tables, relative_error, save_made_quantizer
 
 WINDOW = 24
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
@@ -232,6 +232,18 @@ def test_four_bits_from_the_models_own_calibration_are_close(name: str) -> None:
     for protocol in ("A", "B"):
         logits = feed(qm, text, None, [64, 1, 63], protocol)[0][0]
         assert 0 < relative_error(logits, alone(model, text[0])) < 0.08
+
+
+def test_a_quantizer_file_holds_the_layers_that_see_all_tokens(tmp_path: Path) -> None:
+    model, scheme = tiny("gemma3"), NuqScheme(kind="nuq", bits=3, block_size=32)
+    tables = narrow_tables(scheme, 2, 16, 2)
+    file = save_made_quantizer(tmp_path / "one.json", scheme, "0", tables[:1])
+    qm = load_quantized_model(model, quantizer=file)
+    expected = fed(model, quantized(model, scheme, tables[:1]).new_cache())
+    assert torch.equal(fed(model, qm.new_cache()), expected)
+    file = save_made_quantizer(tmp_path / "two.json", scheme, "0", tables)
+    with pytest.raises(UserError, match="is for 2 layers of 2 x 16, the model has 1 that see all"):
+        load_quantized_model(model, quantizer=file)
 
 
 def test_a_saved_model_loads_generates_and_is_measured(tmp_path: Path) -> None:
