@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvquant.cache.forward_call import CallRecord
 from kvquant.cache.interface import QuantizeClock
 from kvquant.cache.kept_rope import Table
+from kvquant.cache.window_plan import WindowPlan
 from kvquant.formats.rope import rotate
 
 Protocol = Literal["A", "B"]
@@ -35,10 +36,14 @@ class CallPlan:
             sequence.
         rope: Rotary table of the new columns, `[batch_size, new_len, head_dim]` each, or None where
             the model's own table is used.
+        storing: Must be called before anything is stored; then the call cannot be undone.
+        window: What layers with a sliding window do; None if there is no such layer.
     """
 
     query_positions: torch.Tensor
     rope: Table | None
+    storing: Callable[[], None]
+    window: WindowPlan | None
 
 
 Plan = TypeVar("Plan", bound=CallPlan)

@@ -18,7 +18,6 @@ from kvquant.cache.attending import CallPlan
 from kvquant.cache.layout import AppendPlan, View
 from kvquant.cache.packed_past import Past
 from kvquant.cache.past_pieces import Piece
-from kvquant.cache.window_plan import WindowPlan
 from kvquant.kernels.cuda_decode import DecodeShape, DecodeStep
 
 
@@ -95,10 +94,8 @@ class ForwardPlan(CallPlan):
         order: The point at which the tokens are stored.
         path: How the past is read. Until the first layer has run, a past that no decode step
             reads has no pieces.
-        storing: Must be called before anything is stored; then the call cannot be undone.
         status: int32 `[2]` on a GPU, where layers report lost outliers and NaN. None on a CPU and
             until the first layer has run.
-        window: What layers with a sliding window do; None if there is no such layer.
     """
 
     append: AppendPlan
@@ -108,9 +105,7 @@ class ForwardPlan(CallPlan):
     simulated: bool
     order: Order
     path: Path
-    storing: Callable[[], None]
     status: torch.Tensor | None
-    window: WindowPlan | None = None
 
     @functools.cached_property
     def token_positions(self) -> torch.Tensor | None:

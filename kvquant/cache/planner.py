@@ -93,7 +93,9 @@ class Planner:
         window = None
         if self._windows is not None:
             window = self._windows.plan(
-                append,
+                append.spans,
+                append.before.lengths,
+                append.after.lengths,
                 queries,
                 keys,
                 self._rope.window_table,

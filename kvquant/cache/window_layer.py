@@ -1,4 +1,4 @@
-"""One layer of `KVQuantCache` with a sliding window keeps its last tokens in 16 bits.
+"""A layer with a sliding window keeps its last tokens in 16 bits, in a cache of any scheme of ours.
 
 Keys are kept after RoPE, as the model rotates them, because none is read by another position than
 its own. What all such layers of a call share is in :mod:`kvquant.cache.window_plan`.
@@ -6,11 +6,12 @@ its own. What all such layers of a call share is in :mod:`kvquant.cache.window_p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from kvquant.cache.attending import AttendingLayer, Extent, FullAttention, NewTokens
+from kvquant.cache.attending import AttendingLayer, Extent, FullAttention, NewTokens, Plan
 from kvquant.cache.block_store import stored_dtype
-from kvquant.cache.forward_plan import ForwardPlan
 from kvquant.cache.incoming import refuse_infinite
 from kvquant.cache.interface import QuantizeClock
 from kvquant.cache.kept_rope import Table
@@ -21,7 +22,7 @@ from kvquant.kernels.masked_attention import masked_attention
 Ring = tuple[torch.Tensor, torch.Tensor]
 
 
-class WindowLayer(AttendingLayer[ForwardPlan]):
+class WindowLayer(AttendingLayer[Plan]):
     """A layer whose queries see the last `window` tokens.
 
     Args:
@@ -47,7 +48,7 @@ class WindowLayer(AttendingLayer[ForwardPlan]):
         self.ring: Ring | None = None
 
     def attend(
-        self, plan: ForwardPlan, new: NewTokens, scaling: float, full: FullAttention
+        self, plan: Plan, new: NewTokens, scaling: float, full: FullAttention
     ) -> torch.Tensor:
         """Computes attention over window and call; see :meth:`AttendingLayer.attend`."""
         windows = plan.window
@@ -71,7 +72,7 @@ class WindowLayer(AttendingLayer[ForwardPlan]):
             self._append(plan, windows, keys, values)
         return out
 
-    def table(self, plan: ForwardPlan) -> Table | None:
+    def table(self, plan: Plan) -> Table | None:
         """Returns the rotary table of such layers, whose base may be another."""
         return None if plan.window is None else plan.window.rope
 
@@ -96,7 +97,7 @@ class WindowLayer(AttendingLayer[ForwardPlan]):
 
     @torch.inference_mode()  # buffers are inference tensors, whatever mode the caller is in
     def _append(
-        self, plan: ForwardPlan, windows: WindowPlan, keys: torch.Tensor, values: torch.Tensor
+        self, plan: Plan, windows: WindowPlan, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
         """Stores the last tokens of a call, over those that no query sees any more."""
         plan.storing()
@@ -104,7 +105,7 @@ class WindowLayer(AttendingLayer[ForwardPlan]):
         kind = ring[0].dtype
         both = keys.detach().to(kind), values.detach().to(kind)
         if keys.device.type == "cpu":  # on a GPU this check would wait for the device
-            refuse_infinite(plan.append, *both)
+            refuse_infinite(windows.spans, *both)
         if windows.step:
             index = windows.places.expand(-1, keys.shape[1], 1, keys.shape[3])
             for buffer, x in zip(ring, both, strict=True):
@@ -168,7 +169,7 @@ class WindowLayer(AttendingLayer[ForwardPlan]):
             self.ring = self.ring[0][where], self.ring[1][where]
 
     @torch.inference_mode()
-    def take_over(self, others: list[WindowLayer], capacity: int) -> None:
+    def take_over(self, others: Sequence[WindowLayer[Plan]], capacity: int) -> None:
         """Appends the sequences of the same layer of other caches.
 
         A ring of fewer columns than `capacity` was never full, so that its tokens keep their
@@ -210,4 +211,4 @@ class WindowLayer(AttendingLayer[ForwardPlan]):
 
     def offload(self) -> None:
         """Refuses to offload, as packed blocks cannot be offloaded either."""
-        raise NotImplementedError("offloading: KVQuantCache does not offload its windows")
+        raise NotImplementedError("offloading: the cache does not offload its windows")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from kvquant.cache.kept_rope import Table
-from kvquant.cache.layout import AppendPlan, Span
+from kvquant.cache.layout import Span
 from kvquant.errors import UserError
 from kvquant.kernels.blockwise_attention import NEVER
 
@@ -165,7 +165,9 @@ class Windows:
 
     def plan(
         self,
-        append: AppendPlan,
+        spans: list[Span],
+        before: list[int],
+        after: list[int],
         queries: torch.Tensor,
         keys: torch.Tensor | None,
         rope: Table | None,
@@ -176,14 +178,15 @@ class Windows:
         """Plans a call.
 
         Args:
-            append: Where the tokens of the call go.
+            spans: Columns of each sequence that are tokens.
+            before: Tokens of each sequence before the call.
+            after: Tokens of each sequence after the call.
             queries: int64 `[batch_size, new_len]`, positions of the new queries.
             keys: Positions of the new keys; see :attr:`WindowPlan.keys`.
             rope: See :class:`WindowPlan`.
             past: Whether there were columns before the call.
             simulated: See :class:`WindowPlan`.
         """
-        before, after = append.before.lengths, append.after.lengths
         held = min(self.capacity, max(before))
         self.capacity = ring_capacity(self.window, self.capacity, max(after))
         new_len = queries.shape[1]
@@ -191,12 +194,12 @@ class Windows:
             window=self.window,
             capacity=self.capacity,
             held=held,
-            spans=append.spans,
+            spans=spans,
             before=before,
             after=after,
             queries=queries,
             keys=keys,
-            first=not past and all(isinstance(span, slice) for span in append.spans),
+            first=not past and all(isinstance(span, slice) for span in spans),
             step=new_len == 1 and all(a - b == 1 for a, b in zip(after, before, strict=True)),
             simulated=simulated,
             rope=rope,

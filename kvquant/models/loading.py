@@ -128,7 +128,6 @@ class QuantizedModel:
             cache = self.caches(protocol, rope)
             if not isinstance(cache, AttendingCache):
                 return cache
-            self._refuse_kinds(kinds)
             if not static:
                 raise UserError(
                     f"scheme: '{self.scheme.kind}' rotates keys when it reads them, which a rope "
@@ -155,23 +154,6 @@ class QuantizedModel:
             )
         cache.rotary, cache.unrotated = self.model.model.rotary_emb, unrotated
         return cache
-
-    def _refuse_kinds(self, kinds: LayerKinds) -> None:
-        """Refuses kinds of layers that a scheme's own cache does not know.
-
-        Raises:
-            UserError: A layer has a sliding window, or scores are capped.
-        """
-        told = None
-        if kinds.window is not None:
-            told = f"sliding windows (sliding_window: {kinds.window})"
-        elif kinds.soft_cap is not None:
-            told = f"soft-capping of scores (attn_logit_softcapping: {kinds.soft_cap})"
-        if told is not None:
-            raise UserError(
-                f"scheme: the cache of kind '{self.scheme.kind}' knows no {told}; choose a scheme "
-                "of another kind"
-            )
 
     def baseline_cache(self) -> Any:
         """Makes an empty unquantized 16-bit cache for the same model."""
@@ -231,14 +213,15 @@ def load_quantized_model(
         base, own = load_base_model(model, device=device, dtype=dtype, device_map=device_map)
         tokenizer = own if tokenizer is None else tokenizer
     layers = attention_layers(base)
-    where, full = _one_device(base), layer_kinds(base.model).full
+    where, kinds = _one_device(base), layer_kinds(base.model)
+    full = kinds.full
     if tables is not None:
-        shape = (len(full), *_kv_shape(base))
-        if (info.num_layers, info.num_kv_heads, info.head_dim) != shape:
+        own = (len(full), *_kv_shape(base))
+        if (info.num_layers, info.num_kv_heads, info.head_dim) != own:
             raise UserError(
                 f"quantizer: {quantizer} is for {info.num_layers} layers of {info.num_kv_heads} x "
-                f"{info.head_dim}, the model has {shape[0]} that see all tokens, of {shape[1]} x "
-                f"{shape[2]}"
+                f"{info.head_dim}, the model has {own[0]} that see all tokens, of {own[1]} x "
+                f"{own[2]}"
             )
         tables = [table.to(where) for table in tables]
     heads, dim = _kv_shape(base)
@@ -246,7 +229,7 @@ def load_quantized_model(
         tables = tables or []  # no calibration could make any
         warnings.warn(
             "model: all layers have a sliding window (sliding_window: "
-            f"{layer_kinds(base.model).window}), which is kept in 16 bits: scheme kind "
+            f"{kinds.window}), which is kept in 16 bits: scheme kind "
             f"'{spec.kind}' quantizes nothing",
             stacklevel=2,
         )
@@ -260,7 +243,8 @@ def load_quantized_model(
                 codec.expect_rotated_values()
     elif spec.quantizes:
         refuse_rotated(base, f"scheme kind '{spec.kind}'")
-    caches = build_caches(spec, ModelShape(len(layers), heads, dim), tables)
+    shape = ModelShape(len(layers), heads, dim, kinds.windows, kinds.soft_cap)
+    caches = build_caches(spec, shape, tables)
     install_attention(base)
     return QuantizedModel(base, tokenizer, spec, codecs, caches, inputs)
 

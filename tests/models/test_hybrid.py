@@ -343,6 +343,39 @@ def test_copies_joined_caches_and_chosen_sequences() -> None:
     torch.testing.assert_close(again[0], expected, **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "gemma2"])
+def test_kvquants_own_procedure(name: str) -> None:
+    """It gives what `nuq` gives with the same tables, in all uses that it has."""
+    model, reference = tiny(name), KvquantRefScheme(kind="kvquant-ref", bits=4, sinks=1)
+    nuq = NuqScheme(kind="nuq", bits=4, sinks=1, block_size=32, outliers=reference.outliers)
+    tables = narrow_tables(nuq, 2, 16, 1)
+    caches = [quantized(model, spec, tables) for spec in (reference, nuq)]
+    for use, protocol in (*zip(USES, "AAAA", strict=True), ("chunks and steps", "B")):
+        found, expected = (USES[use](model, qm.new_cache(protocol)) for qm in caches)
+        assert relative_error(found, expected) < 1e-4
+    cache = caches[0].new_cache()
+    step(model, cache, ids(2, 50))
+    copied = cache.copy()
+    cache.batch_repeat_interleave(2)
+    found = step(model, cache, ids(2, 9, 1).repeat_interleave(2, 0))
+    assert torch.equal(found[::2], found[1::2])
+    torch.testing.assert_close(step(model, copied, ids(2, 9, 1)), found[::2])
+    window = next(layer for layer in copied.layers if isinstance(layer, WindowLayer))
+    packed = 2 * 2 * 16 * 2 * 59
+    assert window.nbytes > 0 and cache_elements(copied) == packed + 2 * 2 * 16 * 2 * (WINDOW - 1)
+    copied.reset()
+    assert window.nbytes == 0 and copied.batch_size == -1
+    torch.testing.assert_close(
+        fed(model, copied), USES["chunks and steps"](model, caches[0].new_cache())
+    )
+    with pytest.raises(UserError, match="position_ids: a cache of kind 'kvquant-ref' with sliding"):
+        model(
+            input_ids=ids(1, 9),
+            position_ids=torch.arange(5, 14)[None],
+            past_key_values=caches[0].new_cache(),
+        )
+
+
 def test_a_model_of_windows_alone_quantizes_nothing_and_says_so() -> None:
     model = tiny("mistral")
     with pytest.warns(UserWarning, match=r"\(sliding_window: 24\), .* 'nuq' quantizes nothing"):
@@ -360,9 +393,9 @@ def test_a_model_of_windows_alone_quantizes_nothing_and_says_so() -> None:
 
 def test_caches_that_do_not_know_a_kind_of_layer_are_refused() -> None:
     model = tiny("gemma3")
-    reference = quantized(model, KvquantRefScheme(kind="kvquant-ref", bits=4))
-    with pytest.raises(UserError, match=r"'kvquant-ref' knows no sliding windows \(sliding_wind"):
-        reference.new_cache()
+    quantized(model, EXACT)
+    with pytest.raises(UserError, match=r"all layers have a sliding window, .* 'kvquant-ref'"):
+        quantized(tiny("mistral"), KvquantRefScheme(kind="kvquant-ref", bits=4))
     cache = quantized(tiny("gemma3", sliding_window=12), EXACT).new_cache()
     with pytest.raises(UserError, match="cache: was made for another sliding_window than the mod"):
         step(model, cache, ids(1, 9))

@@ -40,13 +40,15 @@ def quantized(model: Any, spec: Any, quantizers: Any = None) -> QuantizedModel:
     """
     config = model.config
     every, heads = config.num_hidden_layers, config.num_key_value_heads
-    layers = len(layer_kinds(model.model).full)
+    kinds = layer_kinds(model.model)
+    layers = len(kinds.full)
     if quantizers is None and spec.registration.calibrated:
         quantizers = narrow_tables(spec, heads, config.head_dim, layers)
     if quantizers is not None:
         quantizers = [q.to(model.device) for q in quantizers]
     install_attention(model)
-    caches = build_caches(spec, ModelShape(every, heads, config.head_dim), quantizers)
+    shape = ModelShape(every, heads, config.head_dim, kinds.windows, kinds.soft_cap)
+    caches = build_caches(spec, shape, quantizers)
     return QuantizedModel(model, None, spec, build_codecs(spec, layers, quantizers), caches)
 
 
