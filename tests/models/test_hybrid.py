@@ -350,7 +350,8 @@ def test_kvquants_own_procedure(name: str) -> None:
     nuq = NuqScheme(kind="nuq", bits=4, sinks=1, block_size=32, outliers=reference.outliers)
     tables = narrow_tables(nuq, 2, 16, 1)
     caches = [quantized(model, spec, tables) for spec in (reference, nuq)]
-    for use, protocol in (*zip(USES, "AAAA", strict=True), ("chunks and steps", "B")):
+    every: list[tuple[str, Any]] = [*((use, "A") for use in USES), ("chunks and steps", "B")]
+    for use, protocol in every:
         found, expected = (USES[use](model, qm.new_cache(protocol)) for qm in caches)
         assert relative_error(found, expected) < 1e-4
     cache = caches[0].new_cache()
