@@ -126,11 +126,13 @@ class WindowPlan:
     @functools.cached_property
     def parts(self) -> list[WindowPart]:
         """The queries of a chunk, which reads the rings before its tokens are stored."""
-        queries, device = self.queries, self.queries.device
+        queries, device, before = self.queries, self.queries.device, self.before
         keys = queries if self.keys is None else self.keys
+        if keys is queries and len(set(before)) == 1:  # no padding: one mask for all sequences
+            queries, keys, before = queries[:1], keys[:1], before[:1]
         length, window, out = queries.shape[1], self.window, []
         # The ring has the capacity of the call before, which is this one's unless it was not full.
-        last = torch.tensor(self.before).to(device, non_blocking=True)[:, None] - 1
+        last = torch.tensor(before).to(device, non_blocking=True)[:, None] - 1
         # Between two tokens of a sequence are as many columns as tokens, unless padding is inside.
         begins = [span.start if isinstance(span, slice) else length for span in self.spans]
         reach = window + max(begins)  # queries from this column on see nothing of the ring

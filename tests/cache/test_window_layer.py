@@ -189,6 +189,17 @@ def test_a_step_over_a_part_of_the_window_needs_no_mask() -> None:
     assert [mask is None for mask in found] == [True, True, False, False]
 
 
+def test_sequences_of_one_length_share_a_mask() -> None:
+    twin = Twin(20, 3, 0)
+    twin.call(torch.ones(3, 30, dtype=torch.long))
+    plan = twin.cache.begin_forward(3, 9, None, torch.device("cpu")).window
+    assert plan is not None and [part.mask.shape[0] for part in plan.parts] == [1]
+    mask = torch.ones(3, 39, dtype=torch.long)
+    mask[0, 30] = 0
+    plan = twin.cache.begin_forward(3, 9, mask, torch.device("cpu")).window
+    assert plan is not None and [part.mask.shape[0] for part in plan.parts] == [3]
+
+
 def test_the_plan_of_a_graph_reads_positions_on_the_device_alone() -> None:
     windows = Windows(20)
     windows.reserve()
