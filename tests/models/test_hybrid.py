@@ -321,7 +321,7 @@ def test_copies_joined_caches_and_chosen_sequences() -> None:
     for cache, part in zip(caches, parts, strict=True):
         step(model, cache, part)
     copies = [cache.copy() for cache in caches]
-    step(model, copies[1], more)
+    step(model, copies[1], ids(1, 90, 2))  # as many as its rings hold
     joined = join_caches(caches)
     joined.batch_select_indices(torch.tensor([1, 0, 1]))
     joined.batch_repeat_interleave(2)
