@@ -36,6 +36,7 @@ def test_from_records_to_claims(work: Path) -> None:
                 evaluate(work, scheme, task, results / f"eval/tiny/{scheme}/{task}", 0, 1, 2) == 0
             )
     timed = [*options(work, "nuq3-1pct"), *device, "--rep", "0"]
+    timed += ["--data-manifest", str(work / "data.json")]
     perf = results / "perf/cpu/tiny/nuq3-1pct/p64/rep0.json"
     energy = results / "energy/cpu/tiny/nuq3-1pct/p32/rep0.json"
     assert main(["throughput", *timed, "--workload", "p64", "--out", str(perf)]) == 0
@@ -181,6 +182,7 @@ def test_quantizer_of_another_model_is_refused(
 
 def test_wrong_device_name_is_refused(work: Path, tmp_path: Path) -> None:
     words = ["throughput", *options(work, "nuq3-1pct"), "--workload", "p64", "--rep", "0"]
+    words += ["--data-manifest", str(work / "data.json")]
     out = tmp_path / "rep0.json"
     assert main([*words, "--device-name", "h100-80gb-hbm3", "--out", str(out)]) == 2
     assert not out.exists()

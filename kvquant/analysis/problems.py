@@ -21,6 +21,7 @@ SCOPES: dict[str, tuple[str, ...]] = {
     "quantizer": ("model", "scheme"),
     "prompts": ("model", "task", "seed"),
     "text": ("task",),
+    "timed_text": (),  # of which prompts of throughput and energy are pieces
 }
 
 

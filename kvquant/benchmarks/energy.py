@@ -96,6 +96,7 @@ def measure(prepared: Prepared, scheme_name: str, monitor: EnergyMonitor) -> dic
     Raises:
         UserError: The workload does not fit in memory with one of the caches.
     """
+    prepared.make_room()
     spec, workload = prepared.study.energy, prepared.workload
     unused = not_metered(monitor.meter)
     idle = monitor.idle_watts(spec.idle_seconds)
@@ -173,7 +174,7 @@ def run(args: argparse.Namespace) -> None:
         study=prepared.study.study,
         spec_digest=energy_digest(prepared.study, args.model, args.scheme, args.workload),
         environment=environment(devices),
-        inputs=prepared.qm.inputs,
+        inputs=prepared.inputs,
         device=args.device_name,
         model=args.model,
         scheme=args.scheme,

@@ -1,11 +1,17 @@
-"""Deterministic batches of prompts: equal lengths, or ragged and padded on the left."""
+"""Deterministic batches of prompts from a text: equal lengths, or ragged and padded on the left.
+
+Random tokens would not do: a model's keys and values of them are unlike those of text, with far
+more outliers than a quantizer expects.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from kvquant.errors import UserError
 from kvquant.models.generation import left_pad
 from kvquant.study.prompt_lengths import prompt_lengths
 from kvquant.study.timing import Workload
@@ -41,18 +47,29 @@ class PromptBatch:
 
 
 def prompt_batch(
-    workload: Workload, vocabulary: int, seed: int, device: torch.device
+    workload: Workload, text: Sequence[int], seed: int, device: torch.device
 ) -> PromptBatch:
-    """Returns random prompts, which are the same for every scheme and device.
+    """Returns prompts that begin at random places of a text, the same for every scheme and device.
+
+    A prompt that reaches the end of the text goes on at its beginning.
 
     Args:
         workload: The workload, for prompt length, batch size and raggedness.
-        vocabulary: Ids are drawn from `[0, vocabulary)`.
+        text: Token ids of the text.
         seed: Seed of the random generator, the number of the repetition.
         device: Device of the tensors.
+
+    Raises:
+        UserError: The text has no token.
     """
+    if not text:
+        raise UserError("--data-manifest: the text has no token for prompts")
     generator = torch.Generator().manual_seed(seed)
     lengths = prompt_lengths(workload)
-    prompts = [torch.randint(0, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    starts = torch.randint(len(text), (len(lengths),), generator=generator).tolist()
+    prompts = [
+        [text[(start + i) % len(text)] for i in range(n)]
+        for start, n in zip(starts, lengths, strict=True)
+    ]
     ids, mask = left_pad(prompts, 0, device)
     return PromptBatch(ids, mask, (mask.cumsum(1) - 1).clamp_(min=0), lengths)

@@ -124,6 +124,7 @@ def measure(prepared: Prepared, scheme_name: str, clock: Clock) -> dict[str, Any
         The fields `scheme_side`, `baseline_side`, `prefill_ratio` and `quantize_share` of a
         :class:`ThroughputRecord`.
     """
+    prepared.make_room()
     spec = prepared.study.throughput
     baseline = Side(prepared, prepared.study.baseline, False, False, clock)
     scheme = Side(prepared, scheme_name, True, prepared.quantizes, clock)
@@ -186,7 +187,7 @@ def run(args: argparse.Namespace) -> None:
         study=prepared.study.study,
         spec_digest=perf_digest(prepared.study, args.model, args.scheme, args.workload),
         environment=environment(prepared.devices),
-        inputs=prepared.qm.inputs,
+        inputs=prepared.inputs,
         device=args.device_name,
         model=args.model,
         scheme=args.scheme,

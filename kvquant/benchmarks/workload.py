@@ -17,8 +17,10 @@ from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.energy.gpus import cuda_index, devices_of
 from kvquant.errors import UserError, unknown
 from kvquant.fetch.model_manifest import study_manifest
+from kvquant.fetch.texts import load_text, read_data_manifest
 from kvquant.models.loading import QuantizedModel, load_quantized_model, resolve_device
 from kvquant.models.model_call import cache_argument
+from kvquant.models.oom_retry import fits_in_memory, retry_on_overflow
 from kvquant.models.sdpa import without_cudnn
 from kvquant.quantization.quantizer_file import check_digest
 from kvquant.runtime.devices import claim_alone, set_current, visible_devices
@@ -40,18 +42,33 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model-manifest", required=True, type=Path, help="manifest.json of fetch-model"
     )
+    parser.add_argument(
+        "--data-manifest",
+        required=True,
+        type=Path,
+        help="manifest.json of fetch-data, of the study's calibration text",
+    )
     parser.add_argument("--quantizer", type=Path, help="quantizer.json, for calibrated schemes")
     parser.add_argument("--out", required=True, type=Path, help="record to write")
 
 
 @dataclass
 class Prepared:
-    """Holds a loaded model and the prompts of a workload."""
+    """Holds a loaded model and the prompts of a workload.
+
+    Attributes:
+        study: The study.
+        qm: The model with the scheme's caches.
+        workload: The workload.
+        batch: Its prompts.
+        inputs: Hashes of the files on which results depend, by their role.
+    """
 
     study: Study
     qm: QuantizedModel
     workload: Workload
     batch: PromptBatch
+    inputs: dict[str, str]
 
     @cached_property
     def devices(self) -> list[torch.device]:
@@ -118,6 +135,23 @@ class Prepared:
             for step in range(1, steps + 1):
                 seen = None if mask is None else mask[:, : width + step]
                 token = self._forward(token, seen, last + step, cache)
+
+    @torch.inference_mode()
+    def make_room(self) -> None:
+        """Gives the scheme's caches room for the outliers of these prompts.
+
+        They can have more than a cache expects. As an evaluation does, runs the prompts again with
+        wider caches. What does not fit in memory is left to the measurement, which finds it again.
+
+        Raises:
+            OutlierOverflow: Wider caches have no room either.
+        """
+
+        def fill(cache: Any) -> None:
+            self.decode(cache, self.prefill(cache), self.workload.answer)
+
+        if self.quantizes:
+            fits_in_memory(lambda: retry_on_overflow(self.scheme, fill))
 
     def job(self, new_cache: Callable[[], Any]) -> None:
         """Runs a whole job of prompts and answers and waits for the devices."""
@@ -193,6 +227,7 @@ def prepare(
     if scheme.registration.calibrated:
         check_digest(args.quantizer, quantizer_digest(study, args.model, args.scheme))
     workload = known[args.workload]
+    text = load_text(args.data_manifest, "test", study.calibration.dataset)
     qm = load_quantized_model(
         study_manifest(args.model_manifest, study, args.model),
         scheme,
@@ -207,5 +242,7 @@ def prepare(
             f"workloads.{args.workload}: prompt and answer need {longest} positions, but the model "
             f"has {qm.max_positions}: shorten one of them"
         )
-    batch = prompt_batch(workload, int(qm.model.config.vocab_size), args.rep, qm.device)
-    return Prepared(study, qm, workload, batch)
+    ids = qm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    batch = prompt_batch(workload, ids, args.rep, qm.device)
+    inputs = qm.inputs | {"timed_text": read_data_manifest(args.data_manifest).sha256}
+    return Prepared(study, qm, workload, batch, inputs)

@@ -170,6 +170,14 @@ class Codec(ABC):
         """The calibration as kernels read it that expand a packed past, if there are such."""
         return self.tables
 
+    @property
+    def key_order(self) -> torch.Tensor | None:
+        """The order in which those kernels write the channels of keys, where it is not their own.
+
+        int32 `[num_kv_heads, head_dim]`.
+        """
+        return None
+
     @abstractmethod
     def unpack(
         self, packed: Packed, shape: tuple[int, int, int, int]

@@ -36,6 +36,7 @@ class StepTables:
         self._tables: RopeTables | None = None
         self._chunks = 0
 
+    @torch.inference_mode(False)  # steps outside inference mode write to these tensors, too
     def reserve(self, layout: Layout, blocks: int) -> None:
         """Makes room for `blocks` blocks per sequence; replaces tensors that are too small."""
         batch = len(layout.table)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Limits of the workspace: tokens per sequence, bytes of all sequences, and the tokens per sequence
 # that are worth a launch even if they take more bytes.
-MAX_TOKENS, MAX_BYTES, MIN_TOKENS = 4096, 1 << 29, 256
+MAX_TOKENS, MAX_BYTES, MIN_TOKENS = 16384, 1 << 29, 256
 
 
 def block_table(layout: Layout, blocks: list[int], device: torch.device) -> torch.Tensor:
@@ -139,8 +139,11 @@ class Past:
         attention = RunningAttention(
             queries, positions, heads, scaling, parts + (own is not None), places
         )
+        order = store.codec.key_order
         for part, data in self._expanded(store, queries.dtype):
-            attention.add_past(data, part.base, part.places, self.lengths, causal=self.causal)
+            attention.add_past(
+                data, part.base, part.places, self.lengths, causal=self.causal, order=order
+            )
         if own is not None:
             attention.add_own(*own)
         return attention.result()

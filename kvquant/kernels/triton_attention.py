@@ -36,6 +36,9 @@ TILES = {
     256: Tiles(128, 32, 8, 2),
 }
 TILES_FP32 = Tiles(32, 32, 4, 1)
+# The same where a thread block may take so many bytes of shared memory: the stages of keys and
+# values and the tile of queries fill them on Hopper.
+LARGE_TILES, LARGE_TILES_BYTES = {128: Tiles(128, 128, 8, 3)}, 227 << 10
 MERGED_ROWS = 4
 
 # How keys relate to queries: all seen; by position; the call's own columns.
@@ -98,6 +101,7 @@ def _attend(
     positions,
     valid,
     lengths,
+    order,
     base,
     places,
     splits,
@@ -118,11 +122,13 @@ def _attend(
     BN: tl.constexpr,
     KIND: tl.constexpr,
     VALID: tl.constexpr,
+    ORDERED: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
 ):
     """Attends with a tile of rows (column, head of the group) to a split of a part's keys.
 
+    With ORDERED the channels of keys lie in the head's `order`, in which queries are read, too.
     With LAST the result is written, otherwise the running state.
     """
     head, kv_heads = tl.program_id(1), tl.num_programs(1)
@@ -153,7 +159,11 @@ def _attend(
     full = tl.maximum(tl.minimum(full, hi), lo)
     d = tl.arange(0, DIM)[None, :]
     q = queries + sequence.to(tl.int64) * q_sequence + (head * GROUP + member)[:, None] * q_head
-    q = tl.load(q + column[:, None].to(tl.int64) * q_column + d)
+    if ORDERED:
+        channel = tl.load(order + head * DIM + tl.arange(0, DIM))[None, :]
+        q = tl.load(q + column[:, None].to(tl.int64) * q_column + channel)
+    else:
+        q = tl.load(q + column[:, None].to(tl.int64) * q_column + d)
     state = ((split * (tl.num_programs(2) // splits) + sequence) * kv_heads + head).to(tl.int64)
     state = state * rows + row
     if FIRST:
@@ -235,6 +245,18 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def _tiles(queries: torch.Tensor) -> Tiles:
+    """Returns the launch parameters for queries `[..., head_dim]` of a dtype and a device."""
+    dim, device = queries.shape[-1], queries.device
+    if queries.dtype is torch.float32:
+        return TILES_FP32
+    if device.type == "cuda" and dim in LARGE_TILES:
+        facts = torch.cuda.get_device_properties(device)
+        if facts.shared_memory_per_block_optin >= LARGE_TILES_BYTES:
+            return LARGE_TILES[dim]
+    return TILES[dim]
+
+
 class RunningAttention:
     """Softmax attention of some queries that is fed with a known number of parts.
 
@@ -262,7 +284,7 @@ class RunningAttention:
         self._kv_heads, self._group = num_kv_heads, heads // num_kv_heads
         self._scale = scaling * math.log2(math.e)
         self._parts, self._done = parts, 0
-        tiles = TILES_FP32 if queries.dtype is torch.float32 else TILES[dim]
+        tiles = _tiles(queries)
         rows = self._group * columns
         height = min(tiles.rows, max(16, triton.next_power_of_2(rows)))
         if height < 64:  # little work: no more warps than needed
@@ -282,7 +304,14 @@ class RunningAttention:
         )
 
     def add_past(
-        self, data: torch.Tensor, base: int, places: int, lengths: torch.Tensor, *, causal: bool
+        self,
+        data: torch.Tensor,
+        base: int,
+        places: int,
+        lengths: torch.Tensor,
+        *,
+        causal: bool,
+        order: torch.Tensor | None = None,
     ) -> None:
         """Attends to a range of the past.
 
@@ -292,9 +321,11 @@ class RunningAttention:
             places: Places of the range, at most the room.
             lengths: int32 `[batch_size, 4]`, whose last number is a sequence's tokens.
             causal: A query sees keys at its position or before; else all of them.
+            order: int32 `[num_kv_heads, head_dim]`, the channels of keys in the order in which they
+                lie in `data`; None where it is their own.
         """
         kind = CAUSAL if causal else OPEN
-        self._launch(data[0], data[1], kind, lengths, None, base, places)
+        self._launch(data[0], data[1], kind, lengths, None, order, base, places)
 
     def add_own(
         self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None
@@ -311,7 +342,7 @@ class RunningAttention:
         both = [x if x.stride(3) == 1 else x.contiguous() for x in (keys.to(kind), values.to(kind))]
         valid = None if positions is None else positions.contiguous()
         # Nothing reads the lengths of this kind.
-        self._launch(both[0], both[1], OWN, self._positions, valid, 0, keys.shape[2])
+        self._launch(both[0], both[1], OWN, self._positions, valid, None, 0, keys.shape[2])
 
     def _launch(
         self,
@@ -320,6 +351,7 @@ class RunningAttention:
         kind: int,
         lengths: torch.Tensor,
         valid: torch.Tensor | None,
+        order: torch.Tensor | None,
         base: int,
         places: int,
     ) -> None:
@@ -330,9 +362,10 @@ class RunningAttention:
         grid = (-(-columns * self._group // tiles.rows), self._kv_heads, batch * self._splits)
         _attend[grid](
             q, keys, values, self._out, *self._state, self._positions,
-            self._positions if valid is None else valid, lengths, base, places, self._splits,
-            self._scale, columns, *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-            self._group, dim, tiles.rows, tiles.keys, kind, valid is not None, first, last,
+            self._positions if valid is None else valid, lengths,
+            lengths if order is None else order, base, places, self._splits, self._scale, columns,
+            *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], self._group, dim,
+            tiles.rows, tiles.keys, kind, valid is not None, order is not None, first, last,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 

@@ -60,7 +60,9 @@ class Workspace:
         device: Device of the cache.
 
     Attributes:
-        data: `[2, batch_size, num_kv_heads, places, head_dim]`, rotated keys and values.
+        data: `[2, batch_size, num_kv_heads, places, head_dim]`, rotated keys and values. Channels
+            of keys with allocated widths lie in the order of their tiles
+            (:attr:`~kvquant.kernels.cuda_expand_allocated.ExpandTables.key_order`).
     """
 
     def __init__(

@@ -74,6 +74,11 @@ class AllocatedCodec(Codec):
         """See :meth:`Codec.past_tables`."""
         return ExpandTables(self.decode_tables, self._layer)
 
+    @property
+    def key_order(self) -> torch.Tensor:
+        """See :meth:`Codec.key_order`."""
+        return self.past_tables.key_order
+
     def expect_rotated_values(self) -> None:
         """See :meth:`Codec.expect_rotated_values`."""
         self.rotates_values = self.quantizer.rotation = False

@@ -23,8 +23,9 @@ VERSIONS = {
     # increase makes the files again.
     **{"fetch": 2, "statistics-file": 3, "quantizer-file": 3},
     **{"calibrate": 1, "quantize": 1, "prompts": 1, "evaluate": 1},
-    **{"throughput": 1, "append": 1, "kernels": 1, "jobs": 1},
-    "energy": 2,  # 2: only the model's own GPUs, each CPU socket once, settled averages
+    **{"append": 1, "kernels": 1, "jobs": 1},
+    "throughput": 2,  # 2: prompts of text
+    "energy": 3,  # 2: only the model's own GPUs, each CPU socket once, settled averages; 3: text
 }
 
 
@@ -155,13 +156,15 @@ def _timing(spec: TimedStage, workload: str) -> dict[str, object]:
 def perf_digest(study: Study, model: str, scheme: str, workload: str) -> str:
     """Returns the digest of one throughput result."""
     timing = _timing(study.throughput, workload)
-    return digest(quantizer_digest(study, model, scheme), timing, VERSIONS["throughput"])
+    read = (study.calibration.dataset, VERSIONS["throughput"])
+    return digest(quantizer_digest(study, model, scheme), timing, *read)
 
 
 def energy_digest(study: Study, model: str, scheme: str, workload: str) -> str:
     """Returns the digest of one energy result."""
     timing = _timing(study.energy, workload)
-    return digest(quantizer_digest(study, model, scheme), timing, VERSIONS["energy"])
+    read = (study.calibration.dataset, VERSIONS["energy"])
+    return digest(quantizer_digest(study, model, scheme), timing, *read)
 
 
 def append_digest(study: Study) -> str:

@@ -11,6 +11,7 @@ import pytest
 from kvquant.fetch.model import fetch_model
 from kvquant.study.models import ModelSpec
 from tests.support.models import tiny_model
+from tests.support.text import write_corpus
 
 
 @pytest.fixture(scope="package")
@@ -67,6 +68,7 @@ def command(tmp_path: Path, model_manifest: Path, raw_study: dict[str, Any]) -> 
             "device-name": "cpu",
             "device": "cpu",
             "model-manifest": str(model_manifest),
+            "data-manifest": str(write_corpus(tmp_path)),
             "out": str(tmp_path / "rep0.json"),
         }
         options |= {name.replace("_", "-"): value for name, value in changed.items()}

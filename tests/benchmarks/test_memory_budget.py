@@ -22,6 +22,9 @@ def test_a_cpu_has_no_limit() -> None:
 class TestOnGpu:
     def test_the_limit_is_hard_and_ends(self) -> None:
         release_memory()
+        free, whole = torch.cuda.mem_get_info()
+        if whole - free > 2 * GB:
+            pytest.skip("other processes use the GPU, whose memory counts as used")
         with memory_budget(CUDA, 4.0) as allowed:
             assert 0 < allowed <= 4 * GB
             kept = [torch.empty(allowed // 2, dtype=torch.uint8, device=CUDA)]

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from kvquant.benchmarks.prompts import prompt_batch, prompt_lengths
+from kvquant.errors import UserError
 from kvquant.study.timing import Workload
 
 CPU = torch.device("cpu")
+TEXT = list(range(100, 197))
 
 
 @pytest.mark.parametrize(
@@ -28,7 +30,7 @@ def test_lengths(prompt: int, batch: int, ragged: bool, expected: list[int]) -> 
 
 
 def test_padding_is_on_the_left() -> None:
-    batch = prompt_batch(Workload(prompt=8, batch_size=3, ragged=True), 97, 0, CPU)
+    batch = prompt_batch(Workload(prompt=8, batch_size=3, ragged=True), TEXT, 0, CPU)
     assert batch.lengths == [8, 6, 4]
     assert batch.tokens == 18 == int(batch.mask.sum())
     assert batch.padded
@@ -41,9 +43,21 @@ def test_padding_is_on_the_left() -> None:
 def test_ids_depend_on_the_seed_alone() -> None:
     workload = Workload(prompt=64, batch_size=2)
     torch.manual_seed(1)
-    first = prompt_batch(workload, 97, 3, CPU)
+    first = prompt_batch(workload, TEXT, 3, CPU)
     torch.manual_seed(2)
-    assert torch.equal(first.ids, prompt_batch(workload, 97, 3, CPU).ids)
-    assert not torch.equal(first.ids, prompt_batch(workload, 97, 4, CPU).ids)
-    assert int(first.ids.max()) < 97
+    assert torch.equal(first.ids, prompt_batch(workload, TEXT, 3, CPU).ids)
+    assert not torch.equal(first.ids, prompt_batch(workload, TEXT, 4, CPU).ids)
     assert not first.padded
+
+
+def test_prompts_are_pieces_of_the_text() -> None:
+    batch = prompt_batch(Workload(prompt=70, batch_size=20), TEXT, 0, CPU)
+    for row in batch.ids.tolist():
+        start = TEXT.index(row[0])
+        assert row == [TEXT[(start + i) % len(TEXT)] for i in range(70)]
+    assert len({row[0] for row in batch.ids.tolist()}) > 5
+
+
+def test_a_text_without_tokens_is_refused() -> None:
+    with pytest.raises(UserError, match="--data-manifest: the text has no token"):
+        prompt_batch(Workload(prompt=8), [], 0, CPU)

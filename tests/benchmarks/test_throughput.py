@@ -13,7 +13,9 @@ import torch
 
 from kvquant.benchmarks.throughput import paired_ratio
 from kvquant.benchmarks.workload import Prepared
+from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.cli import main
+from kvquant.errors import OutlierOverflow
 from kvquant.models.loading import QuantizedModel
 from kvquant.runtime.provenance import device_name
 from kvquant.study.records import ThroughputRecord, read_record
@@ -65,6 +67,28 @@ def test_the_unquantized_scheme_can_be_timed_too(command: Any, tmp_path: Path) -
     record = measured(tmp_path)
     assert record.quantize_share is None
     assert record.scheme_side.bits_per_element == 16
+
+
+def test_caches_get_room_before_they_are_timed(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, prompts may have more outliers than a cache expects."""
+    told: list[str] = []
+    plain = KVQuantCache.settle
+
+    def settle(self: KVQuantCache) -> None:
+        plain(self)
+        told.append("settled")
+        if told.count("settled") == 1:
+            raise OutlierOverflow("outliers: 5 found no room")
+
+    monkeypatch.setattr(KVQuantCache, "settle", settle)
+    monkeypatch.setattr(KVQuantCache, "widen", lambda self: told.append("widened"))
+    assert main(command("throughput")) == 0
+    assert told[:3] == ["settled", "widened", "settled"]
+    record = measured(tmp_path)
+    assert record.scheme_side.status == "ok"
+    assert set(record.inputs) >= {"model", "timed_text"}
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])

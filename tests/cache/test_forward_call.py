@@ -1,6 +1,6 @@
 """Calls that end early: the cache is as before, or refused by name; never silently torn.
 
-Also covers: cache.block_layer, cache.decode_step, cache.past_reader, cache.planner.
+Also covers: cache.block_layer, cache.past_reader, cache.planner.
 """
 
 from __future__ import annotations

@@ -135,7 +135,13 @@ def emulate_decode(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 1) ->
 
 def emulate_expand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets :func:`kvquant.kernels.cuda_expand_allocated.expand` take tensors on a CPU."""
-    _instead(monkeypatch, cuda_expand_allocated, function=_expand_function)
+    _instead(
+        monkeypatch,
+        cuda_expand_allocated,
+        function=_expand_function,
+        multiprocessors=lambda index: 1,
+        shared_memory=lambda index: SHARED_BYTES,
+    )
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch, multiprocessors: int = 1) -> None:

@@ -281,6 +281,11 @@ static int atomicAdd(int* p, int x) {
   *p += x;
   return old;
 }
+static u32 atomicOr(u32* p, u32 x) {
+  u32 old = *p;
+  *p |= x;
+  return old;
+}
 static u32 atomicMax(u32* p, u32 x) {
   u32 old = *p;
   *p = max(old, x);

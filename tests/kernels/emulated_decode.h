@@ -19,6 +19,24 @@ static u16 to_bfloat(float x) {
   return (u16)((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16);
 }
 static u32 pack2(float low, float high) { return to_half(low) | (u32)to_half(high) << 16; }
+static u32 pack16(float low, float high) { return to_16(low) | (u32)to_16(high) << 16; }
+static u32 finite2(u32 a) {
+  const u16 largest = BF16 ? 0x7F7F : 0x7BFF;
+  auto one = [=](u16 x) { return (x & 0x7FFF) > largest ? (u16)(largest | (x & 0x8000)) : x; };
+  return one((u16)a) | (u32)one((u16)(a >> 16)) << 16;
+}
+static float look_up_byte(const float* table, u32 offsets, int i) {
+  return table[(offsets >> (8 * i) & 0xFF) / 4];
+}
+static u32 transpose_8x8(u32 a) {
+  const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
+  u32 d = 0;
+  exchange(&a, 1, [&](const Thread* warp) {
+    for (int i = 0; i < 2; ++i)
+      d |= (warp[4 * (column + i) + row / 2].shown[0] >> (16 * (row % 2)) & 0xFFFF) << (16 * i);
+  });
+  return d;
+}
 static u32 fma2(u32 a, u32 b, u32 c) {
   auto one = [](u32 x, u32 y, u32 z) {  // exact in double
     return to_half((float)((double)from_half((u16)x) * from_half((u16)y) + from_half((u16)z)));

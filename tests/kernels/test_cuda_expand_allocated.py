@@ -83,7 +83,11 @@ def expanded(
     workspace.expand(
         part, arenas, table, lengths, Held(store.sinks, tail), tables, turns, layout.sinks
     )
-    return workspace.data.float(), base
+    data = workspace.data.float()
+    order = tables.key_order.long()  # type: ignore[union-attr]
+    keys = torch.full_like(data[0], float("nan"))
+    data[0] = keys.scatter(3, order[:, None].expand_as(keys), data[0])
+    return data, base
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,7 @@ def test_from_peers_to_tables(work: Path, study: dict[str, Any]) -> None:
     assert values["ref3-1pct"] == pytest.approx(values["nuq3-1pct"], rel=1e-4)
     for scheme, workload, rep in spec.throughput_cells():
         words = [*options(work, scheme), "--device-name", "cpu", "--workload", workload]
+        words += ["--data-manifest", str(work / "data.json")]
         record_file = results / f"perf/cpu/tiny/{scheme}/{workload}/rep{rep}.json"
         assert main(["throughput", *words, "--rep", str(rep), "--out", str(record_file)]) == 0
         record = read_record(record_file, ThroughputRecord)

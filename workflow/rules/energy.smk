@@ -5,6 +5,7 @@ rule energy:
     """Energy of one workload under one scheme and under the unquantized cache."""
     input:
         model=weights,
+        data=timed_text,
         quantizer=quantizer,
     output:
         MEASURED("<results>/energy/{device}/{model}/{scheme}/{workload}/rep{rep}.json"),
@@ -26,7 +27,8 @@ rule energy:
         "python -m kvquant energy --study {params.study:q} --model {wildcards.model:q}"
         " --scheme {wildcards.scheme:q} --workload {wildcards.workload:q} --rep {wildcards.rep:q}"
         " --device-name {wildcards.device:q} --device {params.device:q}"
-        " --model-manifest {input.model:q} {params.quantizer:q} --out {output:q} > {log:q} 2>&1"
+        " --model-manifest {input.model:q} --data-manifest {input.data:q} {params.quantizer:q}"
+        " --out {output:q} > {log:q} 2>&1"
 
 
 rule all_energy:

@@ -78,3 +78,8 @@ def text_of(task):
     """The manifest of a task's text, if it has one."""
     dataset = STUDY.tasks[task].dataset_name()
     return ancient(f"<cache>/data/{dataset}/manifest.json") if dataset else []
+
+
+def timed_text(wildcards):
+    """The text whose pieces are timed as prompts: what the study calibrates with, its test part."""
+    return ancient(f"<cache>/data/{STUDY.calibration.dataset}/manifest.json")

@@ -49,6 +49,32 @@ __device__ __forceinline__ u16 to_bfloat(float x) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(d) : "f"(x));
   return d;
 }
+// The two numbers in the type of the cache.
+__device__ __forceinline__ u32 pack16(float low, float high) {
+  u32 d;
+  if constexpr (BF16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+// Two numbers of the cache's type; infinite ones become the largest finite ones.
+__device__ __forceinline__ u32 finite2(u32 a) {
+  u32 d;
+  if constexpr (BF16) {
+    asm("min.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(0x7F7F7F7Fu));
+    asm("max.bf16x2 %0, %0, %1;" : "+r"(d) : "r"(0xFF7FFF7Fu));
+  } else {
+    asm("min.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(0x7BFF7BFFu));
+    asm("max.f16x2 %0, %0, %1;" : "+r"(d) : "r"(0xFBFFFBFFu));
+  }
+  return d;
+}
+// Transposes an 8 x 8 matrix of 16-bit numbers, of whose row lane / 4 each lane has two columns,
+// 2 * (lane % 4) and the next.
+__device__ __forceinline__ u32 transpose_8x8(u32 a) {
+  u32 d;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
+}
 __device__ __forceinline__ float from_half(u16 x) {
   float d;
   asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"(x));
@@ -72,6 +98,15 @@ __device__ __forceinline__ float sine(float x) {
 }
 __device__ __forceinline__ u32 shared_address(const void* p) {
   return (u32)__cvta_generic_to_shared(p);
+}
+// A number of a table in shared memory that begins at a multiple of 256 bytes. Byte `i` of `offsets`
+// says how many bytes behind that it lies; one instruction makes the address.
+__device__ __forceinline__ float look_up_byte(const float* table, u32 offsets, int i) {
+  float x;
+  asm("ld.shared.f32 %0, [%1];"
+      : "=f"(x)
+      : "r"(permute_bytes(offsets, shared_address(table), 0x7650 | i)));
+  return x;
 }
 // Copies to shared memory that go on while the thread does something else.
 __device__ __forceinline__ void cp_async_16(void* to, const void* from) {

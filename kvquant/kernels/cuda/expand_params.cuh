@@ -20,6 +20,7 @@ struct ExpandParams {
   const float* cos;           // [positions, HALF_DIM]
   const float* sin;           // the same shape
   u16* out;                   // [2, batch, num_kv_heads, places, HEAD_DIM]
-  int num_kv_heads, table_stride, sink_room, tail_room, low, chunks, base, places, sinks, fp32_tail;
+  int num_kv_heads, table_stride, sink_room, tail_room, low, chunks, base, places, sinks, fp32_tail,
+      heads_each;
 };
 template struct ExpandParamsLayout<ExpandParams>;

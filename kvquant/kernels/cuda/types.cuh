@@ -16,7 +16,7 @@ typedef long long i64;
 typedef unsigned long long u64;
 
 // The dynamic shared memory of a launch; an emulator must know its size.
-#define DYNAMIC_SHARED(name, bytes) extern __shared__ __align__(16) u8 name[]
+#define DYNAMIC_SHARED(name, bytes) extern __shared__ __align__(256) u8 name[]
 #endif
 
 template <bool CONDITION, typename A, typename B> struct Select {
