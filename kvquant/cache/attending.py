@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvquant.cache.forward_call import CallRecord
 from kvquant.cache.interface import QuantizeClock
 from kvquant.cache.kept_rope import Table
+from kvquant.cache.window_plan import WindowPlan
 from kvquant.formats.rope import rotate
 
 Protocol = Literal["A", "B"]
@@ -35,10 +36,14 @@ class CallPlan:
             sequence.
         rope: Rotary table of the new columns, `[batch_size, new_len, head_dim]` each, or None where
             the model's own table is used.
+        storing: Must be called before anything is stored; then the call cannot be undone.
+        window: What layers with a sliding window do; None if there is no such layer.
     """
 
     query_positions: torch.Tensor
     rope: Table | None
+    storing: Callable[[], None]
+    window: WindowPlan | None
 
 
 Plan = TypeVar("Plan", bound=CallPlan)
@@ -126,6 +131,10 @@ class AttendingLayer(CacheLayerMixin, Generic[Plan]):
             `[batch_size, new_len, num_heads, head_dim]`.
         """
 
+    def table(self, plan: Plan) -> Table | None:
+        """Returns the rotary table of a call's new columns, or None where it is the model's."""
+        return plan.rope
+
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing, because a layer allocates memory when its first tokens come."""
 
@@ -179,7 +188,9 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
     rotary: nn.Module | None = None
     unrotated: frozenset[int] = frozenset()  # layers without RoPE
     position_limit: int | None = None  # the model's, found by the first call
-    window: int | None = None  # the shortest of the model's layers, which no call may exceed
+    # The shortest window that the layers do not know, which no call may exceed
+    window: int | None = None
+    soft_cap: float | None = None  # bound of the scores of all layers
 
     def __init__(
         self,
@@ -225,6 +236,8 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
     def meet(self, plan: Plan, queries: torch.Tensor, keys: torch.Tensor, rope: Table) -> Plan:
         """Completes the plan of the current call with what its first layer brings.
 
+        Layers with a sliding window, which may have another rotary table, complete no plan.
+
         Args:
             plan: The plan that :meth:`begin_forward` made.
             queries: Before RoPE, `[batch_size, num_heads, new_len, head_dim]`.
@@ -259,13 +272,13 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
         Raises:
             UserError: No call was begun for the layer, so that there is no plan.
         """
-        plan, first = self.calls.enter(layer, keys.shape[2])
-        if first:
+        plan, met = self.calls.enter(layer, keys.shape[2])
+        own: AttendingLayer[Plan] = self.layers[layer]
+        if not met and not own.is_sliding:
             plan = self.meet(plan, queries, keys, rope)
-            self.calls.planned(plan)
-        table = rope if plan.rope is None else plan.rope
-        new = NewTokens(queries, keys, values, None if layer in self.unrotated else table)
-        out: torch.Tensor = self.layers[layer].attend(plan, new, scaling, full)
+            self.calls.meet(plan)
+        table = None if layer in self.unrotated else own.table(plan) or rope
+        out = own.attend(plan, NewTokens(queries, keys, values, table), scaling, full)
         if self.calls.leave(layer):
             self.end_forward()
         return out

@@ -29,12 +29,21 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
         codec: The codec that packs and unpacks blocks.
         extent: See :class:`AttendingLayer`.
         clock: See :class:`AttendingLayer`.
+        soft_cap: Bound of the scores, which PyTorch applies alone, as kernels refuse it; None:
+            there is none.
     """
 
     is_croppable = True
 
-    def __init__(self, codec: Codec, extent: Extent, clock: QuantizeClock) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        extent: Extent,
+        clock: QuantizeClock,
+        soft_cap: float | None = None,
+    ) -> None:
         super().__init__(extent, clock)
+        self.soft_cap = soft_cap
         self.store = BlockStore(codec)
         self.codec = codec
 
@@ -109,7 +118,9 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
             both = (torch.cat(x, 2).to(new.queries.dtype) for x in zip(*parts, strict=True))
             return full(new.queries, *both)
         heads = new.keys.shape[1]
-        attention = BlockwiseAttention(new.queries, plan.query_positions, heads, scaling)
+        attention = BlockwiseAttention(
+            new.queries, plan.query_positions, heads, scaling, self.soft_cap
+        )
         for piece in pieces.cut():
             attention.add(*self._read(plan, piece, new.rotates), piece.positions)
         if not plan.simulated:

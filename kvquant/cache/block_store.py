@@ -113,7 +113,7 @@ class BlockStore:
         kind = self.tail[0].dtype
         keys, values = keys.to(kind), values.to(kind)
         if keys.device.type == "cpu":  # on a GPU this check would wait for the device
-            refuse_infinite(plan, keys, values)
+            refuse_infinite(plan.spans, keys, values)
         if plan.decode and keys.shape[2] == 1:
             self._append_step(plan, keys, values)
         else:

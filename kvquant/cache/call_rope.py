@@ -26,13 +26,17 @@ class CallRope:
         rope: Maps positions `[1, n]` to the rotary table `(cos, sin)`, each `[1, n, head_dim]`.
         keep: Whether to keep the rotation of each token from the start.
         rotated: Whether keys are stored after RoPE, so that they already include it.
+        local: `rope` of layers with a sliding window, which may have another base; None if there is
+            no such layer.
 
     Attributes:
+        counted: `rope`.
         kept: Rotations of all tokens; None where positions are counted.
     """
 
-    def __init__(self, rope: Rope, *, keep: bool, rotated: bool) -> None:
+    def __init__(self, rope: Rope, *, keep: bool, rotated: bool, local: Rope | None = None) -> None:
         self.counted = rope
+        self.local = local
         self._keep = keep and not rotated
         self._rotated = rotated
         self.kept: KeptRope | None = KeptRope() if self._keep else None
@@ -42,6 +46,7 @@ class CallRope:
         # and the table of counted positions where the model's is shifted.
         self._taken = False
         self._table: Table | None = None
+        self._local_table: Table | None = None
 
     @property
     def counts(self) -> bool:
@@ -74,7 +79,7 @@ class CallRope:
             bool `[]`, whether the positions of a decode step on a GPU fail to continue those
             before; None if that is known on the host.
         """
-        self._taken, self._table = False, None
+        self._taken, self._table, self._local_table = False, None, None
         if self._default_ends and not given:
             raise ValueError(
                 "position_ids: needed for every call on joined prompts of different lengths, whose "
@@ -100,12 +105,20 @@ class CallRope:
             new = shifts(positions, spans, lengths)
             self._shifts = None if new is None else old.follow(new, lengths, given)
             if self._shifts is None:
+                if self.local is not None and any(old.known):
+                    raise ValueError(
+                        "position_ids: do not continue those of earlier calls, by which the keys "
+                        "of sliding-window layers are rotated; give positions that go on by one"
+                    )
                 self.kept = KeptRope.counted(self.counted, lengths, old.known, device)
                 return None
             if new is not None and not any(new):
                 return None
         if not self._shifts.zero:
             self._table = self.counted(counted)
+            if self.local is not None:
+                same = self.local is self.counted
+                self._local_table = self._table if same else self.local(counted)
         return wrong
 
     def table(
@@ -128,6 +141,11 @@ class CallRope:
         if self._table is None:
             return None
         return self._table[0].to(dtype), self._table[1].to(dtype)
+
+    @property
+    def window_table(self) -> Table | None:
+        """The table of the new columns in layers with a sliding window; None: the model's."""
+        return self._local_table
 
     def state(self) -> tuple[KeptRope | None, Shifts | None]:
         """Returns the state for :meth:`restore`; take it before a call begins."""
@@ -171,7 +189,7 @@ class CallRope:
 
     def empty(self) -> CallRope:
         """Returns the rotation of an empty cache with the same settings."""
-        return CallRope(self.counted, keep=self._keep, rotated=self._rotated)
+        return CallRope(self.counted, keep=self._keep, rotated=self._rotated, local=self.local)
 
     def fork(self) -> CallRope:
         """Returns an independent copy."""

@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache
 from kvquant.cache.block_layer import BlockLayer
 from kvquant.cache.interface import CountedCache
 from kvquant.cache.kvquant_cache import KVQuantCache
+from kvquant.cache.window_layer import WindowLayer
 
 
 def cache_nbytes(cache: Cache) -> int:
@@ -18,6 +19,8 @@ def cache_nbytes(cache: Cache) -> int:
     for layer in cache.layers:
         if isinstance(layer, BlockLayer):
             total += layer.store.nbytes
+        elif isinstance(layer, WindowLayer):
+            total += layer.nbytes
         elif layer.keys is not None:
             total += layer.keys.nbytes + layer.values.nbytes
     return total + (cache.kept_nbytes if isinstance(cache, KVQuantCache) else 0)
@@ -33,6 +36,8 @@ def shared_nbytes(cache: Cache) -> int:
 def cache_elements(cache: Cache, mask: torch.Tensor | None = None) -> int:
     """Returns the number of key and value elements of the tokens in a cache.
 
+    Of a layer with a sliding window, only the tokens count that a later query sees.
+
     Args:
         cache: The cache.
         mask: `[batch_size, columns]` for an unquantized cache of a padded batch, which does not
@@ -46,8 +51,15 @@ def cache_elements(cache: Cache, mask: torch.Tensor | None = None) -> int:
             tail = layer.store.tail
             if tail is not None and isinstance(cache, KVQuantCache):
                 total += 2 * tail[0].shape[1] * tail[0].shape[3] * sum(cache.lengths)
+        elif isinstance(layer, WindowLayer) and isinstance(cache, KVQuantCache):
+            total += layer.elements(cache.lengths)
         elif layer.keys is not None:
             batch, heads, columns, dim = layer.keys.shape
-            tokens = batch * columns if mask is None else int(mask.sum())
+            tokens = batch * columns if mask is None else _tokens(mask, columns)
             total += 2 * heads * dim * tokens
     return total
+
+
+def _tokens(mask: torch.Tensor, columns: int) -> int:
+    """Returns the number of tokens in the last columns of a batch, which a layer holds."""
+    return int(mask[:, mask.shape[1] - columns :].sum())

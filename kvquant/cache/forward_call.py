@@ -33,6 +33,7 @@ class ForwardCall:
     Attributes:
         done: Indices of the layers that have finished their part.
         stored: Whether a layer has begun to store tokens.
+        met: Whether the plan is complete, with what only a layer brings.
     """
 
     def __init__(self, layers: int, new_len: int, held: bool, undo: Callable[[], None]) -> None:
@@ -42,6 +43,7 @@ class ForwardCall:
         self.undo = undo
         self.done: set[int] = set()
         self.stored = False
+        self.met = False
 
 
 class CallRecord(Generic[Plan]):
@@ -136,6 +138,12 @@ class CallRecord(Generic[Plan]):
         """Sets the plan of the current call, which every layer gets from then on."""
         self._plan = plan
 
+    def meet(self, plan: Plan) -> None:
+        """Sets the plan of the current call after a layer has completed it."""
+        self._plan = plan
+        if self._call is not None:
+            self._call.met = True
+
     def enter(self, layer: int, new_len: int) -> tuple[Plan, bool]:
         """Begins a layer's part of the current call.
 
@@ -144,13 +152,13 @@ class CallRecord(Generic[Plan]):
             new_len: Number of columns that the layer was given.
 
         Returns:
-            The plan, and whether the layer is the first to use it.
+            The plan, and whether it is complete.
 
         Raises:
             UserError: No call was begun for the layer, or one with another number of columns.
         """
         if self._handed is not None:
-            return self._handed, False
+            return self._handed, True
         call, plan = self._call, self._plan
         if call is None or plan is None or layer in call.done:
             raise UserError(
@@ -162,7 +170,7 @@ class CallRecord(Generic[Plan]):
                 f"cache: layer {layer} was given {new_len} columns in a forward call of "
                 f"{call.new_len}"
             )
-        return plan, not call.done
+        return plan, call.met
 
     def store(self) -> None:
         """Notes that a layer begins to store, after which the call cannot be undone."""

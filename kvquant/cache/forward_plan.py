@@ -94,7 +94,6 @@ class ForwardPlan(CallPlan):
         order: The point at which the tokens are stored.
         path: How the past is read. Until the first layer has run, a past that no decode step
             reads has no pieces.
-        storing: Must be called before anything is stored; then the call cannot be undone.
         status: int32 `[2]` on a GPU, where layers report lost outliers and NaN. None on a CPU and
             until the first layer has run.
     """
@@ -106,7 +105,6 @@ class ForwardPlan(CallPlan):
     simulated: bool
     order: Order
     path: Path
-    storing: Callable[[], None]
     status: torch.Tensor | None
 
     @functools.cached_property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvquant.cache.layout import AppendPlan
+from kvquant.cache.layout import Span
 from kvquant.errors import NonFiniteTokens
 
 
@@ -27,7 +27,7 @@ def fill_blocks(blocks: torch.Tensor, at: int, tokens: torch.Tensor) -> None:
         blocks[(at + done) // size, :, : n - done] = tokens[:, done:]
 
 
-def refuse_infinite(plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
+def refuse_infinite(spans: list[Span], keys: torch.Tensor, values: torch.Tensor) -> None:
     """Refuses tokens that 16 bits cannot hold, which would make every later output NaN.
 
     Raises:
@@ -36,5 +36,5 @@ def refuse_infinite(plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) 
     for name, x in (("keys", keys), ("values", values)):
         if bool(x.isfinite().all()):
             continue
-        if not all(bool(x[b][:, span].isfinite().all()) for b, span in enumerate(plan.spans)):
+        if not all(bool(x[b][:, span].isfinite().all()) for b, span in enumerate(spans)):
             raise NonFiniteTokens(name)

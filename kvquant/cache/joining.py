@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from kvquant.cache.fp16_layer import Fp16Layer
 from kvquant.cache.kvquant_cache import KVQuantCache
+from kvquant.cache.window_layer import WindowLayer
 from kvquant.errors import UserError
 
 
@@ -69,12 +70,22 @@ def _check_quantized(first: KVQuantCache, rest: list[KVQuantCache]) -> None:
                 "caches: positions that are not counted cannot be joined; prefill all prompts in "
                 "one call"
             )
-        pairs = zip(first.layers, cache.layers, strict=False)
-        same = len(cache.layers) == len(first.layers) and cache.protocol == first.protocol
-        if not same or any(mine.codec is not theirs.codec for mine, theirs in pairs):
+        kinds = [
+            [getattr(layer, "codec", None) or getattr(layer, "window", None) for layer in x.layers]
+            for x in (first, cache)
+        ]
+        if kinds[0] != kinds[1] or cache.protocol != first.protocol:
             raise UserError("caches: they are of different models, schemes or protocols")
         for mine, theirs in zip(first.layers, cache.layers, strict=True):
-            _check_alike(mine.store.tail[0], theirs.store.tail[0])
+            _check_alike(*(_held(layer) for layer in (mine, theirs)))
+
+
+def _held(layer: Any) -> torch.Tensor:
+    """Returns some of a layer's 16-bit keys, `[batch_size, heads, n, dim]`."""
+    held = layer.ring if isinstance(layer, WindowLayer) else layer.store.tail
+    assert held is not None  # the cache is filled
+    keys: torch.Tensor = held[0]
+    return keys
 
 
 def _check_alike(mine: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvquant.cache.layout import Layout
+from kvquant.cache.window_plan import ring_capacity
 from kvquant.formats.allocated_layer import AllocatedLayer
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
 from kvquant.formats.layer_quantizer import LayerTables, outliers_per_side
@@ -184,6 +185,23 @@ def allocated_footprint(
     )
 
 
+def window_footprint(window: int, heads: int, dim: int, calls: Sequence[list[int]]) -> Footprint:
+    """Computes the bytes of a layer with a sliding window after some calls.
+
+    Args:
+        window: Number of tokens that a query sees, itself included.
+        heads: Number of key/value heads.
+        dim: Channels per head.
+        calls: Tokens that each sequence gets, call by call.
+    """
+    lengths, capacity = [0] * len(calls[0]), 0
+    for counts in calls:
+        lengths = [n + count for n, count in zip(lengths, counts, strict=True)]
+        capacity = ring_capacity(window, capacity, max(lengths))
+    held = 2 * HALF * len(lengths) * heads * dim * capacity
+    return Footprint(codes=0, scales=0, outliers=0, pointers=0, window=held, tables=0)
+
+
 def bits_per_element(footprint: Footprint, heads: int, dim: int, tokens: int) -> float:
     """Returns bits per key or value element for `tokens` tokens of all sequences together."""
     return 8 * footprint.total / (2 * heads * dim * tokens)
@@ -217,22 +235,26 @@ def tokens_that_fit(
     shape: tuple[int, int, int],
     prompt: int,
     memory: int,
+    windows: Sequence[int] = (),
 ) -> int | None:
     """Returns how many tokens of prompts of one length should fit in a memory.
 
     Args:
         scheme: The scheme.
         tables: Calibrated tables per layer, for schemes that have them.
-        shape: Numbers of layers, of kv heads and of channels per head.
+        shape: Numbers of layers that see all tokens, of kv heads and of channels per head.
         prompt: Tokens of each prompt, stored at once.
         memory: Bytes for the cache, activations not counted.
+        windows: The sliding windows of the other layers.
 
     Returns:
         The number of tokens; None for a kind of scheme without a formula.
     """
     layers, heads, dim = shape
+    held = sum(window_footprint(w, heads, dim, [[prompt]]).total for w in windows)
     if scheme.kind in ("fp16", "fp16-static"):
-        return memory // (layers * fp16_bytes(heads, dim, 1))
+        baseline = sum(fp16_bytes(heads, dim, min(prompt, w - 1)) for w in windows)
+        return memory * prompt // (layers * fp16_bytes(heads, dim, prompt) + baseline)
     if isinstance(scheme, NuqScheme | KiviScheme | KvarnScheme):
         bytes_each = layers * layer_footprint(scheme, heads, dim, [[prompt]]).total
     elif isinstance(scheme, AllocatedScheme) and tables is not None:
@@ -243,4 +265,4 @@ def tokens_that_fit(
         )
     else:
         return None
-    return memory * prompt // bytes_each
+    return memory * prompt // (bytes_each + held)

@@ -15,6 +15,7 @@ from kvquant.cache.forward_plan import FirstCall, ForwardPlan, KernelStep, Order
 from kvquant.cache.kept_rope import Table
 from kvquant.cache.layout import AppendPlan, Layout
 from kvquant.cache.past_reader import PastReader
+from kvquant.cache.window_plan import Windows
 from kvquant.kernels.backends import Selection, select
 from kvquant.kernels.cache_shape import CacheShape
 
@@ -27,27 +28,33 @@ class Planner:
     Args:
         layout: Layout of the cache.
         rope: Rotation of the tokens.
-        store: Store of the first layer, which has the same properties as those of the others.
+        store: Store of the first layer that packs, which has the same properties as those of the
+            others; None if all layers have a sliding window.
         simulated: Whether a call's own tokens are read from the cache, too (protocol B).
         static_rope: Whether a position's rotation does not depend on the length of the sequence.
         narrow_tables: Whether the tables of all layers are narrow (:class:`Codec`).
         storing: See :class:`ForwardPlan`.
         query_heads: Number of query heads of the model; 0 if unknown before the first call.
+        windows: What layers with a sliding window share; None if there is no such layer.
+        soft_cap: Bound of the scores; None: there is none.
     """
 
     def __init__(
         self,
         layout: Layout,
         rope: CallRope,
-        store: BlockStore,
+        store: BlockStore | None,
         *,
         simulated: bool,
         static_rope: bool,
         narrow_tables: bool,
         storing: Callable[[], None],
         query_heads: int = 0,
+        windows: Windows | None = None,
+        soft_cap: float | None = None,
     ) -> None:
         self._layout, self._rope, self._store = layout, rope, store
+        self._windows, self._soft_cap = windows, soft_cap
         self._simulated, self._static_rope = simulated, static_rope
         self._narrow_tables = narrow_tables
         self._storing = storing
@@ -83,6 +90,18 @@ class Planner:
             order = Order.WITHIN_STEP
         else:
             order = Order.APPEND_FIRST if first or self._simulated else Order.READ_FIRST
+        window = None
+        if self._windows is not None:
+            window = self._windows.plan(
+                append.spans,
+                append.before.lengths,
+                append.after.lengths,
+                queries,
+                keys,
+                self._rope.window_table,
+                past=past,
+                simulated=self._simulated,
+            )
         return ForwardPlan(
             query_positions=queries,
             rope=None,
@@ -95,6 +114,7 @@ class Planner:
             path=step or (FirstCall() if first else NO_PIECES),
             storing=self._storing,
             status=None,
+            window=window,
         )
 
     def meet(
@@ -129,6 +149,7 @@ class Planner:
             like: New or stored keys, `[batch_size, num_kv_heads, n, head_dim]`.
             query_dtype: Dtype of the call's queries; None where it does not matter.
         """
+        assert self._store is not None
         _, heads, _, dim = like.shape
         model = (dim, heads, self.query_heads, stored_dtype(like.dtype))
         arenas = self._layout.arenas
@@ -146,6 +167,7 @@ class Planner:
                 protocol="B" if self._simulated else "A",
                 static_rope=self._static_rope,
                 narrow_tables=self._narrow_tables,
+                soft_cap=self._soft_cap,
                 **state,
             )
             self._known = (key, shape)
@@ -153,7 +175,9 @@ class Planner:
 
     def _stored_shape(self) -> CacheShape | None:
         """Returns the properties of what the cache holds; None before the first call."""
-        return None if self._store.tail is None else self._shape(self._store.tail[0])
+        if self._store is None or self._store.tail is None:
+            return None
+        return self._shape(self._store.tail[0])
 
     def select_step(self, device: torch.device) -> Selection | None:
         """Selects the backend of a decode step, with reasons; None before the first call."""
@@ -200,4 +224,5 @@ class Planner:
             path=KernelStep(steps.shape, steps.step(whole=True), steps.take_places()),
             storing=self._storing,
             status=status,
+            window=None if self._windows is None else self._windows.graph_plan(positions),
         )

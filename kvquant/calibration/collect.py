@@ -31,10 +31,12 @@ from kvquant.calibration.token_sample import TokenSample
 from kvquant.errors import NonFinite, UserError
 from kvquant.fetch.model_manifest import study_manifest
 from kvquant.formats.rope import rotate
-from kvquant.models.adapters import Part, rotary_width
+from kvquant.models.adapters import Part
 from kvquant.models.finite import remedy
+from kvquant.models.layer_kinds import layer_kinds
 from kvquant.models.loading import attention_layers, load_base_model, resolve_device
 from kvquant.models.prefill_quant import adapter_of
+from kvquant.models.rotary import rotary_width
 from kvquant.models.value_rotation import refuse_rotated
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.config import load_study
@@ -54,8 +56,15 @@ class _Collector:
         self.spec = spec
         self._sample, self._roped_keys = sample, roped_keys
         self._number = 0  # of the current window
-        self.layers = attention_layers(model)
-        self._width = rotary_width(model)
+        every, kinds = attention_layers(model), layer_kinds(model.model)
+        if not kinds.full:
+            raise UserError(
+                f"model: all layers have a sliding window (sliding_window: {kinds.window}), which "
+                "caches keep in 16 bits: there is nothing to calibrate"
+            )
+        self._numbers = kinds.full  # of the layers that see all tokens, the only calibrated ones
+        self.layers = [every[i] for i in kinds.full]
+        self._width = rotary_width(model, kinds.full_rope)
         self.heads = int(model.config.num_key_value_heads)
         self.statistics: list[LayerStatistics | None] = [None] * len(self.layers)
         self._late: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -83,7 +92,7 @@ class _Collector:
             if not output.requires_grad:
                 output = output.requires_grad_()  # the graph starts here, as weights are frozen
             data = part.read(output.detach(), width)
-            name = f"layer {layer}: {'keys' if is_key else 'values'}"
+            name = f"layer {self._numbers[layer]}: {'keys' if is_key else 'values'}"
             # Values are quantized from fp16, in which they must be finite, too.
             self._finite[name] = (data if is_key else data.half()).isfinite().all()
             rope = self._rope
@@ -132,7 +141,7 @@ class _Collector:
         grad: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> None:
-        name = f"layer {layer}: gradients of the {'keys' if is_key else 'values'}"
+        name = f"layer {self._numbers[layer]}: gradients of the {'keys' if is_key else 'values'}"
         self._finite[name] = grad.isfinite().all()
         skip = self.spec.sinks
         # The loss is a mean over the window's tokens; undo it so that tokens weigh equally.
@@ -240,7 +249,9 @@ def calibrate(
     *,
     roped_keys: bool = False,
 ) -> list[LayerStatistics]:
-    """Collects the statistics of every layer.
+    """Collects the statistics of every layer that sees all tokens, in order.
+
+    Layers with a sliding window are left out, because caches keep their tokens in 16 bits.
 
     Args:
         model: A causal LM with frozen weights, in evaluation mode.
@@ -251,7 +262,8 @@ def calibrate(
         roped_keys: Whether to keep histograms of keys after RoPE as well.
 
     Raises:
-        UserError: There is no window, or one has no token after the sinks.
+        UserError: There is no window, or one has no token after the sinks; or no layer sees all
+            tokens.
         NonFinite: A window's loss, activations or gradients are NaN or infinite.
     """
     if not windows or min(map(len, windows)) < max(spec.sinks + 1, 2):

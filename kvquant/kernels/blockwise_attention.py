@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from kvquant.kernels.masked_attention import soft_capped
+
 NEVER = -1  # position of a key slot that holds no token
 
 
@@ -21,11 +23,19 @@ class BlockwiseAttention:
         positions: int64 `[batch_size, q_len]`; a query sees keys at its position or before.
         num_kv_heads: Key heads; `num_heads` is a multiple of it.
         scaling: Factor of the scores.
+        soft_cap: Bound of the scores (:func:`~kvquant.kernels.masked_attention.soft_capped`); None:
+            there is none.
     """
 
     def __init__(
-        self, queries: torch.Tensor, positions: torch.Tensor, num_kv_heads: int, scaling: float
+        self,
+        queries: torch.Tensor,
+        positions: torch.Tensor,
+        num_kv_heads: int,
+        scaling: float,
+        soft_cap: float | None = None,
     ) -> None:
+        self._soft_cap = soft_cap
         batch, heads, length, dim = queries.shape
         self._shape = (batch, heads, length, dim)
         self._kind = queries.dtype
@@ -51,6 +61,8 @@ class BlockwiseAttention:
         if keys.shape[2] == 0:
             return
         scores = self._queries @ keys.float().transpose(-1, -2)
+        if self._soft_cap is not None:
+            scores = soft_capped(scores, self._soft_cap)
         if positions is not None:
             seen = positions[:, None] <= self._positions[..., None]
             seen &= (positions >= 0)[:, None]

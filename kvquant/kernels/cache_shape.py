@@ -59,6 +59,8 @@ class CacheShape:
         arenas: Arenas that hold the blocks.
         arena_blocks: Blocks of the largest arena.
         input_layout: Of the tokens that are packed.
+        soft_cap: Bound of the scores, by which the hyperbolic tangent squeezes them; None: there is
+            none.
     """
 
     head_dim: int
@@ -82,6 +84,7 @@ class CacheShape:
     arenas: int = 0
     arena_blocks: int = 0
     input_layout: InputLayout = "pairs"
+    soft_cap: float | None = None
 
     @property
     def channels(self) -> int:

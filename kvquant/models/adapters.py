@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from kvquant.errors import UserError
-from kvquant.formats.rope import Rope
+from kvquant.kernels.masked_attention import soft_capped
 from kvquant.models.obstacles import unsupported_attention
 from kvquant.study.model_families import ModelFamily, family_of_attention
 
@@ -226,6 +226,9 @@ class AttentionAdapter:
             logits = logits / getattr(model.config, self.family.logit_divisor)
         if self.family.logit_factor is not None:
             logits = logits * getattr(model.config, self.family.logit_factor)
+        if self.family.logit_cap is not None:
+            cap = getattr(model.config, self.family.logit_cap)
+            logits = logits if cap is None else soft_capped(logits, cap)
         return logits
 
 
@@ -247,32 +250,3 @@ def adapter_of_class(attention: str) -> AttentionAdapter:
     if family is None:
         raise UserError(unsupported_attention(attention))
     return AttentionAdapter(family)
-
-
-def rotary_width(model: Any) -> int:
-    """Returns the number of channels per head that a model's RoPE rotates."""
-    return 2 * int(model.model.rotary_emb.inv_freq.numel())
-
-
-def one_factor(model: Any, head_dim: int) -> bool:
-    """Returns whether a model's cosine and sine have one factor for all channels of a head.
-
-    Channels that RoPE leaves as they are do not get the factor of some rope scalings.
-    """
-    return model.model.rotary_emb.attention_scaling == 1 or rotary_width(model) == head_dim
-
-
-def model_rope(model: Any, adapter: AttentionAdapter, head_dim: int) -> Rope:
-    """Returns a model's rotary tables as caches know them, in fp32.
-
-    Args:
-        model: The causal language model.
-        adapter: The adapter of its family.
-        head_dim: Number of channels per head.
-    """
-
-    def rope(positions: torch.Tensor) -> Table:
-        like = torch.empty(0, dtype=torch.float32, device=positions.device)
-        return adapter.table(model.model.rotary_emb(like, positions), head_dim)
-
-    return rope

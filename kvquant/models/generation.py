@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvquant.cache.footprint import cache_elements, cache_nbytes
-from kvquant.cache.fp16_layer import Fp16Layer
+from kvquant.cache.fp16_layer import Fp16Layer, Fp16WindowLayer
 from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.errors import OutlierOverflow, UserError
 from kvquant.models.finite import not_finite
@@ -190,7 +190,7 @@ def can_drop_rows(cache: Any) -> bool:
     """Returns whether a cache can drop sequences; transformers' own quantized layers cannot."""
     if isinstance(cache, KVQuantCache):
         return True
-    return all(type(layer) is Fp16Layer for layer in cache.layers)
+    return all(type(layer) in (Fp16Layer, Fp16WindowLayer) for layer in cache.layers)
 
 
 def graphed(qm: Any, cache: Any, new_tokens: int) -> GraphedDecoder | None:

@@ -117,8 +117,10 @@ class GraphedDecoder:
         if captured is None:
             self._steps.reserve(layout, max(blocks) + self._room)
         self._steps.write(layout, blocks, layout.tails)
-        arenas = [layer.store.arena_table() for layer in cache.layers]
-        now = (*self._steps.addresses(), *(t.data_ptr() for t in arenas if t is not None))
+        arenas = [layer.store.arena_table() for layer in cache.packed]
+        rings = cache.reserve_windows()
+        read = [t for t in (*arenas, *rings) if t is not None]
+        now = (*self._steps.addresses(), *(t.data_ptr() for t in read))
         if captured is None or now != captured.addresses:
             captured = self._captured = None  # frees its memory for the next graph
             captured = self._captured = self._capture(now)

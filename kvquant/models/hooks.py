@@ -11,17 +11,19 @@ from torch import nn
 
 from kvquant.errors import UserError
 from kvquant.models.graph_calls import graph_calls, no_graph_calls
+from kvquant.models.layer_kinds import layer_kinds, position_limit
 from kvquant.models.model_call import CACHE_NAMES, arguments, find_cache, parameters, refuse_unknown
 from kvquant.models.obstacles import (
     attention_obstacles,
-    attention_window,
     layer_obstacle,
     refused_features,
+    uncapped_scores,
     unsupported_attention,
     unsupported_configuration,
     unsupported_model,
 )
 from kvquant.models.prefill_quant import PrefillQuantizedAttention, adapter_of, original_class
+from kvquant.models.rotary import same_angles
 from kvquant.study.model_families import family_of_attention
 
 # Arguments of a decoder that are supported, or that do not affect its attention.
@@ -33,18 +35,6 @@ _KNOWN = frozenset({
 Arguments = dict[str, Any]
 
 
-def position_limit(config: Any) -> int:
-    """Returns the longest supported sequence, with the scaling of RoPE included.
-
-    Some configurations state the scaled length as `max_position_embeddings`, others the length that
-    the factor multiplies. The larger of the two readings counts.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    positions = int(config.max_position_embeddings)
-    base = int(rope.get("original_max_position_embeddings") or positions)
-    return max(positions, int(base * float(rope.get("factor") or 1.0)))
-
-
 def attention_layers(model: Any) -> list[Any]:
     """Returns the self-attention modules in order and refuses unsupported ones.
 
@@ -54,19 +44,21 @@ def attention_layers(model: Any) -> list[Any]:
     found: list[Any] = []
     if (problem := unsupported_model(model)) is not None:
         raise UserError(problem)
-    limit = position_limit(model.config)
     for number, layer in enumerate(model.model.layers):
         if (problem := layer_obstacle(layer, number)) is not None:
             raise UserError(problem)
         module = layer.self_attn
         name = original_class(module).__name__
         family = family_of_attention(name)
-        obstacles = list(attention_obstacles(module, model.config, family, limit))
+        obstacles = list(attention_obstacles(module, model.config, family))
         if obstacles:
             raise UserError(refused_features(number, obstacles))
         if family is None:
             raise UserError(unsupported_attention(name))
+        if (problem := uncapped_scores(module, model.config, family)) is not None:
+            raise UserError(problem)
         found.append(module)
+    layer_kinds(model.model)
     return found
 
 
@@ -95,15 +87,6 @@ def unrotated_layers(attentions: list[Any]) -> frozenset[int]:
     return frozenset(i for i, module in found if not adapter_of(module).rotates(module))
 
 
-def shortest_window(decoder: Any) -> int | None:
-    """Returns the shortest window of a decoder's layers, or None if each sees all tokens."""
-    found = (
-        attention_window(a, decoder.config, family_of_attention(original_class(a).__name__))
-        for a in (layer.self_attn for layer in decoder.layers)
-    )
-    return min((window for window in found if window is not None), default=None)
-
-
 def _given(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
     return arguments(parameters(type(module).forward), args, kwargs)
 
@@ -127,10 +110,14 @@ def _check_model(cache: Any, decoder: Any) -> None:
             f"cache: has {layers} layers and the model {len(decoder.layers)}; take a new_cache() "
             "of this model"
         )
-    if cache.rotary is None or cache.rotary is rotary:
+    if cache.rotary is rotary:
+        return
+    if cache.rotary is not None or not cache.columns:
+        _check_kinds(cache, decoder)
+    if cache.rotary is None:
         return
     unrotated = unrotated_layers([layer.self_attn for layer in decoder.layers])
-    if cache.unrotated != unrotated or not _same_angles(cache.rotary, rotary):
+    if cache.unrotated != unrotated or not same_angles(cache.rotary, rotary):
         raise UserError(
             "cache: was made for a model with another rotary embedding; take a new_cache() of this "
             "model"
@@ -138,12 +125,23 @@ def _check_model(cache: Any, decoder: Any) -> None:
     cache.rotary = rotary  # so that the angles are compared once only
 
 
-def _same_angles(a: Any, b: Any) -> bool:
-    """Returns whether two rotary embeddings rotate by the same angles."""
-    if a.rope_type != b.rope_type or a.attention_scaling != b.attention_scaling:
-        return False
-    x, y = (getattr(m, "original_inv_freq", m.inv_freq).cpu() for m in (a, b))
-    return torch.equal(x, y)
+def _check_kinds(cache: Any, decoder: Any) -> None:
+    """Refuses a cache whose layers are not of the decoder's kinds.
+
+    Raises:
+        UserError: A layer has another sliding window, or scores are capped otherwise.
+    """
+    kinds = layer_kinds(decoder)
+    windows = tuple(getattr(layer, "window", None) for layer in cache.layers)
+    for name, same in (
+        ("sliding_window", windows == kinds.windows),
+        ("attn_logit_softcapping", cache.soft_cap == kinds.soft_cap),
+    ):
+        if not same:
+            raise UserError(
+                f"cache: was made for another {name} than the model's; take a new_cache() of this "
+                "model"
+            )
 
 
 @torch.compiler.disable(reason="looks at the mask on the host, once per forward call")
@@ -188,7 +186,7 @@ def _enter_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) 
     past = cache.get_seq_length()
     if not past or cache.position_limit is None:  # reading a configuration is slow
         cache.position_limit = position_limit(config)
-        cache.window = shortest_window(module)
+        cache.window = layer_kinds(module).unreached
     limit = cache.position_limit
     if cache.window is not None and past + new_len > cache.window:
         raise UserError(

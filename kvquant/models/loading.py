@@ -1,7 +1,12 @@
-"""Loads models and installs the quantized attention; nothing else in the library does."""
+"""Loads models and installs the quantized attention; nothing else in the library does.
+
+Unquantized models are loaded by :mod:`kvquant.models.base_model`.
+"""
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +21,23 @@ from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.errors import UserError
 from kvquant.fetch.file_hashes import FileHashes
 from kvquant.fetch.model_manifest import ModelManifest as ModelManifest
-from kvquant.fetch.model_manifest import manifest_beside, model_files, verify_model, weight_files
+from kvquant.fetch.model_manifest import model_files, weight_files
 from kvquant.fetch.model_manifest import read_manifest as read_manifest
-from kvquant.models.adapters import AttentionAdapter, model_rope, one_factor
+from kvquant.models.adapters import AttentionAdapter
+from kvquant.models.base_model import default_attention as default_attention
+from kvquant.models.base_model import default_dtype as default_dtype
+from kvquant.models.base_model import load_base_model as load_base_model
+from kvquant.models.base_model import load_tokenizer as load_tokenizer
+from kvquant.models.base_model import resolve_device as resolve_device
+from kvquant.models.base_model import with_manifest
 from kvquant.models.hooks import attention_layers as attention_layers
 from kvquant.models.hooks import install_attention as install_attention
-from kvquant.models.hooks import position_limit as position_limit
-from kvquant.models.hooks import refuse_configuration, unrotated_layers
 from kvquant.models.hooks import uninstall_attention as uninstall_attention
+from kvquant.models.hooks import unrotated_layers
+from kvquant.models.layer_kinds import LayerKinds, layer_kinds
+from kvquant.models.layer_kinds import position_limit as position_limit
 from kvquant.models.prefill_quant import adapter_of
+from kvquant.models.rotary import model_rope, one_factor, static_rope
 from kvquant.models.value_rotation import (
     fold_value_rotation,
     refuse_rotated,
@@ -35,133 +48,6 @@ from kvquant.schemes.registry import CacheFactory, ModelShape, build_caches, bui
 from kvquant.study.schemes import Fp16Scheme, SchemeSpec
 
 
-def resolve_device(device: str) -> torch.device:
-    """Returns the device of a name; 'auto' is the GPU if there is one, else the CPU.
-
-    Raises:
-        UserError: The name is unknown, or the GPU does not exist.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        found = torch.device("meta")
-    if found.type not in ("cpu", "cuda"):
-        raise UserError(f"--device: '{device}' is none of auto, cpu, cuda and cuda:N")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device: '{device}' asked for, but torch sees no GPU")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device: '{device}' asked for, but torch sees "
-            f"{torch.cuda.device_count()} GPU(s), numbered from 0"
-        )
-    return found
-
-
-def _read_pretrained(kind: Any, directory: str | Path, **options: Any) -> Any:
-    """Reads a folder or hub id by a transformers class, never by the folder's own code.
-
-    Raises:
-        UserError: A file cannot be read; the message says why in one line.
-    """
-    try:
-        # Without this, transformers asks on standard input whether it may run the folder's code.
-        return kind.from_pretrained(str(directory), trust_remote_code=False, **options)
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        # Each library that may read a damaged file raises another type of error.
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model: cannot load '{directory}': {told}") from None
-
-
-def default_dtype(config: Any, device: torch.device) -> torch.dtype:
-    """Returns the dtype of the weights with which a model is loaded by default.
-
-    It is fp32 on a CPU. On a GPU it is bf16 for a checkpoint in bf16, whose activations may exceed
-    the range of fp16, and fp16 otherwise.
-    """
-    if device.type == "cpu":
-        return torch.float32
-    saved = getattr(config, "dtype", None)
-    return torch.bfloat16 if saved in (torch.bfloat16, "bfloat16") else torch.float16
-
-
-def load_base_model(
-    model: str | Path | ModelManifest,
-    *,
-    device: str = "auto",
-    dtype: torch.dtype | None = None,
-    device_map: Any = None,
-) -> tuple[Any, Any]:
-    """Loads model and tokenizer from a directory or hub id, without remote code or pickles.
-
-    Args:
-        model: Directory, hub id or manifest. The files of a manifest are verified, and those of a
-            directory that `fetch-model` filled.
-        device: "cpu", "cuda" or "auto".
-        dtype: Dtype of the weights; None: see :func:`default_dtype`.
-        device_map: The device map of transformers, used instead of `device`; all layers must end up
-            on one device.
-
-    Returns:
-        The model in evaluation mode with frozen weights, and its tokenizer.
-
-    Raises:
-        UserError: A file is damaged, lacks weights, or differs from the manifest.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    where = resolve_device(device)
-    model = _with_manifest(model)
-    if isinstance(model, ModelManifest):
-        verify_model(model)
-    directory = model.directory if isinstance(model, ModelManifest) else model
-    config = _read_pretrained(AutoConfig, directory)
-    refuse_configuration(config)
-    kind = dtype or default_dtype(config, where)
-    placed = {} if device_map is None else {"device_map": device_map}
-    found, info = _read_pretrained(
-        AutoModelForCausalLM,
-        directory,
-        dtype=kind,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        output_loading_info=True,
-        **placed,
-    )
-    # transformers silently fills these weights with random numbers.
-    for key, what in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of")):
-        if wrong := sorted(map(str, info[key])):
-            raise UserError(
-                f"model: cannot load '{directory}': its weights {what} {wrong[0]} "
-                f"({len(wrong)} in all)"
-            )
-    tokenizer = _read_pretrained(AutoTokenizer, directory)
-    found.requires_grad_(False)
-    return (found if placed else found.to(where)).eval(), tokenizer
-
-
-def load_tokenizer(model: str | Path | ModelManifest) -> tuple[Any, int]:
-    """Loads the tokenizer and the longest sequence of a local model without its weights.
-
-    Args:
-        model: Directory or manifest; a manifest's files other than the weights are verified.
-
-    Raises:
-        UserError: A file cannot be read, or differs from the manifest.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    model = _with_manifest(model)
-    if isinstance(model, ModelManifest):
-        verify_model(model, weights=False)
-    directory = model.directory if isinstance(model, ModelManifest) else model
-    config = _read_pretrained(AutoConfig, directory)
-    return _read_pretrained(AutoTokenizer, directory), position_limit(config)
-
-
 @dataclass
 class QuantizedModel:
     """A model whose attention works with quantized caches.
@@ -170,7 +56,7 @@ class QuantizedModel:
         model: The transformers model, called as `model(..., past_key_values=qm.new_cache())`.
         tokenizer: The tokenizer of the model.
         scheme: The scheme of `new_cache`.
-        codecs: One codec per layer, or None for a scheme without codecs.
+        codecs: One codec per layer that sees all tokens, or None for a scheme without codecs.
         caches: Factory of the caches of a scheme with its own kind of cache, else None.
         inputs: Hashes of the files on which results depend, by their role (model, quantizer), which
             records include.
@@ -217,8 +103,10 @@ class QuantizedModel:
         """Computes logits from what the decoder gives (see :meth:`AttentionAdapter.logits`)."""
         return self.adapter.logits(self.model, hidden_states)
 
-    def _rope(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return model_rope(self.model, self.adapter, _kv_shape(self.model)[1])(positions)
+    @functools.cached_property
+    def kinds(self) -> LayerKinds:
+        """Which layers see all tokens, and which have a sliding window, kept in 16 bits."""
+        return layer_kinds(self.model.model)
 
     def new_cache(self, protocol: Protocol = "A") -> Any:
         """Makes an empty cache of the scheme (see :class:`KVQuantCache` for the protocols).
@@ -232,10 +120,12 @@ class QuantizedModel:
                 "first call attends in full precision whatever it stores, so one forward pass "
                 "measures nothing; use protocol A with chunks"
             )
-        static = _static_rope(self.model)
+        kinds, dim = self.kinds, _kv_shape(self.model)[1]
+        static = static_rope(self.model, kinds.full_rope)
+        rope = model_rope(self.model, self.adapter, dim, kinds.full_rope)
         unrotated = unrotated_layers([layer.self_attn for layer in self.model.model.layers])
         if self.caches is not None:
-            cache = self.caches(protocol, self._rope)
+            cache = self.caches(protocol, rope)
             if not isinstance(cache, AttendingCache):
                 return cache
             if not static:
@@ -244,19 +134,30 @@ class QuantizedModel:
                     "scaling that changes with the length does not allow"
                 )
         elif self.codecs is None:
-            return new_baseline_cache()
+            return new_baseline_cache(kinds.windows)
         else:
             # Decode kernels have one table for all layers and one factor for all channels.
-            one = not unrotated and one_factor(self.model, _kv_shape(self.model)[1])
+            one = not unrotated & set(kinds.full) and one_factor(self.model, dim, kinds.full_rope)
+            codecs = iter(self.codecs)
+            local = None
+            if kinds.window_rope != kinds.full_rope:
+                local = model_rope(self.model, self.adapter, dim, kinds.window_rope)
             cache = KVQuantCache(
-                self.codecs, self._rope, protocol, static_rope=static and one, keep_rope=not static
+                [next(codecs) if window is None else None for window in kinds.windows],
+                rope,
+                protocol,
+                static_rope=static and one,
+                keep_rope=not static,
+                window=kinds.window,
+                window_rope=local,
+                soft_cap=kinds.soft_cap,
             )
         cache.rotary, cache.unrotated = self.model.model.rotary_emb, unrotated
         return cache
 
     def baseline_cache(self) -> Any:
         """Makes an empty unquantized 16-bit cache for the same model."""
-        return new_baseline_cache()
+        return new_baseline_cache(self.kinds.windows)
 
 
 def load_quantized_model(
@@ -293,7 +194,7 @@ def load_quantized_model(
     if device_map is not None and device != "auto":
         raise UserError("device_map: says where the model goes; leave device out")
     if not isinstance(model, nn.Module):
-        model = _with_manifest(model)
+        model = with_manifest(model)
     spec = scheme or Fp16Scheme(kind="fp16")
     inputs = {"model": model.identity} if isinstance(model, ModelManifest) else {}
     tables = None
@@ -312,17 +213,27 @@ def load_quantized_model(
         base, own = load_base_model(model, device=device, dtype=dtype, device_map=device_map)
         tokenizer = own if tokenizer is None else tokenizer
     layers = attention_layers(base)
-    where = _one_device(base)
+    where, kinds = _one_device(base), layer_kinds(base.model)
+    full = kinds.full
     if tables is not None:
-        shape = (len(layers), *_kv_shape(base))
-        if (info.num_layers, info.num_kv_heads, info.head_dim) != shape:
+        own = (len(full), *_kv_shape(base))
+        if (info.num_layers, info.num_kv_heads, info.head_dim) != own:
             raise UserError(
                 f"quantizer: {quantizer} is for {info.num_layers} layers of {info.num_kv_heads} x "
-                f"{info.head_dim}, the model has {shape[0]} of {shape[1]} x {shape[2]}"
+                f"{info.head_dim}, the model has {own[0]} that see all tokens, of {own[1]} x "
+                f"{own[2]}"
             )
         tables = [table.to(where) for table in tables]
     heads, dim = _kv_shape(base)
-    codecs = build_codecs(spec, len(layers), tables)
+    if not full and spec.quantizes:
+        tables = tables or []  # no calibration could make any
+        warnings.warn(
+            "model: all layers have a sliding window (sliding_window: "
+            f"{kinds.window}), which is kept in 16 bits: scheme kind "
+            f"'{spec.kind}' quantizes nothing",
+            stacklevel=2,
+        )
+    codecs = build_codecs(spec, len(full), tables)
     for codec in codecs or []:
         codec.check_model(heads, dim)
     if codecs and codecs[0].rotates_values:
@@ -332,15 +243,10 @@ def load_quantized_model(
                 codec.expect_rotated_values()
     elif spec.quantizes:
         refuse_rotated(base, f"scheme kind '{spec.kind}'")
-    caches = build_caches(spec, ModelShape(len(layers), heads, dim), tables)
+    shape = ModelShape(len(layers), heads, dim, kinds.windows, kinds.soft_cap)
+    caches = build_caches(spec, shape, tables)
     install_attention(base)
     return QuantizedModel(base, tokenizer, spec, codecs, caches, inputs)
-
-
-def _with_manifest(model: str | Path | ModelManifest) -> str | Path | ModelManifest:
-    """Returns the manifest of a folder that `fetch-model` filled, else `model` itself."""
-    found = None if isinstance(model, ModelManifest) else manifest_beside(model)
-    return model if found is None else found
 
 
 def _weights_sha256(model: str | Path | ModelManifest) -> str | None:
@@ -376,12 +282,6 @@ def _one_device(model: Any) -> torch.device:
             "cache needs all of it on one device (meta: weights that are offloaded)"
         )
     return next(iter(found))
-
-
-def _static_rope(model: Any) -> bool:
-    """Returns whether a position's rotation is the same in calls of any length."""
-    kind = str(getattr(model.model.rotary_emb, "rope_type", "default"))
-    return "dynamic" not in kind and kind != "longrope"
 
 
 def _kv_shape(model: Any) -> tuple[int, int]:

@@ -90,26 +90,39 @@ def attention_window(attention: Any, config: Any, family: ModelFamily | None) ->
 
 
 def attention_obstacles(
-    attention: Any, config: Any, family: ModelFamily | None, longest: int
+    attention: Any, config: Any, family: ModelFamily | None
 ) -> Iterator[tuple[str, str]]:
     """Yields what an attention does that quantized caches do not: what it uses, and the field.
-
-    A window as long as the longest sequence hides nothing.
 
     Args:
         attention: The attention module of a layer.
         config: The configuration of the model.
         family: Its family; None for an unsupported one.
-        longest: The longest sequence for which the model is made.
     """
-    window = attention_window(attention, config, family)
-    if window is not None and window < longest:
-        yield "sliding-window attention", f"sliding_window: {window}"
     cap = getattr(attention, "attn_logit_softcapping", None)
-    if cap is not None:
+    if cap is not None and (family is None or not family.soft_capping):
         yield "soft-capping of scores", f"attn_logit_softcapping: {cap}"
+    if getattr(config, "use_bidirectional_attention", False):
+        yield "attention to later tokens", "use_bidirectional_attention: true"
     if isinstance(getattr(attention, "sinks", None), nn.Parameter):
         yield "attention sinks", "the learned parameter 'sinks'"
+
+
+def uncapped_scores(attention: Any, config: Any, family: ModelFamily) -> str | None:
+    """Returns the error for scores that an implementation of attention would not cap, or None.
+
+    Args:
+        attention: The attention module of a layer.
+        config: The configuration of the model.
+        family: Its family.
+    """
+    cap = getattr(attention, "attn_logit_softcapping", None) if family.soft_capping else None
+    if cap is None or config._attn_implementation != "sdpa":
+        return None
+    return (
+        f"model: it caps its scores (attn_logit_softcapping: {cap}), which attn_implementation "
+        "'sdpa' does not; load it with attn_implementation='eager'"
+    )
 
 
 def refused_features(number: int, found: list[tuple[str, str]]) -> str:

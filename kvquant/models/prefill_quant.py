@@ -9,6 +9,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvquant.errors import UserError
+from kvquant.kernels.masked_attention import causal_mask, masked_attention
 from kvquant.models.adapters import AttentionAdapter, adapter_of_class
 from kvquant.models.model_call import CACHE_NAMES, arguments, find_cache, parameters, refuse_unknown
 from kvquant.models.no_gradient import without_gradient
@@ -19,6 +20,8 @@ _KNOWN = _USED | {
     "position_ids", "use_cache", "output_attentions", "output_hidden_states",
     "output_router_logits",
 }  # fmt: skip
+
+_CAPPING = ("flash", "flex")  # implementations of attention that cap scores when asked to
 
 
 @torch.compiler.disable(reason="the cache plans on the host and changes its shapes as it grows")
@@ -112,6 +115,16 @@ class PrefillQuantizedAttention(nn.Module):
             function = ALL_ATTENTION_FUNCTIONS.get(implementation, ALL_ATTENTION_FUNCTIONS["sdpa"])
             others = {name: value for name, value in given.items() if name not in _USED}
             mask = given.get("attention_mask")
+            cap = cache.soft_cap
+            if cap is not None and not implementation.startswith(_CAPPING):
+                if mask is None and q.shape[2] > 1:
+                    mask = causal_mask(q.shape[2], q.device)
+                return masked_attention(q, k, v, mask, module.scaling, cap)
+            if cap is not None:
+                others["softcap"] = cap
+            window = getattr(cache.layers[module.layer_idx], "window", None)
+            if window is not None:  # for implementations without a mask
+                others["sliding_window"] = window
             out: torch.Tensor = function(
                 module, q, k, v, mask, dropout=0.0, scaling=module.scaling, **others
             )[0]

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvquant.energy.gpus import devices_of
 from kvquant.models.capturing import capture
-from kvquant.models.hooks import shortest_window
+from kvquant.models.layer_kinds import layer_kinds
 from kvquant.models.model_call import cache_argument
 from kvquant.schemes.fp16_static import StaticFp16Cache
 
@@ -176,7 +176,14 @@ class StaticDecoder:
         device = devices[0]
         self._model, self._steps = model, new_tokens
         batch, columns = mask.shape
-        window = shortest_window(model.model)
+        kinds = layer_kinds(model.model)
+        if kinds.soft_cap is not None:
+            raise ValueError(
+                f"model: caps its scores (attn_logit_softcapping: {kinds.soft_cap}), which these "
+                "steps do not; call the model instead"
+            )
+        found = (kinds.window, kinds.unreached)
+        window = min((window for window in found if window is not None), default=None)
         if window is not None and columns + new_tokens > window:
             raise ValueError(
                 f"new_tokens: {columns + new_tokens} columns exceed the model's sliding window "

@@ -27,6 +27,7 @@ class QuantizerManifest(BaseModel):
 
     Attributes:
         spec: The scheme's options.
+        num_layers: Number of layers that see all tokens, the only ones with tables.
         weights_sha256: Of the model's weights.
         model_identity: Of all files of the model (see :mod:`kvquant.fetch.model_manifest`).
         text: The text that calibration read; perplexity must not be measured on it.

@@ -23,8 +23,12 @@ def backend_report(
     device: torch.device,
     protocol: str = "A",
     static_rope: bool = True,
+    soft_cap: float | None = None,
 ) -> dict[Operation, Selection]:
     """Selects the backend of each operation without loading, compiling or allocating anything.
+
+    It holds for layers that see all tokens. Those with a sliding window keep it in 16 bits, which
+    PyTorch reads on any device.
 
     What is known only after calibration or during a call is assumed to suit the kernels.
 
@@ -37,6 +41,7 @@ def backend_report(
         device: The device that the model will be on.
         protocol: The protocol, "A" or "B".
         static_rope: Whether the rope scaling does not change with the length of a sequence.
+        soft_cap: Bound of the scores (Gemma 2); None: there is none.
 
     Returns:
         One selection per operation, whose `backend`, `refused` and `lines()` can be printed. The
@@ -57,6 +62,7 @@ def backend_report(
         query_dtype=dtype,
         protocol=protocol,
         static_rope=static_rope,
+        soft_cap=soft_cap,
         kept_rope=not static_rope,
     )
     if isinstance(scheme, AllocatedScheme):

@@ -35,136 +35,63 @@ token has more outliers, is not implemented.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from kvquant.cache.attending import (
-    AttendingCache,
-    AttendingLayer,
-    CallPlan,
-    Extent,
-    FullAttention,
-    NewTokens,
-    Protocol,
-)
+from kvquant.cache.attending import AttendingCache, AttendingLayer, Extent, Protocol
 from kvquant.cache.forward_call import CallRecord, ForwardCall
 from kvquant.cache.interface import CountedCache, QuantizeClock, sequence_indices
 from kvquant.cache.kept_rope import Table
 from kvquant.cache.layout import Span
 from kvquant.cache.padding import host_mask
 from kvquant.cache.positions import Shifts, shifts
+from kvquant.cache.window_layer import WindowLayer
+from kvquant.cache.window_plan import Windows
+from kvquant.errors import UserError
 from kvquant.formats.layer_quantizer import LayerQuantizer
-from kvquant.formats.rope import Rope, rotate
-from kvquant.kernels.blockwise_attention import NEVER, BlockwiseAttention
-from kvquant.schemes.kvquant_store import ReferenceTables, SequenceStore
+from kvquant.formats.rope import Rope
+from kvquant.kernels.blockwise_attention import NEVER
+from kvquant.schemes.kvquant_layer import ReferenceLayer, ReferencePlan
+from kvquant.schemes.kvquant_store import ReferenceTables
 from kvquant.schemes.registry import CacheFactory, ModelShape
 from kvquant.study.schemes import KvquantRefScheme
-
-
-@dataclass(frozen=True)
-class ReferencePlan(CallPlan):
-    """The plan of one call, which all layers share.
-
-    Attributes:
-        spans: Columns of each sequence that are tokens.
-        new_positions: int64 `[batch_size, new_len]`, positions of the new keys; `NEVER` for
-            padding.
-        key_positions: int64 `[1, columns]`, positions of all keys.
-        key_rope: Rotary table of `key_positions`.
-        simulated: Whether the call's own tokens are read from the cache as well (protocol B).
-        mask: bool `[batch_size, columns]` on the host after the call; None if all are tokens.
-        shifts: The shifts of positions after the call.
-        storing: Called before anything is stored, after which the call cannot be undone.
-    """
-
-    spans: list[Span]
-    new_positions: torch.Tensor
-    key_positions: torch.Tensor
-    key_rope: Table
-    simulated: bool
-    mask: torch.Tensor | None
-    shifts: Shifts
-    storing: Callable[[], None]
-
-
-class ReferenceLayer(AttendingLayer[ReferencePlan]):
-    """A layer of :class:`ReferenceCache`, with one store per sequence.
-
-    Args:
-        tables: The calibration of the layer.
-        extent: See :class:`AttendingLayer`.
-        clock: See :class:`AttendingLayer`.
-    """
-
-    is_croppable = False
-
-    def __init__(self, tables: ReferenceTables, extent: Extent, clock: QuantizeClock) -> None:
-        super().__init__(extent, clock)
-        self.tables = tables
-        self.stores: list[SequenceStore] = []
-
-    def attend(
-        self, plan: ReferencePlan, new: NewTokens, scaling: float, full: FullAttention
-    ) -> torch.Tensor:
-        """See :meth:`AttendingLayer.attend`."""
-        if plan.simulated:
-            self._append(plan, new)
-            return self._read(plan, new, scaling)
-        if any(store.length for store in self.stores):
-            out = self._read(plan, new, scaling)
-        else:
-            out = full(new.queries, new.rotated_keys, new.values)
-        self._append(plan, new)
-        return out
-
-    def _read(self, plan: ReferencePlan, new: NewTokens, scaling: float) -> torch.Tensor:
-        """Computes attention over the stored tokens, one sequence after the other."""
-        parts = []
-        for b, store in enumerate(self.stores):
-            row = slice(b, b + 1)
-            positions, heads = plan.query_positions[row], new.keys.shape[1]
-            attention = BlockwiseAttention(new.queries[row], positions, heads, scaling)
-            for first, k, v, rotated in store.pieces():
-                where = slice(first, first + k.shape[2])
-                cos, sin = plan.key_rope
-                if new.rotates and not rotated:
-                    k = rotate(k, cos[:, where], sin[:, where])
-                attention.add(k, v, plan.key_positions[:, where] if plan.simulated else None)
-            if not plan.simulated:
-                attention.add(new.rotated_keys[row], new.values[row], plan.new_positions[row])
-            parts.append(attention.result())
-        return torch.cat(parts)
-
-    @torch.inference_mode()
-    def _append(self, plan: ReferencePlan, new: NewTokens) -> None:
-        """Packs the call's tokens, one sequence after the other."""
-        kind = new.keys.dtype if new.keys.dtype is torch.bfloat16 else torch.float16
-        plan.storing()
-        with self.clock.measure(new.keys.device):
-            for b, span in enumerate(plan.spans):
-                given = (new.keys, new.rotated_keys, new.values)
-                keys, rotated, values = (x[b][:, span].to(kind) for x in given)
-                if len(self.stores) <= b:
-                    self.stores.append(SequenceStore(self.tables, keys))
-                self.stores[b].append(keys, rotated, values)
 
 
 class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
     """A cache that follows KVQuant's published procedure (see the module).
 
     Args:
-        tables: The tables of each layer.
-        rope: Maps positions `[1, n]` to the rotary table `(cos, sin)`, each `[1, n, head_dim]`.
+        tables: The tables of each layer; None for a layer with a sliding window.
+        rope: Maps positions `[1, n]` to the rotary table `(cos, sin)`, each `[1, n, head_dim]`, of
+            the layers with tables.
         protocol: See :class:`AttendingCache`.
+        window: The window of the layers without tables; None if there is no such layer.
+        soft_cap: Bound of the scores of all layers; None: there is none.
     """
 
-    def __init__(self, tables: list[ReferenceTables], rope: Rope, protocol: Protocol = "A") -> None:
+    def __init__(
+        self,
+        tables: Sequence[ReferenceTables | None],
+        rope: Rope,
+        protocol: Protocol = "A",
+        window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> None:
         extent, clock = Extent(), QuantizeClock()
-        layers = [ReferenceLayer(t, extent, clock) for t in tables]
+        layers: list[AttendingLayer[ReferencePlan]] = [
+            WindowLayer(window or 0, soft_cap, extent, clock)
+            if t is None
+            else ReferenceLayer(t, extent, clock, soft_cap)
+            for t in tables
+        ]
         super().__init__(layers, protocol, extent, clock)
+        self.soft_cap = soft_cap
+        self._packed = [layer for layer in layers if isinstance(layer, ReferenceLayer)]
+        self._sliding = [layer for layer in layers if isinstance(layer, WindowLayer)]
+        self._windows = None if window is None else Windows(window)
         self._rope = rope
         # bool [batch_size, columns] on the host; None as long as no column is padding
         self._mask: torch.Tensor | None = None
@@ -188,7 +115,7 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
             UserError: An earlier call ended after it had begun to store.
         """
         self.calls.check()
-        lengths = [store.length for store in self.layers[0].stores] or [0] * batch
+        lengths = self._lengths or [0] * batch
         if len(lengths) != batch:
             raise ValueError(f"input_ids: a batch of {batch}, but the cache holds {len(lengths)}")
         past, total = self.columns, self.columns + new_len
@@ -205,8 +132,26 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
             keys = torch.where(mask[:, past:].bool(), queries, NEVER)
             spans = [_span(row) for row in host[:, past:]]
         followed, shifted = self._follow(positions, given, spans, lengths)
+        if shifted and self._windows is not None:
+            raise UserError(
+                "position_ids: a cache of kind 'kvquant-ref' with sliding windows counts the "
+                "tokens of a sequence from 0; pass attention_mask.cumsum(1) - 1 of the new columns"
+            )
         self.calls.begin(ForwardCall(len(self.layers), new_len, held, lambda: None))
         key_positions = torch.arange(total, device=device)[None]
+        window = None
+        if self._windows is not None:
+            after = [n + _tokens(span) for n, span in zip(lengths, spans, strict=True)]
+            window = self._windows.plan(
+                spans,
+                lengths,
+                after,
+                queries,
+                None if new_len == 1 else keys,
+                None,
+                past=past > 0,
+                simulated=self.protocol == "B",
+            )
         plan = ReferencePlan(
             query_positions=queries,
             rope=self._rope(queries) if shifted else None,
@@ -218,6 +163,7 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
             mask=new_mask,
             shifts=followed,
             storing=self.calls.store,
+            window=window,
         )
         self.calls.planned(plan)
         return plan
@@ -266,12 +212,17 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
         self._mask, self._shifts = plan.mask, plan.shifts
 
     @property
+    def _lengths(self) -> list[int]:
+        """The tokens of each sequence; empty before the first call."""
+        return [store.length for store in self._packed[0].stores]
+
+    @property
     def batch_size(self) -> int:
         """Returns the number of sequences; -1 before the first call."""
-        return len(self.layers[0].stores) or -1
+        return len(self._packed[0].stores) or -1
 
     def _choose(self, order: list[int]) -> None:
-        if not self.layers[0].stores:
+        if not self._packed[0].stores:
             return
         with self.calls.changing("a choice of sequences"):
             if self._mask is not None:
@@ -279,9 +230,11 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
             if self._shifts is not None:
                 self._shifts = self._shifts.select(order)
             self._choose_stores(order)
+            for window in self._sliding:
+                window.select(torch.tensor(order))
 
     def _choose_stores(self, order: list[int]) -> None:
-        for layer in self.layers:
+        for layer in self._packed:
             used: set[int] = set()
             stores = []
             for i in order:
@@ -292,13 +245,17 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
     def copy(self) -> ReferenceCache:
         """Returns an independent copy, with which a prompt can be reused."""
         self.calls.check()
-        tables = [layer.tables for layer in self.layers]
-        other = ReferenceCache(tables, self._rope, self.protocol)
+        tables = [getattr(layer, "tables", None) for layer in self.layers]
+        window = None if self._windows is None else self._windows.window
+        other = ReferenceCache(tables, self._rope, self.protocol, window, self.soft_cap)
         other.extent.columns, other.rotary = self.columns, self.rotary
         other.unrotated = self.unrotated
         other._mask, other._shifts = self._mask, self._shifts
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
+        for mine, theirs in zip(self._packed, other._packed, strict=True):
             theirs.stores = [store.fork() for store in mine.stores]
+        other._windows = None if self._windows is None else self._windows.fork()
+        for held, copied in zip(self._sliding, other._sliding, strict=True):
+            copied.ring = held.fork()
         return other
 
     def __copy__(self) -> ReferenceCache:
@@ -313,24 +270,26 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
         """Removes all tokens."""
         self.extent.columns, self.calls = 0, CallRecord()
         self._mask = self._shifts = None
-        for layer in self.layers:
+        for layer in self._packed:
             layer.stores = []
+        self._windows = None if self._windows is None else self._windows.empty()
+        for window in self._sliding:
+            window.ring = None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorders the sequences, as beam search needs."""
-        count = len(self.layers[0].stores) or -1
-        self._choose(sequence_indices("beam_idx", beam_idx, count, whole=True).tolist())
+        indices = sequence_indices("beam_idx", beam_idx, self.batch_size, whole=True)
+        self._choose(indices.tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps only the given sequences, named by int64 indices or a bool mask."""
-        count = len(self.layers[0].stores) or -1
-        self._choose(sequence_indices("indices", indices, count).tolist())
+        self._choose(sequence_indices("indices", indices, self.batch_size).tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence the given number of times."""
         if repeats < 1:
             raise ValueError(f"repeats: must be at least 1, got {repeats}")
-        count = len(self.layers[0].stores)
+        count = len(self._packed[0].stores)
         self._choose([i for i in range(count) for _ in range(repeats)])
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -339,20 +298,26 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
 
     def stored_nbytes(self) -> int:
         """Returns the bytes that are allocated, tables included."""
-        stores = sum(store.nbytes for layer in self.layers for store in layer.stores)
-        return stores + self.shared_nbytes()
+        stores = sum(store.nbytes for layer in self._packed for store in layer.stores)
+        return stores + sum(layer.nbytes for layer in self._sliding) + self.shared_nbytes()
 
     def shared_nbytes(self) -> int:
         """Returns the bytes of the tables, which all sequences share."""
-        return sum(layer.tables.nbytes for layer in self.layers if layer.stores)
+        return sum(layer.tables.nbytes for layer in self._packed if layer.stores)
 
     def stored_elements(self, mask: torch.Tensor | None) -> int:
         """Returns the number of key and value elements of all tokens."""
-        return sum(
+        packed = sum(
             2 * layer.tables.heads * layer.tables.dim * store.length
-            for layer in self.layers
+            for layer in self._packed
             for store in layer.stores
         )
+        return packed + sum(layer.elements(self._lengths) for layer in self._sliding)
+
+
+def _tokens(span: Span) -> int:
+    """Returns the number of columns in a span."""
+    return span.stop - span.start if isinstance(span, slice) else span.numel()
 
 
 def _span(row: torch.Tensor) -> Span:
@@ -368,5 +333,13 @@ def make_caches(
     spec: KvquantRefScheme, shape: ModelShape, tables: list[LayerQuantizer]
 ) -> CacheFactory:
     """Returns a function that makes empty caches, which share one set of tables."""
-    found = [ReferenceTables(spec, layer) for layer in tables]
-    return lambda protocol, rope: ReferenceCache(found, rope, protocol)
+    if not tables:
+        raise UserError(
+            "model: all layers have a sliding window, which is kept in 16 bits, so that a cache of "
+            "kind 'kvquant-ref' packs nothing; use scheme kind fp16"
+        )
+    given = iter([ReferenceTables(spec, layer) for layer in tables])
+    windows = shape.windows or (None,) * shape.num_layers
+    found = [next(given) if window is None else None for window in windows]
+    window = next((window for window in windows if window is not None), None)
+    return lambda protocol, rope: ReferenceCache(found, rope, protocol, window, shape.soft_cap)

@@ -23,11 +23,22 @@ CacheFactory = Callable[[Any, Rope], Any]  # (protocol, rotary table) -> an empt
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The properties of a model that its cache depends on."""
+    """The properties of a model that its cache depends on.
+
+    Attributes:
+        num_layers: Number of layers, those with a sliding window included.
+        num_kv_heads: Number of key/value heads.
+        head_dim: Channels per head.
+        windows: The sliding window of each layer, None for one that sees all tokens; empty where
+            all do.
+        soft_cap: Bound of the scores (Gemma 2); None: there is none.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    windows: tuple[int | None, ...] = ()
+    soft_cap: float | None = None
 
 
 def _check_tables(spec: Scheme, tables: Tables) -> None:

@@ -39,6 +39,10 @@ class ModelFamily:
         rope_switch: Attribute of an attention that says whether it has RoPE; None where all have.
         logit_divisor: Field of the configuration by which logits are divided; None: by nothing.
         logit_factor: Field of the configuration by which logits are multiplied; None: by nothing.
+        logit_cap: Field of the configuration with the bound of logits, by which the hyperbolic
+            tangent squeezes them; None: there is no such field.
+        soft_capping: Whether scores are squeezed in this way before the mask, by the
+            `attn_logit_softcapping` of an attention.
     """
 
     name: str
@@ -53,6 +57,8 @@ class ModelFamily:
     rope_switch: str | None = None
     logit_divisor: str | None = None
     logit_factor: str | None = None
+    logit_cap: str | None = None
+    soft_capping: bool = False
 
 
 MODEL_FAMILIES = by_name(
@@ -75,6 +81,20 @@ MODEL_FAMILIES = by_name(
             logit_divisor="logits_scaling",
         ),
         ModelFamily("gemma", label="Gemma", attention="GemmaAttention"),
+        ModelFamily(
+            "gemma2",
+            label="Gemma 2",
+            attention="Gemma2Attention",
+            logit_cap="final_logit_softcapping",
+            soft_capping=True,
+        ),
+        ModelFamily(
+            "gemma3_text",
+            label="Gemma 3 (text)",
+            attention="Gemma3Attention",
+            norm_input="heads-first",
+            logit_cap="final_logit_softcapping",
+        ),
         ModelFamily("olmo2", label="OLMo 2", attention="Olmo2Attention", norm_input="projection"),
         ModelFamily(
             "phi3",

@@ -20,6 +20,7 @@ import kvquant.cli
 from kvquant.models.loading import load_quantized_model, read_manifest
 from kvquant.study.config import load_study
 from kvquant.study.records import EvalRecord, read_record
+from kvquant.study.schemes import Fp8Scheme
 
 STUDY: dict[str, Any] = {
     "study": "installed",
@@ -97,6 +98,36 @@ def check_generation(manifest: Path, quantizer: Path) -> None:
         assert cache.get_seq_length() >= first, "the cache was not used"
 
 
+def check_window() -> None:
+    """A model whose first layer has a window, and a rotary table of its own, answers over it."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(2)
+    config = Gemma3TextConfig(
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"],
+        initializer_range=0.3,
+    )
+    model = Gemma3ForCausalLM(config).eval().requires_grad_(False)
+    loaded = load_quantized_model(model, Fp8Scheme(kind="fp8"))
+    tokens, cache = torch.randint(0, 256, (2, 120)), loaded.new_cache()
+    with torch.inference_mode():
+        expected = model(input_ids=tokens).logits
+        parts = [
+            model(input_ids=part, past_key_values=cache).logits
+            for part in tokens.split([90, 1, 29], 1)
+        ]
+    error = (torch.cat(parts, 1) - expected).norm() / expected.norm()
+    assert 0 < error < 0.05, f"logits over a window differ by {error:.3f}"
+
+
 def main() -> None:
     """Runs every step in the current folder, which is empty."""
     home = Path(kvquant.__file__).resolve().parent
@@ -116,6 +147,7 @@ def main() -> None:
     verb("calibrate", *base, *ours, *data, *cpu, "--out", stats)
     verb("quantize", *base, "--scheme", "nuq4", "--stats", stats, "--out", quantizer)
     check_generation(Path(ours[1]), Path(quantizer))
+    check_window()
     verb("prompts", *base, *ours, "--task", "passkey", "--seeds", "0", "--out", "p.jsonl.gz")
     for scheme in STUDY["schemes"]:
         for task in STUDY["tasks"]:

@@ -5,7 +5,6 @@ A family joins by its registration alone. Also covers: models.adapters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from kvquant.models.loading import QuantizedModel, load_quantized_model
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.model_families import MODEL_FAMILIES, ModelFamily, family_of_attention
 from kvquant.study.schemes import Fp8Scheme, Fp16Scheme, KvquantRefScheme, NuqScheme
-from tests.support.caches import CLOSE, EXACT, feed, ids, quantized, ragged, step, stored
+from tests.support.cache_uses import USES, fed, sharpen
+from tests.support.caches import CLOSE, EXACT, feed, ids, quantized, step, stored
 from tests.support.models import tiny_model, tiny_tokenizer
 from tests.support.quantizers import relative_error
 
@@ -75,16 +75,6 @@ def tiny(name: str, **options: Any) -> Any:
     return model
 
 
-def sharpen(model: Any) -> None:
-    """Makes queries and keys larger; norms of queries and keys undo it, and make scores of 1."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                parameter *= 6
-            if name.endswith("qkv_proj.weight"):
-                parameter[: len(parameter) * 3 // 4] *= 6
-
-
 @families
 def test_a_saved_model_loads_and_answers(family: str, tmp_path: Path) -> None:
     model = tiny(family, vocab_size=512)
@@ -100,60 +90,6 @@ def test_a_saved_model_loads_and_answers(family: str, tmp_path: Path) -> None:
     first, second = (step(loaded.model, cache, part) for part in tokens.split([32, 8], 1))
     torch.testing.assert_close(first, expected[:, :32], atol=1e-4, rtol=1e-4)
     assert 0 < relative_error(second, expected[:, 32:]) < 0.05
-
-
-def fed(model: Any, cache: Any) -> torch.Tensor:
-    """A prompt of 70 tokens in chunks, and then decode steps."""
-    tokens = ids(2, 90)
-    return torch.cat([step(model, cache, part) for part in tokens.split([50, 20] + [1] * 20, 1)], 1)
-
-
-def padded(side: str) -> Callable[[Any, Any], torch.Tensor]:
-    """A ragged batch in chunks of several tokens and of one; its tokens' logits alone."""
-
-    def logits(model: Any, cache: Any) -> torch.Tensor:
-        _, tokens, mask = ragged([90, 47, 71], side)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        found, at = [], 0
-        for size in (60, 1, 29):
-            part = slice(at, at + size)
-            with torch.inference_mode():
-                out = model(
-                    input_ids=tokens[:, part],
-                    attention_mask=mask[:, : at + size],
-                    position_ids=positions[:, part],
-                    past_key_values=cache,
-                )
-            found.append(out.logits)
-            at += size
-        return torch.cat(found, 1)[mask.bool()]
-
-    return logits
-
-
-def cropped(model: Any, cache: Any) -> torch.Tensor:
-    """More tokens behind a cut, in place of those before."""
-    step(model, cache, ids(2, 90))
-    cache.crop(-33)
-    assert cache.get_seq_length() == 57
-    parts = ids(2, 40, 1).split([30, 1, 9], 1)
-    return torch.cat([step(model, cache, part) for part in parts], 1)
-
-
-def reordered(model: Any, cache: Any) -> torch.Tensor:
-    """More tokens over sequences that beam search chose."""
-    step(model, cache, ids(3, 60))
-    cache.reorder_cache(torch.tensor([2, 0, 0]))
-    return step(model, cache, ids(3, 20, 1))
-
-
-USES: dict[str, Callable[[Any, Any], torch.Tensor]] = {
-    "chunks and steps": fed,
-    "left padding": padded("left"),
-    "right padding": padded("right"),
-    "crop": cropped,
-    "beams": reordered,
-}
 
 
 @families

@@ -10,6 +10,7 @@ import torch
 from kvquant.kernels import backends
 from kvquant.models.generation import greedy
 from kvquant.models.graph_decoding import GraphedDecoder
+from kvquant.models.layer_kinds import layer_kinds
 from kvquant.models.loading import QuantizedModel
 from kvquant.study.schemes import NuqScheme
 from tests.support.caches import SPECS, quantized
@@ -24,9 +25,14 @@ DIM = 64
 
 
 def half_model(spec: NuqScheme, family: str = "llama") -> QuantizedModel:
-    model = tiny_model(family, head_dim=DIM).half().cuda()
-    reach = 2.6 if family == "qwen3" else 0.4  # its keys are normalized
-    return quantized(model, spec, [constant_quantizer(2, DIM, spec.bits, reach)] * 2)
+    options: dict[str, Any] = {}
+    if family == "gemma3_text":  # the first layer has a window
+        types = ["sliding_attention", "full_attention"]
+        options = {"sliding_window": 40, "layer_types": types}
+    model = tiny_model(family, head_dim=DIM, **options).half().cuda()
+    layers = len(layer_kinds(model.model).full)
+    reach = 0.4 if family == "llama" else 2.6  # the keys of the others are normalized
+    return quantized(model, spec, [constant_quantizer(2, DIM, spec.bits, reach)] * layers)
 
 
 @torch.inference_mode()
@@ -69,7 +75,7 @@ class TestOnGpu:
     pytestmark = on_gpu
 
     @pytest.mark.parametrize("lengths", [[70, 70], [3, 97, 64]], ids=["equal", "ragged"])
-    @pytest.mark.parametrize("family", ["llama", "qwen3"])
+    @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
     def test_kernel_graph_and_pytorch_agree(
         self, lengths: list[int], family: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -1,4 +1,7 @@
-"""Ways in which a model comes in: a folder, a device map, a loaded model, quantized weights."""
+"""Ways in which a model comes in: a folder, a device map, a loaded model, quantized weights.
+
+Also covers: models.base_model.
+"""
 
 from __future__ import annotations
 

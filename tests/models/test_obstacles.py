@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from kvquant.errors import UserError
 from kvquant.models.hooks import attention_layers
+from kvquant.models.layer_kinds import layer_kinds
 from kvquant.models.loading import install_attention, load_quantized_model
 from kvquant.models.static_decoding import StaticDecoder
 from kvquant.schemes.fp16_static import StaticFp16Cache
@@ -18,7 +19,6 @@ from kvquant.study.model_families import MODEL_FAMILIES, family_of_attention
 from tests.support.caches import CLOSE, EXACT, ids, quantized, step
 from tests.support.models import tiny_model
 
-SLIDING = "uses sliding-window attention (sliding_window: 64), which the quantized cache does not"
 LATENT: dict[str, Any] = {
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
     "v_head_dim": 16, "first_k_dense_replace": 2, "n_routed_experts": 4, "n_group": 1,
@@ -30,30 +30,20 @@ LINEAR: dict[str, Any] = {
 }  # fmt: skip
 # The family, its options, and how the error begins.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "a window of all layers": ("mistral", {"sliding_window": 64}, f"layer 0 {SLIDING}"),
-    "a window of one layer": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
-        f"layer 1 {SLIDING}",
+    "Gemma 3 with a cap, which its own attention does not read": (
+        "gemma3_text",
+        {"attn_logit_softcapping": 30.0},
+        "layer 0 uses soft-capping of scores (attn_logit_softcapping: 30.0), which the quantized",
     ),
-    "experts and a window": ("mixtral", {"sliding_window": 64}, f"layer 0 {SLIDING}"),
-    "Gemma 2": (
-        "gemma2",
-        {"sliding_window": 64},
-        "layer 0 uses sliding-window attention (sliding_window: 64) and soft-capping of scores "
-        "(attn_logit_softcapping: 50.0), which",
+    "an embedding model": (
+        "gemma3_text",
+        {"use_bidirectional_attention": True},
+        "layer 0 uses attention to later tokens (use_bidirectional_attention: true), which the",
     ),
-    "Gemma 2 without windows": (
-        "gemma2",
-        {"layer_types": ["full_attention"] * 2},
-        "layer 0 uses soft-capping of scores (attn_logit_softcapping: 50.0), which",
-    ),
-    "Gemma 3": ("gemma3_text", {"sliding_window": 64}, f"layer 0 {SLIDING}"),
     "GPT-OSS": (
         "gpt_oss",
         {"sliding_window": 64},
-        "layer 0 uses sliding-window attention (sliding_window: 64) and attention sinks (the "
-        "learned parameter 'sinks'), which",
+        "layer 0 uses attention sinks (the learned parameter 'sinks'), which",
     ),
     "DeepSeek-V3": (
         "deepseek_v3",
@@ -80,10 +70,9 @@ def test_a_window_that_no_sequence_of_the_model_exceeds() -> None:
     """It hides nothing until a sequence is longer than the model is made for, and then it would."""
     options: dict[str, Any] = {"max_position_embeddings": 64, "sliding_window": 66}
     model = tiny_model("phi3", **options)
-    with pytest.raises(
-        UserError, match=r"layer 0 uses sliding-window attention \(sliding_window: 63"
-    ):
-        attention_layers(tiny_model("phi3", **{**options, "sliding_window": 63}))
+    shorter = tiny_model("phi3", **{**options, "sliding_window": 63})
+    assert layer_kinds(shorter.model).windows == (63, 63)
+    assert layer_kinds(model.model).windows == (None, None)
     qm = quantized(model, EXACT)
     cache, tokens = qm.new_cache(), ids(1, 70)
     with torch.inference_mode():
@@ -98,6 +87,35 @@ def test_a_window_that_no_sequence_of_the_model_exceeds() -> None:
     assert cache.get_seq_length() == 66
     with pytest.raises(UserError, match="model: 70 columns exceed its sliding window"):
         step(model, qm.new_cache("B"), tokens)
+
+
+def test_windows_of_several_lengths() -> None:
+    model = tiny_model("gemma3_text", sliding_window=64, layer_types=["sliding_attention"] * 2)
+    model.model.layers[1].self_attn.sliding_window = 32
+    with pytest.raises(UserError, match="sliding_window: layers have windows of 32 and 64 tokens"):
+        attention_layers(model)
+
+
+def test_scores_that_an_implementation_would_not_cap() -> None:
+    model = tiny_model("gemma2", sliding_window=64)
+    assert len(attention_layers(model)) == 2
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(UserError, match=r"caps its scores \(attn_logit_softcapping: 50.0\), which"):
+        attention_layers(model)
+
+
+def test_caps_that_differ_from_layer_to_layer() -> None:
+    model = tiny_model("gemma2")
+    model.model.layers[1].self_attn.attn_logit_softcapping = 30.0
+    with pytest.raises(UserError, match="attn_logit_softcapping: differs from layer to layer"):
+        attention_layers(model)
+
+
+def test_decoding_from_a_static_cache_knows_no_caps() -> None:
+    model, cache = tiny_model("gemma2"), StaticFp16Cache(2, 16)
+    step(model, cache, ids(1, 9))
+    with pytest.raises(ValueError, match=r"model: caps its scores \(attn_logit_softcapping: 50"):
+        StaticDecoder(model, cache, torch.ones_like(ids(1, 9)), 6)
 
 
 def test_decoding_from_a_static_cache_ends_at_the_window() -> None:
@@ -120,7 +138,7 @@ def test_an_encoder_decoder_model() -> None:
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("gpt_oss", "layer 0 uses sliding-window attention (sliding_window: 128) and attention"),
+        ("gpt_oss", "layer 0 uses attention sinks (the learned parameter 'sinks'), which"),
         ("t5", "'t5' is an encoder-decoder model (is_encoder_decoder: true), whose"),
     ],
 )

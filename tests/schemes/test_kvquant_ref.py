@@ -1,6 +1,6 @@
 """KVQuant's procedure: nuq's numbers, standard arrays, growth by concatenation.
 
-Also covers: schemes.growing_sparse, schemes.kvquant_store.
+Also covers: schemes.growing_sparse, schemes.kvquant_layer, schemes.kvquant_store.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import torch
 from kvquant.cache.block_store import BlockStore
 from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.cache.layout import Layout
+from kvquant.models.layer_kinds import layer_kinds
 from kvquant.models.loading import QuantizedModel, install_attention
 from kvquant.schemes.registry import ModelShape, build_caches, build_codecs
 from kvquant.study.schemes import KiviScheme, NuqScheme
@@ -34,16 +35,20 @@ def quantized(model: Any, spec: Any, quantizers: Any = None) -> QuantizedModel:
     Args:
         model: A tiny model.
         spec: The scheme.
-        quantizers: One per layer; by default as many outliers as a few percent of the keys.
+        quantizers: One per layer that sees all tokens; by default as many outliers as a few percent
+            of the keys.
     """
     config = model.config
-    layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    every, heads = config.num_hidden_layers, config.num_key_value_heads
+    kinds = layer_kinds(model.model)
+    layers = len(kinds.full)
     if quantizers is None and spec.registration.calibrated:
         quantizers = narrow_tables(spec, heads, config.head_dim, layers)
     if quantizers is not None:
         quantizers = [q.to(model.device) for q in quantizers]
     install_attention(model)
-    caches = build_caches(spec, ModelShape(layers, heads, config.head_dim), quantizers)
+    shape = ModelShape(every, heads, config.head_dim, kinds.windows, kinds.soft_cap)
+    caches = build_caches(spec, shape, quantizers)
     return QuantizedModel(model, None, spec, build_codecs(spec, layers, quantizers), caches)
 
 

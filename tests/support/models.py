@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kvquant.models.loading import default_attention
 from kvquant.study.model_families import MODEL_FAMILIES
 from tests.support.text import TEXT
 
@@ -17,7 +18,11 @@ CHAT_TEMPLATE = (
 
 
 def tiny_model(
-    family: str = "llama", heads: int = 4, kv_heads: int = 2, attention: str = "sdpa", **extra: Any
+    family: str = "llama",
+    heads: int = 4,
+    kv_heads: int = 2,
+    attention: str | None = None,
+    **extra: Any,
 ) -> Any:
     """A random model of two layers, head_dim 16, 512 positions, fp32, on the CPU."""
     from transformers import AutoModelForCausalLM
@@ -47,6 +52,7 @@ def tiny_model(
         common["layer_types"] = ["full_attention"] * layers
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**common, **extra})
+    attention = attention or default_attention(config)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     model.requires_grad_(False)
     with torch.no_grad():  # biases start at zero and would hide a missing one

@@ -127,7 +127,7 @@ def layer_codec(spec: Any, dim: int, heads: int = 2) -> Codec:
 
 
 def save_made_quantizer(path: Path, scheme: Any, weights: str, layers: Any) -> Path:
-    """Saves the quantizers of both layers of a tiny model as those of the scheme `nuq3`."""
+    """Saves the quantizers of a tiny model's layers as those of the scheme `nuq3`."""
     manifest = QuantizerManifest(
         library_version="0",
         model="tiny",
@@ -136,7 +136,7 @@ def save_made_quantizer(path: Path, scheme: Any, weights: str, layers: Any) -> P
         spec=scheme.model_dump(mode="json"),
         calibration={},
         spec_digest="0",
-        num_layers=2,
+        num_layers=len(layers),
         num_kv_heads=2,
         head_dim=16,
         calibration_error={"keys": 0.25},

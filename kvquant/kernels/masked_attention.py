@@ -1,0 +1,88 @@
+"""Attention of a few queries over keys in 16 bits with a mask, in PyTorch, with soft-capped scores.
+
+Layers with sliding windows use it, whose past is short, and models that cap their scores (Gemma 2),
+which torch's kernels cannot do. Gradients pass through it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+MAX_QUERIES = 512  # whose scores are in memory at a time, where they are capped
+
+
+def soft_capped(scores: torch.Tensor, soft_cap: float) -> torch.Tensor:
+    """Returns scores squeezed into `(-soft_cap, soft_cap)` by the hyperbolic tangent."""
+    return torch.tanh(scores / soft_cap) * soft_cap
+
+
+def masked_attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
+    """Computes softmax attention with a mask.
+
+    Args:
+        queries: `[batch_size, num_heads, q_len, head_dim]`, rotated.
+        keys: `[batch_size, num_kv_heads, n, head_dim]`, rotated; `num_heads` is a multiple of
+            `num_kv_heads`.
+        values: The same shape.
+        mask: `[1 or batch_size, 1, q_len, n]`, bool (whether a query sees a key) or added to the
+            scores; None: every query sees every key. A bool row must not be False everywhere.
+        scaling: Factor of the scores.
+        soft_cap: Bound of the scores before the mask (:func:`soft_capped`); None: there is none.
+
+    Returns:
+        `[batch_size, q_len, num_heads, head_dim]` in the dtype of the queries.
+    """
+    keys, values = keys.to(queries.dtype), values.to(queries.dtype)
+    batch, heads, length, dim = queries.shape
+    group = heads // keys.shape[1]
+    if soft_cap is not None:
+        parts = []
+        for first in range(0, length, MAX_QUERIES):
+            rows = slice(first, first + MAX_QUERIES)
+            part = None if mask is None else mask[:, :, rows]
+            parts.append(_capped(queries[:, :, rows], keys, values, part, scaling, soft_cap))
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    if length == 1:  # the query heads of a group are rows that see the same keys
+        packed = queries.reshape(batch, -1, group, dim)
+        mask = None if mask is None else mask.expand(-1, -1, group, -1)
+        out = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
+        return out.reshape(batch, 1, heads, dim)
+    keys, values = (x.repeat_interleave(group, 1) if group > 1 else x for x in (keys, values))
+    out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
+    return out.transpose(1, 2)
+
+
+def _capped(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    soft_cap: float,
+) -> torch.Tensor:
+    """Computes attention whose scores are capped; see :func:`masked_attention`."""
+    batch, heads, length, dim = queries.shape
+    grouped = queries.unflatten(1, (keys.shape[1], -1))
+    scores = soft_capped(grouped @ keys[:, :, None].mT * scaling, soft_cap).float()
+    if mask is not None:
+        hidden = mask[:, :, None]
+        if mask.dtype is torch.bool:
+            scores = scores.masked_fill(~hidden, float("-inf"))
+        else:
+            scores = scores + hidden
+    weights = scores.softmax(-1).to(queries.dtype)
+    out = (weights @ values[:, :, None]).reshape(batch, heads, length, dim)
+    return out.transpose(1, 2)
+
+
+def causal_mask(length: int, device: torch.device) -> torch.Tensor:
+    """Returns bool `[1, 1, length, length]`: whether a query sees a key of the same call."""
+    return torch.ones((1, 1, length, length), dtype=torch.bool, device=device).tril()

@@ -1,0 +1,156 @@
+"""Loads unquantized models and tokenizers, never by a folder's own code, and checks their files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvquant.errors import UserError
+from kvquant.fetch.model_manifest import ModelManifest, manifest_beside, verify_model
+from kvquant.models.hooks import refuse_configuration
+from kvquant.models.layer_kinds import position_limit
+from kvquant.study.model_families import MODEL_FAMILIES
+
+
+def resolve_device(device: str) -> torch.device:
+    """Returns the device of a name; 'auto' is the GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: The name is unknown, or the GPU does not exist.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: '{device}' is none of auto, cpu, cuda and cuda:N")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device: '{device}' asked for, but torch sees no GPU")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device: '{device}' asked for, but torch sees "
+            f"{torch.cuda.device_count()} GPU(s), numbered from 0"
+        )
+    return found
+
+
+def _read_pretrained(kind: Any, directory: str | Path, **options: Any) -> Any:
+    """Reads a folder or hub id by a transformers class, never by the folder's own code.
+
+    Raises:
+        UserError: A file cannot be read; the message says why in one line.
+    """
+    try:
+        # Without this, transformers asks on standard input whether it may run the folder's code.
+        return kind.from_pretrained(str(directory), trust_remote_code=False, **options)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        # Each library that may read a damaged file raises another type of error.
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model: cannot load '{directory}': {told}") from None
+
+
+def default_dtype(config: Any, device: torch.device) -> torch.dtype:
+    """Returns the dtype of the weights with which a model is loaded by default.
+
+    It is fp32 on a CPU. On a GPU it is bf16 for a checkpoint in bf16, whose activations may exceed
+    the range of fp16, and fp16 otherwise.
+    """
+    if device.type == "cpu":
+        return torch.float32
+    saved = getattr(config, "dtype", None)
+    return torch.bfloat16 if saved in (torch.bfloat16, "bfloat16") else torch.float16
+
+
+def default_attention(config: Any) -> str:
+    """Returns the implementation of attention with which a model is loaded.
+
+    It is torch's, but for families that cap scores, which torch's kernels cannot do.
+    """
+    family = MODEL_FAMILIES.get(config.model_type)
+    return "eager" if family is not None and family.soft_capping else "sdpa"
+
+
+def load_base_model(
+    model: str | Path | ModelManifest,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    device_map: Any = None,
+) -> tuple[Any, Any]:
+    """Loads model and tokenizer from a directory or hub id, without remote code or pickles.
+
+    Args:
+        model: Directory, hub id or manifest. The files of a manifest are verified, and those of a
+            directory that `fetch-model` filled.
+        device: "cpu", "cuda" or "auto".
+        dtype: Dtype of the weights; None: see :func:`default_dtype`.
+        device_map: The device map of transformers, used instead of `device`; all layers must end up
+            on one device.
+
+    Returns:
+        The model in evaluation mode with frozen weights, and its tokenizer.
+
+    Raises:
+        UserError: A file is damaged, lacks weights, or differs from the manifest.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    where = resolve_device(device)
+    model = with_manifest(model)
+    if isinstance(model, ModelManifest):
+        verify_model(model)
+    directory = model.directory if isinstance(model, ModelManifest) else model
+    config = _read_pretrained(AutoConfig, directory)
+    refuse_configuration(config)
+    kind = dtype or default_dtype(config, where)
+    placed = {} if device_map is None else {"device_map": device_map}
+    found, info = _read_pretrained(
+        AutoModelForCausalLM,
+        directory,
+        dtype=kind,
+        attn_implementation=default_attention(config),
+        use_safetensors=True,
+        output_loading_info=True,
+        **placed,
+    )
+    # transformers silently fills these weights with random numbers.
+    for key, what in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of")):
+        if wrong := sorted(map(str, info[key])):
+            raise UserError(
+                f"model: cannot load '{directory}': its weights {what} {wrong[0]} "
+                f"({len(wrong)} in all)"
+            )
+    tokenizer = _read_pretrained(AutoTokenizer, directory)
+    found.requires_grad_(False)
+    return (found if placed else found.to(where)).eval(), tokenizer
+
+
+def load_tokenizer(model: str | Path | ModelManifest) -> tuple[Any, int]:
+    """Loads the tokenizer and the longest sequence of a local model without its weights.
+
+    Args:
+        model: Directory or manifest; a manifest's files other than the weights are verified.
+
+    Raises:
+        UserError: A file cannot be read, or differs from the manifest.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    model = with_manifest(model)
+    if isinstance(model, ModelManifest):
+        verify_model(model, weights=False)
+    directory = model.directory if isinstance(model, ModelManifest) else model
+    config = _read_pretrained(AutoConfig, directory)
+    return _read_pretrained(AutoTokenizer, directory), position_limit(config)
+
+
+def with_manifest(model: str | Path | ModelManifest) -> str | Path | ModelManifest:
+    """Returns the manifest of a folder that `fetch-model` filled, else `model` itself."""
+    found = None if isinstance(model, ModelManifest) else manifest_beside(model)
+    return model if found is None else found
