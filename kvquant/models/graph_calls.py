@@ -37,8 +37,32 @@ _CACHE_FIELD = next(name for name in CACHE_NAMES if name in _FIELDS)
 _USED = frozenset({"input_ids", "attention_mask", "position_ids", *CACHE_NAMES, *_IGNORED, *_OFF})
 
 
+# Packages whose modules keep their settings, so that no step spends time on comparing them.
+_SETTLED = ("torch", "transformers", "kvquant")
+# Attributes that every module has and that are compared otherwise.
+_OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
+
+
+def _own_settings(module: nn.Module) -> tuple[Any, ...]:
+    """Returns what a module of another library is set to: its numbers, words and switches.
+
+    The active adapters of PEFT and their strength are such attributes.
+    """
+    own = module.__dict__
+    return tuple((name, _settings(value)) for name, value in own.items() if name not in _OF_MODULES)
+
+
+def _settings(value: Any) -> Any:
+    """Returns a copy of a setting to compare with; None for what is none, such as tensors."""
+    if isinstance(value, dict):
+        return tuple((str(key), _settings(one)) for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_settings, value))
+    return value if isinstance(value, bool | int | float | str) else None
+
+
 class ModelState:
-    """What a graph depends on in a model: its weights, modules, hooks and modes.
+    """What a graph depends on in a model: its weights, modules, hooks, modes and settings.
 
     Args:
         model: The model whose steps are captured.
@@ -49,8 +73,11 @@ class ModelState:
         self._parts: list[tuple[dict[str, Any], str, Any]] = []
         self._weights: list[tuple[torch.Tensor, int]] = []
         self._hooks: list[tuple[dict[int, Any], int]] = []
+        self._settings: list[tuple[nn.Module, tuple[Any, ...]]] = []
         for module in model.modules():
             own = module.__dict__
+            if type(module).__module__.partition(".")[0] not in _SETTLED:
+                self._settings.append((module, _own_settings(module)))
             self._parts.append((own, "forward", own.get("forward")))
             for parts in (module._modules, module._parameters, module._buffers):
                 self._parts += [(parts, name, part) for name, part in parts.items()]
@@ -72,6 +99,7 @@ class ModelState:
             and all(parts.get(name) is part for parts, name, part in self._parts)
             and all(x.data_ptr() == address for x, address in self._weights)
             and all(len(hooks) == count for hooks, count in self._hooks)
+            and all(_own_settings(module) == settings for module, settings in self._settings)
         )
 
 

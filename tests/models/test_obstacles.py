@@ -127,6 +127,25 @@ def test_decoding_from_a_static_cache_ends_at_the_window() -> None:
         StaticDecoder(model, cache, torch.ones_like(tokens), 7)
 
 
+class Wrapped(torch.nn.Module):
+    """A model with adapters, as PEFT gives it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner = model
+
+    def get_base_model(self) -> Any:
+        return self.inner
+
+
+def test_a_model_around_a_model() -> None:
+    """Its adapters are in the projections of the inner model, whose attention is replaced."""
+    wrapped = Wrapped(tiny_model())
+    with pytest.raises(UserError, match=r"model: 'Wrapped' wraps .*; give its get_base_model\(\)"):
+        load_quantized_model(wrapped)
+    assert load_quantized_model(wrapped.get_base_model()).model is wrapped.inner
+
+
 def test_an_encoder_decoder_model() -> None:
     config = AutoConfig.for_model(
         "t5", vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4
