@@ -55,6 +55,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.refused("{name}", "`model`: the layer, the field and the families that work")
 @pytest.mark.parametrize("name", REFUSED)
 def test_the_error_names_layer_and_field(name: str) -> None:
     family, options, message = REFUSED[name]
@@ -138,6 +139,10 @@ class Wrapped(torch.nn.Module):
         return self.inner
 
 
+@pytest.mark.refused(
+    "`load_quantized_model` of PEFT's wrapper",
+    "`model`; give its `get_base_model()`, and then generate with either of the two",
+)
 def test_a_model_around_a_model() -> None:
     """Its adapters are in the projections of the inner model, whose attention is replaced."""
     wrapped = Wrapped(tiny_model())

@@ -15,8 +15,8 @@ from torch import nn
 from kvquant.calibration.collect import calibrate
 from kvquant.errors import UserError
 from kvquant.fetch.file_hashes import FileHashes
-from kvquant.models.hooks import attention_layers
 from kvquant.models.base_model import load_base_model
+from kvquant.models.hooks import attention_layers
 from kvquant.models.loading import QuantizedModel, load_quantized_model
 from kvquant.models.prefill_quant import adapter_of
 from kvquant.models.value_rotation import (
@@ -372,6 +372,10 @@ def test_a_folder_s_model_is_folded_and_a_given_one_is_not(saved: Path) -> None:
     assert torch.equal(feed(again, tokens, None, [150], "B")[0], found[1])
 
 
+@pytest.mark.refused(
+    "adapters of values or outputs, added to a model that was loaded from a folder for `allocated`",
+    "the projection, whose weights are rotated; give `load_quantized_model` the loaded model",
+)
 def test_a_folded_model_gets_no_adapters(saved: Path) -> None:
     """An adapter is trained with plain values, and the folded ones are rotated."""
     own = load_quantized_model(saved / "model", quantizer=saved / "q.json", device="cpu")

@@ -25,7 +25,7 @@ def generates(**options: Any) -> Use:
             tokens,
             attention_mask=mask,
             past_key_values=cache,
-            **{**GREEDY, "max_new_tokens": 12, **options},
+            **{**GREEDY, "max_new_tokens": 10, **options},
         )
         return found
 
