@@ -67,12 +67,13 @@ def tables() -> str:
     """Returns the table of families and features, what shows it, and the table of refusals."""
     cells: dict[str, set[str]] = {}
     shown: dict[str, set[str]] = {}
-    refused: dict[tuple[str, str], str] = {}
+    refused: dict[tuple[str, str], list[str]] = {}
     for name in TESTS:
         for mark, case, where in _marked(ROOT / f"tests/models/test_{name}.py"):
             words = [word.format(**case) for word in mark.args]
             if mark.name == "refused":
-                refused[words[0], words[1]] = where
+                found = refused.setdefault((words[1], where), [])
+                found += [] if words[0] in found else [words[0]]
                 continue
             key = words[1] if len(words) > 1 else str(case["family"])
             cells.setdefault(words[0], set()).add(key.partition("-")[0])  # a variant is its family
@@ -84,14 +85,15 @@ def tables() -> str:
     heads = ["model family", *numbers.values()]
     lines = ["### Families and features", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for key in [*plain, *others]:
-        row = ["works" if key in column else "–" for column in cells.values()]
+        row = ["works" if key in column else "not tested" for column in cells.values()]
         lines.append(f"| {' | '.join([_label(key), *row])} |")
     lines += ["", "| | feature | test |", "|---|---|---|"]
     for heading, number in numbers.items():
         tests = ", ".join(f"`{test}`" for test in sorted(shown[heading]))
         lines.append(f"| {number} | {heading} | {tests} |")
     lines += ["", "### Refused", "", "| what | the error names | test |", "|---|---|---|"]
-    lines += [f"| {what} | {answer} | `{test}` |" for (what, answer), test in refused.items()]
+    for (answer, test), what in refused.items():
+        lines.append(f"| {'; '.join(what)} | {answer} | `{test}` |")
     return "\n".join(lines)
 
 

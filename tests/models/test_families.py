@@ -209,6 +209,10 @@ def test_logits_behind_the_decoder_are_the_models(family: str) -> None:
     assert found == pytest.approx(-float(losses[-9:].sum()), rel=1e-4)
 
 
+@pytest.mark.refused(
+    "scheme kind `kvquant-ref` with RoPE that changes with the length",
+    "`scheme`, and why",
+)
 @families
 def test_kvquants_own_procedure(family: str) -> None:
     model = tiny(family)

@@ -108,7 +108,7 @@ def test_tokens_are_taken_back_and_others_follow(name: str) -> None:
 
 @pytest.mark.refused(
     "`crop` by more than 64 tokens, of a model with sliding windows that are full",
-    "`crop`: what can be taken back; `reset` and a prompt anew",
+    "`crop`, and how many can be taken back; crop less, or feed the prompt again",
 )
 def test_more_tokens_than_the_window_holds_are_not_taken_back() -> None:
     model = tiny("gemma3")

@@ -146,7 +146,7 @@ GONE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.refused(
-    "{way} in `generate`",
+    "`generate` with {way}",
     "by transformers itself, which moved it into code that needs `trust_remote_code=True`",
 )
 @pytest.mark.parametrize("way", GONE)

@@ -55,7 +55,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.refused("{name}", "`model`: the layer, the field and the families that work")
+@pytest.mark.refused(
+    "{name}",
+    "`model`, the layer and the field; a cache of transformers, or a model of a family above",
+)
 @pytest.mark.parametrize("name", REFUSED)
 def test_the_error_names_layer_and_field(name: str) -> None:
     family, options, message = REFUSED[name]
@@ -97,6 +100,10 @@ def test_windows_of_several_lengths() -> None:
         attention_layers(model)
 
 
+@pytest.mark.refused(
+    'Gemma 2 with `attn_implementation="sdpa"`, which does not cap its scores',
+    '`attn_logit_softcapping`; `attn_implementation="eager"`',
+)
 def test_scores_that_an_implementation_would_not_cap() -> None:
     model = tiny_model("gemma2", sliding_window=64)
     assert len(attention_layers(model)) == 2
@@ -151,6 +158,10 @@ def test_a_model_around_a_model() -> None:
     assert load_quantized_model(wrapped.get_base_model()).model is wrapped.inner
 
 
+@pytest.mark.refused(
+    "encoder-decoder models (T5)",
+    "`is_encoder_decoder`; a cache of transformers, or a model of a family above",
+)
 def test_an_encoder_decoder_model() -> None:
     config = AutoConfig.for_model(
         "t5", vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4
@@ -179,6 +190,7 @@ def test_a_folder_is_refused_before_its_weights_are_read(
     assert str(found.value).startswith(f"model: {message}")
 
 
+@pytest.mark.refused("state-space models (Mamba)", "`model`; a model of a family above")
 def test_a_state_space_model() -> None:
     config = AutoConfig.for_model(
         "mamba", vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=4

@@ -123,7 +123,7 @@ class Coded(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiplies by the decoded weights."""
-        codes = self.weight
+        codes: torch.Tensor = self.weight
         if self.bits == 4:
             codes = torch.stack((codes[:, 0] % 16, codes[:, 0] // 16), 1).to(torch.int8) - 8
             codes = codes.view(self.out_features, self.in_features)
