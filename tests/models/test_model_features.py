@@ -7,19 +7,23 @@ changed. docs/model-features.md shows which feature is tested with which family.
 from __future__ import annotations
 
 import functools
+import json
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import DynamicCache
 
+from kvquant.errors import UserError
 from kvquant.models.loading import QuantizedModel, load_quantized_model
 from kvquant.study.model_families import MODEL_FAMILIES
 from tests.support.cache_uses import fed, sharpen
 from tests.support.caches import CLOSE, EXACT, GREEDY, LOSSY, ids, quantized, step
 from tests.support.hybrids import BASES, HYBRID, tiny_hybrid
 from tests.support.model_features import FEATURES, Coded, adapted, replaced
-from tests.support.models import tiny_model
+from tests.support.models import save_tiny, tiny_model
 
 FAMILIES = [*MODEL_FAMILIES, *(f"{name}+windows" for name in HYBRID)]
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -180,6 +184,37 @@ def test_adapters_of_peft() -> None:
         torch.testing.assert_close(fed(merged, qm.new_cache()), expected, **CLOSE)
 
 
+PEFT_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DoRA": (
+        "LoraConfig",
+        {"target_modules": ["q_proj", "v_proj"], "use_dora": True, "init_lora_weights": False},
+    ),
+    "IA3": (
+        "IA3Config",
+        {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []},
+    ),
+    "OFT": ("OFTConfig", {"target_modules": ["q_proj", "v_proj"], "oft_block_size": 8}),
+    "prompt tuning": ("PromptTuningConfig", {"num_virtual_tokens": 5}),
+}
+
+
+@pytest.mark.parametrize("method", PEFT_METHODS)
+def test_other_methods_of_peft(method: str) -> None:
+    peft = pytest.importorskip("peft")
+    name, options = PEFT_METHODS[method]
+    qm = quantized(tiny("llama"), EXACT)
+    config = getattr(peft, name)(task_type="CAUSAL_LM", **options)
+    wrapped = peft.get_peft_model(qm.model, config).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:  # most begin as no change at all
+                parameter.normal_(0, 0.5)
+    given = {"input_ids": ids(1, 40), "max_new_tokens": 12, **GREEDY}
+    found = wrapped.generate(**given, past_key_values=qm.new_cache())
+    assert torch.equal(found, wrapped.generate(**given))
+
+
 def eight_bits(plain: Any) -> Any:
     """The 8-bit projection of bitsandbytes."""
     library = pytest.importorskip("bitsandbytes")
@@ -207,6 +242,23 @@ def of_torchao(plain: Any) -> Any:
     holder = torch.nn.Sequential(plain)
     library.quantize_(holder, library.Int8WeightOnlyConfig())
     return holder[0]
+
+
+@pytest.mark.refused(
+    "a folder with weights of a library that is not installed (bitsandbytes)",
+    "the folder, the library and how it is installed",
+)
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_weights_of_a_library_that_is_missing(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match="model: cannot load .* pip install -U bitsandbytes"
+    ) as error:
+        load_quantized_model(folder, device="cpu")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("by", [eight_bits, four_bits, of_torchao], ids=lambda by: by.__name__)
