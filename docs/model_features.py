@@ -83,14 +83,14 @@ def tables() -> str:
     others = sorted(keys - set(plain), key=_label)
     numbers = {heading: str(i) for i, heading in enumerate(cells, 1)}
     heads = ["model family", *numbers.values()]
-    lines = ["### Families and features", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for key in [*plain, *others]:
-        row = ["works" if key in column else "not tested" for column in cells.values()]
-        lines.append(f"| {' | '.join([_label(key), *row])} |")
-    lines += ["", "| | feature | test |", "|---|---|---|"]
+    lines = ["### Families and features", "", "| | feature | test |", "|---|---|---|"]
     for heading, number in numbers.items():
         tests = ", ".join(f"`{test}`" for test in sorted(shown[heading]))
         lines.append(f"| {number} | {heading} | {tests} |")
+    lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for key in [*plain, *others]:
+        row = ["works" if key in column else "not tested" for column in cells.values()]
+        lines.append(f"| {' | '.join([_label(key), *row])} |")
     lines += ["", "### Refused", "", "| what | the error names | test |", "|---|---|---|"]
     for (answer, test), what in refused.items():
         lines.append(f"| {'; '.join(what)} | {answer} | `{test}` |")
