@@ -254,9 +254,7 @@ def test_weights_of_a_library_that_is_missing(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        UserError, match=r"model: cannot load .*pip install"
-    ) as error:
+    with pytest.raises(UserError, match=r"model: cannot load .*pip install") as error:
         load_quantized_model(folder, device="cpu")
     assert "\n" not in str(error.value)
 
