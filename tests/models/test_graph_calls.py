@@ -167,6 +167,9 @@ CHANGES: dict[str, Any] = {
     ),
     "training": lambda model: model.train(),
     "an adapter that is turned off": lambda model: setattr(model.model.layers[1].mlp, "off", True),
+    "an adapter's setting of another name": lambda model: model.model.layers[1].mlp.__dict__.update(
+        ranks=model.model.layers[1].mlp.__dict__.pop("rank")
+    ),
     "an adapter's strength": lambda model: model.model.layers[1].mlp.scaling.update(default=2.0),
 }
 

@@ -90,14 +90,15 @@ FEATURES: dict[str, Use] = {
 class LowRank(nn.Module):
     """A projection with an adapter of low rank beside it, as PEFT puts in its place."""
 
+    off = False  # as PEFT has its switch, until it is set
+
     def __init__(self, base: Any, inputs: int, outputs: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(inputs)
         self.base = base
         self.down = nn.Parameter(torch.randn(4, inputs, generator=generator) / 8, False)
         self.up = nn.Parameter(torch.randn(outputs, 4, generator=generator) / 8, False)
-        self.scaling = {"default": 1.0}
-        self.off = False
+        self.rank, self.scaling = 4, {"default": 1.0}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of both, or the projection alone where the adapter is off."""
