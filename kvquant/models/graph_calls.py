@@ -9,8 +9,10 @@ not such a step, and every change of the cache in between, runs without the grap
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import operator
 import weakref
 from typing import Any
 
@@ -37,8 +39,48 @@ _CACHE_FIELD = next(name for name in CACHE_NAMES if name in _FIELDS)
 _USED = frozenset({"input_ids", "attention_mask", "position_ids", *CACHE_NAMES, *_IGNORED, *_OFF})
 
 
+# Packages whose modules keep their settings, so that no step spends time on comparing them.
+_SETTLED = ("torch", "transformers", "kvquant")
+# Attributes that every module has and that are compared otherwise.
+_OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
+
+
+class OwnSettings:
+    """What a module of another library is set to: its numbers, words and switches.
+
+    The active adapters of PEFT and their strength are such attributes.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._own = own = module.__dict__
+        self._count = len(own)  # a switch of the class may become one of the module
+        names = [name for name in own if name not in _OF_MODULES and _is_setting(own[name])]
+        self._read = operator.itemgetter(*names)  # "training" is always among them
+        self._values = copy.deepcopy(self._read(own))
+
+    def hold(self) -> bool:
+        """Returns whether they are as they were."""
+        own = self._own
+        try:
+            return len(own) == self._count and bool(self._read(own) == self._values)
+        except KeyError:  # one is gone
+            return False
+
+
+def _is_setting(value: Any) -> bool:
+    """Returns whether a value is a number, a word or a switch, or holds nothing else."""
+    if isinstance(value, dict):
+        return all(map(_is_setting, value)) and all(map(_is_setting, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_setting, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 class ModelState:
-    """What a graph depends on in a model: its weights, modules, hooks and modes.
+    """What a graph depends on in a model: its weights, modules, hooks, modes and settings.
 
     Args:
         model: The model whose steps are captured.
@@ -49,8 +91,11 @@ class ModelState:
         self._parts: list[tuple[dict[str, Any], str, Any]] = []
         self._weights: list[tuple[torch.Tensor, int]] = []
         self._hooks: list[tuple[dict[int, Any], int]] = []
+        self._settings: list[OwnSettings] = []
         for module in model.modules():
             own = module.__dict__
+            if type(module).__module__.partition(".")[0] not in _SETTLED:
+                self._settings.append(OwnSettings(module))
             self._parts.append((own, "forward", own.get("forward")))
             for parts in (module._modules, module._parameters, module._buffers):
                 self._parts += [(parts, name, part) for name, part in parts.items()]
@@ -72,6 +117,7 @@ class ModelState:
             and all(parts.get(name) is part for parts, name, part in self._parts)
             and all(x.data_ptr() == address for x, address in self._weights)
             and all(len(hooks) == count for hooks, count in self._hooks)
+            and all(settings.hold() for settings in self._settings)
         )
 
 

@@ -35,10 +35,15 @@ def unsupported_configuration(config: Any) -> str | None:
 
 
 def unsupported_model(model: Any) -> str | None:
-    """Returns the error for a model without a decoder's layers, or None."""
+    """Returns the error for a model without a decoder's layers of its own, or None."""
     config = getattr(model, "config", None)
     if (problem := unsupported_configuration(config)) is not None:
         return problem
+    if hasattr(model, "get_base_model"):
+        return (
+            f"model: '{type(model).__name__}' wraps a model with adapters (PEFT); give its "
+            "get_base_model(), whose layers hold them, and then call either of the two"
+        )
     if getattr(getattr(model, "model", None), "layers", None) is None:
         return (
             f"model: '{type(model).__name__}' is not supported; it must be a causal language model "

@@ -21,6 +21,8 @@ _KNOWN = _USED | {
     "output_router_logits",
 }  # fmt: skip
 
+# Attribute with the names of the projections that the rotation of values is folded into.
+FOLDED = "kvquant_folded"
 _CAPPING = ("flash", "flex")  # implementations of attention that cap scores when asked to
 
 
@@ -70,6 +72,22 @@ class PrefillQuantizedAttention(nn.Module):
 
     def __init__(self, original: nn.Module) -> None:
         """Does nothing, because the module is initialized already."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute; a projection with the rotation of values in its weights stays.
+
+        What takes its place (an adapter) would give values that are not rotated.
+
+        Raises:
+            UserError: The projection would be replaced.
+        """
+        if name in self.__dict__.get(FOLDED, ()) and value is not self._modules.get(name):
+            raise UserError(
+                f"model: {name} has the rotation of values in its weights, so that no adapter or "
+                "other module can take its place; load the model with transformers and give "
+                "load_quantized_model the object, whose weights stay as they are"
+            )
+        super().__setattr__(name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the original class, from which unpickling makes a drop-in again."""

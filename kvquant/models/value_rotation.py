@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from kvquant.errors import UserError
-from kvquant.models.prefill_quant import adapter_of
+from kvquant.models.prefill_quant import FOLDED, adapter_of
 from kvquant.quantization.hadamard import rotate
 
 MARK = "kvquant_values_rotated"
@@ -99,5 +99,6 @@ def fold_value_rotation(model: Any, attentions: list[Any], head_dim: int) -> boo
             values.bias[rows].copy_(rotate(bias).flatten())
         rows = output.weight.double().unflatten(1, (-1, head_dim))
         output.weight.copy_(rotate(rows).flatten(1))
+        setattr(attention, FOLDED, tuple(_both(attention)))
     setattr(model, MARK, True)
     return True

@@ -92,6 +92,7 @@ def test_a_saved_model_loads_and_answers(family: str, tmp_path: Path) -> None:
     assert 0 < relative_error(second, expected[:, 32:]) < 0.05
 
 
+@pytest.mark.feature("{use}")
 @families
 @pytest.mark.parametrize("use", USES)
 def test_a_16_bit_cache_gives_what_the_unquantized_one_gives(family: str, use: str) -> None:
@@ -104,6 +105,7 @@ def test_a_16_bit_cache_gives_what_the_unquantized_one_gives(family: str, use: s
         torch.testing.assert_close(USES[use](model, qm.new_cache("B")), expected, **CLOSE)
 
 
+@pytest.mark.feature("fp16 and bf16 weights")
 @families
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_16_bit_weights(family: str, dtype: torch.dtype) -> None:
@@ -129,6 +131,7 @@ def calibrated(family: str, scheme: NuqScheme) -> tuple[QuantizedModel, list[Any
     return quantized(model, scheme, layers), found, text
 
 
+@pytest.mark.feature("4 bits, own calibration")
 @families
 def test_four_bits_from_the_models_own_calibration_are_close(family: str) -> None:
     qm, _, text = calibrated(family, NuqScheme(kind="nuq", bits=4, block_size=32))
@@ -206,6 +209,10 @@ def test_logits_behind_the_decoder_are_the_models(family: str) -> None:
     assert found == pytest.approx(-float(losses[-9:].sum()), rel=1e-4)
 
 
+@pytest.mark.refused(
+    "scheme kind `kvquant-ref` with RoPE that changes with the length",
+    "`scheme`, and why",
+)
 @families
 def test_kvquants_own_procedure(family: str) -> None:
     model = tiny(family)

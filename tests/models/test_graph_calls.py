@@ -19,6 +19,7 @@ from kvquant.models.graph_calls import STEPS_BEFORE, GraphedCalls
 from kvquant.models.hooks import install_attention, uninstall_attention
 from kvquant.study.schemes import NuqScheme
 from tests.support.caches import CLOSE, GREEDY, LOSSY, ids, quantized
+from tests.support.model_features import LowRank
 from tests.support.models import tiny_model
 from tests.support.quantizers import constant_quantizer
 
@@ -165,12 +166,19 @@ CHANGES: dict[str, Any] = {
         model.model.layers[0].mlp, "forward", model.model.layers[1].mlp.forward
     ),
     "training": lambda model: model.train(),
+    "an adapter that is turned off": lambda model: setattr(model.model.layers[1].mlp, "off", True),
+    "an adapter's setting of another name": lambda model: model.model.layers[1].mlp.__dict__.update(
+        ranks=model.model.layers[1].mlp.__dict__.pop("rank")
+    ),
+    "an adapter's strength": lambda model: model.model.layers[1].mlp.scaling.update(default=2.0),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_model_ends_the_graph(recorded: type[Recorded], change: str) -> None:
     qm = quantized(tiny_model(), LOSSY)
+    if "adapter" in change:
+        qm.model.model.layers[1].mlp = LowRank(qm.model.model.layers[1].mlp, 64, 64)
     cache = filled_graph(qm)
     assert recorded.made == 1
     CHANGES[change](qm.model)

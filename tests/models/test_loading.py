@@ -100,6 +100,10 @@ def test_what_does_not_fit_a_loaded_model() -> None:
         load_quantized_model(torch.nn.Linear(2, 2), KIVI)
 
 
+@pytest.mark.refused(
+    "a `device_map` over several devices, or offloaded weights",
+    "`device_map`: one device for all of it",
+)
 def test_several_devices_are_refused() -> None:
     model = tiny_model()
     model.model.layers[1].to("meta")

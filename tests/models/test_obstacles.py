@@ -55,6 +55,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.refused(
+    "{name}",
+    "`model`, the layer and the field; a cache of transformers, or a model of a family above",
+)
 @pytest.mark.parametrize("name", REFUSED)
 def test_the_error_names_layer_and_field(name: str) -> None:
     family, options, message = REFUSED[name]
@@ -96,6 +100,10 @@ def test_windows_of_several_lengths() -> None:
         attention_layers(model)
 
 
+@pytest.mark.refused(
+    'Gemma 2 with `attn_implementation="sdpa"`, which does not cap its scores',
+    '`attn_logit_softcapping`; `attn_implementation="eager"`',
+)
 def test_scores_that_an_implementation_would_not_cap() -> None:
     model = tiny_model("gemma2", sliding_window=64)
     assert len(attention_layers(model)) == 2
@@ -127,6 +135,33 @@ def test_decoding_from_a_static_cache_ends_at_the_window() -> None:
         StaticDecoder(model, cache, torch.ones_like(tokens), 7)
 
 
+class Wrapped(torch.nn.Module):
+    """A model with adapters, as PEFT gives it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner = model
+
+    def get_base_model(self) -> Any:
+        return self.inner
+
+
+@pytest.mark.refused(
+    "`load_quantized_model` of PEFT's wrapper",
+    "`model`; give its `get_base_model()`, and then generate with either of the two",
+)
+def test_a_model_around_a_model() -> None:
+    """Its adapters are in the projections of the inner model, whose attention is replaced."""
+    wrapped = Wrapped(tiny_model())
+    with pytest.raises(UserError, match=r"model: 'Wrapped' wraps .*; give its get_base_model\(\)"):
+        load_quantized_model(wrapped)
+    assert load_quantized_model(wrapped.get_base_model()).model is wrapped.inner
+
+
+@pytest.mark.refused(
+    "encoder-decoder models (T5)",
+    "`is_encoder_decoder`; a cache of transformers, or a model of a family above",
+)
 def test_an_encoder_decoder_model() -> None:
     config = AutoConfig.for_model(
         "t5", vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4
@@ -155,6 +190,7 @@ def test_a_folder_is_refused_before_its_weights_are_read(
     assert str(found.value).startswith(f"model: {message}")
 
 
+@pytest.mark.refused("state-space models (Mamba)", "`model`; a model of a family above")
 def test_a_state_space_model() -> None:
     config = AutoConfig.for_model(
         "mamba", vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=4

@@ -131,6 +131,10 @@ def test_a_forward_that_was_replaced_is_refused() -> None:
         install_attention(model)
 
 
+@pytest.mark.refused(
+    "arguments that are not known (`cu_seq_lens_q`, `cache_position`)",
+    "the argument; leave it out, or pass a cache of transformers",
+)
 @pytest.mark.parametrize("name", ["cu_seq_lens_q", "cache_position", "something_new"])
 def test_arguments_nobody_knows_are_refused_by_name(name: str) -> None:
     qm = quantized(tiny_model(), EXACT)
@@ -164,6 +168,9 @@ def _rename(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[s
     return args, {("store_of_keys" if k in names else k): v for k, v in kwargs.items()}
 
 
+@pytest.mark.refused(
+    "`output_attentions`", "`output_attentions`; leave it out, or pass a cache of transformers"
+)
 def test_attention_weights_are_refused_and_given_for_other_caches() -> None:
     model = tiny_model()
     qm = quantized(model, EXACT)

@@ -15,6 +15,7 @@ from torch import nn
 from kvquant.calibration.collect import calibrate
 from kvquant.errors import UserError
 from kvquant.fetch.file_hashes import FileHashes
+from kvquant.models.base_model import load_base_model
 from kvquant.models.hooks import attention_layers
 from kvquant.models.loading import QuantizedModel, load_quantized_model
 from kvquant.models.prefill_quant import adapter_of
@@ -29,6 +30,7 @@ from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.model_families import MODEL_FAMILIES
 from kvquant.study.schemes import AllocatedScheme, Fp16Scheme, KiviScheme, NuqScheme
 from tests.support.caches import feed, ids, quantized, ragged, step
+from tests.support.model_features import adapted
 from tests.support.models import save_tiny, tiny_model
 from tests.support.quantizers import (
     narrow_quantizers,
@@ -368,6 +370,30 @@ def test_a_folder_s_model_is_folded_and_a_given_one_is_not(saved: Path) -> None:
     assert again.codecs is not None and same_state(own.model, after)
     assert not any(codec.rotates_values for codec in again.codecs)
     assert torch.equal(feed(again, tokens, None, [150], "B")[0], found[1])
+
+
+@pytest.mark.refused(
+    "adapters of values or outputs, added to a model that was loaded from a folder for `allocated`",
+    "the projection, whose weights are rotated; give `load_quantized_model` the loaded model",
+)
+def test_a_folded_model_gets_no_adapters(saved: Path) -> None:
+    """An adapter is trained with plain values, and the folded ones are rotated."""
+    own = load_quantized_model(saved / "model", quantizer=saved / "q.json", device="cpu")
+    before, tokens = state(own.model), ids(1, 40)
+    for name in ("v_proj", "o_proj"):
+        with pytest.raises(UserError, match=f"model: {name} has the rotation of values .* object"):
+            adapted(copy.deepcopy(own.model), (name,))
+    assert same_state(own.model, before)
+    adapted(own.model, ("q_proj", "k_proj"))
+    given = load_quantized_model(load_base_model(saved / "model", device="cpu")[0], SPEC,
+                                 quantizer=saved / "q.json")  # fmt: skip
+    adapted(given.model, ("q_proj", "k_proj"))
+    exact = logits(given.model, tokens)
+    torch.testing.assert_close(logits(own.model, tokens), exact, atol=1e-4, rtol=1e-4)
+    adapted(given.model, ("v_proj", "o_proj"))
+    changed = logits(given.model, tokens)
+    assert relative_error(changed, exact) > 0.1
+    assert relative_error(feed(given, tokens, None, [40], "B")[0], changed) < 0.1
 
 
 def test_without_rotation_a_folder_s_model_stays_plain(saved: Path, tmp_path: Path) -> None:

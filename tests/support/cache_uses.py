@@ -70,5 +70,5 @@ USES: dict[str, Callable[[Any, Any], torch.Tensor]] = {
     "left padding": padded("left"),
     "right padding": padded("right"),
     "crop": cropped,
-    "beams": reordered,
+    "a reordered batch": reordered,
 }
