@@ -433,6 +433,19 @@ def test_rotary_tables_by_type_of_layer() -> None:
     assert not same_angles(rotary, tiny("ministral").model.rotary_emb)
 
 
+def test_a_window_beyond_the_models_length_keeps_its_own_rotary_table() -> None:
+    """Layers that see all tokens share a table, so others stay layers with a window."""
+    model = tiny("gemma3", sliding_window=4 * 512)
+    qm = quantized(model, EXACT)
+    assert (qm.kinds.windows, qm.kinds.unreached) == ((4 * 512, None), None)
+    assert (qm.kinds.full_rope, qm.kinds.window_rope) == ("full_attention", "sliding_attention")
+    expected = fed(model, dynamic(model))
+    torch.testing.assert_close(fed(model, qm.new_cache()), expected, **CLOSE)
+    types = ["sliding_attention"] * 2
+    alike = layer_kinds(tiny("gemma3", sliding_window=4 * 512, layer_types=types).model)
+    assert (alike.full_rope, alike.unreached) == ("sliding_attention", 4 * 512)
+
+
 def test_a_plain_model_has_one_kind_of_layers() -> None:
     found: QuantizedModel = quantized(tiny_model(), EXACT)
     assert found.kinds.windows == (None, None)
