@@ -128,9 +128,9 @@ def _check_model(cache: Any, decoder: Any) -> None:
             if codec is not None:
                 codec.check_model(*shape)
     except UserError as error:
+        told = str(error).partition(";")[0]  # without the fix, which is another here
         raise UserError(
-            f"cache: was made for another model ({str(error).partition(';')[0]}); take a new_cache() "
-            "of this model"
+            f"cache: was made for another model ({told}); take a new_cache() of this model"
         ) from None
     cache.rotary = rotary  # so that the angles are compared once only
 
