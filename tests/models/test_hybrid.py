@@ -446,6 +446,16 @@ def test_a_window_beyond_the_models_length_keeps_its_own_rotary_table() -> None:
     assert (alike.full_rope, alike.unreached) == ("sliding_attention", 4 * 512)
 
 
+def test_a_window_that_only_the_mask_of_a_layer_has() -> None:
+    """SmolLM3 masks by `layer_types`, whatever `use_sliding_window` tells its attention."""
+    given: dict[str, Any] = {**ALTERNATING, "use_sliding_window": False, "no_rope_layers": [1, 1]}
+    model = tiny_model("smollm3", **given)
+    sharpen(model)
+    qm = quantized(model, EXACT)
+    assert qm.kinds.windows == (WINDOW, None)
+    torch.testing.assert_close(fed(model, qm.new_cache()), fed(model, dynamic(model)), **CLOSE)
+
+
 def test_a_plain_model_has_one_kind_of_layers() -> None:
     found: QuantizedModel = quantized(tiny_model(), EXACT)
     assert found.kinds.windows == (None, None)
