@@ -21,7 +21,7 @@ from kvquant.analysis.tables import read_table
 from kvquant.formats.files import replace
 from kvquant.study.config import Study, load_study
 
-NAME, TEXT = 40, 60  # letters of a name, which no line break cuts, and of a text, which gets room
+NAME, TEXT = 24, 60  # letters of a name, which no line break cuts, and of a text, which gets room
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 1.5em; color: #1a1a1a; background: #fff; }
 table { border-collapse: collapse; }
@@ -32,7 +32,7 @@ td { border-bottom: 1px solid #ddd; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th.number { text-align: right; }
 td.name { white-space: nowrap; }
-td.text { min-width: 18em; }
+td.text { min-width: 15em; }
 td.yes { color: #00694a; font-weight: 600; }
 td.no { color: #a63a00; font-weight: 600; }
 """

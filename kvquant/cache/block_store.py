@@ -313,6 +313,8 @@ class BlockStore:
         keys, values = (buffer[:, :, :longest] for buffer in self.tail)
         if not fake:
             return keys, values
+        if longest and min(view.tails) == longest:  # as in windows of a text
+            return self.codec.fake(keys, values)
         out = (keys.float(), values.float())
         for b, tail in enumerate(view.tails):
             if tail:

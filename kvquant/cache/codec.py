@@ -186,7 +186,9 @@ class Codec(ABC):
 
     @abstractmethod
     def fake(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantizes and dequantizes `[1, num_kv_heads, tokens, head_dim]`, any number of tokens.
+        """Quantizes and dequantizes `[n, num_kv_heads, tokens, head_dim]`, any number of tokens.
+
+        What it returns of one of the `n` does not depend on the others.
 
         Protocol B reads the tokens of an unfinished block this way.
         """

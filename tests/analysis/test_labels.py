@@ -51,7 +51,7 @@ def test_devices_are_named_as_their_makers_do(key: str, name: str) -> None:
     assert device_label(key) == name
 
 
-@pytest.mark.parametrize("file", ["config", "quality", "ablation", "demo", "athena"])
+@pytest.mark.parametrize("file", ["config", "quality", "ablation", "gemma", "demo", "athena"])
 def test_every_scheme_has_a_look_of_its_own(root: Path, file: str) -> None:
     study = load_study(root / f"config/{file}.yaml")
     found = style.looks(study)
