@@ -446,6 +446,18 @@ def test_a_window_beyond_the_models_length_keeps_its_own_rotary_table() -> None:
     assert (alike.full_rope, alike.unreached) == ("sliding_attention", 4 * 512)
 
 
+def test_caches_of_two_models_of_windows_alone_are_not_joined() -> None:
+    """They have no codecs that would tell them apart."""
+    caches = []
+    for theta in (10000.0, 500.0):
+        model = tiny("mistral", rope_parameters={"rope_type": "default", "rope_theta": theta})
+        caches.append(quantized(model, EXACT).new_cache())
+        step(model, caches[-1], ids(1, 20))
+    with pytest.raises(UserError, match="caches: they are of different models"):
+        join_caches(caches)
+    assert len(join_caches([caches[0], caches[0].copy()]).lengths) == 2
+
+
 def test_a_window_that_only_the_mask_of_a_layer_has() -> None:
     """SmolLM3 masks by `layer_types`, whatever `use_sliding_window` tells its attention."""
     given: dict[str, Any] = {**ALTERNATING, "use_sliding_window": False, "no_rope_layers": [1, 1]}
