@@ -63,7 +63,7 @@ def prompt_batch(
         UserError: The text has no token.
     """
     if not text:
-        raise UserError("--data-manifest: the text has no token for prompts")
+        raise UserError("--data-manifest: the text has no token for prompts; name another data set")
     generator = torch.Generator().manual_seed(seed)
     lengths = prompt_lengths(workload)
     starts = torch.randint(len(text), (len(lengths),), generator=generator).tolist()

@@ -227,7 +227,13 @@ def prepare(
     if scheme.registration.calibrated:
         check_digest(args.quantizer, quantizer_digest(study, args.model, args.scheme))
     workload = known[args.workload]
-    text = load_text(args.data_manifest, "test", study.calibration.dataset)
+    dataset = study.calibration.dataset
+    text = load_text(args.data_manifest, "test", dataset)
+    if not text:
+        raise UserError(
+            f"calibration.dataset: the test part of '{dataset}' is empty, and timed prompts are "
+            "pieces of it: name another data set"
+        )
     qm = load_quantized_model(
         study_manifest(args.model_manifest, study, args.model),
         scheme,

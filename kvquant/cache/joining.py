@@ -74,7 +74,9 @@ def _check_quantized(first: KVQuantCache, rest: list[KVQuantCache]) -> None:
             [getattr(layer, "codec", None) or getattr(layer, "window", None) for layer in x.layers]
             for x in (first, cache)
         ]
-        if kinds[0] != kinds[1] or cache.protocol != first.protocol:
+        # Without codecs, which are those of one model, the rotary embedding tells models apart.
+        other = not first.packed and cache.rotary is not first.rotary
+        if kinds[0] != kinds[1] or cache.protocol != first.protocol or other:
             raise UserError("caches: they are of different models, schemes or protocols")
         for mine, theirs in zip(first.layers, cache.layers, strict=True):
             _check_alike(*(_held(layer) for layer in (mine, theirs)))

@@ -128,7 +128,9 @@ class WindowPlan:
         """The queries of a chunk, which reads the rings before its tokens are stored."""
         queries, device, before = self.queries, self.queries.device, self.before
         keys = queries if self.keys is None else self.keys
-        if keys is queries and len(set(before)) == 1:  # no padding: one mask for all sequences
+        # Without padding one mask is that of all sequences. A single column that is not a step has
+        # padding, whose position is another than that of a token.
+        if self.keys is queries and len(set(before)) == 1:
             queries, keys, before = queries[:1], keys[:1], before[:1]
         length, window, out = queries.shape[1], self.window, []
         # The ring has the capacity of the call before, which is this one's unless it was not full.
@@ -247,7 +249,7 @@ class Windows:
         room = self.window + ROLLBACK - 1  # a step that is undone may have written one column
         for number, (length, left, peak) in enumerate(zip(before, after, peaks, strict=True)):
             lost = max(length, peak) - room
-            if left < length and max(0, left - self.window + 1) < lost:
+            if left < length and max(0, left - self.window + 1) < min(left, lost):
                 raise UserError(
                     f"crop: sequence {number} has {length} tokens and would keep {left}, but its "
                     f"sliding-window layers (sliding_window: {self.window}) hold the last "

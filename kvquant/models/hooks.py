@@ -102,7 +102,7 @@ def _check_model(cache: Any, decoder: Any) -> None:
     """Refuses a cache of another model, whose keys would be rotated by other angles.
 
     Raises:
-        UserError: The models have different layers or rotary embeddings.
+        UserError: The models have different layers, heads or rotary embeddings.
     """
     layers, rotary = len(cache.layers), decoder.rotary_emb
     if layers != len(decoder.layers):
@@ -122,6 +122,16 @@ def _check_model(cache: Any, decoder: Any) -> None:
             "cache: was made for a model with another rotary embedding; take a new_cache() of this "
             "model"
         )
+    shape = decoder.config.num_key_value_heads, decoder.layers[0].self_attn.head_dim
+    try:
+        for codec in (getattr(layer, "codec", None) for layer in cache.layers):
+            if codec is not None:
+                codec.check_model(*shape)
+    except UserError as error:
+        told = str(error).partition(";")[0]  # without the fix, which is another here
+        raise UserError(
+            f"cache: was made for another model ({told}); take a new_cache() of this model"
+        ) from None
     cache.rotary = rotary  # so that the angles are compared once only
 
 

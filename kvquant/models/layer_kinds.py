@@ -32,7 +32,7 @@ class LayerKinds:
 
     Attributes:
         windows: The sliding window of each layer; None where the layer sees all tokens, or all of a
-            sequence as long as the model is made for.
+            sequence as long as the model is made for, by the rotary table of those that see all.
         unreached: The shortest window that no sequence as long as the model is made for exceeds;
             None if there is no such window.
         soft_cap: Bound of the scores, by which the hyperbolic tangent squeezes them; None: there is
@@ -75,7 +75,11 @@ def layer_kinds(decoder: Any) -> LayerKinds:
         attention_window(attention, config, family)
         for attention, family in zip(attentions, families, strict=True)
     ]
+    types = [layer_type(attention, decoder.rotary_emb) for attention in attentions]
     reached = [None if window is None or window >= limit else window for window in every]
+    if len({kind for kind, window in zip(types, reached, strict=True) if window is None}) > 1:
+        # Layers that see all tokens share a rotary table, which those of another type do not have.
+        reached = every
     found = {window for window in reached if window is not None}
     if len(found) > 1:
         raise UserError(
@@ -92,10 +96,7 @@ def layer_kinds(decoder: Any) -> LayerKinds:
             "model: attn_logit_softcapping: differs from layer to layer, and the quantized cache "
             "supports one cap; use a cache of transformers"
         )
-    ropes = {
-        window is None: layer_type(attention, decoder.rotary_emb)
-        for window, attention in zip(reached, attentions, strict=True)
-    }
+    ropes = {window is None: kind for window, kind in zip(reached, types, strict=True)}
     unreached = [w for w, r in zip(every, reached, strict=True) if w is not None and r is None]
     return LayerKinds(
         tuple(reached),

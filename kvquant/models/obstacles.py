@@ -91,7 +91,19 @@ def attention_window(attention: Any, config: Any, family: ModelFamily | None) ->
     for place in (attention, config) if whole else (attention,):
         if getattr(place, "sliding_window", None) is not None:
             return int(place.sliding_window)
+    if hasattr(attention, "sliding_window") and _masked_by_window(attention, config):
+        return int(config.sliding_window)
     return None
+
+
+def _masked_by_window(attention: Any, config: Any) -> bool:
+    """Returns whether the decoder's mask is that of a window, even if the attention knows of none.
+
+    SmolLM3 chooses the mask by `layer_types` alone, whatever its `use_sliding_window` says.
+    """
+    types = getattr(config, "layer_types", None)
+    sliding = types is not None and types[attention.layer_idx] == "sliding_attention"
+    return sliding and getattr(config, "sliding_window", None) is not None
 
 
 def attention_obstacles(

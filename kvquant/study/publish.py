@@ -22,7 +22,11 @@ from kvquant.study.archive import (
     renew_sums,
     write_archive,
 )
-from kvquant.study.published_quantizers import add_quantizers, quantizer_problems
+from kvquant.study.published_quantizers import (
+    add_quantizers,
+    new_quantizers,
+    quantizer_problems,
+)
 from kvquant.study.record_types import EvalRecord, Record
 from kvquant.study.records import AGAIN, parse_record
 from kvquant.study.samples import verified_samples
@@ -66,8 +70,8 @@ def publish(results: Path, archive: Path) -> tuple[int, int]:
         The number of records that are published now, and of those that were before.
 
     Raises:
-        UserError: A record is damaged, of another study, or was published with other content; a
-            line for each, and nothing is published.
+        UserError: A record is damaged, of another study, or was published with other content, or
+            a quantizer is; a line for each, and nothing is published.
     """
     there = read_archive(archive)
     studies = {str(record.content.get("study")) for record in there.values()}
@@ -100,6 +104,10 @@ def publish(results: Path, archive: Path) -> tuple[int, int]:
                 curves[curves_name(record)] = read_text(samples, "samples", AGAIN)
     added_all = there | added
     problems += quantizer_problems(archive, added_all.values())
+    try:  # before anything is written
+        new_quantizers(results, archive, added_all.values())
+    except UserError as error:
+        problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
     if added:

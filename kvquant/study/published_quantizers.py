@@ -8,36 +8,44 @@ the published files instead of calibrating. `quantizers/MODEL/SCHEME/quantizer.j
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from kvquant.errors import UserError, printable
-from kvquant.formats.files import parse_json, read_text, sha256_file
+from kvquant.formats.files import parse_json, read_text, replace, sha256_file
 from kvquant.formats.sealing import check_seal
 from kvquant.study.archive import RESTORE, Published
 
 FOLDER, MANIFEST, TENSORS = "quantizers", "quantizer.json", "quantizer.safetensors"
 MAX_BYTES = 1 << 20  # of the tensors; a repository keeps every version of a file
+AGAIN = "build it again (`kvquant quantize`)"
 
 
-def _content(file: Path) -> dict[str, Any]:
+def _content(file: Path, field: str = "published", again: str = RESTORE) -> dict[str, Any]:
     """Returns a whole manifest of a quantizer whose tensors are those that it names.
+
+    Args:
+        file: The manifest.
+        field: What it is, for messages.
+        again: How the user gets it again, for messages.
 
     Raises:
         UserError: It is damaged or was edited, or its tensors are others.
     """
-    text = read_text(file, "published", RESTORE)
+    text = read_text(file, field, again)
+    tensors = file.with_name(TENSORS)
     try:
         found = parse_json(text)
         if not isinstance(found, dict):
             raise ValueError("is no quantizer")
         check_seal(found)
-        if sha256_file(file.with_name(TENSORS)) != found.get("tensors_sha256"):
+        if not tensors.is_file():
+            raise ValueError(f"{TENSORS} beside it is missing")
+        if sha256_file(tensors) != found.get("tensors_sha256"):
             raise ValueError(f"{TENSORS} beside it holds other tensors")
     except (ValueError, OSError) as error:
-        raise UserError(f"{file}: {printable(error)}: {RESTORE}") from None
+        raise UserError(f"{file}: {printable(error)}: {again}") from None
     return found
 
 
@@ -72,39 +80,61 @@ def _named(records: Iterable[Published]) -> Iterator[tuple[str, str, str, Publis
             yield model, scheme, str(inputs["quantizer"]), record
 
 
-def add_quantizers(results: Path, archive: Path, records: Iterable[Published]) -> list[str]:
-    """Publishes the quantizers in a results folder that records were measured with.
+def new_quantizers(results: Path, archive: Path, records: Iterable[Published]) -> dict[str, Path]:
+    """Returns the quantizers in a results folder that are to be published with records.
 
     Args:
         results: The study's results folder.
         archive: Its folder of published records.
-        records: All published records.
+        records: All published records, and those that are to be published.
+
+    Returns:
+        The manifests of those that records were measured with, by MODEL/SCHEME.
+
+    Raises:
+        UserError: One is damaged.
+    """
+    found: dict[str, Path] = {}
+    for model, scheme, digest in sorted({named[:3] for named in _named(records)}):
+        file = results / "models" / model / scheme / MANIFEST
+        if (archive / FOLDER / model / scheme / MANIFEST).exists() or not file.exists():
+            continue
+        content = _content(file, "quantizer", AGAIN)
+        small = file.with_name(TENSORS).stat().st_size <= MAX_BYTES
+        if content["tensors_sha256"] == digest and small:
+            found[f"{model}/{scheme}"] = file
+    return found
+
+
+def add_quantizers(results: Path, archive: Path, records: Iterable[Published]) -> list[str]:
+    """Publishes the quantizers in a results folder that records were measured with.
+
+    Args:
+        results: See :func:`new_quantizers`.
+        archive: See :func:`new_quantizers`.
+        records: See :func:`new_quantizers`.
 
     Returns:
         The names of those that are published now, as MODEL/SCHEME.
 
     Raises:
-        UserError: One is damaged.
+        UserError: One is damaged, or cannot be written.
     """
-    added: list[str] = []
-    for model, scheme, digest, _ in _named(records):
-        file = results / "models" / model / scheme / MANIFEST
-        to = archive / FOLDER / model / scheme / MANIFEST
-        if to.exists() or not file.exists():
-            continue
-        tensors = file.with_name(TENSORS)
-        if _content(file)["tensors_sha256"] != digest or tensors.stat().st_size > MAX_BYTES:
-            continue
-        to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(tensors, to.with_name(TENSORS))
-        shutil.copyfile(file, to)
-        added.append(f"{model}/{scheme}")
-    return added
+    found = new_quantizers(results, archive, records)
+    for name, file in found.items():
+        to = archive / FOLDER / name / MANIFEST
+        for target in (to.with_name(TENSORS), to):  # without its manifest there is no quantizer
+            replace(target, file.with_name(target.name).read_bytes())
+    return list(found)
 
 
 def quantizer_problems(archive: Path, records: Iterable[Published]) -> list[str]:
-    """Returns what is wrong with published quantizers: damage, and records of other ones."""
-    found: dict[tuple[str, str], str] = {}
+    """Returns what is wrong with published quantizers: damage, and records of other ones.
+
+    Without a published quantizer, as large ones are left out, records of one scheme name one all
+    the same.
+    """
+    found: dict[tuple[str, str], tuple[str, str]] = {}  # the hash, and whose it is
     problems: list[str] = []
     for file in sorted((archive / FOLDER).glob(f"*/*/{MANIFEST}")):
         try:
@@ -115,12 +145,14 @@ def quantizer_problems(archive: Path, records: Iterable[Published]) -> list[str]
         names = (file.parts[-3], file.parts[-2])
         if names != (content.get("model"), content.get("scheme")):
             problems.append(f"{file}: is the quantizer of another model or scheme: {RESTORE}")
-        found[names] = str(content["tensors_sha256"])
+        found[names] = str(content["tensors_sha256"]), f"published quantizer of '{names[1]}'"
     for model, scheme, digest, record in _named(records):
-        if (theirs := found.get((model, scheme), digest)) != digest:
+        mine = digest, f"quantizer of {record.where}"
+        theirs, whose = found.setdefault((model, scheme), mine)
+        if theirs != digest:
             problems.append(
-                f"{record.where}: field 'inputs.quantizer': is not the published quantizer of "
-                f"'{scheme}' ({printable(digest[:12])}, not {theirs[:12]}): measure it again with "
+                f"{record.where}: field 'inputs.quantizer': is not the {whose} "
+                f"({printable(digest[:12])}, not {printable(theirs[:12])}): measure it again with "
                 "that one"
             )
     return problems

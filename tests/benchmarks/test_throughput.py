@@ -5,6 +5,7 @@ Also covers: benchmarks.workload, study.prompt_lengths, study.timing.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,20 @@ def test_both_sides_see_the_same_tokens(command: Any, tmp_path: Path) -> None:
         with torch.inference_mode():
             alone = prepared.qm.model(input_ids=batch.ids[row : row + 1, -length:]).logits
         assert int(alone[0, -1].argmax()) == int(token[row])
+
+
+def test_an_empty_test_part_is_refused_before_the_model_is_loaded(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = command("throughput")
+    manifest = tmp_path / "data.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(content | {"test_from": content["characters"]}))
+    monkeypatch.setattr("kvquant.benchmarks.workload.load_quantized_model", None)
+    assert main(words) == 2
+    found = capsys.readouterr().err
+    assert "calibration.dataset: the test part of 'essays' is empty" in found
+    assert "name another data set" in found and found.count("\n") == 1
 
 
 @pytest.mark.gpu

@@ -144,6 +144,29 @@ def test_padding_before_the_first_token_gives_numbers() -> None:
     twin.call(torch.tensor([[1, 1, 1], [0, 0, 1]]))
 
 
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_column_that_is_a_token_in_some_sequences(row: int) -> None:
+    """Sequences of one length have other positions where one gets padding."""
+    twin = Twin(2, 2, 0)
+    twin.call(torch.ones(2, 4, dtype=torch.long))
+    new = torch.ones(2, 1, dtype=torch.long)
+    new[row] = 0
+    twin.call(new)
+
+
+def test_a_sequence_may_lose_all_tokens() -> None:
+    """Nothing that its window has forgotten is needed then, however long it was."""
+    twin = Twin(20, 2, 0)
+    new = torch.ones(2, 140, dtype=torch.long)
+    new[1, :40] = 0
+    new[0, 20:] = 0
+    twin.call(new)
+    assert twin.crop(110)
+    assert twin.cache.lengths == [20, 0]
+    twin.call(torch.ones(2, 30, dtype=torch.long))
+    twin.call(torch.ones(2, 1, dtype=torch.long))
+
+
 def test_what_a_chosen_sequence_has_lost_goes_with_it() -> None:
     """Two sequences change places after a cut: the short one was never as long as the other."""
     twin = Twin(20, 2, 0)

@@ -56,6 +56,16 @@ def test_a_cache_of_a_model_with_other_layers(layers: int) -> None:
         step(other, quantized(tiny_model(), EXACT).new_cache(), ids(1, 9))
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+def test_a_cache_of_a_model_with_other_heads_is_refused(heads: int) -> None:
+    """Tables of one head would be taken for all, others fail where a block is packed."""
+    other = tiny_model()
+    install_attention(other)
+    told = rf"another model \(quantizer: made for {heads} kv heads of 16, the model has 2 of 16\)"
+    with pytest.raises(UserError, match=f"cache: was made for {told}"):
+        step(other, quantized(tiny_model(kv_heads=heads), SPECS[0]).new_cache(), ids(1, 60))
+
+
 def test_a_cache_of_an_equal_model() -> None:
     qm, tokens = quantized(tiny_model(), EXACT), ids(1, 9)
     other = copy.deepcopy(qm.model)

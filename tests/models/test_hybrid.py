@@ -421,6 +421,41 @@ def test_rotary_tables_by_type_of_layer() -> None:
     assert not same_angles(rotary, tiny("ministral").model.rotary_emb)
 
 
+def test_a_window_beyond_the_models_length_keeps_its_own_rotary_table() -> None:
+    """Layers that see all tokens share a table, so others stay layers with a window."""
+    model = tiny("gemma3", sliding_window=4 * 512)
+    qm = quantized(model, EXACT)
+    assert (qm.kinds.windows, qm.kinds.unreached) == ((4 * 512, None), None)
+    assert (qm.kinds.full_rope, qm.kinds.window_rope) == ("full_attention", "sliding_attention")
+    expected = fed(model, dynamic(model))
+    torch.testing.assert_close(fed(model, qm.new_cache()), expected, **CLOSE)
+    types = ["sliding_attention"] * 2
+    alike = layer_kinds(tiny("gemma3", sliding_window=4 * 512, layer_types=types).model)
+    assert (alike.full_rope, alike.unreached) == ("sliding_attention", 4 * 512)
+
+
+def test_caches_of_two_models_of_windows_alone_are_not_joined() -> None:
+    """They have no codecs that would tell them apart."""
+    caches = []
+    for theta in (10000.0, 500.0):
+        model = tiny("mistral", rope_parameters={"rope_type": "default", "rope_theta": theta})
+        caches.append(quantized(model, EXACT).new_cache())
+        step(model, caches[-1], ids(1, 20))
+    with pytest.raises(UserError, match="caches: they are of different models"):
+        join_caches(caches)
+    assert len(join_caches([caches[0], caches[0].copy()]).lengths) == 2
+
+
+def test_a_window_that_only_the_mask_of_a_layer_has() -> None:
+    """SmolLM3 masks by `layer_types`, whatever `use_sliding_window` tells its attention."""
+    given: dict[str, Any] = {**ALTERNATING, "use_sliding_window": False, "no_rope_layers": [1, 1]}
+    model = tiny_model("smollm3", **given)
+    sharpen(model)
+    qm = quantized(model, EXACT)
+    assert qm.kinds.windows == (WINDOW, None)
+    torch.testing.assert_close(fed(model, qm.new_cache()), fed(model, dynamic(model)), **CLOSE)
+
+
 def test_a_plain_model_has_one_kind_of_layers() -> None:
     found: QuantizedModel = quantized(tiny_model(), EXACT)
     assert found.kinds.windows == (None, None)

@@ -74,6 +74,55 @@ def test_records_of_another_quantizer_are_refused(
     assert not quantizer_problems(archive, read_archive(archive).values())
 
 
+def test_records_of_two_quantizers_are_not_published_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even with no quantizer beside them: no later publication could mend it."""
+    used = [write_quantizer(tmp_path / "r", zero=zero) for zero in (0.3, 0.4)]
+    for seed, digest in enumerate(used):
+        write_evaluation(study_of(), tmp_path / "r", "tiny", "nuq3", "passkey", seed, digest)
+    for remove in (False, True):
+        if remove:
+            (tmp_path / "r/models/tiny/nuq3/quantizer.json").unlink()
+        assert publish(tmp_path / "r", tmp_path / "a") == 2
+        found = capsys.readouterr().err
+        assert "passkey/seed1/run.json: field 'inputs.quantizer': is not the quantizer of" in found
+        assert "seed0/run.json" in found
+        assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.fault(
+    "records", "a quantizer that is damaged before it is published", "refused with its records"
+)
+@pytest.mark.parametrize("damage", ["edited", "no object", "no tensors"])
+def test_nothing_is_published_with_a_damaged_quantizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    used = write_quantizer(tmp_path / "r")
+    write_evaluation(study_of(), tmp_path / "r", "tiny", "nuq3", "passkey", 0, used)
+    file = tmp_path / "r/models/tiny/nuq3/quantizer.json"
+    if damage == "edited":
+        file.write_text(file.read_text().replace('"head_dim": 16', '"head_dim": 32'))
+    elif damage == "no object":
+        file.write_text("[1]")
+    else:
+        file.with_name("quantizer.safetensors").unlink()
+    assert publish(tmp_path / "r", tmp_path / "a") == 2
+    found = capsys.readouterr().err
+    assert found.count("\n") == 1 and f"{file}: " in found
+    assert "build it again (`kvquant quantize`)" in found
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_link_to_nothing_is_replaced_and_not_followed(archive: Path, tmp_path: Path) -> None:
+    file = archive / "quantizers/tiny/nuq3/quantizer.json"
+    file.unlink()
+    file.symlink_to(tmp_path / "elsewhere.json")
+    assert publish(tmp_path / "r", archive) == 0
+    assert not file.is_symlink() and not (tmp_path / "elsewhere.json").exists()
+    assert published_quantizer(archive, "tiny", "nuq3", DIGEST) == file
+
+
 def test_a_large_quantizer_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(published_quantizers, "MAX_BYTES", 100)
     used = write_quantizer(tmp_path / "r")
