@@ -28,9 +28,9 @@ from kvquant.models.loading import QuantizedModel, load_quantized_model
 from kvquant.models.rotary import same_angles, static_rope
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.schemes import Fp8Scheme, Fp16Scheme, KvquantRefScheme, NuqScheme
-from tests.support.cache_uses import fed, padded, reordered
+from tests.support.cache_uses import fed, padded, reordered, sharpen
 from tests.support.caches import CLOSE, EXACT, GREEDY, feed, ids, quantized, ragged, step
-from tests.support.hybrids import BASES, HYBRID, WINDOW
+from tests.support.hybrids import ALTERNATING, BASES, HYBRID, WINDOW
 from tests.support.hybrids import tiny_hybrid as tiny
 from tests.support.models import tiny_model, tiny_tokenizer
 from tests.support.quantizers import narrow_tables, relative_error, save_made_quantizer
