@@ -20,7 +20,20 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Workers and the processes that tests start share the cores already.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
+FORKING = {"test_faults.py"}
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that fork come first, then those of most tests, so that workers end together.
+
+    A forked process cannot compute gradients once its parent has.
+    """
+    by_file: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        by_file.setdefault(item.path, []).append(item)
+    ordered = sorted(by_file, key=lambda file: (file.name not in FORKING, -len(by_file[file])))
+    items[:] = [item for file in ordered for item in by_file[file]]
 
 
 def pytest_collection_finish() -> None:
