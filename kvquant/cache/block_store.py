@@ -15,7 +15,7 @@ import torch
 
 from kvquant.cache.arena import NO_ARENA, Arena
 from kvquant.cache.codec import Codec
-from kvquant.cache.incoming import fill_blocks, refuse_infinite
+from kvquant.cache.incoming import fill_blocks, refuse_changed, refuse_infinite
 from kvquant.cache.layout import AppendPlan, View
 from kvquant.cache.reclaim import Reclaim
 from kvquant.errors import UserError
@@ -72,15 +72,8 @@ class BlockStore:
         batch, heads, _, dim = self.tail[0].shape
         found = (keys.shape[0], keys.shape[1], keys.shape[3], keys.device, *kinds)
         held = (batch, heads, dim, self.tail[0].device, *self._kinds)
-        if found == held:
-            return
         names = ("sequences", "kv heads", "head_dim", "device", "dtype of keys", "dtype of values")
-        for name, mine, theirs in zip(names, held, found, strict=True):
-            if mine != theirs:
-                raise UserError(
-                    f"cache: {name} {theirs} in this call, but it holds {mine}; go on as it began, "
-                    "or begin with a new cache"
-                )
+        refuse_changed(names, held, found)
 
     def _allocate(self, keys: torch.Tensor) -> None:
         batch, heads, _, dim = keys.shape

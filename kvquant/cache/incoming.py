@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from kvquant.cache.layout import Span
-from kvquant.errors import NonFiniteTokens
+from kvquant.errors import NonFiniteTokens, UserError
+
+
+def refuse_changed(names: Sequence[str], held: tuple[Any, ...], found: tuple[Any, ...]) -> None:
+    """Refuses tokens of another kind than those that a cache holds.
+
+    Args:
+        names: What is compared.
+        held: The properties of what the cache holds.
+        found: Those of the new tokens.
+
+    Raises:
+        UserError: A property differs; the message names it.
+    """
+    if found == held:
+        return
+    for name, mine, theirs in zip(names, held, found, strict=True):
+        if mine != theirs:
+            raise UserError(
+                f"cache: {name} {theirs} in this call, but it holds {mine}; go on as it began, "
+                "or begin with a new cache"
+            )
 
 
 def fill_blocks(blocks: torch.Tensor, at: int, tokens: torch.Tensor) -> None:

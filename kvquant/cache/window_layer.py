@@ -12,11 +12,10 @@ import torch
 
 from kvquant.cache.attending import AttendingLayer, Extent, FullAttention, NewTokens, Plan
 from kvquant.cache.block_store import stored_dtype
-from kvquant.cache.incoming import refuse_infinite
+from kvquant.cache.incoming import refuse_changed, refuse_infinite
 from kvquant.cache.interface import QuantizeClock
 from kvquant.cache.kept_rope import Table
 from kvquant.cache.window_plan import WindowPlan
-from kvquant.errors import UserError
 from kvquant.kernels.masked_attention import masked_attention
 
 Ring = tuple[torch.Tensor, torch.Tensor]
@@ -132,15 +131,8 @@ class WindowLayer(AttendingLayer[Plan]):
         kind = stored_dtype(like.dtype)
         old = self.ring
         if old is not None:
-            found, held = (batch, heads, dim, like.device, kind), self._kind(old[0])
-            if found != held:
-                names = ("sequences", "kv heads", "head_dim", "device", "dtype")
-                pairs = zip(names, held, found, strict=True)
-                name, mine, theirs = next(pair for pair in pairs if pair[1] != pair[2])
-                raise UserError(
-                    f"cache: {name} {theirs} in this call, but it holds {mine}; go on as it began, "
-                    "or begin with a new cache"
-                )
+            names = ("sequences", "kv heads", "head_dim", "device", "dtype")
+            refuse_changed(names, self._kind(old[0]), (batch, heads, dim, like.device, kind))
             if old[0].shape[2] >= capacity:
                 return old
         shape = (batch, heads, capacity, dim)

@@ -129,7 +129,7 @@ class WindowPlan:
         queries, device, before = self.queries, self.queries.device, self.before
         keys = queries if self.keys is None else self.keys
         # Without padding one mask is that of all sequences. A single column that is not a step has
-        # padding, whose position is another than that of a token.
+        # padding, whose position differs from that of a token.
         if self.keys is queries and len(set(before)) == 1:
             queries, keys, before = queries[:1], keys[:1], before[:1]
         length, window, out = queries.shape[1], self.window, []

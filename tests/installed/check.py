@@ -44,24 +44,24 @@ STUDY: dict[str, Any] = {
 STUDY["tasks"]["ppl-a"] |= {"protocol": "A", "chunk": 40}
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 257,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+
+
 def save_tiny(folder: Path) -> None:
     """A random Llama of two layers with a tokenizer of bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=256,
-        initializer_range=0.3,
-    )
+    config = LlamaConfig(**SIZES, max_position_embeddings=1024, bos_token_id=None, eos_token_id=256)
     LlamaForCausalLM(config).save_pretrained(folder)
     vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "<end>": 256}, merges=[]))
@@ -104,16 +104,10 @@ def check_window() -> None:
 
     torch.manual_seed(2)
     config = Gemma3TextConfig(
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **SIZES,
         head_dim=16,
         sliding_window=24,
         layer_types=["sliding_attention", "full_attention"],
-        initializer_range=0.3,
     )
     model = Gemma3ForCausalLM(config).eval().requires_grad_(False)
     loaded = load_quantized_model(model, Fp8Scheme(kind="fp8"))

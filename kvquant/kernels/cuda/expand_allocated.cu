@@ -6,7 +6,7 @@
 // the cosines and sines of the chunk's tokens, in shared memory. A warp expands a tile of channels.
 // A lane's codes of keys hold both channels of a RoPE pair (formats/lane_layout.py), so keys are
 // dequantized, rotated and written by the lane that read their codes, in the order of the head's
-// tiles (`key_place`), which attention gives its queries, too. Values are turned by the tensor
+// tiles (`query_offset`), which attention gives its queries, too. Values are turned by the tensor
 // cores' transposition and leave through shared memory. All arithmetic is fp32.
 
 #define ALLOCATED_CODES
@@ -40,12 +40,6 @@ struct Chunk {
   i64 place;     // of the block in its arena
   const i64* arena;
 };
-
-// Where a channel of a key lies in a row of the workspace: by tile and thread of four, the first
-// channels of two pairs, then their second ones.
-__device__ __forceinline__ int key_place(int place, int half) {
-  return place / 2 * 4 + half * 2 + place % 2;
-}
 
 // What a lane expands of a tile: four times its codes, a byte each, by 16 tokens (m) and e. The bytes
 // of a word are the codes of h and s, as in formats/lane_layout.py.
@@ -356,9 +350,8 @@ __device__ __forceinline__ void copy_head(const ExpandParams& params, const Chun
     const i64 turn = (i64)chunk.position * HALF_DIM + i, from = at + to + pair;
     const float cosine = __ldg(params.cos + turn), sine = __ldg(params.sin + turn);
     const float x = held(held.keys, from), y = held(held.keys, from + HALF_DIM);
-    const int place = __ldg(table.places + pair);
-    keys[to + key_place(place, 0)] = store16(x * cosine - y * sine);
-    keys[to + key_place(place, 1)] = store16(y * cosine + x * sine);
+    keys[to + query_offset(table, pair)] = store16(x * cosine - y * sine);
+    keys[to + query_offset(table, pair + HALF_DIM)] = store16(y * cosine + x * sine);
   }
   for (int i = threadIdx.x; i < count * HEAD_DIM; i += EXPAND_THREADS)
     values[i] = store16(held(held.values, at + i));
