@@ -5,6 +5,7 @@ Also covers: analysis.figure_list, analysis.figures.append, analysis.figures.per
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,24 @@ def test_titles_of_perplexity_lie_inside_the_figure(root: Path, tmp_path: Path) 
     for axis in figure.axes:
         box = axis.title.get_window_extent(renderer)
         assert box.x0 > -1 and box.x1 < figure.bbox.width + 1, axis.get_title()
+    plt.close(figure)
+
+
+def test_names_of_many_schemes_do_not_overlap(root: Path, tmp_path: Path) -> None:
+    """Names of two lines would, where the figure is as high as a page."""
+    raw = two_models(root)
+    raw["models"] = dict([next(iter(raw["models"].items()))])
+    for i in range(36):
+        label = f"NUQ 3 bits, 1 % outliers, {i + 10} sinks"
+        raw["schemes"][f"more-{i}"] = {"kind": "nuq", "bits": 3, "sinks": i + 10, "label": label}
+        raw["evaluation"]["schemes"].append(f"more-{i}")
+    study = parse_study(raw)
+    write_tables(study, tmp_path)
+    figure = drawn("perplexity", study, tmp_path)
+    renderer = figure.canvas.get_renderer()
+    boxes = [label.get_window_extent(renderer) for label in figure.axes[0].get_yticklabels()]
+    assert len(boxes) > 36
+    assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
     plt.close(figure)
 
 

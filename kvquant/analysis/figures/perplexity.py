@@ -23,6 +23,7 @@ from kvquant.study.tasks import SUITES
 
 SUITE = "perplexity"
 TITLE = 36  # letters of a line
+LETTERS = (25, 36)  # of a name, the second where names of two lines are too high for a page
 
 
 def draw(study: Study, tables: Path) -> Any:
@@ -34,7 +35,10 @@ def draw(study: Study, tables: Path) -> Any:
     schemes = [[s for s in study.schemes if s in set(group.scheme)] for _, group in groups] or [[]]
     labels, marked = labels_of(study), looks(study)
     shown = [[labels.scheme(s) for s in names] for names in schemes]
-    sizes = [height_of_rows(len(names), most_lines(names)) + 0.1 for names in shown]
+    for letters in LETTERS:
+        sizes = [height_of_rows(len(names), most_lines(names, letters)) + 0.1 for names in shown]
+        if 0.4 + sum(sizes) <= PAGE_HEIGHT:
+            break
     figure, axes = plt.subplots(
         len(sizes), 1, figsize=(WIDTH, min(0.4 + sum(sizes), PAGE_HEIGHT)), sharex=True,
         squeeze=False, height_ratios=sizes,
@@ -54,7 +58,7 @@ def draw(study: Study, tables: Path) -> Any:
         of_model = [] if len(study.models) == 1 else [labels.model(model)]
         # over the panel alone, beside which the names of schemes take a third of the column
         axis.set_title(wrapped(", ".join([*of_model, labels.task(task)]), TITLE))
-        name_rows(axis, [labels.scheme(s) for s in names])
+        name_rows(axis, [labels.scheme(s) for s in names], letters)
     loss_scale(axes.flat[-1], "x")
     axes.flat[-1].set_xlabel(f"{SUITES[SUITE].loss_axis} (less is better)", loc="right")
     return figure
