@@ -8,7 +8,7 @@ that changed after `kvquant fetch-model`. This module does not import torch.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -56,6 +56,7 @@ class ModelManifest:
         files: sha256 by file name, for every file that decides what the model computes.
         identity: One sha256 over `files` and `weights_sha256`.
         spec_digest: Digest of the study's entry that the model was fetched for.
+        dtype: The dtype that the study's entry asks for on a GPU, if any; no part of the file.
     """
 
     model: str
@@ -66,6 +67,7 @@ class ModelManifest:
     files: dict[str, str]
     identity: str
     spec_digest: str | None = None
+    dtype: str | None = None
 
 
 def model_files(folder: Path) -> list[str]:
@@ -199,7 +201,7 @@ def study_manifest(path: str | Path, study: Study, model: str) -> ModelManifest:
             f"{FIELD}: {path} was fetched for another entry than the study's models.{model} "
             f"(another source, revision, path or package): {AGAIN}"
         )
-    return found
+    return replace(found, dtype=study.model(model).dtype)
 
 
 def verify_model(manifest: ModelManifest, *, weights: bool = True) -> None:

@@ -55,14 +55,21 @@ def _read_pretrained(kind: Any, directory: str | Path, **options: Any) -> Any:
         raise UserError(f"model: cannot load '{directory}': {told}") from None
 
 
-def default_dtype(config: Any, device: torch.device) -> torch.dtype:
+def default_dtype(config: Any, device: torch.device, on_gpu: str | None = None) -> torch.dtype:
     """Returns the dtype of the weights with which a model is loaded by default.
 
     It is fp32 on a CPU. On a GPU it is bf16 for a checkpoint in bf16, whose activations may exceed
     the range of fp16, and fp16 otherwise.
+
+    Args:
+        config: The model's configuration, which names the dtype of the checkpoint.
+        device: Where the model goes.
+        on_gpu: Name of the dtype that a study asks for on a GPU.
     """
     if device.type == "cpu":
         return torch.float32
+    if on_gpu is not None:
+        return getattr(torch, on_gpu)
     saved = getattr(config, "dtype", None)
     return torch.bfloat16 if saved in (torch.bfloat16, "bfloat16") else torch.float16
 
@@ -108,7 +115,8 @@ def load_base_model(
     directory = model.directory if isinstance(model, ModelManifest) else model
     config = _read_pretrained(AutoConfig, directory)
     refuse_configuration(config)
-    kind = dtype or default_dtype(config, where)
+    asked = model.dtype if isinstance(model, ModelManifest) else None
+    kind = dtype or default_dtype(config, where, asked)
     placed = {} if device_map is None else {"device_map": device_map}
     found, info = _read_pretrained(
         AutoModelForCausalLM,

@@ -19,7 +19,10 @@ def remedy(dtype: torch.dtype) -> str:
         return (
             f"the weights are in {name}, not in fp16, where bf16 would help: look at the checkpoint"
         )
-    return f"the model overflows in {name}: load it in bf16 (dtype=torch.bfloat16)"
+    return (
+        f"the model overflows in {name}: load it in bf16 (dtype=torch.bfloat16, in a study "
+        "`dtype: bfloat16` of the model)"
+    )
 
 
 def not_finite(qm: Any, what: str) -> NonFinite:

@@ -58,7 +58,7 @@ def settled(file: str, digest: str, samples: int = 0, roped_keys: bool = False) 
 
 def weights_digest(model: ModelSpec) -> str:
     """Returns the digest of what a fetched model depends on, without the machines' resources."""
-    return digest(model.meaning("gpus", "mem_gb", *CHAT_OPTIONS, *TERMS))
+    return digest(model.meaning("gpus", "mem_gb", "dtype", *CHAT_OPTIONS, *TERMS))
 
 
 def _weights(model: ModelSpec) -> dict[str, Any]:

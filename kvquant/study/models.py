@@ -40,7 +40,7 @@ TERMS = ("terms_package", "terms_sha256", "terms_accepted")
 class ModelSpec(Named):
     """Where a causal language model comes from, and how its chat template is filled in."""
 
-    later: ClassVar[tuple[str, ...]] = (LABEL, *CHAT_OPTIONS, "parts", *TERMS)
+    later: ClassVar[tuple[str, ...]] = (LABEL, *CHAT_OPTIONS, "parts", "dtype", *TERMS)
     source: Literal["pypi-gguf", "hub", "local"] = Field(
         description="origin of the model: a PyPI wheel, the Hugging Face hub, or a local folder"
     )
@@ -69,6 +69,11 @@ class ModelSpec(Named):
     terms_sha256: str | None = Field(None, pattern=SHA256, description="sha256 of that wheel")
     terms_accepted: bool = Field(
         False, description="whether whoever runs the study has read these terms and accepts them"
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        None,
+        description="dtype of weights and activations on a GPU; null: bfloat16 for a checkpoint in "
+        "it, else float16 (on a CPU always float32)",
     )
     gpus: int = Field(1, ge=0, le=64, description="GPUs that an evaluation job needs for the model")
     mem_gb: int = Field(

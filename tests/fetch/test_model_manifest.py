@@ -10,9 +10,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,8 +25,10 @@ from kvquant.fetch.model_manifest import (
     identity_of,
     manifest_beside,
     read_manifest,
+    study_manifest,
     verify_model,
 )
+from kvquant.models import base_model
 from kvquant.models.loading import load_base_model, load_quantized_model, load_tokenizer
 from kvquant.study.models import ModelSpec
 from tests.support.models import save_tiny
@@ -171,6 +175,26 @@ def test_no_home_hashes_every_time(manifest: Path, monkeypatch: pytest.MonkeyPat
     verify_model(read_manifest(manifest))
     monkeypatch.setenv("KVQUANT_CACHE", "/dev/null/cache")
     verify_model(read_manifest(manifest))
+
+
+def test_a_study_says_how_its_model_is_loaded(
+    home: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its dtype reaches the loader with the manifest, which itself is of every dtype."""
+    spec = ModelSpec(source="local", path=str(home), dtype="bfloat16")
+    study = SimpleNamespace(model=lambda name: spec)
+    found = study_manifest(manifest, study, "tiny")  # type: ignore[arg-type]
+    assert found.dtype == "bfloat16"
+    asked: list[str | None] = []
+
+    def default(config: Any, device: torch.device, on_gpu: str | None = None) -> torch.dtype:
+        asked.append(on_gpu)
+        return torch.float32
+
+    monkeypatch.setattr(base_model, "default_dtype", default)
+    load_quantized_model(found)
+    load_quantized_model(read_manifest(manifest))
+    assert asked == ["bfloat16", None]
 
 
 def test_older_manifest_is_upgraded_by_fetching_again(home: Path, manifest: Path) -> None:

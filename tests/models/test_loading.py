@@ -90,6 +90,12 @@ def test_default_type_of_weights(saved: Any, device: str, kind: torch.dtype) -> 
     assert default_dtype(SimpleNamespace(dtype=saved), torch.device(device)) is kind
 
 
+def test_the_type_of_weights_that_a_study_asks_for_is_one_for_gpus() -> None:
+    config = SimpleNamespace(dtype=torch.float32)
+    assert default_dtype(config, torch.device("cuda"), "bfloat16") is torch.bfloat16
+    assert default_dtype(config, torch.device("cpu"), "bfloat16") is torch.float32
+
+
 def test_what_does_not_fit_a_loaded_model() -> None:
     for options in ({"device": "cpu"}, {"dtype": torch.float16}, {"device_map": "auto"}):
         with pytest.raises(UserError, match="model: is loaded"):

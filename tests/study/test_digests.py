@@ -213,6 +213,19 @@ def test_a_fetched_model_does_not_depend_on_the_machine(root: Path) -> None:
     assert digests.weights_digest(other) != digests.weights_digest(demo)
 
 
+def test_results_depend_on_the_dtype_of_a_model_and_what_is_fetched_does_not(
+    raw: dict[str, Any],
+) -> None:
+    study = parse_study(raw)
+    task = next(name for name, spec in study.tasks.items() if digests.asks_prompts(spec))
+    raw["models"][MODEL]["dtype"] = "bfloat16"
+    other = parse_study(raw)
+    assert digests.weights_digest(other.model(MODEL)) == digests.weights_digest(study.model(MODEL))
+    assert digests.prompts_digest(other, MODEL, task) == digests.prompts_digest(study, MODEL, task)
+    before, after = every_digest(study), every_digest(other)
+    assert {name for name in before if before[name] == after[name]} == {"append"}
+
+
 def test_an_option_added_later_leaves_older_digests(raw: dict[str, Any]) -> None:
     raw["schemes"]["kivi-2"].pop("sinks", None)
     named = yaml.safe_load(yaml.safe_dump(raw))
