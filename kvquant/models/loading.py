@@ -219,7 +219,9 @@ def load_quantized_model(
     if isinstance(model, nn.Module):
         model.eval()
     else:
-        base, own = load_base_model(model, device=device, dtype=dtype, device_map=device_map, tp_plan=tp_plan)
+        base, own = load_base_model(
+            model, device=device, dtype=dtype, device_map=device_map, tp_plan=tp_plan
+        )
         tokenizer = own if tokenizer is None else tokenizer
     layers = attention_layers(base)
     share = share_heads(base, layers, adapter_of(layers[0]).family)

@@ -41,8 +41,8 @@ def refuse_rotated(model: Any, what: str) -> None:
 
 def _memory(tensor: torch.Tensor) -> tuple[int, int]:
     """Returns the first address of a tensor and the one behind its last."""
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     tensor = own_tensor(tensor)
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 

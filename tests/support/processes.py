@@ -41,9 +41,7 @@ def _run(rank: int, ranks: int, port: int, folder: Path, work: Work, args: tuple
             torch.distributed.destroy_process_group()
 
 
-def in_processes(
-    ranks: int, folder: Path, work: Work, *args: Any, gpus: bool = False
-) -> list[Any]:
+def in_processes(ranks: int, folder: Path, work: Work, *args: Any, gpus: bool = False) -> list[Any]:
     """Results of the same work in each of several processes, in the order of their ranks.
 
     Args:
