@@ -54,7 +54,7 @@ class PackTarget:
         self.values.index_copy_(0, at, outliers.values)
         self.begin.copy_(outliers.begin + self.cursor)
         self.count.copy_(outliers.count)
-        self.cursor += outliers.count.sum(dtype=torch.int32)
+        self.cursor.add_(outliers.count.sum(dtype=torch.int32))
 
     def check(self, x: torch.Tensor, bits: int) -> None:
         """Asserts that blocks `[blocks, num_heads, block_size, head_dim]` fit."""

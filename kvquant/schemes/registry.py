@@ -77,8 +77,9 @@ def build_codecs(
     codecs = [
         make(spec, layer, None if tables is None else tables[layer]) for layer in range(num_layers)
     ]
-    for codec in codecs if share is not None else ():
-        codec.keep_share(share)
+    if share is not None:
+        for codec in codecs:
+            codec.keep_share(share)
     return codecs
 
 

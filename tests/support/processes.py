@@ -54,7 +54,7 @@ def in_processes(ranks: int, folder: Path, work: Work, *args: Any, gpus: bool = 
     folder.mkdir()
     # A forked process need not import anything, but cannot use a GPU that its parent has used.
     cuda = torch.cuda.is_available()
-    context = multiprocessing.get_context("spawn" if cuda else "fork")
+    context: Any = multiprocessing.get_context("spawn" if cuda else "fork")
     port = free_port()
     with pytest.MonkeyPatch.context() as patch:
         if not gpus:

@@ -127,7 +127,7 @@ def layer_codec(spec: Any, dim: int, heads: int = 2) -> Codec:
 
 
 def save_made_quantizer(
-    path: Path, scheme: Any, weights: str, layers: Any, kv_heads: int = 2
+    path: Path, scheme: Any, weights: str, layers: Any, kv_heads: int = 2, dim: int = 16
 ) -> Path:
     """Saves the quantizers of a tiny model's layers as those of the scheme `nuq3`."""
     manifest = QuantizerManifest(
@@ -140,7 +140,7 @@ def save_made_quantizer(
         spec_digest="0",
         num_layers=len(layers),
         num_kv_heads=kv_heads,
-        head_dim=16,
+        head_dim=dim,
         calibration_error={"keys": 0.25},
     )
     save_quantizer(path, manifest, layers)
