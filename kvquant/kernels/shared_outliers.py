@@ -7,10 +7,12 @@ import torch
 from kvquant.formats.head_share import HeadShare
 from kvquant.kernels.pytorch_fused import order_keys, split_outliers
 
+PIECE = 2**25  # elements that are sorted at a time
 
-def split_shared_outliers(
-    x: torch.Tensor, per_side: int, share: HeadShare
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+Split = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def split_shared_outliers(x: torch.Tensor, per_side: int, share: HeadShare) -> Split:
     """Sets aside this process's part of the largest and smallest elements of each row, by rank.
 
     It finds what :func:`split_outliers` finds in rows of all heads, whose ties the lowest index of
@@ -33,6 +35,13 @@ def split_shared_outliers(
         mask, low, high = split_outliers(x, 0)
         ends = share.largest(torch.cat((high, -low), 1))
         return mask, -ends[:, 1:], ends[:, :1]
+    pieces = x.split(max(1, PIECE // x.shape[1]))
+    found = [_split(piece, per_side, share) for piece in pieces]
+    mask, low, high = (torch.cat(part) for part in zip(*found, strict=True))
+    return mask, low, high
+
+
+def _split(x: torch.Tensor, per_side: int, share: HeadShare) -> Split:
     # Sort keys are unique in a row of all heads: what follows this process's elements there has
     # lower ones.
     behind = x.shape[1] * (share.ranks - 1 - share.rank)

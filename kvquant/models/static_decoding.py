@@ -158,7 +158,8 @@ class StaticDecoder:
         backend: The attention kernel that was fastest; None on a CPU.
 
     Raises:
-        ValueError: The model is on several devices or shared by processes, or the mask is not that of the cache.
+        ValueError: The model is on several devices or shared by processes, or the mask is not that
+            of the cache.
     """
 
     @torch.inference_mode()  # so are the buffers, whatever mode the caller is in
