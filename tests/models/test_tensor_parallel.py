@@ -1,7 +1,7 @@
 """Tensor parallelism: processes with some of the kv heads each give what one process gives.
 
 They are started once for many checks; each returns what it found, and the tests compare it.
-Also covers: formats.head_share, kernels.shared_outliers.
+Also covers: formats.head_share.
 """
 
 from __future__ import annotations
