@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from kvquant.errors import NonFiniteTokens
 from kvquant.formats.head_share import HeadShare
 from kvquant.kernels import shared_outliers
 from kvquant.kernels.pytorch_fused import split_outliers
@@ -83,5 +84,9 @@ def test_values_that_pytorch_packs_are_in_the_arena_of_the_kernels(
     if outliers:
         check_shared_arena(quantizer, 8, 400)
     values[1, 1, 3, 7] = float("inf")
+    if device == "cpu":
+        with pytest.raises(NonFiniteTokens, match="^values: NaN or Inf"):
+            quantizer.kernel_pack(keys, values)
+        return
     packed = quantizer.kernel_pack(keys, values)
     assert packed is not None and int(packed[2]) == 1
