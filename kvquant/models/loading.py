@@ -208,7 +208,7 @@ def load_quantized_model(
     inputs = {"model": model.identity} if isinstance(model, ModelManifest) else {}
     tables = None
     if quantizer is not None:  # first, because it is the cheapest check
-        file, elsewhere = Path(quantizer), loaded or device_map is not None
+        file, elsewhere = Path(quantizer), loaded or (device_map, tp_plan) != (None, None)
         where = torch.device("cpu") if elsewhere else resolve_device(device)
         sha256 = None if isinstance(model, nn.Module) else _weights_sha256(model)
         info, tables = load_quantizer(file, weights_sha256=sha256, device=where)

@@ -5,34 +5,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 
 from kvquant.errors import NonFiniteTokens
-from kvquant.formats.head_share import HeadShare
 from kvquant.kernels import shared_outliers
 from kvquant.kernels.pytorch_fused import split_outliers
 from kvquant.kernels.shared_outliers import split_shared_outliers
-from tests.support.head_codes import outlier_rows
-
-
-@dataclass(frozen=True)
-class Alone(HeadShare):
-    """All heads, as a share of one process, with nobody to talk to."""
-
-    rank: int = 0
-    ranks: int = 1
-    heads: int = 2
-
-    def largest(self, x: torch.Tensor) -> torch.Tensor:
-        """The numbers themselves."""
-        return x
-
-    def gathered(self, x: torch.Tensor) -> torch.Tensor:
-        """The tensor itself."""
-        return x
+from tests.support.head_codes import Alone, kernel_codes, outlier_rows
 
 
 @pytest.mark.parametrize("side", [0, 1, 5, 15, 16])
@@ -85,8 +65,16 @@ def test_values_that_pytorch_packs_are_in_the_arena_of_the_kernels(
         check_shared_arena(quantizer, 8, 400)
     values[1, 1, 3, 7] = float("inf")
     if device == "cpu":
-        with pytest.raises(NonFiniteTokens, match="^values: NaN or Inf"):
+        with pytest.raises(NonFiniteTokens, match=r"^values: NaN or Inf"):
             quantizer.kernel_pack(keys, values)
         return
     packed = quantizer.kernel_pack(keys, values)
     assert packed is not None and int(packed[2]) == 1
+
+
+@pytest.mark.gpu
+def test_kernels_find_ranges_in_two_launches() -> None:
+    """Between them, processes would tell each other the ends of their heads."""
+    for mine, every in zip(kernel_codes(Alone()), kernel_codes(None), strict=True):
+        for x, expected in zip(mine, every, strict=True):
+            assert torch.equal(x, expected)

@@ -9,23 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from kvquant.cache.arena import Arena
 from kvquant.errors import OutlierOverflow
 from kvquant.fetch.file_hashes import FileHashes
 from kvquant.formats.head_share import HeadShare
 from kvquant.models.generation import greedy
 from kvquant.models.loading import load_quantized_model
-from kvquant.schemes.registry import build_codecs
 from kvquant.study.schemes import (
     AllocatedScheme,
     NuqScheme,
 )
 from tests.support.caches import ids, step
-from tests.support.head_codes import HEADS, KV_HEADS, tables_of
+from tests.support.head_codes import HEADS, KV_HEADS, kernel_codes
 from tests.support.models import tiny_model, tiny_tokenizer
 from tests.support.processes import in_processes
 from tests.support.quantizers import (
-    blocks,
     narrow_quantizers,
     random_allocated,
     random_quantizer,
@@ -33,30 +30,6 @@ from tests.support.quantizers import (
     save_made_quantizer,
 )
 from tests.support.shared_models import FP8, PROMPTS
-
-ON_GPUS: list[Any] = [
-    NuqScheme(kind="nuq", bits=3),
-    AllocatedScheme(kind="allocated"),
-    AllocatedScheme(kind="allocated", value_range="token-head"),
-]
-
-
-def kernel_codes(share: HeadShare | None) -> list[list[torch.Tensor]]:
-    """The same from the kernels of a GPU, which pack two calls of blocks into one arena."""
-    found = []
-    for scheme in ON_GPUS:
-        codec = (build_codecs(scheme, 1, tables_of(scheme, 64, "cuda"), share) or [])[0]
-        keys, values = (blocks(seed, (5, KV_HEADS, 64, 64)).cuda() for seed in (1, 2))
-        both = [x if share is None else share.part(x, 1).contiguous() for x in (keys, values)]
-        room = codec.reserve(5, both[0])
-        assert room is not None  # kernels pack
-        arena, status = Arena(5, room), torch.zeros(2, dtype=torch.int32, device="cuda")
-        for part in (slice(0, 3), slice(3, 5)):
-            codec.pack_into(arena.view(part), both[0][part], both[1][part], status)
-        shape: Any = tuple(both[0].shape)
-        read = codec.unpack(arena.view(slice(0, 5)), shape)
-        found.append([x.cpu() for x in (*read, status)])
-    return found
 
 
 def on_gpus(folder: Path, tp_plan: str | None) -> dict[str, Any]:
@@ -74,8 +47,6 @@ def on_gpus(folder: Path, tp_plan: str | None) -> dict[str, Any]:
         found[f"{path}, refused"] = cache.step_refusals(qm.device)
         answers = greedy(qm, PROMPTS, 80, batch_size=3, eos_ids=[])  # long enough for a graph
         found[path] = (logits.float().cpu(), answers.tokens, qm.device.index)
-        steps: Any = greedy(qm, PROMPTS, 80, batch_size=3, eos_ids=[], graph=False)
-        assert steps.tokens == answers.tokens
     return found
 
 
@@ -137,7 +108,7 @@ def test_two_gpus(tmp_path: Path) -> None:
     for rank, part in enumerate(found):
         share = HeadShare(rank, 2, KV_HEADS)
         for mine, every in zip(part["codes"], whole, strict=True):
-            for x, all_heads in zip(mine[:2], every[:2], strict=True):
+            for x, all_heads in zip(mine, every, strict=True):
                 assert torch.equal(x, share.part(all_heads, 1))
         for name in ("wide-lossy", "wide-allocated"):
             logits, tokens, _ = one[name]

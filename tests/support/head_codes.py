@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from kvquant.cache.arena import Arena
 from kvquant.cache.codec import Codec
 from kvquant.formats.head_share import HeadShare
 from kvquant.schemes.registry import build_codecs
@@ -25,6 +27,7 @@ from tests.support.quantizers import (
     blocks,
     narrow_tables,
     random_allocated,
+    random_quantizer,
 )
 
 HEADS, KV_HEADS, DIM = 8, 4, 16
@@ -44,16 +47,38 @@ PACKING: list[Any] = [
     WushKvScheme(kind="wush-kv", bits=3, block_size=32),
     CqScheme(kind="cq", bits=2.0, channels=2, block_size=32),
 ]
+ON_GPUS: list[Any] = [
+    NuqScheme(kind="nuq", bits=3),
+    AllocatedScheme(kind="allocated"),
+    AllocatedScheme(kind="allocated", value_range="token-head"),
+]
 SHAPE = (3, KV_HEADS, 32, DIM)
 
 
-def tables_of(scheme: Any, dim: int = DIM, device: str = "cpu") -> list[Any] | None:
+@dataclass(frozen=True)
+class Alone(HeadShare):
+    """All heads, as a share of one process, with nobody to talk to."""
+
+    rank: int = 0
+    ranks: int = 1
+    heads: int = KV_HEADS
+
+    def largest(self, x: torch.Tensor) -> torch.Tensor:
+        """The numbers themselves."""
+        return x
+
+    def gathered(self, x: torch.Tensor) -> torch.Tensor:
+        """The tensor itself."""
+        return x
+
+
+def tables_of(scheme: Any) -> list[Any] | None:
     """Tables of one layer whose heads differ."""
     if not scheme.registration.calibrated:
         return None
     if scheme.kind == "allocated":
-        return [random_allocated(KV_HEADS, dim).to(device)]
-    return [table.to(device) for table in narrow_tables(scheme, KV_HEADS, dim, 1)]
+        return [random_allocated(KV_HEADS, DIM)]
+    return list(narrow_tables(scheme, KV_HEADS, DIM, 1))
 
 
 def coded(codec: Codec, keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
@@ -83,3 +108,25 @@ def outlier_rows() -> torch.Tensor:
     rows = (blocks(3, (1, 1, 40, 32))[0, 0] * 3).round()
     rows[1], rows[2, ::2], rows[2, 1::2] = 2.0, 0.0, -0.0
     return rows
+
+
+def kernel_codes(share: HeadShare | None) -> list[list[torch.Tensor]]:
+    """What codecs store, from the kernels of a GPU, which pack two calls of blocks into one arena."""
+    found = []
+    for scheme in ON_GPUS:
+        tables: Any = random_quantizer(KV_HEADS, 64, 3, scale=(3, 4))
+        if scheme.kind == "allocated":
+            tables = random_allocated(KV_HEADS, 64, scale=(3, 4))
+        codec = (build_codecs(scheme, 1, [tables.to("cuda")], share) or [])[0]
+        keys, values = (blocks(seed, (5, KV_HEADS, 64, 64)).cuda() for seed in (1, 2))
+        both = [x if share is None else share.part(x, 1).contiguous() for x in (keys, values)]
+        room = codec.reserve(5, both[0])
+        assert room is not None  # kernels pack
+        arena, status = Arena(5, room), torch.zeros(2, dtype=torch.int32, device="cuda")
+        for part in (slice(0, 3), slice(3, 5)):
+            codec.pack_into(arena.view(part), both[0][part], both[1][part], status)
+        assert status.tolist() == [0, 0]
+        shape: Any = tuple(both[0].shape)
+        read = codec.unpack(arena.view(slice(0, 5)), shape)
+        found.append([x.cpu() for x in read])
+    return found
