@@ -73,6 +73,7 @@ def test_values_that_pytorch_packs_are_in_the_arena_of_the_kernels(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_find_ranges_in_two_launches() -> None:
     """Between them, processes would tell each other the ends of their heads."""
     for mine, every in zip(kernel_codes(Alone()), kernel_codes(None), strict=True):

@@ -111,7 +111,7 @@ def outlier_rows() -> torch.Tensor:
 
 
 def kernel_codes(share: HeadShare | None) -> list[list[torch.Tensor]]:
-    """What codecs store, from the kernels of a GPU, which pack two calls of blocks into one arena."""
+    """What the kernels of a GPU store, which pack two calls of blocks into one arena."""
     found = []
     for scheme in ON_GPUS:
         tables: Any = random_quantizer(KV_HEADS, 64, 3, scale=(3, 4))
