@@ -10,6 +10,7 @@ import torch
 
 from kvquant.errors import UserError
 from kvquant.formats.blocked_sparse import SparseSlab
+from kvquant.formats.head_share import HeadShare
 from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.kernels.cache_shape import CacheShape
 from kvquant.kernels.cuda_expand_allocated import ExpandTables
@@ -76,6 +77,7 @@ class Codec(ABC):
         rotates_values: Whether values are rotated within their head while they are packed, and back
             when they are read.
         narrow_tables: Whether zeros and scales of the tables fit in fp16, as kernels read them.
+        share: Which of the model's kv heads this process has; None: all.
     """
 
     rotated_keys: bool = False
@@ -86,6 +88,7 @@ class Codec(ABC):
     tables: LayerQuantizer | None = None
     rotates_values: bool = False
     narrow_tables: bool = True
+    share: HeadShare | None = None
 
     def check_model(self, num_kv_heads: int, head_dim: int) -> None:  # noqa: B027
         """Refuses, at loading time, a model that the codec cannot serve.
@@ -93,6 +96,14 @@ class Codec(ABC):
         Raises:
             UserError: The model does not fit; the message names the reason.
         """
+
+    def keep_share(self, share: HeadShare) -> None:
+        """Prepares for a part of a model's kv heads, for which the tables are already.
+
+        Args:
+            share: Which heads these are.
+        """
+        self.share = share
 
     def expect_rotated_values(self) -> None:
         """Leaves the rotation of values out, as the model's weights give rotated ones."""

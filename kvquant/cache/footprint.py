@@ -1,4 +1,7 @@
-"""Counts the bytes that any kind of cache has allocated and the elements of its tokens."""
+"""Counts the bytes that any kind of cache has allocated and the elements of its tokens.
+
+Where processes share a model's kv heads (`tp_plan`), both are those of this process.
+"""
 
 from __future__ import annotations
 

@@ -12,15 +12,25 @@ import torch
 
 from kvquant.cache.block_store import BlockStore
 from kvquant.errors import NonFiniteTokens, OutlierOverflow
+from kvquant.formats.head_share import HeadShare
 
 # Outlier slots of a widened cache over the outliers that were found.
 SPARE = 1.1
 
 
 class OutlierWatch:
-    """Watches one cache for lost outliers and non-finite input."""
+    """Watches one cache for lost outliers and non-finite input.
 
-    def __init__(self) -> None:
+    Processes that share a model's kv heads must raise in the same call, as each waits for the
+    others: what one of them lost counts for all, and they wait for the copy of the last blocks that
+    they packed.
+
+    Args:
+        share: Which of the model's kv heads the cache has; None: all.
+    """
+
+    def __init__(self, share: HeadShare | None = None) -> None:
+        self._share = share
         self._status: torch.Tensor | None = None
         # A copy of the status on its way to the host, and the event of its arrival.
         self._copy: tuple[torch.Tensor, torch.cuda.Event] | None = None
@@ -43,15 +53,24 @@ class OutlierWatch:
             OutlierOverflow: Outliers were lost because there was no room for them.
             ValueError: The input held NaN or Inf.
         """
-        if self._copy is not None and self._copy[1].query():
+        if self._copy is not None and self._arrived(self._copy[1]):
             (lost, bad), self._copy = self._copy[0].tolist(), None
             _refuse(lost, bad)
         if self._status is not None and self._copy is None and self._packed:
-            self._copy, self._packed = _copy_to_host(self._status), False
+            self._copy, self._packed = _copy_to_host(self._of_all(self._status)), False
+
+    def _arrived(self, event: torch.cuda.Event) -> bool:
+        if self._share is not None:
+            event.synchronize()
+        return event.query()
+
+    def _of_all(self, status: torch.Tensor) -> torch.Tensor:
+        """Returns the status of all processes."""
+        return status if self._share is None else self._share.largest(status.clone())
 
     def fork(self) -> OutlierWatch:
         """Returns the watch for a copy of the cache, which shares the blocks and their losses."""
-        other = OutlierWatch()
+        other = OutlierWatch(self._share)
         if self._status is not None:
             other._status, other._packed = self._status.clone(), True
         return other
@@ -65,7 +84,7 @@ class OutlierWatch:
         """
         self._copy = None
         if self._status is not None:
-            lost, bad = self._status.tolist()
+            lost, bad = self._of_all(self._status).tolist()
             _refuse(lost, bad)
 
 

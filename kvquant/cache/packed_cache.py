@@ -98,8 +98,11 @@ class PackedCache(AttendingCache[ForwardPlan]):
         rotated = bool(packing) and packing[0].rotated_keys
         self._rope = CallRope(rope, keep=keep_rope, rotated=rotated, local=local)
         self._padding = Padding()
-        self._watch, self._late = OutlierWatch(), LateCheck()
+        self._watch, self._late = self._new_watch(), LateCheck()
         self._planner = self._new_planner()
+
+    def _new_watch(self) -> OutlierWatch:
+        return OutlierWatch(self.packed[0].codec.share if self.packed else None)
 
     def _new_planner(self, query_heads: int = 0) -> Planner:
         return Planner(
@@ -133,7 +136,7 @@ class PackedCache(AttendingCache[ForwardPlan]):
     def reset(self) -> None:
         """Empties the cache, which can then be used anew."""
         self.layout = self.layout.empty()
-        self._padding, self._watch, self._late = Padding(), OutlierWatch(), LateCheck()
+        self._padding, self._watch, self._late = Padding(), self._new_watch(), LateCheck()
         self._rope = self._rope.empty()
         self.extent.columns = 0
         self.steps, self.changes = None, self.changes + 1

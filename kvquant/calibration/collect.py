@@ -37,6 +37,7 @@ from kvquant.models.layer_kinds import layer_kinds
 from kvquant.models.loading import attention_layers, load_base_model, resolve_device
 from kvquant.models.prefill_quant import adapter_of
 from kvquant.models.rotary import rotary_width
+from kvquant.models.tensor_parallel import refuse_shared
 from kvquant.models.value_rotation import refuse_rotated
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.config import load_study
@@ -272,6 +273,7 @@ def calibrate(
             f"{min(map(len, windows), default=0)}"
         )
     refuse_rotated(model, "calibration")
+    refuse_shared(model, "calibration sees all heads at once; load the model without tp_plan")
     lengths = list(map(len, windows))
     sample = TokenSample(lengths, spec.sinks, samples, spec.seed) if samples else None
     roped = RopedKeys(spec.bins, spec.sinks) if roped_keys else None

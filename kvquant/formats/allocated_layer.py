@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -101,6 +101,13 @@ class AllocatedLayer:
     def to(self, device: torch.device | str) -> AllocatedLayer:
         """Returns a copy of the tables on `device`."""
         return AllocatedLayer(*(getattr(self, name).to(device) for name in self.FIELDS))
+
+    def of_heads(self, heads: slice) -> AllocatedLayer:
+        """Returns the tables of some of the kv heads, which share the codebooks."""
+        parts = {
+            name: getattr(self, name)[heads] for name in self.FIELDS if not name.endswith("_levels")
+        }
+        return replace(self, **parts)
 
     @property
     def nbytes(self) -> int:

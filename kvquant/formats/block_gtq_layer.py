@@ -41,6 +41,10 @@ class BlockGtqLayer:
         """Returns a copy of the tables on `device`."""
         return BlockGtqLayer(self.key_widths.to(device))
 
+    def of_heads(self, heads: slice) -> BlockGtqLayer:
+        """Returns the tables of some of the kv heads."""
+        return BlockGtqLayer(self.key_widths[heads])
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tables."""

@@ -43,6 +43,10 @@ class CqLayer:
         """Returns a copy of the tables on `device`."""
         return CqLayer(self.key_centroids.to(device), self.value_centroids.to(device))
 
+    def of_heads(self, heads: slice) -> CqLayer:
+        """Returns the tables of some of the kv heads."""
+        return CqLayer(self.key_centroids[heads], self.value_centroids[heads])
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tables."""

@@ -33,6 +33,9 @@ class LayerTables(Protocol):
     def to(self, device: torch.device | str) -> Self:
         """Returns a copy of the tables on `device`."""
 
+    def of_heads(self, heads: slice) -> Self:
+        """Returns the tables of some of the kv heads."""
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tables."""
@@ -89,6 +92,12 @@ class LayerQuantizer:
             self.key_scale.to(device),
             self.key_levels.to(device),
             self.value_levels.to(device),
+        )
+
+    def of_heads(self, heads: slice) -> LayerQuantizer:
+        """Returns the tables of some of the kv heads, which share the codebooks."""
+        return LayerQuantizer(
+            self.key_zero[heads], self.key_scale[heads], self.key_levels, self.value_levels
         )
 
     @property

@@ -42,6 +42,10 @@ class WushLayer:
         """Returns a copy of the tables on `device`."""
         return WushLayer(self.key_transform.to(device), self.value_transform.to(device))
 
+    def of_heads(self, heads: slice) -> WushLayer:
+        """Returns the tables of some of the kv heads."""
+        return WushLayer(self.key_transform[heads], self.value_transform[heads])
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tables."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
+from kvquant.formats.head_share import HeadShare
 from kvquant.formats.lane_layout import CHUNK, looked_up
 from kvquant.formats.mixed_packing import MAX_WIDTH, PLANE_BYTES, MixedRows
 from kvquant.kernels import cuda_structs
@@ -232,6 +233,7 @@ def pack_values(
     target: PackTarget,
     zero_out: torch.Tensor,
     scale_out: torch.Tensor,
+    share: HeadShare | None = None,
 ) -> None:
     """Quantizes value blocks and writes their codes, zeros and scales.
 
@@ -243,6 +245,7 @@ def pack_values(
         zero_out: 16-bit `[blocks, block_size]`, or `[blocks, num_heads, block_size]` with a range
             per head, contiguous.
         scale_out: The same.
+        share: Which of the model's kv heads the blocks have; None: all.
     """
     _check(shape, x, target.codes, tables.planes)
     assert zero_out.is_contiguous() and scale_out.is_contiguous()
@@ -256,8 +259,11 @@ def pack_values(
         words = TICKET_WORDS + chunks * CHUNK_WORDS
         workspace = torch.zeros(words, dtype=torch.int32, device=x.device)
     # Thread blocks of a chunk wait for each other, so there must be room for all of its heads.
+    shared = share is not None and not shape.range_per_head
     at_once = shape.range_per_head or shape.heads <= multiprocessors(index)
-    for phases in (FIND_ENDS | ENCODE,) if at_once else (FIND_ENDS, ENCODE):
+    for phases in (FIND_ENDS | ENCODE,) if at_once and not shared else (FIND_ENDS, ENCODE):
+        if share is not None and workspace is not None and phases == ENCODE:
+            share.largest_words(workspace)
         kernel(
             (chunks * shape.heads, 1, 1), shape.head_dim, source_of(x),
             *(ctypes.c_void_p(t.data_ptr()) for t in (
@@ -277,6 +283,7 @@ def pack(
     value_target: PackTarget,
     zero_out: torch.Tensor,
     scale_out: torch.Tensor,
+    share: HeadShare | None = None,
 ) -> None:
     """Quantizes and packs key and value blocks.
 
@@ -289,9 +296,10 @@ def pack(
         value_target: Where values go.
         zero_out: Of :func:`pack_values`.
         scale_out: Of :func:`pack_values`.
+        share: Of :func:`pack_values`.
     """
     side_by_side(
         keys,
         lambda: pack_keys(shape, keys, tables[0], key_target),
-        lambda: pack_values(shape, values, tables[1], value_target, zero_out, scale_out),
+        lambda: pack_values(shape, values, tables[1], value_target, zero_out, scale_out, share),
     )

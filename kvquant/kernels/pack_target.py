@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvquant.formats.blocked_sparse import SparseSlab
 from kvquant.formats.packing import packed_bytes
 
 
@@ -33,6 +34,27 @@ class PackTarget:
     positions: torch.Tensor | None = None
     values: torch.Tensor | None = None
     cursor: torch.Tensor | None = None
+
+    def put(self, codes: torch.Tensor, outliers: SparseSlab | None) -> None:
+        """Writes blocks that PyTorch packed, behind the outliers that are there, without a sync.
+
+        Args:
+            codes: The blocks' codes.
+            outliers: Their outliers, whose unused slots lie behind the used ones; None: there are
+                none.
+        """
+        self.codes.copy_(codes)
+        if outliers is None:
+            return
+        assert self.begin is not None and self.count is not None and self.cursor is not None
+        assert self.positions is not None and self.values is not None
+        # Unused slots go where later outliers will.
+        at = self.cursor + torch.arange(outliers.values.numel(), device=codes.device)
+        self.positions.index_copy_(0, at, outliers.positions)
+        self.values.index_copy_(0, at, outliers.values)
+        self.begin.copy_(outliers.begin + self.cursor)
+        self.count.copy_(outliers.count)
+        self.cursor.add_(outliers.count.sum(dtype=torch.int32))
 
     def check(self, x: torch.Tensor, bits: int) -> None:
         """Asserts that blocks `[blocks, num_heads, block_size, head_dim]` fit."""

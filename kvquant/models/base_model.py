@@ -11,6 +11,7 @@ from kvquant.errors import UserError
 from kvquant.fetch.model_manifest import ModelManifest, manifest_beside, verify_model
 from kvquant.models.hooks import refuse_configuration
 from kvquant.models.layer_kinds import position_limit
+from kvquant.models.tensor_parallel import plan_options
 from kvquant.study.model_families import MODEL_FAMILIES
 
 
@@ -89,6 +90,7 @@ def load_base_model(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     device_map: Any = None,
+    tp_plan: str | None = None,
 ) -> tuple[Any, Any]:
     """Loads model and tokenizer from a directory or hub id, without remote code or pickles.
 
@@ -99,12 +101,15 @@ def load_base_model(
         dtype: Dtype of the weights; None: see :func:`default_dtype`.
         device_map: The device map of transformers, used instead of `device`; all layers must end up
             on one device.
+        tp_plan: "auto" for the part of the model that this process has among those that `torchrun`
+            started.
 
     Returns:
         The model in evaluation mode with frozen weights, and its tokenizer.
 
     Raises:
-        UserError: A file is damaged, lacks weights, or differs from the manifest.
+        UserError: A file is damaged, lacks weights, or differs from the manifest, or the processes
+            do not fit the model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -118,6 +123,8 @@ def load_base_model(
     asked = model.dtype if isinstance(model, ModelManifest) else None
     kind = dtype or default_dtype(config, where, asked)
     placed = {} if device_map is None else {"device_map": device_map}
+    if tp_plan is not None:
+        placed = plan_options(config, tp_plan, device, device_map)
     found, info = _read_pretrained(
         AutoModelForCausalLM,
         directory,

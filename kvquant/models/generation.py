@@ -15,7 +15,7 @@ from kvquant.errors import OutlierOverflow, UserError
 from kvquant.models.finite import not_finite
 from kvquant.models.graph_decoding import GraphedDecoder
 from kvquant.models.model_call import cache_argument
-from kvquant.models.oom_retry import in_batches, out_of_memory, retry_on_overflow
+from kvquant.models.oom_retry import in_batches, out_of_memory, retry_on_overflow, without_retry
 from kvquant.models.sdpa import without_cudnn
 from kvquant.runtime.progress import note
 
@@ -165,7 +165,9 @@ def greedy(
         return _batch(qm, batch, max_new_tokens, ends, stop, protocol, False)
 
     done = 0
-    for rows, found in in_batches(sizes, work, batch_size=batch_size, batch_tokens=batch_tokens):
+    shared = getattr(qm, "share", None) is not None
+    run = without_retry(work) if shared else work
+    for rows, found in in_batches(sizes, run, batch_size=batch_size, batch_tokens=batch_tokens):
         for at, row in enumerate(rows):
             answers[row] = found.tokens[at]
             row_bytes[row], row_elements[row] = found.row_bytes[at], found.row_elements[at]

@@ -18,6 +18,7 @@ from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.energy.gpus import devices_of
 from kvquant.models.capturing import capture
 from kvquant.models.model_call import cache_argument
+from kvquant.models.tensor_parallel import is_shared
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class GraphedDecoder:
 
     Raises:
         ValueError: The decode kernel cannot read this cache (`KVQuantCache.step_refusals`), or the
-            model is on several devices.
+            model is on several devices, or shared by processes.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class GraphedDecoder:
         self._model = model
         self._held: Callable[[], KVQuantCache | None]
         self._held = weakref.ref(cache) if borrowed else lambda: cache
+        if is_shared(model):
+            raise ValueError("model: processes share its heads (tp_plan); call the model instead")
         devices = devices_of(model.parameters())
         if len(devices) > 1:
             raise ValueError("model: a graph holds the work of one GPU; call the model instead")

@@ -24,6 +24,7 @@ from kvquant.models.obstacles import (
 )
 from kvquant.models.prefill_quant import PrefillQuantizedAttention, adapter_of, original_class
 from kvquant.models.rotary import same_angles
+from kvquant.models.tensor_parallel import own_kv_heads
 from kvquant.study.model_families import family_of_attention
 
 # Arguments of a decoder that are supported, or that do not affect its attention.
@@ -122,7 +123,7 @@ def _check_model(cache: Any, decoder: Any) -> None:
             "cache: was made for a model with another rotary embedding; take a new_cache() of this "
             "model"
         )
-    shape = decoder.config.num_key_value_heads, decoder.layers[0].self_attn.head_dim
+    shape = own_kv_heads(decoder), decoder.layers[0].self_attn.head_dim
     try:
         for codec in (getattr(layer, "codec", None) for layer in cache.layers):
             if codec is not None:

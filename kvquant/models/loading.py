@@ -23,6 +23,7 @@ from kvquant.fetch.file_hashes import FileHashes
 from kvquant.fetch.model_manifest import ModelManifest as ModelManifest
 from kvquant.fetch.model_manifest import model_files, weight_files
 from kvquant.fetch.model_manifest import read_manifest as read_manifest
+from kvquant.formats.head_share import HeadShare
 from kvquant.models.adapters import AttentionAdapter
 from kvquant.models.base_model import default_attention as default_attention
 from kvquant.models.base_model import default_dtype as default_dtype
@@ -38,6 +39,7 @@ from kvquant.models.layer_kinds import LayerKinds, layer_kinds
 from kvquant.models.layer_kinds import position_limit as position_limit
 from kvquant.models.prefill_quant import adapter_of
 from kvquant.models.rotary import model_rope, one_factor, static_rope
+from kvquant.models.tensor_parallel import own_kv_heads, share_heads
 from kvquant.models.value_rotation import (
     fold_value_rotation,
     refuse_rotated,
@@ -60,6 +62,8 @@ class QuantizedModel:
         caches: Factory of the caches of a scheme with its own kind of cache, else None.
         inputs: Hashes of the files on which results depend, by their role (model, quantizer), which
             records include.
+        share: Which of the model's kv heads this process has, with their caches; None: all. Bytes
+            and elements of caches are then those of this process alone.
     """
 
     model: Any
@@ -68,6 +72,7 @@ class QuantizedModel:
     codecs: list[Codec] | None
     caches: CacheFactory | None = None
     inputs: dict[str, str] = field(default_factory=dict)
+    share: HeadShare | None = None
 
     @property
     def quantizes(self) -> bool:
@@ -168,6 +173,7 @@ def load_quantized_model(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     device_map: Any = None,
+    tp_plan: str | None = None,
     tokenizer: Any = None,
 ) -> QuantizedModel:
     """Loads a model with the cache of a scheme, in one call.
@@ -183,13 +189,16 @@ def load_quantized_model(
         dtype: Dtype of the weights; None: see :func:`default_dtype`.
         device_map: The device map of transformers, used instead of `device`; all layers must end up
             on one device.
+        tp_plan: "auto": each of the processes that `torchrun` started loads its part of the model,
+            by transformers' plan, and quantizes its own kv heads. A loaded model may have such a
+            plan already.
         tokenizer: The tokenizer; None: that of the folder, or none for a loaded model.
 
     Raises:
         UserError: A file or the architecture does not fit; the message says which one.
     """
     loaded = isinstance(model, nn.Module)
-    if loaded and (device != "auto" or dtype is not None or device_map is not None):
+    if loaded and (device != "auto" or (dtype, device_map, tp_plan) != (None, None, None)):
         raise UserError("model: is loaded; move or convert it before it is given, not by options")
     if device_map is not None and device != "auto":
         raise UserError("device_map: says where the model goes; leave device out")
@@ -199,7 +208,7 @@ def load_quantized_model(
     inputs = {"model": model.identity} if isinstance(model, ModelManifest) else {}
     tables = None
     if quantizer is not None:  # first, because it is the cheapest check
-        file, elsewhere = Path(quantizer), loaded or device_map is not None
+        file, elsewhere = Path(quantizer), loaded or (device_map, tp_plan) != (None, None)
         where = torch.device("cpu") if elsewhere else resolve_device(device)
         sha256 = None if isinstance(model, nn.Module) else _weights_sha256(model)
         info, tables = load_quantizer(file, weights_sha256=sha256, device=where)
@@ -210,9 +219,12 @@ def load_quantized_model(
     if isinstance(model, nn.Module):
         model.eval()
     else:
-        base, own = load_base_model(model, device=device, dtype=dtype, device_map=device_map)
+        base, own = load_base_model(
+            model, device=device, dtype=dtype, device_map=device_map, tp_plan=tp_plan
+        )
         tokenizer = own if tokenizer is None else tokenizer
     layers = attention_layers(base)
+    share = share_heads(base, layers, adapter_of(layers[0]).family)
     where, kinds = _one_device(base), layer_kinds(base.model)
     full = kinds.full
     if tables is not None:
@@ -224,7 +236,7 @@ def load_quantized_model(
                 f"{own[2]}"
             )
         tables = [table.to(where) for table in tables]
-    heads, dim = _kv_shape(base)
+    heads, dim = own_kv_heads(base.model), _kv_shape(base)[1]
     if not full and spec.quantizes:
         tables = tables or []  # no calibration could make any
         warnings.warn(
@@ -233,7 +245,7 @@ def load_quantized_model(
             f"'{spec.kind}' quantizes nothing",
             stacklevel=2,
         )
-    codecs = build_codecs(spec, len(full), tables)
+    codecs = build_codecs(spec, len(full), tables, share)
     for codec in codecs or []:
         codec.check_model(heads, dim)
     if codecs and codecs[0].rotates_values:
@@ -246,7 +258,7 @@ def load_quantized_model(
     shape = ModelShape(len(layers), heads, dim, kinds.windows, kinds.soft_cap)
     caches = build_caches(spec, shape, tables)
     install_attention(base)
-    return QuantizedModel(base, tokenizer, spec, codecs, caches, inputs)
+    return QuantizedModel(base, tokenizer, spec, codecs, caches, inputs, share)
 
 
 def _weights_sha256(model: str | Path | ModelManifest) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from kvquant.errors import OutlierOverflow
+from kvquant.errors import OutlierOverflow, UserError
 from kvquant.runtime.progress import note
 
 T = TypeVar("T")
@@ -74,6 +74,31 @@ def retry_on_overflow(new_cache: Callable[[], Any], work: Callable[[Any], T]) ->
             cache.widen()
         finally:
             cache.layers.clear()
+
+
+def without_retry(work: Callable[[list[int]], T]) -> Callable[[list[int]], T]:
+    """Returns `work` for :func:`in_batches` of processes that share a model.
+
+    If one of them tried again with fewer sequences, the others would wait for it forever.
+
+    Args:
+        work: Takes the indices of a batch; where it runs out of memory, the returned function
+            raises a `UserError`.
+    """
+
+    def once(rows: list[int]) -> T:
+        try:
+            return work(rows)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            told = str(error).partition("\n")[0]
+        raise UserError(
+            f"batch_size: out of memory with {len(rows)} sequences ({told}), and processes that "
+            "share a model (tp_plan) do not try again by themselves; choose a smaller one"
+        )
+
+    return once
 
 
 def in_batches(

@@ -13,6 +13,7 @@ from kvquant.kernels.masked_attention import causal_mask, masked_attention
 from kvquant.models.adapters import AttentionAdapter, adapter_of_class
 from kvquant.models.model_call import CACHE_NAMES, arguments, find_cache, parameters, refuse_unknown
 from kvquant.models.no_gradient import without_gradient
+from kvquant.models.tensor_parallel import kept_heads
 
 # Arguments of the attention that are used, or that do not affect it.
 _USED = frozenset({"hidden_states", "position_embeddings", "attention_mask", *CACHE_NAMES})
@@ -125,6 +126,9 @@ class PrefillQuantizedAttention(nn.Module):
         queries, keys, values = adapter.project(
             self, hidden_states, rope[0].shape[-1], given.get("position_ids")
         )
+        kept = kept_heads(module)
+        if kept is not None:
+            queries, keys, values = kept.own(queries, keys, values)
         rope = adapter.table(rope, module.head_dim)
 
         def full(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -150,7 +154,7 @@ class PrefillQuantizedAttention(nn.Module):
 
         output = _attend(module, cache, queries, keys, values, rope, module.scaling, full)
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        return module.o_proj(output), None
+        return module.o_proj(output if kept is None else kept.output(output)), None
 
 
 def _blank(own: type[nn.Module]) -> nn.Module:

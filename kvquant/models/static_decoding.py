@@ -21,6 +21,7 @@ from kvquant.energy.gpus import devices_of
 from kvquant.models.capturing import capture
 from kvquant.models.layer_kinds import layer_kinds
 from kvquant.models.model_call import cache_argument
+from kvquant.models.tensor_parallel import is_shared
 from kvquant.schemes.fp16_static import StaticFp16Cache
 
 NAME = "kvquant-fixed"  # the attention of a step, as transformers knows it
@@ -157,13 +158,16 @@ class StaticDecoder:
         backend: The attention kernel that was fastest; None on a CPU.
 
     Raises:
-        ValueError: The model is on several devices, or the mask is not that of the cache.
+        ValueError: The model is on several devices or shared by processes, or the mask is not that
+            of the cache.
     """
 
     @torch.inference_mode()  # so are the buffers, whatever mode the caller is in
     def __init__(
         self, model: Any, cache: StaticFp16Cache, mask: torch.Tensor, new_tokens: int
     ) -> None:
+        if is_shared(model):
+            raise ValueError("model: processes share its heads (tp_plan); call the model instead")
         devices = devices_of(model.parameters())
         if len(devices) > 1:
             raise ValueError("model: a graph holds the work of one GPU; call the model instead")

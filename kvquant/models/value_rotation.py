@@ -15,6 +15,7 @@ from torch import nn
 
 from kvquant.errors import UserError
 from kvquant.models.prefill_quant import FOLDED, adapter_of
+from kvquant.models.tensor_parallel import kept_heads, own_tensor
 from kvquant.quantization.hadamard import rotate
 
 MARK = "kvquant_values_rotated"
@@ -40,6 +41,7 @@ def refuse_rotated(model: Any, what: str) -> None:
 
 def _memory(tensor: torch.Tensor) -> tuple[int, int]:
     """Returns the first address of a tensor and the one behind its last."""
+    tensor = own_tensor(tensor)
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
@@ -62,6 +64,8 @@ def obstacle(model: Any, attentions: list[Any]) -> str | None:
     for number, attention in enumerate(attentions):
         for name, (layer, _) in _both(attention).items():
             where = f"layer {number}: {name}"
+            if kept_heads(attention) is not None:
+                return f"{where} is shared among processes across heads"
             if type(layer) is not nn.Linear:  # a subclass may hold quantized or adapted weights
                 return f"{where} is no plain linear layer"
             if layer.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -92,13 +96,14 @@ def fold_value_rotation(model: Any, attentions: list[Any], head_dim: int) -> boo
         return False
     for attention in attentions:
         (values, rows), (output, _) = _both(attention).values()
-        by_head = values.weight[rows].double().unflatten(0, (-1, head_dim)).transpose(1, 2)
-        values.weight[rows].copy_(rotate(by_head).transpose(1, 2).flatten(0, 1))
+        weight = own_tensor(values.weight)[rows]
+        by_head = weight.double().unflatten(0, (-1, head_dim)).transpose(1, 2)
+        weight.copy_(rotate(by_head).transpose(1, 2).flatten(0, 1))
         if values.bias is not None:
-            bias = values.bias[rows].double().unflatten(0, (-1, head_dim))
-            values.bias[rows].copy_(rotate(bias).flatten())
-        rows = output.weight.double().unflatten(1, (-1, head_dim))
-        output.weight.copy_(rotate(rows).flatten(1))
+            bias = own_tensor(values.bias)[rows]
+            bias.copy_(rotate(bias.double().unflatten(0, (-1, head_dim))).flatten())
+        weight = own_tensor(output.weight)
+        weight.copy_(rotate(weight.double().unflatten(1, (-1, head_dim))).flatten(1))
         setattr(attention, FOLDED, tuple(_both(attention)))
     setattr(model, MARK, True)
     return True

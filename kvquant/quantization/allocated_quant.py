@@ -14,6 +14,7 @@ import torch
 
 from kvquant.formats.allocated_layer import AllocatedLayer
 from kvquant.formats.blocked_sparse import SparseSlab
+from kvquant.formats.head_share import HeadShare
 from kvquant.formats.mixed_packing import MixedRows
 from kvquant.kernels import cuda_pack_allocated
 from kvquant.kernels import pytorch_fused as fused
@@ -78,6 +79,8 @@ class AllocatedQuantizer:
 
     Attributes:
         key_room: Factor of the room for key outliers, see :meth:`key_slots`.
+        share: Which of the model's kv heads the blocks have; None: all. A range that heads share is
+            that of all heads.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class AllocatedQuantizer:
         self._value_scale = layer.value_scale[:, None, None].clone()
         self._value_inverse = 1.0 / self._value_scale
         self.key_room = 1.0
+        self.share: HeadShare | None = None
         self._shapes: dict[object, CacheShape] = {}
 
     @property
@@ -169,7 +173,7 @@ class AllocatedQuantizer:
             return False
         cuda_pack_allocated.pack(
             self._shape(keys).allocated_pack_shape, keys, self._rotated(values), self._tables,
-            key_target, value_target, zero_out, scale_out,
+            key_target, value_target, zero_out, scale_out, self.share,
         )  # fmt: skip
         return True
 
@@ -197,7 +201,11 @@ class AllocatedQuantizer:
         check_block(x, "values")
         over = (-1,) if self.per_head else (1, 3)
         scaled = x.float() * self._value_inverse
-        low, high = scaled.amin(over) * 0.5, scaled.amax(over) * 0.5
+        most, least = scaled.amax(over), scaled.amin(over)
+        if self.share is not None and not self.per_head:
+            ends = self.share.largest(torch.stack((most, -least)))
+            most, least = ends[0], -ends[1]
+        low, high = least * 0.5, most * 0.5
         zero, scale = (high + low).to(x.dtype), (high - low).to(x.dtype)
         normalized = (scaled - self._spread(zero)) * fused.inverse_range(self._spread(scale))
         return self._values.encode(self._values.rows.to_tiles(normalized)), zero, scale

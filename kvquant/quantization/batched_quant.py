@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from kvquant.formats.blocked_sparse import SparseSlab, count_dtype, position_dtype
+from kvquant.formats.head_share import HeadShare
 from kvquant.formats.layer_quantizer import LayerQuantizer, outliers_per_side
 from kvquant.formats.packing import pack, packed_bytes, unpack
 from kvquant.kernels import cuda_pack
@@ -20,8 +21,9 @@ from kvquant.kernels import pytorch_fused as fused
 from kvquant.kernels.backends import Backend, select
 from kvquant.kernels.cache_shape import CacheShape, input_layout
 from kvquant.kernels.pack_target import PackTarget
+from kvquant.kernels.shared_outliers import split_shared_outliers
 from kvquant.kernels.thresholds import key_table, key_thresholds
-from kvquant.quantization.block_input import check_block, outlier_slots
+from kvquant.quantization.block_input import check_block, not_finite, outlier_slots
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class BatchedKVQuantizer:
 
     Attributes:
         key_room: Factor of the room for key outliers, see :meth:`key_slots`.
+        share: Which of the model's kv heads the blocks have; None: all. The range of a token's
+            values, and their outliers, are those of all heads.
     """
 
     def __init__(self, tables: LayerQuantizer, bits: int, outliers: float) -> None:
@@ -80,6 +84,7 @@ class BatchedKVQuantizer:
         self._key_midpoints = fused.midpoints(tables.key_levels)
         self._value_midpoints = fused.midpoints(tables.value_levels)
         self.key_room = 1.0
+        self.share: HeadShare | None = None
         self._key_tables: dict[torch.dtype, torch.Tensor] = {}
         self._shapes: dict[object, CacheShape] = {}
 
@@ -100,8 +105,11 @@ class BatchedKVQuantizer:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         blocks, heads, size, dim = x.shape
         rows = x.transpose(1, 2).reshape(blocks * size, heads * dim)
-        per_side = outliers_per_side(self.outliers, heads * dim)
-        mask, low, high = fused.split_outliers(rows, per_side)
+        per_side = self._per_side(heads * dim)
+        if self.share is None:
+            mask, low, high = fused.split_outliers(rows, per_side)
+        else:
+            mask, low, high = split_shared_outliers(rows, per_side, self.share)
         zero = ((high + low) * 0.5).to(x.dtype)
         scale = ((high - low) * 0.5).to(x.dtype)
         shape = (blocks, 1, size, 1)
@@ -110,6 +118,24 @@ class BatchedKVQuantizer:
         codes = fused.encode(normalized, self.tables.value_levels)
         sparse = mask.view(blocks, size, heads, dim).transpose(1, 2) if per_side else None
         return codes, zero.view(blocks, size), scale.view(blocks, size), sparse
+
+    def _per_side(self, channels: int) -> int:
+        """Returns the value outliers at each end of a token.
+
+        Args:
+            channels: Number of channels of the heads that the blocks have.
+        """
+        ranks = 1 if self.share is None else self.share.ranks
+        return outliers_per_side(self.outliers, channels * ranks)
+
+    def value_slots(self, tokens: int, channels: int) -> int:
+        """Returns the most value outliers of tokens.
+
+        Args:
+            tokens: Their number.
+            channels: Number of channels of the heads that the blocks have.
+        """
+        return min(tokens * 2 * self._per_side(channels), tokens * channels)
 
     def _decode_values(
         self, codes: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor
@@ -139,7 +165,6 @@ class BatchedKVQuantizer:
             return None
         blocks, heads, size, dim = keys.shape
         device = keys.device
-        per_side = outliers_per_side(self.outliers, heads * dim)
         # One array, because each fill of a few bytes costs a launch: the kernels' status (2), the
         # excess of values (always 0: each of their outliers has a slot), and the two cursors.
         words = torch.zeros(5, dtype=torch.int32, device=device)
@@ -171,7 +196,7 @@ class BatchedKVQuantizer:
             )  # fmt: skip
 
         k = target(words[3:4], self.key_slots(keys.numel()))
-        v = target(words[4:5], blocks * size * 2 * per_side)
+        v = target(words[4:5], self.value_slots(blocks * size, heads * dim))
         zero = torch.empty((blocks, size), dtype=values.dtype, device=device)
         scale = torch.empty_like(zero)
         if not self.kernel_pack_into(keys, values, k, v, zero, scale):
@@ -205,6 +230,10 @@ class BatchedKVQuantizer:
         backend = select("pack", shape, keys.device).backend
         if backend == "cuda":
             table = self._key_table(keys.dtype)
+            if self.share is not None:
+                cuda_pack.pack_keys(shape.pack_shape, keys, table, key_target)
+                self._put_values(values, value_target, zero_out, scale_out)
+                return True
             cuda_pack.pack(
                 shape.pack_shape, keys, values, table, self._value_midpoints, key_target,
                 value_target, zero_out, scale_out,
@@ -217,11 +246,24 @@ class BatchedKVQuantizer:
         kernels.pack_keys(
             keys, self.tables.key_zero, self._inverse, self._key_midpoints, self.bits, key_target
         )
+        if self.share is not None:
+            self._put_values(values, value_target, zero_out, scale_out)
+            return True
         kernels.pack_values(
             values, self._value_midpoints, self.bits, shape.outliers_per_side, value_target,
             zero_out, scale_out,
         )  # fmt: skip
         return True
+
+    def _put_values(
+        self, x: torch.Tensor, target: PackTarget, zero_out: torch.Tensor, scale_out: torch.Tensor
+    ) -> None:
+        """Packs values by PyTorch; kernels know the range of the heads alone that they read."""
+        packed = self.pack_values(x)
+        target.put(packed.codes, packed.outliers)
+        zero_out.copy_(packed.zero)
+        scale_out.copy_(packed.scale)
+        target.status[1:] |= not_finite(x)
 
     def backend(self, keys: torch.Tensor, values: torch.Tensor) -> Backend | None:
         """The backend that packs these blocks; None if they are refused by each."""
@@ -281,8 +323,7 @@ class BatchedKVQuantizer:
         check_block(x, "values")
         codes, zero, scale, mask = self._encode_values(x)
         packed = pack(codes, self.bits).flatten(2)  # bytes of a token are contiguous
-        per_token = 2 * outliers_per_side(self.outliers, x.shape[1] * x.shape[3])
-        slots = min(x.shape[0] * x.shape[2] * per_token, x.numel())
+        slots = self.value_slots(x.shape[0] * x.shape[2], x.shape[1] * x.shape[3])
         sparse = None if mask is None else SparseSlab.from_mask(x, mask, slots)
         return PackedValues(packed, zero, scale, sparse)
 

@@ -11,6 +11,7 @@ from kvquant.cache.codec import Codec, Packed, check_made_for
 from kvquant.errors import UserError
 from kvquant.formats.allocated_layer import AllocatedLayer
 from kvquant.formats.blocked_sparse import SparseSlab
+from kvquant.formats.head_share import HeadShare
 from kvquant.formats.mixed_packing import TILE
 from kvquant.kernels.allocated_tables import allocated_tables
 from kvquant.kernels.cache_shape import LOOKED_UP_BITS, CacheShape
@@ -78,6 +79,10 @@ class AllocatedCodec(Codec):
     def key_order(self) -> torch.Tensor:
         """See :meth:`Codec.key_order`."""
         return self.past_tables.key_order
+
+    def keep_share(self, share: HeadShare) -> None:
+        """See :meth:`Codec.keep_share`."""
+        self.share = self.quantizer.share = share
 
     def expect_rotated_values(self) -> None:
         """See :meth:`Codec.expect_rotated_values`."""

@@ -22,6 +22,7 @@ import torch
 from kvquant.cache.codec import Codec, Packed, check_made_for
 from kvquant.errors import UserError
 from kvquant.formats.block_gtq_layer import BlockGtqLayer
+from kvquant.formats.head_share import HeadShare
 from kvquant.quantization.exact_product import MAX_SIZE
 from kvquant.quantization.grouped_codes import GroupedCodes
 from kvquant.study.schemes import BlockGtqScheme
@@ -36,14 +37,21 @@ class BlockGtqCodec(Codec):
     def __init__(self, spec: BlockGtqScheme, layer: BlockGtqLayer) -> None:
         self.sinks, self.block_size, self.residual = spec.sinks, spec.block_size, spec.residual
         widths = layer.key_widths
-        first = spec.seed * 1_000_003
-        self._keys = GroupedCodes(widths, lambda head, width: first + KEY_SEED + width)
-        self._values = GroupedCodes(
-            torch.full_like(widths, spec.width_of_values),
-            lambda head, width: first + VALUE_SEED + head,
-        )
+        self._first = spec.seed * 1_000_003
+        self._value_widths = torch.full_like(widths, spec.width_of_values)
+        self._keys = GroupedCodes(widths, lambda head, width: self._first + KEY_SEED + width)
+        self._values = self._coder_of_values(0)
         self.shape = widths.shape[0], 2 * widths.shape[1]
         self.shared_bytes = self._keys.nbytes + self._values.nbytes
+
+    def _coder_of_values(self, head: int) -> GroupedCodes:
+        """Returns the coder of values, the first of whose heads has this number in the model."""
+        first = self._first + VALUE_SEED + head
+        return GroupedCodes(self._value_widths, lambda head, width: first + head)
+
+    def keep_share(self, share: HeadShare) -> None:
+        """See :meth:`Codec.keep_share`."""
+        self.share, self._values = share, self._coder_of_values(share.own.start)
 
     def check_model(self, num_kv_heads: int, head_dim: int) -> None:
         """See :meth:`Codec.check_model`."""

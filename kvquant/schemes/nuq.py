@@ -16,7 +16,8 @@ import torch
 from kvquant.cache.codec import Codec, Packed, check_made_for
 from kvquant.errors import UserError
 from kvquant.formats.blocked_sparse import SparseSlab
-from kvquant.formats.layer_quantizer import LayerQuantizer, outliers_per_side
+from kvquant.formats.head_share import HeadShare
+from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.formats.packing import packed_bytes
 from kvquant.kernels.cache_shape import CacheShape
 from kvquant.kernels.decode_tables import HeadTables
@@ -45,12 +46,17 @@ class NuqCodec(Codec):
         """See :meth:`Codec.check_model`."""
         if head_dim % 8:
             raise UserError(f"head_dim: {head_dim} is not a multiple of 8, as packed codes need")
-        if num_kv_heads * head_dim > MAX_CHANNELS:
+        heads = num_kv_heads if self.share is None else self.share.heads
+        if heads * head_dim > MAX_CHANNELS:
             raise UserError(
-                f"num_kv_heads: {num_kv_heads} of {head_dim} are more than {MAX_CHANNELS} channels"
+                f"num_kv_heads: {heads} of {head_dim} are more than {MAX_CHANNELS} channels"
             )
         assert self.tables is not None
         check_made_for(tuple(self.tables.key_zero.shape), num_kv_heads, head_dim)
+
+    def keep_share(self, share: HeadShare) -> None:
+        """See :meth:`Codec.keep_share`."""
+        self.share = self.quantizer.share = share
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:
         """See :meth:`Codec.pack`."""
@@ -96,10 +102,9 @@ class NuqCodec(Codec):
         codes = torch.empty((2, blocks, heads, room), dtype=torch.uint8, device=like.device)
         ranges = torch.empty((2, blocks, size), dtype=like.dtype, device=like.device)
         dense = {"keys": codes[0], "values": codes[1], "zero": ranges[0], "scale": ranges[1]}
-        per_token = 2 * outliers_per_side(self.quantizer.outliers, heads * dim)
         slots = {
             "keys": self.quantizer.key_slots(blocks * heads * size * dim),
-            "values": blocks * size * per_token,
+            "values": self.quantizer.value_slots(blocks * size, heads * dim),
         }
         sparse = {
             name: SparseSlab.reserve(shape, n, like.dtype, like.device)

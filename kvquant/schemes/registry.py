@@ -12,6 +12,7 @@ from typing import Any
 
 from kvquant.cache.codec import Codec
 from kvquant.errors import UserError
+from kvquant.formats.head_share import HeadShare
 from kvquant.formats.layer_quantizer import LayerTables
 from kvquant.formats.rope import Rope
 from kvquant.study.dotted import load
@@ -48,24 +49,38 @@ def _check_tables(spec: Scheme, tables: Tables) -> None:
         )
 
 
-def build_codecs(spec: Scheme, num_layers: int, tables: Tables) -> list[Codec] | None:
+def build_codecs(
+    spec: Scheme, num_layers: int, tables: Tables, share: HeadShare | None = None
+) -> list[Codec] | None:
     """Returns one codec per layer; None for schemes without codecs.
 
     Args:
         spec: The scheme.
         num_layers: Number of layers of the model.
         tables: The layers of the quantizer file, for schemes that need calibration.
+        share: Which of the model's kv heads this process has; None: all.
 
     Raises:
-        UserError: The scheme needs tables and none are given.
+        UserError: The scheme needs tables and none are given, or its heads cannot be shared.
     """
+    if share is not None and not spec.registration.splits_heads:
+        raise UserError(
+            f"tp_plan: scheme kind '{spec.kind}' codes the kv heads of a token together, so that "
+            "processes cannot have some each; load the model without tp_plan, or use kind 'nuq'"
+        )
     if spec.registration.codec is None:
         return None
     _check_tables(spec, tables)
     make: Callable[[Scheme, int, LayerTables | None], Codec] = load(spec.registration.codec)
-    return [
+    if share is not None and tables is not None:
+        tables = [table.of_heads(share.own) for table in tables]
+    codecs = [
         make(spec, layer, None if tables is None else tables[layer]) for layer in range(num_layers)
     ]
+    if share is not None:
+        for codec in codecs:
+            codec.keep_share(share)
+    return codecs
 
 
 def build_caches(spec: Scheme, shape: ModelShape, tables: Tables) -> CacheFactory | None:

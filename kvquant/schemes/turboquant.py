@@ -44,10 +44,12 @@ class TurboQuantCodec(Codec):
 
     def _tables(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns signs `[num_kv_heads, 1, head_dim]` and levels, on the device of `x`."""
-        heads, dim = x.shape[1], x.shape[3]
+        dim = x.shape[3]
         if self._signs is None or self._signs.device != x.device:
             generator = torch.Generator().manual_seed(self._seed)  # the same on every device
+            heads = x.shape[1] if self.share is None else self.share.heads
             bits = torch.randint(0, 2, (heads, 1, dim), generator=generator)
+            bits = bits if self.share is None else bits[self.share.own].clone()
             self._signs = (bits * 2 - 1).float().to(x.device)
             self._levels = self._levels.to(x.device)
             self.shared_bytes = self._signs.nbytes + self._levels.nbytes

@@ -26,6 +26,7 @@ from kvquant.study.wording import Words
     summary="transformers' growing 16-bit cache",
     nominal_bits=16,
     quantizes=False,
+    splits_heads=True,
 )
 class Fp16Scheme(Scheme):
     """Transformers' unquantized cache, the baseline of every comparison."""
@@ -39,6 +40,7 @@ class Fp16Scheme(Scheme):
     caches="kvquant.schemes.fp16_static:make_caches",
     nominal_bits=16,
     quantizes=False,
+    splits_heads=True,
 )
 class Fp16StaticScheme(Scheme):
     """An unquantized cache that is allocated once instead of again as it grows."""
@@ -53,6 +55,7 @@ class Fp16StaticScheme(Scheme):
     label="NUQ",
     summary="ours: non-uniform codes with exact outliers; `datatype`, `keys` (below)",
     codec="kvquant.schemes.nuq:make_codec",
+    splits_heads=True,
 )
 class NuqScheme(CodebookScheme):
     """Non-uniform quantization with exact sparse outliers (ours; KVQuant's datatype)."""
@@ -98,6 +101,7 @@ class NuqScheme(CodebookScheme):
     codec="kvquant.schemes.allocated:make_codec",
     tables="kvquant.formats.allocated_layer:AllocatedLayer",
     builder="kvquant.calibration.allocated_build:build_allocated",
+    splits_heads=True,
 )
 class AllocatedScheme(CalibratedScheme):
     """Codes whose widths one allocation over the whole model chooses by sensitivity (ours)."""

@@ -15,6 +15,7 @@ from kvquant.study.scheme_options import CodeBits, Group, Residual, Sinks, Token
     label="KIVI",
     summary="KIVI: groups, a 16-bit residual; `sinks`",
     codec="kvquant.schemes.kivi:make_codec",
+    splits_heads=True,
     reference="arXiv 2402.02750",
 )
 class KiviScheme(Scheme):
@@ -32,6 +33,7 @@ class KiviScheme(Scheme):
     label="FP8",
     summary="E4M3, one scale per token and head, or none",
     codec="kvquant.schemes.fp8:make_codec",
+    splits_heads=True,
     nominal_bits=8,
     reference="arXiv 2209.05433",
 )
@@ -48,6 +50,7 @@ class Fp8Scheme(TokenScheme):
     label="TurboQuant",
     summary="TurboQuant: rotation, norm, Lloyd-Max levels",
     codec="kvquant.schemes.turboquant:make_codec",
+    splits_heads=True,
     reference="arXiv 2504.19874",
 )
 class TurboQuantScheme(TokenScheme):
@@ -62,6 +65,7 @@ class TurboQuantScheme(TokenScheme):
     label="INT4-Hadamard",
     summary="SAW-INT4: INT4 per token and head after a rotation",
     codec="kvquant.schemes.int4_hadamard:make_codec",
+    splits_heads=True,
     nominal_bits=4,
     reference="arXiv 2604.19157",
 )
@@ -75,6 +79,7 @@ class Int4HadamardScheme(TokenScheme):
     label="KVarN",
     summary="KVarN: tiles of balanced variance after a rotation, 16-bit `sinks`",
     codec="kvquant.schemes.kvarn:make_codec",
+    splits_heads=True,
     reference="arXiv 2606.03458",
 )
 class KvarnScheme(Scheme):

@@ -40,6 +40,8 @@ class SchemeKind:
         protocols: The protocols that the cache can be measured under.
         quantizes: Whether the cache quantizes at all.
         batches: Whether a sequence reads back the same data in every batch.
+        splits_heads: Whether processes may have some of the kv heads each (tensor parallelism), and
+            get the codes that one process with all heads gets.
         reference: The publication; empty for none.
         extra: The optional dependencies of this package that the kind needs; empty for none.
     """
@@ -56,6 +58,7 @@ class SchemeKind:
     protocols: tuple[str, ...]
     quantizes: bool
     batches: bool
+    splits_heads: bool
     reference: str
     extra: str
 
@@ -223,6 +226,7 @@ def scheme_kind(
     protocols: tuple[str, ...] = ("A", "B"),
     quantizes: bool = True,
     batches: bool = True,
+    splits_heads: bool = False,
     reference: str = "",
     extra: str = "",
 ) -> Callable[[type[Options]], type[Options]]:
@@ -251,6 +255,7 @@ def scheme_kind(
             protocols=protocols,
             quantizes=quantizes,
             batches=batches,
+            splits_heads=splits_heads,
             reference=reference,
             extra=extra,
         )

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvquant.errors import OutlierOverflow
-from kvquant.models.oom_retry import in_batches, out_of_memory, retry_on_overflow
+from kvquant.errors import OutlierOverflow, UserError
+from kvquant.models.oom_retry import in_batches, out_of_memory, retry_on_overflow, without_retry
 
 SIZES = st.lists(st.integers(1, 300), max_size=40)
 
@@ -122,3 +122,22 @@ def test_a_cache_that_lost_outliers_is_filled_anew() -> None:
     assert retry_on_overflow(Lossy, made.index) == 2
     assert [cache.widened for cache in made] == [True, True, False]
     assert not any(cache.layers for cache in made)
+
+
+def test_processes_that_share_a_model_do_not_try_again() -> None:
+    tried: list[list[int]] = []
+
+    def work(batch: list[int]) -> int:
+        tried.append(batch)
+        raise torch.cuda.OutOfMemoryError("no room\nand more")
+
+    with pytest.raises(UserError, match=r"^batch_size: out of memory with 3 .*\(no room\), and"):
+        list(in_batches([5, 5, 5], without_retry(work), batch_size=3))
+    assert tried == [[0, 1, 2]]
+    assert without_retry(len)([1, 2]) == 2
+
+    def broken(batch: list[int]) -> int:
+        raise ValueError("not memory")
+
+    with pytest.raises(ValueError, match="not memory"):
+        without_retry(broken)([0])

@@ -126,7 +126,9 @@ def layer_codec(spec: Any, dim: int, heads: int = 2) -> Codec:
     return codecs[0]
 
 
-def save_made_quantizer(path: Path, scheme: Any, weights: str, layers: Any) -> Path:
+def save_made_quantizer(
+    path: Path, scheme: Any, weights: str, layers: Any, kv_heads: int = 2, dim: int = 16
+) -> Path:
     """Saves the quantizers of a tiny model's layers as those of the scheme `nuq3`."""
     manifest = QuantizerManifest(
         library_version="0",
@@ -137,8 +139,8 @@ def save_made_quantizer(path: Path, scheme: Any, weights: str, layers: Any) -> P
         calibration={},
         spec_digest="0",
         num_layers=len(layers),
-        num_kv_heads=2,
-        head_dim=16,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
         calibration_error={"keys": 0.25},
     )
     save_quantizer(path, manifest, layers)
