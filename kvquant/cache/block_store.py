@@ -13,14 +13,15 @@ from collections.abc import Sequence
 
 import torch
 
+from kvquant.cache.append_plan import AppendPlan, View, WholeCall, columns_of
 from kvquant.cache.arena import NO_ARENA, Arena
-from kvquant.cache.codec import Codec
+from kvquant.cache.codec import Codec, Packed
 from kvquant.cache.incoming import fill_blocks, refuse_changed, refuse_infinite
-from kvquant.cache.layout import AppendPlan, View
 from kvquant.cache.reclaim import Reclaim
 from kvquant.errors import UserError
 from kvquant.formats.blocked_sparse import Index, SparseSlab
 from kvquant.kernels.arena_table import ARENA_FIELDS
+from kvquant.kernels.block_places import block_count, gathered
 
 ARENA_ROOM = 64  # initial rows of the kernels' table of arenas
 
@@ -162,10 +163,12 @@ class BlockStore:
     def _append_many(self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores chunks of any length, with or without padding."""
         assert self.tail is not None and self.sinks is not None
+        whole = plan.whole_call(keys.device, self.codec.sinks, self.codec.block_size)
+        if whole is not None:
+            self._append_whole(plan, whole, keys, values)
+            return
         size, heads, dim = self.codec.block_size, keys.shape[1], keys.shape[3]
-        # Without an old tail the blocks lie in the input already; a GPU kernel reads them there.
-        direct = keys.is_cuda and not any(plan.before.tails)
-        total = 0 if direct else sum(plan.new_blocks(b) for b in range(len(plan.spans)))
+        total = sum(plan.new_blocks(b) for b in range(len(plan.spans)))
         staged = (
             keys.new_empty((total, heads, size, dim)),
             values.new_empty((total, heads, size, dim)),
@@ -174,7 +177,6 @@ class BlockStore:
         for b, span in enumerate(plan.spans):
             length, tail = plan.before.lengths[b], plan.before.tails[b]
             blocks = plan.new_blocks(b)
-            ready: list[torch.Tensor] = []
             for x, sinks, buffer, out in zip(
                 (keys, values), self.sinks, self.tail, staged, strict=True
             ):
@@ -183,12 +185,6 @@ class BlockStore:
                     count = min(self.codec.sinks - length, new.shape[1])
                     sinks[b, :, length : length + count] = new[:, :count]
                     new = new[:, count:]
-                if direct and blocks:
-                    ready.append(
-                        new[:, : blocks * size].unflatten(1, (blocks, size)).transpose(0, 1)
-                    )
-                    buffer[b, :, : plan.after.tails[b]] = new[:, blocks * size :]
-                    continue
                 if not blocks:
                     buffer[b, :, tail : tail + new.shape[1]] = new
                     continue
@@ -200,31 +196,54 @@ class BlockStore:
                 if old < tail:
                     buffer[b, :, : tail - old] = buffer[b, :, old:tail].clone()
                 buffer[b, :, tail - old : plan.after.tails[b]] = new[:, taken:]
-            if ready:
-                self._pack(plan, ready[0], ready[1], at)
             at += blocks
         if total:
             self._pack(plan, staged[0], staged[1])
 
-    def _pack(
-        self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor, offset: int = 0
+    def _append_whole(
+        self, plan: AppendPlan, whole: WholeCall, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
-        """Packs blocks `[blocks, num_kv_heads, block_size, head_dim]` into the plan's arena."""
-        packed = None
-        if plan.capacity and not offset:  # the first blocks of the plan
-            first = self.codec.reserve(plan.capacity, keys)
+        """Stores the sequences of a call without old tails, all at once."""
+        assert self.tail is not None and self.sinks is not None
+        for x, sinks, tail in zip((keys, values), self.sinks, self.tail, strict=True):
+            if whole.sinks is not None:
+                count = whole.sinks.shape[1]
+                sinks[:, :, sinks.shape[2] - count :] = columns_of(x, whole.sinks)
+            if whole.tail is not None:
+                tail[:, :, : whole.tail.shape[1]] = columns_of(x, whole.tail)
+        if whole.places is not None:
+            self._pack(plan, keys, values, places=whole.places)
+
+    def _pack(
+        self,
+        plan: AppendPlan,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        places: torch.Tensor | None = None,
+    ) -> None:
+        """Packs blocks `[blocks, num_kv_heads, block_size, head_dim]` into the plan's arena.
+
+        With `places` (see :meth:`Codec.pack_into`), keys and values are those of the whole call.
+        """
+        packed, size = None, self.codec.block_size
+
+        def pack() -> Packed:
+            return self.codec.pack(*(gathered(x, places, size) for x in (keys, values)))
+
+        if plan.capacity:
+            first = self.codec.reserve(plan.capacity, keys[:, :, :size])
             if first is None:
-                first = packed = self.codec.pack(keys, values)
+                first = packed = pack()
             self._set_arena(plan.arena, Arena(plan.capacity, first))
-        arena, at = self.arenas[plan.arena], plan.at + offset
+        arena = self.arenas[plan.arena]
         if arena.reserved:
             if self.status is None:  # a store that belongs to no cache
                 self.status = torch.zeros(2, dtype=torch.int32, device=keys.device)
-            room = arena.view(slice(at, at + keys.shape[0]))
-            self.codec.pack_into(room, keys, values, self.status)
+            room = arena.view(slice(plan.at, plan.at + block_count(keys, places)))
+            self.codec.pack_into(room, keys, values, self.status, places)
             return
-        packed = packed or self.codec.pack(keys, values)
-        arena.put(at, packed)
+        packed = packed or pack()
+        arena.put(plan.at, packed)
         if self.status is not None:
             for slab in packed.sparse.values():
                 if slab.excess is not None:

@@ -130,14 +130,21 @@ class Codec(ABC):
         return None
 
     def pack_into(
-        self, room: Packed, keys: torch.Tensor, values: torch.Tensor, status: torch.Tensor
+        self,
+        room: Packed,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        status: torch.Tensor,
+        places: torch.Tensor | None = None,
     ) -> None:
         """Packs blocks into a part of the reserved memory.
 
         Args:
             room: The part of the memory, with as many blocks.
-            keys: See :meth:`pack`.
-            values: See :meth:`pack`.
+            keys: See :meth:`pack`; with `places` `[batch_size, num_kv_heads, seq_len, head_dim]`.
+            values: The same shape.
+            places: int32 `[blocks, 2]`, the sequence and the first column of each block; None:
+                keys and values are blocks.
             status: int32 `[2]`. The outliers that found no slot are added to the first number, and
                 the second becomes 1 if the input held NaN or Inf.
         """

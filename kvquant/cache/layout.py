@@ -16,21 +16,14 @@ from typing import Any
 
 import torch
 
+from kvquant.cache.append_plan import AppendPlan as AppendPlan
+from kvquant.cache.append_plan import Span as Span
+from kvquant.cache.append_plan import View as View
 from kvquant.cache.reclaim import ArenaRecord, Reclaim, free_number, reclaim
 
-Span = slice | torch.Tensor
 # An arena after the first grows a cache by 1/GROWTH of its blocks. At most that share is unused,
 # and a sequence that becomes eight times as long has about 70 arenas.
 GROWTH = 32
-
-
-@dataclass(frozen=True)
-class View:
-    """A state of the layout: token, tail and block counts of each sequence."""
-
-    lengths: list[int]
-    tails: list[int]
-    blocks: list[int]
 
 
 @dataclass(frozen=True)
@@ -39,38 +32,6 @@ class Snapshot:
 
     view: View
     arenas: list[tuple[ArenaRecord, int]]
-
-
-@dataclass(frozen=True)
-class AppendPlan:
-    """The plan of where every layer stores the tokens of one call.
-
-    Attributes:
-        spans: Columns of each sequence that are tokens.
-        before: State before the call.
-        after: State after the call.
-        arena: Number of the arena for the new blocks; -1 if there are none.
-        at: Place of the first new block in the arena; the others follow, sequence by sequence.
-        capacity: Number of blocks of that arena if it has to be made, else 0.
-        decode: Whether every sequence gets exactly one token and has filled its sinks.
-    """
-
-    spans: list[Span]
-    before: View
-    after: View
-    arena: int
-    at: int
-    capacity: int
-    decode: bool
-
-    def new_blocks(self, sequence: int) -> int:
-        """Returns the number of blocks that become full in a sequence."""
-        return self.after.blocks[sequence] - self.before.blocks[sequence]
-
-    def whole(self, columns: int) -> bool:
-        """Returns whether all of the call's columns are tokens in every sequence."""
-        every = slice(0, columns)
-        return all(isinstance(span, slice) and span == every for span in self.spans)
 
 
 @dataclass(frozen=True)

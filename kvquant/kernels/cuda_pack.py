@@ -11,6 +11,7 @@ import torch
 
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
 from kvquant.kernels import cuda_structs
+from kvquant.kernels.block_places import block_count
 from kvquant.kernels.cuda_build import Function, index_of, load, multiprocessors
 from kvquant.kernels.cuda_header import cuda_header
 from kvquant.kernels.pack_target import PackTarget
@@ -99,9 +100,15 @@ def functions(shape: PackShape, device: int) -> tuple[Function, Function, Functi
     return module.function("pack_keys"), module.function("pack_values"), group
 
 
-def source_of(x: torch.Tensor) -> cuda_structs.PackSource:
-    """The argument for blocks `[blocks, num_heads, block_size, head_dim]`."""
-    return cuda_structs.PackSource(x.data_ptr(), *x.stride()[:3])
+def source_of(x: torch.Tensor, places: torch.Tensor | None) -> cuda_structs.PackSource:
+    """The argument for the blocks that lie in `[sequences, num_heads, tokens, head_dim]`.
+
+    Args:
+        x: The tokens.
+        places: As of :func:`kvquant.kernels.block_places.block_count`, contiguous.
+    """
+    at = 0 if places is None else places.data_ptr()
+    return cuda_structs.PackSource(x.data_ptr(), at, *x.stride()[:3])
 
 
 def target_of(target: PackTarget) -> cuda_structs.PackTarget:
@@ -113,23 +120,31 @@ def target_of(target: PackTarget) -> cuda_structs.PackTarget:
     return cuda_structs.PackTarget(*pointers, slots)
 
 
-def pack_keys(shape: PackShape, x: torch.Tensor, table: torch.Tensor, target: PackTarget) -> None:
+def pack_keys(
+    shape: PackShape,
+    x: torch.Tensor,
+    table: torch.Tensor,
+    target: PackTarget,
+    places: torch.Tensor | None = None,
+) -> None:
     """Quantizes key blocks and writes their codes and outliers.
 
     Args:
         shape: Of the cache.
-        x: `[blocks, num_heads, block_size, head_dim]`, any even strides but the last.
+        x: `[sequences, num_heads, tokens, head_dim]`, any even strides but the last.
         table: From :func:`kvquant.kernels.thresholds.key_table`.
         target: Where to.
+        places: Where the blocks lie; see :func:`kvquant.kernels.block_places.block_count`.
     """
-    target.check(x, shape.bits)
+    blocks = block_count(x, places)
+    target.check((blocks, shape.heads, shape.block_size, shape.head_dim), x.dtype, shape.bits)
     assert target.codes.data_ptr() % 16 == 0
-    if not x.shape[0]:
+    if not blocks:
         return
     kernel, _, _ = functions(shape, index_of(x))
     kernel(
-        (x.shape[0] * shape.heads, 1, 1), shape.key_threads,
-        source_of(x), target_of(target), ctypes.c_void_p(table.data_ptr()),
+        (blocks * shape.heads, 1, 1), shape.key_threads,
+        source_of(x, places), target_of(target), ctypes.c_void_p(table.data_ptr()),
     )  # fmt: skip
 
 
@@ -163,30 +178,32 @@ def pack_values(
     target: PackTarget,
     zero_out: torch.Tensor,
     scale_out: torch.Tensor,
+    places: torch.Tensor | None = None,
 ) -> None:
     """Quantizes value blocks and writes their codes, zeros, scales and outliers.
 
     Args:
         shape: Of the cache.
-        x: `[blocks, num_heads, block_size, head_dim]`, any even strides but the last.
+        x: `[sequences, num_heads, tokens, head_dim]`, any even strides but the last.
         midpoints: fp32 `[2**bits - 1]`.
         target: Where to.
         zero_out: 16-bit `[blocks, block_size]`, contiguous.
         scale_out: The same.
+        places: As of :func:`pack_keys`.
     """
-    target.check(x, shape.bits)
+    blocks = block_count(x, places)
+    target.check((blocks, shape.heads, shape.block_size, shape.head_dim), x.dtype, shape.bits)
     assert zero_out.is_contiguous() and scale_out.is_contiguous()
-    if not x.shape[0]:
+    if not blocks:
         return
     index = index_of(x)
     _, kernel, group = functions(shape, index)
-    blocks = x.shape[0]
     tokens, outliers = blocks * shape.block_size, 2 * shape.per_side
     found = torch.empty(tokens * outliers, dtype=torch.int32, device=x.device)
     each = tokens_per_block(tokens, multiprocessors(index), shape.workers)
     kernel(
         (-(-tokens // each), 1, 1), shape.workers,
-        source_of(x), *(ctypes.c_void_p(t.data_ptr()) for t in (
+        source_of(x, places), *(ctypes.c_void_p(t.data_ptr()) for t in (
             target.codes, target.status, zero_out, scale_out, midpoints, found,
         )),
         ctypes.c_int(tokens), ctypes.c_int(each),
@@ -233,6 +250,7 @@ def pack(
     value_target: PackTarget,
     zero_out: torch.Tensor,
     scale_out: torch.Tensor,
+    places: torch.Tensor | None = None,
 ) -> None:
     """Quantizes and packs key and value blocks.
 
@@ -246,9 +264,10 @@ def pack(
         value_target: Where values go.
         zero_out: Of :func:`pack_values`.
         scale_out: Of :func:`pack_values`.
+        places: As of :func:`pack_keys`.
     """
     side_by_side(
         keys,
-        lambda: pack_keys(shape, keys, table, key_target),
-        lambda: pack_values(shape, values, midpoints, value_target, zero_out, scale_out),
+        lambda: pack_keys(shape, keys, table, key_target, places),
+        lambda: pack_values(shape, values, midpoints, value_target, zero_out, scale_out, places),
     )

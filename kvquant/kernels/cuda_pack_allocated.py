@@ -14,6 +14,7 @@ from kvquant.formats.head_share import HeadShare
 from kvquant.formats.lane_layout import CHUNK, looked_up
 from kvquant.formats.mixed_packing import MAX_WIDTH, PLANE_BYTES, MixedRows
 from kvquant.kernels import cuda_structs
+from kvquant.kernels.block_places import block_count
 from kvquant.kernels.cuda_build import Function, index_of, load, multiprocessors
 from kvquant.kernels.cuda_header import cuda_header
 from kvquant.kernels.cuda_pack import side_by_side, source_of, target_of
@@ -196,33 +197,46 @@ def _loadable(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _check(shape: AllocatedPackShape, x: torch.Tensor, codes: torch.Tensor, planes: int) -> None:
-    """Asserts that blocks and the memory of their codes have the shape of the kernels."""
-    blocks, size = x.shape[0], shape.block_size
-    assert x.shape == (blocks, shape.heads, size, shape.head_dim) and x.dtype == shape.dtype
+def _checked(
+    shape: AllocatedPackShape,
+    x: torch.Tensor,
+    places: torch.Tensor | None,
+    codes: torch.Tensor,
+    planes: int,
+) -> int:
+    """Returns the number of blocks, which and whose codes have the shape of the kernels."""
+    blocks, size = block_count(x, places), shape.block_size
+    assert x.shape[1] == shape.heads and x.shape[3] == shape.head_dim and x.dtype == shape.dtype
+    assert places is not None or x.shape[2] == size
     assert codes.shape == (blocks, size * planes * PLANE_BYTES) and codes.is_contiguous()
     assert codes.data_ptr() % 4 == 0
+    return blocks
 
 
 def pack_keys(
-    shape: AllocatedPackShape, x: torch.Tensor, tables: SideTables, target: PackTarget
+    shape: AllocatedPackShape,
+    x: torch.Tensor,
+    tables: SideTables,
+    target: PackTarget,
+    places: torch.Tensor | None = None,
 ) -> None:
     """Quantizes key blocks and writes their codes and outliers.
 
     Args:
         shape: Of the cache.
-        x: `[blocks, num_heads, block_size, head_dim]`.
+        x: `[sequences, num_heads, tokens, head_dim]`.
         tables: Of keys.
         target: Where to; `codes` are `[blocks, bytes]`.
+        places: Where the blocks lie; see :func:`kvquant.kernels.block_places.block_count`.
     """
-    _check(shape, x, target.codes, tables.planes)
-    if not x.shape[0]:
+    blocks = _checked(shape, x, places, target.codes, tables.planes)
+    if not blocks:
         return
     x = _loadable(x)
     kernel, _ = functions(shape, index_of(x))
     kernel(
-        (x.shape[0] * shape.heads, 1, 1), shape.head_dim,
-        source_of(x), target_of(target), tables.argument,
+        (blocks * shape.heads, 1, 1), shape.head_dim,
+        source_of(x, places), target_of(target), tables.argument,
     )  # fmt: skip
 
 
@@ -234,26 +248,28 @@ def pack_values(
     zero_out: torch.Tensor,
     scale_out: torch.Tensor,
     share: HeadShare | None = None,
+    places: torch.Tensor | None = None,
 ) -> None:
     """Quantizes value blocks and writes their codes, zeros and scales.
 
     Args:
         shape: Of the cache.
-        x: `[blocks, num_heads, block_size, head_dim]`, rotated as they are to be coded.
+        x: `[sequences, num_heads, tokens, head_dim]`, rotated as they are to be coded.
         tables: Of values.
         target: Where to; `codes` are `[blocks, bytes]`.
         zero_out: 16-bit `[blocks, block_size]`, or `[blocks, num_heads, block_size]` with a range
             per head, contiguous.
         scale_out: The same.
         share: Which of the model's kv heads the blocks have; None: all.
+        places: As of :func:`pack_keys`.
     """
-    _check(shape, x, target.codes, tables.planes)
+    blocks = _checked(shape, x, places, target.codes, tables.planes)
     assert zero_out.is_contiguous() and scale_out.is_contiguous()
-    if not x.shape[0]:
+    if not blocks:
         return
     x, index = _loadable(x), index_of(x)
     _, kernel = functions(shape, index)
-    chunks = x.shape[0] * (shape.block_size // CHUNK)
+    chunks = blocks * (shape.block_size // CHUNK)
     workspace = None
     if not shape.range_per_head:
         words = TICKET_WORDS + chunks * CHUNK_WORDS
@@ -265,7 +281,7 @@ def pack_values(
         if share is not None and workspace is not None and phases == ENCODE:
             share.largest_words(workspace)
         kernel(
-            (chunks * shape.heads, 1, 1), shape.head_dim, source_of(x),
+            (chunks * shape.heads, 1, 1), shape.head_dim, source_of(x, places),
             *(ctypes.c_void_p(t.data_ptr()) for t in (
                 target.codes, target.status, zero_out, scale_out,
             )),
@@ -284,6 +300,7 @@ def pack(
     zero_out: torch.Tensor,
     scale_out: torch.Tensor,
     share: HeadShare | None = None,
+    places: torch.Tensor | None = None,
 ) -> None:
     """Quantizes and packs key and value blocks.
 
@@ -297,9 +314,11 @@ def pack(
         zero_out: Of :func:`pack_values`.
         scale_out: Of :func:`pack_values`.
         share: Of :func:`pack_values`.
+        places: As of :func:`pack_keys`.
     """
+    of_values, ranges = tables[1], (zero_out, scale_out)
     side_by_side(
         keys,
-        lambda: pack_keys(shape, keys, tables[0], key_target),
-        lambda: pack_values(shape, values, tables[1], value_target, zero_out, scale_out, share),
+        lambda: pack_keys(shape, keys, tables[0], key_target, places),
+        lambda: pack_values(shape, values, of_values, value_target, *ranges, share, places),
     )

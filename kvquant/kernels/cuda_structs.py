@@ -34,8 +34,8 @@ class PackSource(ctypes.Structure):
     """Blocks that a packing kernel reads (`cuda/pack_params.cuh`)."""
 
     _fields_ = [
-        *_pointers("x"),
-        *((name, ctypes.c_longlong) for name in ("block_stride", "head_stride", "token_stride")),
+        *_pointers("x", "places"),
+        *((name, ctypes.c_longlong) for name in ("sequence_stride", "head_stride", "token_stride")),
     ]
 
 

@@ -56,10 +56,10 @@ class PackTarget:
         self.count.copy_(outliers.count)
         self.cursor.add_(outliers.count.sum(dtype=torch.int32))
 
-    def check(self, x: torch.Tensor, bits: int) -> None:
+    def check(self, shape: tuple[int, ...], dtype: torch.dtype, bits: int) -> None:
         """Asserts that blocks `[blocks, num_heads, block_size, head_dim]` fit."""
-        blocks, heads, size, dim = x.shape
+        blocks, heads, size, dim = shape
         assert self.codes.shape == (blocks, heads, size * packed_bytes(dim, bits))
         for t in (self.codes, self.begin, self.count):
             assert t is None or t.is_contiguous()
-        assert self.values is None or self.values.dtype == x.dtype
+        assert self.values is None or self.values.dtype == dtype

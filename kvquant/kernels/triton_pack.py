@@ -306,7 +306,7 @@ def pack_keys(
         bits: 2, 3 or 4.
         target: Where to; no outliers are kept apart if it has no `values`.
     """
-    target.check(x, bits)
+    target.check(x.shape, x.dtype, bits)
     blocks, heads, size, dim = x.shape
     _pack_keys[(heads, blocks)](
         x, zero, inverse, midpoints, target.codes, *_slab(target), *x.stride()[:3],
@@ -335,7 +335,7 @@ def pack_values(
         zero_out: 16-bit `[blocks, block_size]`, contiguous.
         scale_out: The same.
     """
-    target.check(x, bits)
+    target.check(x.shape, x.dtype, bits)
     assert zero_out.is_contiguous() and scale_out.is_contiguous()
     blocks, heads, size, dim = x.shape
     h, lane, folds = _power_of_two(heads), _power_of_two(dim // 8), 0

@@ -127,13 +127,16 @@ class AllocatedQuantizer:
 
     def kernels(self, like: torch.Tensor) -> bool:
         """Tells whether kernels pack blocks `[blocks, heads, size, head_dim]` like this one."""
-        return select("pack", self._shape(like), like.device).backend == "cuda"
+        return self._by_kernels(like, like.shape[2])
 
-    def _shape(self, like: torch.Tensor) -> CacheShape:
-        """The properties of blocks that decide which backend packs them."""
-        key = (like.shape[1:], like.dtype)
+    def _by_kernels(self, like: torch.Tensor, size: int) -> bool:
+        return select("pack", self._shape(like, size), like.device).backend == "cuda"
+
+    def _shape(self, like: torch.Tensor, size: int) -> CacheShape:
+        """The properties of blocks of `size` tokens that decide which backend packs them."""
+        _, heads, _, dim = like.shape
+        key = (heads, size, dim, like.dtype)
         if key not in self._shapes:
-            _, heads, size, dim = like.shape
             self._shapes[key] = CacheShape(
                 head_dim=dim,
                 kv_heads=heads,
@@ -155,25 +158,29 @@ class AllocatedQuantizer:
         value_target: PackTarget,
         zero_out: torch.Tensor,
         scale_out: torch.Tensor,
+        places: torch.Tensor | None = None,
     ) -> bool:
         """Packs keys and values into memory that is already there, without a host sync.
 
         Args:
-            keys: fp16/bf16 `[blocks, num_heads, block_size, head_dim]`.
+            keys: fp16/bf16 `[sequences, num_heads, tokens, head_dim]`.
             values: The same shape.
             key_target: Where keys go; `codes` are `[blocks, bytes]`.
             value_target: Where values go, without outliers.
             zero_out: 16-bit `[blocks, block_size]`, or `[blocks, num_heads, block_size]`.
             scale_out: The same.
+            places: int32 `[blocks, 2]`, sequence and first token of each block; None: each sequence
+                is one block.
 
         Returns:
             False, with nothing written, where PyTorch was selected.
         """
-        if not self.kernels(keys):
+        size = zero_out.shape[-1]
+        if not self._by_kernels(keys, size):
             return False
         cuda_pack_allocated.pack(
-            self._shape(keys).allocated_pack_shape, keys, self._rotated(values), self._tables,
-            key_target, value_target, zero_out, scale_out, self.share,
+            self._shape(keys, size).allocated_pack_shape, keys, self._rotated(values),
+            self._tables, key_target, value_target, zero_out, scale_out, self.share, places,
         )  # fmt: skip
         return True
 

@@ -19,6 +19,7 @@ from kvquant.formats.packing import pack, packed_bytes, unpack
 from kvquant.kernels import cuda_pack
 from kvquant.kernels import pytorch_fused as fused
 from kvquant.kernels.backends import Backend, select
+from kvquant.kernels.block_places import gathered
 from kvquant.kernels.cache_shape import CacheShape, input_layout
 from kvquant.kernels.pack_target import PackTarget
 from kvquant.kernels.shared_outliers import split_shared_outliers
@@ -212,37 +213,42 @@ class BatchedKVQuantizer:
         value_target: PackTarget,
         zero_out: torch.Tensor,
         scale_out: torch.Tensor,
+        places: torch.Tensor | None = None,
     ) -> bool:
         """Packs keys and values into memory that is already there, without a host sync.
 
         Args:
-            keys: fp16/bf16 `[blocks, num_heads, block_size, head_dim]`.
+            keys: fp16/bf16 `[sequences, num_heads, tokens, head_dim]`.
             values: The same shape.
             key_target: Where keys go.
             value_target: Where values go.
             zero_out: 16-bit `[blocks, block_size]`.
             scale_out: The same.
+            places: int32 `[blocks, 2]`, sequence and first token of each block; None: each sequence
+                is one block.
 
         Returns:
             False, with nothing written, where PyTorch was selected.
         """
-        shape = self._shape(keys, values)
+        size = zero_out.shape[-1]
+        shape = self._shape(keys, values, size)
         backend = select("pack", shape, keys.device).backend
         if backend == "cuda":
             table = self._key_table(keys.dtype)
             if self.share is not None:
-                cuda_pack.pack_keys(shape.pack_shape, keys, table, key_target)
-                self._put_values(values, value_target, zero_out, scale_out)
+                cuda_pack.pack_keys(shape.pack_shape, keys, table, key_target, places)
+                self._put_values(gathered(values, places, size), value_target, zero_out, scale_out)
                 return True
             cuda_pack.pack(
                 shape.pack_shape, keys, values, table, self._value_midpoints, key_target,
-                value_target, zero_out, scale_out,
+                value_target, zero_out, scale_out, places,
             )  # fmt: skip
             return True
         if backend != "triton":
             return False
         from kvquant.kernels import triton_pack as kernels
 
+        keys, values = (gathered(x, places, size) for x in (keys, values))
         kernels.pack_keys(
             keys, self.tables.key_zero, self._inverse, self._key_midpoints, self.bits, key_target
         )
@@ -267,13 +273,13 @@ class BatchedKVQuantizer:
 
     def backend(self, keys: torch.Tensor, values: torch.Tensor) -> Backend | None:
         """The backend that packs these blocks; None if they are refused by each."""
-        return select("pack", self._shape(keys, values), keys.device).backend
+        return select("pack", self._shape(keys, values, keys.shape[2]), keys.device).backend
 
-    def _shape(self, keys: torch.Tensor, values: torch.Tensor) -> CacheShape:
-        """The properties of blocks that decide which backend packs them."""
-        key = (keys.shape[1:], keys.dtype, input_layout(keys, values))
+    def _shape(self, keys: torch.Tensor, values: torch.Tensor, size: int) -> CacheShape:
+        """The properties of blocks of `size` tokens that decide which backend packs them."""
+        _, heads, _, dim = keys.shape
+        key = (heads, size, dim, keys.dtype, input_layout(keys, values))
         if key not in self._shapes:
-            _, heads, size, dim = keys.shape
             self._shapes[key] = CacheShape(
                 head_dim=dim,
                 kv_heads=heads,
@@ -283,7 +289,7 @@ class BatchedKVQuantizer:
                 bits=self.bits,
                 block_size=size,
                 outliers=self.outliers,
-                input_layout=key[2],
+                input_layout=key[-1],
             )
         return self._shapes[key]
 

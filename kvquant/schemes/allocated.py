@@ -129,7 +129,12 @@ class AllocatedCodec(Codec):
         return Packed(dense, sparse, reserved=True)
 
     def pack_into(
-        self, room: Packed, keys: torch.Tensor, values: torch.Tensor, status: torch.Tensor
+        self,
+        room: Packed,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        status: torch.Tensor,
+        places: torch.Tensor | None = None,
     ) -> None:
         """See :meth:`Codec.pack_into`."""
         dense, slab = room.dense, room.sparse.get("keys")
@@ -140,8 +145,9 @@ class AllocatedCodec(Codec):
                 values=slab.values, cursor=slab.cursor,
             )  # fmt: skip
         done = self.quantizer.kernel_pack_into(
-            keys, values, target, PackTarget(dense["values"], status), dense["zero"], dense["scale"]
-        )
+            keys, values, target, PackTarget(dense["values"], status),
+            dense["zero"], dense["scale"], places,
+        )  # fmt: skip
         if not done:
             raise RuntimeError("KVQUANT_KERNELS: changed while a cache was in use")
 

@@ -114,7 +114,12 @@ class NuqCodec(Codec):
         return Packed(dense, sparse, reserved=True)
 
     def pack_into(
-        self, room: Packed, keys: torch.Tensor, values: torch.Tensor, status: torch.Tensor
+        self,
+        room: Packed,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        status: torch.Tensor,
+        places: torch.Tensor | None = None,
     ) -> None:
         """See :meth:`Codec.pack_into`."""
 
@@ -127,8 +132,9 @@ class NuqCodec(Codec):
             )
 
         done = self.quantizer.kernel_pack_into(
-            keys, values, target("keys"), target("values"), room.dense["zero"], room.dense["scale"]
-        )
+            keys, values, target("keys"), target("values"), room.dense["zero"], room.dense["scale"],
+            places,
+        )  # fmt: skip
         if not done:
             raise RuntimeError("KVQUANT_KERNELS: changed while a cache was in use")
 

@@ -18,6 +18,7 @@ from kvquant.cache.layout import Layout
 from kvquant.cache.reclaim import MAX_DEAD, MAX_ROOM
 from kvquant.errors import UserError
 from kvquant.formats.blocked_sparse import SparseSlab, check_entries
+from kvquant.kernels.block_places import gathered
 from kvquant.schemes.nuq import NuqCodec
 from kvquant.study.schemes import KiviScheme, NuqScheme
 from tests.support.caches import contents, quantized
@@ -43,9 +44,14 @@ class ReservedCodec(NuqCodec):
         return Packed(dense, sparse, reserved=True)
 
     def pack_into(
-        self, room: Packed, keys: torch.Tensor, values: torch.Tensor, status: torch.Tensor
+        self,
+        room: Packed,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        status: torch.Tensor,
+        places: torch.Tensor | None = None,
     ) -> None:
-        packed = self.pack(keys, values)
+        packed = self.pack(*(gathered(x, places, self.block_size) for x in (keys, values)))
         for name, t in packed.dense.items():
             room.dense[name].copy_(t)
         for name, slab in packed.sparse.items():

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from kvquant.kernels.block_places import gathered
 from kvquant.kernels.cuda_build import compile_cubin
 from kvquant.kernels.cuda_pack import PackShape, tokens_per_block
 from kvquant.quantization.batched_quant import BatchedKVQuantizer
 from tests.kernels.emulate import emulate
-from tests.support.packing import check_packed, check_shared_arena
+from tests.support.packing import check_packed, check_shared_arena, pack_at
 from tests.support.quantizers import random_quantizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -189,3 +190,22 @@ def test_a_program_takes_several_tokens_only_where_there_are_many() -> None:
     assert tokens_per_block(64, 132, 128) == 1
     assert tokens_per_block(16384, 132, 128) >= 1
     assert np.all(np.diff([tokens_per_block(n, 132, 128) for n in range(64, 10**6, 9999)]) >= 0)
+
+
+@pytest.mark.parametrize("outliers", [0.0, 0.02])
+def test_blocks_are_read_where_they_lie(outliers: float) -> None:
+    """Blocks of several sequences, from any column, give what the same blocks give side by side."""
+    quantizer = make(3, 64, 3, outliers)
+    x = torch.randn(2, 2, 90, 3, 64, generator=torch.Generator().manual_seed(3)).half()
+    keys, values = x.to(DEVICE).transpose(2, 3)
+    where = [[1, 7], [0, 1], [1, 39], [0, 58]]
+    places = torch.tensor(where, dtype=torch.int32, device=DEVICE)
+    found, expected = (
+        pack_at(quantizer, *blocks)
+        for blocks in (
+            (keys, values, places),
+            (*(gathered(t, places, 32).contiguous() for t in (keys, values)), None),
+        )
+    )
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)

@@ -419,3 +419,32 @@ def test_a_swapped_field_is_refused() -> None:
     header = cuda_header(SHAPE.constants(), (PackSource, PackTarget, swapped))
     with pytest.raises(KernelUnavailable, match="not as in Python's PackTables"):
         compile_cubin("pack_allocated.cu", header, "sm_80")
+
+
+@pytest.mark.parametrize("value_range", ["token", "token-head"])
+def test_blocks_are_read_where_they_lie(value_range: Any) -> None:
+    """A ragged batch in one call holds what each of its sequences holds alone."""
+    layer = random_allocated(2, 64, seed=5)
+    x = torch.randn(2, 3, 300, 2, 64, generator=torch.Generator().manual_seed(3)).half()
+    keys, values = x.to(DEVICE).transpose(2, 3)
+    spans = [slice(0, 300), slice(171, 300), slice(3, 140)]
+
+    def stored(rows: list[int]) -> list[list[torch.Tensor]]:
+        codec = codec_of(layer, 0.02, value_range=value_range)
+        codec.widen(50.0)
+        store, layout = BlockStore(codec), Layout(codec.sinks, 64, 0)
+        store.append(layout.append([spans[b] for b in rows]), keys[rows], values[rows])
+        return [
+            [part for arena, at in table for part in store.unpack(arena, slice(at, at + 1))]
+            for table in layout.table
+        ]
+
+    with kernels():
+        together = stored([0, 1, 2])
+        for b, mine in enumerate(together):
+            (alone,) = stored([b])
+            assert len(mine) == len(alone) > 0
+            assert all(map(torch.equal, mine, alone))
+    with pytorch():
+        for mine, theirs in zip(together, stored([0, 1, 2]), strict=True):
+            assert all(map(torch.equal, mine, theirs))

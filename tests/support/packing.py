@@ -101,3 +101,45 @@ def check_shared_arena(quantizer: BatchedKVQuantizer, size: int, slots: int) -> 
         assert index.unique().numel() == index.numel()
         if not int(t.status[0]):
             assert same_outliers(slab, expected)
+
+
+def pack_at(
+    quantizer: BatchedKVQuantizer,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    places: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """Packs four blocks of 32 tokens by kernels.
+
+    Returns:
+        Codes, zeros and scales, then positions and values of outliers as sorted pairs.
+    """
+    _, heads, _, dim = keys.shape
+    device, slots = keys.device, 4 * heads * 32 * dim
+    room = (4, heads, 32 * dim * quantizer.bits // 8)
+
+    def target() -> PackTarget:
+        return PackTarget(
+            torch.zeros(
+                (4, heads, 32 * dim * quantizer.bits // 8), dtype=torch.uint8, device=device
+            ),
+            torch.zeros(2, dtype=torch.int32, device=device),
+            torch.zeros((4, heads), dtype=torch.int32, device=device),
+            torch.zeros((4, heads), dtype=torch.int16, device=device),
+            torch.zeros(slots, dtype=torch.int16, device=device),
+            torch.zeros(slots, dtype=keys.dtype, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
+        )
+
+    both = target(), target()
+    ranges = torch.zeros((2, 4, 32), dtype=keys.dtype, device=device)
+    assert quantizer.kernel_pack_into(keys, values, *both, ranges[0], ranges[1], places)
+    found = [*(t.codes for t in both), ranges]
+    for t in both:
+        assert t.begin is not None and t.count is not None
+        assert t.positions is not None and t.values is not None
+        slab = SparseSlab(t.begin, t.count, t.positions, t.values, (4, heads, 32, dim))
+        index, kept = slab.coordinates()
+        order = index.argsort()
+        found += [t.count, index[order], kept[order]]
+    return found

@@ -67,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const int tid = threadIdx.x, list = blockIdx.x, lane_idx = tid & 31, warp_idx = tid >> 5;
   const int kv_head_idx = list % NUM_KV_HEADS, block_idx = list / NUM_KV_HEADS;
   const int g = lane_idx >> 2, t = lane_idx & 3, octet = tid % OCTETS, u = tid / OCTETS;
-  const u16* x = source.x + block_idx * source.block_stride + kv_head_idx * source.head_stride;
+  const u16* x = block_start(source, block_idx) + kv_head_idx * source.head_stride;
   u32 marks[CHUNKS][TILES_PER_WARP];
   bool bad = false;
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {

@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const float factor = __ldg(tables.inverses + kv_head_idx);
   u32* ends = RANGE_PER_HEAD ? ends_smem : workspace + TICKET_WORDS + (i64)chunk_idx * CHUNK_WORDS;
   Piece piece;
-  piece.load(source.x + block_idx * source.block_stride + kv_head_idx * source.head_stride +
+  piece.load(block_start(source, block_idx) + kv_head_idx * source.head_stride +
                  (chunk * CHUNK + u) * source.token_stride + 8 * octet,
              source.token_stride);
   if (phases & FIND_ENDS) {

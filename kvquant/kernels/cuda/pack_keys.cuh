@@ -82,8 +82,7 @@ extern "C" __global__ void __launch_bounds__(KEY_THREADS, MIN_KEY_BLOCKS_PER_SM)
   const int tid = threadIdx.x, list = blockIdx.x;
   const int kv_head_idx = list % NUM_KV_HEADS, block_idx = list / NUM_KV_HEADS;
   const int pair = tid % THREADS_PER_ROW, first_row = tid / THREADS_PER_ROW;
-  const u16* x =
-      source.x + block_idx * source.block_stride + kv_head_idx * source.head_stride + 2 * pair;
+  const u16* x = block_start(source, block_idx) + kv_head_idx * source.head_stride + 2 * pair;
   KeyRows rows;
   rows.load(x, first_row, source.token_stride);
   CodeBits codes[ROWS_PER_THREAD];

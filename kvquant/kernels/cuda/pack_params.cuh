@@ -4,12 +4,21 @@
 
 #include "types.cuh"
 
-// Blocks [blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM]; strides in elements.
+// Tokens [sequences, NUM_KV_HEADS, tokens, HEAD_DIM]; strides in elements.
 struct PackSource {
   const u16* x;
-  i64 block_stride, head_stride, token_stride;
+  const int* places;  // [blocks, 2] sequence and first token; null: a sequence is a block
+  i64 sequence_stride, head_stride, token_stride;
 };
 template struct PackSourceLayout<PackSource>;
+
+// The first token of a block in the first kv head.
+__device__ __forceinline__ const u16* block_start(const PackSource& source, int block_idx) {
+  if (source.places == nullptr) return source.x + block_idx * source.sequence_stride;
+  const int sequence_idx = __ldg(source.places + 2 * block_idx),
+            token_idx = __ldg(source.places + 2 * block_idx + 1);
+  return source.x + sequence_idx * source.sequence_stride + token_idx * source.token_stride;
+}
 
 // Where codes and outliers go.
 struct PackTarget {

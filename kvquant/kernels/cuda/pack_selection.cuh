@@ -21,13 +21,18 @@ __device__ __forceinline__ int channel_of(int key) {
   return NUM_CHANNELS - 1 - ((key & 0xFFFF) >> 1);
 }
 
+// A token, counted over all blocks, in the first kv head.
+__device__ __forceinline__ const u16* token_start(const PackSource& source, int token_idx) {
+  return block_start(source, token_idx / BLOCK_SIZE) +
+         (i64)(token_idx % BLOCK_SIZE) * source.token_stride;
+}
+
 // What a thread has of a token: its units' pairs of channels.
 struct TokenRow {
   u32 w[UNITS_PER_THREAD][8];
 
   __device__ __forceinline__ void load(const PackSource& source, int token_idx) {
-    const u16* x = source.x + (i64)(token_idx / BLOCK_SIZE) * source.block_stride +
-                   (i64)(token_idx % BLOCK_SIZE) * source.token_stride;
+    const u16* x = token_start(source, token_idx);
 #pragma unroll
     for (int u = 0; u < UNITS_PER_THREAD; ++u) {
       int unit = threadIdx.x + u * VALUE_THREADS;

@@ -120,8 +120,7 @@ extern "C" __global__ void __launch_bounds__(VALUE_THREADS, MIN_VALUE_BLOCKS_PER
     offer_extremes(row, smem, status);
     __syncthreads();
     if constexpr (OUTLIERS_PER_SIDE > 0) {
-      const u16* x = source.x + (i64)(token_idx / BLOCK_SIZE) * source.block_stride +
-                     (i64)(token_idx % BLOCK_SIZE) * source.token_stride;
+      const u16* x = token_start(source, token_idx);
       select_outliers(row, x, source, smem, token_outliers + (i64)token_idx * OUTLIERS_PER_TOKEN);
     } else {
       find_ends(smem);
