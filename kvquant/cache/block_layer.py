@@ -119,7 +119,7 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
             return full(new.queries, *both)
         heads = new.keys.shape[1]
         attention = BlockwiseAttention(
-            new.queries, plan.query_positions, heads, scaling, self.soft_cap
+            new.queries, plan.query_positions, heads, scaling, self.soft_cap, new.sink_logits
         )
         for piece in pieces.cut():
             attention.add(*self._read(plan, piece, new.rotates), piece.positions)
