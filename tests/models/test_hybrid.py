@@ -6,6 +6,7 @@ Also covers: models.layer_kinds, models.rotary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -411,14 +412,17 @@ def test_caches_that_do_not_know_a_kind_of_layer_are_refused() -> None:
         step(capped, cache, ids(1, 9))
 
 
-def test_no_kernel_attends_where_scores_are_capped() -> None:
+def test_kernels_know_the_cap() -> None:
+    """That they follow it is tested where they are."""
     model = tiny("gemma2")
     cache = quantized(model, EXACT).new_cache()
     step(model, cache, ids(1, 40))
     shape = cache._planner._stored_shape()
     assert shape is not None and shape.soft_cap == 0.2
+    assert shape.decode_shape.soft_cap == 0.2
     for limits in (cuda_decode, triton_past):
-        assert any("the model caps its scores at 0.2" in reason for reason in limits(shape))
+        of_cap = set(limits(shape)) - set(limits(replace(shape, soft_cap=None)))
+        assert not of_cap
 
 
 def test_rotary_tables_by_type_of_layer() -> None:
