@@ -58,18 +58,26 @@ class NewTokens:
         values: The same shape.
         rope: Rotary table, `[1 or batch_size, new_len, head_dim]` each; None in a layer without
             RoPE.
+        sink_logits: `[num_heads]`, the learned logits of the layer's attention sinks; None: it has
+            none.
 
     Attributes:
         queries: After RoPE.
     """
 
     def __init__(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rope: Table | None
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rope: Table | None,
+        sink_logits: torch.Tensor | None = None,
     ) -> None:
         # Some families have fp32 tables, which would give fp32 queries beside 16-bit values.
         self.queries = queries if rope is None else rotate(queries, *rope).to(queries.dtype)
         self.keys = keys
         self.values = values
+        self.sink_logits = sink_logits
         self._rope = rope
 
     @functools.cached_property
@@ -254,6 +262,7 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
         rope: Table,
         scaling: float,
         full: FullAttention,
+        sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Computes the attention of one layer in the current call and stores its new tokens.
 
@@ -265,6 +274,7 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
             rope: The model's rotary table, `[1 or batch_size, new_len, head_dim]` each.
             scaling: Factor of the scores.
             full: See :meth:`AttendingLayer.attend`.
+            sink_logits: See :class:`NewTokens`.
 
         Returns:
             `[batch_size, new_len, num_heads, head_dim]`.
@@ -278,7 +288,8 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
             plan = self.meet(plan, queries, keys, rope)
             self.calls.meet(plan)
         table = None if layer in self.unrotated else own.table(plan) or rope
-        out = own.attend(plan, NewTokens(queries, keys, values, table), scaling, full)
+        new = NewTokens(queries, keys, values, table, sink_logits)
+        out = own.attend(plan, new, scaling, full)
         if self.calls.leave(layer):
             self.end_forward()
         return out

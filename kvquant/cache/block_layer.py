@@ -29,8 +29,8 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
         codec: The codec that packs and unpacks blocks.
         extent: See :class:`AttendingLayer`.
         clock: See :class:`AttendingLayer`.
-        soft_cap: Bound of the scores, which PyTorch applies alone, as kernels refuse it; None:
-            there is none.
+        soft_cap: Bound of the scores, by which the hyperbolic tangent squeezes them; None: there is
+            none.
     """
 
     is_croppable = True
@@ -84,7 +84,7 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
         store.write_token(new.keys, new.values, step.places)
         out = decode_attention(
             step.shape, queries[:, :, 0].to(store.tail[0].dtype), store.sinks, store.tail, arenas,
-            step.step, tables, scaling,
+            step.step, tables, scaling, new.sink_logits,
         )  # fmt: skip
         store.pack_full(plan.append)
         return out.to(queries.dtype).unsqueeze(1)
@@ -102,7 +102,8 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
             return self._pieces(plan, packed.pieces, new, scaling, full)
         own = None if plan.simulated else (new.rotated_keys, new.values, plan.token_positions)
         past = packed.past if new.rotates else packed.past.unrotated
-        return past.attend(self.store, new.queries, plan.query_positions, scaling, own)
+        given = new.queries, plan.query_positions, scaling, own
+        return past.attend(self.store, *given, sink_logits=new.sink_logits)
 
     def _pieces(
         self,
@@ -119,7 +120,7 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
             return full(new.queries, *both)
         heads = new.keys.shape[1]
         attention = BlockwiseAttention(
-            new.queries, plan.query_positions, heads, scaling, self.soft_cap
+            new.queries, plan.query_positions, heads, scaling, self.soft_cap, new.sink_logits
         )
         for piece in pieces.cut():
             attention.add(*self._read(plan, piece, new.rotates), piece.positions)

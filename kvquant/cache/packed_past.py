@@ -116,6 +116,7 @@ class Past:
         positions: torch.Tensor,
         scaling: float,
         own: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
+        sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Computes the attention of a layer's queries.
 
@@ -127,6 +128,8 @@ class Past:
             own: Rotated keys, values and positions of the call's tokens, which attend to each other
                 in full precision under protocol A; None under protocol B. The positions are None
                 where all columns are tokens.
+            sink_logits: `[num_heads]`, a logit of each query head that takes its share of the
+                softmax and has no value; None: there is none.
 
         Returns:
             `[batch_size, q_len, num_heads, head_dim]`.
@@ -137,8 +140,9 @@ class Past:
         heads = store.tail[0].shape[1]
         parts, places = self._parts()
         attention = RunningAttention(
-            queries, positions, heads, scaling, parts + (own is not None), places
-        )
+            queries, positions, heads, scaling, parts + (own is not None), places,
+            soft_cap=self.shape.soft_cap, sink_logits=sink_logits,
+        )  # fmt: skip
         order = store.codec.key_order
         for part, data in self._expanded(store, queries.dtype):
             attention.add_past(

@@ -63,11 +63,10 @@ class WindowLayer(AttendingLayer[Plan]):
             self._append(plan, windows, keys, values)
             assert self.ring is not None
             held_keys, held_values = (x[:, :, : windows.step_columns] for x in self.ring)
-            out = masked_attention(
-                new.queries, held_keys, held_values, windows.step_mask, scaling, self.soft_cap
-            )
+            held = held_keys, held_values, windows.step_mask
+            out = masked_attention(new.queries, *held, scaling, self.soft_cap, new.sink_logits)
         else:
-            out = self._chunk(windows, new.queries, keys, values, scaling)
+            out = self._chunk(windows, new, keys, values, scaling)
             self._append(plan, windows, keys, values)
         return out
 
@@ -78,7 +77,7 @@ class WindowLayer(AttendingLayer[Plan]):
     def _chunk(
         self,
         windows: WindowPlan,
-        queries: torch.Tensor,
+        new: NewTokens,
         keys: torch.Tensor,
         values: torch.Tensor,
         scaling: float,
@@ -90,8 +89,8 @@ class WindowLayer(AttendingLayer[Plan]):
             if part.held and self.ring is not None:
                 held_k, held_v = (x[:, :, : part.held].to(keys.dtype) for x in self.ring)
                 k, v = torch.cat((held_k, k), 2), torch.cat((held_v, v), 2)
-            rows = queries[:, :, part.queries]
-            found.append(masked_attention(rows, k, v, part.mask, scaling, self.soft_cap))
+            given = new.queries[:, :, part.queries], k, v, part.mask
+            found.append(masked_attention(*given, scaling, self.soft_cap, new.sink_logits))
         return torch.cat(found, 1) if len(found) > 1 else found[0]
 
     @torch.inference_mode()  # buffers are inference tensors, whatever mode the caller is in

@@ -25,6 +25,8 @@ class BlockwiseAttention:
         scaling: Factor of the scores.
         soft_cap: Bound of the scores (:func:`~kvquant.kernels.masked_attention.soft_capped`); None:
             there is none.
+        sink_logits: `[num_heads]`, a logit of each query head that takes its share of the softmax
+            and has no value; None: there is none.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class BlockwiseAttention:
         num_kv_heads: int,
         scaling: float,
         soft_cap: float | None = None,
+        sink_logits: torch.Tensor | None = None,
     ) -> None:
         self._soft_cap = soft_cap
         batch, heads, length, dim = queries.shape
@@ -45,8 +48,13 @@ class BlockwiseAttention:
         self._queries = grouped.reshape(batch, num_kv_heads, self._group * length, dim)
         self._positions = positions
         rows = self._queries.shape[:3]
-        self._maximum = queries.new_full(rows, -math.inf, dtype=torch.float32)
-        self._sum = queries.new_zeros(rows, dtype=torch.float32)
+        if sink_logits is None:
+            self._maximum = queries.new_full(rows, -math.inf, dtype=torch.float32)
+            self._sum = queries.new_zeros(rows, dtype=torch.float32)
+        else:  # what a row has seen before the first piece
+            by_row = sink_logits.float().view(num_kv_heads, -1).repeat_interleave(length, 1)
+            self._maximum = by_row.expand(rows)
+            self._sum = queries.new_ones(rows, dtype=torch.float32)
         self._output = torch.zeros_like(self._queries)
 
     def add(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor | None) -> None:

@@ -109,6 +109,7 @@ class CacheShape:
             self.outliers or 0.01,
             allocated=self.codebook == "allocated",
             range_per_head=self.range_per_head,
+            soft_cap=self.soft_cap,
         )
 
     @property

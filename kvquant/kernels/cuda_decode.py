@@ -41,6 +41,8 @@ class DecodeShape:
             are staged in shared memory.
         allocated: Whether the codes are of the scheme kind `allocated`; else of `nuq`.
         range_per_head: Whether each head of a token's values has a range of its own.
+        soft_cap: Bound of the scores, by which the hyperbolic tangent squeezes them; None: there is
+            none. Kernels are compiled for having one, not for its value.
     """
 
     bits: int
@@ -52,6 +54,7 @@ class DecodeShape:
     fraction: float = 0.01
     allocated: bool = False
     range_per_head: bool = False
+    soft_cap: float | None = None
 
     @property
     def chunk(self) -> int:
@@ -133,6 +136,7 @@ class DecodeShape:
             "HAS_OUTLIERS": self.outliers,
             "HAS_VALUE_OUTLIERS": self.outliers and not self.allocated,
             "VALUE_RANGE_PER_HEAD": self.range_per_head,
+            "SOFT_CAP": self.soft_cap is not None,
             "NUM_WARPS": self.warps,
             "MIN_BLOCKS_PER_SM": BLOCKS_PER_SM,
             "KEY_TILES": KEY_TILES,
@@ -157,10 +161,11 @@ def shared_memory(device: int) -> int:
 
 
 @functools.cache
-def functions(shape: DecodeShape, device: int) -> tuple[Function, Function]:
-    """The kernels `decode` and `combine`, compiled for a GPU."""
+def functions(shape: DecodeShape, device: int) -> tuple[Function, Function, Function]:
+    """The kernels `decode`, `combine` and `combine_with_sinks`, compiled for a GPU."""
     module = load(shape.source, shape.header(shared_memory(device)), device)
-    return module.function("decode", module.number("smem_bytes")), module.function("combine")
+    decode = module.function("decode", module.number("smem_bytes"))
+    return decode, module.function("combine"), module.function("combine_with_sinks")
 
 
 def plan_splits(
@@ -225,6 +230,7 @@ def decode_attention(
     step: DecodeStep,
     tables: HeadTables,
     scaling: float,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Computes the attention of one query per sequence over all its tokens.
 
@@ -237,6 +243,8 @@ def decode_attention(
         step: Where the tokens are.
         tables: The layer's calibration.
         scaling: Factor of the scores.
+        sink_logits: `[num_heads]`, a logit of each query head that takes its share of the softmax
+            and has no value; None: there is none.
 
     Returns:
         `[batch_size, num_heads, head_dim]` in the dtype of the query.
@@ -245,7 +253,7 @@ def decode_attention(
     heads = tail[0].shape[1]
     device = query.device
     index = index_of(query)
-    kernel, combine = functions(shape, index)
+    kernel, combine, combine_with_sinks = functions(shape, index)
     per_block = shape.block_size // shape.chunk
     most = shape.split(shared_memory(index))
     each, splits = plan_splits(
@@ -256,6 +264,7 @@ def decode_attention(
     states = batch * query_heads * splits
     partial_out = torch.empty(states * dim, dtype=torch.float32, device=device)
     partial_state = torch.empty(states * 2, dtype=torch.float32, device=device)
+    cap = shape.soft_cap or 1.0  # which a kernel without a cap does not read
     params = DecodeParams(
         query.data_ptr(), sinks[0].data_ptr(), sinks[1].data_ptr(), tail[0].data_ptr(),
         tail[1].data_ptr(), arenas.data_ptr(), step.table.data_ptr(), step.lengths.data_ptr(),
@@ -263,14 +272,20 @@ def decode_attention(
         step.rope.phases.data_ptr(), step.rope.thetas.data_ptr(),
         partial_out.data_ptr(), partial_state.data_ptr(), heads, step.table.stride(0),
         sinks[0].shape[2], tail[0].shape[2], each, scaling * math.log2(math.e),
+        cap * math.log2(math.e), 2 / cap,
     )  # fmt: skip
     kernel((heads, batch, splits), shape.warps * 32, params)
-    combine(
-        (batch * query_heads, 1, 1),
-        COMBINE_THREADS,
+    grid = (batch * query_heads, 1, 1)
+    parts = (
         ctypes.c_void_p(partial_out.data_ptr()),
         ctypes.c_void_p(partial_state.data_ptr()),
         ctypes.c_void_p(out.data_ptr()),
         ctypes.c_int(splits),
     )
+    if sink_logits is None:
+        combine(grid, COMBINE_THREADS, *parts)
+        return out
+    logits = sink_logits.to(query.dtype).contiguous()
+    sinks_of = ctypes.c_void_p(logits.data_ptr()), ctypes.c_int(query_heads)
+    combine_with_sinks(grid, COMBINE_THREADS, *parts, *sinks_of)
     return out

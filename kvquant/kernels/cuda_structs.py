@@ -26,7 +26,7 @@ class DecodeParams(ctypes.Structure):
             "num_kv_heads", "block_table_stride", "sink_capacity", "tail_capacity",
             "chunks_per_split",
         )),
-        ("score_scale", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("score_scale", "score_bound", "score_steepness")),
     ]  # fmt: skip
 
 

@@ -116,15 +116,6 @@ def _readable_blocks(shape: CacheShape) -> Iterator[str]:
         )
 
 
-def _soft_cap(shape: CacheShape) -> Iterator[str]:
-    """The reason against kernels that attend, none of which caps scores."""
-    if shape.soft_cap is not None:
-        yield (
-            f"soft_cap: the model caps its scores at {shape.soft_cap:g} (attn_logit_softcapping), "
-            "which this kernel does not; accept PyTorch, or use a model without"
-        )
-
-
 def cuda_pack(shape: CacheShape) -> Iterator[str]:
     """The reasons why the CUDA kernels do not pack blocks of this shape."""
     if shape.codebook == "allocated":
@@ -230,7 +221,6 @@ def cuda_decode(shape: CacheShape) -> Iterator[str]:
             "have factors that differ by channel, and the tables of the kernel do not; use a model "
             "without dynamic rope scaling, layers without RoPE, or partial scaled RoPE"
         )
-    yield from _soft_cap(shape)
     yield from _readable_blocks(shape)
 
 
@@ -246,7 +236,6 @@ def triton_past(shape: CacheShape) -> Iterator[str]:
             f"query_dtype: {_name(shape.query_dtype or shape.dtype)} is not the cache's "
             f"{_name(shape.dtype)}; load the model in one dtype"
         )
-    yield from _soft_cap(shape)
     yield from _readable_blocks(shape)
 
 

@@ -186,20 +186,30 @@ class AttentionAdapter:
                 rows = slice(sum(sizes[:number]), sum(sizes[: number + 1]))
         return Part(last, rows, module.head_dim, heads_first, number < 2, family.interleaved)
 
+    def width(self, table: Table) -> int:
+        """Returns the number of channels per head that a rotary table of the model's rotates.
+
+        Args:
+            table: Cosine and sine, `[..., width]` each, or half of it (:class:`ModelFamily`).
+        """
+        return table[0].shape[-1] * (2 if self.family.half_table else 1)
+
     def table(self, table: Table, head_dim: int) -> Table:
         """Returns a rotary table of the model's as caches know it.
 
         Args:
-            table: Cosine and sine, `[1 or batch_size, seq_len, width]` each.
+            table: Cosine and sine, `[1 or batch_size, seq_len, width]` each, or half of the width.
             head_dim: Number of channels per head.
 
         Returns:
             `[1 or batch_size, seq_len, head_dim]` each.
         """
         cos, sin = table
+        if self.family.half_table:
+            cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
         width = cos.shape[-1]
         if width == head_dim and not self.family.interleaved:
-            return table
+            return cos, sin
         step = 2 if self.family.interleaved else 1
         half = slice(0, width if self.family.interleaved else width // 2, step)
         shape = (*cos.shape[:-1], (head_dim - width) // 2)
@@ -210,6 +220,21 @@ class AttentionAdapter:
         """Returns whether an attention module has RoPE."""
         switch = self.family.rope_switch
         return switch is None or bool(getattr(module, switch))
+
+    def sink_logits(self, module: Any) -> torch.Tensor | None:
+        """Returns the learned logits of an attention's sinks; None where it has none.
+
+        Args:
+            module: The attention module.
+
+        Returns:
+            `[num_heads]`.
+        """
+        name = self.family.sink_logits
+        if name is None:
+            return None
+        logits: torch.Tensor = getattr(module, name)
+        return logits
 
     def logits(self, model: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """Computes a model's logits from what its decoder gives, with the factors of its family.

@@ -59,8 +59,8 @@ def _read_pretrained(kind: Any, directory: str | Path, **options: Any) -> Any:
 def default_dtype(config: Any, device: torch.device, on_gpu: str | None = None) -> torch.dtype:
     """Returns the dtype of the weights with which a model is loaded by default.
 
-    It is fp32 on a CPU. On a GPU it is bf16 for a checkpoint in bf16, whose activations may exceed
-    the range of fp16, and fp16 otherwise.
+    It is fp32 on a CPU. On a GPU it is bf16 for a checkpoint in bf16 or MXFP4, whose activations
+    may exceed the range of fp16, and fp16 otherwise.
 
     Args:
         config: The model's configuration, which names the dtype of the checkpoint.
@@ -71,17 +71,45 @@ def default_dtype(config: Any, device: torch.device, on_gpu: str | None = None) 
         return torch.float32
     if on_gpu is not None:
         return getattr(torch, on_gpu)
-    saved = getattr(config, "dtype", None)
+    saved = getattr(config, "dtype", None) or (torch.bfloat16 if _in_mxfp4(config) else None)
     return torch.bfloat16 if saved in (torch.bfloat16, "bfloat16") else torch.float16
+
+
+def _in_mxfp4(config: Any) -> bool:
+    """Returns whether weights of a checkpoint are stored in MXFP4, as the experts of GPT-OSS."""
+    stored = getattr(config, "quantization_config", None) or {}
+    return bool(stored.get("quant_method") == "mxfp4")
 
 
 def default_attention(config: Any) -> str:
     """Returns the implementation of attention with which a model is loaded.
 
-    It is torch's, but for families that cap scores, which torch's kernels cannot do.
+    It is torch's, but for families with caps of scores or attention sinks, which torch's kernels do
+    not have.
     """
     family = MODEL_FAMILIES.get(config.model_type)
-    return "eager" if family is not None and family.soft_capping else "sdpa"
+    if family is None:
+        return "sdpa"
+    return "eager" if family.soft_capping or family.sink_logits is not None else "sdpa"
+
+
+def _loading_options(
+    config: Any, device: str, device_map: Any, tp_plan: str | None
+) -> dict[str, Any]:
+    """Returns the options of transformers by which weights are placed and dequantized.
+
+    Weights in MXFP4 become 16-bit weights: transformers has kernels for them, but only for what it
+    loads on a GPU itself, and they pass no gradients. A device map leaves the choice to it.
+    """
+    if tp_plan is not None:
+        return plan_options(config, tp_plan, device, device_map)
+    if device_map is not None:
+        return {"device_map": device_map}
+    if not _in_mxfp4(config):
+        return {}
+    from transformers import Mxfp4Config
+
+    return {"quantization_config": Mxfp4Config(dequantize=True)}
 
 
 def load_base_model(
@@ -122,9 +150,6 @@ def load_base_model(
     refuse_configuration(config)
     asked = model.dtype if isinstance(model, ModelManifest) else None
     kind = dtype or default_dtype(config, where, asked)
-    placed = {} if device_map is None else {"device_map": device_map}
-    if tp_plan is not None:
-        placed = plan_options(config, tp_plan, device, device_map)
     found, info = _read_pretrained(
         AutoModelForCausalLM,
         directory,
@@ -132,7 +157,7 @@ def load_base_model(
         attn_implementation=default_attention(config),
         use_safetensors=True,
         output_loading_info=True,
-        **placed,
+        **_loading_options(config, device, device_map, tp_plan),
     )
     # transformers silently fills these weights with random numbers.
     for key, what in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of")):
@@ -143,6 +168,11 @@ def load_base_model(
             )
     tokenizer = _read_pretrained(AutoTokenizer, directory)
     found.requires_grad_(False)
+    placed = device_map is not None or tp_plan is not None
+    if not placed and _in_mxfp4(config):  # some releases dequantize to bf16 alone
+        for parameter in found.parameters():
+            if parameter.dtype is torch.bfloat16:
+                parameter.data = parameter.data.to(kind)
     return (found if placed else found.to(where)).eval(), tokenizer
 
 

@@ -17,10 +17,10 @@ from kvquant.models.obstacles import (
     attention_obstacles,
     layer_obstacle,
     refused_features,
-    uncapped_scores,
     unsupported_attention,
     unsupported_configuration,
     unsupported_model,
+    wrong_implementation,
 )
 from kvquant.models.prefill_quant import PrefillQuantizedAttention, adapter_of, original_class
 from kvquant.models.rotary import same_angles
@@ -56,7 +56,7 @@ def attention_layers(model: Any) -> list[Any]:
             raise UserError(refused_features(number, obstacles))
         if family is None:
             raise UserError(unsupported_attention(name))
-        if (problem := uncapped_scores(module, model.config, family)) is not None:
+        if (problem := wrong_implementation(module, model.config, family)) is not None:
             raise UserError(problem)
         found.append(module)
     layer_kinds(model.model)

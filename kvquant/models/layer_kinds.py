@@ -37,6 +37,7 @@ class LayerKinds:
             None if there is no such window.
         soft_cap: Bound of the scores, by which the hyperbolic tangent squeezes them; None: there is
             none.
+        sinks: Whether there are layers with learned attention sinks.
         full_rope: Type of the layers that see all tokens, for the rotary embedding; None where it
             has one table.
         window_rope: Type of the layers with a window, likewise.
@@ -45,6 +46,7 @@ class LayerKinds:
     windows: tuple[int | None, ...]
     unreached: int | None
     soft_cap: float | None
+    sinks: bool
     full_rope: str | None
     window_rope: str | None
 
@@ -102,6 +104,7 @@ def layer_kinds(decoder: Any) -> LayerKinds:
         tuple(reached),
         min(unreached, default=None),
         caps.pop(),
+        any(family is not None and family.sink_logits is not None for family in families),
         ropes.get(True, ropes.get(False)),
         ropes.get(False),
     )

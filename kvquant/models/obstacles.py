@@ -121,24 +121,32 @@ def attention_obstacles(
         yield "soft-capping of scores", f"attn_logit_softcapping: {cap}"
     if getattr(config, "use_bidirectional_attention", False):
         yield "attention to later tokens", "use_bidirectional_attention: true"
-    if isinstance(getattr(attention, "sinks", None), nn.Parameter):
+    if isinstance(getattr(attention, "sinks", None), nn.Parameter) and (
+        family is None or family.sink_logits is None
+    ):
         yield "attention sinks", "the learned parameter 'sinks'"
 
 
-def uncapped_scores(attention: Any, config: Any, family: ModelFamily) -> str | None:
-    """Returns the error for scores that an implementation of attention would not cap, or None.
+def wrong_implementation(attention: Any, config: Any, family: ModelFamily) -> str | None:
+    """Returns the error for an implementation that leaves out caps or sinks, or None.
 
     Args:
         attention: The attention module of a layer.
         config: The configuration of the model.
         family: Its family.
     """
+    if config._attn_implementation != "sdpa":
+        return None
     cap = getattr(attention, "attn_logit_softcapping", None) if family.soft_capping else None
-    if cap is None or config._attn_implementation != "sdpa":
+    if cap is not None:
+        told = f"it caps its scores (attn_logit_softcapping: {cap})"
+    elif family.sink_logits is not None:
+        told = f"it has attention sinks (the learned parameter '{family.sink_logits}')"
+    else:
         return None
     return (
-        f"model: it caps its scores (attn_logit_softcapping: {cap}), which attn_implementation "
-        "'sdpa' does not; load it with attn_implementation='eager'"
+        f"model: {told}, which attn_implementation 'sdpa' leaves out; load it with "
+        "attn_implementation='eager'"
     )
 
 

@@ -24,7 +24,8 @@ _KNOWN = _USED | {
 
 # Attribute with the names of the projections that the rotation of values is folded into.
 FOLDED = "kvquant_folded"
-_CAPPING = ("flash", "flex")  # implementations of attention that cap scores when asked to
+# In the names of implementations of attention that cap scores and have sinks when asked to.
+_COMPLETE = ("flash", "flex")
 
 
 @torch.compiler.disable(reason="the cache plans on the host and changes its shapes as it grows")
@@ -124,12 +125,13 @@ class PrefillQuantizedAttention(nn.Module):
         hidden_states, rope = given["hidden_states"], given["position_embeddings"]
         adapter = adapter_of(self)
         queries, keys, values = adapter.project(
-            self, hidden_states, rope[0].shape[-1], given.get("position_ids")
+            self, hidden_states, adapter.width(rope), given.get("position_ids")
         )
         kept = kept_heads(module)
         if kept is not None:
             queries, keys, values = kept.own(queries, keys, values)
         rope = adapter.table(rope, module.head_dim)
+        sink_logits = adapter.sink_logits(self)
 
         def full(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             # Looked up here, because decode steps do not need it.
@@ -138,12 +140,15 @@ class PrefillQuantizedAttention(nn.Module):
             others = {name: value for name, value in given.items() if name not in _USED}
             mask = given.get("attention_mask")
             cap = cache.soft_cap
-            if cap is not None and not implementation.startswith(_CAPPING):
+            plain = cap is None and sink_logits is None
+            if not plain and not any(word in implementation for word in _COMPLETE):
                 if mask is None and q.shape[2] > 1:
                     mask = causal_mask(q.shape[2], q.device)
-                return masked_attention(q, k, v, mask, module.scaling, cap)
+                return masked_attention(q, k, v, mask, module.scaling, cap, sink_logits)
             if cap is not None:
                 others["softcap"] = cap
+            if sink_logits is not None:
+                others["s_aux"] = sink_logits
             window = getattr(cache.layers[module.layer_idx], "window", None)
             if window is not None:  # for implementations without a mask
                 others["sliding_window"] = window
@@ -152,7 +157,8 @@ class PrefillQuantizedAttention(nn.Module):
             )[0]
             return out
 
-        output = _attend(module, cache, queries, keys, values, rope, module.scaling, full)
+        rest = rope, module.scaling, full, sink_logits
+        output = _attend(module, cache, queries, keys, values, *rest)
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         return module.o_proj(output if kept is None else kept.output(output)), None
 

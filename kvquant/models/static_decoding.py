@@ -186,6 +186,11 @@ class StaticDecoder:
                 f"model: caps its scores (attn_logit_softcapping: {kinds.soft_cap}), which these "
                 "steps do not; call the model instead"
             )
+        if kinds.sinks:
+            raise ValueError(
+                "model: has attention sinks (the learned parameter 'sinks'), which these steps "
+                "leave out; call the model instead"
+            )
         found = (kinds.window, kinds.unreached)
         window = min((window for window in found if window is not None), default=None)
         if window is not None and columns + new_tokens > window:

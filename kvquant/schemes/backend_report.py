@@ -23,7 +23,6 @@ def backend_report(
     device: torch.device,
     protocol: str = "A",
     static_rope: bool = True,
-    soft_cap: float | None = None,
 ) -> dict[Operation, Selection]:
     """Selects the backend of each operation without loading, compiling or allocating anything.
 
@@ -41,7 +40,6 @@ def backend_report(
         device: The device that the model will be on.
         protocol: The protocol, "A" or "B".
         static_rope: Whether the rope scaling does not change with the length of a sequence.
-        soft_cap: Bound of the scores (Gemma 2); None: there is none.
 
     Returns:
         One selection per operation, whose `backend`, `refused` and `lines()` can be printed. The
@@ -62,7 +60,6 @@ def backend_report(
         query_dtype=dtype,
         protocol=protocol,
         static_rope=static_rope,
-        soft_cap=soft_cap,
         kept_rope=not static_rope,
     )
     if isinstance(scheme, AllocatedScheme):

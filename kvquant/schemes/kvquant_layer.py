@@ -85,7 +85,7 @@ class ReferenceLayer(AttendingLayer[ReferencePlan]):
             row = slice(b, b + 1)
             positions, heads = plan.query_positions[row], new.keys.shape[1]
             attention = BlockwiseAttention(
-                new.queries[row], positions, heads, scaling, self.soft_cap
+                new.queries[row], positions, heads, scaling, self.soft_cap, new.sink_logits
             )
             for first, k, v, rotated in store.pieces():
                 where = slice(first, first + k.shape[2])

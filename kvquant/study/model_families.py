@@ -43,6 +43,10 @@ class ModelFamily:
             tangent squeezes them; None: there is no such field.
         soft_capping: Whether scores are squeezed in this way before the mask, by the
             `attn_logit_softcapping` of an attention.
+        half_table: Whether a rotary table has the angle of each pair of channels once; in other
+            families it has it twice.
+        sink_logits: Attribute of an attention with one learned logit per query head, which takes
+            its share of the softmax and has no value (attention sinks); None: there is none.
     """
 
     name: str
@@ -59,6 +63,8 @@ class ModelFamily:
     logit_factor: str | None = None
     logit_cap: str | None = None
     soft_capping: bool = False
+    half_table: bool = False
+    sink_logits: str | None = None
 
 
 MODEL_FAMILIES = by_name(
@@ -127,6 +133,13 @@ MODEL_FAMILIES = by_name(
         ),
         ModelFamily(
             "smollm3", label="SmolLM3", attention="SmolLM3Attention", rope_switch="use_rope"
+        ),
+        ModelFamily(
+            "gpt_oss",
+            label="GPT-OSS",
+            attention="GptOssAttention",
+            half_table=True,
+            sink_logits="sinks",
         ),
         # A new family goes above this line.
     )

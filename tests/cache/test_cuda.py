@@ -13,9 +13,13 @@ from tests.support.caches import feed, quantized
 from tests.support.models import tiny_model
 from tests.support.quantizers import random_quantizer
 
+CAP: dict[str, Any] = {"attn_logit_softcapping": 0.02, "query_pre_attn_scalar": 4}
 
-def on_gpu(spec: Any, dtype: torch.dtype = torch.float32) -> QuantizedModel:
-    return quantized(tiny_model().to(dtype).cuda(), spec)
+
+def on_gpu(
+    spec: Any, dtype: torch.dtype = torch.float32, family: str = "llama", **options: Any
+) -> QuantizedModel:
+    return quantized(tiny_model(family, **options).to(dtype).cuda(), spec)
 
 
 pytestmark = [
@@ -25,11 +29,18 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("proto", ["A", "B"])
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("bits", "family"),
+    [(2, "llama"), (3, "llama"), (4, "llama"), (3, "gemma2"), (3, "gpt_oss")],
+)
 def test_kernels_and_pytorch_give_the_same(
-    bits: int, proto: Any, monkeypatch: pytest.MonkeyPatch
+    bits: int, family: str, proto: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    qm = on_gpu(NuqScheme(kind="nuq", bits=bits, block_size=32))
+    options: dict[str, Any] = CAP if family == "gemma2" else {}
+    if family != "llama":
+        options = {**options, "head_dim": 64}
+    spec = NuqScheme(kind="nuq", bits=bits, block_size=32)
+    qm = on_gpu(spec, family=family, **options)
     ids = torch.randint(0, 97, (3, 150), device="cuda")
     mask = torch.ones_like(ids)
     # single columns are tokens: on a GPU nobody looks at a step's mask before it is taken

@@ -98,11 +98,15 @@ def test_packed_past_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(cache.meet(plan, keys, keys, rope).path, PackedPast)
 
 
-def small_model() -> QuantizedModel:
+def small_model(family: str = "llama") -> QuantizedModel:
     """A model whose shape the kernels take."""
-    quantizers = [constant_quantizer(2, 64, 3, 0.4)] * 2
+    # Keys of GPT-OSS have large biases here.
+    quantizers = [constant_quantizer(2, 64, 3, 3.0 if family == "gpt_oss" else 0.4)] * 2
     spec = NuqScheme(kind="nuq", bits=3, block_size=32)
-    return quantized(tiny_model(head_dim=64), spec, quantizers)
+    options: dict[str, Any] = {}
+    if family == "gemma2":
+        options = {"attn_logit_softcapping": 0.02, "query_pre_attn_scalar": 4}
+    return quantized(tiny_model(family, head_dim=64, **options), spec, quantizers)
 
 
 class Replayed:
@@ -171,10 +175,12 @@ class TestKernelSteps:
             patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(16))
             yield
 
+    @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
     def test_eager_graphed_and_pytorch_steps_agree(
-        self, kernels: None, monkeypatch: pytest.MonkeyPatch
+        self, family: str, kernels: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        qm = small_model()
+        """Also where scores are capped, and where attention has sinks."""
+        qm = small_model(family)
         with monkeypatch.context() as patch:
             patch.setenv("KVQUANT_KERNELS", "pytorch")
             _, expected = self.eager(qm)

@@ -105,10 +105,11 @@ def _pack_allocated_functions(
     return keys, values
 
 
-def _decode_functions(shape: cuda_decode.DecodeShape, device: int) -> tuple[Any, Any]:
+def _decode_functions(shape: cuda_decode.DecodeShape, device: int) -> tuple[Any, Any, Any]:
     name = "decode_allocated" if shape.allocated else "decode"
     library = _library(name, shape.header(SHARED_BYTES))
-    return _function(library, "decode"), _function(library, "combine")
+    decode, combine = _function(library, "decode"), _function(library, "combine")
+    return decode, combine, _function(library, "combine_with_sinks")
 
 
 def _expand_function(shape: cuda_decode.DecodeShape, device: int) -> Any:

@@ -16,3 +16,9 @@ extern "C" void launch_combine(int x, int y, int z, int threads, void** argument
             ARGUMENT(int, 3));
   });
 }
+extern "C" void launch_combine_with_sinks(int x, int y, int z, int threads, void** arguments) {
+  launch(x, y, z, threads, [=] {
+    combine_with_sinks(ARGUMENT(const float*, 0), ARGUMENT(const float*, 1), ARGUMENT(u16*, 2),
+                       ARGUMENT(int, 3), ARGUMENT(const u16*, 4), ARGUMENT(int, 5));
+  });
+}

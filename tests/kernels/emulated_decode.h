@@ -45,6 +45,7 @@ static u32 fma2(u32 a, u32 b, u32 c) {
 }
 static u32 mul2(u32 a, u32 b) { return fma2(a, b, 0x80008000u); }
 static u32 neg2(u32 a) { return a ^ 0x80008000u; }
+static float reciprocal(float x) { return 1.0f / x; }
 static float cosine(float x) { return cosf(x); }
 static float sine(float x) { return sinf(x); }
 static void cp_async_16(void* to, const void* from) { memcpy(to, from, 16); }

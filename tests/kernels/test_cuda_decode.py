@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,6 +23,9 @@ on_gpu = [
 ]
 
 
+# A cap that squeezes most scores, and learned logits of attention sinks.
+SINKS: dict[str, Any] = {"learned": True}
+CAPPED: dict[str, Any] = {"soft_cap": 1.5, **SINKS}
 SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024}
 
 
@@ -30,23 +35,25 @@ SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024}
 class TestOnGpu:
     pytestmark = on_gpu
 
-    @pytest.mark.parametrize("size", [32, 64, 128])
+    @pytest.mark.parametrize(("size", "more"), [(32, {}), (64, {}), (128, {}), (64, CAPPED)])
     def test_close_to_float64(
-        self, bits: int, dim: int, group: int, size: int, outliers: float
+        self, bits: int, dim: int, group: int, size: int, outliers: float, more: dict[str, Any]
     ) -> None:
         lengths = [(0, 1), (1, size - 1), (7, 0), (40, size)]
-        error = decode_error(bits, dim, group, size, outliers, torch.float16, lengths)
+        error = decode_error(bits, dim, group, size, outliers, torch.float16, lengths, **more)
         assert error < TOLERANCE[torch.float16]
 
 
 @pytest.mark.parametrize(
-    ("bits", "dim", "group", "size", "outliers", "dtype"),
+    ("bits", "dim", "group", "size", "outliers", "dtype", "more"),
     [
-        (3, 128, 4, 64, 0.01, torch.float16),
-        (3, 128, 1, 512, 0.02, torch.float16),
-        (2, 64, 3, 32, 0.02, torch.float16),
-        (4, 256, 8, 128, 0.01, torch.bfloat16),
-        (4, 64, 8, 64, 0.0, torch.float16),
+        (3, 128, 4, 64, 0.01, torch.float16, {}),
+        (3, 128, 1, 512, 0.02, torch.float16, {}),
+        (2, 64, 3, 32, 0.02, torch.float16, {}),
+        (4, 256, 8, 128, 0.01, torch.bfloat16, {}),
+        (4, 64, 8, 64, 0.0, torch.float16, {}),
+        (3, 256, 2, 64, 0.01, torch.float16, CAPPED),  # Gemma 2 has caps alone
+        (3, 64, 8, 64, 0.01, torch.bfloat16, SINKS),  # as GPT-OSS
     ],
 )
 def test_source_on_a_cpu(
@@ -56,12 +63,15 @@ def test_source_on_a_cpu(
     size: int,
     outliers: float,
     dtype: torch.dtype,
+    more: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The kernel's source, compiled for a CPU: no sequence, one block, several splits."""
     emulate_decode(monkeypatch, multiprocessors=16)
     lengths = [(0, 1), (1, size - 1), (7, 0), (12 if size < 512 else 2, size)]
-    error = decode_error(bits, dim, group, size, outliers, dtype, lengths, heads=2, device="cpu")
+    error = decode_error(
+        bits, dim, group, size, outliers, dtype, lengths, heads=2, device="cpu", **more
+    )
     assert error < TOLERANCE[dtype]
 
 
@@ -81,7 +91,7 @@ def test_an_outlier_in_every_token_of_a_thread_block(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("case", ["bf16", "long", "one", "sinks", "yarn", "wide"])
+@pytest.mark.parametrize("case", ["bf16", "long", "one", "sinks", "yarn", "wide", "capped"])
 def test_special_cases(case: str) -> None:
     lengths = {"long": [(513, 3), (2, 60)], "one": [(0, 1)]}.get(case, [(3, 5), (0, 64)])
     dtype = torch.bfloat16 if case == "bf16" else torch.float16
@@ -91,15 +101,28 @@ def test_special_cases(case: str) -> None:
         factor=1.3 if case == "yarn" else 1.0,
         spread=30.0 if case == "wide" else 1.0,
         seed=3,
+        **CAPPED if case in ("capped", "long") else {},
     )  # fmt: skip
     assert error < TOLERANCE[dtype]
 
 
+def test_scores_beyond_the_range_of_an_exponential_are_capped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The exponential of the cap's tangent is infinite for them, or zero."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        emulate_decode(monkeypatch)
+    more: dict[str, Any] = {"heads": 1, "device": device, "soft_cap": 0.005}
+    error = decode_error(3, 64, 2, 64, 0.01, torch.float16, [(2, 5)], **more)
+    assert error < TOLERANCE[torch.float16]
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_compiles_without_a_gpu(bits: int, arch: str) -> None:
+@pytest.mark.parametrize(("bits", "soft_cap"), [(2, None), (3, None), (4, None), (3, 50.0)])
+def test_compiles_without_a_gpu(bits: int, soft_cap: float | None, arch: str) -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
-    shape = DecodeShape(bits, 128, 4, 64, torch.float16, True)
+    shape = DecodeShape(bits, 128, 4, 64, torch.float16, True, soft_cap=soft_cap)
     assert len(compile_cubin("decode.cu", shape.header(SHARED[arch]), arch)) > 10_000
 
 

@@ -12,6 +12,7 @@ from kvquant.kernels.cuda_decode import DecodeShape
 from tests.kernels.emulate import emulate_decode
 from tests.support.decode_case import TOLERANCE, allocated_case, decode_error
 
+CAPPED: dict[str, Any] = {"soft_cap": 1.5, "learned": True}
 SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024}
 
 
@@ -25,10 +26,10 @@ def error_of(
     device: str,
     **options: Any,
 ) -> float:
-    spread = options.pop("spread", 1.0)
+    more = {name: options.pop(name) for name in ("spread", *CAPPED) if name in options}
     made = allocated_case(dim, group, size, outliers, dtype, device=device, **options)
     return decode_error(
-        3, dim, group, size, outliers, dtype, lengths, device=device, made=made, spread=spread
+        3, dim, group, size, outliers, dtype, lengths, device=device, made=made, **more
     )
 
 
@@ -37,24 +38,32 @@ def error_of(
 @pytest.mark.parametrize("value_range", ["token", "token-head"])
 @pytest.mark.parametrize("outliers", [0.0, 0.0025, 0.02])
 @pytest.mark.parametrize(("dim", "group"), [(64, 3), (128, 1), (128, 4), (256, 8)])
-@pytest.mark.parametrize("size", [64, 128, 512])
+@pytest.mark.parametrize(("size", "more"), [(64, {}), (128, {}), (512, {}), (64, CAPPED)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_close_to_float64(
-    dim: int, group: int, size: int, outliers: float, value_range: Any, dtype: torch.dtype
+    dim: int,
+    group: int,
+    size: int,
+    outliers: float,
+    value_range: Any,
+    dtype: torch.dtype,
+    more: dict[str, Any],
 ) -> None:
     lengths = [(0, 1), (1, size - 1), (7, 0), (40 if size < 512 else 5, size)]
-    error = error_of(dim, group, size, outliers, dtype, lengths, "cuda", value_range=value_range)
+    given = dim, group, size, outliers, dtype, lengths, "cuda"
+    error = error_of(*given, value_range=value_range, **more)
     assert error < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(
-    ("dim", "group", "size", "outliers", "dtype", "value_range"),
+    ("dim", "group", "size", "outliers", "dtype", "value_range", "more"),
     [
-        (128, 4, 64, 0.0025, torch.float16, "token"),
-        (128, 1, 512, 0.02, torch.float16, "token-head"),
-        (64, 3, 64, 0.01, torch.float16, "token"),
-        (256, 8, 128, 0.0025, torch.bfloat16, "token"),
-        (64, 8, 64, 0.0, torch.float16, "token-head"),
+        (128, 4, 64, 0.0025, torch.float16, "token", {}),
+        (128, 1, 512, 0.02, torch.float16, "token-head", {}),
+        (64, 3, 64, 0.01, torch.float16, "token", {}),
+        (256, 8, 128, 0.0025, torch.bfloat16, "token", {}),
+        (64, 8, 64, 0.0, torch.float16, "token-head", {}),
+        (64, 8, 64, 0.0025, torch.bfloat16, "token", CAPPED),
     ],
 )
 def test_source_on_a_cpu(
@@ -64,12 +73,14 @@ def test_source_on_a_cpu(
     outliers: float,
     dtype: torch.dtype,
     value_range: Any,
+    more: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The kernel's source, compiled for a CPU: no sequence, one block, several splits."""
     emulate_decode(monkeypatch, multiprocessors=16)
     lengths = [(0, 1), (1, size - 1), (7, 0), (12 if size < 512 else 2, size)]
-    error = error_of(dim, group, size, outliers, dtype, lengths, "cpu", value_range=value_range)
+    given = dim, group, size, outliers, dtype, lengths, "cpu"
+    error = error_of(*given, value_range=value_range, **more)
     assert error < TOLERANCE[dtype]
 
 

@@ -144,9 +144,18 @@ def test_every_token_is_what_pytorch_reads(
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("dim", "group"), [(64, 3), (128, 1), (128, 4), (256, 8)])
+@pytest.mark.parametrize(
+    ("dim", "group", "more"),
+    [
+        (64, 3, {}),
+        (128, 1, {}),
+        (128, 4, {}),
+        (256, 8, {}),
+        (64, 8, {"soft_cap": 0.8, "learned": True}),
+    ],
+)
 def test_attention_over_a_past(
-    dim: int, group: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+    dim: int, group: int, more: dict[str, Any], causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of several ranges, under both protocols, by Triton's attention."""
     pytest.importorskip("triton")
@@ -155,7 +164,7 @@ def test_attention_over_a_past(
     made = allocated_case(dim, group, 64, 0.01, torch.float16, heads=2, device=DEVICE)
     longest = 297 if DEVICE == "cuda" else 137  # several ranges either way
     lengths = [longest, 90, 1, 65]
-    case = PastCase(lengths, 20, dim=dim, group=group, heads=2, size=64, codec=made[0])
+    case = PastCase(lengths, 20, dim=dim, group=group, heads=2, size=64, codec=made[0], **more)
     if causal:
         begins = torch.tensor(case.lengths, device=DEVICE)[:, None] - 20
         case.positions = (begins + torch.arange(20, device=DEVICE)).clamp(min=0)

@@ -33,6 +33,12 @@ def test_decode(bits: int, dim: int, group: int, size: int, outliers: float) -> 
     assert error < TOLERANCE[torch.float16]
 
 
+def test_decode_with_caps_and_sinks() -> None:
+    more: dict[str, Any] = {"soft_cap": 1.5, "learned": True}
+    error = decode_error(3, 64, 8, 64, 0.02, torch.float16, [(0, 1), (18, 2)], **more)
+    assert error < TOLERANCE[torch.float16]
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("kind", ["normal", "constant tokens", "coarse"])
 @pytest.mark.parametrize("kernels", ["auto", "triton"])
@@ -92,5 +98,7 @@ def test_continue_allocated(dim: int) -> None:
 
 def test_continue() -> None:
     """A ragged past and several new tokens, grouped queries, an empty sequence."""
-    case = PastCase([97, 0, 66], 5, heads=2, group=3, dim=64, dtype=torch.float16)
-    assert largest_error(case.attend(2), case.reference()) < 8e-3
+    for more in ({}, {"soft_cap": 0.8, "learned": True}):
+        options: Any = {"heads": 2, "group": 3, "dim": 64, "dtype": torch.float16, **more}
+        case = PastCase([97, 0, 66], 5, **options)
+        assert largest_error(case.attend(2), case.reference()) < 8e-3

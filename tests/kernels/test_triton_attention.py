@@ -2,8 +2,8 @@
 
 On a GPU, else under Triton's interpreter.
 
-Also covers: cache.packed_past, kernels.triton_expand, kernels.triton_tiles,
-kernels.triton_workspace.
+Also covers: cache.packed_past, kernels.triton_attention_kernels, kernels.triton_expand,
+kernels.triton_tiles, kernels.triton_workspace.
 """
 
 from __future__ import annotations
@@ -72,6 +72,18 @@ def test_protocol_b_reads_everything_quantized(step: int) -> None:
     assert largest_error(found, case.reference(causal=True)) < 1e-5
 
 
+@pytest.mark.parametrize(("soft_cap", "learned"), [(0.8, False), (None, True), (0.8, True)])
+@pytest.mark.parametrize(("step", "causal"), [(1, False), (50, False), (1, True)])
+def test_caps_and_sinks(soft_cap: float | None, learned: bool, step: int, causal: bool) -> None:
+    """Sinks count once, in however many parts and splits the past is read."""
+    options: dict[str, Any] = {"soft_cap": soft_cap, "learned": learned, "group": 2}
+    case = PastCase([130, 67, 0, 20], 5, dtype=torch.float32, **options)
+    if causal:  # the call's tokens are the last of those stored
+        case.positions = case.positions - 5
+    found = case.attend(step, causal=causal)
+    assert largest_error(found, case.reference(causal=causal)) < 1e-5
+
+
 def test_columns_that_are_no_tokens() -> None:
     case = PastCase([50, 35], 9, group=2, dtype=torch.float32)
     valid = case.positions.clone()
@@ -132,15 +144,28 @@ def logits(qm: QuantizedModel, ids: torch.Tensor, mask: Any, chunks: list[int], 
     return torch.where(mask[..., None].bool(), torch.cat(out, 1), 0), used
 
 
+CAP: dict[str, Any] = {"attn_logit_softcapping": 0.02, "query_pre_attn_scalar": 4}
+
+
 # Few tokens and one layer: the interpreter packs ten tokens with outliers in a second.
 @pytest.mark.parametrize(
-    ("proto", "padded", "outliers"),
-    [("A", True, 0.02), ("A", False, 0.0), ("B", True, 0.0), ("B", False, 0.02)],
+    ("family", "proto", "padded", "outliers"),
+    [
+        ("llama", "A", True, 0.02),
+        ("llama", "A", False, 0.0),
+        ("llama", "B", True, 0.0),
+        ("llama", "B", False, 0.02),
+        ("gemma2", "A", True, 0.0),
+        ("gpt_oss", "A", True, 0.0),
+        ("gpt_oss", "B", False, 0.0),
+    ],
 )
 def test_model_gives_the_logits_of_the_pytorch_path(
-    proto: Any, padded: bool, outliers: float, monkeypatch: pytest.MonkeyPatch
+    family: str, proto: Any, padded: bool, outliers: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model(heads=2, kv_heads=1, head_dim=64, num_hidden_layers=1).to(DEVICE)
+    more = CAP if family == "gemma2" else {}
+    options: dict[str, Any] = {"head_dim": 64, "num_hidden_layers": 1, **more}
+    model = tiny_model(family, heads=2, kv_heads=1, **options).to(DEVICE)
     spec = NuqScheme(kind="nuq", bits=3, block_size=32, outliers=outliers)
     qm = quantized(model, spec)
     ids = torch.randint(0, 97, (1 + padded, 54), device=DEVICE)
@@ -175,8 +200,11 @@ def test_keys_after_rope_are_read_by_pytorch(proto: Any, monkeypatch: pytest.Mon
 
 
 GPU = [
-    # bits, dim, heads, group, size, outliers, lengths, columns, dtype
+    # bits, dim, heads, group, size, outliers, lengths, columns, dtype, caps and sinks
     (3, 128, 16, 1, 64, 0.01, [4096, 3000, 4095, 17], 512, torch.float16),
+    (3, 64, 8, 8, 64, 0.01, [4096, 17], 512, torch.bfloat16, {"learned": True}),
+    (4, 256, 4, 2, 64, 0.01, [2000, 1024], 300, torch.float16, {"soft_cap": 2.0}),
+    (3, 128, 8, 4, 64, 0.01, [16384], 1, torch.float16, {"soft_cap": 2.0, "learned": True}),
     (2, 128, 4, 4, 64, 0.02, [4096, 5000], 512, torch.bfloat16),
     (4, 256, 4, 2, 64, 0.01, [2000, 1024], 300, torch.float16),
     (4, 256, 2, 8, 32, 0.01, [2000], 129, torch.bfloat16),
@@ -191,10 +219,11 @@ GPU = [
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("given", GPU, ids=lambda g: f"{g[0]}bit-{g[1]}x{g[2]}x{g[3]}-{g[7]}")
 def test_large_shapes_on_a_gpu(given: Any) -> None:
-    bits, dim, heads, group, size, outliers, lengths, columns, dtype = given
+    bits, dim, heads, group, size, outliers, lengths, columns, dtype, *more = given
+    options = more[0] if more else {}
     case = PastCase(
         lengths, columns, bits=bits, dim=dim, heads=heads, group=group, size=size,
-        outliers=outliers, dtype=dtype,
+        outliers=outliers, dtype=dtype, **options,
     )  # fmt: skip
     bound = 8e-3 if dtype is torch.float16 else 5e-2
     for step in (16, 1 << 20):

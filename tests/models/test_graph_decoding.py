@@ -26,12 +26,15 @@ DIM = 64
 
 def half_model(spec: NuqScheme, family: str = "llama") -> QuantizedModel:
     options: dict[str, Any] = {}
-    if family == "gemma3_text":  # the first layer has a window
+    if family in ("gemma2", "gemma3_text", "gpt_oss"):  # the first layer has a window
         types = ["sliding_attention", "full_attention"]
         options = {"sliding_window": 40, "layer_types": types}
+    if family == "gemma2":
+        options |= {"attn_logit_softcapping": 0.02, "query_pre_attn_scalar": 4}
     model = tiny_model(family, head_dim=DIM, **options).half().cuda()
     layers = len(layer_kinds(model.model).full)
-    reach = 0.4 if family == "llama" else 2.6  # the keys of the others are normalized
+    # The keys of the others are normalized, or have large biases.
+    reach = 0.4 if family in ("llama", "gemma2") else 2.6
     return quantized(model, spec, [constant_quantizer(2, DIM, spec.bits, reach)] * layers)
 
 
@@ -75,7 +78,7 @@ class TestOnGpu:
     pytestmark = on_gpu
 
     @pytest.mark.parametrize("lengths", [[70, 70], [3, 97, 64]], ids=["equal", "ragged"])
-    @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+    @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gemma2", "gpt_oss"])
     def test_kernel_graph_and_pytorch_agree(
         self, lengths: list[int], family: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -5,18 +5,20 @@ Also covers: models.base_model.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from kvquant.errors import UserError
 from kvquant.models.loading import default_dtype, load_quantized_model
 from kvquant.study.schemes import KiviScheme
 from tests.support.caches import ids, step
-from tests.support.models import save_tiny, tiny_model
+from tests.support.models import save_tiny, tiny_model, tiny_tokenizer
 
 KIVI = KiviScheme(kind="kivi", bits=4, group=16, residual=16)
 
@@ -94,6 +96,50 @@ def test_the_type_of_weights_that_a_study_asks_for_is_one_for_gpus() -> None:
     config = SimpleNamespace(dtype=torch.float32)
     assert default_dtype(config, torch.device("cuda"), "bfloat16") is torch.bfloat16
     assert default_dtype(config, torch.device("cpu"), "bfloat16") is torch.float32
+
+
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def save_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
+    """Saves a GPT-OSS whose experts have MXFP4 weights; returns what these stand for, by name."""
+    from safetensors.torch import load_file, save_file
+
+    tiny_model("gpt_oss", vocab_size=512).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    file, generator, meant = folder / "model.safetensors", torch.Generator().manual_seed(0), {}
+    tensors = load_file(file)
+    for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        shape = (experts, outputs, inputs // 32)
+        blocks = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(120, 124, shape, generator=generator, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        codes = torch.stack((blocks % 16, blocks // 16), -1).long().flatten(-2)
+        numbers = torch.cat((FP4, -FP4))[codes] * torch.exp2(scales.float() - 127)[..., None]
+        meant[name] = numbers.flatten(2).mT
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": []}
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return meant
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16], ids=str)
+def test_experts_in_mxfp4_are_dequantized(dtype: torch.dtype | None, tmp_path: Path) -> None:
+    meant = save_mxfp4(tmp_path)
+    qm = load_quantized_model(tmp_path, KIVI, device="cpu", dtype=dtype)
+    found = dict(qm.model.named_parameters())
+    assert len(meant) == 4
+    for name, numbers in meant.items():
+        assert found[name].dtype is (dtype or torch.float32)
+        assert torch.equal(found[name].float(), numbers)
+    assert qm.dtype is (dtype or torch.float32)
+    assert logits(qm, ids(1, 40)).isfinite().all()
+    assert default_dtype(AutoConfig.from_pretrained(tmp_path), torch.device("cuda")) is (
+        torch.bfloat16
+    )
 
 
 def test_what_does_not_fit_a_loaded_model() -> None:

@@ -40,11 +40,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"use_bidirectional_attention": True},
         "layer 0 uses attention to later tokens (use_bidirectional_attention: true), which the",
     ),
-    "GPT-OSS": (
-        "gpt_oss",
-        {"sliding_window": 64},
-        "layer 0 uses attention sinks (the learned parameter 'sinks'), which",
-    ),
     "DeepSeek-V3": (
         "deepseek_v3",
         LATENT,
@@ -101,14 +96,33 @@ def test_windows_of_several_lengths() -> None:
 
 
 @pytest.mark.refused(
-    'Gemma 2 with `attn_implementation="sdpa"`, which does not cap its scores',
-    '`attn_logit_softcapping`; `attn_implementation="eager"`',
+    "attention sinks in another family than GPT-OSS",
+    "`model`, the layer and the parameter `sinks`; a cache of transformers, or a model without",
 )
-def test_scores_that_an_implementation_would_not_cap() -> None:
-    model = tiny_model("gemma2", sliding_window=64)
+def test_sinks_of_a_family_that_has_none() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(UserError, match=r"layer 1 uses attention sinks \(the learned parameter 's"):
+        attention_layers(model)
+
+
+IGNORED: dict[str, tuple[str, str]] = {
+    "Gemma 2": ("gemma2", r"it caps its scores \(attn_logit_softcapping: 50.0\), which at"),
+    "GPT-OSS": ("gpt_oss", r"it has attention sinks \(the learned parameter 'sinks'\), which at"),
+}
+
+
+@pytest.mark.refused(
+    '{name} with `attn_implementation="sdpa"`, which leaves out caps of scores and sinks',
+    '`attn_logit_softcapping` or the parameter `sinks`; `attn_implementation="eager"`',
+)
+@pytest.mark.parametrize("name", IGNORED)
+def test_caps_and_sinks_that_an_implementation_would_leave_out(name: str) -> None:
+    family, message = IGNORED[name]
+    model = tiny_model(family, sliding_window=64)
     assert len(attention_layers(model)) == 2
     model.config._attn_implementation = "sdpa"
-    with pytest.raises(UserError, match=r"caps its scores \(attn_logit_softcapping: 50.0\), which"):
+    with pytest.raises(UserError, match=f"model: {message}"):
         attention_layers(model)
 
 
@@ -119,10 +133,17 @@ def test_caps_that_differ_from_layer_to_layer() -> None:
         attention_layers(model)
 
 
-def test_decoding_from_a_static_cache_knows_no_caps() -> None:
-    model, cache = tiny_model("gemma2"), StaticFp16Cache(2, 16)
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("gemma2", r"model: caps its scores \(attn_logit_softcapping: 50"),
+        ("gpt_oss", r"model: has attention sinks \(the learned parameter 'sinks'\), which these"),
+    ],
+)
+def test_decoding_from_a_static_cache_knows_no_caps_and_no_sinks(family: str, message: str) -> None:
+    model, cache = tiny_model(family), StaticFp16Cache(2, 16)
     step(model, cache, ids(1, 9))
-    with pytest.raises(ValueError, match=r"model: caps its scores \(attn_logit_softcapping: 50"):
+    with pytest.raises(ValueError, match=message):
         StaticDecoder(model, cache, torch.ones_like(ids(1, 9)), 6)
 
 
@@ -173,7 +194,7 @@ def test_an_encoder_decoder_model() -> None:
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("gpt_oss", "layer 0 uses attention sinks (the learned parameter 'sinks'), which"),
+        ("mamba", "'MambaForCausalLM' is not supported; it must be a causal language model"),
         ("t5", "'t5' is an encoder-decoder model (is_encoder_decoder: true), whose"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -68,12 +69,22 @@ def allocated_case(
 
 
 def attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    soft_cap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`[heads, dim]` of queries `[heads, dim]` and rotated keys `[kv_heads, n, dim]`, float64."""
     group = query.shape[0] // keys.shape[0]
     keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
-    weights = torch.softmax((keys @ query[..., None])[..., 0] * scaling, -1)
+    scores = (keys @ query[..., None])[..., 0] * scaling
+    if soft_cap is not None:
+        scores = soft_cap * (scores / soft_cap).tanh()
+    if sink_logits is not None:
+        scores = torch.cat((scores, sink_logits.double()[:, None]), 1)
+    weights = torch.softmax(scores, -1)[:, : keys.shape[1]]
     return (weights[:, None] @ values)[:, 0]
 
 
@@ -93,11 +104,14 @@ def decode_error(
     device: str = "cuda",
     column: float = 0.0,
     made: Made | None = None,
+    soft_cap: float | None = None,
+    learned: bool = False,
 ) -> float:
     """Largest relative error, by sequence and head, of sequences of (blocks, tail) tokens.
 
     With a `column` a channel of all values has that number, and all tokens weigh the same. `made`
     is a codec of other codes than `nuq`, the shape of its kernel and the middles of its keys.
+    `learned` are the logits of attention sinks.
     """
     random.seed(seed)
     torch.manual_seed(seed)
@@ -154,9 +168,11 @@ def decode_error(
     step = DecodeStep(table, numbers, chunks, turns)
     query = torch.randn(batch, heads * group, dim, device=device).to(dtype) * (not column)
     scaling = 1 / math.sqrt(dim)
+    logits = torch.linspace(-2, 8, heads * group, device=device) if learned else None
     out = decode_attention(
-        shape, query, sink, tail, rows, step, codec.decode_tables, scaling
-    ).double()
+        replace(shape, soft_cap=soft_cap), query, sink, tail, rows, step, codec.decode_tables,
+        scaling, logits,
+    ).double()  # fmt: skip
     worst = 0.0
     for b, (_, t) in enumerate(lengths):
         parts = [(sink[0][b], sink[1][b])]
@@ -170,8 +186,9 @@ def decode_error(
         values = torch.cat([v.double() for _, v in parts], 1)
         cos, sin = rope(torch.arange(keys.shape[1], device=device)[None], dim, factor)
         expected = attention(
-            query[b].double(), rotate(keys, cos[0].double(), sin[0].double()), values, scaling
-        )
+            query[b].double(), rotate(keys, cos[0].double(), sin[0].double()), values, scaling,
+            soft_cap, logits,
+        )  # fmt: skip
         error = (out[b] - expected).norm(dim=-1) / expected.norm(dim=-1)
         assert not error.isnan().any()
         worst = max(worst, float(error.max()))

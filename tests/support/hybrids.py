@@ -26,6 +26,7 @@ HYBRID: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2",
         {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     ),
+    "gpt_oss": ("gpt_oss", ALTERNATING),
 }
 
 

@@ -120,9 +120,7 @@ def pack_at(
 
     def target() -> PackTarget:
         return PackTarget(
-            torch.zeros(
-                (4, heads, 32 * dim * quantizer.bits // 8), dtype=torch.uint8, device=device
-            ),
+            torch.zeros(room, dtype=torch.uint8, device=device),
             torch.zeros(2, dtype=torch.int32, device=device),
             torch.zeros((4, heads), dtype=torch.int32, device=device),
             torch.zeros((4, heads), dtype=torch.int16, device=device),

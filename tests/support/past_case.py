@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ class PastCase:
         columns: Of the call.
         calls: Appends that fill the past; each that packs blocks makes an arena.
         codec: Of other codes than `nuq`.
+        soft_cap: Bound of the scores.
+        learned: Whether there are learned logits of attention sinks.
     """
 
     def __init__(
@@ -44,6 +47,8 @@ class PastCase:
         factor: float = 1.0,
         device: torch.device | None = None,
         codec: Codec | None = None,
+        soft_cap: float | None = None,
+        learned: bool = False,
     ) -> None:
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(bits * 100 + dim)
@@ -53,6 +58,9 @@ class PastCase:
         spec = NuqScheme(kind="nuq", bits=bits, outliers=outliers, block_size=size, sinks=sinks)
         self.codec: Codec = codec or NuqCodec(spec, tables)
         self.store, self.layout = BlockStore(self.codec), Layout(sinks, size, 0)
+        self.soft_cap = soft_cap
+        logits = torch.linspace(-2, 6, heads * group, device=device).to(dtype)
+        self.sink_logits = logits if learned else None
         self.dim, self.group, self.factor, self.lengths = dim, group, factor, lengths
         batch, longest = len(lengths), max(lengths)
         kind = cached or (torch.float16 if dtype is torch.float32 else dtype)
@@ -95,6 +103,7 @@ class PastCase:
         view = self.layout.view()
         kind = self.store.tail[0].dtype  # type: ignore[index]
         shape = self.codec.cache_shape(self.dim, 1, self.group, kind).decode_shape
+        shape = replace(shape, soft_cap=self.soft_cap)
         table = block_table(self.layout, view.blocks, self.queries.device)
 
         def turns(p: torch.Tensor) -> Any:
@@ -123,7 +132,13 @@ class PastCase:
                 seen = torch.cat((seen.new_ones(columns, length), seen), 1)
             keys, values = (x.repeat_interleave(self.group, 0) for x in (keys, values))
             scores = self.queries[row].double() @ keys.transpose(1, 2) * self.dim**-0.5
-            weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+            if self.soft_cap is not None:
+                scores = self.soft_cap * (scores / self.soft_cap).tanh()
+            scores = scores.masked_fill(~seen, -torch.inf)
+            if self.sink_logits is not None:
+                logits = self.sink_logits.double()[:, None, None].expand_as(scores[..., :1])
+                scores = torch.cat((scores, logits), -1)
+            weights = scores.softmax(-1).nan_to_num(0.0)[..., : keys.shape[1]]
             results.append((weights @ values).transpose(0, 1))
         return torch.stack(results)
 
@@ -132,7 +147,8 @@ class PastCase:
     ) -> torch.Tensor:
         own = None if causal else (self.own[0], self.own[1], valid)
         past = self.past(step, causal=causal)
-        return past.attend(self.store, self.queries, self.positions, self.dim**-0.5, own)
+        given = self.queries, self.positions, self.dim**-0.5, own
+        return past.attend(self.store, *given, sink_logits=self.sink_logits)
 
 
 def largest_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -68,6 +68,8 @@ def _attend() -> None:
         case = PastCase([70, 33], 5, bits=3, dim=64, heads=2, group=2, dtype=dtype)
         case.attend(step=1, causal=causal)
     PastCase([300], 1).attend(step=20)  # long and few enough for splits
+    for causal in (False, True):
+        PastCase([70, 33], 5, group=2, soft_cap=2.0, learned=True).attend(step=1, causal=causal)
 
 
 def _pack() -> None:

@@ -90,8 +90,8 @@ __device__ __forceinline__ u64 packed_widths(const HeadTable& table) {
 }
 
 // Phase 2: scores of the warp's chunks, and their maxima.
-__device__ __forceinline__ void compute_scores(SharedStorage& smem, int num_chunks, int warp_idx,
-                                               int lane_idx) {
+__device__ __forceinline__ void compute_scores(const DecodeParams& params, SharedStorage& smem,
+                                               int num_chunks, int warp_idx, int lane_idx) {
   const int g = lane_idx / 4, t = lane_idx % 4;
   // Columns beyond the group repeat its last query; nobody reads what comes of them.
   const uint2* const query =
@@ -163,6 +163,7 @@ __device__ __forceinline__ void compute_scores(SharedStorage& smem, int num_chun
         float x = scores[m][i];
         if (2 * t + i % 2 < GROUP_SIZE) {
           if constexpr (HAS_OUTLIERS) x = fmaf((float)*(const int*)place, unit, x);
+          x = soft_capped(params, x);
           *place = x;
         }
         maximum[i % 2] = fmaxf(maximum[i % 2], x);

@@ -2,9 +2,10 @@
 #pragma once
 
 #include "decode_blocks.cuh"
+#include "decode_softmax.cuh"
 
 // Adds one token to a warp's running softmax; lanes take channels.
-__device__ __forceinline__ void attend_token(const SharedStorage& smem,
+__device__ __forceinline__ void attend_token(const DecodeParams& params, const SharedStorage& smem,
                                              const uint4 (*queries)[QUERY_STRIDE], const u16* keys,
                                              const u16* values, i64 base, int token, int lane_idx,
                                              float (&maximum)[GROUP_SIZE], float (&sum)[GROUP_SIZE],
@@ -36,6 +37,7 @@ __device__ __forceinline__ void attend_token(const SharedStorage& smem,
   for (int q = 0; q < GROUP_SIZE; q++) {
 #pragma unroll
     for (int d = 16; d; d >>= 1) scores[q] += __shfl_xor_sync(~0u, scores[q], d);
+    scores[q] = soft_capped(params, scores[q]);
     float m = fmaxf(maximum[q], scores[q]), rescale = exp2(maximum[q] - m),
           weight = exp2(scores[q] - m);
     maximum[q] = m;
@@ -78,7 +80,7 @@ __device__ void attend_16bit_tokens(const DecodeParams& params, SharedStorage& s
         lane_idx);
     __syncwarp();
     for (int token = warp_idx; token < count; token += NUM_WARPS)
-      attend_token(smem, queries, keys, values, base, token, lane_idx, maximum, sum, out);
+      attend_token(params, smem, queries, keys, values, base, token, lane_idx, maximum, sum, out);
   }
 }
 

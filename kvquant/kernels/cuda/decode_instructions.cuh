@@ -85,6 +85,11 @@ __device__ __forceinline__ float exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
   return d;
 }
+__device__ __forceinline__ float reciprocal(float x) {
+  float d;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  return d;
+}
 // Cosine and sine of an angle of a few turns, with an error of about 1e-6.
 __device__ __forceinline__ float cosine(float x) {
   float d;

@@ -25,7 +25,7 @@ __device__ __forceinline__ float attend_packed(const DecodeParams& params, Share
     if (CHUNKS_PER_BLOCK > 1) __syncthreads();
     else __syncwarp();  // a warp reads what it wrote
   }
-  compute_scores(smem, num_chunks, warp_idx, lane_idx);
+  compute_scores(params, smem, num_chunks, warp_idx, lane_idx);
   if constexpr (HAS_VALUE_OUTLIERS) {
     cp_async_wait_all();
     __syncwarp();
@@ -143,13 +143,19 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS_PER_SM)
 constexpr int COMBINE_THREADS = 256;
 constexpr int COMBINE_WARPS = COMBINE_THREADS / 32;
 constexpr int SPLITS_PER_WARP = 32 / COMBINE_WARPS;  // of the first 32 splits
+constexpr float LOG2_E = 1.44269504f;
 
 // Adds up the splits of one query head of a sequence, weighted by their maxima. A thread block has
 // little to do but to wait for memory, so its warps share the splits, and what they read first, the
 // outputs of the first 32 splits, does not depend on the rest.
-extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1)
-    combine(const float* __restrict__ partial_out, const float* __restrict__ partial_state,
-            u16* __restrict__ out, int num_splits) {
+//
+// \tparam SINKS  whether `sink_logits`, 16-bit numbers of the cache, take a share of the softmax
+template <bool SINKS>
+__device__ __forceinline__ void combine_splits(const float* __restrict__ partial_out,
+                                               const float* __restrict__ partial_state,
+                                               u16* __restrict__ out, int num_splits,
+                                               const u16* __restrict__ sink_logits,
+                                               int num_query_heads) {
   __shared__ float rows[COMBINE_WARPS][HEAD_DIM];
   const int row = blockIdx.x, warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
   const i64 first = (i64)(row / GROUP_SIZE) * num_splits * GROUP_SIZE + row % GROUP_SIZE;
@@ -168,6 +174,11 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1)
   for (int s = lane_idx + 32; s < num_splits; s += 32)
     maximum = fmaxf(maximum, __ldg(&states[s * GROUP_SIZE].x));
   maximum = warp_max_signed(maximum);
+  float sink = NO_SCORE;
+  if constexpr (SINKS) {
+    sink = LOG2_E * load16(__ldg(sink_logits + row % num_query_heads));
+    maximum = fmaxf(maximum, sink);
+  }
   float factor = own.y > 0.0f ? exp2(own.x - maximum) : 0.0f;  // an empty split wrote no output
   float total = factor * own.y;
 #pragma unroll
@@ -199,6 +210,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1)
   }
 #pragma unroll
   for (int d = 16; d; d >>= 1) total += __shfl_xor_sync(~0u, total, d);
+  if constexpr (SINKS) total += exp2(sink - maximum);
 #pragma unroll
   for (int i = 0; i < HEAD_DIM / 32; i++) rows[warp_idx][i * 32 + lane_idx] = sum[i];
   __syncthreads();
@@ -207,4 +219,18 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1)
 #pragma unroll
   for (int w = 0; w < COMBINE_WARPS; w++) value += rows[w][threadIdx.x];
   out[(i64)row * HEAD_DIM + threadIdx.x] = store16(total > 0.0f ? value / total : 0.0f);
+}
+
+extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1)
+    combine(const float* __restrict__ partial_out, const float* __restrict__ partial_state,
+            u16* __restrict__ out, int num_splits) {
+  combine_splits<false>(partial_out, partial_state, out, num_splits, nullptr, 0);
+}
+
+// The same with attention sinks, whose logits take their share here, once.
+extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1)
+    combine_with_sinks(const float* __restrict__ partial_out,
+                       const float* __restrict__ partial_state, u16* __restrict__ out,
+                       int num_splits, const u16* __restrict__ sink_logits, int num_query_heads) {
+  combine_splits<true>(partial_out, partial_state, out, num_splits, sink_logits, num_query_heads);
 }

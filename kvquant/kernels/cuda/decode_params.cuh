@@ -24,5 +24,7 @@ struct DecodeParams {
       partial_state;  // [batch, num_kv_heads, splits, GROUP_SIZE, 2]: maximum and sum of the scores
   int num_kv_heads, block_table_stride, sink_capacity, tail_capacity, chunks_per_split;
   float score_scale;  // of the scores, times log2(e)
+  // Of SOFT_CAP: the cap times log2(e), and 2 / cap.
+  float score_bound, score_steepness;
 };
 template struct DecodeParamsLayout<DecodeParams>;

@@ -154,7 +154,8 @@ struct ScoreTiles {
             change[k][i] =
                 *(const int*)(scores + i % 2 * SCORE_STRIDE + 16 * (tile + k) + i / 2 * 8);
   }
-  __device__ __forceinline__ void store(const float (&raw)[TILES_PER_STEP][4], int tile,
+  __device__ __forceinline__ void store(const DecodeParams& params,
+                                        const float (&raw)[TILES_PER_STEP][4], int tile,
                                         float (&maximum)[2]) const {
 #pragma unroll
     for (int k = 0; k < TILES_PER_STEP; k++)
@@ -162,6 +163,7 @@ struct ScoreTiles {
       for (int i = 0; i < 4; i++) {
         float x = raw[k][i];
         if constexpr (HAS_OUTLIERS) x = fmaf((float)change[k][i], unit, x);
+        x = soft_capped(params, x);
         if (2 * t + i % 2 < GROUP_SIZE)
           scores[i % 2 * SCORE_STRIDE + 16 * (tile + k) + i / 2 * 8] = x;
         maximum[i % 2] = fmaxf(maximum[i % 2], x);
@@ -170,8 +172,8 @@ struct ScoreTiles {
 };
 
 // Phase 2: scores of the warp's chunks, and their maxima.
-__device__ __forceinline__ void compute_scores(SharedStorage& smem, int num_chunks, int warp_idx,
-                                               int lane_idx) {
+__device__ __forceinline__ void compute_scores(const DecodeParams& params, SharedStorage& smem,
+                                               int num_chunks, int warp_idx, int lane_idx) {
   const int g = lane_idx / 4, t = lane_idx % 4;
   Levels levels;
   levels.load(smem.head_table.levels[KEYS], lane_idx);
@@ -209,13 +211,13 @@ __device__ __forceinline__ void compute_scores(SharedStorage& smem, int num_chun
       load(odd, k_codes + 16 * (m + TILES_PER_STEP) * TOKEN_BYTES);
       tiles.load_changes(m);  // before the products, which hide the waiting
       multiply_key_tiles(scores, operands, even, levels, rope + 16 * m * ROPE_STRIDE, t);
-      tiles.store(scores, m, maximum);
+      tiles.store(params, scores, m, maximum);
       if (!last || kv_chunk_idx + NUM_WARPS < num_chunks)
         load(even, last ? next_codes : k_codes + 16 * (m + 2 * TILES_PER_STEP) * TOKEN_BYTES);
       tiles.load_changes(m + TILES_PER_STEP);
       multiply_key_tiles(scores, operands, odd, levels,
                          rope + 16 * (m + TILES_PER_STEP) * ROPE_STRIDE, t);
-      tiles.store(scores, m + TILES_PER_STEP, maximum);
+      tiles.store(params, scores, m + TILES_PER_STEP, maximum);
     }
     __syncwarp();  // the queries are overwritten for the next chunk
     k_codes = next_codes;

@@ -8,6 +8,7 @@
 //   HAS_OUTLIERS       whether the cache keeps exact outliers of keys
 //   HAS_VALUE_OUTLIERS  the same of values
 //   VALUE_RANGE_PER_HEAD  whether each head of a token has a range of values, or all have one
+//   SOFT_CAP           whether scores are squeezed into a range by the hyperbolic tangent
 //   WIDE_POSITIONS, WIDE_COUNTS  whether the outliers' index arrays are of 32 bits
 //   BF16               whether 16-bit numbers of the cache are bfloat16 (else fp16)
 //   NUM_WARPS          warps per thread block

@@ -1,7 +1,15 @@
-// Phase 3 of the decode kernel: softmax.
+// Phase 3 of the decode kernel: softmax, and what caps the scores before.
 #pragma once
 
 #include "decode_blocks.cuh"
+
+// A score as it is where scores are not capped, else squeezed: bound * tanh(x / bound).
+__device__ __forceinline__ float soft_capped(const DecodeParams& params, float x) {
+  if constexpr (!SOFT_CAP) return x;
+  // An exponential beyond the range is infinite or zero, and the result one of the bounds.
+  return fmaf(-2.0f * params.score_bound, reciprocal(exp2(x * params.score_steepness) + 1.0f),
+              params.score_bound);
+}
 
 // Writes the maxima of a warp's scores of queries 2t and 2t + 1, found by each of its lanes.
 __device__ __forceinline__ void share_maxima(SharedStorage& smem, float (&maximum)[2], int warp_idx,
