@@ -93,18 +93,12 @@ def default_attention(config: Any) -> str:
     return "eager" if family.soft_capping or family.sink_logits is not None else "sdpa"
 
 
-def _loading_options(
-    config: Any, device: str, device_map: Any, tp_plan: str | None
-) -> dict[str, Any]:
-    """Returns the options of transformers by which weights are placed and dequantized.
+def _dequantized(config: Any) -> dict[str, Any]:
+    """Returns the options of transformers by which weights in MXFP4 become 16-bit weights.
 
-    Weights in MXFP4 become 16-bit weights: transformers has kernels for them, but only for what it
-    loads on a GPU itself, and they pass no gradients. A device map leaves the choice to it.
+    It has kernels for MXFP4, but only for what it loads on a GPU itself, and they pass no
+    gradients. A device map or a plan leaves the choice to it.
     """
-    if tp_plan is not None:
-        return plan_options(config, tp_plan, device, device_map)
-    if device_map is not None:
-        return {"device_map": device_map}
     if not _in_mxfp4(config):
         return {}
     from transformers import Mxfp4Config
@@ -150,6 +144,9 @@ def load_base_model(
     refuse_configuration(config)
     asked = model.dtype if isinstance(model, ModelManifest) else None
     kind = dtype or default_dtype(config, where, asked)
+    placed = {} if device_map is None else {"device_map": device_map}
+    if tp_plan is not None:
+        placed = plan_options(config, tp_plan, device, device_map)
     found, info = _read_pretrained(
         AutoModelForCausalLM,
         directory,
@@ -157,7 +154,7 @@ def load_base_model(
         attn_implementation=default_attention(config),
         use_safetensors=True,
         output_loading_info=True,
-        **_loading_options(config, device, device_map, tp_plan),
+        **(placed or _dequantized(config)),
     )
     # transformers silently fills these weights with random numbers.
     for key, what in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of")):
@@ -168,7 +165,6 @@ def load_base_model(
             )
     tokenizer = _read_pretrained(AutoTokenizer, directory)
     found.requires_grad_(False)
-    placed = device_map is not None or tp_plan is not None
     if not placed and _in_mxfp4(config):  # some releases dequantize to bf16 alone
         for parameter in found.parameters():
             if parameter.dtype is torch.bfloat16:
