@@ -90,8 +90,7 @@ def load_base_model(
             directory that `fetch-model` filled.
         device: "cpu", "cuda" or "auto".
         dtype: Dtype of the weights; None: see :func:`default_dtype`.
-        device_map: The device map of transformers, used instead of `device`; all layers must end up
-            on one device.
+        device_map: The device map of transformers, used instead of `device`.
 
     Returns:
         The model in evaluation mode with frozen weights, and its tokenizer.
