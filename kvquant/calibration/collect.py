@@ -35,9 +35,9 @@ from kvquant.models.adapters import Part
 from kvquant.models.finite import remedy
 from kvquant.models.layer_kinds import layer_kinds
 from kvquant.models.loading import attention_layers, load_base_model, resolve_device
+from kvquant.models.placement import layer_devices
 from kvquant.models.prefill_quant import adapter_of
 from kvquant.models.rotary import rotary_width
-from kvquant.models.placement import layer_devices
 from kvquant.models.value_rotation import refuse_rotated
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.config import load_study
