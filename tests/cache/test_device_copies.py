@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from kvquant.models.loading import QuantizedModel
 from tests.support.models import tiny_model
 from tests.support.pretend_gpus import pretend_gpus
 from tests.support.several_devices import (
@@ -21,9 +20,7 @@ from tests.support.several_devices import (
     SCHEMES,
     USES,
     OnItsDevice,
-    device_map,
-    loaded,
-    spread,
+    on_one_and_two,
 )
 
 
@@ -32,12 +29,6 @@ def gpus() -> Iterator[None]:
     """Two GPUs and more."""
     with pretend_gpus():
         yield
-
-
-def on_both(model: Any, scheme: str, placement: str, folder: Path) -> list[QuantizedModel]:
-    """A model on one GPU, and spread over two."""
-    places = [{"": 0}, device_map(placement, len(model.model.layers))]
-    return [loaded(spread(model, where), scheme, folder) for where in places]
 
 
 def devices(cache: Any) -> list[str]:
@@ -54,7 +45,7 @@ def test_every_use_gives_what_one_device_gives(
     if (scheme, use) in IMPOSSIBLE or (protocol == "B" and not SCHEMES[scheme].quantizes):
         pytest.skip("the cache cannot do that on any number of devices")
     model = tiny_model(num_hidden_layers=4)
-    one, two = on_both(model, scheme, "halves", tmp_path)
+    one, two = on_one_and_two(model, scheme, tmp_path)
     expected = USES[use](OnItsDevice(one), one.new_cache(protocol))
     found = USES[use](OnItsDevice(two), two.new_cache(protocol))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)

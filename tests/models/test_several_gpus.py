@@ -30,7 +30,8 @@ from tests.support.several_devices import (
     USES,
     OnItsDevice,
     device_map,
-    loaded,
+    on_gpus,
+    on_one_and_two,
     spread,
 )
 
@@ -50,14 +51,6 @@ def half_model(**options: Any) -> Any:
     model = tiny_model(head_dim=64, num_hidden_layers=4, **options)
     sharpen(model)
     return model.half()
-
-
-def on_both(
-    model: Any, scheme: str, folder: Path, placement: str = "halves"
-) -> list[QuantizedModel]:
-    """A model on one GPU, and spread over two."""
-    places = [{"": 0}, device_map(placement, len(model.model.layers))]
-    return [loaded(spread(model, where), scheme, folder) for where in places]
 
 
 def held_on(cache: Any) -> list[int | None]:
@@ -85,7 +78,7 @@ def test_our_schemes_by_each_backend(
     scheme: str, use: str, kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KVQUANT_KERNELS", kernels)
-    cache = compare(on_both(half_model(), scheme, tmp_path), use)
+    cache = compare(on_one_and_two(half_model(), scheme, tmp_path), use)
     assert held_on(cache) == [0, 0, 1, 1]
     cache.settle()
     if kernels != "pytorch" and use != "jumping positions":
@@ -98,7 +91,7 @@ def test_our_schemes_by_each_backend(
 def test_other_schemes(scheme: str, use: str, tmp_path: Path) -> None:
     if (scheme, use) in IMPOSSIBLE:
         pytest.skip("the cache cannot do that on any number of devices")
-    compare(on_both(half_model(), scheme, tmp_path), use)
+    compare(on_one_and_two(half_model(), scheme, tmp_path), use)
 
 
 @pytest.mark.parametrize("use", ["chunks and steps", "left padding"])
@@ -108,13 +101,13 @@ def test_protocol_b(
     scheme: str, kernels: str, use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KVQUANT_KERNELS", kernels)
-    compare(on_both(half_model(), scheme, tmp_path), use, "B")
+    compare(on_one_and_two(half_model(), scheme, tmp_path), use, "B")
 
 
 @pytest.mark.parametrize("placement", ["alternating", "apart"])
 @pytest.mark.parametrize("use", ["chunks and steps", "left padding", "jumping positions", "crop"])
 def test_any_placement(use: str, placement: str, tmp_path: Path) -> None:
-    cache = compare(on_both(half_model(), "nuq", tmp_path, placement), use)
+    cache = compare(on_one_and_two(half_model(), "nuq", tmp_path, placement), use)
     expected = {"alternating": [0, 1, 0, 1], "apart": [1, 1, 1, 1]}[placement]
     assert held_on(cache) == expected
 
@@ -126,7 +119,7 @@ def test_windows(name: str, use: str, tmp_path: Path) -> None:
     types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     options: dict[str, Any] = {} if name == "mistral" else {"layer_types": types}
     model = tiny_hybrid(name, num_hidden_layers=4, **options)
-    compare(on_both(model, "nuq", tmp_path), use)
+    compare(on_one_and_two(model, "nuq", tmp_path), use)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +138,9 @@ def test_windows(name: str, use: str, tmp_path: Path) -> None:
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*columns, but the model is made for")
 def test_families(family: str, options: dict[str, Any], tmp_path: Path) -> None:
-    compare(on_both(half_model(family=family, **options), "nuq", tmp_path), "chunks and steps")
+    compare(
+        on_one_and_two(half_model(family=family, **options), "nuq", tmp_path), "chunks and steps"
+    )
 
 
 @pytest.mark.parametrize("scheme", ["nuq", "allocated", "fp16", "fp16-static", "kvquant-ref"])
@@ -153,7 +148,7 @@ def test_families(family: str, options: dict[str, Any], tmp_path: Path) -> None:
 def test_generate(scheme: str, options: dict[str, Any], tmp_path: Path) -> None:
     """More steps than a captured graph needs, which takes those of the model on one GPU."""
     found = []
-    for qm in on_both(half_model(), scheme, tmp_path):
+    for qm in on_one_and_two(half_model(), scheme, tmp_path):
         cache = qm.new_cache()
         out = qm.model.generate(
             ids(2, 70).to(qm.device), past_key_values=cache, max_new_tokens=40,
@@ -172,7 +167,7 @@ def test_greedy_batches_drop_ended_answers(scheme: str, tmp_path: Path) -> None:
             qm, prompts, 80, batch_size=4, eos_ids=(),
             stop=lambda answer: len(answer) >= 12 + answer[0] % 60,
         )
-        for qm in on_both(model, scheme, tmp_path)
+        for qm in on_one_and_two(model, scheme, tmp_path)
     ]  # fmt: skip
     pairs = zip(found[0].tokens, found[1].tokens, strict=True)
     same = [a == b for one, two in pairs for a, b in zip(one, two, strict=True)]
@@ -181,14 +176,14 @@ def test_greedy_batches_drop_ended_answers(scheme: str, tmp_path: Path) -> None:
 
 
 def test_no_graph_holds_the_work_of_two_gpus(tmp_path: Path) -> None:
-    _, two = on_both(half_model(), "nuq", tmp_path)
+    _, two = on_one_and_two(half_model(), "nuq", tmp_path)
     cache = two.new_cache()
     with torch.inference_mode():
         two.model(ids(2, 70).to(two.device), past_key_values=cache)
     with pytest.raises(ValueError, match="a graph holds the work of one GPU; call the model"):
         GraphedDecoder(two.model, cache)  # type: ignore[arg-type]
     assert "forward" in two.model.__dict__  # accelerate's, so that steps are never captured
-    _, two = on_both(half_model(), "fp16-static", tmp_path)
+    _, two = on_one_and_two(half_model(), "fp16-static", tmp_path)
     static: Any = two.new_cache()
     with torch.inference_mode():
         two.model(ids(2, 70).to(two.device), past_key_values=static)
@@ -208,7 +203,7 @@ def test_one_gpu_that_is_not_the_current_one(tmp_path: Path) -> None:
     """All on GPU 1, while GPU 0 is the current one: graphs, kernels and late checks are there."""
     model = half_model()
     assert torch.cuda.current_device() == 0
-    there, here = (loaded(spread(model, {"": gpu}), "nuq", tmp_path) for gpu in (1, 0))
+    here, there = on_gpus(model, "nuq", tmp_path, {"": 0}, {"": 1})
     prompts = [ids(1, 70)[0].tolist(), ids(1, 50, 1)[0].tolist()]
     found = [greedy(qm, prompts, 100, batch_size=2, eos_ids=()).tokens for qm in (here, there)]
     same = [a == b for x, y in zip(*found, strict=True) for a, b in zip(x, y, strict=True)]
@@ -217,7 +212,7 @@ def test_one_gpu_that_is_not_the_current_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", ["A", "B"])
 def test_losses(protocol: Any, tmp_path: Path) -> None:
-    both = on_both(half_model(), "nuq", tmp_path)
+    both = on_one_and_two(half_model(), "nuq", tmp_path)
     found = [measure_windows(qm, ids(2, 90).to(qm.device), protocol, 40, kl=True) for qm in both]
     torch.testing.assert_close(found[0].nll, found[1].nll, **CLOSE)
     assert found[0].kl is not None and found[1].kl is not None
@@ -232,7 +227,7 @@ def test_calibration() -> None:
     spec = CalibrationSpec(windows=3, window=60)
     found = [
         calibrate(spread(model, where), windows, spec, 16, roped_keys=True)
-        for where in ({"": 0}, device_map("halves", 4))
+        for where in ({"": 0}, device_map("halves", model))
     ]
     for one, two in zip(*found, strict=True):
         for name, expected in vars(one).items():

@@ -12,7 +12,10 @@ import torch
 
 from kvquant.models.layer_kinds import layer_kinds
 from kvquant.models.loading import QuantizedModel, load_quantized_model
+from kvquant.models.prefill_quant import adapter_of
+from kvquant.models.rotary import rotary_width
 from kvquant.quantization.quantizer_file import QuantizerManifest, save_quantizer
+from kvquant.quantization.ranged_tables import ranged_tables
 from kvquant.study.schemes import (
     AllocatedScheme,
     Fp16Scheme,
@@ -23,7 +26,6 @@ from kvquant.study.schemes import (
 )
 from tests.support.cache_uses import cropped, fed, padded, reordered
 from tests.support.caches import ids, ragged, step
-from tests.support.quantizers import narrow_tables
 
 SCHEMES: dict[str, Any] = {
     "nuq": NuqScheme(kind="nuq", bits=3, block_size=32),
@@ -36,23 +38,25 @@ SCHEMES: dict[str, Any] = {
 }
 
 
-def device_map(name: str, layers: int) -> dict[str, int]:
+def device_map(name: str, model: Any) -> dict[str, int]:
     """A placement on two GPUs by its name.
 
     Args:
         name: "halves": as accelerate places by itself. "alternating": each layer on another GPU
             than the one before. "apart": all layers on the GPU that does not have the inputs.
-        layers: Number of layers.
+        model: The model.
     """
+    layers = len(model.model.layers)
     where: Callable[[int], int] = {
         "halves": lambda i: int(2 * i >= layers),
         "alternating": lambda i: i % 2,
         "apart": lambda i: 1,
     }[name]
     found = {f"model.layers.{i}": where(i) for i in range(layers)}
-    last = int(name == "halves")
-    return {"model.embed_tokens": 0, "model.rotary_emb": 0, **found, "model.norm": last,
-            "lm_head": last}  # fmt: skip
+    norm = int(name == "halves")
+    head = 0 if model.config.tie_word_embeddings else norm  # tied weights are on one device
+    first = {"model.embed_tokens": 0, "model.rotary_emb": 0}
+    return {**first, **found, "model.norm": norm, "lm_head": head}
 
 
 def spread(model: Any, places: dict[str, int]) -> Any:
@@ -65,9 +69,9 @@ def spread(model: Any, places: dict[str, int]) -> Any:
 
 def saved_quantizer(folder: Path, model: Any, spec: Any) -> Path | None:
     """The file of a quantizer for a model; None where the scheme needs none."""
-    if not spec.registration.calibrated:
-        return None
     config, full = model.config, layer_kinds(model.model).full
+    if not spec.registration.calibrated or not full:
+        return None
     heads, dim = config.num_key_value_heads, config.head_dim
     manifest = QuantizerManifest(
         library_version="0", model="tiny", weights_sha256="0", scheme="made",
@@ -75,8 +79,26 @@ def saved_quantizer(folder: Path, model: Any, spec: Any) -> Path | None:
         num_layers=len(full), num_kv_heads=heads, head_dim=dim, calibration_error={},
     )  # fmt: skip
     path = folder / "quantizer.json"
-    save_quantizer(path, manifest, narrow_tables(spec, heads, dim, len(full)))
+    ranges = [key_range(model, layer) for layer in full]
+    layers = [
+        ranged_tables(spec, torch.zeros(heads, dim), torch.full((heads, dim), found))
+        for found in ranges
+    ]
+    save_quantizer(path, manifest, layers)
     return path
+
+
+@torch.no_grad()
+def key_range(model: Any, layer: int) -> float:
+    """The range of a layer's keys, outside of which less than a percent of them are."""
+    attention, found = model.model.layers[layer].self_attn, []
+    part = adapter_of(attention).part(attention, "keys")
+    handle = part.module.register_forward_hook(lambda *args: found.append(args[-1]))
+    model(input_ids=ids(2, 90).to(model.get_input_embeddings().weight.device))
+    handle.remove()
+    width = rotary_width(model, layer_kinds(model.model).full_rope)
+    keys = part.read(found[0], width).float().abs().flatten()
+    return float(keys.quantile(0.998))
 
 
 class OnItsDevice:
@@ -190,7 +212,22 @@ IMPOSSIBLE = {
 }  # fmt: skip
 
 
-def loaded(model: Any, scheme: str, folder: Path) -> QuantizedModel:
-    """A model with the caches of a scheme, by the library's front door."""
+def on_gpus(model: Any, scheme: str, folder: Path, *places: dict[str, int]) -> list[QuantizedModel]:
+    """Copies of a model with the caches of a scheme, by the library's front door.
+
+    Args:
+        model: The model, on the CPU.
+        scheme: Which of `SCHEMES`.
+        folder: Where the one quantizer of all copies is saved.
+        places: The device map of each copy.
+    """
     spec = SCHEMES[scheme]
-    return load_quantized_model(model, spec, quantizer=saved_quantizer(folder, model, spec))
+    path = saved_quantizer(folder, model, spec)
+    return [load_quantized_model(spread(model, where), spec, quantizer=path) for where in places]
+
+
+def on_one_and_two(
+    model: Any, scheme: str, folder: Path, placement: str = "halves"
+) -> list[QuantizedModel]:
+    """A model on one GPU, and spread over two; see :func:`device_map` for the placement."""
+    return on_gpus(model, scheme, folder, {"": 0}, device_map(placement, model))
