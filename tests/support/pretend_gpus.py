@@ -25,37 +25,43 @@ INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_inde
 class PretendTensor(torch.Tensor):
     """A CPU tensor that says that it is on a GPU."""
 
-    inner: torch.Tensor
+    held: torch.Tensor
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor, device: torch.device) -> PretendTensor:
+    def __new__(cls, held: torch.Tensor, device: torch.device) -> PretendTensor:
         """Wraps a tensor for a device with an index."""
-        made: PretendTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Any = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
-            inner.shape,
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
             device=device,
-            requires_grad=inner.requires_grad,
+            requires_grad=held.requires_grad,
         )
-        made.inner = inner
-        return made
+        made.held = held
+        return made  # type: ignore[no-any-return]
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Runs an operation outside of :class:`PretendGpus`."""
         return run(func, args, kwargs or {})
 
+    def data_ptr(self) -> int:
+        """The address that emulated kernels read."""
+        return self.held.data_ptr()
+
     def tolist(self) -> Any:
         """The numbers, which torch itself does not read from subclasses."""
-        return self.inner.tolist()
+        return self.held.tolist()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         """Names the device that is pretended."""
-        return f"{self.inner!r} on {self.device}"
+        return f"{self.held!r} on {self.device}"
 
 
 def with_index(device: torch.device) -> torch.device:
@@ -78,8 +84,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def plain(x: Any) -> Any:
         if isinstance(x, PretendTensor):
             where.append(x.device)
-            wrappers[id(x.inner)] = x
-            return x.inner
+            wrappers[id(x.held)] = x
+            return x.held
         if isinstance(x, torch.Tensor) and x.dim():
             on_cpu.append(x)
         if isinstance(x, torch.device):
@@ -136,12 +142,17 @@ class Arrived:
 
 
 @contextmanager
-def pretend_gpus() -> Iterator[None]:
-    """Pretends that there are GPUs, whose kernels are turned off."""
+def pretend_gpus(kernels: str = "pytorch") -> Iterator[None]:
+    """Pretends that there are GPUs.
+
+    Args:
+        kernels: Value of `KVQUANT_KERNELS`, which by default turns kernels off. Others need
+            emulated ones (`tests/kernels/emulate.py`), asked for afterwards.
+    """
     facts = backends.DeviceFacts("cuda")
     torch._C._ensureCUDADeviceGuardSet()  # what torch itself does for fake tensors without a GPU
     with pytest.MonkeyPatch.context() as patch, PretendGpus():
-        patch.setenv("KVQUANT_KERNELS", "pytorch")
+        patch.setenv("KVQUANT_KERNELS", kernels)
         patch.setattr(backends, "device_facts", lambda device: facts)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())

@@ -31,6 +31,7 @@ SCHEMES: dict[str, Any] = {
     "nuq": NuqScheme(kind="nuq", bits=3, block_size=32),
     "nuq-after-rope": NuqScheme(kind="nuq", bits=3, block_size=32, keys="after-rope"),
     "allocated": AllocatedScheme(kind="allocated", bits=3.4, block_size=64),
+    "allocated-unrotated": AllocatedScheme(kind="allocated", bits=3.4, rotation=False),
     "kivi": KiviScheme(kind="kivi", bits=4, group=16, residual=16),
     "fp16": Fp16Scheme(kind="fp16"),
     "fp16-static": Fp16StaticScheme(kind="fp16-static"),
@@ -61,7 +62,7 @@ def device_map(name: str, model: Any) -> dict[str, int]:
 
 def spread(model: Any, places: dict[str, int]) -> Any:
     """A copy of a model whose modules are where a device map says."""
-    from accelerate import dispatch_model
+    from accelerate import dispatch_model  # type: ignore[import-untyped]
 
     skipped = model._skip_keys_device_placement
     return dispatch_model(copy.deepcopy(model), places, skip_keys=list(skipped or ()))
