@@ -15,6 +15,7 @@ import torch
 from kvquant.calibration.collect import calibrate
 from kvquant.evaluation.likelihood import score
 from kvquant.evaluation.perplexity import measure_windows
+from kvquant.kernels.backends import select
 from kvquant.models.generation import greedy
 from kvquant.models.graph_decoding import GraphedDecoder
 from kvquant.models.loading import QuantizedModel, load_quantized_model
@@ -84,6 +85,11 @@ def test_our_schemes_by_each_backend(
     cache = compare(on_one_and_two(half_model(), scheme, tmp_path), use)
     assert held_on(cache) == [0, 0, 1, 1]
     cache.settle()
+    if kernels == "auto" and scheme != "allocated" and use == "chunks and steps":
+        for store, gpu in ((cache.layers[0].store, 0), (cache.layers[2].store, 1)):
+            shape, device = cache._planner._stored_shape(store), torch.device("cuda", gpu)
+            assert select("decode", shape, device).backend == "cuda"
+            assert device in cache._planner._kernels._tables
     if kernels != "pytorch" and use != "jumping positions":
         packed = [layer.store.packed_by_kernels for layer in cache.layers]
         assert all(packed) or (scheme != "nuq" and kernels == "triton")

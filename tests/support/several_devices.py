@@ -112,10 +112,15 @@ class OnItsDevice:
     def __init__(self, qm: QuantizedModel) -> None:
         self._qm = qm
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the inputs."""
+        return self._qm.device
+
     def __call__(self, **given: Any) -> Any:
         """Calls the model."""
         moved = {
-            name: x.to(self._qm.device) if isinstance(x, torch.Tensor) else x
+            name: x.to(self.device) if isinstance(x, torch.Tensor) else x
             for name, x in given.items()
         }
         return SimpleNamespace(logits=self._qm.model(**moved).logits.float().cpu())
@@ -181,7 +186,7 @@ def shifted(model: Any, cache: Any) -> torch.Tensor:
 def chosen(model: Any, cache: Any) -> torch.Tensor:
     """More tokens over some of the sequences, as when answers have ended."""
     step(model, cache, ids(3, 60))
-    cache.batch_select_indices(torch.tensor([2, 0]))
+    cache.batch_select_indices(torch.tensor([2, 0], device=model.device))
     cache.batch_repeat_interleave(2)
     return torch.cat([step(model, cache, ids(4, 20, 1)), step(model, cache, ids(4, 1, 2))], 1)
 
