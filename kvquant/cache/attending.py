@@ -11,7 +11,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ FullAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tenso
 
 
 @dataclass(frozen=True)
-class CallPlan:
+class CallPlan(ABC):
     """The part of a forward call's plan that every cache has.
 
     Attributes:
@@ -44,6 +44,18 @@ class CallPlan:
     rope: Table | None
     storing: Callable[[], None]
     window: WindowPlan | None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the plan's tensors, which is that of the layers that follow it."""
+        return self.query_positions.device
+
+    @abstractmethod
+    def on(self, device: torch.device) -> Self:
+        """Returns the plan for the layers of another device, before one of them completes it.
+
+        Each tensor is copied once, from device to device, and the host does not wait.
+        """
 
 
 Plan = TypeVar("Plan", bound=CallPlan)
@@ -128,7 +140,7 @@ class AttendingLayer(CacheLayerMixin, Generic[Plan]):
         """Computes the attention of a call's queries and stores the call's keys and values.
 
         Args:
-            plan: The plan of the call, the same for all layers.
+            plan: The plan of the call, the same for all layers of a device.
             new: The layer's queries, keys and values.
             scaling: Factor of the scores.
             full: Attention of rotated queries, keys and values of this call alone, causal and
@@ -233,7 +245,7 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
             batch: Number of sequences.
             new_len: Number of new columns.
             mask: `[batch_size, columns]` with 1 = token, 0 = padding, or None for no padding.
-            device: Device of the model.
+            device: Device of the model's inputs. Layers may be on others.
             positions: int64 `[1 or batch_size, new_len]`, the positions by which new columns are
                 rotated. None: the index of each token in its sequence.
             given: Whether the caller of the model gave the positions; else they are its default.
@@ -241,13 +253,21 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
         """
 
     @abstractmethod
-    def meet(self, plan: Plan, queries: torch.Tensor, keys: torch.Tensor, rope: Table) -> Plan:
-        """Completes the plan of the current call with what its first layer brings.
+    def meet(
+        self,
+        plan: Plan,
+        layer: AttendingLayer[Plan],
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        rope: Table,
+    ) -> Plan:
+        """Completes the plan of the current call with what the first layer of a device brings.
 
         Layers with a sliding window, which may have another rotary table, complete no plan.
 
         Args:
-            plan: The plan that :meth:`begin_forward` made.
+            plan: The plan that :meth:`begin_forward` made, on the layer's device.
+            layer: The layer.
             queries: Before RoPE, `[batch_size, num_heads, new_len, head_dim]`.
             keys: Before RoPE, `[batch_size, num_kv_heads, new_len, head_dim]`.
             rope: The model's rotary table, `[1 or batch_size, new_len, head_dim]` each.
@@ -282,10 +302,10 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
         Raises:
             UserError: No call was begun for the layer, so that there is no plan.
         """
-        plan, met = self.calls.enter(layer, keys.shape[2])
+        plan, met = self.calls.enter(layer, keys.shape[2], keys.device)
         own: AttendingLayer[Plan] = self.layers[layer]
         if not met and not own.is_sliding:
-            plan = self.meet(plan, queries, keys, rope)
+            plan = self.meet(plan, own, queries, keys, rope)
             self.calls.meet(plan)
         table = None if layer in self.unrotated else own.table(plan) or rope
         new = NewTokens(queries, keys, values, table, sink_logits)

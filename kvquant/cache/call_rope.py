@@ -42,9 +42,9 @@ class CallRope:
         self.kept: KeptRope | None = KeptRope() if self._keep else None
         self._shifts: Shifts | None = None  # before the first call
         self._default_ends = False  # whether the model's default positions would be wrong
-        # State of the current call: whether its first layer has brought the rotary table to keep,
-        # and the table of counted positions where the model's is shifted.
-        self._taken = False
+        # State of the current call: the devices whose first layer has brought the rotary table to
+        # keep, and the table of counted positions where the model's is shifted.
+        self._taken: set[torch.device] = set()
         self._table: Table | None = None
         self._local_table: Table | None = None
 
@@ -79,7 +79,8 @@ class CallRope:
             bool `[]`, whether the positions of a decode step on a GPU fail to continue those
             before; None if that is known on the host.
         """
-        self._taken, self._table, self._local_table = False, None, None
+        self._taken.clear()
+        self._table = self._local_table = None
         if self._default_ends and not given:
             raise ValueError(
                 "position_ids: needed for every call on joined prompts of different lengths, whose "
@@ -127,7 +128,8 @@ class CallRope:
         """Returns the rotary table of the new columns, or None where it is the model's.
 
         Args:
-            rope: The model's table, `[1 or batch_size, new_len, head_dim]` each; kept if needed.
+            rope: The model's table, `[1 or batch_size, new_len, head_dim]` each, on the device of
+                the layers that ask; kept there if needed.
             spans: Columns of each sequence that are tokens.
             lengths: Tokens of each sequence before the call.
             dtype: The dtype of the queries.
@@ -135,12 +137,14 @@ class CallRope:
         Returns:
             Cosine and sine, `[batch_size, new_len, head_dim]` each, or None.
         """
-        if self.kept is not None and not self._taken:
+        device = rope[0].device
+        if self.kept is not None and device not in self._taken:
             self.kept.append(rope, spans, lengths)
-            self._taken = True
+            self._taken.add(device)
         if self._table is None:
             return None
-        return self._table[0].to(dtype), self._table[1].to(dtype)
+        cos, sin = (x.to(device, dtype, non_blocking=True) for x in self._table)
+        return cos, sin
 
     @property
     def window_table(self) -> Table | None:

@@ -126,10 +126,10 @@ class StepTables:
 
 
 class KernelSteps:
-    """Keeps the tables of a cache's decode steps from one step to the next."""
+    """Keeps the tables of a cache's decode steps on each device from one step to the next."""
 
     def __init__(self) -> None:
-        self._tables: StepTables | None = None
+        self._tables: dict[torch.device, StepTables] = {}
 
     def tables(self, shape: DecodeShape, rope: Rope, device: torch.device) -> StepTables:
         """Returns the tables of a cache, made anew where the kernel's constants changed.
@@ -137,13 +137,14 @@ class KernelSteps:
         Args:
             shape: The constants that the kernel is compiled for.
             rope: Rotation of the model; does not depend on the length of the sequence.
-            device: Device of the cache.
+            device: Device of the layers.
         """
-        if self._tables is None or self._tables.shape != shape:
-            self._tables = StepTables(shape, rope, device)
-        return self._tables
+        found = self._tables.get(device)
+        if found is None or found.shape != shape:
+            found = self._tables[device] = StepTables(shape, rope, device)
+        return found
 
     def forget(self) -> None:
         """Invalidates the tables, if there are any; see :meth:`StepTables.forget`."""
-        if self._tables is not None:
-            self._tables.forget()
+        for tables in self._tables.values():
+            tables.forget()

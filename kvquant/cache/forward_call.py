@@ -8,11 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
+
+import torch
 
 from kvquant.errors import OutlierOverflow, UserError
 
-Plan = TypeVar("Plan")
+
+class DevicePlan(Protocol):
+    """The plan of a call as the record of calls sees it."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the plan's tensors."""
+
+    def on(self, device: torch.device) -> Self:
+        """Returns the plan, as it is before any layer has completed it, for another device."""
+
+
+Plan = TypeVar("Plan", bound=DevicePlan)
 
 _AGAIN = "reset() it or take a new one"
 
@@ -33,7 +47,6 @@ class ForwardCall:
     Attributes:
         done: Indices of the layers that have finished their part.
         stored: Whether a layer has begun to store tokens.
-        met: Whether the plan is complete, with what only a layer brings.
     """
 
     def __init__(self, layers: int, new_len: int, held: bool, undo: Callable[[], None]) -> None:
@@ -43,7 +56,6 @@ class ForwardCall:
         self.undo = undo
         self.done: set[int] = set()
         self.stored = False
-        self.met = False
 
 
 class CallRecord(Generic[Plan]):
@@ -51,7 +63,10 @@ class CallRecord(Generic[Plan]):
 
     def __init__(self) -> None:
         self._call: ForwardCall | None = None
-        self._plan: Plan | None = None  # of the current call
+        self._begun: Plan | None = None  # the plan of the current call as it began
+        # That plan for the layers of each device, and whether it is complete there, with what only
+        # a layer brings.
+        self._plans: dict[torch.device, tuple[Plan, bool]] = {}
         self._handed: Plan | None = None
         self._broken: str | None = None
 
@@ -132,24 +147,25 @@ class CallRecord(Generic[Plan]):
 
     def begin(self, call: ForwardCall) -> None:
         """Records the start of a call, before its planning changes anything."""
-        self._call, self._plan = call, None
+        self._call, self._begun = call, None
+        self._plans.clear()
 
     def planned(self, plan: Plan) -> None:
         """Sets the plan of the current call, which every layer gets from then on."""
-        self._plan = plan
+        self._begun = plan
+        self._plans[plan.device] = plan, False
 
     def meet(self, plan: Plan) -> None:
-        """Sets the plan of the current call after a layer has completed it."""
-        self._plan = plan
-        if self._call is not None:
-            self._call.met = True
+        """Sets the plan of the current call for a device after a layer has completed it."""
+        self._plans[plan.device] = plan, True
 
-    def enter(self, layer: int, new_len: int) -> tuple[Plan, bool]:
+    def enter(self, layer: int, new_len: int, device: torch.device) -> tuple[Plan, bool]:
         """Begins a layer's part of the current call.
 
         Args:
             layer: Index of the layer.
             new_len: Number of columns that the layer was given.
+            device: Device of the layer.
 
         Returns:
             The plan, and whether it is complete.
@@ -159,8 +175,8 @@ class CallRecord(Generic[Plan]):
         """
         if self._handed is not None:
             return self._handed, True
-        call, plan = self._call, self._plan
-        if call is None or plan is None or layer in call.done:
+        call, begun = self._call, self._begun
+        if call is None or begun is None or layer in call.done:
             raise UserError(
                 f"cache: layer {layer} was called without a forward call of the model, which says "
                 "what is padding; call the model, or begin_forward before each call of the layers"
@@ -170,7 +186,10 @@ class CallRecord(Generic[Plan]):
                 f"cache: layer {layer} was given {new_len} columns in a forward call of "
                 f"{call.new_len}"
             )
-        return plan, call.met
+        found = self._plans.get(device)
+        if found is None:  # the first layer on a device that is not that of the call's inputs
+            found = self._plans[device] = begun.on(device), False
+        return found
 
     def store(self) -> None:
         """Notes that a layer begins to store, after which the call cannot be undone."""
@@ -186,7 +205,7 @@ class CallRecord(Generic[Plan]):
         return not call.held and len(call.done) == call.layers
 
     def end(self) -> Plan | None:
-        """Returns the plan of the current call, which all layers must have finished, or None.
+        """Returns the plan as the current call began, which all layers must have finished, or None.
 
         Raises:
             UserError: A layer did not take part in the call.
@@ -200,8 +219,9 @@ class CallRecord(Generic[Plan]):
                 f"cache: layer {missing[0]} took no part in the forward call; layers cannot be "
                 "skipped over a quantized cache"
             )
-        return self._plan
+        return self._begun
 
     def close(self) -> None:
         """Forgets the call, which was completed or undone."""
-        self._call = self._plan = None
+        self._call = self._begun = None
+        self._plans.clear()

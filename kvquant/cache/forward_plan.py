@@ -2,19 +2,22 @@
 
 `KVQuantCache.begin_forward` makes it from the mask and the state of the cache. What only the first
 layer knows (number and dtype of the queries, the model's rotary table) is added when that layer
-runs (`KVQuantCache.meet`). Plans are immutable, and the layers get theirs as an argument.
+runs (`KVQuantCache.meet`). Plans are immutable, and the layers get theirs as an argument. Where
+layers are on several devices, each device has a plan of its own, completed by its first layer.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
+from typing import Self
 
 import torch
 
 from kvquant.cache.attending import CallPlan
+from kvquant.cache.device_copies import DeviceCopies
 from kvquant.cache.layout import AppendPlan, View
 from kvquant.cache.packed_past import Past
 from kvquant.cache.past_pieces import Piece
@@ -78,6 +81,7 @@ class PackedPast:
 
 
 Path = FirstCall | KernelStep | PackedPast | PastPieces
+NO_PIECES = PastPieces(list, whole=False)  # until the first layer of a call has run
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,7 @@ class ForwardPlan(CallPlan):
         first: Whether the cache had no column before the call, not even of padding.
         simulated: Whether the call's own tokens are read from the cache, too (protocol B).
         order: The point at which the tokens are stored.
-        path: How the past is read. Until the first layer has run, a past that no decode step
-            reads has no pieces.
+        path: How the past is read. Until the first layer has run, a past has no pieces.
         status: int32 `[2]` on a GPU, where layers report lost outliers and NaN. None on a CPU and
             until the first layer has run.
     """
@@ -106,6 +109,18 @@ class ForwardPlan(CallPlan):
     order: Order
     path: Path
     status: torch.Tensor | None
+
+    def on(self, device: torch.device) -> Self:
+        """Returns the plan for the layers of another device; see :meth:`CallPlan.on`."""
+        copies = DeviceCopies(device)
+        return replace(
+            self,
+            query_positions=copies.of(self.query_positions),
+            rope=copies.of_table(self.rope),
+            append=replace(self.append, spans=copies.of_spans(self.append.spans)),
+            new_positions=copies.of_any(self.new_positions),
+            window=None if self.window is None else self.window.copied(copies),
+        )
 
     @functools.cached_property
     def token_positions(self) -> torch.Tensor | None:

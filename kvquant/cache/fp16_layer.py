@@ -22,6 +22,11 @@ class _HalfPrecision(DynamicLayer):
         keys, values = super().update(key_states.half(), value_states.half(), *args, **kwargs)
         return keys.to(kind), values.to(kind)
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps only the given sequences; the indices may be on the device of another layer."""
+        if self.is_initialized:
+            super().batch_select_indices(indices.to(self.device))
+
 
 class Fp16Layer(_HalfPrecision):
     """A layer of the unquantized baseline: transformers' growing layer, always in 16 bits.

@@ -17,14 +17,14 @@ Table = tuple[torch.Tensor, torch.Tensor]
 
 
 class KeptRope:
-    """The cosine and sine of every token, shared by all layers.
+    """The cosine and sine of every token, shared by all layers of a device.
 
     Both halves of the channels are rotated by the same angles, so that one half is kept.
     """
 
     def __init__(self) -> None:
-        # [batch_size, room, head_dim / 2] each
-        self._table: Table | None = None
+        # By device, [batch_size, room, head_dim / 2] each
+        self._tables: dict[torch.device, Table] = {}
 
     @classmethod
     def counted(
@@ -42,7 +42,7 @@ class KeptRope:
 
     @torch.inference_mode()  # buffers are inference tensors, whatever mode the caller is in
     def append(self, rope: Table, spans: list[Span], lengths: list[int]) -> None:
-        """Adds the rotary tables of new tokens.
+        """Adds the rotary tables of new tokens on the device where they are.
 
         Args:
             rope: Cosine and sine, `[1 or batch_size, new_len, head_dim]` each.
@@ -52,9 +52,8 @@ class KeptRope:
         counts = [s.stop - s.start if isinstance(s, slice) else s.numel() for s in spans]
         total = max(n + count for n, count in zip(lengths, counts, strict=True))
         half = rope[0].shape[-1] // 2
-        self._reserve(len(spans), total, rope[0][..., :half])
-        assert self._table is not None
-        for kept, new in zip(self._table, rope, strict=True):
+        table = self._with_room(len(spans), total, rope[0][..., :half])
+        for kept, new in zip(table, rope, strict=True):
             x = new[..., :half].detach().expand(len(spans), -1, -1).to(kept.dtype)
             if x.shape[1] == 1 and all(counts):
                 rows = torch.arange(len(spans), device=kept.device)
@@ -63,11 +62,21 @@ class KeptRope:
             for b, (span, at) in enumerate(zip(spans, lengths, strict=True)):
                 kept[b, at : at + counts[b]] = x[b, span]
 
-    def _reserve(self, batch: int, tokens: int, like: torch.Tensor) -> None:
-        """Makes room for `tokens` tokens per sequence, at least doubling what is too small."""
-        old = self._table
+    def _held(self, device: torch.device) -> Table | None:
+        """Returns the tables on a device; those of another one are copied where it has none."""
+        if device not in self._tables and self._tables:
+            cos, sin = next(iter(self._tables.values()))
+            self._tables[device] = (
+                cos.to(device, non_blocking=True),
+                sin.to(device, non_blocking=True),
+            )
+        return self._tables.get(device)
+
+    def _with_room(self, batch: int, tokens: int, like: torch.Tensor) -> Table:
+        """Returns tables for `tokens` tokens per sequence; at least doubles what is too small."""
+        old = self._held(like.device)
         if old is not None and old[0].shape[1] >= tokens:
-            return
+            return old
         room = tokens if old is None else max(tokens, 2 * old[0].shape[1])
         kind = like.dtype if old is None else old[0].dtype
 
@@ -77,7 +86,8 @@ class KeptRope:
                 new[:, : old[which].shape[1]] = old[which]
             return new
 
-        self._table = (grown(0), grown(1))
+        table = self._tables[like.device] = (grown(0), grown(1))
+        return table
 
     def read(self, positions: torch.Tensor) -> Table:
         """Returns the tables of the first tokens, `[batch_size, n, head_dim]` each, as a `Rope`.
@@ -85,27 +95,27 @@ class KeptRope:
         Args:
             positions: int64 `[1, n]`, the indices of the tokens from 0 on.
         """
-        assert self._table is not None
-        count = positions.shape[1]
-        cos, sin = (torch.cat((x[:, :count],) * 2, -1) for x in self._table)
+        table, count = self._held(positions.device), positions.shape[1]
+        assert table is not None
+        cos, sin = (torch.cat((x[:, :count],) * 2, -1) for x in table)
         return cos, sin
 
     @torch.inference_mode()
     def select(self, indices: torch.Tensor) -> None:
         """Keeps or repeats the given sequences."""
-        if self._table is not None:
-            where = indices.to(self._table[0].device)
-            self._table = (self._table[0][where], self._table[1][where])
+        for device, (cos, sin) in self._tables.items():
+            where = indices.to(device)
+            self._tables[device] = (cos[where], sin[where])
 
     @torch.inference_mode()
     def fork(self) -> KeptRope:
         """Returns an independent copy."""
         other = KeptRope()
-        if self._table is not None:
-            other._table = (self._table[0].clone(), self._table[1].clone())
+        for device, (cos, sin) in self._tables.items():
+            other._tables[device] = (cos.clone(), sin.clone())
         return other
 
     @property
     def nbytes(self) -> int:
-        """The bytes allocated."""
-        return 0 if self._table is None else sum(x.nbytes for x in self._table)
+        """The bytes allocated on all devices."""
+        return sum(x.nbytes for table in self._tables.values() for x in table)

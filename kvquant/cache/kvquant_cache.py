@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from kvquant.cache.attending import AttendingLayer
 from kvquant.cache.block_layer import BlockLayer
 from kvquant.cache.block_store import BlockStore
 from kvquant.cache.decode_step import StepTables
@@ -82,10 +83,17 @@ class KVQuantCache(PackedCache):
         return undo
 
     def meet(
-        self, plan: ForwardPlan, queries: torch.Tensor, keys: torch.Tensor, rope: Table
+        self,
+        plan: ForwardPlan,
+        layer: AttendingLayer[ForwardPlan],
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        rope: Table,
     ) -> ForwardPlan:
-        """Completes the plan with what the first layer that packs brings."""
-        return self._planner.meet(plan, queries, keys, rope, self._watch.status(keys.device))
+        """Completes the plan with what the first layer of a device that packs brings."""
+        assert isinstance(layer, BlockLayer)
+        status = self._watch.status(keys.device)
+        return self._planner.meet(plan, layer.store, queries, keys, rope, status)
 
     def step_tables(self, device: torch.device) -> StepTables | None:
         """Returns the decode kernel's tables, or None where another backend takes the steps."""

@@ -25,6 +25,7 @@ class LateCheck:
     def __init__(self) -> None:
         # bool [] each, for mask and positions: whether those of any step so far were wrong
         self._status: list[torch.Tensor | None] = [None, None]
+        self._device: torch.device | None = None  # of both
         # A copy of the status on its way to the host and the event of its arrival, or None
         self._copy: tuple[torch.Tensor, torch.cuda.Event] | None = None
         self._host: tuple[torch.Tensor, torch.cuda.Event] | None = None
@@ -39,6 +40,8 @@ class LateCheck:
         """
         for i, wrong in enumerate((mask, positions)):
             if wrong is not None:
+                self._device = self._device or wrong.device
+                wrong = wrong.to(self._device, non_blocking=True)
                 old = self._status[i]
                 self._status[i] = wrong if old is None else old | wrong
                 self._news = True
@@ -59,7 +62,7 @@ class LateCheck:
             for i, status in enumerate(self._status):
                 if status is not None:
                     host[i].copy_(status, non_blocking=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
             self._copy, self._news = self._host, False
 
     def settle(self) -> None:

@@ -31,16 +31,21 @@ class OutlierWatch:
 
     def __init__(self, share: HeadShare | None = None) -> None:
         self._share = share
-        self._status: torch.Tensor | None = None
-        # A copy of the status on its way to the host, and the event of its arrival.
-        self._copy: tuple[torch.Tensor, torch.cuda.Event] | None = None
+        self._status: dict[torch.device, torch.Tensor] = {}
+        # Copies of the status of each device on their way to the host, and events of their arrival.
+        self._copies: list[tuple[torch.Tensor, torch.cuda.Event]] = []
         self._packed = False  # whether blocks were packed since the last copy
 
     def status(self, device: torch.device) -> torch.Tensor | None:
-        """Returns int32 `[2]` for layers to report lost outliers and NaN; None on a CPU."""
-        if self._status is None and device.type == "cuda":
-            self._status = torch.zeros(2, dtype=torch.int32, device=device)
-        return self._status
+        """Returns int32 `[2]` for a device's layers to report lost outliers and NaN; None on a CPU.
+
+        Args:
+            device: Device of the layers.
+        """
+        found = self._status.get(device)
+        if found is None and device.type == "cuda":
+            found = self._status[device] = torch.zeros(2, dtype=torch.int32, device=device)
+        return found
 
     def note_packing(self) -> None:
         """Notes that a call packs blocks, so that later calls check them for lost outliers."""
@@ -53,11 +58,12 @@ class OutlierWatch:
             OutlierOverflow: Outliers were lost because there was no room for them.
             ValueError: The input held NaN or Inf.
         """
-        if self._copy is not None and self._arrived(self._copy[1]):
-            (lost, bad), self._copy = self._copy[0].tolist(), None
-            _refuse(lost, bad)
-        if self._status is not None and self._copy is None and self._packed:
-            self._copy, self._packed = _copy_to_host(self._of_all(self._status)), False
+        if self._copies and all(self._arrived(event) for _, event in self._copies):
+            arrived, self._copies = [host for host, _ in self._copies], []
+            _refuse(arrived)
+        if self._packed and self._status and not self._copies:
+            self._copies = [_copy_to_host(self._of_all(s)) for s in self._status.values()]
+            self._packed = False
 
     def _arrived(self, event: torch.cuda.Event) -> bool:
         if self._share is not None:
@@ -71,21 +77,19 @@ class OutlierWatch:
     def fork(self) -> OutlierWatch:
         """Returns the watch for a copy of the cache, which shares the blocks and their losses."""
         other = OutlierWatch(self._share)
-        if self._status is not None:
-            other._status, other._packed = self._status.clone(), True
+        for device, status in self._status.items():
+            other._status[device], other._packed = status.clone(), True
         return other
 
     def settle(self) -> None:
-        """Waits for the device and raises if it lost outliers or met NaN so far.
+        """Waits for the devices and raises if one lost outliers or met NaN so far.
 
         Raises:
             OutlierOverflow: Outliers were lost because there was no room for them.
             ValueError: The input held NaN or Inf.
         """
-        self._copy = None
-        if self._status is not None:
-            lost, bad = self._of_all(self._status).tolist()
-            _refuse(lost, bad)
+        self._copies = []
+        _refuse([self._of_all(status) for status in self._status.values()])
 
 
 def _copy_to_host(status: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
@@ -93,11 +97,14 @@ def _copy_to_host(status: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]
     host = torch.empty(2, dtype=torch.int32, pin_memory=True)
     host.copy_(status, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(status.device))
     return host, event
 
 
-def _refuse(lost: int, bad: int) -> None:
+def _refuse(found: Iterable[torch.Tensor]) -> None:
+    """Raises for numbers of lost outliers, and for NaN or Inf, int32 `[2]` per device."""
+    rows = [status.tolist() for status in found]
+    lost, bad = (sum(column) for column in zip((0, 0), *rows, strict=True))
     if bad:
         raise NonFiniteTokens("keys or values")
     if lost:

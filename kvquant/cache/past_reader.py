@@ -26,12 +26,12 @@ class PastReader:
     """Decides for one cache how its calls read the past."""
 
     def __init__(self) -> None:
-        # Block counts of the sequences and the kernels' table of block numbers, if one was made.
-        self._numbers: tuple[list[int], torch.Tensor] | None = None
+        # Block counts of the sequences and the kernels' table of block numbers on each device.
+        self._numbers: dict[torch.device, tuple[list[int], torch.Tensor]] = {}
 
     def forget_blocks(self) -> None:
         """Drops the block numbers after the blocks of sequences have changed."""
-        self._numbers = None
+        self._numbers.clear()
 
     def path(
         self,
@@ -72,6 +72,7 @@ class PastReader:
     def _block_numbers(
         self, layout: Layout, blocks: list[int], device: torch.device
     ) -> torch.Tensor:
-        if self._numbers is None or self._numbers[0] != blocks:
-            self._numbers = (list(blocks), block_table(layout, blocks, device))
-        return self._numbers[1]
+        found = self._numbers.get(device)
+        if found is None or found[0] != blocks:
+            found = self._numbers[device] = list(blocks), block_table(layout, blocks, device)
+        return found[1]

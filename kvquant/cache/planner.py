@@ -11,15 +11,13 @@ import torch
 from kvquant.cache.block_store import BlockStore, stored_dtype
 from kvquant.cache.call_rope import CallRope
 from kvquant.cache.decode_step import KernelSteps, StepTables
-from kvquant.cache.forward_plan import FirstCall, ForwardPlan, KernelStep, Order, PastPieces
+from kvquant.cache.forward_plan import NO_PIECES, FirstCall, ForwardPlan, KernelStep, Order, Path
 from kvquant.cache.kept_rope import Table
 from kvquant.cache.layout import AppendPlan, Layout
 from kvquant.cache.past_reader import PastReader
 from kvquant.cache.window_plan import Windows
 from kvquant.kernels.backends import Selection, select
 from kvquant.kernels.cache_shape import CacheShape
-
-NO_PIECES = PastPieces(list, whole=False)  # until the first layer of a call has run
 
 
 class Planner:
@@ -28,8 +26,7 @@ class Planner:
     Args:
         layout: Layout of the cache.
         rope: Rotation of the tokens.
-        store: Store of the first layer that packs, which has the same properties as those of the
-            others; None if all layers have a sliding window.
+        store: Store of the first layer that packs; None if all layers have a sliding window.
         simulated: Whether a call's own tokens are read from the cache, too (protocol B).
         static_rope: Whether a position's rotation does not depend on the length of the sequence.
         narrow_tables: Whether the tables of all layers are narrow (:class:`Codec`).
@@ -84,12 +81,7 @@ class Planner:
             past: Whether there were columns before the call. Where all of them are padding, no
                 token is read back, but the model's own attention would want keys of them.
         """
-        step = self._kernel_step(append, queries.device)
         first = not past and not self._simulated
-        if step is not None:
-            order = Order.WITHIN_STEP
-        else:
-            order = Order.APPEND_FIRST if first or self._simulated else Order.READ_FIRST
         window = None
         if self._windows is not None:
             window = self._windows.plan(
@@ -110,8 +102,8 @@ class Planner:
             new_positions=keys,
             first=not past,
             simulated=self._simulated,
-            order=order,
-            path=step or (FirstCall() if first else NO_PIECES),
+            order=Order.APPEND_FIRST if first or self._simulated else Order.READ_FIRST,
+            path=FirstCall() if first else NO_PIECES,
             storing=self._storing,
             status=None,
             window=window,
@@ -120,50 +112,60 @@ class Planner:
     def meet(
         self,
         plan: ForwardPlan,
+        store: BlockStore,
         queries: torch.Tensor,
         keys: torch.Tensor,
         rope: Table,
         status: torch.Tensor | None,
     ) -> ForwardPlan:
-        """Completes the plan of a call with what its first layer brings.
+        """Completes the plan of a call with what the first layer of a device brings.
 
         Args:
-            plan: The plan from :meth:`begin`.
+            plan: The plan from :meth:`begin`, on the layer's device.
+            store: Store of the layer, which has the same properties as those of the device's
+                others.
             queries: Before RoPE, `[batch_size, num_heads, new_len, head_dim]`.
             keys: Before RoPE, `[batch_size, num_kv_heads, new_len, head_dim]`.
             rope: The model's rotary table, `[1 or batch_size, new_len, head_dim]` each.
             status: See :class:`ForwardPlan`.
         """
         self.query_heads = queries.shape[1]
-        append, path = plan.append, plan.path
+        append, order = plan.append, plan.order
         table = self._rope.table(rope, append.spans, append.before.lengths, queries.dtype)
+        path: Path = plan.path
         if path is NO_PIECES:
-            shape = self._shape(keys, queries.dtype)
-            path = self._reader.path(plan, self._layout, self._rope, shape, queries, keys)
-        return replace(plan, rope=table, path=path, status=status)
+            step = self._kernel_step(append, store, keys.device)
+            if step is not None:
+                path, order = step, Order.WITHIN_STEP
+            else:
+                shape = self._shape(store, keys, queries.dtype)
+                path = self._reader.path(plan, self._layout, self._rope, shape, queries, keys)
+        return replace(plan, rope=table, order=order, path=path, status=status)
 
-    def _shape(self, like: torch.Tensor, query_dtype: torch.dtype | None = None) -> CacheShape:
+    def _shape(
+        self, store: BlockStore, like: torch.Tensor, query_dtype: torch.dtype | None = None
+    ) -> CacheShape:
         """Returns the properties of cache and call that decide which backends can run.
 
         Args:
+            store: Store of a layer on the device in question.
             like: New or stored keys, `[batch_size, num_kv_heads, n, head_dim]`.
             query_dtype: Dtype of the call's queries; None where it does not matter.
         """
-        assert self._store is not None
         _, heads, _, dim = like.shape
         model = (dim, heads, self.query_heads, stored_dtype(like.dtype))
         arenas = self._layout.arenas
         state: dict[str, Any] = {
             "query_dtype": query_dtype,
             "kept_rope": self._rope.kept is not None,
-            "packed_by_kernels": self._store.packed_by_kernels,
+            "packed_by_kernels": store.packed_by_kernels,
             "arenas": len(arenas),
             "arena_blocks": max((arena.capacity for arena in arenas), default=0),
         }
         key = (model, *state.values())
         if self._known is None or self._known[0] != key:  # most steps reuse the last shape
             shape = replace(
-                self._store.codec.cache_shape(*model),
+                store.codec.cache_shape(*model),
                 protocol="B" if self._simulated else "A",
                 static_rope=self._static_rope,
                 narrow_tables=self._narrow_tables,
@@ -173,11 +175,16 @@ class Planner:
             self._known = (key, shape)
         return self._known[1]
 
-    def _stored_shape(self) -> CacheShape | None:
-        """Returns the properties of what the cache holds; None before the first call."""
-        if self._store is None or self._store.tail is None:
+    def _stored_shape(self, store: BlockStore | None = None) -> CacheShape | None:
+        """Returns the properties of what the cache holds; None before the first call.
+
+        Args:
+            store: See :meth:`_shape`; None: that of the first layer that packs.
+        """
+        store = store or self._store
+        if store is None or store.tail is None:
             return None
-        return self._shape(self._store.tail[0])
+        return self._shape(store, store.tail[0])
 
     def select_step(self, device: torch.device) -> Selection | None:
         """Selects the backend of a decode step, with reasons; None before the first call."""
@@ -186,14 +193,21 @@ class Planner:
 
     def step_tables(self, device: torch.device) -> StepTables | None:
         """Returns the decode kernel's tables, or None where another backend takes the steps."""
-        shape = self._stored_shape()
+        return self._step_tables(self._stored_shape(), device)
+
+    def _step_tables(self, shape: CacheShape | None, device: torch.device) -> StepTables | None:
         if shape is None or select("decode", shape, device).backend != "cuda":
             return None
         return self._kernels.tables(shape.decode_shape, self._rope.counted, device)
 
-    def _kernel_step(self, append: AppendPlan, device: torch.device) -> KernelStep | None:
+    def _kernel_step(
+        self, append: AppendPlan, store: BlockStore, device: torch.device
+    ) -> KernelStep | None:
         """Plans a decode step by the CUDA kernel, or returns None where it cannot take it."""
-        if not append.decode or (steps := self.step_tables(device)) is None:
+        if not append.decode:
+            return None
+        steps = self._step_tables(self._stored_shape(store), device)
+        if steps is None:
             return None
         places = steps.take_step(self._layout, append.before)
         return KernelStep(steps.shape, steps.step(), places)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from kvquant.cache.device_copies import DeviceCopies
 from kvquant.cache.kept_rope import Table
 from kvquant.cache.layout import Span
 from kvquant.errors import UserError
@@ -88,6 +89,16 @@ class WindowPlan:
     step: bool
     simulated: bool
     rope: Table | None
+
+    def copied(self, copies: DeviceCopies) -> WindowPlan:
+        """Returns the plan for the layers of another device."""
+        return replace(
+            self,
+            spans=copies.of_spans(self.spans),
+            queries=copies.of(self.queries),
+            keys=copies.of_any(self.keys),
+            rope=copies.of_table(self.rope),
+        )
 
     @functools.cached_property
     def places(self) -> torch.Tensor:

@@ -35,6 +35,7 @@ from kvquant.models.adapters import Part
 from kvquant.models.finite import remedy
 from kvquant.models.layer_kinds import layer_kinds
 from kvquant.models.loading import attention_layers, load_base_model, resolve_device
+from kvquant.models.placement import layer_devices
 from kvquant.models.prefill_quant import adapter_of
 from kvquant.models.rotary import rotary_width
 from kvquant.models.tensor_parallel import refuse_shared
@@ -111,7 +112,8 @@ class _Collector:
         cos, sin = adapter_of(module).table(table, int(module.head_dim))
         if not adapter_of(module).rotates(module):
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
-        self._rope = cos.float(), sin.float()
+        device = next(module.parameters()).device  # accelerate's own hook moves the table later
+        self._rope = cos.float().to(device), sin.float().to(device)
 
     def _add_roped(self, layer: int, name: str, part: Part) -> Any:
         """Returns a hook that finds the moments after RoPE of what a module gives."""
@@ -215,7 +217,9 @@ class _Collector:
 
     def _check(self, model: Any, where: str) -> None:
         """Checks with one host sync that all tensors of a pass were finite."""
-        finite = torch.stack(list(self._finite.values())).tolist()
+        flags = list(self._finite.values())
+        device = flags[0].device  # the layers may be on several
+        finite = torch.stack([flag.to(device, non_blocking=True) for flag in flags]).tolist()
         if not all(finite):
             what = list(self._finite)[finite.index(False)]
             dtype = next(model.parameters()).dtype
@@ -263,8 +267,8 @@ def calibrate(
         roped_keys: Whether to keep histograms of keys after RoPE as well.
 
     Raises:
-        UserError: There is no window, or one has no token after the sinks; or no layer sees all
-            tokens.
+        UserError: There is no window, or one has no token after the sinks; no layer sees all
+            tokens; or weights are offloaded.
         NonFinite: A window's loss, activations or gradients are NaN or infinite.
     """
     if not windows or min(map(len, windows)) < max(spec.sinks + 1, 2):
@@ -274,11 +278,12 @@ def calibrate(
         )
     refuse_rotated(model, "calibration")
     refuse_shared(model, "calibration sees all heads at once; load the model without tp_plan")
+    layer_devices(model)  # refuses offloaded weights
     lengths = list(map(len, windows))
     sample = TokenSample(lengths, spec.sinks, samples, spec.seed) if samples else None
     roped = RopedKeys(spec.bins, spec.sinks) if roped_keys else None
     collector = _Collector(model, spec, sample, roped)
-    collector.run(model, windows, next(model.parameters()).device)
+    collector.run(model, windows, model.get_input_embeddings().weight.device)
     found = []
     for i, module in enumerate(collector.layers):
         statistics = collector.statistics[i]

@@ -29,7 +29,6 @@ def score(
         NonFinite: A logit is NaN, or a scored one infinite.
     """
     ids = torch.tensor([tokens[:-1]], device=qm.device)
-    goal = torch.tensor(tokens[-count:], device=qm.device)
     decoder = qm.model.model
     given = {**cache_argument(decoder, qm.new_cache(protocol)), "use_cache": True}
     # The last token before the end predicts the first token of the end.
@@ -38,6 +37,7 @@ def score(
         decoder(input_ids=ids[:, :past], **given)
     hidden = decoder(input_ids=ids[:, past:], **given).last_hidden_state
     logits = qm.logits(hidden[0, -count:]).float().log_softmax(-1, dtype=dtype)
+    goal = torch.tensor(tokens[-count:], device=logits.device)
     chosen = logits.gather(1, goal[:, None])[:, 0]
     good = chosen.isfinite() & ~logits.isnan().any(1)
     if not good.all():

@@ -141,7 +141,8 @@ def measure_windows(
         pieces = _pieces(qm, ids, caches, ids.shape[1] if protocol == "B" else chunk)
         try:
             for logits, where in pieces:
-                flat, goal = logits[0].flatten(0, 1), goals[:, where]
+                flat = logits[0].flatten(0, 1)  # on the last GPU, where there are several
+                goal = goals[:, where].to(flat.device)
                 losses = torch.nn.functional.cross_entropy(flat, goal.flatten(), reduction="none")
                 nll[:, where] = losses.view_as(goal)
                 if len(caches) == 2:

@@ -97,16 +97,19 @@ class Module:
     Attributes:
         handle: The driver's module.
         driver: `cuda.bindings.driver`.
+        device: Index of the GPU, which need not be the current one.
     """
 
     handle: Any
     driver: Any
+    device: int
 
     def number(self, name: str) -> int:
         """Reads an `int` constant of the module."""
         address, _ = _check(self.driver.cuModuleGetGlobal(self.handle, name.encode()), name)
         value = ctypes.c_int()
-        self.driver.cuMemcpyDtoH(ctypes.addressof(value), address, 4)
+        with torch.cuda.device(self.device):
+            self.driver.cuMemcpyDtoH(ctypes.addressof(value), address, 4)
         return value.value
 
     def function(self, name: str, shared_bytes: int = 0) -> Function:
@@ -120,14 +123,18 @@ class Module:
         if shared_bytes > 48 * 1024:
             attribute = self.driver.CUfunction_attribute
             name_of_limit = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            status = self.driver.cuFuncSetAttribute(handle, name_of_limit, shared_bytes)
+            with torch.cuda.device(self.device):
+                status = self.driver.cuFuncSetAttribute(handle, name_of_limit, shared_bytes)
             _check((*status, None), f"{name}: {shared_bytes} bytes of shared memory")
         return Function(handle, self.driver, shared_bytes)
 
 
 @dataclass(frozen=True)
 class Function:
-    """A kernel, which is launched on torch's current stream."""
+    """A kernel, which is launched on torch's current stream.
+
+    A kernel is loaded on one GPU, which must be the current one (`torch.cuda.device_of`).
+    """
 
     handle: Any
     driver: Any
@@ -165,4 +172,4 @@ def load(source: str, header: str, device: int) -> Module:
 
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # makes torch's context the current one
-        return Module(_check(driver.cuModuleLoadData(cubin), source), driver)
+        return Module(_check(driver.cuModuleLoadData(cubin), source), driver, device)

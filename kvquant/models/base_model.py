@@ -121,8 +121,7 @@ def load_base_model(
             directory that `fetch-model` filled.
         device: "cpu", "cuda" or "auto".
         dtype: Dtype of the weights; None: see :func:`default_dtype`.
-        device_map: The device map of transformers, used instead of `device`; all layers must end up
-            on one device.
+        device_map: The device map of transformers, used instead of `device`.
         tp_plan: "auto" for the part of the model that this process has among those that `torchrun`
             started.
 

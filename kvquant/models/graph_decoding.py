@@ -153,7 +153,7 @@ class GraphedDecoder:
         with torch.cuda.device_of(self._tokens):
             self._tokens.copy_(tokens)
             captured.graph.replay()
-        self._cache.count_step(self._steps)
+            self._cache.count_step(self._steps)  # may pack blocks, by kernels
         return captured.logits
 
     @torch.inference_mode()

@@ -37,6 +37,7 @@ from kvquant.models.hooks import uninstall_attention as uninstall_attention
 from kvquant.models.hooks import unrotated_layers
 from kvquant.models.layer_kinds import LayerKinds, layer_kinds
 from kvquant.models.layer_kinds import position_limit as position_limit
+from kvquant.models.placement import layer_devices
 from kvquant.models.prefill_quant import adapter_of
 from kvquant.models.rotary import model_rope, one_factor, static_rope
 from kvquant.models.tensor_parallel import own_kv_heads, share_heads
@@ -81,7 +82,7 @@ class QuantizedModel:
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
+        """The device of the inputs, and of the weights if they are all on one."""
         return _embedding(self.model).device
 
     @property
@@ -187,8 +188,8 @@ def load_quantized_model(
         quantizer: Path of quantizer.json, for schemes that need calibration.
         device: "cpu", "cuda" or "auto".
         dtype: Dtype of the weights; None: see :func:`default_dtype`.
-        device_map: The device map of transformers, used instead of `device`; all layers must end up
-            on one device.
+        device_map: The device map of transformers, used instead of `device`. Layers may be on
+            several GPUs, each as a whole on one; the cache of a layer is on the layer's GPU.
         tp_plan: "auto": each of the processes that `torchrun` started loads its part of the model,
             by transformers' plan, and quantizes its own kv heads. A loaded model may have such a
             plan already.
@@ -225,7 +226,7 @@ def load_quantized_model(
         tokenizer = own if tokenizer is None else tokenizer
     layers = attention_layers(base)
     share = share_heads(base, layers, adapter_of(layers[0]).family)
-    where, kinds = _one_device(base), layer_kinds(base.model)
+    places, kinds = layer_devices(base), layer_kinds(base.model)
     full = kinds.full
     if tables is not None:
         own = (len(full), *_kv_shape(base))
@@ -235,7 +236,7 @@ def load_quantized_model(
                 f"{info.head_dim}, the model has {own[0]} that see all tokens, of {own[1]} x "
                 f"{own[2]}"
             )
-        tables = [table.to(where) for table in tables]
+        tables = [table.to(places[i]) for i, table in zip(full, tables, strict=True)]
     heads, dim = own_kv_heads(base.model), _kv_shape(base)[1]
     if not full and spec.quantizes:
         tables = tables or []  # no calibration could make any
@@ -279,21 +280,6 @@ def _embedding(model: Any) -> torch.Tensor:
     """Returns the token embeddings: never quantized, and on the device of the inputs."""
     weight: torch.Tensor = model.get_input_embeddings().weight
     return weight
-
-
-def _one_device(model: Any) -> torch.device:
-    """Returns the device of a model.
-
-    Raises:
-        UserError: The layers are on several devices, or offloaded.
-    """
-    found = {p.device for p in model.model.parameters()}
-    if len(found) > 1 or any(device.type == "meta" for device in found):
-        raise UserError(
-            f"device_map: the model is on {', '.join(sorted(map(str, found)))}; the quantized "
-            "cache needs all of it on one device (meta: weights that are offloaded)"
-        )
-    return next(iter(found))
 
 
 def _kv_shape(model: Any) -> tuple[int, int]:

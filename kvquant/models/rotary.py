@@ -67,7 +67,7 @@ def static_rope(model: Any, kind: str | None = None) -> bool:
 def model_rope(
     model: Any, adapter: AttentionAdapter, head_dim: int, kind: str | None = None
 ) -> Rope:
-    """Returns a model's rotary tables as caches know them, in fp32.
+    """Returns a model's rotary tables as caches know them, in fp32, where the positions are.
 
     Args:
         model: The causal language model.
@@ -78,8 +78,11 @@ def model_rope(
     types = () if kind is None else (kind,)
 
     def rope(positions: torch.Tensor) -> Table:
-        like = torch.empty(0, dtype=torch.float32, device=positions.device)
-        return adapter.table(model.model.rotary_emb(like, positions, *types), head_dim)
+        device = positions.device
+        like = torch.empty(0, dtype=torch.float32, device=device)
+        cos, sin = adapter.table(model.model.rotary_emb(like, positions, *types), head_dim)
+        # Of a model on several GPUs, the embedding computes on its own one.
+        return cos.to(device, non_blocking=True), sin.to(device, non_blocking=True)
 
     return rope
 

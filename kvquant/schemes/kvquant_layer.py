@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
 from kvquant.cache.attending import AttendingLayer, CallPlan, Extent, FullAttention, NewTokens
+from kvquant.cache.device_copies import DeviceCopies
 from kvquant.cache.interface import QuantizeClock
 from kvquant.cache.kept_rope import Table
 from kvquant.cache.layout import Span
@@ -38,6 +40,21 @@ class ReferencePlan(CallPlan):
     simulated: bool
     mask: torch.Tensor | None
     shifts: Shifts
+
+    def on(self, device: torch.device) -> Self:
+        """Returns the plan for the layers of another device; see :meth:`CallPlan.on`."""
+        copies = DeviceCopies(device)
+        cos, sin = self.key_rope
+        return replace(
+            self,
+            query_positions=copies.of(self.query_positions),
+            rope=copies.of_table(self.rope),
+            spans=copies.of_spans(self.spans),
+            new_positions=copies.of(self.new_positions),
+            key_positions=copies.of(self.key_positions),
+            key_rope=(copies.of(cos), copies.of(sin)),
+            window=None if self.window is None else self.window.copied(copies),
+        )
 
 
 class ReferenceLayer(AttendingLayer[ReferencePlan]):

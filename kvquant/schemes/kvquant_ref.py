@@ -200,7 +200,12 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
         return followed, any(new)
 
     def meet(
-        self, plan: ReferencePlan, queries: torch.Tensor, keys: torch.Tensor, rope: Table
+        self,
+        plan: ReferencePlan,
+        layer: AttendingLayer[ReferencePlan],
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        rope: Table,
     ) -> ReferencePlan:
         """See :meth:`AttendingCache.meet`."""
         if plan.rope is None:

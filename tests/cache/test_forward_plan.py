@@ -92,10 +92,10 @@ def test_packed_past_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = cache.begin_forward(1, 3, None, CPU)
     keys = torch.zeros(1, 2, 3, 64)
     rope = (torch.ones(1, 3, 64), torch.zeros(1, 3, 64))
-    assert isinstance(cache.meet(plan, keys, keys, rope).path, FirstCall)
+    assert isinstance(cache.meet(plan, cache.layers[0], keys, keys, rope).path, FirstCall)
     cache = small_model().new_cache("B")
     plan = cache.begin_forward(1, 3, None, CPU)
-    assert isinstance(cache.meet(plan, keys, keys, rope).path, PackedPast)
+    assert isinstance(cache.meet(plan, cache.layers[0], keys, keys, rope).path, PackedPast)
 
 
 def small_model(family: str = "llama") -> QuantizedModel:

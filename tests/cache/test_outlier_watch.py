@@ -41,9 +41,9 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[Arrival]:
         return status.clone(), made[-1]
 
     def status(watch: OutlierWatch, device: torch.device) -> torch.Tensor:
-        if watch._status is None:
-            watch._status = torch.zeros(2, dtype=torch.int32, device=device)
-        return watch._status
+        if device not in watch._status:
+            watch._status[device] = torch.zeros(2, dtype=torch.int32, device=device)
+        return watch._status[device]
 
     monkeypatch.setattr("kvquant.cache.outlier_watch._copy_to_host", copy)
     monkeypatch.setattr(OutlierWatch, "status", status)

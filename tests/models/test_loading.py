@@ -14,8 +14,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from kvquant.calibration.collect import calibrate
 from kvquant.errors import UserError
 from kvquant.models.loading import default_dtype, load_quantized_model
+from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.schemes import KiviScheme
 from tests.support.caches import ids, step
 from tests.support.models import save_tiny, tiny_model, tiny_tokenizer
@@ -153,11 +155,16 @@ def test_what_does_not_fit_a_loaded_model() -> None:
 
 
 @pytest.mark.refused(
-    "a `device_map` over several devices, or offloaded weights",
-    "`device_map`: one device for all of it",
+    "weights that are offloaded (to the CPU or a disk), or a layer on several GPUs",
+    "`device_map`, and what is where; each layer as a whole on one GPU",
 )
-def test_several_devices_are_refused() -> None:
+def test_offloaded_weights_are_refused() -> None:
     model = tiny_model()
     model.model.layers[1].to("meta")
-    with pytest.raises(UserError, match="device_map: the model is on cpu, meta; the quantized"):
+    told = r"^device_map: the model is on cpu, meta; the quantized cache needs all of it on GPUs"
+    with pytest.raises(UserError, match=told):
         load_quantized_model(model, KIVI)
+    with pytest.raises(UserError, match=told):
+        calibrate(model, [[1] * 40], CalibrationSpec())
+    with pytest.raises(UserError, match=r"^device_map: the model is on meta; load its"):
+        load_quantized_model(tiny_model().to("meta"), KIVI)

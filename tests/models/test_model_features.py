@@ -24,6 +24,8 @@ from tests.support.caches import CLOSE, EXACT, GREEDY, LOSSY, ids, quantized, st
 from tests.support.hybrids import BASES, HYBRID, tiny_hybrid
 from tests.support.model_features import FEATURES, Coded, adapted, replaced
 from tests.support.models import save_tiny, tiny_model
+from tests.support.pretend_gpus import pretend_gpus
+from tests.support.several_devices import USES, OnItsDevice, on_one_and_two
 
 FAMILIES = [*MODEL_FAMILIES, *(f"{name}+windows" for name in HYBRID)]
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -65,6 +67,19 @@ def test_what_users_do(family: str, use: str) -> None:
     qm = unchanged(family)
     expected = FEATURES[use](qm.model, dynamic(qm.model))
     torch.testing.assert_close(FEATURES[use](qm.model, qm.new_cache()), expected, **CLOSE)
+
+
+@pytest.mark.feature("layers on several GPUs")
+@pytest.mark.filterwarnings("ignore:model. all layers have a sliding window")
+@families
+def test_layers_on_two_devices(family: str, tmp_path: Path) -> None:
+    """They are pretended; `test_several_gpus.py` has what GPUs give."""
+    model, found = tiny(family), []
+    model.config._experts_implementation = "eager"  # others have a kernel of GPUs
+    with pretend_gpus():
+        for qm in on_one_and_two(model, "nuq", tmp_path):
+            found.append(USES["left padding"](OnItsDevice(qm), qm.new_cache()))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 @pytest.mark.feature("LoRA")
