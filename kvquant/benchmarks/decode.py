@@ -70,7 +70,7 @@ def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
             work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         work()
     return graph
 

@@ -119,13 +119,12 @@ class WholeCall:
         return cls(*(t if t is None else t.to(device, non_blocking=True) for t in tables))
 
 
-def columns_of(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Returns the tokens `[batch_size, num_heads, n, head_dim]` at columns of each sequence.
+def copy_columns(x: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> None:
+    """Copies the tokens at columns of each sequence.
 
     Args:
         x: `[batch_size, num_heads, seq_len, head_dim]`.
         columns: int64 `[batch_size, n]`.
+        out: `[batch_size, num_heads, n, head_dim]`, of the same dtype, any strides.
     """
-    batch, heads, _, dim = x.shape
-    index = columns[:, None, :, None].expand(batch, heads, columns.shape[1], dim)
-    return x.gather(2, index)
+    torch.gather(x, 2, columns[:, None, :, None].expand(out.shape), out=out)

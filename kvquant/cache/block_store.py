@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvquant.cache.append_plan import AppendPlan, View, WholeCall, columns_of
+from kvquant.cache.append_plan import AppendPlan, View, WholeCall, copy_columns
 from kvquant.cache.arena import NO_ARENA, Arena
 from kvquant.cache.codec import Codec, Packed
 from kvquant.cache.incoming import fill_blocks, refuse_changed, refuse_infinite
@@ -78,17 +78,13 @@ class BlockStore:
 
     def _allocate(self, keys: torch.Tensor) -> None:
         batch, heads, _, dim = keys.shape
+        counts = (self.codec.sinks, self.codec.residual + self.codec.block_size)
+        sizes = [batch * heads * n * dim for n in counts for _ in "kv"]
+        # One array, because each fill costs the host a launch.
         kind = stored_dtype(keys.dtype)
-
-        def pair(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-            shape = (batch, heads, tokens, dim)
-            return (
-                torch.zeros(shape, dtype=kind, device=keys.device),
-                torch.zeros(shape, dtype=kind, device=keys.device),
-            )
-
-        self.sinks = pair(self.codec.sinks)
-        self.tail = pair(self.codec.residual + self.codec.block_size)
+        parts = torch.zeros(sum(sizes), dtype=kind, device=keys.device).split(sizes)
+        k0, v0, k1, v1 = (part.view(batch, heads, -1, dim) for part in parts)
+        self.sinks, self.tail = (k0, v0), (k1, v1)
 
     @torch.inference_mode()  # buffers are inference tensors, whatever mode the caller is in
     def append(self, plan: AppendPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -207,10 +203,9 @@ class BlockStore:
         assert self.tail is not None and self.sinks is not None
         for x, sinks, tail in zip((keys, values), self.sinks, self.tail, strict=True):
             if whole.sinks is not None:
-                count = whole.sinks.shape[1]
-                sinks[:, :, sinks.shape[2] - count :] = columns_of(x, whole.sinks)
+                copy_columns(x, whole.sinks, sinks[:, :, sinks.shape[2] - whole.sinks.shape[1] :])
             if whole.tail is not None:
-                tail[:, :, : whole.tail.shape[1]] = columns_of(x, whole.tail)
+                copy_columns(x, whole.tail, tail[:, :, : whole.tail.shape[1]])
         if whole.places is not None:
             self._pack(plan, keys, values, places=whole.places)
 

@@ -88,14 +88,19 @@ class SparseSlab:
             device: Device of all tensors.
         """
         blocks, heads, tokens, dim = shape
-        table, elements = (blocks, heads), tokens * dim
+        lists, elements = blocks * heads, tokens * dim
+        kind = count_dtype(elements)
+        words = -(-lists * kind.itemsize // 4)
+        # One array, because each fill costs the host a launch.
+        parts = torch.zeros(1 + lists + words, dtype=torch.int32, device=device)
+        cursor, begin, count = parts.split((1, lists, words))
         return cls(
-            torch.zeros(table, dtype=torch.int32, device=device),
-            torch.zeros(table, dtype=count_dtype(elements), device=device),
+            begin.view(blocks, heads),
+            count.view(kind)[:lists].view(blocks, heads),
             torch.empty(slots, dtype=position_dtype(elements), device=device),
             torch.empty(slots, dtype=dtype, device=device),
             shape,
-            cursor=torch.zeros(1, dtype=torch.int32, device=device),
+            cursor=cursor,
         )
 
     @classmethod

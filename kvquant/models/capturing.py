@@ -41,7 +41,8 @@ def capture(
     device = torch.cuda.current_device()
     drawn = torch.cuda.get_rng_state(device)
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        # The stream that torch takes by itself is of the GPU on which it captured first.
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             output = work()
     except BaseException:
         torch.cuda.set_stream(current)

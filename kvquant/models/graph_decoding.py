@@ -78,6 +78,9 @@ class GraphedDecoder:
         batch = len(cache.lengths)
         self._room = new_tokens // cache.layout.block_size + 2
         self._tokens = torch.zeros((batch, 1), dtype=torch.long, device=device)
+        # Taken as it is, and read by no layer of a planned step: a mask that transformers made for
+        # an eager model could not be captured.
+        self._mask = torch.zeros((batch, 1, 1, 1), dtype=torch.bool, device=device)
         lengths = torch.tensor(cache.lengths, device=device)[:, None]
         self.positions = lengths.long()
         self._captured: CapturedStep | None = None
@@ -95,6 +98,7 @@ class GraphedDecoder:
         with self._cache.planned(plan):
             output = self._model(
                 input_ids=self._tokens,
+                attention_mask=self._mask,
                 position_ids=self.positions,
                 **cache_argument(self._model, self._cache),
                 use_cache=True,

@@ -255,7 +255,7 @@ class StaticDecoder:
             for now, before in kept:
                 now.copy_(before)
 
-        with self._attention():
+        with self._attention(), torch.cuda.device_of(self._tokens):
             self._graph, self._logits = capture(self._work, undo)
 
     @torch.inference_mode()
@@ -278,5 +278,6 @@ class StaticDecoder:
         if self._graph is None or self._logits is None:
             with self._attention():
                 return self._work()
-        self._graph.replay()
+        with torch.cuda.device_of(self._tokens):
+            self._graph.replay()
         return self._logits

@@ -6,11 +6,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvquant.cache.append_plan import columns_of
+from kvquant.cache.append_plan import copy_columns
 from kvquant.cache.layout import Layout, Span
 from kvquant.kernels.block_places import block_count, gathered
 
 CPU = torch.device("cpu")
+
+
+def columns_of(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Tokens at columns, in a part of a larger tensor."""
+    out = x.new_zeros((x.shape[0], x.shape[1], columns.shape[1] + 3, x.shape[3]))
+    copy_columns(x, columns, out[:, :, 2:-1])
+    assert not out[:, :, :2].any() and not out[:, :, -1:].any()
+    return out[:, :, 2:-1]
 
 
 @settings(max_examples=60, deadline=None)

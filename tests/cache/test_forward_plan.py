@@ -169,7 +169,7 @@ class TestKernelSteps:
             patch.setattr(torch.cuda, "current_stream", Stream)
             patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
             patch.setattr(torch.cuda, "CUDAGraph", Replayed)
-            patch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
+            patch.setattr(torch.cuda, "graph", lambda *args, **options: nullcontext())
             patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
             patch.setattr(torch.cuda, "current_device", lambda: 0)
             patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(16))

@@ -44,7 +44,8 @@ class Device:
             capturing, "_end_capture", lambda *given: self.asked.append(f"end {given}")
         )
 
-    def captured(self, graph: str, pool: tuple[int, int]) -> Any:
+    def captured(self, graph: str, pool: tuple[int, int], stream: Any) -> Any:
+        assert type(stream).__name__ == "Stream"  # one of the current device
         self.asked.append(f"capture {graph} {pool}")
         return nullcontext()
 
