@@ -55,6 +55,10 @@ class PretendTensor(torch.Tensor):
         """The address that emulated kernels read."""
         return self.held.data_ptr()
 
+    def __deepcopy__(self, memo: Any) -> PretendTensor:
+        """A copy on the same device; torch's own copies the storage, of which there is none."""
+        return PretendTensor(self.held.clone(), self.device)
+
     def tolist(self) -> Any:
         """The numbers, which torch itself does not read from subclasses."""
         return self.held.tolist()
@@ -149,6 +153,8 @@ def pretend_gpus(kernels: str = "pytorch") -> Iterator[None]:
         kernels: Value of `KVQUANT_KERNELS`, which by default turns kernels off. Others need
             emulated ones (`tests/kernels/emulate.py`), asked for afterwards.
     """
+    if torch.cuda.is_available():
+        pytest.skip("the GPUs of this machine are in the way of pretended ones")
     facts = backends.DeviceFacts("cuda")
     torch._C._ensureCUDADeviceGuardSet()  # what torch itself does for fake tensors without a GPU
     with pytest.MonkeyPatch.context() as patch, PretendGpus():

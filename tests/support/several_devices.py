@@ -91,7 +91,7 @@ def saved_quantizer(folder: Path, model: Any, spec: Any) -> Path | None:
 
 @torch.no_grad()
 def key_range(model: Any, layer: int) -> float:
-    """The range of a layer's keys, outside of which less than a percent of them are."""
+    """The range of a layer's keys, outside of which one in a thousand is."""
     attention, found = model.model.layers[layer].self_attn, []
     part = adapter_of(attention).part(attention, "keys")
     handle = part.module.register_forward_hook(lambda *args: found.append(args[-1]))
@@ -99,7 +99,7 @@ def key_range(model: Any, layer: int) -> float:
     handle.remove()
     width = rotary_width(model, layer_kinds(model.model).full_rope)
     keys = part.read(found[0], width).float().abs().flatten()
-    return float(keys.quantile(0.998))
+    return float(keys.quantile(0.999))
 
 
 class OnItsDevice:
