@@ -45,7 +45,8 @@ def _filled(model: Any, devices: Sequence[torch.device]) -> Any:
                 made.fill_(1.0)  # a norm
             setattr(module, key, nn.Parameter(made, requires_grad=False))
     rotary = model.model.rotary_emb  # its tables are no weights
-    model.model.rotary_emb = type(rotary)(config=model.config, device=devices[0])
+    with devices[0]:
+        model.model.rotary_emb = type(rotary)(model.config)
     return spread(model, devices)
 
 

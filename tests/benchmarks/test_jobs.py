@@ -19,7 +19,14 @@ from kvquant.cli import main
 from kvquant.errors import OutlierOverflow, UserError
 from kvquant.study.jobs import JobCase, JobsSpec
 from kvquant.study.records import JobRecord, read_record
-from kvquant.study.schemes import Fp16Scheme, Fp16StaticScheme, NuqScheme, Scheme
+from kvquant.study.schemes import (
+    Fp16Scheme,
+    Fp16StaticScheme,
+    Int4HadamardScheme,
+    NuqScheme,
+    Scheme,
+)
+from tests.support import pretend_machine
 from tests.support.studies import study_of
 
 CASE: dict[str, Any] = {
@@ -239,3 +246,125 @@ def test_a_prompt_that_loses_outliers_begins_anew(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(LimitedContext, "_call", losing)
     assert limited.longest_context() == 4096
     assert [start for start, _ in limited.calls] == [0, 0, 1024, 2048, 3072, 4096]
+
+
+@pytest.fixture()
+def no_carbon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves CodeCarbon's slow start out."""
+
+    def fails(self: Any) -> Any:
+        raise ImportError("not installed")
+
+    monkeypatch.setattr("kvquant.energy.carbon.CarbonTracker._open", fails)
+
+
+def on_gpus(folder: Path, case: dict[str, Any], device: str = "cuda") -> int:
+    """Runs a case by `kvquant bench jobs` on a GPU."""
+    schemes = {"fp16": {"kind": "fp16"}, "fp16-static": {"kind": "fp16-static"}}
+    schemes["nuq3"] = NUQ3.model_dump(mode="json")
+    study = study_of(
+        gpus=1,
+        schemes=schemes,
+        jobs={"cases": {"tiny": case}, "seconds": 0.05, "idle_seconds": 0.1},
+    )
+    file = folder / "study.json"
+    file.write_text(study.model_dump_json())
+    words = ["bench", "jobs", "--study", str(file), "--device-name", pretend_machine.NAME]
+    return main([*words, "--device", device, "--out-dir", str(folder)])
+
+
+SEVERAL = CASE | {"gpus": 2, "schemes": ["fp16", "fp16-static", "nuq3"], "trials": 1}
+
+
+def test_a_case_of_two_gpus(tmp_path: Path, no_carbon: None) -> None:
+    """CUDA shows three boards, in another order than the bus; the first two are taken."""
+    watts = (100.0, 1000.0, 300.0)
+    with pretend_machine.pretend_machine(tmp_path, watts, (2, 0, 1)) as machine:
+        assert on_gpus(tmp_path, SEVERAL | {"energy": True, "memory_gb": 24.0}) == 0
+        assert sorted(f.name.split(".")[0] for f in machine.locks.glob("*.alone")) == ["00", "02"]
+    # each GPU was limited, and is no longer
+    assert machine.limits == {0: [24 / 80, 1.0], 1: [24 / 80, 1.0]}
+    record = read_record(tmp_path / "tiny.json", JobRecord)
+    assert (record.gpus, len(record.environment["gpus"])) == (2, 2)
+    assert record.memory_bytes == 2 * 24 * 10**9 and record.emulated
+    assert record.idle_watts is not None
+    assert record.idle_watts / pretend_machine.FASTER == pytest.approx(400.0, rel=0.05)
+    assert "of 2 GPU(s)" in record.method
+    assert record.telemetry["idle_gpus"]["watts"] == 1000.0
+    for side in record.sides:
+        assert side.status == "ok" and side.decoder == "from Python"
+        assert (side.peak_bytes, side.steady_bytes) == (3000, 300)
+        assert side.formula_tokens is not None
+    one = RandomModel("tiny", torch.device("cpu")).weight_bytes // 2  # in fp16
+    assert record.weight_bytes == one
+
+
+def test_answers_of_two_gpus_are_those_of_one(tmp_path: Path) -> None:
+    with pretend_machine.pretend_machine(tmp_path):
+        zero, one = (torch.device("cuda", index) for index in (0, 1))
+        spread, alone = RandomModel("tiny", [zero, one]), RandomModel("tiny", zero)
+        assert spread.layers_on(zero) == [0] and spread.layers_on(one) == [1]
+        assert spread.bytes_on(zero) + spread.bytes_on(one) == spread.weight_bytes
+        for mine, theirs in zip(alone.model.parameters(), spread.model.parameters(), strict=True):
+            mine.copy_(theirs)
+        found = []
+        for model in (alone, spread):
+            torch.manual_seed(1)  # the sample from which key ranges are taken
+            side = JobSide("nuq3", model.with_scheme(NUQ3), JobCase(**CASE))
+            assert side.devices == model.devices
+            cache, token = side.prefill(2, JobTimes())
+            side.devices = [zero, one]  # no graph can be captured here
+            name, step = side._decoder(cache, 2)
+            cache.graphs, answers = False, [token.cpu()]
+            assert name == "from Python"
+            for _ in range(4):
+                logits = step(token)
+                token = logits.argmax(-1, keepdim=True)
+                answers.append(logits.cpu())
+            found.append(answers)
+        for mine, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=0, rtol=0)
+
+
+def test_what_fits_on_several_gpus_is_what_fits_on_the_fullest(tmp_path: Path) -> None:
+    with pretend_machine.pretend_machine(tmp_path):
+        zero, one = (torch.device("cuda", index) for index in (0, 1))
+        model = RandomModel("tiny", [zero, one])
+        scheme = Fp16Scheme(kind="fp16")
+        per_token = 2 * 2 * 64  # keys and values of one layer: one head of 64 channels in 16 bits
+        room = {zero: model.bytes_on(zero) + 96 * per_token * 10, one: 10**9}
+        assert model.tokens_that_fit(scheme, 96, room) == 96 * 10
+        assert model.tokens_that_fit(Int4HadamardScheme(kind="int4-hadamard"), 96, room) is None
+
+
+@pytest.mark.parametrize(
+    ("case", "device", "message"),
+    [
+        (
+            SEVERAL,
+            "cuda:1",
+            "jobs.cases.tiny.gpus: 2 GPUs are asked for, but --device cuda:1 is one device",
+        ),
+        (
+            SEVERAL | {"shape": "7b-mha", "gpus": 5},
+            "cuda",
+            "jobs.cases.tiny.gpus: 5 GPUs are asked for, but 2 of the name h100-80gb-hbm3 can be",
+        ),
+    ],
+)
+def test_gpus_that_are_not_there(
+    case: dict[str, Any], device: str, message: str, tmp_path: Path, capsys: Any
+) -> None:
+    with pretend_machine.pretend_machine(tmp_path):
+        assert on_gpus(tmp_path, case, device) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_several_gpus_need_gpus(tmp_path: Path, capsys: Any) -> None:
+    assert bench(tmp_path, CASE | {"gpus": 2})[0] == 2
+    assert "2 GPUs are asked for, but --device cpu is one device" in capsys.readouterr().err
+
+
+def test_more_gpus_than_layers_are_refused() -> None:
+    with pytest.raises(UserError, match=r"jobs\.cases\.tiny: gpus: at most one per layer.* has 2"):
+        study_of(jobs={"cases": {"tiny": CASE | {"gpus": 3}}})
