@@ -41,9 +41,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture()
-def machine(
-    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Machine]:
+def machine(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """The machine, on whose first visible GPU another process runs."""
 
     def fails(self: Any) -> Any:
@@ -106,7 +104,7 @@ def test_an_evaluation_is_that_of_one_gpu(
 def test_calibration_spreads_the_model(
     measured: Path, machine: Machine, placed: list[Any], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """torch's backward pass cannot be pretended: `models/test_several_gpus.py` runs it on GPUs."""
+    """Torch's backward pass cannot be pretended: `models/test_several_gpus.py` runs it on GPUs."""
     seen: list[Any] = []
 
     def stop(model: Any, *args: Any, **more: Any) -> Any:

@@ -254,7 +254,7 @@ PAGES = {
         Section.ENERGY,
         "whole jobs",
         "A row per cache of each case of whole jobs whose energy was measured: energy of the GPU "
-        "boards of the case, of the prefill per prompt token, of decoding per answer token, and of the job per "
+        "boards, of the prefill per prompt token, of decoding per answer token, and of the job per "
         "prompt and answer token. Above idle leaves out what the idle board draws. Counter over "
         "power is the energy by the counter over the integral of sampled power.",
         {

@@ -104,6 +104,22 @@ def _least_used(names: Sequence[str], count: int, folder: Path) -> tuple[list[in
     return chosen, sum(sum(found[index]) for index in chosen)
 
 
+def used_by_others(names: Sequence[str], folder: Path | None = None) -> int:
+    """Returns how many claims other processes have of these GPUs; 0 if files cannot be locked.
+
+    Args:
+        names: UUIDs of the GPUs, as torch or NVML tell them.
+        folder: Folder of the locks; None is the user's folder for temporary files.
+    """
+    place = folder or _folder()
+    try:
+        with one_at_a_time(place):
+            each = {known for name in names for known in (name, name.removeprefix("GPU-"))}
+            return sum(sum(_others(place, name)) for name in each)
+    except OSError:
+        return 0
+
+
 def claim_shared(names: Sequence[str], count: int = 1, folder: Path | None = None) -> list[int]:
     """Claims a share of the GPUs with the fewest processes until this process ends.
 

@@ -66,7 +66,7 @@ def test_a_large_vocabulary_leaves_its_gpus_fewer_layers() -> None:
 def test_parts_of_a_model() -> None:
     model = tiny_model(num_hidden_layers=6)
     places = even_map(model, THREE)
-    assert list(places)[0] == "model.embed_tokens"  # inputs go where the first part is
+    assert next(iter(places)) == "model.embed_tokens"  # inputs go where the first part is
     assert places["model.embed_tokens"] == places["model.rotary_emb"] == THREE[0]
     assert places["model.norm"] == places["lm_head"] == THREE[2]
     layers = [places[f"model.layers.{i}"] for i in range(6)]
