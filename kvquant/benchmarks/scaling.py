@@ -16,8 +16,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from io import BufferedWriter
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -146,32 +147,32 @@ def run_all(
         UserError: A process failed; the others are ended.
     """
     waiting = list(enumerate(commands))
-    running: dict[int, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
+    running: dict[int, tuple[subprocess.Popen[bytes], BufferedWriter]] = {}
     logs = [folder / f"{number}.log" for number in range(len(commands))]
     try:
         while waiting or running:
             while waiting and len(running) < places:
                 number, words = waiting.pop(0)
-                log = logs[number].open("wb")
+                output = logs[number].open("wb")
                 given = [*words, "--out-dir", str(folder / str(number))]
-                process = subprocess.Popen(given, stdout=log, stderr=log, env=environ)
-                running[number] = process, log
-            for number, (process, log) in list(running.items()):
+                process = subprocess.Popen(given, stdout=output, stderr=output, env=environ)
+                running[number] = process, output
+            for number, (process, output) in list(running.items()):
                 if (status := process.poll()) is None:
                     continue
                 del running[number]
-                log.close()
+                output.close()
                 if status:
                     told = logs[number].read_text(errors="replace").strip().splitlines()
                     last = told[-1] if told else "without a word"
                     raise UserError(f"an evaluation ended with status {status}: {last}")
             sleep(0.05)
     finally:
-        for process, log in running.values():
+        for process, output in running.values():
             process.kill()
             process.wait()
-            log.close()
-    return [log.read_text(errors="replace") for log in logs]
+            output.close()
+    return [file.read_text(errors="replace") for file in logs]
 
 
 def per_gpu(told: Sequence[str], gpus: int) -> list[int]:

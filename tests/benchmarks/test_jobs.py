@@ -17,9 +17,11 @@ from kvquant.benchmarks.jobs import Runner, turns
 from kvquant.benchmarks.random_model import RandomModel
 from kvquant.cli import main
 from kvquant.errors import OutlierOverflow, UserError
+from kvquant.runtime.provenance import device_name
 from kvquant.study.jobs import JobCase, JobsSpec
 from kvquant.study.records import JobRecord, read_record
 from kvquant.study.schemes import (
+    AllocatedScheme,
     Fp16Scheme,
     Fp16StaticScheme,
     Int4HadamardScheme,
@@ -368,3 +370,59 @@ def test_several_gpus_need_gpus(tmp_path: Path, capsys: Any) -> None:
 def test_more_gpus_than_layers_are_refused() -> None:
     with pytest.raises(UserError, match=r"jobs\.cases\.tiny: gpus: at most one per layer.* has 2"):
         study_of(jobs={"cases": {"tiny": CASE | {"gpus": 3}}})
+
+
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.mark.gpu
+@TWO_GPUS
+def test_a_case_of_two_real_gpus(tmp_path: Path, no_carbon: None) -> None:
+    case = SEVERAL | {"energy": True, "memory_gb": 4.0, "capacity": True, "prompt": 2048}
+    study = study_file(tmp_path, case | {"schemes": ["fp16", "nuq3"]})
+    words = ["bench", "jobs", "--study", str(study), "--device-name", device_name()]
+    assert main([*words, "--device", "cuda", "--out-dir", str(tmp_path)]) == 0
+    record = read_record(tmp_path / "tiny.json", JobRecord)
+    assert (record.gpus, len(record.environment["gpus"]), record.source) == (2, 2, "nvml")
+    assert 4e9 < record.memory_bytes < 8e9  # of each what torch may allocate
+    for side in record.sides:
+        assert side.decoder == "from Python" and side.peak_bytes and side.steady_bytes
+        assert side.capacity_tokens and side.formula_tokens
+
+
+@pytest.mark.gpu
+@TWO_GPUS
+@pytest.mark.parametrize("scheme", ["fp16", "nuq3", "allocated"])
+def test_a_13b_shape_over_two_gpus_gives_the_logits_of_one(scheme: str) -> None:
+    """To rounding: the kernels are the same, and so are the weights."""
+    specs: dict[str, Any] = {
+        "fp16": Fp16Scheme(kind="fp16"),
+        "nuq3": NUQ3,
+        "allocated": AllocatedScheme(kind="allocated", bits=3.4),
+    }
+    zero, one = (torch.device("cuda", index) for index in (0, 1))
+    torch.cuda.set_device(zero)
+    spread = RandomModel("13b-mha", [zero, one])
+    alone = RandomModel("13b-mha", zero)
+    assert len(spread.layers_on(zero)) == len(spread.layers_on(one)) == 20
+    share = spread.bytes_on(zero) / spread.weight_bytes
+    assert 0.49 < share < 0.51
+    with torch.no_grad():
+        for mine, theirs in zip(alone.model.parameters(), spread.model.parameters(), strict=True):
+            mine.copy_(theirs)
+    found = []
+    for model in (alone, spread):
+        torch.manual_seed(1)  # the sample from which key ranges are taken
+        qm = model.with_scheme(specs[scheme])
+        cache = qm.new_cache("A")
+        cache.graphs = False  # a graph's steps differ by the order of sums
+        torch.manual_seed(2)
+        ids = torch.randint(0, model.dims["vocab_size"], (2, 1032), device=zero)
+        logits = []
+        with torch.inference_mode():
+            for part in ids.split([1024, *[1] * 8], 1):
+                out = qm.model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+                logits.append(out.logits.float().cpu())
+        found.append(torch.cat(logits, 1))
+    assert found[0].isfinite().all() and found[0].std() > 0.1
+    torch.testing.assert_close(found[1], found[0], atol=5e-3, rtol=5e-3)

@@ -1,4 +1,4 @@
-"""The same evaluations on one GPU and on several, by processes that claim GPUs as evaluations do."""
+"""The same evaluations on one GPU and on several, by processes that claim their GPUs."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_the_command_is_the_workflows(laid_out: Path) -> None:
     read = scaling.command(study, laid_out / "x.json", "tiny", "fp16", "ppl", [0], "cuda")
     assert "--prompts" not in read and "--quantizer" not in read
     assert Path(read[read.index("--data-manifest") + 1]).is_file()
-    with pytest.raises(UserError, match="nuq4-1pct/quantizer.json: is missing: let the workflow"):
+    with pytest.raises(UserError, match=r"nuq4-1pct/quantizer\.json: is missing: let the workflow"):
         scaling.command(study, laid_out / "x.json", "tiny", "nuq4-1pct", "ppl", [0], "cuda")
 
 
