@@ -138,4 +138,21 @@ def spread(model: Any, devices: Sequence[torch.device]) -> Any:
     # A cache is no tensor that may be moved from layer to layer.
     skipped = list(getattr(model, "_skip_keys_device_placement", None) or ())
     places = {name: device.index for name, device in even_map(model, devices).items()}
-    return dispatch_model(model, places, skip_keys=skipped)
+    made = dispatch_model(model, places, skip_keys=skipped)
+    _keep_hooks_of_layers(made, devices[0])
+    return made
+
+
+def _keep_hooks_of_layers(model: Any, first: torch.device) -> None:
+    """Removes accelerate's hooks inside of layers, where everything is on one device.
+
+    It hooks every module, which costs a decode step of many layers milliseconds. The hook of a
+    layer moves its inputs; on the first device they are there from the start.
+    """
+    from accelerate.hooks import remove_hook_from_module  # type: ignore[import-untyped]
+
+    for layer, where in zip(model.model.layers, layer_devices(model), strict=True):
+        for part in layer.modules():
+            if part is not layer or where == first:
+                remove_hook_from_module(part)
+                part.__dict__.pop("forward", None)  # a hook's copy of the class's own

@@ -108,6 +108,17 @@ def test_logits_are_those_of_one_gpu(family: str, tied: bool) -> None:
         torch.testing.assert_close(found[1], found[0], atol=0, rtol=0)
 
 
+def test_layers_are_hooked_as_a_whole_where_inputs_come_from_another_gpu() -> None:
+    with pretend_gpus():
+        model = spread(tiny_model(num_hidden_layers=4), THREE[:2])
+        assert layer_devices(model) == [THREE[0]] * 2 + [THREE[1]] * 2
+        hooked = {name for name, part in model.named_modules() if hasattr(part, "_hf_hook")}
+        assert {name for name in hooked if "layers" in name} == {"model.layers.2", "model.layers.3"}
+        assert hooked >= {"", "model.norm", "lm_head"}
+        own = [name for name, part in model.named_modules() if "forward" in part.__dict__]
+        assert set(own) == hooked
+
+
 def test_files_by_a_list_of_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny(tmp_path / "model")
     with pretend_gpus():
