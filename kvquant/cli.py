@@ -26,7 +26,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "evaluate": ("kvquant.evaluation.run", "measure the accuracy of a scheme on a task"),
     "throughput": ("kvquant.benchmarks.throughput", "measure latency and memory of a workload"),
     "energy": ("kvquant.benchmarks.energy", "measure the energy of a workload"),
-    "bench": ("kvquant.benchmarks.bench", "measure costs on random data: append, jobs, kernels"),
+    "bench": (
+        "kvquant.benchmarks.bench",
+        "measure costs: append, jobs, kernels; scaling over GPUs",
+    ),
     "aggregate": ("kvquant.analysis.collect", "verify all records and collect tidy tables"),
     "seal": ("kvquant.study.seal", "add missing seals to records of an older schema"),
     "publish": ("kvquant.study.publish", "add finished records to the published ones; verify"),

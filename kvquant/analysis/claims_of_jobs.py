@@ -55,11 +55,11 @@ def _metered(case: JobCase) -> bool:
 
 
 def _generated(case: JobCase) -> bool:
-    return case.decode == "generate"
+    return case.decode == "generate" and case.num_gpus == 1
 
 
 def _in_budget(case: JobCase) -> bool:
-    return case.memory_gb == BUDGET_GB and case.shape == SHAPE
+    return case.memory_gb == BUDGET_GB and case.shape == SHAPE and case.num_gpus == 1
 
 
 def _ratio(ours: pd.Series, base: pd.Series, column: str) -> tuple[float, float, float]:

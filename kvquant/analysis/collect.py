@@ -24,7 +24,7 @@ from kvquant.study.config import Study, load_study
 # Of tables without a row, which figures and claims read all the same.
 APPEND_COLUMNS = ["device", "rep", "series", "chunk", "tokens", "status"]
 KERNEL_COLUMNS = ["device", "case", "measure", "side", "role", "status"]
-JOB_COLUMNS = ["device", "case", "scheme", "status"]
+JOB_COLUMNS = ["device", "case", "gpus", "scheme", "status"]
 
 
 def collect(

@@ -10,7 +10,7 @@ from kvquant.analysis.spec_checks import check_jobs
 from kvquant.study.records import JobRecord, JobSide
 
 SHARED = (
-    *("device", "case", "shape", "prompt", "answer", "memory_bytes", "emulated"),
+    *("device", "case", "shape", "prompt", "answer", "gpus", "memory_bytes", "emulated"),
     *("weight_bytes", "source", "method", "idle_watts", "counter_over_power"),
 )
 

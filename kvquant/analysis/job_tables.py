@@ -26,10 +26,16 @@ def _count(value: Any) -> str:
 
 
 def jobs(t: Tables) -> str:
-    """Builds the table of speeds and memory of whole jobs, a row per cache of a case."""
-    rows = []
+    """Builds the table of speeds and memory of whole jobs, a row per cache of a case.
+
+    Where a case has several GPUs, rows say how many they have and how answers were decoded, which a
+    CUDA graph does on one GPU alone.
+    """
+    rows, several = [], bool((t.jobs["gpus"] > 1).any())
     for r in t.jobs.itertuples():
         row = _first(t, r)
+        if several:
+            row |= {"decoded by": r.decoder or "-", "GPUs": r.gpus}
         row["prompts"] = "out of memory" if r.status == "oom" else _count(r.batch_size)
         row |= {
             "prefill tok/s": number(r.prefill_tokens_per_s, 0),
@@ -42,7 +48,7 @@ def jobs(t: Tables) -> str:
         }
         rows.append(row)
     table = pd.DataFrame(rows, dtype=object)
-    labels = 2 + ("device" in table)
+    labels = 2 + ("device" in table) + several
     columns = "l" * labels + "r" * (table.shape[1] - labels)
     return booktabs(table, columns, size="scriptsize", tight=True, pages=True)
 

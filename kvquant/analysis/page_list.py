@@ -55,7 +55,7 @@ def _has_jobs(study: Study) -> bool:
     return study.jobs is not None
 
 
-_JOB = {"device": "device", "case": "case", "scheme": "cache"}
+_JOB = {"device": "device", "case": "case", "gpus": "GPUs", "scheme": "cache"}
 PAGES = {
     "claims": Page(
         "claims",
@@ -204,7 +204,8 @@ PAGES = {
         "A row per cache of each case of whole jobs, on models of random weights: prompts are "
         "prefilled one after the other and their answers decoded together. A case without a given "
         "number of prompts runs as many at once as fit in its memory. The caches of a case take "
-        "turns, and each is decoded in its fastest way unless the case names generate.",
+        "turns, and each is decoded in its fastest way unless the case names generate. On several "
+        "GPUs the layers are spread evenly, no CUDA graph is used, and peak memory is summed.",
         {
             **_JOB,
             "status": "status",
@@ -232,7 +233,8 @@ PAGES = {
         "A row per cache of each case that searched what fits: prompts are prefilled beside those "
         "before until memory ends, and the last is shortened. The longest prompt is a single one "
         f"prefilled in calls of {CONTEXT_CHUNK:,} tokens. The formula divides the memory without "
-        "the weights by the cache's bytes per token; it knows no activations.",
+        "the weights by the cache's bytes per token; it knows no activations. Memory and weights "
+        "are those of all GPUs of a case.",
         {
             **_JOB,
             "capacity_tokens": "tokens held",
@@ -252,7 +254,7 @@ PAGES = {
         Section.ENERGY,
         "whole jobs",
         "A row per cache of each case of whole jobs whose energy was measured: energy of the GPU "
-        "board, of the prefill per prompt token, of decoding per answer token, and of the job per "
+        "boards, of the prefill per prompt token, of decoding per answer token, and of the job per "
         "prompt and answer token. Above idle leaves out what the idle board draws. Counter over "
         "power is the energy by the counter over the integral of sampled power.",
         {

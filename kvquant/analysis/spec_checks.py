@@ -16,6 +16,7 @@ from kvquant.study.records import (
     EvalRecord,
     JobRecord,
     KernelRecord,
+    Record,
     ThroughputRecord,
 )
 from kvquant.study.suite import AnsweredTask
@@ -28,6 +29,15 @@ def _are(record: Any, expected: dict[str, Any]) -> None:
             found = getattr(found, part)
         if found != right:
             raise ValueError(f"field '{field}': is {found!r}, but the study's is {right!r}")
+
+
+def _check_gpus(record: Record, asked: int) -> None:
+    """Checks the number of GPUs that a timed record lists; a record of a processor lists none."""
+    listed = record.environment.get("gpus") or []
+    if listed and len(listed) != max(1, asked):
+        raise ValueError(
+            f"field 'environment.gpus': lists {len(listed)}, but the study asks for {max(1, asked)}"
+        )
 
 
 def check_evaluation(study: Study, record: EvalRecord) -> None:
@@ -47,7 +57,8 @@ def check_evaluation(study: Study, record: EvalRecord) -> None:
 
 
 def check_throughput(study: Study, record: ThroughputRecord) -> None:
-    """Checks the sides and the prompts of a throughput record."""
+    """Checks the sides, the prompts and the number of GPUs of a throughput record."""
+    _check_gpus(record, study.model(record.model).gpus)
     workload = study.throughput.workloads[record.workload]
     _are(
         record,
@@ -65,7 +76,8 @@ def check_throughput(study: Study, record: ThroughputRecord) -> None:
 
 
 def check_energy(study: Study, record: EnergyRecord) -> None:
-    """Checks the sides of an energy record, their trials and the tokens of whole jobs."""
+    """Checks the sides of an energy record, their trials and GPUs, and tokens of whole jobs."""
+    _check_gpus(record, study.model(record.model).gpus)
     workload = study.energy.workloads[record.workload]
     _are(
         record,
@@ -110,7 +122,9 @@ def check_kernels(study: Study, record: KernelRecord) -> None:
 def check_jobs(study: Study, record: JobRecord) -> None:
     """Checks the shape, the lengths and the caches of a case of whole jobs."""
     case = study.job_cases()[record.case]
-    _are(record, {name: getattr(case, name) for name in ("shape", "prompt", "answer")})
+    asked = {name: getattr(case, name) for name in ("shape", "prompt", "answer")}
+    _are(record, {**asked, "gpus": case.num_gpus})
+    _check_gpus(record, case.num_gpus)
     if [side.scheme for side in record.sides] != case.schemes:
         raise ValueError(f"field 'sides.scheme': the study's are {', '.join(case.schemes)}")
     if case.energy == (record.source is None):

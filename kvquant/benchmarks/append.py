@@ -30,7 +30,6 @@ from kvquant.benchmarks.workload import check_device
 from kvquant.cache.codec import Codec
 from kvquant.errors import UserError
 from kvquant.models.oom_retry import fits_in_memory
-from kvquant.runtime.devices import set_current
 from kvquant.runtime.provenance import environment
 from kvquant.study.append import AppendSpec
 from kvquant.study.config import Study, load_study
@@ -228,7 +227,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--rep: must not be negative (got {args.rep})")
     if args.out.exists():  # report before minutes of measuring, not after
         raise UserError(f"--out: {args.out} exists: delete it by name to measure again")
-    device = set_current(check_device(args))
+    device = check_device(args)
     if device.type == "cpu":
         # A token is too little work for several threads, whose barriers would be timed instead.
         torch.set_num_threads(1)

@@ -1,15 +1,16 @@
-"""`kvquant bench WHAT`: measures costs on random data, without a model's weights."""
+"""`kvquant bench WHAT`: measures costs on random data, and how evaluations scale over GPUs."""
 
 from __future__ import annotations
 
 import argparse
 
-from kvquant.benchmarks import append, jobs, kernels
+from kvquant.benchmarks import append, jobs, kernels, scaling
 
 WHAT = {
     "append": (append, "measure the cost of appending to a cache as it grows"),
     "jobs": (jobs, "run whole jobs of prompts and answers, by caches that take turns"),
     "kernels": (kernels, "time the headline scheme's kernels against copies, fp16 and peers"),
+    "scaling": (scaling, "run the same evaluations on one GPU and on all visible ones"),
 }
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from kvquant.benchmarks.timing import peak_bytes, reset_peak, synchronize
+from kvquant.benchmarks.timing import held_bytes, peak_bytes, reset_peak, synchronize
 from kvquant.cache.footprint import cache_elements, cache_nbytes
 from kvquant.cache.joining import join_caches
 from kvquant.cache.kvquant_cache import KVQuantCache
+from kvquant.energy.gpus import devices_of
 from kvquant.errors import OutlierOverflow
 from kvquant.models.graph_decoding import GraphedDecoder
 from kvquant.models.loading import QuantizedModel
@@ -39,8 +41,8 @@ class JobTimes:
         first_token_ms: Milliseconds of each prompt until its first token.
         step_ms: Milliseconds of each decode step.
         decoder: How answers were decoded.
-        peak: Largest number of bytes that torch held.
-        steady: Bytes that torch held while answers were decoded.
+        peak: Largest number of bytes that torch held on each device, summed.
+        steady: Bytes that torch held on all devices while answers were decoded.
         cache_bytes: Bytes of the cache after the prompts.
         elements: Number of key and value elements in those bytes.
     """
@@ -72,8 +74,13 @@ class JobSide:
 
     @property
     def device(self) -> torch.device:
-        """The device of the model."""
+        """The device of the inputs, and of the model if it is on one."""
         return self.qm.device
+
+    @cached_property
+    def devices(self) -> list[torch.device]:
+        """All devices of the model."""
+        return devices_of(self.qm.model.parameters())
 
     def _ids(self, row: int, tokens: int) -> torch.Tensor:
         """Returns the token ids of a prompt, int64 `[1, tokens]`, the same for every cache."""
@@ -115,21 +122,26 @@ class JobSide:
         for row in range(batch):
             start = time.perf_counter()
             cache, first = self.prefill_one(row, self.case.prompt)
-            synchronize(self.device)
+            synchronize(*self.devices)
             times.first_token_ms.append((time.perf_counter() - start) * 1e3)
             caches.append(cache)
             firsts.append(first)
         return (join_caches(caches) if batch > 1 else caches[0]), torch.cat(firsts)
 
     def _decoder(self, cache: Any, batch: int) -> tuple[str, Step]:
-        """Returns the fastest way to decode from a cache, and what it is called."""
-        steps, model = self.case.answer, self.qm.model
-        if isinstance(cache, KVQuantCache) and self.device.type == "cuda":
+        """Returns the fastest way to decode from a cache, and what it is called.
+
+        A CUDA graph holds the work of one GPU: a model over several is called step by step.
+        """
+        steps, model, alone = self.case.answer, self.qm.model, len(self.devices) == 1
+        if isinstance(cache, KVQuantCache) and self.device.type == "cuda" and alone:
             try:
                 return "CUDA graph", GraphedDecoder(model, cache, steps).step
             except ValueError as error:
                 note(f"jobs: {self.name}: without a CUDA graph: {error}")
-        if isinstance(cache, StaticFp16Cache):
+        if isinstance(cache, StaticFp16Cache) and not alone:
+            cache.reserve(steps)
+        elif isinstance(cache, StaticFp16Cache):
             mask = torch.ones((batch, self.case.prompt), dtype=torch.long, device=self.device)
             decoder = StaticDecoder(model, cache, mask, steps)
             if decoder.backend is None:
@@ -186,8 +198,7 @@ class JobSide:
                 token = step(token).argmax(-1, keepdim=True)
                 marks.set()
         times.step_ms = marks.differences()
-        if self.device.type == "cuda":
-            times.steady = torch.cuda.memory_allocated(self.device)
+        times.steady = held_bytes(self.devices)
         if isinstance(cache, KVQuantCache):
             cache.settle()
 
@@ -199,20 +210,20 @@ class JobSide:
             between: Called between the prompts and the answers, while the device is idle.
         """
         times = JobTimes()
-        reset_peak([self.device])
-        synchronize(self.device)
+        reset_peak(self.devices)
+        synchronize(*self.devices)
         start = time.perf_counter()
         cache, token = self.prefill(batch, times)
-        synchronize(self.device)
+        synchronize(*self.devices)
         times.prefill_seconds = time.perf_counter() - start
         times.cache_bytes = cache_nbytes(cache)
         times.elements = cache_elements(cache, None)
         between()
         start = time.perf_counter()
         self.decode(cache, token, times)
-        synchronize(self.device)
+        synchronize(*self.devices)
         times.decode_seconds = time.perf_counter() - start
-        times.peak = peak_bytes([self.device])
+        times.peak = peak_bytes(self.devices)
         return times
 
     def tokens_that_fit(self) -> tuple[int, int]:
@@ -243,7 +254,7 @@ class JobSide:
         for start in range(0, tokens, CONTEXT_CHUNK):
             end = min(start + CONTEXT_CHUNK, tokens)
             self._call(cache, self._ids(start, end - start), start)
-            synchronize(self.device)
+            synchronize(*self.devices)
             if start == 0 and isinstance(cache, StaticFp16Cache):
                 cache.reserve(tokens - end)
             yield end
@@ -311,7 +322,10 @@ class JobSide:
 
 
 class _Marks:
-    """Marks points of time without waiting for the device."""
+    """Marks points of time without waiting for the device.
+
+    A step of a model over several GPUs ends on the first one, where its logits are copied.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -322,7 +336,7 @@ class _Marks:
         """Marks the present point of the device's work."""
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
             self._marks.append(event)
         else:
             self._marks.append(time.perf_counter() * 1e3)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,15 @@ from rich.console import Console
 from rich.table import Table
 
 from kvquant.benchmarks.job_side import JobSide, JobTimes
-from kvquant.benchmarks.memory_budget import memory_budget
-from kvquant.benchmarks.random_model import RandomModel, head_dim
+from kvquant.benchmarks.memory_budget import memory_budgets
+from kvquant.benchmarks.random_model import RandomModel
 from kvquant.benchmarks.timing import summarize, synchronize
 from kvquant.benchmarks.turns import finished
-from kvquant.benchmarks.workload import check_device
-from kvquant.cache.memory_formula import tokens_that_fit
+from kvquant.benchmarks.workload import check_devices
 from kvquant.energy.monitor import EnergyMonitor, not_metered, open_meter
 from kvquant.energy.profiler import DetailedEnergyProfiler, counter_over_power
 from kvquant.errors import UserError
 from kvquant.models.oom_retry import fits_in_memory, release_memory
-from kvquant.runtime.devices import set_current
 from kvquant.runtime.progress import note
 from kvquant.runtime.provenance import environment
 from kvquant.study.config import Study, load_study
@@ -182,16 +180,16 @@ class Runner:
 
 @contextmanager
 def metered(
-    device: torch.device, case: JobCase, spec: JobsSpec
+    devices: Sequence[torch.device], case: JobCase, spec: JobsSpec
 ) -> Iterator[tuple[EnergyMonitor | None, DetailedEnergyProfiler | None]]:
     """Opens the meter and the profiler of a case that measures energy."""
     if not case.energy:
         yield None, None
         return
-    meter = open_meter([device])
+    meter = open_meter(devices)
     try:
         profiler = DetailedEnergyProfiler(meter, country=spec.country)
-        yield EnergyMonitor(meter, wait=lambda: synchronize(device)), profiler
+        yield EnergyMonitor(meter, wait=lambda: synchronize(*devices)), profiler
     finally:
         meter.close()
 
@@ -221,9 +219,10 @@ def measure(
     """Measures one case; returns its record and the samples of its energy."""
     case, start = study.job_cases()[name], time.perf_counter()
     release_memory()
-    limit: AbstractContextManager[int] = nullcontext(model.weight_bytes)
+    limit: AbstractContextManager[dict[torch.device, int]]
+    limit = nullcontext({model.device: model.weight_bytes})
     if model.device.type == "cuda":
-        limit = memory_budget(model.device, case.memory_gb)
+        limit = memory_budgets(model.devices, case.memory_gb)
     with limit as allowed:
         return _in_memory(study, name, model, allowed, device_name, start)
 
@@ -232,14 +231,14 @@ def _in_memory(
     study: Study,
     name: str,
     model: RandomModel,
-    allowed: int,
+    allowed: dict[torch.device, int],
     device_name: str,
     start: float,
 ) -> tuple[JobRecord, DetailedEnergyProfiler | None]:
-    spec, device = study.jobs, model.device
+    spec = study.jobs
     assert spec is not None
     case = spec.cases[name]
-    with metered(device, case, spec) as (monitor, profiler):
+    with metered(model.devices, case, spec) as (monitor, profiler):
         idle = None if monitor is None else monitor.idle_watts(spec.idle_seconds)
         runners = []
         for scheme in case.schemes:
@@ -262,30 +261,23 @@ def _in_memory(
                 "carbon": profiler.carbon | {"covers": "all trials of all caches"},
                 "telemetry": profiler.summary() | not_metered(monitor.meter),
             }
-    shape = model.dims["num_key_value_heads"], head_dim(case.shape)
     sides = []
     for runner in runners:
         formula = None
-        if device.type == "cuda":
-            cached = study.scheme(runner.side.name)
-            formula = tokens_that_fit(
-                cached,
-                model.tables(cached),
-                (model.layers, *shape),
-                case.prompt,
-                allowed - model.weight_bytes,
-            )
+        if model.device.type == "cuda":
+            formula = model.tokens_that_fit(study.scheme(runner.side.name), case.prompt, allowed)
         sides.append(runner.record(formula, idle))
     record = JobRecord(
         study=study.study,
         spec_digest=jobs_digest(study, name),
-        environment=environment([device]),
+        environment=environment(model.devices),
         device=device_name,
         case=name,
         shape=case.shape,
         prompt=case.prompt,
         answer=case.answer,
-        memory_bytes=allowed,
+        gpus=case.num_gpus,
+        memory_bytes=sum(allowed.values()),
         emulated=case.memory_gb is not None,
         weight_bytes=model.weight_bytes,
         sides=sides,
@@ -301,11 +293,13 @@ def show(record: JobRecord, console: Console) -> None:
         f"{record.case} on {record.device}: {record.shape}, prompts of {record.prompt:,} and "
         f"answers of {record.answer:,} tokens"
     )
+    if record.gpus > 1:
+        title += f", on {record.gpus} GPUs"
     if record.emulated:
         title += f" in {record.memory_bytes / 1e9:.1f} GB"
     table = Table(title=title, title_justify="left")
     heads = ("prompts", "held tokens", "prefill tok/s", "first ms", "step ms", "answer tok/s",
-             "job tok/s", "J/token", "bits")  # fmt: skip
+             "job tok/s", "J/token", "bits", "decoded by")  # fmt: skip
     table.add_column("cache")
     for head in heads:
         table.add_column(head, justify="right")
@@ -330,8 +324,27 @@ def show(record: JobRecord, console: Console) -> None:
             f"{side.job_tokens_per_s:,.0f}",
             "" if joules is None else f"{joules:.4f}",
             f"{side.bits_per_element:.2f}",
+            side.decoder,
         )
     console.print(table)
+
+
+def _devices(args: argparse.Namespace, cases: dict[str, JobCase]) -> list[torch.device]:
+    """Claims the devices of cases, as many as the one that needs most.
+
+    Raises:
+        UserError: There are fewer GPUs, other processes use them, or a single device is named for
+            a case of several GPUs.
+    """
+    most = max(cases, key=lambda name: cases[name].num_gpus)
+    count, field = cases[most].num_gpus, f"jobs.cases.{most}.gpus"
+    found = check_devices(args, count, field)
+    if len(found) < count:
+        raise UserError(
+            f"{field}: {count} GPUs are asked for, but --device {args.device} is one device: give "
+            "cuda, or leave the field out"
+        )
+    return found
 
 
 def run(args: argparse.Namespace) -> None:
@@ -344,7 +357,8 @@ def run(args: argparse.Namespace) -> None:
     digests = {name: jobs_digest(study, name) for name in names}
     if not names:
         raise UserError("jobs: this study has no such section: add it to the study file")
-    device = set_current(check_device(args))
+    devices = _devices(args, {name: cases[name] for name in names})
+    device = devices[0]
     for name in names:
         case = cases[name]
         searched = case.batch_size is None or case.memory_gb is not None
@@ -354,16 +368,17 @@ def run(args: argparse.Namespace) -> None:
                 f"jobs.cases.{name}.batch_size: what fits in memory is searched on a GPU; give "
                 "batch_size, without capacity, context and memory_gb"
             )
-    console = Console(width=140)
+    console = Console(width=160)
     files = {name: args.out_dir / f"{name}.json" for name in names}
     there = {name: finished(files[name], JobRecord, digests[name]) for name in names}
     model: RandomModel | None = None
     for name in sorted(names, key=lambda name: list(cases).index(name)):
         record = there[name]
         if record is None:
-            if model is None or model.shape != cases[name].shape:
+            used = devices[: cases[name].num_gpus]
+            if model is None or (model.shape, model.devices) != (cases[name].shape, used):
                 model = None  # frees the memory of the last one
-                model = RandomModel(cases[name].shape, device)
+                model = RandomModel(cases[name].shape, used)
             record, profiler = measure(study, name, model, args.device_name)
             write_record(files[name], record)
             if profiler is not None:

@@ -18,7 +18,6 @@ from kvquant.benchmarks.kernel_measures import Bench, prompt_lengths
 from kvquant.benchmarks.turns import finished
 from kvquant.benchmarks.workload import check_device
 from kvquant.errors import UserError
-from kvquant.runtime.devices import set_current
 from kvquant.runtime.progress import note
 from kvquant.runtime.provenance import environment
 from kvquant.study.config import Study, load_study
@@ -118,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
     digests = {name: kernels_digest(study, name) for name in names}
     if not names:
         raise UserError("kernels: this study has no such section: add it to the study file")
-    device = set_current(check_device(args))
+    device = check_device(args)
     for name in names:
         case = study.kernel_cases()[name]
         scheme = study.kernel_scheme(case)

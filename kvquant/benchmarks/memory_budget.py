@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -54,3 +54,16 @@ def memory_budget(device: torch.device, gigabytes: float | None) -> Iterator[int
         yield wanted - beside
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+@contextmanager
+def memory_budgets(
+    devices: Sequence[torch.device], gigabytes: float | None
+) -> Iterator[dict[torch.device, int]]:
+    """Limits the memory of several GPUs, of each to the same; see :func:`memory_budget`.
+
+    Yields:
+        The bytes that torch may allocate on each.
+    """
+    with ExitStack() as limits:
+        yield {d: limits.enter_context(memory_budget(d, gigabytes)) for d in devices}

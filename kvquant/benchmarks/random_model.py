@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+from kvquant.cache.memory_formula import tokens_that_fit
 from kvquant.formats.layer_quantizer import LayerTables
 from kvquant.formats.rope import rotate
 from kvquant.models.loading import QuantizedModel, install_attention
+from kvquant.models.placement import even_map, layer_devices, spread
 from kvquant.quantization.ranged_tables import ranged_tables
 from kvquant.schemes.registry import ModelShape, build_caches, build_codecs
 from kvquant.study.kernels import SHAPES
@@ -24,19 +28,48 @@ def head_dim(shape: str) -> int:
     return SHAPES[shape]["hidden_size"] // SHAPES[shape]["num_attention_heads"]
 
 
+@torch.no_grad()
+def _filled(model: Any, devices: Sequence[torch.device]) -> Any:
+    """Fills a model of the meta device with random weights, each where it stays.
+
+    No GPU and no host memory ever holds the whole model.
+    """
+    places = even_map(model, devices)
+    for name, module in model.named_modules():
+        where = next((d for p, d in places.items() if f"{name}.".startswith(f"{p}.")), devices[0])
+        for key, meta in module.named_parameters(recurse=False):
+            made = torch.empty_like(meta, device=where)
+            if made.dim() > 1:
+                made.normal_(0.0, model.config.initializer_range)
+            else:
+                made.fill_(1.0)  # a norm
+            setattr(module, key, nn.Parameter(made, requires_grad=False))
+    rotary = model.model.rotary_emb  # its tables are no weights
+    with devices[0]:
+        model.model.rotary_emb = type(rotary)(model.config)
+    return spread(model, devices)
+
+
 class RandomModel:
     """A Llama with random weights, in fp16 on a GPU and fp32 on a CPU.
 
     Args:
         shape: Name in :data:`kvquant.study.kernels.SHAPES`.
-        device: Device of the weights.
+        device: Device of the weights, or several GPUs, over which the layers are spread evenly by
+            bytes.
         layers: Number of layers; None takes the shape's.
     """
 
-    def __init__(self, shape: str, device: torch.device, layers: int | None = None) -> None:
+    def __init__(
+        self,
+        shape: str,
+        device: torch.device | Sequence[torch.device],
+        layers: int | None = None,
+    ) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        self.shape, self.device = shape, device
+        self.devices = [device] if isinstance(device, torch.device) else list(device)
+        self.shape, self.device = shape, self.devices[0]
         self.dims = {**SHAPES[shape]}
         self.dims["num_hidden_layers"] = layers or self.dims["num_hidden_layers"]
         config = LlamaConfig(
@@ -44,13 +77,16 @@ class RandomModel:
         )
         torch.manual_seed(0)
         before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float16 if device.type == "cuda" else torch.float32)
+        torch.set_default_dtype(torch.float16 if self.device.type == "cuda" else torch.float32)
+        alone = len(self.devices) == 1
         try:
-            with torch.device(device):
+            with torch.device(self.device if alone else "meta"):
                 self.model: Any = LlamaForCausalLM(config).eval()
         finally:
             torch.set_default_dtype(before)
         self.model.requires_grad_(False)
+        if not alone:
+            self.model = _filled(self.model, self.devices)
         install_attention(self.model)
         self._keys: list[torch.Tensor] | None = None
 
@@ -63,6 +99,14 @@ class RandomModel:
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
         return sum(int(p.nbytes) for p in self.model.parameters())
+
+    def bytes_on(self, device: torch.device) -> int:
+        """Returns the bytes of the weights on one device."""
+        return sum(int(p.nbytes) for p in self.model.parameters() if p.device == device)
+
+    def layers_on(self, device: torch.device) -> list[int]:
+        """Returns the numbers of the layers on one device."""
+        return [i for i, where in enumerate(layer_devices(self.model)) if where == device]
 
     @property
     def read_bytes(self) -> int:
@@ -95,7 +139,8 @@ class RandomModel:
         """Returns keys `[tokens, num_kv_heads * head_dim]` of a sequence after RoPE."""
         positions = torch.arange(len(keys), device=keys.device)[None]
         by_head = keys.unflatten(1, (-1, head_dim(self.shape))).transpose(0, 1)[None]
-        turned = rotate(by_head, *self.model.model.rotary_emb(by_head, positions))
+        table = self.model.model.rotary_emb(by_head, positions)
+        turned = rotate(by_head, *(part.to(keys.device) for part in table))
         return turned[0].transpose(0, 1).flatten(1)
 
     def tables(self, scheme: SchemeSpec) -> list[LayerTables] | None:
@@ -112,6 +157,28 @@ class RandomModel:
             low, high = (torch.quantile(keys.float(), q, dim=0).view(size) for q in ends)
             found.append(ranged_tables(scheme, (low + high) / 2, (high - low) / 2))
         return found
+
+    def tokens_that_fit(
+        self, scheme: SchemeSpec, prompt: int, allowed: Mapping[torch.device, int]
+    ) -> int | None:
+        """Returns how many tokens of prompts of one length fit by the cache's bytes per token.
+
+        The GPU that is full first decides. None for a kind of scheme without a formula.
+
+        Args:
+            scheme: The scheme.
+            prompt: Tokens of each prompt.
+            allowed: Bytes of each device, weights included.
+        """
+        tables, found = self.tables(scheme), []
+        for device, memory in allowed.items():
+            layers = self.layers_on(device)
+            shape = (len(layers), self.dims["num_key_value_heads"], head_dim(self.shape))
+            own = None if tables is None else [tables[i] for i in layers]
+            free = memory - self.bytes_on(device)
+            found.append(tokens_that_fit(scheme, own, shape, prompt, free))
+        known = [tokens for tokens in found if tokens is not None]
+        return min(known) if len(known) == len(found) else None
 
     def with_scheme(self, scheme: SchemeSpec) -> QuantizedModel:
         """Returns the model with caches of a scheme.

@@ -35,6 +35,11 @@ def peak_bytes(devices: Sequence[torch.device]) -> int:
     return sum(torch.cuda.max_memory_allocated(d) for d in devices if d.type == "cuda")
 
 
+def held_bytes(devices: Sequence[torch.device]) -> int:
+    """Returns the sum of torch's allocated bytes on the devices; 0 on a CPU."""
+    return sum(torch.cuda.memory_allocated(d) for d in devices if d.type == "cuda")
+
+
 class Clock:
     """Times a region of work in milliseconds.
 

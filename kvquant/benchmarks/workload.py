@@ -14,16 +14,21 @@ import torch
 from kvquant.benchmarks.prompts import PromptBatch, prompt_batch
 from kvquant.benchmarks.timing import synchronize
 from kvquant.cache.kvquant_cache import KVQuantCache
-from kvquant.energy.gpus import cuda_index, devices_of
+from kvquant.energy.gpus import devices_of
 from kvquant.errors import UserError, unknown
 from kvquant.fetch.model_manifest import study_manifest
 from kvquant.fetch.texts import load_text, read_data_manifest
-from kvquant.models.loading import QuantizedModel, load_quantized_model, resolve_device
+from kvquant.models.loading import (
+    QuantizedModel,
+    load_quantized_model,
+    resolve_device,
+    resolve_devices,
+)
 from kvquant.models.model_call import cache_argument
 from kvquant.models.oom_retry import fits_in_memory, retry_on_overflow
 from kvquant.models.sdpa import without_cudnn
 from kvquant.quantization.quantizer_file import check_digest
-from kvquant.runtime.devices import claim_alone, set_current, visible_devices
+from kvquant.runtime.devices import claim_timed
 from kvquant.runtime.provenance import device_name
 from kvquant.study.config import Study, load_study
 from kvquant.study.digests import quantizer_digest
@@ -161,20 +166,32 @@ class Prepared:
         synchronize(*self.devices)
 
 
-def check_device(args: argparse.Namespace) -> torch.device:
-    """Returns the device of the work after checking its name, and claims it if it is a GPU.
+def check_devices(
+    args: argparse.Namespace, gpus: int = 1, field: str = "gpus"
+) -> list[torch.device]:
+    """Returns the devices of the work after checking their name, and claims them if they are GPUs.
 
-    The workflow plans the name without CUDA. Here it is checked against the device that torch
-    uses, which is identified by its UUID.
+    The workflow plans the name without CUDA. Here it is checked against the devices that torch
+    uses, which are identified by their UUIDs. The first one becomes torch's current device.
+
+    Args:
+        args: Options `device` and `device_name`.
+        gpus: Number of GPUs where no single one is named.
+        field: What asks for that number, in a message.
 
     Raises:
-        UserError: The device has another name, or other processes of kvquant use it.
+        UserError: A device has another name, other processes of kvquant use it, or there are fewer
+            GPUs.
     """
-    where = resolve_device(args.device)
-    check_name([where], args.device_name)
-    if where.type == "cuda":
-        claim_alone(visible_devices()[cuda_index(where)])
-    return where
+    check_name([resolve_device(args.device)], args.device_name)
+    found = resolve_devices(claim_timed(args.device, gpus, field))
+    check_name(found, args.device_name)
+    return found
+
+
+def check_device(args: argparse.Namespace) -> torch.device:
+    """Returns the one device of the work; see :func:`check_devices`."""
+    return check_devices(args)[0]
 
 
 def check_name(devices: Sequence[torch.device], name: str) -> None:
@@ -223,7 +240,7 @@ def prepare(
         raise UserError(f"--rep: must not be negative (got {args.rep})")
     if args.out.exists():  # report before minutes of measuring, not after
         raise UserError(f"--out: {args.out} exists: delete it by name to measure again")
-    set_current(check_device(args))
+    devices = check_devices(args, study.model(args.model).gpus, f"models.{args.model}.gpus")
     if scheme.registration.calibrated:
         check_digest(args.quantizer, quantizer_digest(study, args.model, args.scheme))
     workload = known[args.workload]
@@ -238,10 +255,8 @@ def prepare(
         study_manifest(args.model_manifest, study, args.model),
         scheme,
         quantizer=args.quantizer if scheme.registration.calibrated else None,
-        device=args.device,
+        device_map=devices,
     )
-    prepared_on = devices_of(qm.model.parameters())
-    check_name([d for d in prepared_on if d.type != "cpu"] or prepared_on, args.device_name)
     longest = workload.prompt + workload.answer
     if longest > qm.max_positions:
         raise UserError(

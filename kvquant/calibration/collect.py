@@ -34,12 +34,13 @@ from kvquant.formats.rope import rotate
 from kvquant.models.adapters import Part
 from kvquant.models.finite import remedy
 from kvquant.models.layer_kinds import layer_kinds
-from kvquant.models.loading import attention_layers, load_base_model, resolve_device
+from kvquant.models.loading import attention_layers, load_base_model
 from kvquant.models.placement import layer_devices
 from kvquant.models.prefill_quant import adapter_of
 from kvquant.models.rotary import rotary_width
 from kvquant.models.tensor_parallel import refuse_shared
 from kvquant.models.value_rotation import refuse_rotated
+from kvquant.runtime.devices import claim
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.config import load_study
 from kvquant.study.digests import VERSIONS, calibration_digest
@@ -337,8 +338,8 @@ def run(args: argparse.Namespace) -> None:
     study.model(args.model)
     spec = study.calibrated_by(args.calibration)
     manifest = study_manifest(args.model_manifest, study, args.model)
-    device = resolve_device(args.device)
-    model, tokenizer = load_base_model(manifest, device=str(device))
+    places = claim(args.device, study.model(args.model).gpus, f"models.{args.model}.gpus")
+    model, tokenizer = load_base_model(manifest, device_map=places)
     limit = int(model.config.max_position_embeddings)
     if spec.window > limit:
         raise UserError(f"calibration.window: {spec.window} exceeds the model's {limit} positions")

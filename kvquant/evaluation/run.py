@@ -25,7 +25,7 @@ from kvquant.evaluation.base import Context, SuiteResult
 from kvquant.fetch.model_manifest import study_manifest
 from kvquant.fetch.texts import Part, load_text, read_data_manifest
 from kvquant.formats.files import read_json
-from kvquant.runtime.devices import claim, set_current
+from kvquant.runtime.devices import claim
 from kvquant.runtime.progress import Progress, note
 from kvquant.runtime.provenance import environment
 from kvquant.study.archive import read_archive
@@ -92,7 +92,7 @@ class SharedModel:
         device: str,
     ) -> QuantizedModel:
         """Returns the model with the cache of a scheme; all tasks must ask for the same one."""
-        from kvquant.models.loading import load_quantized_model, resolve_device
+        from kvquant.models.loading import load_quantized_model
 
         key = (model, scheme, str(manifest), str(quantizer), device)
         assert self._found is None or key == self._key
@@ -102,7 +102,7 @@ class SharedModel:
                 study_manifest(manifest, study, model),
                 study.scheme(scheme),
                 quantizer=quantizer,
-                device=str(set_current(resolve_device(claim(device)))),
+                device_map=claim(device, study.model(model).gpus, f"models.{model}.gpus"),
             )
         return self._found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from kvquant.errors import UserError
 from kvquant.fetch.model_manifest import ModelManifest, manifest_beside, verify_model
 from kvquant.models.hooks import refuse_configuration
 from kvquant.models.layer_kinds import position_limit
+from kvquant.models.placement import spread
 from kvquant.models.tensor_parallel import plan_options
 from kvquant.study.model_families import MODEL_FAMILIES
 
@@ -35,6 +37,22 @@ def resolve_device(device: str) -> torch.device:
         raise UserError(
             f"--device: '{device}' asked for, but torch sees "
             f"{torch.cuda.device_count()} GPU(s), numbered from 0"
+        )
+    return found
+
+
+def resolve_devices(devices: Sequence[str | torch.device]) -> list[torch.device]:
+    """Returns the devices of names, of which several are different GPUs.
+
+    Raises:
+        UserError: A name is unknown, a GPU does not exist, or several are not different GPUs.
+    """
+    found = [resolve_device(str(device)) for device in devices]
+    gpus = {device.index for device in found if device.type == "cuda"} - {None}
+    if not found or (len(found) > 1 and len(gpus) < len(found)):
+        raise UserError(
+            f"device_map: {', '.join(map(str, found)) or 'no device'}: a list names one device, or "
+            "different GPUs with their numbers, such as ['cuda:0', 'cuda:1']"
         )
     return found
 
@@ -121,7 +139,8 @@ def load_base_model(
             directory that `fetch-model` filled.
         device: "cpu", "cuda" or "auto".
         dtype: Dtype of the weights; None: see :func:`default_dtype`.
-        device_map: The device map of transformers, used instead of `device`.
+        device_map: Used instead of `device`: the device map of transformers, or a list of GPUs,
+            over which the layers are spread evenly by bytes.
         tp_plan: "auto" for the part of the model that this process has among those that `torchrun`
             started.
 
@@ -134,7 +153,9 @@ def load_base_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    where = resolve_device(device)
+    listed = isinstance(device_map, list | tuple)
+    devices = resolve_devices(device_map if listed else [device])
+    where = devices[0]
     model = with_manifest(model)
     if isinstance(model, ModelManifest):
         verify_model(model)
@@ -143,7 +164,7 @@ def load_base_model(
     refuse_configuration(config)
     asked = model.dtype if isinstance(model, ModelManifest) else None
     kind = dtype or default_dtype(config, where, asked)
-    placed = {} if device_map is None else {"device_map": device_map}
+    placed = {} if device_map is None or listed else {"device_map": device_map}
     if tp_plan is not None:
         placed = plan_options(config, tp_plan, device, device_map)
     found, info = _read_pretrained(
@@ -168,7 +189,7 @@ def load_base_model(
         for parameter in found.parameters():
             if parameter.dtype is torch.bfloat16:
                 parameter.data = parameter.data.to(kind)
-    return (found if placed else found.to(where)).eval(), tokenizer
+    return (found if placed else spread(found, devices)).eval(), tokenizer
 
 
 def load_tokenizer(model: str | Path | ModelManifest) -> tuple[Any, int]:

@@ -30,6 +30,7 @@ from kvquant.models.base_model import default_dtype as default_dtype
 from kvquant.models.base_model import load_base_model as load_base_model
 from kvquant.models.base_model import load_tokenizer as load_tokenizer
 from kvquant.models.base_model import resolve_device as resolve_device
+from kvquant.models.base_model import resolve_devices as resolve_devices
 from kvquant.models.base_model import with_manifest
 from kvquant.models.hooks import attention_layers as attention_layers
 from kvquant.models.hooks import install_attention as install_attention
@@ -188,8 +189,9 @@ def load_quantized_model(
         quantizer: Path of quantizer.json, for schemes that need calibration.
         device: "cpu", "cuda" or "auto".
         dtype: Dtype of the weights; None: see :func:`default_dtype`.
-        device_map: The device map of transformers, used instead of `device`. Layers may be on
-            several GPUs, each as a whole on one; the cache of a layer is on the layer's GPU.
+        device_map: Used instead of `device`: the device map of transformers, or a list of GPUs,
+            over which the layers are spread evenly by bytes. Layers may be on several GPUs, each
+            as a whole on one; the cache of a layer is on the layer's GPU.
         tp_plan: "auto": each of the processes that `torchrun` started loads its part of the model,
             by transformers' plan, and quantizes its own kv heads. A loaded model may have such a
             plan already.

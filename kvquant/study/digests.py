@@ -62,8 +62,12 @@ def weights_digest(model: ModelSpec) -> str:
 
 
 def _weights(model: ModelSpec) -> dict[str, Any]:
-    """Returns a model's specification without the options of its chat template."""
-    return model.meaning(*CHAT_OPTIONS, *TERMS)
+    """Returns a model's specification without the options of its chat template.
+
+    Results do not depend on the number of GPUs that share the layers, so that it counts as one. On
+    a CPU there is none: the digests of published records tell the two apart.
+    """
+    return model.meaning(*CHAT_OPTIONS, *TERMS) | {"gpus": min(model.gpus, 1)}
 
 
 def _chat(study: Study, model: str, task: TaskSpec) -> list[dict[str, Any]]:

@@ -29,12 +29,25 @@ class Request:
 
 
 def request(
-    study: Study, rule: str, model: str | None, task: str | None = None, attempt: int = 1
+    study: Study,
+    rule: str,
+    model: str | None,
+    task: str | None = None,
+    attempt: int = 1,
+    case: str | None = None,
 ) -> Request:
     """Returns the resources of a job of `rule`, whose time and memory grow with each attempt.
 
-    A timed job of several GPUs already requests their whole share of the node's memory. Its memory
-    does not grow, because a job that exceeds the node would wait for ever.
+    A timed job of a study that takes several GPUs for one requests their whole share of the node's
+    memory. Its memory does not grow, because a job that exceeds the node would wait for ever.
+
+    Args:
+        study: The study.
+        rule: A measuring rule.
+        model: The job's model, if it has one.
+        task: The task of an evaluation; None: all tasks.
+        attempt: The number of the attempt, from 1.
+        case: The case of whole jobs; None for other rules.
     """
     if rule in ("prompts", "quantize"):
         mem = PREPARE_MEM_MB
@@ -48,16 +61,18 @@ def request(
         assert study.kernels is not None
         return Request(study.gpus, BENCH_MEM_MB * attempt, study.kernels.minutes * attempt)
     if rule == "job_case":
-        assert study.jobs is not None
-        return Request(study.gpus, BENCH_MEM_MB * attempt, study.jobs.minutes * attempt)
+        assert study.jobs is not None and case is not None
+        gpus = max(study.gpus, study.jobs.cases[case].num_gpus) if study.gpus else 0
+        return Request(gpus, BENCH_MEM_MB * attempt, study.jobs.minutes * attempt)
     assert model is not None
     spec = study.model(model)
     mem = spec.mem_gb * 1000
     if rule in ("throughput", "energy"):
         minutes = TIMED_MINUTES + math.ceil(_timed_seconds(study, rule) / 60)
+        gpus = max(study.gpus, spec.gpus) if study.gpus else 0
         if study.gpus > 1:
-            return Request(study.gpus, mem * study.gpus, minutes * attempt)
-        return Request(study.gpus, mem * attempt, minutes * attempt)
+            return Request(gpus, mem * gpus, minutes * attempt)
+        return Request(gpus, mem * attempt, minutes * attempt)
     gpus = spec.gpus if study.gpus else 0
     if rule == "calibrate":
         return Request(gpus, mem * attempt, CALIBRATION_MINUTES * attempt)
@@ -171,9 +186,8 @@ def job_rows(study: Study) -> list[tuple[str, int, float]]:
         cases = len(study.kernels.cases)
         rows.append(("kernel_case", cases, cases * asked.gpus * asked.minutes / 60))
     if study.jobs is not None:
-        asked = request(study, "job_case", None)
-        cases = len(study.jobs.cases)
-        rows.append(("job_case", cases, cases * asked.gpus * asked.minutes / 60))
+        each = [request(study, "job_case", None, case=name) for name in study.jobs.cases]
+        rows.append(("job_case", len(each), sum(r.gpus * r.minutes for r in each) / 60))
     return rows
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from kvquant.study.kernels import ShapeName
+from kvquant.study.kernels import SHAPES, ShapeName
 from kvquant.study.limits import MAX_BATCH, MAX_MINUTES, MAX_ROUNDS, MAX_SECONDS, MAX_TOKENS
 from kvquant.study.strict import Strict
 
@@ -24,7 +24,7 @@ SEARCHED = ("capacity_tokens", "context_tokens")
 class JobCase(Strict):
     """Settings of one case: a model of random weights, prompts, answers and the caches."""
 
-    later: ClassVar[tuple[str, ...]] = ("context",)
+    later: ClassVar[tuple[str, ...]] = ("context", "gpus")
     shape: ShapeName = Field(description="dimensions of the model")
     prompt: int = Field(ge=1, le=MAX_TOKENS, description="tokens per prompt")
     answer: int = Field(ge=1, le=MAX_TOKENS, description="decoded tokens per prompt")
@@ -35,8 +35,14 @@ class JobCase(Strict):
         None,
         gt=0,
         le=MAX_BATCH,
-        description="memory of the GPU in GB that a job may use, which emulates a smaller card; "
+        description="memory of each GPU in GB that a job may use, which emulates smaller cards; "
         "absent: all of it",
+    )
+    gpus: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="GPUs over which the layers are spread, evenly by bytes; absent: one",
     )
     decode: Literal["fastest", "generate"] = Field(
         "fastest",
@@ -56,14 +62,26 @@ class JobCase(Strict):
     trials: int = Field(3, ge=1, le=MAX_ROUNDS, description="jobs per cache, in turns")
 
     @property
+    def num_gpus(self) -> int:
+        """Returns the number of GPUs that the model is spread over."""
+        return self.gpus or 1
+
+    @property
     def given_prompts(self) -> bool:
-        """Returns whether every cache runs the same prompts in all memory, in its fastest way."""
-        return self.batch_size is not None and self.memory_gb is None and self.decode == "fastest"
+        """Returns whether every cache runs the same prompts in all memory, in its fastest way.
+
+        Its fastest way may be a CUDA graph, which needs all layers on one GPU.
+        """
+        whole = self.memory_gb is None and self.num_gpus == 1
+        return self.batch_size is not None and whole and self.decode == "fastest"
 
     @model_validator(mode="after")
     def _agrees(self) -> JobCase:
         if len(set(self.schemes)) != len(self.schemes):
             raise ValueError("schemes: an entry is given twice")
+        layers = SHAPES[self.shape]["num_hidden_layers"]
+        if self.num_gpus > layers:
+            raise ValueError(f"gpus: at most one per layer, and '{self.shape}' has {layers}")
         return self
 
 

@@ -10,12 +10,12 @@ from kvquant.study.limits import MAX_BATCH, MAX_MINUTES, MAX_ROUNDS, MAX_SECONDS
 from kvquant.study.strict import Strict
 
 Measure = Literal["pack", "attention", "prefill", "steps", "layer-step", "continue"]
-ShapeName = Literal["7b-mha", "8b-gqa", "tiny"]
+ShapeName = Literal["7b-mha", "13b-mha", "8b-gqa", "tiny"]
 ON_GPU: tuple[Measure, ...] = ("attention", "steps", "continue")  # they have no CPU kernel
 WITH_PEERS: tuple[Measure, ...] = ("prefill", "layer-step")
 WHOLE_MODEL: tuple[Measure, ...] = ("prefill", "steps")
 
-# Llama-2-7B's and Llama-3.1-8B's dimensions, and one for tests.
+# Llama-2-7B's, Llama-2-13B's and Llama-3.1-8B's dimensions, and one for tests.
 SHAPES: dict[str, dict[str, int]] = {
     "7b-mha": {
         "hidden_size": 4096,
@@ -23,6 +23,14 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
+    "13b-mha": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
         "vocab_size": 32000,
     },
     "8b-gqa": {

@@ -75,7 +75,13 @@ class ModelSpec(Named):
         description="dtype of weights and activations on a GPU; null: bfloat16 for a checkpoint in "
         "it, else float16 (on a CPU always float32)",
     )
-    gpus: int = Field(1, ge=0, le=64, description="GPUs that an evaluation job needs for the model")
+    gpus: int = Field(
+        1,
+        ge=0,
+        le=64,
+        description="GPUs over which jobs with this model spread its layers, evenly by bytes; on a "
+        "CPU not used",
+    )
     mem_gb: int = Field(
         8, ge=1, le=MAX_BATCH, description="host memory of a job with this model, in GB"
     )

@@ -268,7 +268,7 @@ def _job_side(side: JobSide, record: JobRecord) -> None:
 
 
 def _jobs(record: JobRecord) -> None:
-    for name in ("prompt", "answer", "memory_bytes", "weight_bytes"):
+    for name in ("prompt", "answer", "gpus", "memory_bytes", "weight_bytes"):
         _at_least(name, getattr(record, name), 1)
     names = [side.scheme for side in record.sides]
     if len(set(names)) != len(names):

@@ -249,7 +249,9 @@ class JobSide(Strict):
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
     job_tokens_per_s: float | None = Field(None, description="prompt and answer tokens")
-    peak_bytes: int | None = Field(None, description="largest allocation of a job, with weights")
+    peak_bytes: int | None = Field(
+        None, description="largest allocation of a job on each GPU, with weights, summed"
+    )
     steady_bytes: int | None = Field(None, description="held while answers are decoded")
     cache_bytes: int | None = None
     cache_elements: int | None = None
@@ -269,7 +271,10 @@ class JobRecord(Record):
     shape: str
     prompt: int
     answer: int
-    memory_bytes: int = Field(description="what torch may allocate, weights included")
+    gpus: int = Field(1, description="over which the layers are spread")
+    memory_bytes: int = Field(
+        description="what torch may allocate on all GPUs of the case, weights included"
+    )
     emulated: bool = Field(description="whether that is less than the GPU has")
     weight_bytes: int
     source: Literal["nvml", "estimated"] | None = Field(None, description="None: no energy")

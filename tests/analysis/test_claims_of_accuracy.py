@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -22,6 +23,23 @@ def study() -> Study:
 def tables(evaluations: pd.DataFrame) -> Tables:
     none = pd.DataFrame()
     return Tables(study(), evaluations, none, none, none, none, none, none)
+
+
+def test_caches_of_random_weights_tell_the_size_of_long_prompts() -> None:
+    """A model that is made for short prompts does not leave the claim unmeasured."""
+    head = study().headline
+    kernels = pd.DataFrame(
+        {
+            "case": ["short", "one", "other", "one"],
+            "side": [head, head, head, "fp16"],
+            "tokens": [1024, 16384, 16384, 16384],
+            "bits_per_element": [4.2, 3.46, 3.48, 16.0],
+        }
+    )
+    values = tables(accuracy_tables(study())[0])
+    outcome = claims_of_accuracy.bits_per_element(replace(values, kernels=kernels))
+    assert outcome.value == "3.48 (most of 2 cases with random weights, from 16K)"
+    assert (outcome.verdict, outcome.of_model) == (SUPPORTED, False)
 
 
 def test_every_step_names_its_bits() -> None:

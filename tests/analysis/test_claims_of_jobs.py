@@ -53,6 +53,13 @@ def judged(claim: str, **changed: Any) -> Outcome:
     return outcome
 
 
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_claims_are_about_one_gpu(claim: str) -> None:
+    asked = study({name: case | {"gpus": 2} for name, case in CASES.items()})
+    outcome: Outcome = getattr(claims_of_jobs, claim)(tables(job_table(asked), asked))
+    assert outcome.value == "not measured yet (section 'jobs': no record)"
+
+
 @pytest.mark.parametrize(
     ("claim", "value"),
     [
@@ -141,3 +148,17 @@ def test_names_of_cases() -> None:
     assert job_label(case) == "7B MHA 16K + 512 in 40 GB"
     given = JobCase(**BUDGET | {"memory_gb": None, "batch_size": 4})
     assert job_label(given) == f"7B MHA 4 {TIMES} 16K + 512"
+
+
+def test_several_gpus_are_told_with_how_answers_were_decoded() -> None:
+    plain = CASES["generated"] | {"decode": "fastest"}
+    asked = study({"one": plain, "two": plain | {"gpus": 2}})
+    text = job_tables.jobs(tables(job_table(asked), asked))
+    head = next(line for line in text.splitlines() if "decoded by" in line)
+    assert "GPUs" in head and "GPUs" not in job_tables.jobs(tables())
+    shown = [line for line in text.splitlines() if "7B MHA" in line]
+    assert len(shown) == 4
+    for line in shown:
+        spread = "on 2 GPUs" in line
+        assert ("from Python & 2 &" in line) is spread
+        assert ("CUDA graph & 1 &" in line) is not spread

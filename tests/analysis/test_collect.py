@@ -142,6 +142,8 @@ def scaled(*path: Any, by: float = 1.01) -> Change:
         (PERF, put("scheme_side", "scheme", to="kivi-4"), "field 'scheme_side.scheme'"),
         (PERF, put("baseline_side", "scheme", to="kivi-4"), "field 'baseline_side.scheme'"),
         (PERF, put("batch_size", to=3), "decode_tokens_per_s"),
+        (PERF, put("environment", "gpus", to=[{}, {}]), "field 'environment.gpus': lists 2, but"),
+        (ENERGY, put("environment", "gpus", to=[{}, {}]), "field 'environment.gpus': lists 2, but"),
         (ENERGY, scaled("energy_ratio"), "field 'energy_ratio'"),
         (ENERGY, scaled("scheme_side", "joules_per_token"), "scheme_side.joules_per_token"),
         (ENERGY, scaled("scheme_side", "joules", 0), "scheme_side.joules_above_idle"),

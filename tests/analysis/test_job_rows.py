@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from kvquant.analysis.collect import collect
 from kvquant.analysis.problems import Problems
 from kvquant.errors import UserError
+from kvquant.formats.sealing import seal_of
 from kvquant.study.config import Study
 from kvquant.study.digests import jobs_digest
 from kvquant.study.publish import publish
@@ -73,6 +76,22 @@ def write(results: Path, *sides: JobSide) -> None:
 
 def rows(results: Path, **changed: Any) -> pd.DataFrame:
     return collect(study(**changed), results, DEVICE, Problems(present=True))["jobs"]
+
+
+def test_the_gpus_are_those_of_the_case(tmp_path: Path) -> None:
+    write(tmp_path, side("fp16", 2.0), side("nuq3", 1.0))
+    assert list(rows(tmp_path).gpus) == [1, 1]
+    file = tmp_path / "jobs" / DEVICE / "job.json"
+    for changed, word in (
+        ({"gpus": 2}, "field 'gpus': is 2, but the study's is 1"),
+        ({"environment": {"gpus": [{}, {}]}}, "field 'environment.gpus': lists 2"),
+    ):
+        raw = json.loads(file.read_text()) | changed
+        other = tmp_path / "other" / "jobs" / DEVICE / "job.json"
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_text(json.dumps(raw | {"seal": seal_of(raw)}))
+        with pytest.raises(UserError, match=re.escape(word)):
+            collect(study(), tmp_path / "other", DEVICE, Problems(present=False))
 
 
 def test_a_row_per_cache(tmp_path: Path) -> None:

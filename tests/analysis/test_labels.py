@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 
 from kvquant.analysis.figures import style
-from kvquant.analysis.labels import TIMES, case_label, device_label, labels_of
+from kvquant.analysis.labels import TIMES, case_label, device_label, job_label, labels_of
 from kvquant.study.config import load_study, parse_study
+from kvquant.study.jobs import JobCase
 from tests.support.studies import study_of
 
 
@@ -39,6 +40,21 @@ def test_cases_are_named_by_shape_and_lengths() -> None:
 
 
 @pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        ({}, f"13B MHA 4 {TIMES} 4K + 64"),
+        ({"gpus": 1}, f"13B MHA 4 {TIMES} 4K + 64"),
+        ({"gpus": 2}, f"13B MHA 4 {TIMES} 4K + 64 on 2 GPUs"),
+        ({"memory_gb": 40.0}, f"13B MHA 4 {TIMES} 4K + 64 in 40 GB"),
+        ({"memory_gb": 24.0, "gpus": 2}, f"13B MHA 4 {TIMES} 4K + 64 on 2 GPUs in 24 GB each"),
+    ],
+)
+def test_cases_of_whole_jobs_are_told_apart(more: dict[str, Any], name: str) -> None:
+    plain = {"shape": "13b-mha", "prompt": 4096, "answer": 64, "batch_size": 4}
+    assert job_label(JobCase.model_validate({**plain, "schemes": ["fp16"], **more})) == name
+
+
+@pytest.mark.parametrize(
     ("key", "name"),
     [
         ("h100-80gb-hbm3", "H100 80GB HBM3"),
@@ -51,7 +67,9 @@ def test_devices_are_named_as_their_makers_do(key: str, name: str) -> None:
     assert device_label(key) == name
 
 
-@pytest.mark.parametrize("file", ["config", "quality", "ablation", "gemma", "demo", "athena"])
+@pytest.mark.parametrize(
+    "file", ["config", "quality", "ablation", "gemma", "two_gpus", "demo", "athena"]
+)
 def test_every_scheme_has_a_look_of_its_own(root: Path, file: str) -> None:
     study = load_study(root / f"config/{file}.yaml")
     found = style.looks(study)

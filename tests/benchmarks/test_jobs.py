@@ -17,9 +17,18 @@ from kvquant.benchmarks.jobs import Runner, turns
 from kvquant.benchmarks.random_model import RandomModel
 from kvquant.cli import main
 from kvquant.errors import OutlierOverflow, UserError
+from kvquant.runtime.provenance import device_name
 from kvquant.study.jobs import JobCase, JobsSpec
 from kvquant.study.records import JobRecord, read_record
-from kvquant.study.schemes import Fp16Scheme, Fp16StaticScheme, NuqScheme, Scheme
+from kvquant.study.schemes import (
+    AllocatedScheme,
+    Fp16Scheme,
+    Fp16StaticScheme,
+    Int4HadamardScheme,
+    NuqScheme,
+    Scheme,
+)
+from tests.support import pretend_machine
 from tests.support.studies import study_of
 
 CASE: dict[str, Any] = {
@@ -239,3 +248,181 @@ def test_a_prompt_that_loses_outliers_begins_anew(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(LimitedContext, "_call", losing)
     assert limited.longest_context() == 4096
     assert [start for start, _ in limited.calls] == [0, 0, 1024, 2048, 3072, 4096]
+
+
+@pytest.fixture()
+def no_carbon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves CodeCarbon's slow start out."""
+
+    def fails(self: Any) -> Any:
+        raise ImportError("not installed")
+
+    monkeypatch.setattr("kvquant.energy.carbon.CarbonTracker._open", fails)
+
+
+def on_gpus(folder: Path, case: dict[str, Any], device: str = "cuda") -> int:
+    """Runs a case by `kvquant bench jobs` on a GPU."""
+    schemes = {"fp16": {"kind": "fp16"}, "fp16-static": {"kind": "fp16-static"}}
+    schemes["nuq3"] = NUQ3.model_dump(mode="json")
+    study = study_of(
+        gpus=1,
+        schemes=schemes,
+        jobs={"cases": {"tiny": case}, "seconds": 0.05, "idle_seconds": 0.1},
+    )
+    file = folder / "study.json"
+    file.write_text(study.model_dump_json())
+    words = ["bench", "jobs", "--study", str(file), "--device-name", pretend_machine.NAME]
+    return main([*words, "--device", device, "--out-dir", str(folder)])
+
+
+SEVERAL = CASE | {"gpus": 2, "schemes": ["fp16", "fp16-static", "nuq3"], "trials": 1}
+
+
+def test_a_case_of_two_gpus(tmp_path: Path, no_carbon: None) -> None:
+    """CUDA shows three boards, in another order than the bus; the first two are taken."""
+    watts = (100.0, 1000.0, 300.0)
+    with pretend_machine.pretend_machine(tmp_path, watts, (2, 0, 1)) as machine:
+        assert on_gpus(tmp_path, SEVERAL | {"energy": True, "memory_gb": 24.0}) == 0
+        assert sorted(f.name.split(".")[0] for f in machine.locks.glob("*.alone")) == ["00", "02"]
+    # each GPU was limited, and is no longer
+    assert machine.limits == {0: [24 / 80, 1.0], 1: [24 / 80, 1.0]}
+    record = read_record(tmp_path / "tiny.json", JobRecord)
+    assert (record.gpus, len(record.environment["gpus"])) == (2, 2)
+    assert record.memory_bytes == 2 * 24 * 10**9 and record.emulated
+    assert record.idle_watts is not None
+    assert record.idle_watts / pretend_machine.FASTER == pytest.approx(400.0, rel=0.05)
+    assert "of 2 GPU(s)" in record.method
+    assert record.telemetry["idle_gpus"]["watts"] == 1000.0
+    for side in record.sides:
+        assert side.status == "ok" and side.decoder == "from Python"
+        assert (side.peak_bytes, side.steady_bytes) == (3000, 300)
+        assert side.formula_tokens is not None
+    one = RandomModel("tiny", torch.device("cpu")).weight_bytes // 2  # in fp16
+    assert record.weight_bytes == one
+
+
+def test_answers_of_two_gpus_are_those_of_one(tmp_path: Path) -> None:
+    with pretend_machine.pretend_machine(tmp_path):
+        zero, one = (torch.device("cuda", index) for index in (0, 1))
+        spread, alone = RandomModel("tiny", [zero, one]), RandomModel("tiny", zero)
+        assert spread.layers_on(zero) == [0] and spread.layers_on(one) == [1]
+        assert spread.bytes_on(zero) + spread.bytes_on(one) == spread.weight_bytes
+        for mine, theirs in zip(alone.model.parameters(), spread.model.parameters(), strict=True):
+            mine.copy_(theirs)
+        found = []
+        for model in (alone, spread):
+            torch.manual_seed(1)  # the sample from which key ranges are taken
+            side = JobSide("nuq3", model.with_scheme(NUQ3), JobCase(**CASE))
+            assert side.devices == model.devices
+            cache, token = side.prefill(2, JobTimes())
+            side.devices = [zero, one]  # no graph can be captured here
+            name, step = side._decoder(cache, 2)
+            cache.graphs, answers = False, [token.cpu()]
+            assert name == "from Python"
+            for _ in range(4):
+                logits = step(token)
+                token = logits.argmax(-1, keepdim=True)
+                answers.append(logits.cpu())
+            found.append(answers)
+        for mine, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=0, rtol=0)
+
+
+def test_what_fits_on_several_gpus_is_what_fits_on_the_fullest(tmp_path: Path) -> None:
+    with pretend_machine.pretend_machine(tmp_path):
+        zero, one = (torch.device("cuda", index) for index in (0, 1))
+        model = RandomModel("tiny", [zero, one])
+        scheme = Fp16Scheme(kind="fp16")
+        per_token = 2 * 2 * 64  # keys and values of one layer: one head of 64 channels in 16 bits
+        room = {zero: model.bytes_on(zero) + 96 * per_token * 10, one: 10**9}
+        assert model.tokens_that_fit(scheme, 96, room) == 96 * 10
+        assert model.tokens_that_fit(Int4HadamardScheme(kind="int4-hadamard"), 96, room) is None
+
+
+@pytest.mark.parametrize(
+    ("case", "device", "message"),
+    [
+        (
+            SEVERAL,
+            "cuda:1",
+            "jobs.cases.tiny.gpus: 2 GPUs are asked for, but --device cuda:1 is one device",
+        ),
+        (
+            SEVERAL | {"shape": "7b-mha", "gpus": 5},
+            "cuda",
+            "jobs.cases.tiny.gpus: 5 GPUs are asked for, but 2 of the name h100-80gb-hbm3 can be",
+        ),
+    ],
+)
+def test_gpus_that_are_not_there(
+    case: dict[str, Any], device: str, message: str, tmp_path: Path, capsys: Any
+) -> None:
+    with pretend_machine.pretend_machine(tmp_path):
+        assert on_gpus(tmp_path, case, device) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_several_gpus_need_gpus(tmp_path: Path, capsys: Any) -> None:
+    assert bench(tmp_path, CASE | {"gpus": 2})[0] == 2
+    assert "2 GPUs are asked for, but --device cpu is one device" in capsys.readouterr().err
+
+
+def test_more_gpus_than_layers_are_refused() -> None:
+    with pytest.raises(UserError, match=r"jobs\.cases\.tiny: gpus: at most one per layer.* has 2"):
+        study_of(jobs={"cases": {"tiny": CASE | {"gpus": 3}}})
+
+
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.mark.gpu
+@TWO_GPUS
+def test_a_case_of_two_real_gpus(tmp_path: Path, no_carbon: None) -> None:
+    case = SEVERAL | {"energy": True, "memory_gb": 4.0, "capacity": True, "prompt": 2048}
+    study = study_file(tmp_path, case | {"schemes": ["fp16", "nuq3"]})
+    words = ["bench", "jobs", "--study", str(study), "--device-name", device_name()]
+    assert main([*words, "--device", "cuda", "--out-dir", str(tmp_path)]) == 0
+    record = read_record(tmp_path / "tiny.json", JobRecord)
+    assert (record.gpus, len(record.environment["gpus"]), record.source) == (2, 2, "nvml")
+    assert 4e9 < record.memory_bytes < 8e9  # of each what torch may allocate
+    for side in record.sides:
+        assert side.decoder == "from Python" and side.peak_bytes and side.steady_bytes
+        assert side.capacity_tokens and side.formula_tokens
+
+
+@pytest.mark.gpu
+@TWO_GPUS
+@pytest.mark.parametrize("scheme", ["fp16", "nuq3", "allocated"])
+def test_a_13b_shape_over_two_gpus_gives_the_logits_of_one(scheme: str) -> None:
+    """To rounding: the kernels are the same, and so are the weights."""
+    specs: dict[str, Any] = {
+        "fp16": Fp16Scheme(kind="fp16"),
+        "nuq3": NUQ3,
+        "allocated": AllocatedScheme(kind="allocated", bits=3.4),
+    }
+    zero, one = (torch.device("cuda", index) for index in (0, 1))
+    torch.cuda.set_device(zero)
+    spread = RandomModel("13b-mha", [zero, one])
+    alone = RandomModel("13b-mha", zero)
+    assert len(spread.layers_on(zero)) == len(spread.layers_on(one)) == 20
+    share = spread.bytes_on(zero) / spread.weight_bytes
+    assert 0.49 < share < 0.51
+    with torch.no_grad():
+        for mine, theirs in zip(alone.model.parameters(), spread.model.parameters(), strict=True):
+            mine.copy_(theirs)
+    found = []
+    for model in (alone, spread):
+        torch.manual_seed(1)  # the sample from which key ranges are taken
+        qm = model.with_scheme(specs[scheme])
+        cache = qm.new_cache("A")
+        cache.graphs = False  # a graph's steps differ by the order of sums
+        torch.manual_seed(2)
+        ids = torch.randint(0, model.dims["vocab_size"], (2, 1032), device=zero)
+        logits = []
+        with torch.inference_mode():
+            for part in ids.split([1024, *[1] * 8], 1):
+                out = qm.model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+                logits.append(out.logits.float().cpu())
+        found.append(torch.cat(logits, 1))
+    assert found[0].isfinite().all() and found[0].std() > 0.1
+    torch.testing.assert_close(found[1], found[0], atol=5e-3, rtol=5e-3)

@@ -1,8 +1,6 @@
 """Layers on several devices, pretended on a CPU: what one device gives, and nothing is mixed.
 
 Each operation on tensors of two devices is an error there, as it is on GPUs.
-
-Also covers: models.placement.
 """
 
 from __future__ import annotations

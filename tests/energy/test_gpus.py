@@ -222,7 +222,7 @@ def test_a_place_is_taken_on_a_named_gpu(monkeypatch: pytest.MonkeyPatch, tmp_pa
     torch_sees(monkeypatch, ["aa", "bb"], current=0)
     monkeypatch.setattr(devices, "_folder", lambda: tmp_path)
     monkeypatch.setattr(devices, "_held", {})
-    assert devices.claim("cuda:1") == "cuda:1"
+    assert devices.claim("cuda:1") == ["cuda:1"]
     assert [file.name.split(".")[0] for file in tmp_path.glob("*.shared")] == ["bb"]
     for handle in devices._held.values():
         handle.close()

@@ -111,8 +111,8 @@ def test_folder_of_another_user_is_not_used(
     locks.mkdir()
     with pytest.raises(OSError, match="not a folder of this user alone"), one_at_a_time(locks):
         pass
-    assert claim_shared(["gpu"], locks) == 0
-    claim_alone("gpu", locks)
+    assert claim_shared(["gpu"], folder=locks) == [0]
+    assert claim_alone(["gpu"], folder=locks) == [0]
     assert not list(locks.iterdir())
 
 

@@ -213,6 +213,24 @@ def test_a_fetched_model_does_not_depend_on_the_machine(root: Path) -> None:
     assert digests.weights_digest(other) != digests.weights_digest(demo)
 
 
+def test_results_do_not_depend_on_how_many_gpus_share_the_layers(root: Path) -> None:
+    study = load_study(root / "config/config.yaml")
+    raw = study.model_dump(mode="json", exclude_defaults=True)
+    assert study.model(MODEL).gpus == 1
+    assert changed(raw, "models", MODEL, "gpus", value=8) == set()
+    # Published digests tell a CPU's from a GPU's.
+    assert changed(raw, "models", MODEL, "gpus", value=0)
+
+
+def test_a_case_of_several_gpus_is_another(root: Path) -> None:
+    raw = load_study(root / "config/config.yaml").model_dump(mode="json", exclude_defaults=True)
+    case = next(iter(raw["jobs"]["cases"]))
+    before = digests.jobs_digest(parse_study(raw), case)
+    for gpus, same in ((None, True), (2, False)):
+        raw["jobs"]["cases"][case]["gpus"] = gpus
+        assert (digests.jobs_digest(parse_study(raw), case) == before) is same
+
+
 def test_results_depend_on_the_dtype_of_a_model_and_what_is_fetched_does_not(
     raw: dict[str, Any],
 ) -> None:

@@ -117,6 +117,29 @@ def test_requests_of_the_cluster_study_fit_its_nodes_on_every_attempt(root: Path
     assert (second.mem_mb, second.minutes) == (2 * first.mem_mb, 2 * first.minutes)
 
 
+def test_jobs_ask_for_the_gpus_of_their_model_or_case() -> None:
+    spread = {"source": "local", "path": "model", "gpus": 2, "mem_gb": 30}
+    small = {"shape": "tiny", "prompt": 64, "answer": 4, "schemes": ["fp16"]}
+    cases = {"one": small, "two": small | {"gpus": 2}}
+    changed: dict[str, Any] = {"models": {"tiny": spread}, "jobs": {"cases": cases, "minutes": 60}}
+    study = study_of(gpus=1, **changed)
+    for rule in ("calibrate", "evaluate", "throughput", "energy"):
+        asked = request(study, rule, "tiny", "ppl" if rule == "evaluate" else None)
+        assert (asked.gpus, asked.mem_mb) == (2, 30_000), rule
+    assert request(study, "prompts", "tiny", "passkey").gpus == 0
+    assert [request(study, "job_case", None, case=name).gpus for name in cases] == [1, 2]
+    hours = {rule: hours for rule, _, hours in job_rows(study)}
+    assert hours["job_case"] == 3.0
+    node = study_of(gpus=8, **changed)  # a timed job has a node alone
+    assert request(node, "throughput", "tiny").gpus == 8
+    assert request(node, "job_case", None, case="two").gpus == 8
+    assert request(node, "evaluate", "tiny", "ppl").gpus == 2
+    cpu = study_of(gpus=0, **changed)
+    assert request(cpu, "evaluate", "tiny", "ppl").gpus == 0
+    assert request(cpu, "throughput", "tiny").gpus == 0
+    assert request(cpu, "job_case", None, case="two").gpus == 0
+
+
 def test_hours_are_sums_over_jobs(root: Path) -> None:
     study = load_study(root / "config/athena.yaml")
     rows = {rule: (jobs, hours) for rule, jobs, hours in job_rows(study)}

@@ -191,6 +191,7 @@ def torch_sees(patch: pytest.MonkeyPatch, uuids: list[str], *, current: int | No
     patch.setattr(torch.cuda, "is_initialized", lambda: current is not None)
     patch.setattr(torch.cuda, "device_count", lambda: len(uuids))
     patch.setattr(torch.cuda, "current_device", which)
+    patch.setattr(torch.cuda, "set_device", lambda index: None)
     patch.setattr(
         torch.cuda,
         "get_device_properties",

@@ -129,7 +129,9 @@ def job_table(study: Study) -> pd.DataFrame:
             faster = 1.0 if fp16 else 3.0
             row: dict[str, Any] = {"device": "gpu", "case": name, "scheme": scheme, "status": "ok"}
             row |= {"shape": case.shape, "prompt": case.prompt, "answer": case.answer}
-            row |= {"decoder": "CUDA graph", "trials": 5, "jobs": 5, "emulated": True}
+            decoder = "CUDA graph" if case.num_gpus == 1 else "from Python"
+            row |= {"gpus": case.num_gpus, "decoder": decoder}
+            row |= {"trials": 5, "jobs": 5, "emulated": True}
             row |= {"batch_size": 2 if fp16 else 10, "memory_bytes": 40 * 10**9}
             row["weight_bytes"] = 13 * 10**9
             row |= {"capacity_tokens": 40_000 if fp16 else 200_000, "formula_tokens": 210_000}

@@ -144,8 +144,9 @@ def resources_of(rule):
 
     def ask(field):
         def resource(wildcards, attempt):
-            task = wildcards.get("task")
-            return getattr(request(STUDY, rule, wildcards.get("model"), task, attempt), field)
+            task, case = wildcards.get("task"), wildcards.get("job")
+            asked = request(STUDY, rule, wildcards.get("model"), task, attempt, case)
+            return getattr(asked, field)
 
         return resource
 

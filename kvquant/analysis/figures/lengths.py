@@ -30,7 +30,7 @@ LINES: tuple[dict[str, Any], ...] = (
 
 
 def by_length(study: Study) -> dict[str, list[str]]:
-    """Returns the cases of one prompt in all memory, by shape, of shapes with several lengths.
+    """Returns the cases of one prompt on one GPU in all memory, by shape, of several lengths.
 
     Of cases whose prompts are equally long, which differ in their answers, the first is shown.
     """

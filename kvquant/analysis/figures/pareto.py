@@ -71,7 +71,9 @@ def draw(study: Study, tables: Path) -> Any:
             axis.xaxis.set_minor_locator(NullLocator())
             axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         elif axis.get_xticks().size:
+            axis.set_xlim(left=-0.03 * axis.get_xlim()[1])  # speeds and energies, seen from 0
             axis.xaxis.set_major_locator(MaxNLocator(5))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
     for axis in axes.flat[len(cells) :]:
         axis.set_visible(False)
     loss_scale(axes[0][0], "y")  # all panels share it

@@ -89,6 +89,7 @@ def test_what_is_out_of_memory_is_left_out(tmp_path: Path) -> None:
         ({"a": case("7b-mha", 1024)}, False),
         ({"a": case("7b-mha", 1024), "b": case("8b-gqa", 4096)}, False),
         ({"a": case("7b-mha", 1024), "b": case("7b-mha", 4096)}, True),
+        ({"a": case("7b-mha", 1024), "b": case("7b-mha", 4096, gpus=2)}, False),
     ],
 )
 def test_only_studies_with_several_lengths_have_it(cases: dict[str, Any], there: bool) -> None:
