@@ -161,13 +161,13 @@ class Layout:
             numbers: dict[int, int] = {}  # of each place among those that are read
             entries = [(b, i, numbers.setdefault(place, len(numbers))) for place, b, i in rows]
             places = list(numbers)
-            # One copy to the device per table and forward call, shared by all layers.
-            table = torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True)
+            # One copy to the device per tensor and forward call, shared by all layers.
+            tensor = torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True)
             blocks: slice | torch.Tensor = slice(places[0], places[0] + len(places))
             if places != list(range(places[0], places[0] + len(places))):
                 blocks = torch.tensor(places).to(device, non_blocking=True)
-            shared = table[:, 2] if len(places) < len(rows) else None
-            out.append(Gather(arena, blocks, table[:, 0], table[:, 1], shared))
+            shared = tensor[:, 2] if len(places) < len(rows) else None
+            out.append(Gather(arena, blocks, tensor[:, 0], tensor[:, 1], shared))
         return out
 
     def select(self, order: list[int]) -> None:
