@@ -121,7 +121,7 @@ def _pieces(
         out = queries.new_zeros((2, batch, heads, stop - first, size, dim), dtype=torch.float32)
         for gather in layout.gather(view, first, stop, queries.device):
             for place, x in zip(out, store.unpack(gather.arena, gather.blocks), strict=True):
-                place[gather.sequences, :, gather.ordinals] = x
+                gather.put(place, x)
         add(out[0].flatten(2, 3), out[1].flatten(2, 3), layout.sinks + first * size)
     if view.tails[0]:
         keys, values = store.read_tail(view, fake=False)

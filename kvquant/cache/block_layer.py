@@ -165,7 +165,7 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
         for gather in piece.gathers:
             both = store.unpack(gather.arena, gather.blocks)
             for place, x in zip(out, both, strict=True):
-                place[gather.sequences, :, gather.ordinals] = x
+                gather.put(place, x)
         return out[0].flatten(2, 3), out[1].flatten(2, 3)
 
     def _append(self, plan: ForwardPlan, new: NewTokens) -> None:

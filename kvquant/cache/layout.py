@@ -36,20 +36,36 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Gather:
-    """Blocks of one arena, with the sequence and ordinal of each.
+    """Blocks of one arena, and where they stand in sequences.
+
+    A block that sequences share (beams, copies of a prefix) is read once: the outliers of a block
+    that was chosen twice would not fit into the slots of its arena, by which readers on a GPU,
+    which do not wait for the true number, count them.
 
     Attributes:
         arena: Number of the arena.
-        blocks: Places in the arena; a slice where they are consecutive.
-        sequences: int64 `[n]`, the sequence of each block.
-        ordinals: int64 `[n]`, the index of each block in its sequence, counted from the first block
+        blocks: Places in the arena, each of them once; a slice where they are consecutive.
+        sequences: int64 `[n]`, the sequence of each entry in the block tables.
+        ordinals: int64 `[n]`, the index of each entry in its sequence, counted from the first block
             asked for.
+        shared: int64 `[n]`, which of `blocks` each entry is; None where they are the same.
     """
 
     arena: int
     blocks: slice | torch.Tensor
     sequences: torch.Tensor
     ordinals: torch.Tensor
+    shared: torch.Tensor | None
+
+    def put(self, out: torch.Tensor, blocks: torch.Tensor) -> None:
+        """Writes what was read of the blocks to their sequences.
+
+        Args:
+            out: `[batch_size, num_heads, blocks per sequence, block_size, head_dim]`.
+            blocks: Of `blocks`, `[n, num_heads, block_size, head_dim]`.
+        """
+        found = blocks if self.shared is None else blocks[self.shared]
+        out[self.sequences, :, self.ordinals] = found
 
 
 @dataclass
@@ -142,12 +158,16 @@ class Layout:
                 found.setdefault(arena, []).append((place, b, ordinal - first))
         out = []
         for arena, rows in found.items():
-            places = [r[0] for r in rows]
-            consecutive = places == list(range(places[0], places[0] + len(places)))
-            # One copy to the device per group and forward call, shared by all layers.
-            both = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
-            blocks = slice(places[0], places[0] + len(places)) if consecutive else both[:, 0]
-            out.append(Gather(arena, blocks, both[:, 1], both[:, 2]))
+            numbers: dict[int, int] = {}  # of each place among those that are read
+            entries = [(b, i, numbers.setdefault(place, len(numbers))) for place, b, i in rows]
+            places = list(numbers)
+            # One copy to the device per tensor and forward call, shared by all layers.
+            tensor = torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True)
+            blocks: slice | torch.Tensor = slice(places[0], places[0] + len(places))
+            if places != list(range(places[0], places[0] + len(places))):
+                blocks = torch.tensor(places).to(device, non_blocking=True)
+            shared = tensor[:, 2] if len(places) < len(rows) else None
+            out.append(Gather(arena, blocks, tensor[:, 0], tensor[:, 1], shared))
         return out
 
     def select(self, order: list[int]) -> None:

@@ -307,7 +307,12 @@ class SparseArena:
             del self._positions[segments:], self._values[segments:]
 
     def view(self, blocks: Index) -> SparseSlab:
-        """Returns the given blocks, without copying entries if there is one segment."""
+        """Returns the given blocks, without copying entries if there is one segment.
+
+        Args:
+            blocks: Their places, none of them twice: readers on a GPU take no more entries than the
+                arena has slots.
+        """
         positions = self._positions[0] if len(self._positions) == 1 else torch.cat(self._positions)
         values = self._values[0] if len(self._values) == 1 else torch.cat(self._values)
         begin, count = self.begin[blocks], self.count[blocks]

@@ -124,6 +124,12 @@ def _dequantized(config: Any) -> dict[str, Any]:
     return {"quantization_config": Mxfp4Config(dequantize=True)}
 
 
+def _all_on_cpu(device_map: Any) -> bool:
+    """Returns whether a device map of transformers puts the whole model on the CPU."""
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    return {str(place) for place in places} == {"cpu"}
+
+
 def load_base_model(
     model: str | Path | ModelManifest,
     *,
@@ -154,7 +160,8 @@ def load_base_model(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     listed = isinstance(device_map, list | tuple)
-    devices = resolve_devices(device_map if listed else [device])
+    named = "cpu" if _all_on_cpu(device_map) else device
+    devices = resolve_devices(device_map if listed else [named])
     where = devices[0]
     model = with_manifest(model)
     if isinstance(model, ModelManifest):

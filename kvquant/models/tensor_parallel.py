@@ -105,7 +105,7 @@ def plan_options(config: Any, tp_plan: str, device: str, device_map: Any) -> dic
             "tp_plan: there are no processes to share the model; start the program by "
             "`torchrun --nproc-per-node N`, or leave tp_plan out"
         )
-    ranks = distributed.get_world_size() if started else int(os.environ["WORLD_SIZE"])
+    ranks = distributed.get_world_size() if started else _count("WORLD_SIZE")
     if ranks == 1:
         return {}
     family = MODEL_FAMILIES.get(config.model_type)
@@ -122,6 +122,21 @@ def plan_options(config: Any, tp_plan: str, device: str, device_map: Any) -> dic
     from transformers.distributed import DistributedConfig
 
     return {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=ranks)}
+
+
+def _count(name: str) -> int:
+    """Returns the number of processes that a variable of `torchrun` tells.
+
+    Raises:
+        UserError: It tells none.
+    """
+    told = os.environ[name]
+    if not told.isdecimal() or not int(told):
+        raise UserError(
+            f"tp_plan: {name} is '{told}', which is no number of processes; start the program by "
+            "`torchrun --nproc-per-node N`, or leave tp_plan out"
+        )
+    return int(told)
 
 
 def _check_heads(config: Any, ranks: int) -> None:
@@ -152,7 +167,8 @@ def _check_gpus(ranks: int) -> None:
             "tp_plan: LOCAL_RANK is not set, so that a process does not know its GPU; start the "
             "program by `torchrun --nproc-per-node N`"
         )
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), torch.cuda.device_count()
+    here = _count("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else ranks
+    gpus = torch.cuda.device_count()
     if here > gpus:
         raise UserError(
             f"tp_plan: {here} processes on this machine, but torch sees {gpus} GPU(s); start "

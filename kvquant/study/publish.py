@@ -24,6 +24,7 @@ from kvquant.study.archive import (
 )
 from kvquant.study.published_quantizers import (
     add_quantizers,
+    lost_manifests,
     new_quantizers,
     quantizer_problems,
 )
@@ -120,7 +121,7 @@ def verify(archive: Path) -> int:
     records = read_archive(archive)
     if not records:
         raise UserError(f"--archive: no published records below {archive}")
-    problems = quantizer_problems(archive, records.values())
+    problems = lost_manifests(archive) + quantizer_problems(archive, records.values())
     for record in records.values():
         try:
             _check(record, record.where, RESTORE)

@@ -128,11 +128,25 @@ def add_quantizers(results: Path, archive: Path, records: Iterable[Published]) -
     return list(found)
 
 
+def lost_manifests(archive: Path) -> list[str]:
+    """Returns what is wrong with tensors whose manifest is gone.
+
+    The workflow would take them for no published quantizer, and calibrate. Publishing the results
+    once more, as after it was interrupted, writes the manifest again.
+    """
+    return [
+        f"{file}: has no {MANIFEST} beside it: take that from version control, or publish the "
+        "results again"
+        for file in sorted((archive / FOLDER).glob(f"*/*/{TENSORS}"))
+        if not file.with_name(MANIFEST).exists()
+    ]
+
+
 def quantizer_problems(archive: Path, records: Iterable[Published]) -> list[str]:
     """Returns what is wrong with published quantizers: damage, and records of other ones.
 
     Without a published quantizer, as large ones are left out, records of one scheme name one all
-    the same.
+    the same. Those that name the same other one have one line in common.
     """
     found: dict[tuple[str, str], tuple[str, str]] = {}  # the hash, and whose it is
     problems: list[str] = []
@@ -146,13 +160,17 @@ def quantizer_problems(archive: Path, records: Iterable[Published]) -> list[str]
         if names != (content.get("model"), content.get("scheme")):
             problems.append(f"{file}: is the quantizer of another model or scheme: {RESTORE}")
         found[names] = str(content["tensors_sha256"]), f"published quantizer of '{names[1]}'"
+    others: dict[tuple[str, str, str], list[Published]] = {}
     for model, scheme, digest, record in _named(records):
         mine = digest, f"quantizer of {record.where}"
-        theirs, whose = found.setdefault((model, scheme), mine)
-        if theirs != digest:
-            problems.append(
-                f"{record.where}: field 'inputs.quantizer': is not the {whose} "
-                f"({printable(digest[:12])}, not {printable(theirs[:12])}): measure it again with "
-                "that one"
-            )
+        if found.setdefault((model, scheme), mine)[0] != digest:
+            others.setdefault((model, scheme, digest), []).append(record)
+    for (model, scheme, digest), wrong in others.items():
+        theirs, whose = found[model, scheme]
+        more = f", and {len(wrong) - 1} more records" if len(wrong) > 1 else ""
+        problems.append(
+            f"{wrong[0].where}: field 'inputs.quantizer': is not the {whose} "
+            f"({printable(digest[:12])}, not {printable(theirs[:12])}){more}: measure again with "
+            "that one"
+        )
     return problems

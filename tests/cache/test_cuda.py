@@ -107,3 +107,26 @@ def test_generate_in_half_precision(spec: Any) -> None:
     out = qm.model.generate(prompts, attention_mask=mask, past_key_values=cache, **settings)
     assert out.shape == (2, 160)
     assert cache.lengths == [159, 126]
+
+
+@pytest.mark.parametrize("kernels", ["auto", "pytorch"])
+def test_sequences_that_share_blocks_keep_their_outliers(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys after RoPE are read by PyTorch, whoever packed them; copies of a prompt share blocks."""
+    monkeypatch.setenv("KVQUANT_KERNELS", kernels)
+    model = tiny_model(heads=4, kv_heads=2, head_dim=64).half().cuda()
+    tables = [random_quantizer(2, 64, 3, scale=(0.5, 0.8), seed=layer) for layer in range(2)]
+    spec = NuqScheme(kind="nuq", bits=3, block_size=32, outliers=0.05, keys="after-rope")
+    qm = quantized(model, spec, tables)
+    prompt, more = (torch.randint(0, 97, (1, n), device="cuda") for n in (150, 20))
+    found = []
+    for copies in (1, 5):
+        cache = qm.new_cache()
+        with torch.inference_mode():
+            qm.model(input_ids=prompt, past_key_values=cache)
+            cache.batch_repeat_interleave(copies)
+            logits = qm.model(input_ids=more.repeat(copies, 1), past_key_values=cache).logits
+        cache.settle()
+        found.append(logits)
+    torch.testing.assert_close(found[1], found[0].expand_as(found[1]), atol=5e-3, rtol=5e-3)

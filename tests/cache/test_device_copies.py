@@ -21,7 +21,7 @@ from kvquant.models.loading import load_quantized_model
 from kvquant.models.placement import layer_devices
 from tests.kernels.emulate import emulate, emulate_decode
 from tests.support import pretend_gpus as pretended
-from tests.support.caches import ids, step
+from tests.support.caches import CLOSE, EXACT, ids, quantized, step
 from tests.support.hybrids import tiny_hybrid
 from tests.support.models import tiny_model
 from tests.support.pretend_gpus import pretend_gpus
@@ -32,6 +32,7 @@ from tests.support.several_devices import (
     OnItsDevice,
     device_map,
     on_one_and_two,
+    saved_quantizer,
     spread,
 )
 
@@ -101,6 +102,20 @@ def test_every_use_gives_what_one_device_gives(
         pytest.skip("the cache cannot do that on any number of devices")
     model = tiny_model(num_hidden_layers=4)
     check(on_one_and_two(model, scheme, tmp_path), use, protocol)
+
+
+@pytest.mark.parametrize("use", ["a reordered batch", "a chosen batch"])
+def test_sequences_that_share_blocks_keep_their_outliers(
+    use: str, tmp_path: Path, gpus: None
+) -> None:
+    """Readers on a GPU count the outliers by slots, which a block takes once."""
+    model = tiny_model()
+    expected = USES[use](model, quantized(model, EXACT).new_cache())
+    one = load_quantized_model(
+        spread(model, {"": 0}), EXACT, quantizer=saved_quantizer(tmp_path, model, EXACT)
+    )
+    found = USES[use](OnItsDevice(one), one.new_cache())
+    torch.testing.assert_close(found, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("use", ["chunks and steps", "holes", "jumping positions", "crop"])

@@ -66,3 +66,19 @@ def test_many_queries_make_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(past_pieces, "MAX_SCORES", 2 * 50 * 64)
     assert [piece.columns for piece in cut(layout, queries=50)] == [64] * 4
     assert [piece.columns for piece in cut(layout, queries=5000)] == [32] * 8  # at least a block
+
+
+def test_blocks_that_sequences_share_are_read_once() -> None:
+    """Beams and copies of a prompt list the same blocks."""
+    layout = Layout(1, 32, 0)
+    layout.append([slice(0, 65), slice(0, 65)])
+    layout.select([1, 0, 1, 1])
+    layout.append([slice(0, 32), slice(0, 0), slice(0, 32), slice(0, 0)])
+    blocks = torch.arange(6.0)[:, None, None, None].expand(6, 1, 32, 1)  # of both arenas
+    bases, out = [0, 4], torch.full((4, 1, 3, 32, 1), -1.0)
+    for gather in layout.gather(layout.view(), 0, 3, CPU):
+        chosen = torch.arange(4)[gather.blocks] if gather.arena == 0 else torch.arange(2)
+        assert len(chosen.unique()) == len(chosen)
+        gather.put(out, blocks[bases[gather.arena] + chosen])
+    expected = [[2, 3, 4], [0, 1, -1], [2, 3, 5], [2, 3, -1]]
+    assert out[:, 0, :, 0, 0].tolist() == expected

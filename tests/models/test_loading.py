@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from kvquant.calibration.collect import calibrate
 from kvquant.errors import UserError
+from kvquant.models import base_model
 from kvquant.models.loading import default_dtype, load_quantized_model
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.schemes import KiviScheme
@@ -47,6 +48,19 @@ def test_a_loaded_model_gives_what_its_folder_gives(tmp_path: Path) -> None:
     assert torch.equal(logits(given, tokens), expected)
     assert torch.equal(logits(mapped, tokens), expected)
     assert own.device == given.device == mapped.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, torch.device("cpu")])
+def test_weights_on_the_cpu_are_in_fp32_also_beside_a_gpu(
+    device_map: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `device="cpu"` gives them; "auto" would mean the GPU."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(
+        base_model, "resolve_device", lambda name: gpu if name == "auto" else torch.device(name)
+    )
+    qm = load_quantized_model(save_tiny(tmp_path), KIVI, device_map=device_map)
+    assert (qm.device.type, qm.dtype) == ("cpu", torch.float32)
 
 
 class Coded(torch.nn.Module):

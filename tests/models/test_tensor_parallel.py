@@ -255,6 +255,15 @@ def test_without_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert alone.share is None
 
 
+@pytest.mark.parametrize("told", ["", "x", "0", "-2"])
+def test_a_number_of_processes_that_is_none(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_model("llama", HEADS, KV_HEADS).config
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", told)):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"^tp_plan: WORLD_SIZE is '{told}', which is no number"):
+        plan_options(config, "auto", "auto", None)
+
+
 @pytest.mark.refused("more processes than GPUs", "`tp_plan`; how many to start")
 def test_fewer_gpus_than_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_model("llama", HEADS, KV_HEADS).config

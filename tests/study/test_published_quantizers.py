@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,30 @@ def test_records_of_another_quantizer_are_refused(
     assert "is not the published quantizer of 'nuq3'" in capsys.readouterr().err
     assert (archive / "SHA256SUMS").read_text() == before
     assert not quantizer_problems(archive, read_archive(archive).values())
+
+
+def test_many_records_of_another_quantizer_take_one_line(archive: Path, tmp_path: Path) -> None:
+    other = write_quantizer(tmp_path / "s", zero=0.4)
+    record = next(iter(read_archive(archive).values()))
+    wrong = dict(record.content) | {"inputs": {"quantizer": other}}
+    records = [replace(record, content=wrong, where=f"line {i}") for i in range(30)]
+    (found,) = quantizer_problems(archive, records)
+    assert found.startswith("line 0: field 'inputs.quantizer': is not the published quantizer of")
+    assert "), and 29 more records: measure again with that one" in found
+
+
+@pytest.mark.fault(
+    "records", "tensors of a published quantizer without its manifest", "refused by name"
+)
+def test_tensors_without_a_manifest_are_refused(
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (archive / "quantizers/tiny/nuq3/quantizer.json").unlink()
+    capsys.readouterr()
+    assert main(["publish", "--archive", str(archive)]) == 2
+    found = capsys.readouterr().err
+    assert "tiny/nuq3/quantizer.safetensors: has no quantizer.json beside it" in found
+    assert publish(tmp_path / "r", archive) == 0  # which also mends what was interrupted
 
 
 def test_records_of_two_quantizers_are_not_published_together(
