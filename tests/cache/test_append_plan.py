@@ -1,4 +1,7 @@
-"""Tables of where a whole call's tokens go, against slices of one sequence at a time."""
+"""Tables of where a whole call's tokens go, against slices of one sequence at a time.
+
+Also covers: kernels.block_places.
+"""
 
 from __future__ import annotations
 
