@@ -85,10 +85,10 @@ def _long_random(t: Tables) -> pd.DataFrame:
     for which room is allocated.
     """
     rows = t.kernels
-    if len(rows):
+    if "bits_per_element" in rows:
         rows = rows[(rows.side == t.study.headline) & (rows.tokens >= LONG)]
-        rows = rows[rows.bits_per_element.notna()]
-    return rows
+        return rows[rows.bits_per_element.notna()]
+    return rows[:0]
 
 
 def bits_per_element(t: Tables) -> Outcome:
