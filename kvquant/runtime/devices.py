@@ -204,8 +204,8 @@ def _taken(chosen: Sequence[int], visible: int) -> list[str]:
     """Makes the first chosen GPU torch's current one and returns the names of all."""
     import torch
 
-    torch.cuda.set_device(chosen[0])
-    if visible > 1:
+    if visible > 1:  # a single one is current already
+        torch.cuda.set_device(chosen[0])
         several = "s" if len(chosen) > 1 else ""
         note(f"on GPU{several} {', '.join(map(str, chosen))} of {visible}")
     return [f"cuda:{index}" for index in chosen]
