@@ -88,12 +88,11 @@ class SparseSlab:
             device: Device of all tensors.
         """
         blocks, heads, tokens, dim = shape
-        lists, elements = blocks * heads, tokens * dim
-        kind = count_dtype(elements)
-        words = -(-lists * kind.itemsize // 4)
+        lists, elements, kind = blocks * heads, tokens * dim, count_dtype(tokens * dim)
+        sizes = 1, lists, -(-lists * kind.itemsize // 4)
         # One array, because each fill costs the host a launch.
-        parts = torch.zeros(1 + lists + words, dtype=torch.int32, device=device)
-        cursor, begin, count = parts.split((1, lists, words))
+        zeros = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        cursor, begin, count = zeros.split(sizes)
         return cls(
             begin.view(blocks, heads),
             count.view(kind)[:lists].view(blocks, heads),
