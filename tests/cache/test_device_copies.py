@@ -153,11 +153,10 @@ def test_a_rotation_that_changes_with_the_length(tmp_path: Path, gpus: None) -> 
 
 
 @pytest.mark.parametrize("scheme", ["nuq", "allocated-unrotated"])
-def test_decode_steps_by_kernels(
-    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decode_steps_by_kernels(scheme: str, tmp_path: Path) -> None:
     """Each device has tables of its own, which count the same tokens."""
-    with pretend_gpus("auto"):
+    # What is set within the pretended GPUs is undone before they are.
+    with pretend_gpus("auto"), pytest.MonkeyPatch.context() as monkeypatch:
         emulate(monkeypatch)
         emulate_decode(monkeypatch)
         model = tiny_model(num_hidden_layers=4, head_dim=64)

@@ -159,7 +159,11 @@ def pretend_gpus(kernels: str = "pytorch") -> Iterator[None]:
     torch._C._ensureCUDADeviceGuardSet()  # what torch itself does for fake tensors without a GPU
     with pytest.MonkeyPatch.context() as patch, PretendGpus():
         patch.setenv("KVQUANT_KERNELS", kernels)
-        patch.setattr(backends, "device_facts", lambda device: facts)
+
+        def told(device: torch.device) -> backends.DeviceFacts:
+            return facts
+
+        patch.setattr(backends, "device_facts", told)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
         patch.setattr(torch.cuda, "Event", Arrived)
@@ -171,6 +175,8 @@ def pretend_gpus(kernels: str = "pytorch") -> Iterator[None]:
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # new parameters
         try:
             yield
+            # Undone later, it would set this function again when there are no such GPUs any more.
+            assert backends.device_facts is told, "undo within the block what was set in it"
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(overwritten)
             torch._C._set_only_lift_cpu_tensors(lifted)
