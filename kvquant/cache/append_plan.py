@@ -74,7 +74,7 @@ class WholeCall:
         places: int32 `[blocks, 2]`, the sequence and the first column of each new block; None: no
             block becomes full.
         tail: int64 `[batch_size, longest tail]`, the columns of the unfinished blocks. Behind the
-            end of a sequence its last token stands again. None: all sequences end with a block.
+            end of a sequence its last token is repeated. None: all sequences end with a block.
     """
 
     sinks: torch.Tensor | None

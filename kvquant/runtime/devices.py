@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -200,6 +200,27 @@ def _number(device: str, count: int) -> int | None:
     return int(number) if number.isdecimal() and int(number) < count else None
 
 
+def _named(
+    device: str, names: Sequence[str], hold: Callable[[Sequence[str]], object]
+) -> list[str] | None:
+    """Claims the GPU that a device's name says; None where the name leaves the choice.
+
+    Args:
+        device: The name of a device on GPUs.
+        names: UUIDs of the visible GPUs.
+        hold: Claims GPUs by their UUIDs.
+
+    Returns:
+        The name of the device.
+    """
+    if device in ("auto", "cuda"):
+        return None
+    if (number := _number(device, len(names))) is None:
+        return [device]
+    hold([names[number]])
+    return _taken([number], len(names))
+
+
 def _taken(chosen: Sequence[int], visible: int) -> list[str]:
     """Makes the first chosen GPU torch's current one and returns the names of all."""
     import torch
@@ -231,11 +252,8 @@ def claim(device: str, gpus: int = 1, field: str = "gpus") -> list[str]:
     if not _on_gpus(device):
         return [device]
     names = visible_devices()
-    if device not in ("auto", "cuda"):
-        if (number := _number(device, len(names))) is None:
-            return [device]
-        claim_shared([names[number]])
-        return _taken([number], len(names))
+    if (named := _named(device, names, claim_shared)) is not None:
+        return named
     count = max(1, gpus)
     _check_count(len(names), count, field)
     return _taken(claim_shared(names, count), len(names))
@@ -263,11 +281,8 @@ def claim_timed(device: str, gpus: int = 1, field: str = "gpus") -> list[str]:
     import torch
 
     names = visible_devices()
-    if device not in ("auto", "cuda"):
-        if (number := _number(device, len(names))) is None:
-            return [device]
-        claim_alone([names[number]])
-        return _taken([number], len(names))
+    if (named := _named(device, names, claim_alone)) is not None:
+        return named
     kinds = [device_name(torch.device("cuda", index)) for index in range(len(names))]
     alike = [index for index, kind in enumerate(kinds) if kind == kinds[0]]
     count = max(1, gpus)

@@ -82,4 +82,5 @@ def in_processes(ranks: int, folder: Path, work: Work, *args: Any, gpus: bool = 
             process.join()
     told = "\n".join(file.read_text() for file in sorted(folder.glob("*.txt")))
     assert all((folder / f"{rank}.pt").exists() for rank in range(ranks)), told
+    # Whole objects, which the processes above saved just now.
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,12 +126,13 @@ class OnItsDevice:
         return SimpleNamespace(logits=self._qm.model(**moved).logits.float().cpu())
 
 
-def padded_right(model: Any, cache: Any) -> torch.Tensor:
-    """A ragged batch, padded on the right, in two chunks of several tokens; its tokens alone."""
-    _, tokens, mask = ragged([90, 47, 71], "right")
+def in_parts(
+    model: Any, cache: Any, tokens: torch.Tensor, mask: torch.Tensor, parts: Sequence[slice]
+) -> torch.Tensor:
+    """The logits of the tokens alone, of a batch that is fed in parts."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     found = []
-    for part in (slice(0, 60), slice(60, 90)):
+    for part in parts:
         with torch.inference_mode():
             out = model(
                 input_ids=tokens[:, part],
@@ -141,24 +142,19 @@ def padded_right(model: Any, cache: Any) -> torch.Tensor:
             )
         found.append(out.logits)
     return torch.cat(found, 1)[mask.bool()]
+
+
+def padded_right(model: Any, cache: Any) -> torch.Tensor:
+    """A ragged batch, padded on the right, in two chunks of several tokens; its tokens alone."""
+    _, tokens, mask = ragged([90, 47, 71], "right")
+    return in_parts(model, cache, tokens, mask, (slice(0, 60), slice(60, 90)))
 
 
 def with_holes(model: Any, cache: Any) -> torch.Tensor:
     """A batch with padding among the tokens of a sequence; its tokens alone."""
     tokens, mask = ids(2, 90), torch.ones(2, 90, dtype=torch.long)
     mask[1, [3, 20, 21, 70]] = 0
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    found = []
-    for part in (slice(0, 50), slice(50, 89), slice(89, 90)):
-        with torch.inference_mode():
-            out = model(
-                input_ids=tokens[:, part],
-                attention_mask=mask[:, : part.stop],
-                position_ids=positions[:, part],
-                past_key_values=cache,
-            )
-        found.append(out.logits)
-    return torch.cat(found, 1)[mask.bool()]
+    return in_parts(model, cache, tokens, mask, (slice(0, 50), slice(50, 89), slice(89, 90)))
 
 
 def jumping(model: Any, cache: Any) -> torch.Tensor:
