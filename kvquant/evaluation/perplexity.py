@@ -8,6 +8,9 @@ Several windows form one batch. They are equally long, so nothing is padded, and
 window are the same in any batch but for rounding. Schemes for which this does not hold (`batches`)
 get one window at a time.
 
+A window's first token is not scored. With `bos` the BOS token takes its place, so that the same
+tokens are scored either way.
+
 The same windows also go through the unquantized cache in the same pieces, for the KL divergence of
 each next-token distribution and for whether its most probable token is the same. Both show damage
 that perplexity averages out. Of every token of a seed one divergence is kept until the seed ends,
@@ -169,12 +172,24 @@ def measure_windows(
     return found
 
 
+def _first_token(tokenizer: Any, task: str) -> list[int]:
+    """Returns the BOS token, which a task with `bos` puts in the place of each first token.
+
+    Raises:
+        UserError: The tokenizer has none.
+    """
+    if tokenizer.bos_token_id is None:
+        raise UserError(f"tasks.{task}.bos: the model's tokenizer has no BOS token: leave bos out")
+    return [int(tokenizer.bos_token_id)]
+
+
 def run_perplexity(context: Context, spec: PerplexityTask, seed: int) -> SuiteResult:
     """Measures the perplexity of a seed's windows: exp of the mean loss over scored tokens."""
     qm = context.qm
     window = spec.window or qm.max_positions
     check_length(context, window, 0, "window")
     ids = encode(qm.tokenizer, context.text("test"), special=False)
+    first = _first_token(qm.tokenizer, context.task) if spec.bos else []
     try:
         starts = window_starts(len(ids), window, spec.windows, seed)
     except UserError as error:
@@ -184,7 +199,8 @@ def run_perplexity(context: Context, spec: PerplexityTask, seed: int) -> SuiteRe
     nbytes = elements = 0
 
     def work(indices: list[int]) -> WindowLosses:
-        pieces = [ids[starts[index] : starts[index] + window] for index in indices]
+        spans = [(starts[index] + len(first), starts[index] + window) for index in indices]
+        pieces = [first + ids[low:high] for low, high in spans]
         batch = torch.tensor(pieces, device=qm.device)
         return measure_windows(qm, batch, spec.protocol, spec.chunk, kl=spec.kl)
 

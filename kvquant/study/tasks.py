@@ -7,7 +7,7 @@ options, and is listed nowhere else.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Union
+from typing import Any, TYPE_CHECKING, Annotated, ClassVar, Literal, Union
 
 from pydantic import Field, model_validator
 
@@ -81,13 +81,24 @@ class PerplexityTask(Task):
         "divergence and top-1 agreement",
     )
 
+    bos: bool = Field(
+        False,
+        description="whether the model's BOS token takes the place of each window's first token, "
+        "which is not scored either way; some models (Gemma) read text without it badly",
+    )
+
     speed_options = frozenset({"minutes", "batch_size"})
     words: ClassVar[Words] = {
+        "bos": lambda given: "after BOS" if given else "without BOS",
         "window": lambda n: f"windows of {n:,}" if n else "full windows",
         "windows": lambda n: f"{n:,} windows" if n else "whole text",
         "chunk": "chunks of {}".format,
         "kl": lambda measured: "with KL" if measured else "without KL",
     }
+
+    def meaning(self, *without: str) -> dict[str, Any]:
+        """Returns the options that results depend on; `bos` counts where it is chosen."""
+        return super().meaning(*without, *([] if self.bos else ["bos"]))
 
     @model_validator(mode="after")
     def _window(self) -> PerplexityTask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -144,6 +145,41 @@ def test_a_scheme_that_mixes_sequences_gets_one_window_at_a_time(
     monkeypatch.setattr(perplexity, "measure_windows", seen)
     run_perplexity(context(tiny), spec(batch_size=8), 0)
     assert sizes == [1, 1, 1]
+
+
+def test_bos_takes_the_place_of_the_first_token(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the same tokens are scored with it and without."""
+    fed: list[torch.Tensor] = []
+
+    def seen(qm: Any, ids: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        fed.append(ids)
+        return measure_windows(qm, ids, *rest, **options)
+
+    monkeypatch.setattr(perplexity, "measure_windows", seen)
+    without, found = (run_perplexity(context(tiny), spec(bos=bos), 1) for bos in (False, True))
+    plain, begun = torch.cat(fed[:3]), torch.cat(fed[3:])
+    assert (begun[:, 0] == tiny.tokenizer.bos_token_id).all()
+    assert torch.equal(begun[:, 1:], plain[:, 1:]) and not torch.equal(begun, plain)
+    for field in ("start", "tokens"):
+        assert [row[field] for row in found.rows] == [row[field] for row in without.rows]
+    assert found.value != without.value
+    check_windows(found.metrics, found.rows)
+
+
+def test_bos_of_a_tokenizer_without_one_is_refused(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = copy.deepcopy(tiny.tokenizer)
+    plain.bos_token = None
+    monkeypatch.setattr(tiny, "tokenizer", plain)
+    with pytest.raises(UserError, match=r"tasks\.ppl\.bos: .* no BOS token: leave bos out"):
+        run_perplexity(context(tiny), spec(bos=True), 0)
+
+
+def test_bos_counts_in_the_digest_where_it_is_chosen() -> None:
+    assert "bos" not in spec().meaning() and spec(bos=True).meaning()["bos"] is True
 
 
 def test_errors_name_the_field(tiny: Any) -> None:

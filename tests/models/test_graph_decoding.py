@@ -32,6 +32,8 @@ def half_model(spec: NuqScheme, family: str = "llama") -> QuantizedModel:
     if family == "gemma2":
         options |= {"attn_logit_softcapping": 0.02, "query_pre_attn_scalar": 4}
     model = tiny_model(family, head_dim=DIM, **options).half().cuda()
+    if family == "gpt_oss":  # PyTorch's grouped product in fp16 copies to the host
+        model.set_experts_implementation("batched_mm")
     layers = len(layer_kinds(model.model).full)
     # The keys of the others are normalized, or have large biases.
     reach = 0.4 if family in ("llama", "gemma2") else 2.6
