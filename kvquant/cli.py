@@ -31,6 +31,8 @@ VERBS: dict[str, tuple[str, str]] = {
         "kvquant.benchmarks.bench",
         "measure costs: append, jobs, kernels; scaling over GPUs",
     ),
+    "doctor": ("kvquant.diagnosis.doctor", "say what this machine can run, and why not the rest"),
+    "capacity": ("kvquant.diagnosis.capacity", "compute how many tokens fit in a GPU's memory"),
     "aggregate": ("kvquant.analysis.collect", "verify all records and collect tidy tables"),
     "seal": ("kvquant.study.seal", "add missing seals to records of an older schema"),
     "publish": ("kvquant.study.publish", "add finished records to the published ones; verify"),
