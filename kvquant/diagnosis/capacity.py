@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import asdict
 from typing import Any
 
 from kvquant import __version__
+from kvquant.diagnosis.asked_model import asked_model
 from kvquant.diagnosis.asked_schemes import asked_schemes
 from kvquant.diagnosis.fitting import DRIVER, LIBRARIES, Fit, Room, fit
 from kvquant.diagnosis.model_facts import CacheFacts, ModelFacts, read_model
@@ -186,11 +186,12 @@ def run(args: argparse.Namespace) -> None:
     _in_range("--batch", args.batch, MAX_BATCH)
     asked_schemes(args.scheme or [])  # wrong words, before anything takes time
     size_in_bytes(args.memory, "--memory")
+    name = asked_model(args.model)
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # a configuration's odd token ids are not the subject
     with waiting("computing"):
-        model = read_model(os.path.expanduser(args.model))
+        model = read_model(name)
         room = room_for(args, model)
         found = report(args, model, room)
     if args.json:

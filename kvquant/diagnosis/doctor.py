@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvquant import __version__
+from kvquant.diagnosis.asked_model import asked_model
 from kvquant.diagnosis.asked_schemes import asked_scheme, one_of_each_kind
 from kvquant.diagnosis.checks import Check, first_line
 from kvquant.diagnosis.gpu_checks import Probe
@@ -54,10 +55,7 @@ def _check_words(args: argparse.Namespace) -> None:
         if args.model is None:
             raise UserError("--scheme: which kernels it gets depends on the model; give --model")
     if args.model is not None:
-        folder = Path(args.model)
-        looks_local = args.model.startswith((".", "/", "~")) or args.model.count("/") > 1
-        if looks_local and not (folder.expanduser() / "config.json").is_file():
-            raise UserError(f"--model: {args.model} is no folder with a config.json")
+        asked_model(args.model)
 
 
 def _read(model: str) -> tuple[ModelFacts | None, Check | None]:
@@ -72,7 +70,7 @@ def _read(model: str) -> tuple[ModelFacts | None, Check | None]:
         from kvquant.diagnosis.model_facts import read_model
 
         logging.set_verbosity_error()
-        return read_model(os.path.expanduser(model)), None
+        return read_model(asked_model(model)), None
     except UserError:
         raise
     except Exception as error:  # of a broken torch or transformers, of any type
