@@ -13,9 +13,7 @@ def doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder or hub id, of which config.json alone is read")
     parser.add_argument("--scheme", help=f"{_SCHEME}, with --model; default: one of every kind")
     parser.add_argument("--data-dir", type=Path, help="default: KVQUANT_DATA_DIR")
-    parser.add_argument(
-        "--offline", action="store_true", help="do not ask the hub; models in its cache are found"
-    )
+    parser.add_argument("--offline", action="store_true", help="ask not the hub but its cache")
     parser.add_argument("--json", action="store_true", help="one JSON object (docs/cli.md)")
 
 
@@ -33,7 +31,7 @@ def capacity(parser: argparse.ArgumentParser) -> None:
         "--scheme",
         nargs="+",
         metavar="SCHEME",
-        help=f"{_SCHEME}; default: 16 bits, ours and some peers",
+        help=f"{_SCHEME}; default: ours, some peers",
     )
     parser.add_argument(
         "--dtype",

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -40,12 +41,27 @@ def version_of(package: str) -> str | None:
         return None
 
 
+@functools.cache
+def _declared() -> tuple[str, tuple[str, ...]]:
+    """Returns the Python versions and the packages that this package says it needs.
+
+    A source tree that is not installed says so in its pyproject.toml.
+    """
+    try:
+        declared = metadata.metadata("kvquant")
+        return declared["Requires-Python"] or "", tuple(declared.get_all("Requires-Dist") or ())
+    except metadata.PackageNotFoundError:
+        file = Path(__file__).resolve().parents[2] / "pyproject.toml"
+        project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+        return project["requires-python"], tuple(project["dependencies"])
+
+
 def _required() -> dict[str, str]:
     """Returns the ranges of versions that this package needs, by package."""
     from packaging.requirements import Requirement
 
     found = {}
-    for text in metadata.requires("kvquant") or []:
+    for text in _declared()[1]:
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             found[requirement.name] = str(requirement.specifier)
@@ -59,7 +75,7 @@ def _inside(version: str, wanted: str) -> bool:
 
 
 def _python() -> Found:
-    version, wanted = platform.python_version(), metadata.metadata("kvquant")["Requires-Python"]
+    version, wanted = platform.python_version(), _declared()[0]
     if not wanted or _inside(version, wanted):
         return "ok", version, ""
     return "missing", f"{version}, and kvquant needs {wanted}", f"install Python {wanted}"

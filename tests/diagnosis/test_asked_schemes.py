@@ -69,5 +69,5 @@ def test_folders_and_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("HOME", str(tmp_path))
     assert asked_model("~/with/it") == str(tmp_path / "with/it")
     for wrong in ("with", "./with", "/nowhere", "a/b/c"):
-        with pytest.raises(UserError, match="is no folder with a config.json"):
+        with pytest.raises(UserError, match="is no folder with a config"):
             asked_model(wrong)

@@ -59,6 +59,20 @@ def test_this_machine_can_run_it() -> None:
     assert all(check.needed for check in found.values())
 
 
+def test_a_source_tree_that_is_not_installed_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installed = software._required()
+
+    def metadata(package: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "metadata", metadata)
+    software._declared.cache_clear()
+    assert software._required() == installed and software._python()[0] == "ok"
+    software._declared.cache_clear()
+
+
 def test_versions_out_of_range_are_named_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.metadata.version
 
