@@ -1,7 +1,8 @@
 """The command line `kvquant <verb>`, through which the workflow's rules do all their work.
 
-A verb's module defines ``add_arguments(parser)`` and ``run(args)`` and is imported only when its
-verb is called, so that `kvquant --help` and the light verbs start without torch.
+A verb's module defines ``run(args)`` and is imported only when the verb runs. Its options are in
+``options.py`` of the same folder, in a function of the verb's name, which imports neither torch nor
+pandas, so that ``--help`` answers at once. docs/cli.md has the exit statuses.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ VERBS: dict[str, tuple[str, str]] = {
         "kvquant.benchmarks.bench",
         "measure costs: append, jobs, kernels; scaling over GPUs",
     ),
+    "doctor": ("kvquant.diagnosis.doctor", "say what this machine can run, and why not the rest"),
+    "capacity": ("kvquant.diagnosis.capacity", "compute how many tokens fit in a GPU's memory"),
     "aggregate": ("kvquant.analysis.collect", "verify all records and collect tidy tables"),
     "seal": ("kvquant.study.seal", "add missing seals to records of an older schema"),
     "publish": ("kvquant.study.publish", "add finished records to the published ones; verify"),
@@ -45,7 +48,7 @@ VERBS: dict[str, tuple[str, str]] = {
 
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
-    """Returns the parser, importing only the module of `verb` for its options."""
+    """Returns the parser, with the options of `verb` alone."""
     parser = argparse.ArgumentParser(
         prog="kvquant", description="KV-cache quantization for batched prefill, measured."
     )
@@ -53,7 +56,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     for name, (module, text) in VERBS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name == verb:
-            importlib.import_module(module).add_arguments(sub)
+            options = f"{module.rpartition('.')[0]}.options"
+            getattr(importlib.import_module(options), name.replace("-", "_"))(sub)
     return parser
 
 
@@ -70,8 +74,8 @@ def _refuse_empty(words: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit status.
 
-    The status is 0 on success, 2 for invalid input, which is reported as one line per field, and
-    130 after Ctrl-C.
+    The status is 0 on success, or what the verb returns (1: no, to what it was asked); 2 for
+    invalid input, which is reported as one line per field; and 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     verb = next((w for w in words if not w.startswith("-")), None)
@@ -80,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb is not None and verb not in VERBS:
             raise unknown("verb", verb, VERBS)
         args = build_parser(verb).parse_args(words)
-        importlib.import_module(VERBS[args.verb][0]).run(args)
+        status: int | None = importlib.import_module(VERBS[args.verb][0]).run(args)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"kvquant: error: {line}", file=sys.stderr)
@@ -94,4 +98,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Snakemake shows the log of a stopped job, where a traceback would look like a bug.
         print("kvquant: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    return 0
+    return status or 0

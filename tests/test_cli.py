@@ -1,11 +1,14 @@
-"""The command line: help of every verb, one-line errors.
+"""The command line: help of every verb, at once, one-line errors, exit statuses.
 
-Also covers: __main__, errors.
+Also covers: __main__, errors, analysis.options, benchmarks.options, calibration.options,
+diagnosis.options, evaluation.options, fetch.options, study.options.
 """
 
 import os
 import runpy
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +35,31 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         main([verb, "--help"])
     assert stop.value.code == 0
     assert "--" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy(root: Path) -> None:
+    """One process says the help of all verbs, so that whatever one of them imports is seen."""
+    code = (
+        "import sys\n"
+        "from kvquant.cli import VERBS, main\n"
+        "heavy = {'torch', 'transformers', 'pandas', 'numpy', 'rich', 'kvquant.study.config'}\n"
+        "for words in (['--help'], *([verb, '--help'] for verb in VERBS)):\n"
+        "    try: main(words)\n"
+        "    except SystemExit as stop: assert stop.code == 0, words\n"
+        "    assert not heavy & set(sys.modules), (words, heavy & set(sys.modules))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: kvquant") == 1 + len(VERBS)
+
+
+def test_a_verb_says_the_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvquant.study.grid.run", lambda args: 1)
+    assert main(["grid", "--study", "study.yaml"]) == 1
+    monkeypatch.setattr("kvquant.study.grid.run", lambda args: None)
+    assert main(["grid", "--study", "study.yaml"]) == 0
 
 
 def test_unknown_verb_and_missing_study(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,6 @@ evidence; below it, and where the interval holds the bar, it is "not enough evid
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import pandas as pd
 
@@ -52,14 +51,6 @@ def named(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     """Returns the claims with names of models in place of their keys, as readers see them."""
     names = labels_of(study)
     return table.assign(model=[names.model(key) for key in table["model"]])
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant claims`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--tables", required=True, type=Path, help="folder of collected tables")
-    parser.add_argument("--out", required=True, type=Path, help="claims.csv")
-    parser.add_argument("--tex", required=True, type=Path, help="claims.tex")
 
 
 def run(args: argparse.Namespace) -> None:

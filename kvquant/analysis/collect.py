@@ -69,19 +69,6 @@ def collect(
     return tables
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant aggregate`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--results", required=True, type=Path, help="the study's results folder")
-    parser.add_argument("--device-name", required=True, help="device in perf and energy paths")
-    parser.add_argument("--out-dir", required=True, type=Path)
-    parser.add_argument(
-        "--present",
-        action="store_true",
-        help="of an unfinished study, what is measured so far; a table may be empty",
-    )
-
-
 def run(args: argparse.Namespace) -> None:
     """Collects and writes the tables."""
     problems = Problems(present=args.present)

@@ -127,15 +127,6 @@ def caption_of(study: Study, name: str, table: pd.DataFrame) -> str:
     return " ".join(filter(None, (PAGES[name].caption, note)))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant html`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--tables", required=True, type=Path, help="folder of collected tables")
-    parser.add_argument(
-        "--out", required=True, nargs="+", type=Path, help=f"FOLDER/NAME.html: {', '.join(PAGES)}"
-    )
-
-
 def run(args: argparse.Namespace) -> None:
     """Writes every page asked for; a file's name says which table it shows."""
     study = load_study(args.study)

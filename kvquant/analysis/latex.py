@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from kvquant.analysis import figure_list, table_list
 from kvquant.analysis.booktabs import HEAD, escape
@@ -71,21 +70,6 @@ def floats(tables: Tables) -> str:
         lines = [line for section in sections for line in _shown_in(section, tables)]
         parts += [f"\\newcommand{{\\kv{macro}}}{{%", *lines, "}"]
     return HEAD + "\n".join(parts) + "\n"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant tables`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--tables", required=True, type=Path, help="folder of collected tables")
-    parser.add_argument("--out-dir", required=True, type=Path, help="gets one .tex file per table")
-    parser.add_argument(
-        "--numbers", type=Path, help="numbers.tex, and floats.tex beside it (not with --present)"
-    )
-    parser.add_argument(
-        "--present",
-        action="store_true",
-        help="of an unfinished study, the accuracy tables of what is measured so far",
-    )
 
 
 def run(args: argparse.Namespace) -> None:

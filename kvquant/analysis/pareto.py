@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -180,13 +179,6 @@ def pareto_table(
         table.loc[mine, "dominated"] = dominated(costs)
     table["dominated"] = table["dominated"].astype("boolean").mask(table.bits_per_element.isna())
     return table
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant pareto`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--tables", required=True, type=Path, help="folder of collected tables")
-    parser.add_argument("--out-dir", required=True, type=Path)
 
 
 def run(args: argparse.Namespace) -> None:

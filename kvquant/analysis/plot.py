@@ -88,15 +88,6 @@ def save_figure(figure: Any, file: Path) -> None:
         figure.savefig(file, dpi=300, metadata=no_date.get(file.suffix))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant plot`."""
-    names = ", ".join(figure_list.FIGURES)
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--tables", required=True, type=Path, help="folder of collected tables")
-    parser.add_argument("--figure", required=True, help=names)
-    parser.add_argument("--out", required=True, nargs="+", type=Path, help=".pdf, .svg or .png")
-
-
 def run(args: argparse.Namespace) -> None:
     """Draws one figure into every file given."""
     figure = draw_figure(args.figure, load_study(args.study), args.tables)

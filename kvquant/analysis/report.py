@@ -40,13 +40,6 @@ def remove_if_cut(report: Path) -> None:
         pass  # another's file: the plan stays as it is
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant report`."""
-    parser.add_argument("--snakefile", required=True, type=Path, help="the workflow")
-    parser.add_argument("--study", required=True, type=Path, help="study file (YAML or JSON)")
-    parser.add_argument("--out", required=True, type=Path, help="report.html")
-
-
 def run(args: argparse.Namespace) -> None:
     """Writes the report beside its place and moves it there when it is whole.
 

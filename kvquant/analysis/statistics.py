@@ -9,7 +9,6 @@ and what each column is.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import pandas as pd
 
@@ -136,13 +135,6 @@ def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> 
         for _, row in table.iterrows()
     ]  # fmt: skip
     return table.drop(columns=["_test", "_margin"])
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant statistics`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--tables", required=True, type=Path, help="folder of collected tables")
-    parser.add_argument("--out-dir", required=True, type=Path)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -95,17 +95,6 @@ def _logged(file: Path) -> dict[str, str]:
     return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant track`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--results", required=True, type=Path, help="the study's results folder")
-    parser.add_argument("--device-name", required=True, help="device in perf and energy paths")
-    parser.add_argument("--out-dir", required=True, type=Path, help="folder of the tracker's files")
-    parser.add_argument(
-        "--present", action="store_true", help="of an unfinished study, what is measured so far"
-    )
-
-
 def run(args: argparse.Namespace) -> None:
     """Logs the records that were not logged before.
 

@@ -11,7 +11,6 @@ import argparse
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,15 +39,6 @@ from kvquant.study.schemes import NuqScheme
 CONCATENATION = "concatenation"  # the series of KVQuant's procedure
 FILL = 4096  # tokens per call while a store is filled
 WARM = 128  # tokens that each series gets once as a warm-up
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant bench append`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--rep", required=True, type=int, help="repetition; seeds the data")
-    parser.add_argument("--device-name", required=True, help="checked against the real device")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--out", required=True, type=Path, help="record to write")
 
 
 class Data:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvquant.benchmarks.timing import synchronize
-from kvquant.benchmarks.workload import Prepared, add_common_arguments, prepare
+from kvquant.benchmarks.workload import Prepared, prepare
 from kvquant.energy.monitor import EnergyMonitor, Meter, not_metered, open_meter
 from kvquant.energy.profiler import DetailedEnergyProfiler
 from kvquant.errors import UserError
@@ -21,8 +21,6 @@ from kvquant.models.oom_retry import fits_in_memory
 from kvquant.runtime.provenance import environment
 from kvquant.study.digests import energy_digest
 from kvquant.study.records import EnergyRecord, EnergySide, write_record
-
-add_arguments = add_common_arguments
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,15 +37,6 @@ from kvquant.study.digests import jobs_digest
 from kvquant.study.jobs import JobCase, JobsSpec
 from kvquant.study.records import JobRecord, JobTrial, write_record
 from kvquant.study.records import JobSide as SideRecord
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant bench jobs`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--cases", nargs="+", metavar="CASE", help="default: all cases")
-    parser.add_argument("--device-name", required=True, help="checked against the real device")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--out-dir", required=True, type=Path, help="folder of CASE.json")
 
 
 class Runner:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -24,15 +23,6 @@ from kvquant.study.config import Study, load_study
 from kvquant.study.digests import kernels_digest
 from kvquant.study.kernels import ON_GPU, WHOLE_MODEL
 from kvquant.study.records import KernelPart, KernelRecord, KernelSide, write_record
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant bench kernels`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--cases", nargs="+", metavar="CASE", help="default: all cases")
-    parser.add_argument("--device-name", required=True, help="checked against the real device")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--out-dir", required=True, type=Path, help="folder of CASE.json")
 
 
 def order(study: Study, names: list[str]) -> list[str]:

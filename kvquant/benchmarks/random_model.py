@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvquant.cache.memory_formula import tokens_that_fit
+from kvquant.cache.capacity_formula import tokens_that_fit
 from kvquant.formats.layer_quantizer import LayerTables
 from kvquant.formats.rope import rotate
 from kvquant.models.loading import QuantizedModel, install_attention

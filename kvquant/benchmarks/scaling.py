@@ -58,27 +58,6 @@ class Turn:
     utilization: list[float | None]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant bench scaling`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--model", help="name of the model; default: the study's first")
-    parser.add_argument("--schemes", nargs="+", required=True, help="names of schemes in the study")
-    parser.add_argument("--tasks", nargs="+", required=True, help="names of tasks in the study")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: the study's")
-    parser.add_argument(
-        "--processes-per-gpu", type=int, default=8, help="evaluations at a time on each GPU"
-    )
-    parser.add_argument(
-        "--waves",
-        type=int,
-        default=2,
-        help="evaluations that each place of all GPUs gets, one after the other",
-    )
-    parser.add_argument("--turns", type=int, default=1, help="runs on one GPU, and on all")
-    parser.add_argument("--device", default="cuda", help="device of each evaluation")
-    parser.add_argument("--out", required=True, type=Path, help="JSON file to write")
-
-
 def _there(file: Path) -> Path:
     """Returns a file that an evaluation reads.
 

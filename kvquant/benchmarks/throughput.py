@@ -17,14 +17,12 @@ from kvquant.benchmarks.timing import (
     reset_peak,
     summarize,
 )
-from kvquant.benchmarks.workload import Prepared, add_common_arguments, prepare
+from kvquant.benchmarks.workload import Prepared, prepare
 from kvquant.cache.footprint import cache_elements, cache_nbytes
 from kvquant.models.oom_retry import fits_in_memory
 from kvquant.runtime.provenance import environment
 from kvquant.study.digests import perf_digest
 from kvquant.study.records import PerfSide, ThroughputRecord, write_record
-
-add_arguments = add_common_arguments
 
 
 @dataclass

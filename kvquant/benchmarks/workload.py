@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,28 +32,6 @@ from kvquant.runtime.provenance import device_name
 from kvquant.study.config import Study, load_study
 from kvquant.study.digests import quantizer_digest
 from kvquant.study.timing import Workload
-
-
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant throughput` and `kvquant energy`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--model", required=True, help="name of the model in the study")
-    parser.add_argument("--scheme", required=True, help="name of the scheme in the study")
-    parser.add_argument("--workload", required=True, help="name of the workload in the study")
-    parser.add_argument("--rep", required=True, type=int, help="repetition; seeds the prompts")
-    parser.add_argument("--device-name", required=True, help="checked against the real device")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument(
-        "--model-manifest", required=True, type=Path, help="manifest.json of fetch-model"
-    )
-    parser.add_argument(
-        "--data-manifest",
-        required=True,
-        type=Path,
-        help="manifest.json of fetch-data, of the study's calibration text",
-    )
-    parser.add_argument("--quantizer", type=Path, help="quantizer.json, for calibrated schemes")
-    parser.add_argument("--out", required=True, type=Path, help="record to write")
 
 
 @dataclass
@@ -216,7 +193,7 @@ def prepare(
     """Checks the options and loads the model.
 
     Args:
-        args: Options of :func:`add_common_arguments`.
+        args: Options of :func:`kvquant.benchmarks.options.throughput`.
         workloads: Returns the stage's workloads of a study.
 
     Raises:

@@ -8,14 +8,14 @@ torch allocates.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 from kvquant.cache.layout import Layout
 from kvquant.cache.window_plan import ring_capacity
 from kvquant.formats.allocated_layer import AllocatedLayer
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
-from kvquant.formats.layer_quantizer import LayerTables, outliers_per_side
-from kvquant.study.schemes import AllocatedScheme, KiviScheme, KvarnScheme, NuqScheme, SchemeSpec
+from kvquant.formats.layer_quantizer import outliers_per_side
+from kvquant.study.schemes import AllocatedScheme, KiviScheme, KvarnScheme, NuqScheme
 
 HALF = 2  # bytes of a 16-bit number
 GROWN_ROOM = 1.25  # outlier slots over expected outliers in an arena that is filled block by block
@@ -60,6 +60,35 @@ class Footprint:
     def total(self) -> int:
         """The bytes in total."""
         return self.codes + self.scales + self.outliers + self.pointers + self.window + self.tables
+
+    def __add__(self, other: Footprint) -> Footprint:
+        return Footprint(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def times(self, layers: int) -> Footprint:
+        """Returns the bytes of several layers of this kind."""
+        return Footprint(*(layers * n for n in astuple(self)))
+
+
+NOTHING = Footprint(codes=0, scales=0, outliers=0, pointers=0, window=0, tables=0)
+
+
+@dataclass(frozen=True)
+class PackedBlocks:
+    """The size of a layer's packed blocks, for schemes whose blocks all take the same bytes.
+
+    Attributes:
+        sinks: First tokens of each sequence in 16 bits.
+        block_size: Tokens per block.
+        residual: Most recent tokens in 16 bits.
+        nbytes: Bytes of one packed block of all heads.
+        shared: Bytes of tables that all sequences share.
+    """
+
+    sinks: int
+    block_size: int
+    residual: int
+    nbytes: int
+    shared: int
 
 
 def plan_blocks(sinks: int, block_size: int, residual: int, calls: Sequence[list[int]]) -> Blocks:
@@ -185,6 +214,51 @@ def allocated_footprint(
     )
 
 
+def planned_footprint(
+    scheme: AllocatedScheme, heads: int, dim: int, calls: Sequence[list[int]]
+) -> Footprint:
+    """Computes the mean bytes of a layer of allocated codes whose widths are not calibrated yet.
+
+    Calibration spends `bits` of the scheme per element of full blocks, outliers, pointers and
+    scales included. All of these count as codes here.
+
+    Args:
+        scheme: The scheme.
+        heads: Number of key/value heads.
+        dim: Channels per head.
+        calls: Tokens that each sequence gets, call by call.
+    """
+    size, channels = scheme.block_size, heads * dim
+    blocks = plan_blocks(scheme.sinks, size, 0, calls)
+    elements = 2 * (blocks.at_once + blocks.grown) * size * channels
+    return replace(
+        NOTHING,
+        codes=round(elements * scheme.bits / 8),
+        window=2 * HALF * len(calls[0]) * channels * (scheme.sinks + size),
+    )
+
+
+def packed_footprint(
+    blocks: PackedBlocks, heads: int, dim: int, calls: Sequence[list[int]]
+) -> Footprint:
+    """Computes the bytes of one layer after some calls from those of one block.
+
+    Args:
+        blocks: Size of the blocks.
+        heads: Number of key/value heads.
+        dim: Channels per head.
+        calls: Tokens that each sequence gets, call by call.
+    """
+    plan = plan_blocks(blocks.sinks, blocks.block_size, blocks.residual, calls)
+    kept = blocks.sinks + blocks.block_size + blocks.residual
+    return replace(
+        NOTHING,
+        codes=(plan.at_once + plan.grown) * blocks.nbytes,
+        window=2 * HALF * len(calls[0]) * heads * dim * kept,
+        tables=blocks.shared,
+    )
+
+
 def window_footprint(window: int, heads: int, dim: int, calls: Sequence[list[int]]) -> Footprint:
     """Computes the bytes of a layer with a sliding window after some calls.
 
@@ -227,42 +301,3 @@ def prefill_excess(
         baseline_cache_bytes: Bytes of its cache.
     """
     return peak - cache_bytes - (baseline_peak - baseline_cache_bytes)
-
-
-def tokens_that_fit(
-    scheme: SchemeSpec,
-    tables: Sequence[LayerTables] | None,
-    shape: tuple[int, int, int],
-    prompt: int,
-    memory: int,
-    windows: Sequence[int] = (),
-) -> int | None:
-    """Returns how many tokens of prompts of one length should fit in a memory.
-
-    Args:
-        scheme: The scheme.
-        tables: Calibrated tables per layer, for schemes that have them.
-        shape: Numbers of layers that see all tokens, of kv heads and of channels per head.
-        prompt: Tokens of each prompt, stored at once.
-        memory: Bytes for the cache, activations not counted.
-        windows: The sliding windows of the other layers.
-
-    Returns:
-        The number of tokens; None for a kind of scheme without a formula.
-    """
-    layers, heads, dim = shape
-    held = sum(window_footprint(w, heads, dim, [[prompt]]).total for w in windows)
-    if scheme.kind in ("fp16", "fp16-static"):
-        baseline = sum(fp16_bytes(heads, dim, min(prompt, w - 1)) for w in windows)
-        return memory * prompt // (layers * fp16_bytes(heads, dim, prompt) + baseline)
-    if isinstance(scheme, NuqScheme | KiviScheme | KvarnScheme):
-        bytes_each = layers * layer_footprint(scheme, heads, dim, [[prompt]]).total
-    elif isinstance(scheme, AllocatedScheme) and tables is not None:
-        bytes_each = sum(
-            allocated_footprint(scheme, layer, [[prompt]], tables=0).total
-            for layer in tables
-            if isinstance(layer, AllocatedLayer)
-        )
-    else:
-        return None
-    return memory * prompt // (bytes_each + held)

@@ -267,15 +267,6 @@ def _info(stats: Path, raw: dict[str, object]) -> StatisticsInfo:
         ) from None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant quantize`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--model", required=True, help="name of the model in the study")
-    parser.add_argument("--scheme", required=True, help="name of the scheme in the study")
-    parser.add_argument("--stats", required=True, type=Path, help="stats.safetensors")
-    parser.add_argument("--out", required=True, type=Path, help="quantizer.json")
-
-
 def run(args: argparse.Namespace) -> None:
     """Runs `kvquant quantize`."""
     study = load_study(args.study)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -310,23 +309,6 @@ def output_moments(attention: Any, heads: int) -> torch.Tensor:
     rows = attention.o_proj(units).float() - attention.o_proj(units[:1] * 0).float()
     by_head = rows.view(heads, -1, attention.head_dim, rows.shape[1])
     return (by_head @ by_head.mT).sum(1)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant calibrate`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--model", required=True, help="name of the model in the study")
-    parser.add_argument(
-        "--model-manifest", required=True, type=Path, help="manifest.json of fetch-model"
-    )
-    parser.add_argument(
-        "--data-manifest", required=True, type=Path, help="manifest.json of fetch-data"
-    )
-    parser.add_argument(
-        "--calibration", help="entry of the study's `calibrations`; default: its `calibration`"
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--out", required=True, type=Path, help="stats.safetensors")
 
 
 def run(args: argparse.Namespace) -> None:

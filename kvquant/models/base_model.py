@@ -74,6 +74,17 @@ def _read_pretrained(kind: Any, directory: str | Path, **options: Any) -> Any:
         raise UserError(f"model: cannot load '{directory}': {told}") from None
 
 
+def load_config(model: str | Path) -> Any:
+    """Returns the configuration of a directory or hub id, without its weights.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    from transformers import AutoConfig
+
+    return _read_pretrained(AutoConfig, model)
+
+
 def default_dtype(config: Any, device: torch.device, on_gpu: str | None = None) -> torch.dtype:
     """Returns the dtype of the weights with which a model is loaded by default.
 

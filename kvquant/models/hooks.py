@@ -46,21 +46,31 @@ def attention_layers(model: Any) -> list[Any]:
     if (problem := unsupported_model(model)) is not None:
         raise UserError(problem)
     for number, layer in enumerate(model.model.layers):
-        if (problem := layer_obstacle(layer, number)) is not None:
+        if (problem := layer_problem(model, layer, number)) is not None:
             raise UserError(problem)
-        module = layer.self_attn
-        name = original_class(module).__name__
-        family = family_of_attention(name)
-        obstacles = list(attention_obstacles(module, model.config, family))
-        if obstacles:
-            raise UserError(refused_features(number, obstacles))
-        if family is None:
-            raise UserError(unsupported_attention(name))
-        if (problem := wrong_implementation(module, model.config, family)) is not None:
-            raise UserError(problem)
-        found.append(module)
+        found.append(layer.self_attn)
     layer_kinds(model.model)
     return found
+
+
+def layer_problem(model: Any, layer: nn.Module, number: int) -> str | None:
+    """Returns the error for a layer whose attention does not work with quantized caches, or None.
+
+    Args:
+        model: The model.
+        layer: The layer of its decoder.
+        number: The layer's index.
+    """
+    if (problem := layer_obstacle(layer, number)) is not None:
+        return problem
+    module: Any = layer.self_attn
+    name = original_class(module).__name__
+    family = family_of_attention(name)
+    if obstacles := list(attention_obstacles(module, model.config, family)):
+        return refused_features(number, obstacles)
+    if family is None:
+        return unsupported_attention(name)
+    return wrong_implementation(module, model.config, family)
 
 
 def refuse_configuration(config: Any) -> None:

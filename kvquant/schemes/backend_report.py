@@ -23,6 +23,8 @@ def backend_report(
     device: torch.device,
     protocol: str = "A",
     static_rope: bool = True,
+    kept_rope: bool | None = None,
+    rotates_values: bool = False,
 ) -> dict[Operation, Selection]:
     """Selects the backend of each operation without loading, compiling or allocating anything.
 
@@ -39,7 +41,11 @@ def backend_report(
         dtype: The dtype of the model's weights.
         device: The device that the model will be on.
         protocol: The protocol, "A" or "B".
-        static_rope: Whether the rope scaling does not change with the length of a sequence.
+        static_rope: Whether one rotary table serves all layers, channels and lengths of a sequence.
+        kept_rope: Whether the cache keeps a rotation per token, as rope scaling changes with the
+            length; None: where `static_rope` is false.
+        rotates_values: Whether the model's weights cannot take the rotation of values by allocated
+            codes.
 
     Returns:
         One selection per operation, whose `backend`, `refused` and `lines()` can be printed. The
@@ -60,7 +66,7 @@ def backend_report(
         query_dtype=dtype,
         protocol=protocol,
         static_rope=static_rope,
-        kept_rope=not static_rope,
+        kept_rope=not static_rope if kept_rope is None else kept_rope,
     )
     if isinstance(scheme, AllocatedScheme):
         shape = replace(
@@ -70,6 +76,7 @@ def backend_report(
             sinks=scheme.sinks,
             outliers=scheme.outliers,
             range_per_head=scheme.value_range == "token-head",
+            rotates_values=rotates_values and scheme.rotation,
         )
     if isinstance(scheme, NuqScheme):
         shape = replace(

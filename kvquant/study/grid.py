@@ -236,11 +236,6 @@ def grid_lines(study: Study) -> list[str]:
     return lines + (summary_lines(study) if study.gpus else [])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant grid`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-
-
 def run(args: argparse.Namespace) -> None:
     """Prints the grid as a table."""
     # Not at the top: the Snakefile imports this module for `grid_lines`.

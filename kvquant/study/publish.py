@@ -132,19 +132,6 @@ def verify(archive: Path) -> int:
     return len(records)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant publish`."""
-    parser.add_argument(
-        "--results", type=Path, help="a study's results folder; without it, nothing is added"
-    )
-    parser.add_argument(
-        "--archive", required=True, type=Path, help="the study's folder of published records"
-    )
-    parser.add_argument(
-        "--renew-sums", action="store_true", help="write SHA256SUMS anew, after a merge"
-    )
-
-
 def run(args: argparse.Namespace) -> None:
     """Publishes finished records, then verifies all that are published."""
     if args.renew_sums:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from kvquant.study.config import json_schema
 
@@ -12,11 +11,6 @@ from kvquant.study.config import json_schema
 def schema_text() -> str:
     """The schema as committed in config/schema.json."""
     return json.dumps(json_schema(), indent=2, sort_keys=True) + "\n"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant schema`."""
-    parser.add_argument("--out", type=Path, default=Path("config/schema.json"))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -104,11 +104,6 @@ def seal_folder(results: Path) -> tuple[int, int]:
     return len(texts), len(files) - len(texts)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant seal`."""
-    parser.add_argument("--results", required=True, type=Path, help="the study's results folder")
-
-
 def run(args: argparse.Namespace) -> None:
     """Runs `kvquant seal`."""
     new, before = seal_folder(args.results)

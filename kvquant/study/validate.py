@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from kvquant.study.config import digest, load_study
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `kvquant study`."""
-    parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--out", type=Path, help="JSON to write; default: print it")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -189,10 +189,11 @@ def test_both_sides_see_the_same_tokens(command: Any, tmp_path: Path) -> None:
     """Ragged rows answer as each prompt alone does, so padding changes no number."""
     import argparse
 
-    from kvquant.benchmarks.workload import add_common_arguments, prepare
+    from kvquant.benchmarks.options import throughput
+    from kvquant.benchmarks.workload import prepare
 
     parser = argparse.ArgumentParser()
-    add_common_arguments(parser)
+    throughput(parser)
     args = parser.parse_args(command("throughput")[1:])
     prepared = prepare(args, lambda study: study.throughput.workloads)
     token = prepared.prefill(prepared.baseline())

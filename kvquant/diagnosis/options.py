@@ -1,0 +1,46 @@
+"""The options of `kvquant doctor` and `kvquant capacity`, said without importing torch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+_SCHEME = "a scheme's name or kind, or kind=nuq,bits=3"
+
+
+def doctor(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `kvquant doctor`."""
+    parser.add_argument("--model", help="folder or hub id, of which config.json alone is read")
+    parser.add_argument("--scheme", help=f"{_SCHEME}, with --model; default: one of every kind")
+    parser.add_argument("--data-dir", type=Path, help="default: KVQUANT_DATA_DIR")
+    parser.add_argument("--offline", action="store_true", help="ask not the hub but its cache")
+    parser.add_argument("--json", action="store_true", help="one JSON object (docs/cli.md)")
+
+
+def capacity(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `kvquant capacity`."""
+    parser.add_argument(
+        "--model", required=True, help="folder or hub id, of which config.json alone is read"
+    )
+    parser.add_argument("--memory", required=True, help="of the GPU, such as 24GB or 80GiB")
+    parser.add_argument("--prompt", type=int, default=4096, help="tokens per prompt; default: 4096")
+    parser.add_argument(
+        "--batch", type=int, help="how long so many prompts at once can be; default: not said"
+    )
+    parser.add_argument(
+        "--scheme",
+        nargs="+",
+        metavar="SCHEME",
+        help=f"{_SCHEME}; default: ours, some peers",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="of the weights; auto: 16 bits, of the checkpoint's kind",
+    )
+    parser.add_argument("--weights", metavar="SIZE", help="default: what the configuration gives")
+    parser.add_argument(
+        "--reserve", metavar="SIZE", help="of driver and libraries; default: 2.05GB"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object (docs/cli.md)")
