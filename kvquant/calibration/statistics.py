@@ -88,6 +88,10 @@ class LayerStatistics(KeyHistograms):
     roped_counts: torch.Tensor | None = None
     roped_fisher: torch.Tensor | None = None
 
+    def cpu(self) -> LayerStatistics:
+        """Returns the statistics on the CPU, where quantizers are built."""
+        return LayerStatistics(**{n: None if t is None else t.cpu() for n, t in vars(self).items()})
+
     @classmethod
     def from_first(
         cls, keys: torch.Tensor, bins: int, fractions: int, heads: int
