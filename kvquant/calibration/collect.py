@@ -1,12 +1,12 @@
 """`kvquant calibrate`: one pass over text for activations and Fisher gradients in bounded memory.
 
 Each window is one forward and one backward pass. Hooks on the keys (before RoPE) and values of
-every layer (:mod:`kvquant.calibration.collector`) add the activations and their squared loss gradients to histograms as soon as a gradient
-arrives. The layer's tensors are then freed, so that memory holds one window's graph and the
-histograms, whatever the number of windows. Of queries, and of keys after RoPE, only second moments
-are kept. A study with a scheme that needs whole tokens has a bounded sample of them kept as well
-(:mod:`kvquant.calibration.token_sample`), one with a scheme that quantizes keys after RoPE their
-histograms (:mod:`kvquant.calibration.key_histograms`).
+every layer (:mod:`kvquant.calibration.collector`) add the activations and their squared loss
+gradients to histograms as soon as a gradient arrives. The layer's tensors are then freed, so that
+memory holds one window's graph and the histograms, whatever the number of windows. Of queries, and
+of keys after RoPE, only second moments are kept. A study with a scheme that needs whole tokens has
+a bounded sample of them kept as well (:mod:`kvquant.calibration.token_sample`), one with a scheme
+that quantizes keys after RoPE their histograms (:mod:`kvquant.calibration.key_histograms`).
 """
 
 from __future__ import annotations

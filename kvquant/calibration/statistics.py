@@ -90,7 +90,10 @@ class LayerStatistics(KeyHistograms):
 
     def cpu(self) -> LayerStatistics:
         """Returns the statistics on the CPU, where quantizers are built."""
-        return LayerStatistics(**{n: None if t is None else t.cpu() for n, t in vars(self).items()})
+        tensors: dict[str, Any] = {
+            name: None if tensor is None else tensor.cpu() for name, tensor in vars(self).items()
+        }
+        return LayerStatistics(**tensors)
 
     @classmethod
     def from_first(

@@ -110,7 +110,7 @@ def scheme_from(given: Scheme | str | Mapping[str, Any]) -> Scheme:
         return PRESETS[given].scheme
     if not isinstance(given, Mapping):
         raise UserError(
-            f"scheme: must be a name, a mapping with a kind, or a scheme, got {type(given).__name__}"
+            f"scheme: must be a name, a mapping with a kind or a scheme, got {type(given).__name__}"
         )
     kind = given.get("kind")
     if kind not in SCHEME_KINDS:
