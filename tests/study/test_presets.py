@@ -32,7 +32,7 @@ def test_bits_choose_allocated_codes(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [5, 1, 3.0001, True])
 def test_other_bits_are_refused(bits: int) -> None:
-    with pytest.raises(UserError, match="bits: .* is none of 4, 3 and 2"):
+    with pytest.raises(UserError, match=r"bits: .* is none of 4, 3 and 2"):
         headline_scheme(bits)
 
 
@@ -52,7 +52,7 @@ def test_a_scheme_is_a_name_options_or_itself() -> None:
         ({"kind": "kivy", "bits": 3}, "unknown scheme kind 'kivy': did you mean kivi"),
         ({"kind": "kivi", "bits": 5}, "scheme.bits: "),
         ({"kind": "kivi", "bits": "4"}, "scheme.bits: '4' is text"),
-        ({"kind": "kivi", "bits": 4, "grop": 3}, "scheme.grop: unknown option of kind 'kivi'"),
+        ({"kind": "kivi", "bits": 4, "width": 3}, "scheme.width: unknown option of kind 'kivi'"),
         (3, "scheme: must be a name, a mapping with a kind or a scheme, got int"),
     ],
 )
