@@ -20,8 +20,10 @@ def test_names_of_the_default_study_mean_the_same(root: Path) -> None:
         assert PRESETS[name].scheme == study.scheme(name), name
 
 
-def test_every_kind_has_a_name() -> None:
-    assert {scheme.kind for scheme in scheme_presets().values()} == set(SCHEME_KINDS)
+def test_names_lead_to_registered_kinds() -> None:
+    kinds = {scheme.kind for scheme in scheme_presets().values()}
+    assert {"allocated", "nuq", "kivi", "fp8", "int4-hadamard", "hf-quanto"} <= kinds
+    assert kinds <= set(SCHEME_KINDS)
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
