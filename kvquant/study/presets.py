@@ -43,30 +43,30 @@ def _preset(name: str, kind: str, **options: Any) -> Preset:
     return Preset(name, TypeAdapter(SchemeSpec).validate_python({"kind": kind, **options}))
 
 
-# A new preset is one line.
+# A new preset is one line. The first one of a kind stands for it on the command line.
 PRESETS: dict[str, Preset] = by_name(
     [
         _preset("fp16", "fp16"),
         _preset("fp16-static", "fp16-static"),
         # true mean bits of full blocks: 4, 3 and 2 bits with what `nuq` needs beside its codes
-        _preset("allocated-4", "allocated", bits=4.4),
         _preset("allocated-3", "allocated", bits=3.4),
+        _preset("allocated-4", "allocated", bits=4.4),
         _preset("allocated-2", "allocated", bits=2.4),
-        _preset("nuq4-1pct", "nuq", bits=4, outliers=0.01),
         _preset("nuq3-1pct", "nuq", bits=3, outliers=0.01),
+        _preset("nuq4-1pct", "nuq", bits=4, outliers=0.01),
         _preset("nuq2-1pct", "nuq", bits=2, outliers=0.01),
         _preset("kivi-4", "kivi", bits=4),
         _preset("kivi-2", "kivi", bits=2),
         _preset("int4-hadamard", "int4-hadamard"),
         _preset("fp8", "fp8"),
-        _preset("turboquant-4", "turboquant", bits=4),
         _preset("turboquant-3", "turboquant", bits=3),
+        _preset("turboquant-4", "turboquant", bits=4),
         _preset("turboquant-2", "turboquant", bits=2),
         _preset("kvarn-4", "kvarn", bits=4),
         _preset("kvarn-3", "kvarn", bits=3),
         _preset("kvarn-2", "kvarn", bits=2),
-        _preset("block-gtq-4", "block-gtq", bits=4),
         _preset("block-gtq-3", "block-gtq", bits=3),
+        _preset("block-gtq-4", "block-gtq", bits=4),
         _preset("block-gtq-2", "block-gtq", bits=2),
         _preset("wush-4", "wush-kv", bits=4),
         _preset("wush-3", "wush-kv", bits=3),
