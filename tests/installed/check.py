@@ -1,8 +1,8 @@
 """Uses the installed package as a stranger would, on a tiny model; run outside the repository.
 
 `.ci/installed` runs it with the wheel and the lowest and the newest releases that its ranges allow:
-import, calibrate, build, generate (prefill, padded batch, decode steps), evaluate under both
-protocols. It needs a package index for the text of the calibration.
+import, calibrate, build, generate (prefill, padded batch, decode steps), the Python API, evaluate
+under both protocols. It needs a package index for the text of the calibration.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+import kvquant
 import kvquant.cli
 from kvquant.models.loading import load_quantized_model, read_manifest
 from kvquant.study.config import load_study
@@ -98,6 +99,17 @@ def check_generation(manifest: Path, quantizer: Path) -> None:
         assert cache.get_seq_length() >= first, "the cache was not used"
 
 
+def check_library() -> None:
+    """The Python API: a quantizer from a text, saved, read again, and answers over its cache."""
+    text = "The grass is green. The sky is blue. The sun is yellow. Here we go. " * 9
+    made = kvquant.calibrate("tiny", texts=text, bits=4, windows=2, window=128, device="cpu")
+    model = kvquant.load("tiny", quantizer=made.save("quantizer"), device="cpu")
+    prompts = ["The sky", "There and back again. " * 4]
+    greedy = kvquant.generate(model, prompts, 6)
+    assert greedy == kvquant.generate(model, prompts, 6, top_k=1), "two ways differ"
+    kvquant.generate(model, prompts, 6, stop_strings=["e"], num_beams=2)
+
+
 def check_window() -> None:
     """A model whose first layer has a window, and a rotary table of its own, answers over it."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
@@ -141,6 +153,7 @@ def main() -> None:
     verb("calibrate", *base, *ours, *data, *cpu, "--out", stats)
     verb("quantize", *base, "--scheme", "nuq4", "--stats", stats, "--out", quantizer)
     check_generation(Path(ours[1]), Path(quantizer))
+    check_library()
     check_window()
     verb("prompts", *base, *ours, "--task", "passkey", "--seeds", "0", "--out", "p.jsonl.gz")
     for scheme in STUDY["schemes"]:
