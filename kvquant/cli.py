@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from kvquant.errors import UserError, unknown
 
 VERBS: dict[str, tuple[str, str]] = {
+    "init": ("kvquant.diagnosis.init", "write a study file for a model and texts of your own"),
     "study": ("kvquant.study.validate", "write the validated study as one JSON file"),
     "grid": ("kvquant.study.grid", "show the study's grid: jobs, results, GPU-hours requested"),
     "schema": ("kvquant.study.schema", "export the JSON schema of a study file"),

@@ -7,6 +7,7 @@ has the same fingerprints in every text.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,26 @@ def described_text(dataset: str, text: str) -> CalibratedText:
     )
 
 
+def shared_share(known: Collection[int], own: Sequence[int]) -> float:
+    """Returns the share of a text's fingerprints that another text has as well.
+
+    Args:
+        known: Fingerprints of the other text.
+        own: Fingerprints of the text.
+    """
+    return _count(known, own) / len(own) if own else 0.0
+
+
+def _count(known: Collection[int], own: Sequence[int]) -> int:
+    found = set(known)
+    return sum(value in found for value in own)
+
+
+def is_shared(known: Collection[int], own: Sequence[int]) -> bool:
+    """Returns whether a text shares more with another one than quotations (`MAX_SHARE`)."""
+    return _count(known, own) > max(1.0, MAX_SHARE * len(own))
+
+
 def check_apart(calibrated: CalibratedText, manifest: str | Path) -> None:
     """Checks that the test part of a text holds nothing that calibration read.
 
@@ -106,12 +127,11 @@ def check_apart(calibrated: CalibratedText, manifest: str | Path) -> None:
                 f"{calibrated.until} of the same text: calibrate again"
             )
         return
-    known = set(calibrated.fingerprints)
     own = fingerprints(load_text(manifest, "test"))
-    shared = sum(value in known for value in own)
-    if shared > max(1.0, MAX_SHARE * len(own)):
+    if is_shared(calibrated.fingerprints, own):
+        share = 100 * shared_share(calibrated.fingerprints, own)
         raise UserError(
-            f"--data-manifest: {100 * shared / len(own):.0f} % of the test part of "
+            f"--data-manifest: {share:.0f} % of the test part of "
             f"'{facts.dataset}' ({manifest}) is text that the quantizer was calibrated on "
             f"('{calibrated.dataset}'): use another text for one of them"
         )
