@@ -8,6 +8,7 @@ anything is written.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -105,7 +106,7 @@ def _facts(model: str) -> ModelFacts:
     logging.set_verbosity_error()
     facts = read_model(model)
     if facts.refused is not None or facts.cache is None:
-        raise UserError(f"--model: {model} is not supported: {facts.refused}")
+        raise UserError(f"--model: {model}: {facts.refused}")
     if Path(model).is_dir():
         check_directory(Path(model), "--model")
     return facts
@@ -140,12 +141,14 @@ def run(args: argparse.Namespace) -> None:
     name = _name(args.name, args.target, args.text, base)
     target = _target(args.target, name)
     rows = _prompts(args.prompts) if args.prompts else []
-    files = OwnText(files=list(args.text)) if args.text else None
-    text = own_text("--text", files)[0] if files else ""
+    if len(set(args.text)) < len(args.text):
+        raise UserError("--text: a file is given twice")
+    text = own_text("--text", OwnText(files=list(args.text)))[0] if args.text else ""
     # Imported late, so that wrong files are reported at once.
     import torch
     from transformers import logging
 
+    from kvquant.diagnosis.kernel_table import scheme_problem
     from kvquant.diagnosis.study_draft import Draft, Own, cost_line, study_text
     from kvquant.diagnosis.study_sizes import SEEDS, choose_sizes, core_speed, cost_of
     from kvquant.models.base_model import load_tokenizer
@@ -194,20 +197,23 @@ def run(args: argparse.Namespace) -> None:
     start = "uv run snakemake" if os.environ.get("UV") else "snakemake"
     profile = f"--profile workflow/profiles/{'gpu1' if gpu else 'cpu'}"
     study = shlex.quote(_path(str(target)) if not target.is_absolute() else str(target))
-    commands = (
-        f"{start} -n {profile} --configfile {study}",
-        f"{start} {profile} --configfile {study}",
-    )
+    # In this order, since Snakemake takes what follows --configfile for further files.
+    options = f"--configfile {study} {profile}"
+    commands = (f"{start} -n {options}", f"{start} {options}")
     told = (
         f"{args.model} ({facts.family}, {len(facts.cache.windows)} layers, {positions:,} positions)"
     )
     schema = Path("config/schema.json")
     relative = os.path.relpath(schema, target.parent) if schema.is_file() else ""
     draft = Draft(
-        name, relative, key, source, told, gpu, own, own_asked, agreement, sizes, cost, commands
+        *(name, relative, key, source, told, gpu, own, own_asked, agreement),
+        *(math.gcd(32, facts.cache.head_dim), sizes, cost, commands),
     )
     content = study_text(draft)
-    parse_study(yaml.safe_load(content), where=str(target))
+    made = parse_study(yaml.safe_load(content), where=str(target))
+    for scheme, spec in made.schemes.items():
+        if problem := scheme_problem(spec, facts.cache):
+            raise UserError(f"--model: {args.model}: scheme '{scheme}': {problem}")
     write_new(target, content)
     load_study(target)
     print(f"{target}: study '{name}' for {told}")

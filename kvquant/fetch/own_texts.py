@@ -62,17 +62,16 @@ def split_at(text: str, test_share: float) -> int:
     return goal
 
 
-def own_text(name: str, own: OwnText) -> tuple[str, int]:
+def own_text(field: str, own: OwnText) -> tuple[str, int]:
     """Returns the joined text of a data set and the character where its test part begins.
 
     Args:
-        name: Its name in the study.
+        field: What messages call its files.
         own: Its files.
 
     Raises:
         UserError: A file cannot be read, or the two parts share passages.
     """
-    field = f"datasets.{name}.files"
     text = BETWEEN.join(text for _, text in own_files(own, field))
     at = split_at(text, own.test_share)
     known, test = fingerprints(text[:at]), fingerprints(text[at:])
@@ -85,18 +84,17 @@ def own_text(name: str, own: OwnText) -> tuple[str, int]:
     return text, at
 
 
-def own_prompts(name: str, own: OwnText, scored: dict[str, str]) -> str:
+def own_prompts(field: str, own: OwnText, scored: dict[str, str]) -> str:
     """Returns the prompts of a data set as one text (:func:`~kvquant.fetch.prompt_rows.as_lines`).
 
     Args:
-        name: Its name in the study.
+        field: What messages call its files.
         own: Its files.
         scored: The scoring of each task that asks the prompts.
 
     Raises:
         UserError: A file cannot be read, or a line is refused.
     """
-    field = f"datasets.{name}.files"
     rows = [row for file, text in own_files(own, field) for row in read_prompt_file(text, file)]
     check_prompts(rows)
     for task, scoring in scored.items():
@@ -111,12 +109,13 @@ def read_own(study: Study, name: str) -> tuple[str, int, str]:
         UserError: A file cannot be read, or its content is refused.
     """
     own = study.datasets[name]
+    field = f"datasets.{name}.files"
     origin = ", ".join(Path(file).name for file in own.files)
     if not study.holds_prompts(name):
-        return *own_text(name, own), origin
+        return *own_text(field, own), origin
     scored = {
         key: str(getattr(task, "scoring", "agreement"))
         for key, task in study.tasks.items()
         if task.own_prompts and task.dataset_name() == name
     }
-    return own_prompts(name, own, scored), 0, origin
+    return own_prompts(field, own, scored), 0, origin
