@@ -177,6 +177,8 @@ def run(args: argparse.Namespace) -> None:
     if not local:
         source = {"source": "hub", "repo": model}
     key = _model_key(ModelSpec.model_validate(source), base)
+    if local and key != base:  # tables and figures need no second name
+        source["label"] = base
     memory = round(facts.parameters * (2 if gpu else 4) / 1e9 * 1.5) + 4
     if memory > 8:
         source["mem_gb"] = memory

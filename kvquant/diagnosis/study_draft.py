@@ -143,7 +143,7 @@ def _tasks(draft: Draft, dataset: str) -> list[str]:
 def study_text(draft: Draft) -> str:
     """Returns the study as YAML with comments."""
     sizes, dataset = draft.sizes, draft.text.name if draft.text else "essays"
-    block = sizes.block_size
+    block, label = sizes.block_size, draft.source.get("label", draft.model)
     kept = "at 32, short prompts fill blocks, too" if block == 32 else "32 to 1024"
     lines = [f"# yaml-language-server: $schema={draft.schema}"] if draft.schema else []
     lines += [
@@ -154,7 +154,7 @@ def study_text(draft: Draft) -> str:
         "# Change a value and run again: only what depends on it is measured anew. All keys are in",
         "# config/README.md and docs/workflow-reference.md.",
         f"study: {draft.name}",
-        f"title: {quoted(f'KV-cache quantization on {draft.model}')}",
+        f"title: {quoted(f'KV-cache quantization on {label}')}",
         "device: auto # name of the machine in paths of timed results"
         if draft.gpu
         else "device: cpu # name of the machine in paths of timed results",

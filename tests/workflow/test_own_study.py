@@ -98,7 +98,7 @@ def test_from_init_to_tables(
     assert "datasets.notes: notes.txt was edited since the last run" in output
     assert jobs(output)["own_data"] == 1 and "prompts" not in jobs(output)
     # or refused, where the study gives its hash
-    text = file.read_text().replace("    test_share", f"    sha256: [{'0' * 64}]\n    test_share")
+    text = file.read_text().replace("    test_share", f"    sha256: [{'a' * 64}]\n    test_share")
     file.write_text(text)
     refused = snakemake(work, dry)
     assert refused.returncode == 1
