@@ -106,12 +106,23 @@ def check_apart(calibrated: CalibratedText, manifest: str | Path) -> None:
                 f"{calibrated.until} of the same text: calibrate again"
             )
         return
-    known = set(calibrated.fingerprints)
-    own = fingerprints(load_text(manifest, "test"))
-    shared = sum(value in known for value in own)
-    if shared > max(1.0, MAX_SHARE * len(own)):
+    share = shared_share(calibrated, load_text(manifest, "test"))
+    if share > 0:
         raise UserError(
-            f"--data-manifest: {100 * shared / len(own):.0f} % of the test part of "
+            f"--data-manifest: {100 * share:.0f} % of the test part of "
             f"'{facts.dataset}' ({manifest}) is text that the quantizer was calibrated on "
             f"('{calibrated.dataset}'): use another text for one of them"
         )
+
+
+def shared_share(calibrated: CalibratedText, text: str) -> float:
+    """Returns the fraction of a text that calibration read; 0 if it is no more than a quotation.
+
+    Args:
+        calibrated: The text that calibration read.
+        text: The text that is measured.
+    """
+    known = set(calibrated.fingerprints)
+    own = fingerprints(text)
+    shared = sum(value in known for value in own)
+    return shared / len(own) if shared > max(1.0, MAX_SHARE * len(own)) else 0.0

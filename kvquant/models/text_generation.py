@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from kvquant.errors import UserError
-from kvquant.models.generation import check_prompts, cut, end_ids, greedy, left_pad
+from kvquant.errors import OutlierOverflow, UserError
+from kvquant.models.generation import Stop, check_prompts, cut, end_ids, greedy, left_pad
 from kvquant.models.model_call import cache_argument
 from kvquant.models.oom_retry import in_batches, retry_on_overflow, without_retry
 from kvquant.models.quantized_model import QuantizedModel
@@ -30,7 +30,6 @@ _REFUSED = {
     "max_length": "use max_new_tokens",
     "num_return_sequences": "give a prompt several times",
     "return_dict_in_generate": "call qm.model.generate(..., past_key_values=qm.new_cache())",
-    "streamer": "call qm.model.generate(..., past_key_values=qm.new_cache())",
 }
 
 
@@ -42,6 +41,7 @@ def generate(
     chat: bool = False,
     batch_size: int = 16,
     batch_tokens: int | None = None,
+    streamer: Any = None,
     **options: Any,
 ) -> list[str]:
     """Answers prompts of any lengths, in batches padded on the left.
@@ -61,6 +61,9 @@ def generate(
         batch_size: Largest number of prompts in a batch, which have similar lengths.
         batch_tokens: Largest number of prompt tokens in a batch, padding included; None sets no
             limit.
+        streamer: A streamer of transformers, such as `TextStreamer(qm.tokenizer,
+            skip_prompt=True)`, which shows the answer to a single prompt as it grows. An answer
+            that is tried again, with more room for outliers, is shown again from its beginning.
         options: Options of transformers' `generate`, such as `temperature=0.7`, `top_p=0.9`,
             `num_beams=4`, `repetition_penalty=1.1` or `stop_strings=["."]`. Those of sampling
             imply `do_sample=True`; `torch.manual_seed` fixes what they draw.
@@ -73,7 +76,11 @@ def generate(
             model's positions, or an option cannot be used here.
         NonFinite: Logits that decide a token are NaN or infinite (greedy decoding).
     """
-    ids = _tokenized(qm.tokenizer, prompts, chat)
+    ids = tokenized(qm.tokenizer, prompts, chat)
+    if streamer is not None and len(ids) != 1:
+        raise UserError(
+            f"streamer: shows one answer, and there are {len(ids)} prompts; leave it out"
+        )
     for name, instead in _REFUSED.items():
         if name in options:
             raise UserError(f"{name}: is no option of kvquant.generate; {instead}")
@@ -82,13 +89,41 @@ def generate(
         options["do_sample"] = True
     limits: dict[str, Any] = {"batch_size": batch_size, "batch_tokens": batch_tokens}
     if options:
-        tokens = _by_transformers(qm, ids, max_new_tokens, options, **limits)
+        tokens = _by_transformers(qm, ids, max_new_tokens, options, streamer, **limits)
+    elif streamer is not None:
+        stop = _shown_by(streamer, ids[0])
+        try:
+            tokens = greedy(qm, ids, max_new_tokens, stop=stop, **limits).tokens
+        finally:
+            streamer.end()
     else:
         tokens = greedy(qm, ids, max_new_tokens, **limits).tokens
     return [str(qm.tokenizer.decode(answer, skip_special_tokens=True)) for answer in tokens]
 
 
-def _tokenized(tokenizer: Any, prompts: Iterable[Prompt], chat: bool) -> list[list[int]]:
+def _shown_by(streamer: Any, prompt: list[int]) -> Stop:
+    """Returns a function of the answer so far that gives a streamer its new tokens.
+
+    Greedy decoding asks it after each token whether the answer ends, which it never says.
+    """
+    shown = 0
+
+    def stop(answer: list[int]) -> bool:
+        nonlocal shown
+        if len(answer) <= shown:  # tried again
+            streamer.end()
+            shown = 0
+        if shown == 0:
+            streamer.put(torch.tensor([prompt]))
+        for token in answer[shown:]:
+            streamer.put(torch.tensor([token]))
+        shown = len(answer)
+        return False
+
+    return stop
+
+
+def tokenized(tokenizer: Any, prompts: Iterable[Prompt], chat: bool) -> list[list[int]]:
     """Returns the token ids of each prompt.
 
     Raises:
@@ -120,6 +155,7 @@ def _by_transformers(
     prompts: list[list[int]],
     max_new_tokens: int,
     options: dict[str, Any],
+    streamer: Any,
     *,
     batch_size: int,
     batch_tokens: int | None,
@@ -138,13 +174,19 @@ def _by_transformers(
 
     def once(cache: Any, rows: list[int]) -> list[list[int]]:
         ids, mask = left_pad([prompts[row] for row in rows], usual["pad_token_id"], qm.device)
-        found = qm.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            **cache_argument(qm.model, cache),
-            **{**usual, **options},
-        )
+        try:
+            found = qm.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                **cache_argument(qm.model, cache),
+                **{**usual, **options},
+            )
+        except OutlierOverflow:
+            if streamer is not None:
+                streamer.end()
+            raise
         return [cut(answer, ends, None)[0] for answer in found[:, ids.shape[1] :].tolist()]
 
     def work(rows: list[int]) -> list[list[int]]:
