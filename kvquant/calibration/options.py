@@ -40,9 +40,11 @@ kvquant calibrate --model FOLDER_OR_HUB_ID --text FILE [FILE ...] --out FOLDER
     texts.add_argument(
         "--scheme", help="another scheme: its name or kind, or kind=nuq,bits=3,outliers=0.02"
     )
-    texts.add_argument("--windows", type=int, help="windows of text; default: 16")
-    texts.add_argument("--window", type=int, help="tokens per window; default: up to 2048")
-    texts.add_argument("--seed", type=int, help="chooses the windows; default: 0")
+    texts.add_argument("--windows", type=int, metavar="N", help="windows of text; default: 16")
+    texts.add_argument(
+        "--window", type=int, metavar="N", help="tokens per window; default: up to 2048"
+    )
+    texts.add_argument("--seed", type=int, metavar="N", help="chooses the windows; default: 0")
     study = parser.add_argument_group("of a study")
     study.add_argument("--study", help="study file (YAML or JSON)")
     study.add_argument("--model-manifest", type=Path, help="manifest.json of fetch-model")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvquant.errors import OutlierOverflow, UserError
-from kvquant.models.generation import Stop, check_prompts, cut, end_ids, greedy, left_pad
+from kvquant.models.generation import check_prompts, cut, end_ids, greedy, left_pad
 from kvquant.models.model_call import cache_argument
 from kvquant.models.oom_retry import in_batches, retry_on_overflow, without_retry
 from kvquant.models.quantized_model import QuantizedModel
@@ -91,36 +91,46 @@ def generate(
     if options:
         tokens = _by_transformers(qm, ids, max_new_tokens, options, streamer, **limits)
     elif streamer is not None:
-        stop = _shown_by(streamer, ids[0])
+        streamed = _Streamed(streamer, ids[0])
         try:
-            tokens = greedy(qm, ids, max_new_tokens, stop=stop, **limits).tokens
-        finally:
-            streamer.end()
+            tokens = greedy(qm, ids, max_new_tokens, stop=streamed, **limits).tokens
+        except BaseException:
+            streamed.restart()
+            raise
+        streamer.end()
     else:
         tokens = greedy(qm, ids, max_new_tokens, **limits).tokens
     return [str(qm.tokenizer.decode(answer, skip_special_tokens=True)) for answer in tokens]
 
 
-def _shown_by(streamer: Any, prompt: list[int]) -> Stop:
-    """Returns a function of the answer so far that gives a streamer its new tokens.
+class _Streamed:
+    """Gives a streamer the tokens of an answer, as a rule of :func:`greedy` that never ends it.
 
-    Greedy decoding asks it after each token whether the answer ends, which it never says.
+    Args:
+        streamer: The streamer.
+        prompt: Token ids of the prompt, which streamers get first.
     """
-    shown = 0
 
-    def stop(answer: list[int]) -> bool:
-        nonlocal shown
-        if len(answer) <= shown:  # tried again
-            streamer.end()
-            shown = 0
-        if shown == 0:
-            streamer.put(torch.tensor([prompt]))
-        for token in answer[shown:]:
-            streamer.put(torch.tensor([token]))
-        shown = len(answer)
+    def __init__(self, streamer: Any, prompt: list[int]) -> None:
+        self._streamer, self._prompt = streamer, prompt
+        self._shown = 0
+
+    def __call__(self, answer: list[int]) -> bool:
+        """Streams the new tokens of an answer."""
+        if len(answer) <= self._shown:  # it is tried again
+            self.restart()
+        if self._shown == 0:
+            self._streamer.put(torch.tensor([self._prompt]))
+        for token in answer[self._shown :]:
+            self._streamer.put(torch.tensor([token]))
+        self._shown = len(answer)
         return False
 
-    return stop
+    def restart(self) -> None:
+        """Ends what is shown so far, if anything is."""
+        if self._shown:
+            self._streamer.end()
+        self._shown = 0
 
 
 def tokenized(tokenizer: Any, prompts: Iterable[Prompt], chat: bool) -> list[list[int]]:

@@ -57,11 +57,11 @@ def stopping() -> Iterator[Callable[[], bool]]:
 
 
 def status(turn: Any) -> str:
-    """Returns the line below an answer: what the cache holds, in which bytes, and the speed."""
+    """Returns the line below an answer: what the cache holds, its bytes, and the speed."""
     half = 2 * turn.cache_elements
     return (
-        f"[{turn.tokens:,} tokens held, {turn.bits_per_element:.2f} bits per element, "
-        f"{turn.cache_bytes / 1e6:,.2f} MB ({half / 1e6:,.2f} in 16 bits); "
+        f"[{turn.tokens:,} tokens, {turn.bits_per_element:.2f} bits per element, "
+        f"{turn.cache_bytes / 1e6:,.1f} MB (fp16: {half / 1e6:,.1f}), "
         f"{turn.new_tokens / turn.seconds:.1f} tokens/s{'' if turn.ended else ', cut'}]"
     )
 
@@ -82,7 +82,7 @@ def talk(conversation: Any, max_new_tokens: int, told: Callable[[str], None]) ->
             return
         if text == "/reset":
             conversation.reset()
-            told("[0 tokens held]")
+            told("[0 tokens]")
         elif text.startswith("/"):
             told(f"[{text.split()[0]} is none of these: {HELP}]")
         elif text:
@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> None:
         conversation = Conversation(qm, system=args.system, options=options)
         screen = Screen()
         title = qm.scheme.title(args.scheme or "")
-        screen.line(f"{args.model} over the cache {title}. {LATEST}", "dim")
+        latest = f" {LATEST}" if qm.quantizes else ""
+        screen.line(f"{args.model} over the cache {title}.{latest}", "dim")
         screen.line(f"{HELP}.", "dim")
         talk(conversation, args.max_new_tokens, lambda text: screen.line(text, "dim"))

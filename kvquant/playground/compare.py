@@ -112,13 +112,16 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     check_number("--max-new-tokens", args.max_new_tokens)
     check_number("--rounds", args.rounds)
     schemes = check_schemes(args)
-    asked_model(args.model)
+    model = asked_model(args.model)
     with terse():
+        from kvquant.models.loading import load_tokenizer
         from kvquant.playground.side_by_side import CHUNK, measure, protocol_for
 
+        # before weights are loaded, because a prompt may be too long
+        tokenizer, positions = load_tokenizer(model)
+        text, ids = prompt(tokenizer, what, positions - args.max_new_tokens)
         caches = load_compared(args, schemes)
         qm = caches[0].qm
-        text, ids = prompt(qm.tokenizer, what, qm.position_limit - args.max_new_tokens)
         with on_terminal("compare", "steps") as progress:
             sides = measure(
                 caches,

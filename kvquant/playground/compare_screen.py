@@ -17,8 +17,11 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _median(times: dict[str, Any] | None, per: float, form: str) -> str:
-    return "-" if times is None else format(times["median"] / per, form)
+def _median(times: dict[str, Any] | None) -> str:
+    """Returns a median of milliseconds with three digits at least."""
+    if times is None:
+        return "-"
+    return format(times["median"], ",.0f" if times["median"] >= 100 else ".1f")
 
 
 def _cells(row: dict[str, Any], base: bool) -> list[str]:
@@ -33,8 +36,8 @@ def _cells(row: dict[str, Any], base: bool) -> list[str]:
         row["title"],
         _number(row["bits_per_element"], ".2f"),
         _number(None if nbytes is None else nbytes / 1e6, ",.2f"),
-        _median(row["prefill_ms"], 1e3, ",.2f"),
-        _median(row["decode_ms_per_token"], 1, ",.1f"),
+        _median(row["prefill_ms"]),
+        _median(row["decode_ms_per_token"]),
         _number(None if distance is None else distance["kl"], ".4f"),
         _number(None if distance is None else 100 * distance["top1"], ".1f"),
         same,
@@ -52,7 +55,7 @@ def show(found: dict[str, Any], screen: Screen) -> None:
         f"tokens of {found['file']}{question}",
         "bold",
     )
-    heads = ["cache", "bits", "MB", "prefill s", "ms/token", "KL", "top-1 %"]
+    heads = ["cache", "bits", "MB", "prefill ms", "ms/token", "KL", "top-1 %"]
     heads += ["same"] if answered else []
     cells = [_cells(row, number == 0)[: len(heads)] for number, row in enumerate(rows)]
     screen.table(heads, cells, right=heads[1:], wide=("cache",))
@@ -63,8 +66,8 @@ def show(found: dict[str, Any], screen: Screen) -> None:
             screen.line(f"{row['title']}: {row['problem']}", "red")
         if row["calibration_overlap"]:
             screen.line(
-                f"{row['title']}: {100 * row['calibration_overlap']:.0f} % of this text is what it "
-                "was calibrated on, so that its KL and top-1 look too good.",
+                f"{row['title']}: {100 * row['calibration_overlap']:.0f} % of this text is in the "
+                "texts that it was calibrated on, so that KL and top-1 may look too good.",
                 "yellow",
             )
     if answered:
@@ -78,8 +81,8 @@ def _legend(found: dict[str, Any], answered: bool, on_cpu: bool) -> list[str]:
         read = "protocol B: one forward pass, in which every token reads quantized keys and values"
     else:
         read = (
-            f"protocol A: chunks of {found['chunk']}, each of which is exact for itself and reads "
-            "the earlier ones from the cache"
+            f"protocol A, as a cache here has no other: chunks of {found['chunk']}, each of which "
+            "is exact for itself and reads the earlier ones from the cache"
         )
     lines = [
         "bits: per key or value element, everything allocated; MB: of the cache; both after the "
@@ -88,7 +91,7 @@ def _legend(found: dict[str, Any], answered: bool, on_cpu: bool) -> list[str]:
         f"{found['prompt_tokens'] - 1:,} tokens of the prompt against fp16's ({read}).",
     ]
     steps = found["new_tokens"] - 1
-    times = f"prefill s, ms/token (of {steps} decode steps): medians of {found['rounds']} rounds, "
+    times = f"prefill ms, ms/token (of {steps} decode steps): medians of {found['rounds']} rounds, "
     times += "in which the caches take turns."
     if on_cpu:
         times += " On a CPU they are times of PyTorch code, and say nothing of GPU kernels."

@@ -30,10 +30,16 @@ def _answers(parser: argparse.ArgumentParser, tokens: int) -> None:
         metavar="N",
         help=f"tokens of the longest answer; default: {tokens}",
     )
-    parser.add_argument("--temperature", type=float, help="samples; default: greedy answers")
-    parser.add_argument("--top-p", type=float, help="samples from the most probable share")
-    parser.add_argument("--top-k", type=int, help="samples from the most probable tokens")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling; default: 0")
+    parser.add_argument(
+        "--temperature", metavar="T", type=float, help="samples; default: greedy answers"
+    )
+    parser.add_argument(
+        "--top-p", metavar="P", type=float, help="samples from the most probable share"
+    )
+    parser.add_argument(
+        "--top-k", metavar="K", type=int, help="samples from the most probable tokens"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of sampling; default: 0")
 
 
 def generate(parser: argparse.ArgumentParser) -> None:
@@ -88,9 +94,11 @@ def compare(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="texts for schemes that need calibration and have no quantizer",
     )
-    caches.add_argument("--windows", type=int, help="of --calibrate-on; default: 16")
-    caches.add_argument("--window", type=int, help="tokens of each; default: up to 2048")
-    prompt = parser.add_argument_group("what the model reads, one of")
+    caches.add_argument("--windows", type=int, metavar="N", help="of --calibrate-on; default: 16")
+    caches.add_argument(
+        "--window", type=int, metavar="N", help="tokens of each; default: up to 2048"
+    )
+    prompt = parser.add_argument_group("what the model reads: --prompt-file or --text")
     prompt.add_argument(
         "--prompt-file", type=Path, metavar="FILE", help="a prompt, all of it, which is answered"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,19 +122,19 @@ def measure(
         progress(done, total)
 
     for side in sides:
-        side.attempt(lambda side=side: _answer(side, prompt, new_tokens))
+        side.attempt(partial(_answer, side, prompt, new_tokens))
         step()
 
     def turn(side: Side) -> None:
-        side.attempt(lambda: _time(side, prompt, new_tokens - 1))
+        side.attempt(partial(_time, side, prompt, new_tokens - 1))
         step()
 
     # The answers were the warm-up. A side with a problem waits for the others' turns.
-    turns = [lambda side=side: turn(side) for side in sides]
+    turns: list[Callable[[], object]] = [partial(turn, side) for side in sides]
     interleave(turns, warmup=0, iterations=rounds, least=rounds, max_seconds=math.inf)
     protocol = protocol_for(caches)
     for side in sides:
-        side.attempt(lambda side=side: _distance(side, prompt, protocol))
+        side.attempt(partial(_distance, side, prompt, protocol))
         step()
     return sides
 
