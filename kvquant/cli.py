@@ -41,6 +41,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plot": ("kvquant.analysis.plot", "draw one figure from the tables"),
     "tables": ("kvquant.analysis.latex", "write the paper's LaTeX tables and numbers"),
     "html": ("kvquant.analysis.html_tables", "write claims and tables as HTML for the report"),
+    "explorer": ("kvquant.analysis.explorer.page", "write all results as one page to explore"),
     "report": ("kvquant.analysis.report", "write the HTML report of a finished study"),
     "claims": ("kvquant.analysis.claims", "write the claims: measured values and verdicts"),
     "track": ("kvquant.analysis.tracking", "log every record to Weights & Biases, offline"),
