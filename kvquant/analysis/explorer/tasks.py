@@ -146,8 +146,12 @@ def sheet(source: Source) -> Sheet:
     return Sheet(
         [
             *source.who_columns,
-            Column("suite", "suite", text=True),
             Column("task", "task", text=True),
+            Column("bits", "bits per element", "Of bytes allocated in this task.", digits=2),
+            Column("loss", "loss [95 % interval]", LOSS_HELP, digits=2, signed=True),
+            Column("verdict", "verdict", VERDICT_HELP, text=True),
+            Column("value", "score", "Mean over seeds, in the task's own metric.", digits=2),
+            Column("baseline", "16-bit cache", "The same of the unquantized cache.", digits=2),
             Column(
                 "protocol",
                 "protocol",
@@ -155,11 +159,7 @@ def sheet(source: Source) -> Sheet:
                 "cache, as in serving. B: every token reads quantized keys and values.",
                 text=True,
             ),
-            Column("bits", "bits per element", "Of bytes allocated in this task.", digits=2),
-            Column("value", "score", "Mean over seeds, in the task's own metric.", digits=2),
-            Column("baseline", "16-bit cache", "The same of the unquantized cache.", digits=2),
-            Column("loss", "loss [95 % interval]", LOSS_HELP, digits=2, signed=True),
-            Column("verdict", "verdict", VERDICT_HELP, text=True),
+            Column("suite", "suite", text=True),
             Column("margin", "margin", "Of equivalence, in the unit of the metric.", digits=2),
             Column("p", "p", "Of the paired test, after Holm's correction in its family."),
             Column("kl", "KL, nats", "Divergence of the next token from the unquantized cache's."),
