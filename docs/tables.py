@@ -1,6 +1,6 @@
-"""Writes the tables of config/README.md from the registrations of the package.
+"""Writes the tables of config/README.md and docs/library.md from the package's registrations.
 
-`python docs/tables.py` renews every table that stands between two marks. A test holds the page to
+`python docs/tables.py` renews every table that stands between two marks. A test holds the pages to
 it. To change a row, change the registration in `kvquant/study/`.
 """
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from kvquant.study.datatypes import DATATYPES
 from kvquant.study.model_families import MODEL_FAMILIES
+from kvquant.study.presets import PRESETS
 from kvquant.study.scheme_kinds import SchemeKind
 from kvquant.study.schemes import SCHEME_KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "config/README.md"
 # One table: a mark with its name, its lines, and a mark that ends it.
 BLOCK = re.compile(r"<!-- table: (?P<name>[a-z-]+)[^>]*-->\n.*?<!-- end of table -->", re.S)
 MARK = "<!-- table: {name} (written by `python docs/tables.py`) -->"
@@ -62,25 +62,42 @@ def model_families() -> str:
     return _markdown(["family", "`model_type`", "attention in transformers"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "scheme-kinds": scheme_kinds,
-    "datatypes": datatypes,
-    "model-families": model_families,
+def scheme_presets() -> str:
+    """Returns the table of schemes with short names."""
+    rows = []
+    for preset in PRESETS.values():
+        kind = preset.scheme.registration
+        needs = ["a quantizer"] if kind.calibrated else []
+        needs += [f"extra `{kind.extra}`"] if kind.extra else []
+        rows.append([f"`{preset.name}`", preset.title, f"`{kind.name}`", ", ".join(needs)])
+    return _markdown(["name", "cache", "kind", "needs"], rows)
+
+
+Tables = dict[str, Callable[[], str]]
+PAGES: dict[Path, Tables] = {
+    ROOT / "config/README.md": {
+        "scheme-kinds": scheme_kinds,
+        "datatypes": datatypes,
+        "model-families": model_families,
+    },
+    ROOT / "docs/library.md": {"scheme-presets": scheme_presets},
 }
 
 
-def page() -> str:
-    """Returns the whole page with its tables renewed."""
+def page(file: Path) -> str:
+    """Returns a whole page with its tables renewed."""
+    tables = PAGES[file]
 
     def renewed(found: re.Match[str]) -> str:
         name = found["name"]
-        return f"{MARK.format(name=name)}\n{TABLES[name]()}\n<!-- end of table -->"
+        return f"{MARK.format(name=name)}\n{tables[name]()}\n<!-- end of table -->"
 
-    text, count = BLOCK.subn(renewed, PAGE.read_text(encoding="utf-8"))
-    if count != len(TABLES):
-        raise SystemExit(f"{PAGE}: has marks of {count} tables, not of {len(TABLES)}")
+    text, count = BLOCK.subn(renewed, file.read_text(encoding="utf-8"))
+    if count != len(tables):
+        raise SystemExit(f"{file}: has marks of {count} tables, not of {len(tables)}")
     return text
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for file in PAGES:
+        file.write_text(page(file), encoding="utf-8")

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from kvquant.errors import UserError, unknown
+from kvquant.runtime.extras import not_installed
 
 VERBS: dict[str, tuple[str, str]] = {
     "study": ("kvquant.study.validate", "write the validated study as one JSON file"),
@@ -89,6 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         for line in str(error).splitlines():
             print(f"kvquant: error: {line}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (told := not_installed(error)) is None:
+            raise
+        print(f"kvquant: error: {told}", file=sys.stderr)
         return 2
     except OSError as error:
         # A full disk, a read-only folder, a vanished file: a traceback would explain nothing.

@@ -61,6 +61,15 @@ _LIST = (
         judge="kvquant.analysis.claims_of_accuracy:ordering",
     ),
     Claim(
+        name="half-the-loss",
+        text="Half of the loss of KVQuant's procedure at equal bits",
+        definition="perplexity, protocol B: loss of allocated codes over that of NUQ with 1 % "
+        "outliers, for every width of NUQ the allocated codes with the most allocated bytes that "
+        "are not more than its: the 95 % interval of every ratio, paired by seed, at most 0.5, at "
+        f"least {MIN_SEEDS} seeds",
+        judge="kvquant.analysis.claims_of_accuracy:half_the_loss",
+    ),
+    Claim(
         name="loss-on-7b",
         text="Under 0.1 perplexity at 3 bits",
         definition="{headline} against fp16 on Llama-2-7B, upper end of the 95 % interval "

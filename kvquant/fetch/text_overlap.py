@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from kvquant.errors import UserError
 from kvquant.fetch.texts import load_text, read_data_manifest
+from kvquant.formats.files import sha256_text
 
 GRAM = 48
 KEEP = 512
@@ -68,6 +69,21 @@ def calibrated_text(manifest: str | Path) -> CalibratedText:
         sha256=facts.sha256,
         until=facts.test_from,
         fingerprints=fingerprints(part),
+    )
+
+
+def described_text(dataset: str, text: str) -> CalibratedText:
+    """Describes a text all of which calibration reads.
+
+    Args:
+        dataset: What messages call the text.
+        text: The text.
+    """
+    return CalibratedText(
+        dataset=dataset,
+        sha256=sha256_text(text),
+        until=len(text),
+        fingerprints=fingerprints(text),
     )
 
 

@@ -106,6 +106,33 @@ def cut(
     return tokens, False
 
 
+def check_prompts(
+    qm: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int
+) -> None:
+    """Refuses prompts that cannot be answered.
+
+    Args:
+        qm: A `kvquant.models.loading.QuantizedModel`.
+        prompts: Token ids of each prompt.
+        max_new_tokens: Length of the longest answer in tokens.
+        batch_size: Largest number of prompts in a batch.
+
+    Raises:
+        UserError: A prompt is empty or does not fit the model's positions, or a number is too
+            small.
+    """
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {index}: is empty")
+        if len(prompt) + max_new_tokens > qm.position_limit:
+            raise UserError(
+                f"prompt {index}: {len(prompt)} tokens and {max_new_tokens} of answer, but the "
+                f"model has {qm.position_limit} positions"
+            )
+    if max_new_tokens < 0 or batch_size < 1:
+        raise UserError("max_new_tokens must not be negative, batch_size must be at least 1")
+
+
 def greedy(
     qm: Any,
     prompts: list[list[int]],
@@ -138,16 +165,7 @@ def greedy(
         UserError: A prompt is empty or does not fit the model's positions.
         NonFinite: Logits that decide a token are NaN or infinite.
     """
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise UserError(f"prompt {index}: is empty")
-        if len(prompt) + max_new_tokens > qm.position_limit:
-            raise UserError(
-                f"prompt {index}: {len(prompt)} tokens and {max_new_tokens} of answer, but the "
-                f"model has {qm.position_limit} positions"
-            )
-    if max_new_tokens < 0 or batch_size < 1:
-        raise UserError("max_new_tokens must not be negative, batch_size must be at least 1")
+    check_prompts(qm, prompts, max_new_tokens, batch_size)
     ends = frozenset(end_ids(qm) if eos_ids is None else eos_ids)
     sizes = [len(prompt) for prompt in prompts]
     answers: list[list[int]] = [[] for _ in prompts]

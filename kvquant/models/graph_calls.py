@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.models.graph_decoding import CapturedStep, GraphedDecoder
-from kvquant.models.model_call import CACHE_NAMES, arguments, find_cache, parameters
+from kvquant.models.model_call import CACHE_NAMES, UNREAD, arguments, find_cache, parameters
 from kvquant.models.oom_retry import release_memory
 from kvquant.runtime.progress import note
 
@@ -36,7 +36,8 @@ _OFF = ("labels", "inputs_embeds", "output_attentions", "output_hidden_states")
 _CONFIGURED = ("output_attentions", "output_hidden_states")  # in a model's configuration
 _FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 _CACHE_FIELD = next(name for name in CACHE_NAMES if name in _FIELDS)
-_USED = frozenset({"input_ids", "attention_mask", "position_ids", *CACHE_NAMES, *_IGNORED, *_OFF})
+_READ = ("input_ids", "attention_mask", "position_ids", *CACHE_NAMES)
+_USED = frozenset({*_READ, *_IGNORED, *_OFF, *UNREAD})
 
 
 # Packages whose modules keep their settings, so that no step spends time on comparing them.

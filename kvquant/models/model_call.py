@@ -47,6 +47,10 @@ def find_cache(given: Mapping[str, Any]) -> AttendingCache | None:
     return next((value for value in given.values() if isinstance(value, AttendingCache)), None)
 
 
+# What transformers' `generate` hands on to the model with stop strings, and no model reads.
+UNREAD = frozenset({"tokenizer", "assistant_tokenizer"})
+
+
 def refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
     """Refuses arguments that would otherwise be ignored.
 
@@ -63,7 +67,9 @@ def refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
             "out, or pass a cache of transformers"
         )
     for name, value in given.items():
-        if name not in known and value is not None and not isinstance(value, AttendingCache):
+        if name in known or name in UNREAD or value is None:
+            continue
+        if not isinstance(value, AttendingCache):
             raise UserError(
                 f"{name}: this argument of the model is not known to the quantized cache; leave "
                 "it out, or pass a cache of transformers"

@@ -28,9 +28,11 @@ class QuantizerManifest(BaseModel):
     Attributes:
         spec: The scheme's options.
         num_layers: Number of layers that see all tokens, the only ones with tables.
-        weights_sha256: Of the model's weights.
+        weights_sha256: Of the model's weights; None for a model that was given in memory.
         model_identity: Of all files of the model (see :mod:`kvquant.fetch.model_manifest`).
         text: The text that calibration read; perplexity must not be measured on it.
+        logits_sample: Some logits of the model, by which a model in memory is recognized
+            (:mod:`kvquant.models.logits_sample`); None in quantizers of the workflow.
         tensors_sha256: Of the safetensors file; set when it is written.
         seal: sha256 of all other fields; set when it is written.
     """
@@ -40,7 +42,7 @@ class QuantizerManifest(BaseModel):
     schema_version: int = 2
     library_version: str
     model: str
-    weights_sha256: str
+    weights_sha256: str | None
     model_identity: str | None = None
     text: CalibratedText | None = None
     scheme: str
@@ -51,6 +53,7 @@ class QuantizerManifest(BaseModel):
     num_kv_heads: int = Field(ge=1)
     head_dim: int = Field(ge=1)
     calibration_error: dict[str, float]
+    logits_sample: list[float] | None = None
     tensors_sha256: str = ""
     seal: str = ""
 
@@ -60,14 +63,20 @@ def tensors_path(manifest: Path) -> Path:
     return manifest.with_suffix(".safetensors")
 
 
-def save_quantizer(path: Path, manifest: QuantizerManifest, layers: Sequence[LayerTables]) -> None:
-    """Writes both files, the JSON last, so that its presence means that both are whole."""
-    tensors = {
+def named_tensors(layers: Sequence[LayerTables]) -> dict[str, torch.Tensor]:
+    """Returns the tensors of all layers by their names in the safetensors file."""
+    return {
         f"layers.{i}.{field}": getattr(layer, field)
         for i, layer in enumerate(layers)
         for field in layer.FIELDS
     }
-    save_pair(path, tensors_path(path), manifest.model_dump(mode="json"), tensors)
+
+
+def save_quantizer(path: Path, manifest: QuantizerManifest, layers: Sequence[LayerTables]) -> None:
+    """Writes both files, the JSON last, so that its presence means that both are whole."""
+    absent = {"logits_sample"} if manifest.logits_sample is None else None
+    info = manifest.model_dump(mode="json", exclude=absent)
+    save_pair(path, tensors_path(path), info, named_tensors(layers))
 
 
 def read_quantizer(path: Path) -> QuantizerManifest:
@@ -85,7 +94,7 @@ def read_quantizer(path: Path) -> QuantizerManifest:
         raise UserError(f"{FIELD}: {path} is damaged ({where}: {first['msg']}): {AGAIN}") from None
 
 
-def scheme_of(path: Path, manifest: QuantizerManifest) -> CalibratedScheme:
+def scheme_of(path: str | Path, manifest: QuantizerManifest) -> CalibratedScheme:
     """Returns the scheme that a quantizer was built for.
 
     Raises:
@@ -102,8 +111,13 @@ def scheme_of(path: Path, manifest: QuantizerManifest) -> CalibratedScheme:
     return found
 
 
-def check_scheme(path: Path, manifest: QuantizerManifest, scheme: Scheme) -> None:
+def check_scheme(path: str | Path, manifest: QuantizerManifest, scheme: Scheme) -> None:
     """Refuses a quantizer that was built for another scheme.
+
+    Args:
+        path: The quantizer, as messages name it.
+        manifest: Its manifest.
+        scheme: The scheme that is asked for.
 
     Raises:
         UserError: An option differs; the message names it.
@@ -139,6 +153,25 @@ def check_digest(path: Path, digest: str) -> QuantizerManifest:
     return found
 
 
+def check_weights(path: str | Path, manifest: QuantizerManifest, sha256: str | None) -> None:
+    """Refuses a quantizer that was built for other weights.
+
+    Args:
+        path: The quantizer, as messages name it.
+        manifest: Its manifest.
+        sha256: Hash of the weights at hand; None: unknown, so that nothing is checked.
+
+    Raises:
+        UserError: Both hashes are known and differ.
+    """
+    built = manifest.weights_sha256
+    if sha256 is not None and built is not None and built != sha256:
+        raise UserError(
+            f"{FIELD}: {path} was built for model '{manifest.model}' (weights {built[:12]}), not "
+            f"for weights {sha256[:12]}: build one for this model"
+        )
+
+
 def load_quantizer(
     path: Path, *, weights_sha256: str | None, device: torch.device | str = "cpu"
 ) -> tuple[QuantizerManifest, list[LayerTables]]:
@@ -154,12 +187,7 @@ def load_quantizer(
             quantizer belongs to another model.
     """
     manifest = read_quantizer(path)
-    if weights_sha256 is not None and manifest.weights_sha256 != weights_sha256:
-        raise UserError(
-            f"{FIELD}: {path} was built for model '{manifest.model}' "
-            f"(weights {manifest.weights_sha256[:12]}), not for weights {weights_sha256[:12]}: "
-            "build one for this model"
-        )
+    check_weights(path, manifest, weights_sha256)
     spec = scheme_of(path, manifest)
     kind: type[LayerTables] = load(spec.registration.tables)
     shapes = kind.shapes(spec.table_bits, manifest.num_kv_heads, manifest.head_dim)

@@ -45,7 +45,8 @@ class ModelShape:
 def _check_tables(spec: Scheme, tables: Tables) -> None:
     if spec.registration.calibrated and tables is None:
         raise UserError(
-            f"quantizer: scheme kind '{spec.kind}' needs a quantizer file (run `quantize`)"
+            f"quantizer: scheme kind '{spec.kind}' needs a quantizer file; kvquant.calibrate "
+            "makes one (in a study: `kvquant quantize`)"
         )
 
 

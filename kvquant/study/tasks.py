@@ -7,7 +7,7 @@ options, and is listed nowhere else.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TYPE_CHECKING, Annotated, ClassVar, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Field, model_validator
 

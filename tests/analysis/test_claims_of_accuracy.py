@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from kvquant.analysis import claims_of_accuracy
-from kvquant.analysis.evidence import NOT_MEASURED, SUPPORTED
+from kvquant.analysis.evidence import NOT_MEASURED, NOT_SUPPORTED, SUPPORTED
 from kvquant.analysis.study_tables import Tables
 from kvquant.study.config import Study
 from tests.support.studies import study_of
@@ -46,6 +46,59 @@ def test_every_step_names_its_bits() -> None:
     outcome = claims_of_accuracy.ordering(tables(accuracy_tables(study())[0]))
     assert outcome.verdict == SUPPORTED
     assert all(f" {bits} bits +" in outcome.value for bits in (4, 3, 2))
+
+
+def losses(**schemes: tuple[float, float]) -> Tables:
+    """Perplexities and bits of schemes of five seeds, over those of fp16."""
+    kinds: dict[str, Any] = {
+        "nuq4": {"kind": "nuq", "bits": 4, "outliers": 0.01},
+        "nuq3": {"kind": "nuq", "bits": 3, "outliers": 0.01},
+        "nuq3-plain": {"kind": "nuq", "bits": 3, "outliers": 0.0},
+        "allocated-4": {"kind": "allocated", "bits": 4.4},
+        "allocated-3": {"kind": "allocated", "bits": 3.4},
+        "layers-equal": {"kind": "allocated", "bits": 3.4, "allocation": "layer"},
+    }
+    named = {name.replace("_", "-"): values for name, values in schemes.items()}
+    chosen = {name: kinds[name] for name in named}
+    asked = study_of(schemes={"fp16": {"kind": "fp16"}, **chosen}, seeds=[*range(5)])
+    rows = [
+        {"model": "m", "scheme": name, "task": "ppl", "suite": "perplexity", "protocol": "B"}
+        | {"seed": seed, "value": 20 + seed + lost * (1 + seed / 100), "bits_per_element": bits}
+        for name, (lost, bits) in {"fp16": (0.0, 16.0), **named}.items()
+        for seed in range(5)
+    ]
+    none = pd.DataFrame()
+    return Tables(asked, pd.DataFrame(rows), none, none, none, none, none, none)
+
+
+def test_loss_is_compared_at_no_more_bits_and_between_plain_schemes() -> None:
+    outcome = claims_of_accuracy.half_the_loss(
+        losses(
+            nuq4=(0.4, 5.0),
+            nuq3=(1.5, 4.0),
+            nuq3_plain=(9.0, 3.9),
+            allocated_4=(0.16, 4.9),
+            allocated_3=(0.6, 3.9),
+            layers_equal=(0.1, 3.8),
+        )
+    )
+    assert outcome.verdict == SUPPORTED and outcome.evidence == "5 seeds"
+    assert "0.40 [0.40, 0.40] with 4.90 for 5.00 bits, 0.40 [0.40, 0.40] with 3.90 for 4.00" in (
+        outcome.value
+    )
+
+
+def test_the_loss_at_the_worst_width_decides() -> None:
+    values = losses(
+        nuq4=(0.4, 5.0), nuq3=(1.5, 4.0), allocated_4=(0.3, 4.9), allocated_3=(0.6, 3.9)
+    )
+    assert claims_of_accuracy.half_the_loss(values).verdict == NOT_SUPPORTED
+
+
+def test_more_bits_are_no_comparison() -> None:
+    values = losses(nuq3=(1.5, 4.0), allocated_3=(0.6, 4.1))
+    assert claims_of_accuracy.half_the_loss(values).verdict == NOT_MEASURED
+    assert claims_of_accuracy.half_the_loss(losses(nuq3=(1.5, 4.0))).verdict == NOT_MEASURED
 
 
 def test_short_prompts_do_not_look_like_a_failure() -> None:

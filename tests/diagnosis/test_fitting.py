@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvquant.diagnosis.asked_schemes import NAMED, asked_scheme
+from kvquant.diagnosis.asked_schemes import asked_scheme
 from kvquant.diagnosis.fitting import LIBRARIES, STEP, Room, fit, longest_prompt
 from kvquant.diagnosis.model_facts import CacheFacts
 from kvquant.study.jobs import CONTEXT_CHUNK
 from kvquant.study.kernels import SHAPES
+from kvquant.study.presets import PRESETS
 
 GB = 10**9
 
@@ -77,7 +78,7 @@ def test_bits_are_those_that_a_gpu_allocated(root: Path) -> None:
     assert fit(asked_scheme("fp16"), room, 16384).bits_per_element == 16.0
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_named_scheme_has_numbers_or_a_reason(name: str) -> None:
     room = Room(8 * GB, 0, 0, facts("tiny"))
     found = fit(asked_scheme(name), room, 1024, batch=2)

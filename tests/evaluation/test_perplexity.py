@@ -147,9 +147,7 @@ def test_a_scheme_that_mixes_sequences_gets_one_window_at_a_time(
     assert sizes == [1, 1, 1]
 
 
-def test_bos_takes_the_place_of_the_first_token(
-    tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bos_takes_the_place_of_the_first_token(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """So the same tokens are scored with it and without."""
     fed: list[torch.Tensor] = []
 

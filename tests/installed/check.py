@@ -1,13 +1,17 @@
 """Uses the installed package as a stranger would, on a tiny model; run outside the repository.
 
 `.ci/installed` runs it with the wheel and the lowest and the newest releases that its ranges allow:
-import, calibrate, build, generate (prefill, padded batch, decode steps), evaluate under both
-protocols. It needs a package index for the text of the calibration.
+import, calibrate, build, generate (prefill, padded batch, decode steps), the Python API, evaluate
+under both protocols. It needs a package index for the text of the calibration. With the argument
+`library` it checks what needs no extra, where none is installed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -16,6 +20,7 @@ from typing import Any
 
 import torch
 
+import kvquant
 import kvquant.cli
 from kvquant.models.loading import load_quantized_model, read_manifest
 from kvquant.study.config import load_study
@@ -98,6 +103,17 @@ def check_generation(manifest: Path, quantizer: Path) -> None:
         assert cache.get_seq_length() >= first, "the cache was not used"
 
 
+def check_library() -> None:
+    """The Python API: a quantizer from a text, saved, read again, and answers over its cache."""
+    text = "The grass is green. The sky is blue. The sun is yellow. Here we go. " * 9
+    made = kvquant.calibrate("tiny", texts=text, bits=4, windows=2, window=128, device="cpu")
+    model = kvquant.load("tiny", quantizer=made.save("quantizer"), device="cpu")
+    prompts = ["The sky", "There and back again. " * 4]
+    greedy = kvquant.generate(model, prompts, 6)
+    assert greedy == kvquant.generate(model, prompts, 6, top_k=1), "two ways differ"
+    kvquant.generate(model, prompts, 6, stop_strings=["e"], num_beams=2)
+
+
 def check_window() -> None:
     """A model whose first layer has a window, and a rotary table of its own, answers over it."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
@@ -122,12 +138,42 @@ def check_window() -> None:
     assert 0 < error < 0.05, f"logits over a window differ by {error:.3f}"
 
 
+def check_without_extras() -> None:
+    """The library works, and a verb of the workflow says what it lacks."""
+    assert importlib.util.find_spec("pandas") is None, "an extra is installed"
+    save_tiny(Path("tiny"))
+    check_library()
+    check_window()
+    words = [
+        "aggregate",
+        "--study",
+        "s",
+        "--results",
+        "r",
+        "--device-name",
+        "cpu",
+        "--out-dir",
+        "o",
+    ]
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        assert kvquant.cli.main(words) == 2
+    assert "pip install 'kvquant[workflow]'" in told.getvalue(), told.getvalue()
+    verb("doctor", "--offline", "--model", "tiny")
+    verb("capacity", "--model", "tiny", "--memory", "4GB")
+    packages = len(list(importlib.metadata.distributions()))
+    print(
+        f"kvquant {importlib.metadata.version('kvquant')}, {packages} packages: the library works"
+    )
+
+
 def main() -> None:
     """Runs every step in the current folder, which is empty."""
     home = Path(kvquant.__file__).resolve().parent
     assert "site-packages" in home.parts, f"not the installed package: {home}"
     command = [str(Path(sys.executable).with_name("kvquant")), "--help"]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    if sys.argv[1:] == ["library"]:
+        return check_without_extras()
     save_tiny(Path("tiny"))
     Path("study.json").write_text(json.dumps(STUDY), encoding="utf-8")
     base = ["--study", "study.json", "--model", "tiny"]
@@ -141,6 +187,7 @@ def main() -> None:
     verb("calibrate", *base, *ours, *data, *cpu, "--out", stats)
     verb("quantize", *base, "--scheme", "nuq4", "--stats", stats, "--out", quantizer)
     check_generation(Path(ours[1]), Path(quantizer))
+    check_library()
     check_window()
     verb("prompts", *base, *ours, "--task", "passkey", "--seeds", "0", "--out", "p.jsonl.gz")
     for scheme in STUDY["schemes"]:

@@ -118,7 +118,11 @@ def filled(qm: Any) -> Any:
     return cache
 
 
-def test_steps_run_as_a_graph_after_a_few(recorded: type[Recorded]) -> None:
+@pytest.mark.parametrize("unread", [{}, {"tokenizer": object()}])
+def test_steps_run_as_a_graph_after_a_few(
+    unread: dict[str, object], recorded: type[Recorded]
+) -> None:
+    """Also where `generate` hands its tokenizer on to the model, as it does with stop strings."""
     qm = quantized(tiny_model(), LOSSY)
     tokens = ids(2, 30, seed=1)
     plain = filled(qm)
@@ -126,7 +130,7 @@ def test_steps_run_as_a_graph_after_a_few(recorded: type[Recorded]) -> None:
     expected = run(qm.model, plain, tokens)
     assert recorded.made == 0
     cache = filled(qm)
-    torch.testing.assert_close(run(qm.model, cache, tokens), expected, **CLOSE)
+    torch.testing.assert_close(run(qm.model, cache, tokens, **unread), expected, **CLOSE)
     assert recorded.made == 1
     assert recorded.steps == 30 - STEPS_BEFORE
     assert cache.lengths == [80, 80]

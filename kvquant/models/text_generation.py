@@ -1,0 +1,166 @@
+"""Answers a list of texts over the quantized cache of a model, greedily or by transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from kvquant.errors import UserError
+from kvquant.models.generation import check_prompts, cut, end_ids, greedy, left_pad
+from kvquant.models.model_call import cache_argument
+from kvquant.models.oom_retry import in_batches, retry_on_overflow, without_retry
+from kvquant.models.quantized_model import QuantizedModel
+
+Turn = Mapping[str, Any]
+Prompt = str | Sequence[Turn]
+
+# Options that mean sampling, so that nobody has to say `do_sample=True` as well.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# Options of transformers' generate that have no place here, and what to do instead.
+_REFUSED = {
+    "input_ids": "give texts as prompts",
+    "inputs": "give texts as prompts",
+    "inputs_embeds": "call qm.model.generate(..., past_key_values=qm.new_cache())",
+    "attention_mask": "it follows from the prompts",
+    "past_key_values": "each batch has a cache of the scheme",
+    "cache_implementation": "each batch has a cache of the scheme",
+    "use_cache": "each batch has a cache of the scheme",
+    "max_length": "use max_new_tokens",
+    "num_return_sequences": "give a prompt several times",
+    "return_dict_in_generate": "call qm.model.generate(..., past_key_values=qm.new_cache())",
+    "streamer": "call qm.model.generate(..., past_key_values=qm.new_cache())",
+}
+
+
+def generate(
+    qm: QuantizedModel,
+    prompts: Iterable[Prompt],
+    max_new_tokens: int = 128,
+    *,
+    chat: bool = False,
+    batch_size: int = 16,
+    batch_tokens: int | None = None,
+    **options: Any,
+) -> list[str]:
+    """Answers prompts of any lengths, in batches padded on the left.
+
+    The answers are greedy unless options ask for something else. Greedy decoding stores each batch
+    in a cache of the scheme and drops finished answers from it, on one GPU by a CUDA graph; the
+    model's generation configuration counts for its end tokens alone. With options, transformers'
+    `generate` runs over such a cache, with the model's generation configuration. A batch that does
+    not fit in the GPU's memory is tried again in halves.
+
+    Args:
+        qm: What :func:`kvquant.load` returned, with a tokenizer.
+        prompts: Texts; with `chat`, each a user's turn, or a conversation as a list of
+            `{"role": ..., "content": ...}`.
+        max_new_tokens: Length of the longest answer in tokens.
+        chat: Whether to apply the tokenizer's chat template, for instruction-tuned models.
+        batch_size: Largest number of prompts in a batch, which have similar lengths.
+        batch_tokens: Largest number of prompt tokens in a batch, padding included; None sets no
+            limit.
+        options: Options of transformers' `generate`, such as `temperature=0.7`, `top_p=0.9`,
+            `num_beams=4`, `repetition_penalty=1.1` or `stop_strings=["."]`. Those of sampling
+            imply `do_sample=True`; `torch.manual_seed` fixes what they draw.
+
+    Returns:
+        The answers in the order of the prompts, without the prompts and special tokens.
+
+    Raises:
+        UserError: There is no tokenizer or chat template, a prompt is empty or too long for the
+            model's positions, or an option cannot be used here.
+        NonFinite: Logits that decide a token are NaN or infinite (greedy decoding).
+    """
+    ids = _tokenized(qm.tokenizer, prompts, chat)
+    for name, instead in _REFUSED.items():
+        if name in options:
+            raise UserError(f"{name}: is no option of kvquant.generate; {instead}")
+    options = {name: value for name, value in options.items() if value is not None}
+    if options.pop("do_sample", False) or any(n in options for n in _SAMPLING):
+        options["do_sample"] = True
+    limits: dict[str, Any] = {"batch_size": batch_size, "batch_tokens": batch_tokens}
+    if options:
+        tokens = _by_transformers(qm, ids, max_new_tokens, options, **limits)
+    else:
+        tokens = greedy(qm, ids, max_new_tokens, **limits).tokens
+    return [str(qm.tokenizer.decode(answer, skip_special_tokens=True)) for answer in tokens]
+
+
+def _tokenized(tokenizer: Any, prompts: Iterable[Prompt], chat: bool) -> list[list[int]]:
+    """Returns the token ids of each prompt.
+
+    Raises:
+        UserError: There is no tokenizer or chat template, or a prompt is neither text nor turns.
+    """
+    if tokenizer is None:
+        raise UserError("tokenizer: is missing; give kvquant.load a tokenizer")
+    if isinstance(prompts, str):
+        raise UserError("prompts: is one text; give a list of texts")
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise UserError("chat: the tokenizer has no chat template; leave chat out")
+    found = []
+    for number, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            text, turns = prompt, [{"role": "user", "content": prompt}]
+        elif chat and isinstance(prompt, Sequence) and all(isinstance(t, Mapping) for t in prompt):
+            text, turns = "", [dict(turn) for turn in prompt if isinstance(turn, Mapping)]
+        else:
+            wanted = "a text or a list of turns" if chat else "a text (turns need chat=True)"
+            raise UserError(f"prompt {number}: must be {wanted}, got {type(prompt).__name__}")
+        if chat:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        found.append(list(tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids))
+    return found
+
+
+def _by_transformers(
+    qm: QuantizedModel,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    options: dict[str, Any],
+    *,
+    batch_size: int,
+    batch_tokens: int | None,
+) -> list[list[int]]:
+    """Returns the new tokens of each prompt from transformers' `generate`.
+
+    Raises:
+        UserError: A prompt is empty or too long, or an option is wrong.
+    """
+    check_prompts(qm, prompts, max_new_tokens, batch_size)
+    given = options.get("eos_token_id")
+    ends = end_ids(qm) if given is None else [given] if isinstance(given, int) else list(given)
+    usual: dict[str, Any] = {"do_sample": False, "pad_token_id": min(ends) if ends else 0}
+    if "stop_strings" in options:
+        usual["tokenizer"] = qm.tokenizer
+
+    def once(cache: Any, rows: list[int]) -> list[list[int]]:
+        ids, mask = left_pad([prompts[row] for row in rows], usual["pad_token_id"], qm.device)
+        found = qm.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            **cache_argument(qm.model, cache),
+            **{**usual, **options},
+        )
+        return [cut(answer, ends, None)[0] for answer in found[:, ids.shape[1] :].tolist()]
+
+    def work(rows: list[int]) -> list[list[int]]:
+        with torch.inference_mode():
+            return retry_on_overflow(qm.new_cache, lambda cache: once(cache, rows))
+
+    answers: list[list[int]] = [[] for _ in prompts]
+    run = work if qm.share is None else without_retry(work)
+    sizes = [len(prompt) for prompt in prompts]
+    try:
+        for rows, batch in in_batches(sizes, run, batch_size=batch_size, batch_tokens=batch_tokens):
+            for row, answer in zip(rows, batch, strict=True):
+                answers[row] = answer
+    except UserError:
+        raise
+    except ValueError as error:  # transformers' own words on an option
+        told = " ".join(str(error).split())
+        raise UserError(f"options: transformers' generate refuses them ({told})") from None
+    return answers

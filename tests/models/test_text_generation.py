@@ -1,0 +1,172 @@
+"""`kvquant.generate`: texts in, texts out, whatever their lengths and the options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kvquant
+from kvquant.errors import UserError
+from kvquant.models import text_generation
+from kvquant.models.generation import greedy
+from tests.support.models import save_tiny
+
+SCHEME = {"kind": "kivi", "bits": 4, "group": 16, "residual": 16}
+PROMPTS = ["The sky", "The grass is green. The sky is blue. " * 4, "One, two, three"]
+
+
+@pytest.fixture(scope="module")
+def qm(tmp_path_factory: pytest.TempPathFactory) -> kvquant.QuantizedModel:
+    folder: Path = save_tiny(tmp_path_factory.mktemp("model"), positions=256)
+    return kvquant.load(folder, SCHEME, device="cpu")
+
+
+def alone(qm: kvquant.QuantizedModel, text: str, new: int, **options: Any) -> str:
+    """What transformers' `generate` answers to one text over a cache of ours."""
+    inputs = qm.tokenizer(text, return_tensors="pt")
+    found = qm.model.generate(
+        **inputs, past_key_values=qm.new_cache(), max_new_tokens=new, pad_token_id=0,
+        **{"do_sample": False, **options},
+    )  # fmt: skip
+    answer = found[0, inputs.input_ids.shape[1] :]
+    return str(qm.tokenizer.decode(answer, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_answers_are_those_of_each_prompt_alone(
+    qm: kvquant.QuantizedModel, batch_size: int
+) -> None:
+    expected = [alone(qm, text, 12) for text in PROMPTS]
+    assert kvquant.generate(qm, iter(PROMPTS), 12, batch_size=batch_size) == expected
+    assert len(set(expected)) == 3
+
+
+def test_without_options_the_fast_path_answers(
+    qm: kvquant.QuantizedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs)
+        return greedy(*args, **kwargs)
+
+    monkeypatch.setattr(text_generation, "greedy", watched)
+    same = [
+        kvquant.generate(qm, PROMPTS, 5, batch_tokens=64, **options)
+        for options in ({}, {"do_sample": False}, {"temperature": None})
+    ]
+    assert seen == [{"batch_size": 16, "batch_tokens": 64}] * 3
+    assert same[0] == same[1] == same[2]
+    kvquant.generate(qm, PROMPTS, 5, num_beams=2)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"repetition_penalty": 1.7}, {"eos_token_id": [5, 40]}]
+)
+def test_options_go_to_transformers(qm: kvquant.QuantizedModel, options: dict[str, Any]) -> None:
+    found = kvquant.generate(qm, PROMPTS[:1], 12, **options)
+    assert found == [alone(qm, PROMPTS[0], 12, **options)]
+
+
+def test_a_batch_of_them_is_padded_on_the_left(qm: kvquant.QuantizedModel) -> None:
+    options: dict[str, Any] = {"repetition_penalty": 1.7}
+    expected = [alone(qm, text, 8, **options) for text in PROMPTS]
+    assert kvquant.generate(qm, PROMPTS, 8, batch_size=2, **options) == expected
+
+
+def test_a_temperature_means_sampling(qm: kvquant.QuantizedModel) -> None:
+    def drawn(seed: int, **options: Any) -> list[str]:
+        torch.manual_seed(seed)
+        return kvquant.generate(qm, PROMPTS, 12, **options)
+
+    hot = {"temperature": 3.0}
+    assert drawn(1, **hot) == drawn(1, **hot) != drawn(2, **hot)
+    assert drawn(1, **hot) == drawn(1, do_sample=True, **hot)
+    assert drawn(1, top_k=1) == kvquant.generate(qm, PROMPTS, 12)
+
+
+def test_stop_strings_end_an_answer(qm: kvquant.QuantizedModel) -> None:
+    whole = kvquant.generate(qm, PROMPTS[:1], 12)[0]
+    letters = [c for c in whole if c.isascii() and c.isalpha()]
+    stop = letters[len(letters) // 2]
+    cut = kvquant.generate(qm, PROMPTS[:1], 12, stop_strings=[stop])[0]
+    assert stop in cut and whole.startswith(cut) and len(cut) < len(whole)
+
+
+def test_chat_applies_the_template_to_turns(qm: kvquant.QuantizedModel) -> None:
+    turns = [
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "The sky?"},
+    ]
+    text = qm.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ask = "<|im_start|>\nThe sky<|im_end|>\n<|im_start|>assistant\n".replace(
+        "<|im_start|>\n", "<|im_start|>user\n", 1
+    )
+    found = kvquant.generate(qm, [PROMPTS[0], turns], 8, chat=True)
+    assert found == [alone(qm, ask, 8), alone(qm, text, 8)]
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.2}])
+def test_a_batch_out_of_memory_is_halved(
+    qm: kvquant.QuantizedModel, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = kvquant.generate(qm, PROMPTS, 6, **options)
+    forward, rows = qm.model.forward, []
+
+    def small(*args: Any, **kwargs: Any) -> Any:
+        rows.append(len(kwargs["input_ids"]))
+        if rows[-1] > 1:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(qm.model, "forward", small)
+    assert kvquant.generate(qm, PROMPTS, 6, **options) == expected
+    assert rows[:3] == [3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "told"),
+    [
+        ("The sky", {}, "prompts: is one text; give a list"),
+        (["", "a"], {}, "prompt 0: is empty"),
+        (["a", ""], {"num_beams": 2}, "prompt 1: is empty"),
+        (["a " * 400], {}, "prompt 0: .* but the model has 256 positions"),
+        (["a " * 400], {"num_beams": 2}, "prompt 0: .* but the model has 256 positions"),
+        ([[1, 2]], {}, r"prompt 0: must be a text \(turns need chat=True\), got list"),
+        ([[1, 2]], {"chat": True}, "prompt 0: must be a text or a list of turns, got list"),
+        (["a"], {"max_length": 9}, "max_length: is no option of kvquant.generate; use max_new"),
+        (["a"], {"num_return_sequences": 2}, "num_return_sequences: .* a prompt several times"),
+        (["a"], {"top_pp": 0.7}, "options: transformers' generate refuses them .*top_pp"),
+        (
+            ["a"],
+            {"temperature": -1.0},
+            "options: transformers' generate refuses .*temperature",
+        ),
+        (["a"], {"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    qm: kvquant.QuantizedModel, prompts: Any, options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        kvquant.generate(qm, prompts, 8, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_and_a_template_are_needed(qm: kvquant.QuantizedModel) -> None:
+    bare = kvquant.load(qm.model, SCHEME)
+    with pytest.raises(UserError, match=r"tokenizer: is missing; give kvquant.load a tokenizer"):
+        kvquant.generate(bare, ["a"])
+    template, qm.tokenizer.chat_template = qm.tokenizer.chat_template, None
+    with pytest.raises(UserError, match="chat: the tokenizer has no chat template"):
+        kvquant.generate(qm, ["a"], chat=True)
+    qm.tokenizer.chat_template = template
+
+
+def test_no_prompts_have_no_answers(qm: kvquant.QuantizedModel) -> None:
+    assert kvquant.generate(qm, []) == kvquant.generate(qm, [], num_beams=2) == []
