@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from kvquant.errors import UserError, unknown
+from kvquant.runtime.extras import not_installed
 
 VERBS: dict[str, tuple[str, str]] = {
     "study": ("kvquant.study.validate", "write the validated study as one JSON file"),
@@ -50,6 +51,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plot": ("kvquant.analysis.plot", "draw one figure from the tables"),
     "tables": ("kvquant.analysis.latex", "write the paper's LaTeX tables and numbers"),
     "html": ("kvquant.analysis.html_tables", "write claims and tables as HTML for the report"),
+    "explorer": ("kvquant.analysis.explorer.page", "write all results as one page to explore"),
     "report": ("kvquant.analysis.report", "write the HTML report of a finished study"),
     "claims": ("kvquant.analysis.claims", "write the claims: measured values and verdicts"),
     "track": ("kvquant.analysis.tracking", "log every record to Weights & Biases, offline"),
@@ -97,6 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         for line in str(error).splitlines():
             print(f"kvquant: error: {line}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (told := not_installed(error)) is None:
+            raise
+        print(f"kvquant: error: {told}", file=sys.stderr)
         return 2
     except OSError as error:
         # A full disk, a read-only folder, a vanished file: a traceback would explain nothing.

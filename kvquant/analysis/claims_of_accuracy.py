@@ -48,7 +48,7 @@ def ordering(t: Tables) -> Outcome:
 
 
 def _plain_schemes(t: Tables) -> tuple[list[str], list[str]]:
-    """Returns the schemes of NUQ with 1 % outliers and of allocated codes, but for bits as usual."""
+    """Returns the schemes of NUQ with 1 % outliers and of allocated codes, usual but for bits."""
     nuq, allocated = [], []
     for name, scheme in t.study.schemes.items():
         plain = scheme.model_copy(update={"label": None})

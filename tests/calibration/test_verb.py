@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ FEW = ["--device", "cpu", "--windows", "2", "--window", "96"]
 )
 def test_it_makes_the_quantizer_of_the_library(
     words: list[str],
-    given: dict[str, object],
+    given: dict[str, Any],
     place: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -48,8 +49,7 @@ def test_it_makes_the_quantizer_of_the_library(
     said = capsys.readouterr()
     assert "2 layers, 2 windows of 96 tokens" in said.out and not said.err
     found = kvquant.load_quantizer(tmp_path / "q")
-    few = {"windows": 2, "window": 96, "device": "cpu"}
-    made = kvquant.calibrate(model, texts=text, **few, **given)
+    made = kvquant.calibrate(model, texts=text, device="cpu", windows=2, window=96, **given)
     assert found.tensors_sha256 == made.tensors_sha256
     assert found.manifest.weights_sha256 is not None
     assert main([*base, *FEW]) == 2  # nothing is overwritten

@@ -17,8 +17,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `model`, `quantizer`, `prompt.txt` and `corpus.txt`."""
     place = tmp_path_factory.mktemp("place")
     model = save_tiny(place / "model", positions=512)
-    few = {"windows": 1, "window": 96}
-    kvquant.calibrate(model, texts=CORPUS, device="cpu", **few).save(place / "quantizer")
+    made = kvquant.calibrate(model, texts=CORPUS, device="cpu", windows=1, window=96)
+    made.save(place / "quantizer")
     (place / "prompt.txt").write_text(TEXT + "\n")
     (place / "corpus.txt").write_text(CORPUS)
     return place

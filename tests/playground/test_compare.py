@@ -64,9 +64,11 @@ def test_the_json_is_what_the_page_says(root: Path, found: dict[str, Any]) -> No
 def test_the_numbers_are_those_of_the_library(place: Path, found: dict[str, Any]) -> None:
     prompt = (place / "prompt.txt").read_text().removesuffix("\n") + f"\n\n{QUESTION}"
     fp16, allocated, kivi, _ = found["caches"]
-    for row, given in ((kivi, {"scheme": asked_scheme(KIVI)}), (allocated, {})):
-        quantizer = None if given else place / "quantizer"
-        qm = kvquant.load(place / "model", quantizer=quantizer, device="cpu", **given)
+    for row, scheme, quantizer in (
+        (kivi, asked_scheme(KIVI), None),
+        (allocated, None, place / "quantizer"),
+    ):
+        qm = kvquant.load(place / "model", scheme, quantizer=quantizer, device="cpu")
         ids = qm.tokenizer(prompt).input_ids
         assert found["prompt_tokens"] == len(ids)
         answer = greedy(qm, [ids], 6, batch_size=1)
@@ -116,7 +118,12 @@ def test_a_text_is_read_and_not_answered(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read: list[str] = []  # short texts have no fingerprints
-    monkeypatch.setattr(text_overlap, "shared_share", lambda _, text: read.append(text) or 0.25)
+
+    def share(calibrated: object, text: str) -> float:
+        read.append(text)
+        return 0.25
+
+    monkeypatch.setattr(text_overlap, "shared_share", share)
     given = ["--text", str(place / "corpus.txt"), "--tokens", "150", "--scheme", "nuq3-1pct"]
     few = ["--calibrate-on", str(place / "corpus.txt"), "--windows", "1", "--window", "96"]
     assert main(words(place, *given, *few, "--json")) == 0

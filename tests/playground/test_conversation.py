@@ -84,7 +84,8 @@ def test_an_answer_can_be_stopped(qm: Any) -> None:
 
 def test_lost_outliers_lead_to_a_wider_cache(qm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Conversation(qm).ask("The sky", NEW)
-    made, widened = qm.new_cache, []
+    made = qm.new_cache
+    widened: list[Any] = []
 
     def lossy(*args: Any) -> Any:
         cache = made(*args)

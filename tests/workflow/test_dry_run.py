@@ -160,7 +160,7 @@ def test_stages_have_an_aggregate_target_and_a_short_name(root: Path) -> None:
     short = {"questions", "accuracy", "performance", "joules", "appends", "kernels", "figures"}
     assert found >= short | {"tables", "claims", "html", "report_page"}
     stages = {"prompts", "accuracy", "throughput", "energy", "append", "kernels", "figures"}
-    stages |= {"tables", "claims", "pages", "report"}
+    stages |= {"tables", "claims", "pages", "explorer", "report"}
     assert found >= {"all", *(f"all_{stage}" for stage in stages)}
 
 
