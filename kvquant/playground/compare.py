@@ -29,7 +29,8 @@ class Asked:
         file: The file.
         option: The option that named it.
         text: What is read of it.
-        tokens: Number of tokens that --tokens takes of it; None: all.
+        tokens: Number of tokens that --tokens takes of it; None: all of a prompt file, the first
+            1024 of a text.
         question: What is asked after it; None: nothing.
         chat: Whether the chat template is applied.
     """
@@ -67,8 +68,8 @@ def asked(args: argparse.Namespace) -> Asked:
         check_number("--tokens", args.tokens, 2)
     option = "--text" if args.text is not None else "--prompt-file"
     file = args.text or args.prompt_file
-    tokens = args.tokens or (TEXT_TOKENS if args.text is not None else None)
-    return Asked(file, option, prompt_of_file(file, option), tokens, args.question, args.chat)
+    text = prompt_of_file(file, option)
+    return Asked(file, option, text, args.tokens, args.question, args.chat)
 
 
 def prompt(tokenizer: Any, what: Asked, most: int) -> tuple[str, list[int]]:
@@ -85,13 +86,17 @@ def prompt(tokenizer: Any, what: Asked, most: int) -> tuple[str, list[int]]:
     from kvquant.models.text_generation import tokenized
 
     text = what.text
-    if what.tokens is not None:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        if len(ids) > what.tokens:
-            text = str(tokenizer.decode(ids[: what.tokens]))
-    if what.question is not None:
-        text = f"{text}\n\n{what.question}"
-    ids = tokenized(tokenizer, [text], what.chat)[0]
+    if not what.answered:
+        ids = tokenized(tokenizer, [text], chat=False)[0]
+        ids = ids[: what.tokens or max(2, min(TEXT_TOKENS, most))]
+        text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    else:
+        if what.tokens is not None:
+            cut = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[: what.tokens]
+            text = str(tokenizer.decode(cut))
+        if what.question is not None:
+            text = f"{text}\n\n{what.question}"
+        ids = tokenized(tokenizer, [text], what.chat)[0]
     if len(ids) < 2:
         raise UserError(f"{what.option}: {what.file} has {len(ids)} token; 2 are needed")
     if len(ids) > most:

@@ -21,7 +21,9 @@ from kvquant.diagnosis.screen import Screen
 from kvquant.evaluation.perplexity import measure_windows
 from kvquant.fetch import text_overlap
 from kvquant.models.generation import greedy
+from kvquant.models.loading import load_tokenizer
 from kvquant.playground import side_by_side
+from kvquant.playground.compare import Asked, prompt
 from kvquant.playground.compare_screen import MARK, show
 from kvquant.playground.compared import Compared, with_titles
 from kvquant.playground.side_by_side import Side, agreeing
@@ -128,7 +130,7 @@ def test_a_text_is_read_and_not_answered(
     few = ["--calibrate-on", str(place / "corpus.txt"), "--windows", "1", "--window", "96"]
     assert main(words(place, *given, *few, "--json")) == 0
     found = json.loads(capsys.readouterr().out)
-    assert abs(found["prompt_tokens"] - 150) < 3
+    assert found["prompt_tokens"] == 150
     assert (found["protocol"], found["chunk"]) == ("B", None)
     fp16, nuq = found["caches"]
     assert nuq["calibrated_here"] and nuq["calibration_overlap"] == 0.25
@@ -160,6 +162,18 @@ def test_a_cache_that_fails_is_a_row(
     assert "FP8: out of memory" in said and "KIVI 2 bits" in said
     (row,) = (line for line in said.splitlines() if line.startswith("KIVI 2 bits  "))
     assert "-" not in row.split("KIVI 2 bits")[1]
+
+
+def test_of_a_file_the_first_tokens_are_read(place: Path) -> None:
+    tokenizer, _ = load_tokenizer(place / "model")
+    of_text = Asked(place / "a", "--text", CORPUS, None, None, False)
+    assert len(prompt(tokenizer, of_text, 4000)[1]) == 1024
+    assert len(prompt(tokenizer, of_text, 500)[1]) == 500  # as many as fit
+    of_prompt = Asked(place / "a", "--prompt-file", CORPUS, 9, "Why?", True)
+    text, ids = prompt(tokenizer, of_prompt, 500)
+    read = tokenizer.decode(tokenizer(CORPUS).input_ids[:9])
+    assert text == f"{read}\n\nWhy?"
+    assert tokenizer.decode(ids) == (f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_names_for_readers_are_different() -> None:
