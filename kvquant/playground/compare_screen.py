@@ -91,8 +91,8 @@ def _legend(found: dict[str, Any], answered: bool, on_cpu: bool) -> list[str]:
         f"{found['prompt_tokens'] - 1:,} tokens of the prompt against fp16's ({read}).",
     ]
     steps = found["new_tokens"] - 1
-    times = f"prefill ms, ms/token (of {steps} decode steps): medians of {found['rounds']} rounds, "
-    times += "in which the caches take turns."
+    rounds = f"medians of {found['rounds']} rounds" if found["rounds"] > 1 else "one round"
+    times = f"prefill ms, ms/token (of {steps} decode steps): {rounds}, the caches in turns."
     if on_cpu:
         times += " On a CPU they are times of PyTorch code, and say nothing of GPU kernels."
     lines.append(times)
