@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.triton_interpreter import patch_once_per_launch
+from tests.support.triton_interpreter import quicken
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-    patch_once_per_launch()
+    quicken()
 # Tests start hundreds of Python processes. Where an environment forbids bytecode files, each of
 # them would compile snakemake, torch and transformers again, which takes longer than the tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

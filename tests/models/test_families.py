@@ -25,7 +25,7 @@ from kvquant.models.loading import QuantizedModel, load_quantized_model
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.model_families import MODEL_FAMILIES, ModelFamily, family_of_attention
 from kvquant.study.schemes import Fp8Scheme, Fp16Scheme, KvquantRefScheme, NuqScheme
-from tests.support.cache_uses import USES, fed, sharpen
+from tests.support.cache_uses import LENGTH, USES, fed, sharpen
 from tests.support.caches import CLOSE, EXACT, feed, ids, quantized, step, stored
 from tests.support.models import tiny_model, tiny_tokenizer
 from tests.support.quantizers import relative_error
@@ -112,7 +112,7 @@ def test_16_bit_weights(family: str, dtype: torch.dtype) -> None:
     """Rotary tables may be in fp32 where weights are not."""
     model = tiny(family)
     with torch.inference_mode():
-        exact = model(input_ids=ids(2, 90)).logits
+        exact = model(input_ids=ids(2, LENGTH)).logits
     model = model.to(dtype)
     error = relative_error(fed(model, DynamicCache(config=model.config)).float(), exact)
     found = fed(model, quantized(model, EXACT).new_cache())
@@ -222,7 +222,7 @@ def test_kvquants_own_procedure(family: str) -> None:
             qm.new_cache()
         return
     with torch.inference_mode():
-        expected = model(input_ids=ids(2, 90)).logits
+        expected = model(input_ids=ids(2, LENGTH)).logits
     assert relative_error(fed(model, qm.new_cache()), expected) < 0.2
 
 
