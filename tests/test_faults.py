@@ -24,12 +24,18 @@ from typing import Any
 import pytest
 
 from kvquant.cli import VERBS, main
+from kvquant.runtime.provenance import environment
 from tests.support.forks import ended, forked, start
 from tests.support.models import save_byte_model
 from tests.support.text import write_corpus
 
 pytestmark = pytest.mark.slow
 KILLED = 137
+IMPORTED_LATER = (
+    *(f"kvquant.evaluation.{name}" for name in ("divergence", "passkey", "perplexity")),
+    *("kvquant.models.loading", "transformers.models.auto.tokenization_auto"),
+    *("pandas.io.formats.csvs", "pyarrow.dataset", "pyarrow.pandas_compat"),
+)
 SCHEMES = {"fp16": {"kind": "fp16"}, "nuq3": {"kind": "nuq", "bits": 3, "block_size": 32}}
 TASKS = {
     "ppl": {"suite": "perplexity", "dataset": "essays", "window": 96, "windows": 1},
@@ -111,8 +117,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def jobs(work: Path) -> Iterator[dict[str, Job]]:
     """The verbs in the workflow's order; all ran once into `done`."""
-    for module, _ in VERBS.values():  # once here, not in each of a thousand forked processes
+    # Once here, not in each of hundreds of forked processes, of which it would take half the time.
+    for module in (*(module for module, _ in VERBS.values()), *IMPORTED_LATER):
         importlib.import_module(module)
+    environment()
     done = work / "done"
     base = ("--study", str(work / "study.json"))
     model = (*base, "--model", "tiny")
@@ -267,14 +275,16 @@ SURROUNDINGS = {
     "no HOME, a HOME that does not exist, C and Turkish locales, another time zone",
     "the same results, byte for byte",
 )
-@pytest.mark.parametrize("where", SURROUNDINGS)
+@pytest.mark.parametrize(
+    ("where", "name"), [*zip(SURROUNDINGS, ("eval/tiny/nuq3/passkey", "prompts"), strict=True)]
+)
 def test_surroundings_change_no_result(
-    jobs: dict[str, Job], work: Path, tmp_path: Path, where: str
+    jobs: dict[str, Job], work: Path, tmp_path: Path, where: str, name: str
 ) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     for key, value in SURROUNDINGS[where].items():
         env.pop(key, None) if value is None else env.update({key: value})
-    job = jobs["eval/tiny/nuq3/passkey"]
+    job = jobs[name]
     out = tmp_path / "a" / "out"
     words = [word.replace("{out}", str(out)) for word in job.words]
     done = subprocess.run(

@@ -5,6 +5,7 @@ A family joins by its registration alone. Also covers: models.adapters.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,19 @@ def test_a_saved_model_loads_and_answers(family: str, tmp_path: Path) -> None:
     assert 0 < relative_error(second, expected[:, 32:]) < 0.05
 
 
+@functools.lru_cache(maxsize=1)  # uses of a family follow each other
+def exact(family: str) -> QuantizedModel:
+    """A model with a cache of 16-bit numbers."""
+    return quantized(tiny(family), EXACT)
+
+
 @pytest.mark.feature("{use}")
 @families
 @pytest.mark.parametrize("use", USES)
 def test_a_16_bit_cache_gives_what_the_unquantized_one_gives(family: str, use: str) -> None:
     """All elements are outliers, so that packed blocks hold 16-bit numbers."""
-    model = tiny(family)
-    qm = quantized(model, EXACT)
+    qm = exact(family)
+    model = qm.model
     expected = USES[use](model, DynamicCache(config=model.config))
     torch.testing.assert_close(USES[use](model, qm.new_cache()), expected, **CLOSE)
     if use == "chunks and steps":  # protocol B reads each token back that it has just stored
@@ -120,15 +127,23 @@ def test_16_bit_weights(family: str, dtype: torch.dtype) -> None:
     assert relative_error(found.float(), exact) < 1.5 * error + 0.01
 
 
+TEXT = ids(1, 128, 5)
+CALIBRATION = CalibrationSpec(windows=1, window=128, sinks=1)
+
+
+@functools.cache  # for three tests
+def statistics_of(family: str) -> tuple[Any, list[Any]]:
+    """A model and its calibration statistics."""
+    model = tiny(family)
+    return model, calibrate(model, [TEXT[0].tolist()], CALIBRATION)
+
+
 def calibrated(family: str, scheme: NuqScheme) -> tuple[QuantizedModel, list[Any], torch.Tensor]:
     """A model with a cache from its own calibration, the statistics, and the text."""
-    model = tiny(family)
-    text = ids(1, 128, 5)
-    spec = CalibrationSpec(windows=1, window=128, sinks=1)
-    found = calibrate(model, [text[0].tolist()], spec)
-    kv_heads = model.config.num_key_value_heads
-    layers = [build_layer(s, scheme, spec.outlier_fractions, kv_heads)[0] for s in found]
-    return quantized(model, scheme, layers), found, text
+    model, found = statistics_of(family)
+    kv_heads, fractions = model.config.num_key_value_heads, CALIBRATION.outlier_fractions
+    layers = [build_layer(s, scheme, fractions, kv_heads)[0] for s in found]
+    return quantized(model, scheme, layers), found, TEXT
 
 
 @pytest.mark.feature("4 bits, own calibration")
