@@ -19,6 +19,7 @@ from kvquant.benchmarks.packed_past import main
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 # Several blocks, or several sequences: the interpreter packs ten tokens in a second.
 @pytest.mark.parametrize(("chunk", "batch", "past"), [(1, 1, 100), (6, 2, 40)])
 def test_sides_agree_and_are_timed(
