@@ -32,8 +32,8 @@ def weight(item: pytest.Item) -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that fork come first, then those that take longest, so that workers end together.
 
-    A forked process cannot compute gradients once its parent has. Most tests take about as long, and
-    those that are marked as slow as long as many of them.
+    A forked process cannot compute gradients once its parent has. Most tests take about as long,
+    and those that are marked as slow as long as many of them.
     """
     by_file: dict[Path, list[pytest.Item]] = {}
     for item in items:

@@ -277,6 +277,7 @@ def test_the_workflow_plans_all_of_it(copy: RepositoryCopy) -> None:
         assert planned[f"added/{path}"] == rule
 
 
+@pytest.mark.slow
 def test_the_report_shows_each_figure_with_its_own_caption(copy: RepositoryCopy) -> None:
     """A figure that no other file knows of has its own caption, and not another figure's."""
     figures = ("added/paper/figures/bits.pdf", "added/paper/figures/throughput.pdf")
