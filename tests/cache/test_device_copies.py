@@ -40,6 +40,8 @@ FOUR = ["sliding_attention", "full_attention", "sliding_attention", "full_attent
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 # One of each way of coding: under protocol B the others read by the same code.
 OF_PROTOCOL_B = ("nuq", "allocated", "kivi", "kvquant-ref")
+# The others differ in masks and in which sequences go on, which protocol A tests for each scheme.
+USES_OF_PROTOCOL_B = ("chunks and steps", "left padding", "holes", "jumping positions", "crop")
 ZERO, ONE = torch.device("cuda", 0), torch.device("cuda", 1)
 
 
@@ -94,10 +96,12 @@ def test_a_tensor_is_copied_once(gpus: None) -> None:
     assert spans[0] == slice(0, 2) and spans[1] is copy
 
 
-@pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize(
-    ("scheme", "protocol"),
-    [*((scheme, "A") for scheme in SCHEMES), *((scheme, "B") for scheme in OF_PROTOCOL_B)],
+    ("scheme", "use", "protocol"),
+    [
+        *((scheme, use, "A") for scheme in SCHEMES for use in USES),
+        *((scheme, use, "B") for scheme in OF_PROTOCOL_B for use in USES_OF_PROTOCOL_B),
+    ],
 )
 def test_every_use_gives_what_one_device_gives(
     scheme: str, use: str, protocol: Any, tmp_path: Path, gpus: None
@@ -139,9 +143,17 @@ def test_any_placement(
 
 
 @pytest.mark.parametrize(
-    "use", [use for use in USES if use not in ("crop", "jumping positions", "copies")]
+    ("name", "protocol", "use"),
+    [
+        *(
+            ("gemma3", "A", use)
+            for use in USES
+            if use not in ("crop", "jumping positions", "copies")
+        ),
+        *(("gemma3", "B", use) for use in ("chunks and steps", "left padding", "a chosen batch")),
+        *(("gemma2", "A", use) for use in ("chunks and steps", "left padding")),  # has caps
+    ],
 )
-@pytest.mark.parametrize(("name", "protocol"), [("gemma3", "A"), ("gemma2", "A"), ("gemma3", "B")])
 def test_windows(name: str, protocol: Any, use: str, tmp_path: Path, gpus: None) -> None:
     model = tiny_hybrid(name, num_hidden_layers=4, layer_types=FOUR)
     cache = check(on_one_and_two(model, "nuq", tmp_path), use, protocol)
