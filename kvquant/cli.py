@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from kvquant.errors import UserError, unknown
+from kvquant.errors import UserError, printable, unknown
 from kvquant.runtime.extras import not_installed
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int | None = importlib.import_module(VERBS[args.verb][0]).run(args)
     except UserError as error:
         for line in str(error).splitlines():
-            print(f"kvquant: error: {line}", file=sys.stderr)
+            print(f"kvquant: error: {printable(line)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if (told := not_installed(error)) is None:

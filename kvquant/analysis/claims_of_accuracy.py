@@ -81,11 +81,17 @@ def half_the_loss(t: Tables) -> Outcome:
             if not fewer:
                 continue
             ours = max(fewer, key=lambda name: bits[name])
-            ratios = (lost[ours] / lost[theirs]).dropna().to_numpy(dtype=float)
-            low, high = interval(ratios, t.study.statistics.alpha)
-            met.append(against_bar(low, high, 0.5, at_most=True))
-            seeds.append(len(ratios))
-            share = f"{ratios.mean():.2f} [{low:.2f}, {high:.2f}]"
+            paired = lost[[ours, theirs]].dropna()
+            seeds.append(len(paired))
+            lossless = int((paired[theirs] <= 0).sum())
+            if lossless or paired.empty:  # half of a gain is no bar, and its ratio has no sense
+                met.append(None)
+                share = f"no ratio, as NUQ lost nothing in {lossless} of {len(paired)} seeds,"
+            else:
+                ratios = (paired[ours] / paired[theirs]).to_numpy(dtype=float)
+                low, high = interval(ratios, t.study.statistics.alpha)
+                met.append(against_bar(low, high, 0.5, at_most=True))
+                share = f"{ratios.mean():.2f} [{low:.2f}, {high:.2f}]"
             shown.append(f"{share} with {bits[ours]:.2f} for {bits[theirs]:.2f} bits")
         if shown:
             parts.append(f"{t.labels.task(str(task))}: {', '.join(shown)}")

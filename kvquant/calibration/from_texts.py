@@ -19,8 +19,10 @@ from kvquant.fetch.hub import is_repository_id
 from kvquant.fetch.model_manifest import ModelManifest
 from kvquant.fetch.text_overlap import described_text
 from kvquant.formats.files import is_text, read_text
+from kvquant.models.generation import check_ids
 from kvquant.models.loading import attention_layers, load_base_model, weights_sha256, with_manifest
 from kvquant.models.logits_sample import logits_sample
+from kvquant.models.placement import layer_devices
 from kvquant.quantization.quantizer import Quantizer
 from kvquant.runtime.console import loading
 from kvquant.runtime.progress import on_terminal
@@ -106,7 +108,14 @@ def calibrate(
             base, own = load_base_model(model, device=device, dtype=dtype, device_map=device_map)
             tokenizer, sha256 = tokenizer or own, weights_sha256(model)
     attention_layers(base)  # refuses unsupported models before the texts are read
+    layer_devices(base)
+    if any(parameter.is_inference() for parameter in base.parameters()):
+        raise UserError(
+            "model: was made in torch.inference_mode, so that no gradients reach its activations; "
+            "make it outside"
+        )
     text, ids = _read(tokenizer, texts, POOL * windows * (window or DEFAULT_WINDOW))
+    check_ids(base, [ids])
     options = _fitted(options, window, int(base.config.max_position_embeddings), len(ids))
     with (
         torch.inference_mode(False),

@@ -218,6 +218,22 @@ def test_an_unsupported_model_is_refused_before_its_texts_are_read() -> None:
         kvquant.calibrate(model, tiny_tokenizer(), texts())
 
 
+def test_models_that_cannot_be_calibrated_are_refused_in_one_line() -> None:
+    from transformers import AutoModelForCausalLM
+
+    with torch.inference_mode():
+        without_gradients = tiny_model(vocab_size=512)
+    with torch.device("meta"):
+        without_weights = AutoModelForCausalLM.from_config(without_gradients.config)
+    for model, told in (
+        (without_gradients, "model: was made in torch.inference_mode"),
+        (without_weights, "device_map: the model is on meta"),
+        (tiny_model(), "tokenizer: gives the id"),  # of 97 tokens
+    ):
+        with pytest.raises(UserError, match=told):
+            kvquant.calibrate(model, tiny_tokenizer(), HALF, **FEW)
+
+
 def test_names_of_models_hold_no_paths(tmp_path: Path) -> None:
     assert model_name("owner/name") == "owner/name"
     assert model_name(tmp_path / "some" / "model") == "model"

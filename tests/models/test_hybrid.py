@@ -393,6 +393,13 @@ def test_a_model_of_windows_alone_quantizes_nothing_and_says_so() -> None:
         calibrate(model, [ids(1, 64)[0].tolist()], CalibrationSpec(windows=1, window=64))
 
 
+@pytest.mark.parametrize("window", [0, 1])
+def test_a_window_without_an_earlier_token_is_refused(window: int) -> None:
+    model = tiny("gemma3", sliding_window=window)
+    with pytest.raises(UserError, match=f"sliding_window: {window} tokens leave no earlier one"):
+        quantized(model, EXACT)
+
+
 def test_caches_that_do_not_know_a_kind_of_layer_are_refused() -> None:
     model = tiny("gemma3")
     quantized(model, EXACT)

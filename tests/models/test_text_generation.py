@@ -12,7 +12,7 @@ import kvquant
 from kvquant.errors import OutlierOverflow, UserError
 from kvquant.models import text_generation
 from kvquant.models.generation import greedy
-from tests.support.models import save_tiny
+from tests.support.models import save_tiny, tiny_model, tiny_tokenizer
 
 SCHEME = {"kind": "kivi", "bits": 4, "group": 16, "residual": 16}
 PROMPTS = ["The sky", "The grass is green. The sky is blue. " * 4, "One, two, three"]
@@ -87,6 +87,36 @@ def test_a_temperature_means_sampling(qm: kvquant.QuantizedModel) -> None:
     assert drawn(1, **hot) == drawn(1, **hot) != drawn(2, **hot)
     assert drawn(1, **hot) == drawn(1, do_sample=True, **hot)
     assert drawn(1, top_k=1) == kvquant.generate(qm, PROMPTS, 12)
+
+
+def test_no_sampling_means_greedy(qm: kvquant.QuantizedModel) -> None:
+    """Also where options of sampling stand beside it, as in code that switches between both."""
+    greedily = kvquant.generate(qm, PROMPTS, 12)
+    hot: dict[str, Any] = {"do_sample": False, "temperature": 9.0, "top_p": 0.9}
+    assert kvquant.generate(qm, PROMPTS, 12, **hot) == greedily
+    beams = kvquant.generate(qm, PROMPTS, 12, num_beams=2)
+    assert kvquant.generate(qm, PROMPTS, 12, num_beams=2, **hot) == beams
+
+
+def test_no_new_tokens_are_an_empty_answer(qm: kvquant.QuantizedModel) -> None:
+    for options in ({}, {"num_beams": 2}):
+        assert kvquant.generate(qm, PROMPTS, 0, **options) == ["", "", ""]
+
+
+def test_what_a_template_refuses_takes_one_line(qm: kvquant.QuantizedModel) -> None:
+    template = qm.tokenizer.chat_template
+    qm.tokenizer.chat_template = "{{ raise_exception('Roles\nmust alternate') }}"
+    try:
+        with pytest.raises(UserError, match="prompt 0: the chat template .*Roles must alternate"):
+            kvquant.generate(qm, ["a"], chat=True)
+    finally:
+        qm.tokenizer.chat_template = template
+
+
+def test_another_models_tokenizer_is_refused() -> None:
+    other = kvquant.load(tiny_model(), SCHEME, tokenizer=tiny_tokenizer())
+    with pytest.raises(UserError, match="tokenizer: gives the id .*, and the model has 97 tokens"):
+        kvquant.generate(other, PROMPTS)
 
 
 def test_stop_strings_end_an_answer(qm: kvquant.QuantizedModel) -> None:
@@ -198,13 +228,25 @@ def test_a_batch_out_of_memory_is_halved(
             "options: transformers' generate refuses .*temperature",
         ),
         (["a"], {"batch_size": 0}, "batch_size must be at least 1"),
+        (["a"], {"batch_size": 1.5}, "batch_size: must be a whole number, got 1.5"),
+        (["a"], {"batch_tokens": 0}, "batch_tokens: 0 leaves no room for a prompt"),
+        (["a"], {"max_new_tokens": True}, "max_new_tokens: must be a whole number, got True"),
+        (["a"], {"max_new_tokens": "8"}, "max_new_tokens: must be a whole number, got '8'"),
+        (["a"], {"min_length": 9}, "min_length: is no option .*; use min_new_tokens"),
+        (["a"], {"generation_config": {"top_k": 2}}, "generation_config: .* options by name"),
+        (["a"], {"prefix_allowed_tokens_fn": print}, "prefix_allowed_tokens_fn: is no option"),
+        (["a", "\ud800"], {}, "prompt 1: holds half of a surrogate pair"),
+        (["\ud800"], {"chat": True}, "prompt 0: holds half of a surrogate pair"),
+        ([[]], {"chat": True}, "prompt 0: has no turns"),
+        ([[{"content": "a"}]], {"chat": True}, "prompt 0: turn 0 has no role, such as 'user'"),
+        ([[{"role": "user"}]], {"chat": True}, "prompt 0: turn 0 has no content"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
     qm: kvquant.QuantizedModel, prompts: Any, options: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(UserError, match=told) as error:
-        kvquant.generate(qm, prompts, 8, **options)
+        kvquant.generate(qm, prompts, **{"max_new_tokens": 8, **options})
     assert "\n" not in str(error.value)
 
 

@@ -46,7 +46,7 @@ const CHECKS = {
   sort: (value, found) => sortable(found.view).includes(value.replace(/^-/, "")),
   x: (value) => AXES.has(value),
   y: (value) => AXES.has(value),
-  depth: (value) => value in DEPTHS,
+  depth: (value) => Object.hasOwn(DEPTHS, value) && value !== "length",
 };
 
 /** Reads the hash into the state and returns what of it is not known here. */
@@ -57,7 +57,7 @@ function readHash(hash) {
   for (const name of ["view", ...[...new Set(given.keys())].filter((key) => key !== "view")]) {
     const value = given.get(name);
     if (value === null) continue;
-    if (!(name in CHECKS) || !CHECKS[name](value, found)) unknown.push(`${name}=${value}`);
+    if (!Object.hasOwn(CHECKS, name) || !CHECKS[name](value, found)) unknown.push(`${name}=${value}`);
     else found[name] = name === "family" ? value.split(",").filter(Boolean) : value;
   }
   Object.assign(state, found);

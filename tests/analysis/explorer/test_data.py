@@ -12,20 +12,27 @@ import json
 import math
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
+from kvquant.analysis.collect import collect
 from kvquant.analysis.explorer import timed_sheets, view_list
 from kvquant.analysis.explorer.data import claims, data_of
+from kvquant.analysis.explorer.source import load as read_source
 from kvquant.analysis.explorer.timed_measures import all_measures
 from kvquant.analysis.explorer.values import Row, Sheet
 from kvquant.analysis.figures.style import looks
 from kvquant.analysis.labels import labels_of
+from kvquant.analysis.pareto import pareto_table
+from kvquant.analysis.problems import Problems
+from kvquant.analysis.statistics import test_all as compare_all
+from kvquant.analysis.tables import write_table
 from kvquant.study.dotted import load
 from tests.analysis.explorer.conftest import Measured
-from tests.support.studies import study_of
+from tests.support.studies import DEVICE, study_of, write_study
 
 
 def sheets(measured: Measured) -> dict[str, Sheet]:
@@ -232,3 +239,18 @@ def test_a_row_without_a_cell_is_refused(measured: Measured) -> None:
     cells = {name: cell for name, cell in sheet.rows[0].cells.items() if name != "verdict"}
     with pytest.raises(ValueError, match="no cell 'verdict'"):
         Sheet(sheet.columns, [Row(cells)]).to_json([], [])
+
+
+def test_a_study_of_the_unquantized_cache_alone_has_a_page(tmp_path: Path) -> None:
+    """Its table of tests has neither rows nor columns."""
+    study = study_of(schemes={"fp16": {"kind": "fp16"}}, headline="fp16")
+    write_study(study, tmp_path)
+    tables = collect(study, tmp_path, DEVICE, Problems(present=True))
+    tables["tests"] = compare_all(study, tables["eval"], tables["samples"])
+    tables["pareto"] = pareto_table(study, tables["eval"], tables["perf"], tables["energy"])
+    for name, table in tables.items():
+        write_table(table, tmp_path / "tables" / f"{name}.parquet")
+    found = data_of(read_source(study, tmp_path / "tables"))
+    assert [scheme["key"] for scheme in found["schemes"]] == ["fp16"]
+    rows = next(view["data"]["rows"] for view in found["views"] if view["name"] == "tasks")
+    assert len(rows) == len(study.tasks)

@@ -167,6 +167,17 @@ def test_what_a_link_says_wrong_is_told(tab: Page, explorer: Path, measured: Mea
     assert len(tab.texts("tbody tr")) == rows_of(measured, "tasks")
 
 
+def test_names_that_every_object_has_are_not_known(tab: Page, explorer: Path) -> None:
+    """They are looked up among the page's own names alone, and the page shows the rest."""
+    wrong = ["__proto__=a", "toString=b", "constructor=c", "depth=length", "depth=map"]
+    tab.open(explorer, f"view=passkeys&{'&'.join(wrong[:4])}")
+    (told,) = tab.texts("#problems")
+    assert all(word in told for word in wrong[:4]) and tab.texts("tbody tr")
+    tab.open(explorer, f"view=passkeys&{wrong[4]}")
+    assert wrong[4] in tab.texts("#problems")[0] and tab.texts("tbody tr")
+    assert tab.errors == []
+
+
 def test_heads_sort_by_keyboard_and_the_address_keeps_it(tab: Page, explorer: Path) -> None:
     tab.open(explorer, "view=schemes")
     tab.evaluate("document.querySelector('button[data-column=bits]').focus()")
