@@ -17,6 +17,7 @@ from kvquant.errors import UserError, printable, unknown
 from kvquant.runtime.extras import not_installed
 
 VERBS: dict[str, tuple[str, str]] = {
+    "init": ("kvquant.diagnosis.init", "write a study file for a model and texts of your own"),
     "study": ("kvquant.study.validate", "write the validated study as one JSON file"),
     "grid": ("kvquant.study.grid", "show the study's grid: jobs, results, GPU-hours requested"),
     "schema": ("kvquant.study.schema", "export the JSON schema of a study file"),

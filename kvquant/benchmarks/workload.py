@@ -172,7 +172,7 @@ def prepare(
         check_digest(args.quantizer, quantizer_digest(study, args.model, args.scheme))
     workload = known[args.workload]
     dataset = study.calibration.dataset
-    text = load_text(args.data_manifest, "test", dataset)
+    text = load_text(args.data_manifest, "test", dataset, study.datasets.get(dataset))
     if not text:
         raise UserError(
             f"calibration.dataset: the test part of '{dataset}' is empty, and timed prompts are "

@@ -7,6 +7,7 @@ has the same fingerprints in every text.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,18 @@ def described_text(dataset: str, text: str) -> CalibratedText:
     )
 
 
+def shared_part(known: Collection[int], own: Sequence[int]) -> float:
+    """Returns the fraction of a text that another one has; 0 if it is no more than a quotation.
+
+    Args:
+        known: Fingerprints of the other text.
+        own: Fingerprints of the text.
+    """
+    found = set(known)
+    shared = sum(value in found for value in own)
+    return shared / len(own) if shared > max(1.0, MAX_SHARE * len(own)) else 0.0
+
+
 def check_apart(calibrated: CalibratedText, manifest: str | Path) -> None:
     """Checks that the test part of a text holds nothing that calibration read.
 
@@ -122,7 +135,4 @@ def shared_share(calibrated: CalibratedText, text: str) -> float:
         calibrated: The text that calibration read.
         text: The text that is measured.
     """
-    known = set(calibrated.fingerprints)
-    own = fingerprints(text)
-    shared = sum(value in known for value in own)
-    return shared / len(own) if shared > max(1.0, MAX_SHARE * len(own)) else 0.0
+    return shared_part(calibrated.fingerprints, fingerprints(text))

@@ -84,7 +84,11 @@ def test_a_refused_model_takes_one_line(configs: Path, capsys: pytest.CaptureFix
         ("llama", {"max_position_embeddings": 0}, "max_position_embeddings: 0 leaves no room"),
         ("mistral", {"sliding_window": 0}, "sliding_window: 0 tokens leave no earlier one"),
         ("mistral", {"sliding_window": 1}, "sliding_window: 1 tokens leave no earlier one"),
-        ("llama", {"hidden_size": "wide"}, "field 'hidden_size': TypeError: .* expected int, got s"),
+        (
+            "llama",
+            {"hidden_size": "wide"},
+            "field 'hidden_size': TypeError: .* expected int, got s",
+        ),
         ("a\x1b[31mb", {}, r"model type `a\\x1b\[31mb`"),
     ],
 )
