@@ -15,7 +15,8 @@ PAGE = ROOT / "docs/module-map.md"
 # tests/test_layers.py checks that.
 LEVELS = (
     ("playground",),
-    ("evaluation", "benchmarks", "diagnosis"),
+    ("diagnosis",),
+    ("evaluation", "benchmarks"),
     ("calibration",),
     ("models",),
     ("schemes",),

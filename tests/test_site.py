@@ -35,7 +35,7 @@ def test_every_verb_and_option_has_a_row(site: Any) -> None:
             if action.dest != "help":
                 assert all(f"`{flag}`" in section for flag in action.option_strings)
     assert "`kvquant capacity --model MODEL --memory MEMORY [options]`" in page
-    assert "| `--prompt` | `PROMPT` | `4096` |" in page
+    assert "| `--windows` | `N` |" in page and "| `--memory` | `MEMORY` | required |" in page
 
 
 def test_every_public_name_is_documented(site: Any) -> None:
