@@ -84,7 +84,9 @@ def generate(
         _whole(name, count)
     if batch_tokens is not None and _whole("batch_tokens", batch_tokens) < 1:
         raise UserError(f"batch_tokens: {batch_tokens} leaves no room for a prompt; at least 1")
-    if qm.quantizes and not isinstance(qm.model.model.layers[0].self_attn, PrefillQuantizedAttention):
+    if qm.quantizes and not isinstance(
+        qm.model.model.layers[0].self_attn, PrefillQuantizedAttention
+    ):
         raise UserError("qm: its model was unwrapped; give the model to kvquant.load again")
     ids = _tokenized(qm.tokenizer, prompts, chat)
     check_ids(qm.model, ids)
@@ -123,6 +125,8 @@ def _tokenized(tokenizer: Any, prompts: Iterable[Prompt], chat: bool) -> list[li
         raise UserError("tokenizer: is missing; give kvquant.load a tokenizer")
     if isinstance(prompts, str):
         raise UserError("prompts: is one text; give a list of texts")
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise UserError(f"prompts: must be a list of texts, got {type(prompts).__name__}")
     if chat and not getattr(tokenizer, "chat_template", None):
         raise UserError("chat: the tokenizer has no chat template; leave chat out")
     found = []
@@ -156,9 +160,7 @@ def _in_template(tokenizer: Any, turns: list[dict[str, Any]], number: int) -> st
         if turn.get("content") is None and "tool_calls" not in turn:
             raise UserError(f"prompt {number}: turn {at} has no content")
     try:
-        return str(
-            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        )
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is a program, which may raise anything
         told = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"prompt {number}: the chat template refuses its turns ({told})") from None

@@ -84,7 +84,11 @@ def test_a_refused_model_takes_one_line(configs: Path, capsys: pytest.CaptureFix
         ("llama", {"max_position_embeddings": 0}, "max_position_embeddings: 0 leaves no room"),
         ("mistral", {"sliding_window": 0}, "sliding_window: 0 tokens leave no earlier one"),
         ("mistral", {"sliding_window": 1}, "sliding_window: 1 tokens leave no earlier one"),
-        ("llama", {"hidden_size": "wide"}, "field 'hidden_size': TypeError: .* expected int, got s"),
+        (
+            "llama",
+            {"hidden_size": "wide"},
+            "field 'hidden_size': TypeError: .* expected int, got s",
+        ),
         ("a\x1b[31mb", {}, r"model type `a\\x1b\[31mb`"),
     ],
 )
@@ -123,6 +127,16 @@ def test_sizes() -> None:
     for wrong in ("", "GB", "-1GB", "1e3GB", "24XB"):
         with pytest.raises(UserError):
             size_in_bytes(wrong, "--memory")
+
+
+def test_a_narrow_terminal_gets_whole_numbers_in_lines_that_it_wraps() -> None:
+    """A cut number would be another one."""
+    for width in (10, 30):
+        out = io.StringIO()
+        screen = Screen(Console(file=out, force_terminal=True, width=width, color_system=None))
+        cells = ("a-scheme-of-ours", "15,389", "4,096*", "why\n-> not")
+        screen.table(("scheme", "tokens", "longest", "because"), [cells], wide=("because",))
+        assert "a-scheme-of-ours  15,389  4,096*   why -> not" in out.getvalue()
 
 
 @pytest.mark.parametrize("width", [80, 120])

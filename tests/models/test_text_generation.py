@@ -99,7 +99,8 @@ def test_no_sampling_means_greedy(qm: kvquant.QuantizedModel) -> None:
 
 
 def test_no_new_tokens_are_an_empty_answer(qm: kvquant.QuantizedModel) -> None:
-    for options in ({}, {"num_beams": 2}):
+    with_beams: dict[str, Any] = {"num_beams": 2}
+    for options in ({}, with_beams):
         assert kvquant.generate(qm, PROMPTS, 0, **options) == ["", "", ""]
 
 
@@ -107,7 +108,7 @@ def test_what_a_template_refuses_takes_one_line(qm: kvquant.QuantizedModel) -> N
     template = qm.tokenizer.chat_template
     qm.tokenizer.chat_template = "{{ raise_exception('Roles\nmust alternate') }}"
     try:
-        with pytest.raises(UserError, match="prompt 0: the chat template .*Roles must alternate"):
+        with pytest.raises(UserError, match=r"prompt 0: the chat template .*Roles must alternate"):
             kvquant.generate(qm, ["a"], chat=True)
     finally:
         qm.tokenizer.chat_template = template
@@ -115,7 +116,7 @@ def test_what_a_template_refuses_takes_one_line(qm: kvquant.QuantizedModel) -> N
 
 def test_another_models_tokenizer_is_refused() -> None:
     other = kvquant.load(tiny_model(), SCHEME, tokenizer=tiny_tokenizer())
-    with pytest.raises(UserError, match="tokenizer: gives the id .*, and the model has 97 tokens"):
+    with pytest.raises(UserError, match=r"tokenizer: gives the id .*, and the model has 97 tokens"):
         kvquant.generate(other, PROMPTS)
 
 
@@ -163,6 +164,8 @@ def test_a_batch_out_of_memory_is_halved(
     ("prompts", "options", "told"),
     [
         ("The sky", {}, "prompts: is one text; give a list"),
+        ({"a": "The sky"}, {}, "prompts: must be a list of texts, got dict"),
+        (7, {}, "prompts: must be a list of texts, got int"),
         (["", "a"], {}, "prompt 0: is empty"),
         (["a", ""], {"num_beams": 2}, "prompt 1: is empty"),
         (["a " * 400], {}, "prompt 0: .* but the model has 256 positions"),
