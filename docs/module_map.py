@@ -14,6 +14,7 @@ PAGE = ROOT / "docs/module-map.md"
 # The folders from the top down. A module imports only from its own folder and from lower levels;
 # tests/test_layers.py checks that.
 LEVELS = (
+    ("playground",),
     ("evaluation", "benchmarks", "diagnosis"),
     ("calibration",),
     ("models",),

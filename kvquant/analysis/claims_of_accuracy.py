@@ -67,8 +67,9 @@ def half_the_loss(t: Tables) -> Outcome:
     rows = t.evaluations
     if not (nuq and allocated and len(rows)):
         return not_measured("needs NUQ with 1 % outliers and allocated codes")
+    parts: list[str] = []
     met: list[bool | None] = []
-    parts, seeds = [], []
+    seeds: list[int] = []
     rows = rows[(rows.suite == "perplexity") & (rows.protocol == "B")]
     for task, group in rows.groupby("task", sort=False):
         values = group.pivot(index="seed", columns="scheme", values="value")

@@ -97,7 +97,8 @@ def command(
         name = prompts_name(study, model, task)
         words += ["--prompts", _there(cache / f"prompts/{model}/{task}/{name}.jsonl.gz")]
     elif (dataset := spec.dataset_name()) is not None:
-        words += ["--data-manifest", _there(cache / f"data/{dataset}/manifest.json")]
+        texts = results / "texts" if dataset in study.datasets else cache / "data"
+        words += ["--data-manifest", _there(texts / f"{dataset}/manifest.json")]
     if study.scheme(scheme).registration.calibrated:
         digest = quantizer_digest(study, model, scheme)
         found = published_quantizer(study.published, model, scheme, digest)

@@ -193,9 +193,9 @@ def run(args: argparse.Namespace) -> None:
     manifest = study_manifest(args.model_manifest, study, args.model)
     places = claim(args.device, study.model(args.model).gpus, f"models.{args.model}.gpus")
     model, tokenizer = load_base_model(manifest, device_map=places)
-    ids = tokenizer(
-        load_text(args.data_manifest, "calibration", spec.dataset), add_special_tokens=False
-    ).input_ids
+    own = study.datasets.get(spec.dataset)
+    text = load_text(args.data_manifest, "calibration", spec.dataset, own)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
     found = calibrate_on(
         model,
         ids,

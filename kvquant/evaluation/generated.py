@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, Source, SuiteResult
 from kvquant.evaluation.chat import split_thought
-from kvquant.models.generation import Stop, greedy
+from kvquant.models.generation import GenerationResult, Stop, greedy
 from kvquant.runtime.progress import note
-from kvquant.study.sample_types import score_summary
+from kvquant.study.sample_types import Rows, Summary, agreed_share, score_summary
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,16 @@ class Rules:
         score: Returns the score of an answer to a prompt, from 0 to 1.
         metric: Name of the mean score in percent.
         stop: Returns True for an answer (its tokens so far) that needs no further token.
+        agreement: Whether the score is the share of an answer's tokens that agree with the
+            unquantized cache's answer (:func:`agreement`), in place of `score`.
+        summary: The metrics that follow from samples; None: the mean score alone.
     """
 
     score: Callable[[Prompt, str], float]
     metric: str = "score"
     stop: Stop | None = None
+    agreement: bool = False
+    summary: Callable[[Rows], Summary] | None = None
 
 
 class Answered(NamedTuple):
@@ -74,6 +79,24 @@ class Answered(NamedTuple):
 
     prepare: Callable[[Source, Any, int], SeedPrompts]
     rules: Callable[[Any, Any], Rules]
+
+
+def agreement(tokens: Sequence[int], reference: Sequence[int]) -> dict[str, int]:
+    """Returns how far an answer agrees with a reference, as fields of a sample.
+
+    Args:
+        tokens: The tokens of the answer.
+        reference: Those of the unquantized cache's answer.
+
+    Returns:
+        `agreed_tokens`, those before the first difference, and `compared_tokens`, the length of the
+        longer answer. An answer that ends earlier differs where it ends.
+    """
+    pairs = zip(tokens, reference, strict=False)
+    agreed = next((at for at, (one, other) in enumerate(pairs) if one != other), None)
+    if agreed is None:
+        agreed = min(len(tokens), len(reference))
+    return {"agreed_tokens": agreed, "compared_tokens": max(len(tokens), len(reference))}
 
 
 def answer_seeds(
@@ -91,29 +114,43 @@ def answer_seeds(
         if seed.max_new_tokens < 1:
             raise UserError(f"tasks.{context.task}.max_new_tokens: answers need at least 1 token")
     asked = [prompt.tokens for seed in seeds for prompt in seed.prompts]
-    found = greedy(
-        context.qm,
-        asked,
-        seeds[0].max_new_tokens,
-        batch_size=batch_size,
-        batch_tokens=context.batch_tokens,
-        stop=rules.stop,
-        on_batch=lambda done: context.progress(done, len(asked)),
-    )
+    twice = rules.agreement and context.qm.quantizes
+    passes = 2 if twice else 1
+
+    def answer(unquantized: bool, before: int) -> GenerationResult:
+        return greedy(
+            context.qm,
+            asked,
+            seeds[0].max_new_tokens,
+            batch_size=batch_size,
+            batch_tokens=context.batch_tokens,
+            stop=rules.stop,
+            on_batch=lambda done: context.progress(before + done, passes * len(asked)),
+            unquantized=unquantized,
+        )
+
+    found = answer(False, 0)
+    references = answer(True, len(asked)).tokens if twice else found.tokens
     results, at = [], 0
     for seed in seeds:
         mine = slice(at, at + len(seed.prompts))
         at = mine.stop
         rows = []
-        for index, (prompt, tokens) in enumerate(
-            zip(seed.prompts, found.tokens[mine], strict=True)
+        for index, (prompt, tokens, reference) in enumerate(
+            zip(seed.prompts, found.tokens[mine], references[mine], strict=True)
         ):
-            answer = split_thought(context.qm.tokenizer, tokens)
+            said = split_thought(context.qm.tokenizer, tokens)
             facts = {"index": index, "prompt_tokens": len(prompt.tokens), **prompt.record}
-            rows.append({**facts, "answer": answer.text, "score": rules.score(prompt, answer.text)})
-            if answer.thought is not None:
-                rows[-1] |= {"thought": answer.thought, "thought_finished": answer.finished}
-        summary = score_summary(rules.metric)(rows)
+            rows.append({**facts, "answer": said.text})
+            if rules.agreement:
+                own = split_thought(context.qm.tokenizer, reference)
+                rows[-1] |= {"references": [own.text], **agreement(tokens, reference)}
+                rows[-1]["score"] = agreed_share(rows[-1])
+            else:
+                rows[-1]["score"] = rules.score(prompt, said.text)
+            if said.thought is not None:
+                rows[-1] |= {"thought": said.thought, "thought_finished": said.finished}
+        summary = (rules.summary or score_summary(rules.metric))(rows)
         if lost := summary.metrics.get("thought_unfinished_share"):
             note(
                 f"{100 * lost:.0f} % of the answers are unfinished thoughts and count as "

@@ -58,7 +58,8 @@ def make_prompts(
 
     def text(part: Part) -> str:
         assert data_manifest is not None
-        return load_text(data_manifest, part, spec.dataset_name())
+        name = spec.dataset_name()
+        return load_text(data_manifest, part, name, study.datasets.get(str(name)))
 
     source = Source(tokenizer, limit, task, text, Chat.of(study.model(model)))
     start, found = time.monotonic(), {}

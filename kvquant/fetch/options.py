@@ -19,5 +19,8 @@ def fetch_data(parser: argparse.ArgumentParser) -> None:
     from kvquant.study.datasets import DATASETS
 
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
-    parser.add_argument("--dataset", required=True, help="one of: " + ", ".join(sorted(DATASETS)))
+    known = ", ".join(sorted(DATASETS))
+    parser.add_argument(
+        "--dataset", required=True, help=f"an entry of the study's `datasets`, or one of: {known}"
+    )
     parser.add_argument("--out", required=True, help="manifest.json; text.txt goes beside it")

@@ -7,6 +7,7 @@ has the same fingerprints in every text.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,18 @@ def described_text(dataset: str, text: str) -> CalibratedText:
     )
 
 
+def shared_part(known: Collection[int], own: Sequence[int]) -> float:
+    """Returns the fraction of a text that another one has; 0 if it is no more than a quotation.
+
+    Args:
+        known: Fingerprints of the other text.
+        own: Fingerprints of the text.
+    """
+    found = set(known)
+    shared = sum(value in found for value in own)
+    return shared / len(own) if shared > max(1.0, MAX_SHARE * len(own)) else 0.0
+
+
 def check_apart(calibrated: CalibratedText, manifest: str | Path) -> None:
     """Checks that the test part of a text holds nothing that calibration read.
 
@@ -106,12 +119,20 @@ def check_apart(calibrated: CalibratedText, manifest: str | Path) -> None:
                 f"{calibrated.until} of the same text: calibrate again"
             )
         return
-    known = set(calibrated.fingerprints)
-    own = fingerprints(load_text(manifest, "test"))
-    shared = sum(value in known for value in own)
-    if shared > max(1.0, MAX_SHARE * len(own)):
+    share = shared_share(calibrated, load_text(manifest, "test"))
+    if share > 0:
         raise UserError(
-            f"--data-manifest: {100 * shared / len(own):.0f} % of the test part of "
+            f"--data-manifest: {100 * share:.0f} % of the test part of "
             f"'{facts.dataset}' ({manifest}) is text that the quantizer was calibrated on "
             f"('{calibrated.dataset}'): use another text for one of them"
         )
+
+
+def shared_share(calibrated: CalibratedText, text: str) -> float:
+    """Returns the fraction of a text that calibration read; 0 if it is no more than a quotation.
+
+    Args:
+        calibrated: The text that calibration read.
+        text: The text that is measured.
+    """
+    return shared_part(calibrated.fingerprints, fingerprints(text))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from kvquant.errors import UserError
 from kvquant.formats.files import read_bytes, read_json
 from kvquant.study.datasets import DATASETS
+from kvquant.study.own_texts import OwnText
 
 SCHEMA_VERSION = 1
 FIELD = "--data-manifest"
@@ -35,6 +36,7 @@ class DataManifest:
         characters: Length of the text.
         test_from: Index of the character where the test part starts; 0 if all is test text.
         file: Path of the text.
+        own: What the user's own files hold (`OwnText.identity`); None for other data sets.
     """
 
     dataset: str
@@ -43,6 +45,7 @@ class DataManifest:
     characters: int
     test_from: int
     file: Path
+    own: dict[str, Any] | None = None
 
 
 def _checked(file: Path, raw: Any) -> DataManifest:
@@ -61,7 +64,9 @@ def _checked(file: Path, raw: Any) -> DataManifest:
     if PurePath(raw["file"]).name != raw["file"] or raw["file"] == ".." or "\0" in raw["file"]:
         raise ValueError(f"file: '{raw['file']}' must be a name inside the manifest's folder")
     found = DataManifest(
-        **{n: raw[n] for n in FIELDS if n != "file"}, file=file.parent / raw["file"]
+        **{n: raw[n] for n in FIELDS if n != "file"},
+        file=file.parent / raw["file"],
+        own=raw.get("own"),
     )
     if found.source in FETCHED:
         known = DATASETS.get(found.dataset)
@@ -96,7 +101,12 @@ def read_data_manifest(path: str | Path, dataset: str | None = None) -> DataMani
     return found
 
 
-def load_text(path: str | Path, part: Part = "all", dataset: str | None = None) -> str:
+def load_text(
+    path: str | Path,
+    part: Part = "all",
+    dataset: str | None = None,
+    own: OwnText | None = None,
+) -> str:
     """Returns a text or a part of it, after checking its hash.
 
     Args:
@@ -104,11 +114,18 @@ def load_text(path: str | Path, part: Part = "all", dataset: str | None = None) 
         part: "calibration" is the text before the manifest's `test_from` and "test" the rest, so
             that perplexity is never measured on text that codebooks were fitted to.
         dataset: The expected data set; None accepts any.
+        own: The study's entry of the data set, if it is one of the user's own files.
 
     Raises:
-        UserError: The text is missing, was changed, or has no calibration part.
+        UserError: The text is missing, was changed, was made of other files, or has no calibration
+            part.
     """
     manifest = read_data_manifest(path, dataset)
+    if own is not None and manifest.own != own.identity():
+        raise UserError(
+            f"{FIELD}: {path} was made of other files, or with another test_share, than the "
+            f"study's datasets.{manifest.dataset}: {AGAIN}"
+        )
     if not manifest.file.exists() and not manifest.file.is_symlink():
         raise UserError(f"{FIELD}: {manifest.file} is missing: {AGAIN}")
     raw = read_bytes(manifest.file, FIELD, AGAIN)

@@ -164,6 +164,7 @@ def greedy(
     protocol: str = "A",
     on_batch: Callable[[int], None] | None = None,
     graph: bool = True,
+    unquantized: bool = False,
 ) -> GenerationResult:
     """Generates greedy answers, by one prefill per batch and single-token steps on its cache.
 
@@ -179,6 +180,7 @@ def greedy(
         protocol: Protocol of the caches, "A" or "B".
         on_batch: Called with the number of finished prompts after each batch.
         graph: Whether to decode long answers by a CUDA graph where possible (:func:`graphed`).
+        unquantized: Whether to answer from the unquantized cache in place of the scheme's.
 
     Raises:
         UserError: A prompt is empty or does not fit the model's positions.
@@ -195,11 +197,11 @@ def greedy(
         batch = [prompts[row] for row in rows]
         if graph:
             try:
-                return _batch(qm, batch, max_new_tokens, ends, stop, protocol, True)
+                return _batch(qm, batch, max_new_tokens, ends, stop, protocol, True, unquantized)
             except _NoGraph as error:
                 note(f"decoding without a CUDA graph: {error}")
                 graph = False
-        return _batch(qm, batch, max_new_tokens, ends, stop, protocol, False)
+        return _batch(qm, batch, max_new_tokens, ends, stop, protocol, False, unquantized)
 
     done = 0
     shared = getattr(qm, "share", None) is not None
@@ -253,11 +255,14 @@ def _batch(
     stop: Stop | None,
     protocol: str,
     graph: bool,
+    unquantized: bool = False,
 ) -> GenerationResult:
+    make = qm.baseline_cache if unquantized else lambda: qm.new_cache(protocol)
+
     def work(cache: Any) -> GenerationResult:
         return _answer(qm, cache, prompts, max_new_tokens, ends, stop, graph)
 
-    return retry_on_overflow(lambda: qm.new_cache(protocol), work)
+    return retry_on_overflow(make, work)
 
 
 def _answer(

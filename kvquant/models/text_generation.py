@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvquant.errors import UserError
+from kvquant.errors import OutlierOverflow, UserError
 from kvquant.formats.files import is_text
 from kvquant.models.generation import check_ids, check_prompts, cut, end_ids, greedy, left_pad
 from kvquant.models.model_call import cache_argument
@@ -36,7 +36,6 @@ _REFUSED = {
     "prefix_allowed_tokens_fn": "call qm.model.generate(..., past_key_values=qm.new_cache())",
     "num_return_sequences": "give a prompt several times",
     "return_dict_in_generate": "call qm.model.generate(..., past_key_values=qm.new_cache())",
-    "streamer": "call qm.model.generate(..., past_key_values=qm.new_cache())",
 }
 
 
@@ -48,6 +47,7 @@ def generate(
     chat: bool = False,
     batch_size: int = 16,
     batch_tokens: int | None = None,
+    streamer: Any = None,
     **options: Any,
 ) -> list[str]:
     """Answers prompts of any lengths, in batches padded on the left.
@@ -67,6 +67,9 @@ def generate(
         batch_size: Largest number of prompts in a batch, which have similar lengths.
         batch_tokens: Largest number of prompt tokens in a batch, padding included; None sets no
             limit.
+        streamer: A streamer of transformers, such as `TextStreamer(qm.tokenizer,
+            skip_prompt=True)`, which shows the answer to a single prompt as it grows. An answer
+            that is tried again, with more room for outliers, is shown again from its beginning.
         options: Options of transformers' `generate`, such as `temperature=0.7`, `top_p=0.9`,
             `num_beams=4`, `repetition_penalty=1.1` or `stop_strings=["."]`. Those of sampling
             imply `do_sample=True` and count for nothing with `do_sample=False`;
@@ -88,8 +91,12 @@ def generate(
         qm.model.model.layers[0].self_attn, PrefillQuantizedAttention
     ):
         raise UserError("qm: its model was unwrapped; give the model to kvquant.load again")
-    ids = _tokenized(qm.tokenizer, prompts, chat)
+    ids = tokenized(qm.tokenizer, prompts, chat)
     check_ids(qm.model, ids)
+    if streamer is not None and len(ids) != 1:
+        raise UserError(
+            f"streamer: shows one answer, and there are {len(ids)} prompts; leave it out"
+        )
     for name, instead in _REFUSED.items():
         if name in options:
             raise UserError(f"{name}: is no option of kvquant.generate; {instead}")
@@ -101,10 +108,48 @@ def generate(
         options = {name: value for name, value in options.items() if name not in _SAMPLING}
     limits: dict[str, Any] = {"batch_size": batch_size, "batch_tokens": batch_tokens}
     if options and max_new_tokens:
-        tokens = _by_transformers(qm, ids, max_new_tokens, options, **limits)
+        tokens = _by_transformers(qm, ids, max_new_tokens, options, streamer, **limits)
+    elif streamer is not None:
+        streamed = _Streamed(streamer, ids[0])
+        try:
+            tokens = greedy(qm, ids, max_new_tokens, stop=streamed, **limits).tokens
+        except BaseException:
+            streamed.restart()
+            raise
+        streamer.end()
     else:
         tokens = greedy(qm, ids, max_new_tokens, **limits).tokens
     return [str(qm.tokenizer.decode(answer, skip_special_tokens=True)) for answer in tokens]
+
+
+class _Streamed:
+    """Gives a streamer the tokens of an answer, as a rule of :func:`greedy` that never ends it.
+
+    Args:
+        streamer: The streamer.
+        prompt: Token ids of the prompt, which streamers get first.
+    """
+
+    def __init__(self, streamer: Any, prompt: list[int]) -> None:
+        self._streamer, self._prompt = streamer, prompt
+        self._shown = 0
+
+    def __call__(self, answer: list[int]) -> bool:
+        """Streams the new tokens of an answer."""
+        if len(answer) <= self._shown:  # it is tried again
+            self.restart()
+        if self._shown == 0:
+            self._streamer.put(torch.tensor([self._prompt]))
+        for token in answer[self._shown :]:
+            self._streamer.put(torch.tensor([token]))
+        self._shown = len(answer)
+        return False
+
+    def restart(self) -> None:
+        """Ends what is shown so far, if anything is."""
+        if self._shown:
+            self._streamer.end()
+        self._shown = 0
 
 
 def _whole(name: str, count: Any) -> int:
@@ -114,7 +159,7 @@ def _whole(name: str, count: Any) -> int:
     return int(count)
 
 
-def _tokenized(tokenizer: Any, prompts: Iterable[Prompt], chat: bool) -> list[list[int]]:
+def tokenized(tokenizer: Any, prompts: Iterable[Prompt], chat: bool) -> list[list[int]]:
     """Returns the token ids of each prompt.
 
     Raises:
@@ -171,6 +216,7 @@ def _by_transformers(
     prompts: list[list[int]],
     max_new_tokens: int,
     options: dict[str, Any],
+    streamer: Any,
     *,
     batch_size: int,
     batch_tokens: int | None,
@@ -189,13 +235,19 @@ def _by_transformers(
 
     def once(cache: Any, rows: list[int]) -> list[list[int]]:
         ids, mask = left_pad([prompts[row] for row in rows], usual["pad_token_id"], qm.device)
-        found = qm.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            **cache_argument(qm.model, cache),
-            **{**usual, **options},
-        )
+        try:
+            found = qm.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                **cache_argument(qm.model, cache),
+                **{**usual, **options},
+            )
+        except OutlierOverflow:
+            if streamer is not None:
+                streamer.end()
+            raise
         return [cut(answer, ends, None)[0] for answer in found[:, ids.shape[1] :].tolist()]
 
     def work(rows: list[int]) -> list[list[int]]:

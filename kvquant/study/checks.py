@@ -30,6 +30,7 @@ def _names(study: StudySections) -> Iterator[str]:
         "kernels.cases": study.kernel_cases(),
         "jobs.cases": study.job_cases(),
         "calibrations": study.calibrations,
+        "datasets": study.datasets,
         "study": [study.study],
     }
     for field, names in groups.items():
@@ -103,8 +104,9 @@ def _calibrations(study: StudySections) -> Iterator[str]:
             yield f"{where}.outlier_fractions: must be distinct, from 0 to below 1"
         if spec.sinks >= spec.window:
             yield f"{where}.sinks: leaves no token of a window"
-        if spec.dataset not in DATASETS:
-            yield f"{where}.dataset: {unknown('dataset', spec.dataset, DATASETS)}"
+        yield from _text(study, spec.dataset, f"{where}.dataset")
+        if spec.dataset in study.datasets and study.datasets[spec.dataset].test_share == 1:
+            yield f"{where}.dataset: '{spec.dataset}' is test text only (test_share: 1)"
     for name in study.calibrations:
         if name not in study.used_calibrations():
             yield f"calibrations.{name}: no scheme is built from it; name it in one, or remove it"
@@ -168,6 +170,28 @@ def _tasks(study: StudySections) -> Iterator[str]:
     for name, task in study.tasks.items():
         for option, reason in task.problems():
             yield f"tasks.{name}.{option}: {reason}"
+        dataset = task.dataset_name()
+        if task.own_prompts and dataset not in study.datasets:
+            entries = study.datasets
+            reason = str(unknown("entry", str(dataset), entries)) if entries else "none"
+            yield f"tasks.{name}.dataset: must be an entry of `datasets` with prompts ({reason})"
+        elif dataset is not None and not task.own_prompts:
+            yield from _text(study, dataset, f"tasks.{name}.dataset")
+
+
+def _text(study: StudySections, dataset: str, where: str) -> Iterator[str]:
+    """Yields a problem where a data set is unknown or holds prompts."""
+    known = [*DATASETS, *study.datasets]
+    if dataset not in known:
+        yield f"{where}: {unknown('dataset', dataset, known)}"
+    elif study.holds_prompts(dataset):
+        yield f"{where}: '{dataset}' holds the prompts of a task; name a data set of text"
+
+
+def _datasets(study: StudySections) -> Iterator[str]:
+    for name in study.datasets:
+        if name in DATASETS:
+            yield f"datasets: '{name}' is the name of a known data set; choose another"
 
 
 def _timed(study: StudySections) -> Iterator[str]:
@@ -243,8 +267,8 @@ def _countries(study: StudySections) -> Iterator[str]:
 def problems(study: StudySections) -> Iterator[str]:
     """Yields the problems of a study as a whole, one line each, the most basic ones first."""
     for check in (
-        *(_names, _labels, _size, _schemes, _calibrations, _tasks, _evaluation, _timed),
-        *(_statistics, _countries),
+        *(_names, _labels, _size, _schemes, _datasets, _calibrations, _tasks, _evaluation),
+        *(_timed, _statistics, _countries),
     ):
         found = list(check(study))
         yield from found

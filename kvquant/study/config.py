@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from kvquant.errors import UserError
 from kvquant.study.checks import problems
 from kvquant.study.overlay import read_study
+from kvquant.study.own_texts import with_hashes
 from kvquant.study.scheme_kinds import SCHEME_KINDS
 from kvquant.study.sections import StudySections
 from kvquant.study.tasks import SUITES
@@ -75,13 +76,6 @@ class Study(StudySections):
         chosen = self.append.schemes or [self.baseline, self.headline]
         return [s for s in dict.fromkeys(chosen) if s in self.schemes]
 
-    def datasets(self) -> list[str]:
-        """Returns every data set that calibration or a task needs."""
-        found = {task.dataset_name() for task in self.tasks.values()} | {
-            self.calibrated_by(name).dataset for name in (None, *self.used_calibrations())
-        }
-        return sorted(name for name in found if name is not None)
-
 
 def digest(*specs: BaseModel | dict[str, Any] | list[Any] | str | int | None) -> str:
     """Returns 16 digits of the sha256 of specifications, taken over their canonical JSON.
@@ -103,12 +97,13 @@ def parse_study(raw: Any, where: str = "config") -> Study:
         where: The name of the file in messages.
 
     Raises:
-        UserError: The study is invalid; the message has one line per wrong field.
+        UserError: The study is invalid, and the message has one line per wrong field; or a file of
+            its own data sets cannot be read.
     """
     if not isinstance(raw, dict):
         raise UserError(f"{where}: expected a mapping of keys, got {type(raw).__name__}")
     try:
-        return Study.model_validate(raw)
+        found = Study.model_validate(raw)
     except ValidationError as error:
         lines = []
         for item in error.errors():
@@ -136,6 +131,9 @@ def parse_study(raw: Any, where: str = "config") -> Study:
             shown = f" (got {given!r})" if isinstance(given, str | int | float) else ""
             lines.append(f"{where}: {path + ': ' if path else ''}{message}{shown}")
         raise UserError("\n".join(lines)) from None
+    if not found.datasets:
+        return found
+    return found.model_copy(update={"datasets": with_hashes(found.datasets)})
 
 
 def load_study(path: str | Path) -> Study:

@@ -78,6 +78,11 @@ def _chat(study: Study, model: str, task: TaskSpec) -> list[dict[str, Any]]:
     return [chosen] if chosen else []
 
 
+def _own_text(study: Study, dataset: str | None) -> list[dict[str, Any]]:
+    """Returns what the files of an own data set hold, or nothing for any other data set."""
+    return [study.datasets[dataset].identity()] if dataset in study.datasets else []
+
+
 def calibration_digest(study: Study, model: str, calibration: str | None = None) -> str:
     """Returns the digest of a model's calibration statistics.
 
@@ -87,7 +92,8 @@ def calibration_digest(study: Study, model: str, calibration: str | None = None)
         calibration: Entry of `calibrations`; None: the study's `calibration`.
     """
     spec = study.calibrated_by(calibration)
-    return digest(_weights(study.model(model)), spec, VERSIONS["calibrate"])
+    own = _own_text(study, spec.dataset)
+    return digest(_weights(study.model(model)), spec, VERSIONS["calibrate"], *own)
 
 
 def collection_digest(study: Study, model: str, calibration: str | None = None) -> str:
@@ -130,7 +136,8 @@ def prompts_digest(study: Study, model: str, task: str) -> str:
     chosen = study.task(task)
     spec = chosen.meaning("minutes", "batch_size")
     chat = _chat(study, model, chosen)
-    return digest(weights_digest(study.model(model)), spec, VERSIONS["prompts"], *chat)
+    own = _own_text(study, chosen.dataset_name())
+    return digest(weights_digest(study.model(model)), spec, VERSIONS["prompts"], *chat, *own)
 
 
 def prompts_name(study: Study, model: str, task: str) -> str:
@@ -146,7 +153,8 @@ def eval_digest(study: Study, model: str, scheme: str, task: str, seed: int) -> 
     if asks_prompts(chosen):
         versions.append(VERSIONS["prompts"])
     chat = _chat(study, model, chosen)
-    return digest(quantizer_digest(study, model, scheme), spec, seed, versions, *chat)
+    own = _own_text(study, chosen.dataset_name())
+    return digest(quantizer_digest(study, model, scheme), spec, seed, versions, *chat, *own)
 
 
 def _timing(spec: TimedStage, workload: str) -> dict[str, object]:
@@ -157,18 +165,22 @@ def _timing(spec: TimedStage, workload: str) -> dict[str, object]:
     }
 
 
+def _timed(study: Study, stage: str) -> list[Any]:
+    """Returns the text of timed prompts and the version of a timed stage."""
+    dataset = study.calibration.dataset
+    return [dataset, VERSIONS[stage], *_own_text(study, dataset)]
+
+
 def perf_digest(study: Study, model: str, scheme: str, workload: str) -> str:
     """Returns the digest of one throughput result."""
     timing = _timing(study.throughput, workload)
-    read = (study.calibration.dataset, VERSIONS["throughput"])
-    return digest(quantizer_digest(study, model, scheme), timing, *read)
+    return digest(quantizer_digest(study, model, scheme), timing, *_timed(study, "throughput"))
 
 
 def energy_digest(study: Study, model: str, scheme: str, workload: str) -> str:
     """Returns the digest of one energy result."""
     timing = _timing(study.energy, workload)
-    read = (study.calibration.dataset, VERSIONS["energy"])
-    return digest(quantizer_digest(study, model, scheme), timing, *read)
+    return digest(quantizer_digest(study, model, scheme), timing, *_timed(study, "energy"))
 
 
 def append_digest(study: Study) -> str:

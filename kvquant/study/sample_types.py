@@ -70,6 +70,21 @@ class LongBenchSample(AnsweredSample):
     references: list[str]
 
 
+class OwnPromptSample(AnsweredSample):
+    """Describes an answer to one of the user's own prompts."""
+
+    row: int = Field(ge=0, description="index of the prompt among those of the data set")
+    references: list[str] = Field(
+        description="accepted answers, or the unquantized cache's answer where agreement is scored"
+    )
+    agreed_tokens: int | None = Field(
+        None, ge=0, description="tokens before the first difference from that answer"
+    )
+    compared_tokens: int | None = Field(
+        None, ge=0, description="tokens of the longer one of both answers"
+    )
+
+
 @dataclass(frozen=True)
 class Summary:
     """Holds the metrics that follow from samples and the tokens that went through the cache."""
@@ -136,6 +151,41 @@ def longbench_summary(rows: Rows) -> Summary:
     plain = score_summary("score")(rows)
     share = sum(row["cut"] for row in rows) / len(rows)
     return Summary(plain.metrics | {"cut_share": share}, plain.tokens)
+
+
+def agreed_share(row: Mapping[str, Any]) -> float:
+    """Returns the share of an answer's tokens before its first difference; 1 if both are empty."""
+    return row["agreed_tokens"] / row["compared_tokens"] if row["compared_tokens"] else 1.0
+
+
+def own_prompts_summary(rows: Rows) -> Summary:
+    """Returns the mean score in percent.
+
+    Where agreement is scored, `identical_share` is the fraction of answers that are the unquantized
+    cache's to the last token.
+    """
+    plain = score_summary("score")(rows)
+    if not _measured("compared_tokens", rows):
+        return plain
+    same = sum(row["agreed_tokens"] == row["compared_tokens"] for row in rows)
+    return Summary(plain.metrics | {"identical_share": same / len(rows)}, plain.tokens)
+
+
+def check_own_prompts(metrics: Mapping[str, float], rows: Rows) -> None:
+    """Checks that samples are different prompts that there are, and that agreement is the score.
+
+    Raises:
+        ValueError: A prompt is asked twice, there are fewer prompts, or a score contradicts the
+            tokens that agree.
+    """
+    check_data_rows({"rows_available": metrics.get("prompts_available", math.inf)}, rows)
+    for row in rows:
+        if (row.get("agreed_tokens") is None) != (row.get("compared_tokens") is None):
+            raise ValueError("field 'compared_tokens': goes with 'agreed_tokens'")
+        if row.get("compared_tokens") is None:
+            continue
+        if row["agreed_tokens"] > row["compared_tokens"] or row["score"] != agreed_share(row):
+            raise ValueError("field 'score': is not the share of tokens that agree")
 
 
 def check_windows(metrics: Mapping[str, float], rows: Rows) -> None:

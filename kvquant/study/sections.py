@@ -17,6 +17,7 @@ from kvquant.study.jobs import JobCase, JobsSpec
 from kvquant.study.kernels import KernelCase, KernelsSpec
 from kvquant.study.limits import MAX_COUNTRIES, MAX_NAMES
 from kvquant.study.models import ModelSpec
+from kvquant.study.own_texts import OwnText
 from kvquant.study.paths import DeviceKey, MaybePath, PathVars
 from kvquant.study.scheme_kinds import CalibratedScheme, Scheme
 from kvquant.study.schemes import SchemeSpec
@@ -30,7 +31,7 @@ from kvquant.study.tracking import TrackingSpec
 class StudySections(Strict):
     """The sections of a study file, and look-ups by name."""
 
-    later: ClassVar[tuple[str, ...]] = ("tracking", "calibrations", "countries")
+    later: ClassVar[tuple[str, ...]] = ("tracking", "calibrations", "countries", "datasets")
     study: str = Field(description="short name in kebab case")
     title: str = Field("", description="heading of the report and the paper")
     device: DeviceKey = Field(
@@ -57,6 +58,9 @@ class StudySections(Strict):
         "measured again; absent or null: none",
     )
     models: dict[str, ModelSpec] = Field(description="models by name")
+    datasets: dict[str, OwnText] = Field(
+        {}, description="own texts and prompts by name, which calibrations and tasks read"
+    )
     calibration: CalibrationSpec = Field(
         CalibrationSpec(), description="text and statistics that calibrated schemes are built from"
     )
@@ -145,6 +149,11 @@ class StudySections(Strict):
         """Returns whether a calibration keeps histograms of keys after RoPE for its schemes."""
         calibrated = [s for s in self.schemes.values() if isinstance(s, CalibratedScheme)]
         return any(s.keys_after_rope for s in calibrated if s.calibration == calibration)
+
+    def holds_prompts(self, dataset: str) -> bool:
+        """Returns whether a data set is one of prompts, because a task asks them."""
+        asking = (task.dataset_name() for task in self.tasks.values() if task.own_prompts)
+        return dataset in asking
 
     def timed_schemes(self, spec: TimedStage) -> list[str]:
         """Returns the schemes that `spec` measures, without the baseline of every job."""

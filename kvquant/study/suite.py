@@ -38,6 +38,8 @@ class Task(Named):
         30, ge=1, le=MAX_MINUTES, description="expected run time per seed on one GPU, in minutes"
     )
 
+    # Whether the data set holds prompts of the user's, one per line, instead of a text.
+    own_prompts: ClassVar[bool] = False
     # Options that change no result and are therefore not part of a result's digest.
     speed_options: ClassVar[frozenset[str]] = frozenset({"minutes"})
 

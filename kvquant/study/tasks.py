@@ -18,12 +18,15 @@ from kvquant.study.margin import Margin
 from kvquant.study.sample_types import (
     KL_PERCENTILES,
     LongBenchSample,
+    OwnPromptSample,
     PasskeySample,
     PerplexitySample,
     RulerSample,
     check_data_rows,
+    check_own_prompts,
     check_windows,
     longbench_summary,
+    own_prompts_summary,
     perplexity_summary,
 )
 from kvquant.study.strict import Strict
@@ -128,11 +131,6 @@ class PerplexityTask(Task):
         """Returns the number and the length of the windows, and the protocol."""
         size = f"of {self.window} tokens" if self.window else "of all the model's positions"
         return f"{count_of(self.windows, 'window')} {size}, protocol {self.protocol}"
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """Yields a problem where the data set is unknown."""
-        if self.dataset not in DATASETS:
-            yield "dataset", str(unknown("dataset", self.dataset, DATASETS))
 
     def check_metrics(self, metrics: Mapping[str, float]) -> None:
         """Checks that a record has the window and, exactly if asked for, the KL divergence.
@@ -263,6 +261,94 @@ class LongBenchTask(_FamilyTask):
         """Returns the number of rows that a record must hold, at most as many as the data has."""
         available = int(metrics.get("rows_available", 0.0))
         return min(self.samples or available, available)
+
+
+@suite(
+    label="own prompts",
+    implementation="kvquant.evaluation.own_prompts:OWN_PROMPTS",
+    metric="score",
+    margin=Margin(relative=0.05),
+    sample=OwnPromptSample,
+    summary=own_prompts_summary,
+    check_samples=check_own_prompts,
+    table_metrics=("identical_share",),
+    uses_chat=True,
+    caption="Own prompts by task: accepted answers, or agreement with the unquantized cache.",
+)
+class OwnPromptsTask(AnsweredTask):
+    """Prompts of the user's own, from an entry of the study's `datasets`."""
+
+    suite: Literal["prompts"] = Field(description="suite of the task")
+    dataset: str = Field(
+        description="entry of `datasets` with the prompts: JSON Lines with `prompt` and `answers`, "
+        "a text or a list of texts, or without `answers`"
+    )
+    scoring: Literal["contains", "exact", "f1", "agreement"] = Field(
+        "contains",
+        description="contains: an accepted answer occurs in the answer; exact: it is the answer; "
+        "f1: F1 of their words; agreement: share of the answer's tokens before the first "
+        "difference from the unquantized cache's answer, which needs no `answers`",
+    )
+    length: int = Field(
+        2048,
+        ge=16,
+        le=MAX_TOKENS,
+        description="tokens of prompt and answer together; a longer prompt is refused",
+    )
+    samples: int = Field(
+        0,
+        ge=0,
+        le=MAX_SAMPLES,
+        description="prompts per seed, which take turns; 0, or more than there are, takes all",
+    )
+    max_new_tokens: int = Field(
+        64, ge=1, le=MAX_TOKENS, description="maximum number of generated tokens"
+    )
+    chat: bool = Field(
+        True,
+        description="whether a prompt is a user's turn of the model's chat template, if there is "
+        "one; otherwise it is plain text that the model continues",
+    )
+
+    own_prompts: ClassVar[bool] = True
+    words: ClassVar[Words] = {
+        "length": lambda n: f"{n:,} tokens",
+        "samples": lambda n: f"{n:,} per seed" if n else "all prompts",
+        "max_new_tokens": "{} new tokens".format,
+        "chat": lambda chat: "chat template" if chat else "plain text",
+    }
+
+    def title(self, key: str) -> str:
+        """Returns the data set and what is scored."""
+        scored = {"contains": "answer contained", "exact": "exact answer", "f1": "token F1"}
+        return f"{self.dataset}, {scored.get(self.scoring, self.scoring)}"
+
+    def dataset_name(self) -> str:
+        """Returns the data set that holds the prompts."""
+        return self.dataset
+
+    def describe(self) -> str:
+        """Returns the number and the greatest length of the prompts."""
+        return f"{count_of(self.samples, 'prompt')} of at most {self.length} tokens with answers"
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yields a problem where the length leaves no room for a prompt."""
+        if self.max_new_tokens >= self.length:
+            yield "max_new_tokens", "leaves no room for a prompt in `length`"
+
+    def samples_expected(self, metrics: Mapping[str, float]) -> int:
+        """Returns the number of prompts that a record must hold, at most as many as there are."""
+        available = int(metrics.get("prompts_available", 0.0))
+        return min(self.samples or available, available)
+
+    def check_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Checks that a record has the share of identical answers exactly if agreement is scored.
+
+        Raises:
+            ValueError: The record was measured with other options; the message names the metric.
+        """
+        if ("identical_share" in metrics) != (self.scoring == "agreement"):
+            raise ValueError(f"field 'metrics.identical_share': the study scores {self.scoring}")
 
 
 # The tasks that a study may list are those of every suite registered above.

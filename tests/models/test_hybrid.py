@@ -29,7 +29,7 @@ from kvquant.models.loading import QuantizedModel, load_quantized_model
 from kvquant.models.rotary import same_angles, static_rope
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.schemes import Fp8Scheme, Fp16Scheme, KvquantRefScheme, NuqScheme
-from tests.support.cache_uses import fed, padded, reordered, sharpen
+from tests.support.cache_uses import LENGTH, fed, padded, reordered, sharpen
 from tests.support.caches import CLOSE, EXACT, GREEDY, feed, ids, quantized, ragged, step
 from tests.support.hybrids import ALTERNATING, BASES, HYBRID, WINDOW
 from tests.support.hybrids import tiny_hybrid as tiny
@@ -208,7 +208,7 @@ def test_positions_that_jump() -> None:
 def test_16_bit_weights(name: str, dtype: torch.dtype) -> None:
     model = tiny(name)
     with torch.inference_mode():
-        exact = model(input_ids=ids(2, 90)).logits
+        exact = model(input_ids=ids(2, LENGTH)).logits
     model = model.to(dtype)
     error = relative_error(fed(model, dynamic(model)).float(), exact)
     found = fed(model, quantized(model, EXACT).new_cache())

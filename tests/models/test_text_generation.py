@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kvquant
-from kvquant.errors import UserError
+from kvquant.errors import OutlierOverflow, UserError
 from kvquant.models import text_generation
 from kvquant.models.generation import greedy
 from tests.support.models import save_tiny, tiny_model, tiny_tokenizer
@@ -99,8 +99,8 @@ def test_no_sampling_means_greedy(qm: kvquant.QuantizedModel) -> None:
 
 
 def test_no_new_tokens_are_an_empty_answer(qm: kvquant.QuantizedModel) -> None:
-    with_beams: dict[str, Any] = {"num_beams": 2}
-    for options in ({}, with_beams):
+    none: dict[str, Any] = {}
+    for options in (none, {"num_beams": 2}):
         assert kvquant.generate(qm, PROMPTS, 0, **options) == ["", "", ""]
 
 
@@ -126,6 +126,56 @@ def test_stop_strings_end_an_answer(qm: kvquant.QuantizedModel) -> None:
     stop = letters[len(letters) // 2]
     cut = kvquant.generate(qm, PROMPTS[:1], 12, stop_strings=[stop])[0]
     assert stop in cut and whole.startswith(cut) and len(cut) < len(whole)
+
+
+class Seen:
+    """A streamer that keeps the tokens of prompts and answers."""
+
+    def __init__(self) -> None:
+        self.parts: list[list[int]] = []
+        self.ends: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.parts.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ends.append(len(self.parts))
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.2}])
+def test_a_streamer_gets_a_prompt_and_its_answer(
+    qm: kvquant.QuantizedModel, options: dict[str, Any]
+) -> None:
+    seen = Seen()
+    (answer,) = kvquant.generate(qm, PROMPTS[:1], 6, streamer=seen, **options)
+    assert seen.parts[0] == qm.tokenizer(PROMPTS[0]).input_ids
+    tokens = [token for part in seen.parts[1:] for token in part]
+    assert qm.tokenizer.decode(tokens, skip_special_tokens=True) == answer
+    assert seen.ends == [len(seen.parts)] and len(seen.parts) > 2
+    with pytest.raises(UserError, match="streamer: shows one answer, and there are 3 prompts"):
+        kvquant.generate(qm, PROMPTS, 6, streamer=seen, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.2}])
+def test_an_answer_that_is_tried_again_is_streamed_again(
+    qm: kvquant.QuantizedModel, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = kvquant.generate(qm, PROMPTS[:1], 6, **options)
+    forward, calls = qm.model.forward, []
+
+    def lossy(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise OutlierOverflow("no room")
+        return forward(*args, **kwargs)
+
+    seen = Seen()
+    monkeypatch.setattr(qm.model, "forward", lossy)
+    assert kvquant.generate(qm, PROMPTS[:1], 6, streamer=seen, **options) == expected
+    first, last = seen.ends
+    prompt = qm.tokenizer(PROMPTS[0]).input_ids
+    assert seen.parts[0] == seen.parts[first] == prompt and last == len(seen.parts)
+    assert seen.parts[1:first] == seen.parts[first + 1 :][: first - 1]
 
 
 def test_chat_applies_the_template_to_turns(qm: kvquant.QuantizedModel) -> None:

@@ -180,6 +180,7 @@ def test_each_kernel_case_is_a_job(root: Path, tmp_path: Path) -> None:
     assert "kernel_case" not in jobs(none.stdout + none.stderr)
 
 
+@pytest.mark.slow
 def test_a_fork_of_the_server_tells_what_a_new_process_does(root: Path, tmp_path: Path) -> None:
     """So that a test's Snakemake is the one that users run (:mod:`tests.support.snakemakes`)."""
     config = ["--configfile", "config/smoke.yaml", "--replace-workflow-config", *fresh(tmp_path)]

@@ -5,7 +5,7 @@ rule calibrate:
     """Histograms of a model's keys and values, shared by all calibrated schemes."""
     input:
         model=weights,
-        data=ancient(f"<cache>/data/{STUDY.calibration.dataset}/manifest.json"),
+        data=manifest_of(STUDY.calibration.dataset),
     output:
         stats="<results>/calib/{model}/stats.safetensors",
         info="<results>/calib/{model}/stats.json",
@@ -33,9 +33,7 @@ rule calibrate:
 use rule calibrate as calibrate_otherwise with:
     input:
         model=weights,
-        data=lambda wildcards: ancient(
-            f"<cache>/data/{STUDY.calibrations[wildcards.calibration].dataset}/manifest.json"
-        ),
+        data=lambda wildcards: manifest_of(STUDY.calibrations[wildcards.calibration].dataset),
     output:
         stats="<results>/calib/{model}/{calibration}/stats.safetensors",
         info="<results>/calib/{model}/{calibration}/stats.json",

@@ -16,6 +16,7 @@ from kvquant.runtime.provenance import device_name
 from kvquant.runtime.run_lock import hold
 from kvquant.runtime.slurm import prepare
 from kvquant.study.overlay import read_studies
+from kvquant.study.own_texts import edited_since, refuse_edited
 from kvquant.study.places import calibration_place
 from kvquant.study.plan import make_plan, obstacle
 from kvquant.study.published_quantizers import published_quantizer
@@ -44,6 +45,9 @@ try:
     PLANNED = device_name() if STUDY.gpus else "cpu"
     DEVICE = PLANNED if STUDY.device == "auto" else STUDY.device
     STUDY_FILE = Path(STUDY.pathvars.get("results", "results/h100")) / "study.json"
+    refuse_edited(STUDY.datasets)
+    for line in edited_since(STUDY.datasets, STUDY_FILE) if workflow.is_main_process else []:
+        print(line, file=sys.stderr)
     PLAN = make_plan(STUDY, DEVICE, STUDY_FILE.parent)
 except UserError as error:
     raise WorkflowError(str(error))
@@ -68,6 +72,7 @@ wildcard_constraints:
     job="|".join(map(re.escape, STUDY.job_cases())) or "none",  # a key of `jobs.cases`
     calibration="|".join(map(re.escape, STUDY.calibrations)) or "none",  # a key of `calibrations`
     dataset=datasets.wildcard_pattern(),  # a text that can be fetched
+    own="|".join(map(re.escape, STUDY.datasets)) or "none",  # a key of `datasets`
     device=re.escape(DEVICE),  # the key `device`, or the GPU's own name
     digest=r"[0-9a-f]{16}",  # a digest of model, task and seeds, which names the prompts
     seed=r"\d+",  # an entry of `seeds`

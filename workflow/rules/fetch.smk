@@ -4,6 +4,7 @@
 localrules:
     fetch_model,
     fetch_data,
+    own_data,
 
 
 rule fetch_model:
@@ -35,4 +36,20 @@ rule fetch_data:
         "Fetching text {wildcards.dataset}"
     shell:
         "python -m kvquant fetch-data --study {params.study:q} --dataset {wildcards.dataset:q}"
+        " --out {output:q} 2>&1 | tee {log:q}"
+
+
+rule own_data:
+    """A text or prompts of the user's own, from the files that the study names."""
+    output:
+        "<results>/texts/{own}/manifest.json",
+    log:
+        "<logs>/fetch/own-{own}.log",
+    params:
+        study=STUDY_FILE,
+        files=lambda wildcards: digests.digest(STUDY.datasets[wildcards.own].identity()),
+    message:
+        "Reading the files of {wildcards.own}"
+    shell:
+        "python -m kvquant fetch-data --study {params.study:q} --dataset {wildcards.own:q}"
         " --out {output:q} 2>&1 | tee {log:q}"

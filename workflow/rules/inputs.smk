@@ -89,9 +89,15 @@ def text(wildcards):
 def text_of(task):
     """The manifest of a task's text, if it has one."""
     dataset = STUDY.tasks[task].dataset_name()
-    return ancient(f"<cache>/data/{dataset}/manifest.json") if dataset else []
+    return manifest_of(dataset) if dataset else []
+
+
+def manifest_of(dataset):
+    """The manifest of a data set; those of the user's own files belong to the study alone."""
+    folder = "<results>/texts" if dataset in STUDY.datasets else "<cache>/data"
+    return ancient(f"{folder}/{dataset}/manifest.json")
 
 
 def timed_text(wildcards):
     """The text whose pieces are timed as prompts: what the study calibrates with, its test part."""
-    return ancient(f"<cache>/data/{STUDY.calibration.dataset}/manifest.json")
+    return manifest_of(STUDY.calibration.dataset)

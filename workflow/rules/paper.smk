@@ -4,7 +4,7 @@
 from kvquant.analysis import figure_list, page_list, table_list
 from kvquant.analysis.explorer import view_list
 from kvquant.analysis.report import remove_if_cut
-from kvquant.runtime.run_end import claim_lines, product_lines
+from kvquant.runtime.run_end import claim_lines, product_lines, result_lines
 
 FIGURES = {name: figure_list.FIGURES[name] for name in figure_list.shown(STUDY)}
 PAGES = {name: page_list.PAGES[name] for name in page_list.shown(STUDY)}
@@ -190,5 +190,9 @@ onsuccess:
             "figures": Path(str(figure)).parent if figure else STUDY_FILE.parent / "none",
             "tables": STUDY_FILE.parent / "tables",
         }
-        lines = [f"Claims of the study '{STUDY.study}':", *claim_lines(claims_file)]
+        lines = []
+        if results := result_lines(claims_file.parent, STUDY.baseline):
+            told = f"with the change from {STUDY.baseline} and the verdict of paired tests"
+            lines += [f"Results of the study '{STUDY.study}', {told}:", *results]
+        lines += [f"Claims of the study '{STUDY.study}':", *claim_lines(claims_file)]
         print("\n".join([*lines, "Products:", *product_lines(products)]), file=sys.stderr)

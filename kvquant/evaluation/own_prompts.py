@@ -1,0 +1,121 @@
+"""The user's own prompts, scored by accepted answers or by the unquantized cache's answers.
+
+Prompts come from JSON Lines files (:mod:`kvquant.fetch.prompt_rows`). They are put in one fixed
+order that looks random, and each seed takes the next `samples` of them, so that seeds 0, 1, 2, ...
+ask different prompts as long as there are enough. Answers are greedy.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from kvquant.errors import UserError
+from kvquant.evaluation.base import Source, check_length
+from kvquant.evaluation.generated import Answered, Prompt, Rules, SeedPrompts
+from kvquant.evaluation.longbench import as_tokens
+from kvquant.evaluation.longbench_tasks import metrics_module
+from kvquant.fetch.prompt_rows import demand_answers, from_lines
+from kvquant.study.sample_types import own_prompts_summary
+from kvquant.study.tasks import OwnPromptsTask
+
+# Around an answer, which `exact` does not compare: the last four are curly quotation marks.
+MARKS = " .,;:!?\"'`*\u201c\u201d\u2018\u2019"
+
+
+def rows_of_seed(available: int, samples: int, seed: int) -> list[int]:
+    """Returns the ascending rows that a seed asks: the next `samples` of a fixed shuffle.
+
+    Args:
+        available: Number of rows.
+        samples: Rows per seed; 0, or as many as there are, takes all for every seed.
+        seed: The seed; seeds 0, 1, 2, ... share no row until all have been asked.
+    """
+    if samples == 0 or samples >= available:
+        return list(range(available))
+    order = list(range(available))
+    random.Random(f"own prompts {available}").shuffle(order)
+    first = seed * samples
+    return sorted(order[(first + at) % available] for at in range(samples))
+
+
+def _plain(text: str) -> str:
+    """Returns a text without differences of case and white space."""
+    return " ".join(text.split()).casefold()
+
+
+def contains(answer: str, references: Sequence[str]) -> float:
+    """Returns 1 if an accepted answer occurs in an answer, else 0.
+
+    Case and white space do not matter. Letters and digits at the ends of an accepted answer must be
+    the ends of a word: "4" does not occur in "14".
+    """
+    text = _plain(answer)
+    for reference in map(_plain, references):
+        before = r"(?<![a-z0-9])" if re.match("[a-z0-9]", reference) else ""
+        after = r"(?![a-z0-9])" if re.search("[a-z0-9]$", reference) else ""
+        if re.search(before + re.escape(reference) + after, text):
+            return 1.0
+    return 0.0
+
+
+def exact(answer: str, references: Sequence[str]) -> float:
+    """Returns 1 if an answer is an accepted one, else 0.
+
+    Case, white space, and punctuation and quotation marks around the answer do not matter.
+    """
+    found = _plain(answer).strip(MARKS)
+    return float(any(_plain(reference).strip(MARKS) == found for reference in references))
+
+
+def token_f1(answer: str, references: Sequence[str]) -> float:
+    """Returns the best F1 of an answer's words with an accepted one, by lm-eval's LongBench."""
+    found = metrics_module().get_qa_f1_score({"answers": list(references)}, [answer])
+    return float(found["qa_f1_score"])
+
+
+SCORES = {"contains": contains, "exact": exact, "f1": token_f1}
+
+
+def prepare_own_prompts(source: Source, spec: OwnPromptsTask, seed: int) -> SeedPrompts:
+    """Returns the prompts of a seed.
+
+    Raises:
+        UserError: A prompt is too long or has no answers that the task needs (the message names its
+            file and line), or the length exceeds the model's positions.
+    """
+    rows = from_lines(source.text("all"), f"datasets.{spec.dataset}")
+    demand_answers(rows, source.task, spec.scoring)
+    check_length(source, spec.length, 0)
+    room = spec.length - spec.max_new_tokens
+    prompts = []
+    for at in rows_of_seed(len(rows), spec.samples, seed):
+        row = rows[at]
+        tokens = as_tokens(source.tokenizer, row.prompt, spec.chat, source.chat)
+        if len(tokens) > room:
+            raise UserError(
+                f"tasks.{source.task}.length: {row.where}: {len(tokens)} tokens, but `length` "
+                f"{spec.length} less {spec.max_new_tokens} of answer leaves {room}: raise "
+                "`length`, or shorten the prompt"
+            )
+        references = [] if spec.scoring == "agreement" else list(row.answers)
+        prompts.append(Prompt(tokens, {"row": at, "references": references}))
+    return SeedPrompts(
+        prompts, spec.max_new_tokens, metrics={"prompts_available": float(len(rows))}
+    )
+
+
+def own_prompts_rules(spec: OwnPromptsTask, tokenizer: Any) -> Rules:
+    """Returns rules that score by accepted answers, or by the unquantized cache's answer."""
+    if spec.scoring == "agreement":
+        return Rules(lambda prompt, answer: 0.0, agreement=True, summary=own_prompts_summary)
+    measure = SCORES[spec.scoring]
+    return Rules(
+        lambda prompt, answer: measure(answer, prompt.record["references"]),
+        summary=own_prompts_summary,
+    )
+
+
+OWN_PROMPTS = Answered(prepare_own_prompts, own_prompts_rules)
