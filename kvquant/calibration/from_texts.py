@@ -234,6 +234,8 @@ def _read(tokenizer: Any, texts: Texts, enough: int) -> tuple[str, list[int]]:
         texts: The texts.
         enough: Number of tokens after which no further text is read.
     """
+    if isinstance(texts, Mapping) or not isinstance(texts, Iterable | Path):
+        raise UserError(f"texts: must be strings or paths, got {type(texts).__name__}")
     every = [texts] if isinstance(texts, str | Path) else texts
     parts: list[str] = []
     ids: list[int] = []

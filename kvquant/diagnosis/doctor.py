@@ -37,7 +37,7 @@ def _data_folder(given: Path | None) -> Path | None:
     """
     if given is None:
         named = os.environ.get("KVQUANT_DATA_DIR")
-        return Path(named).expanduser() if named else None
+        return expand_home(named, "KVQUANT_DATA_DIR") if named else None
     folder = expand_home(str(given), "--data-dir")
     if not folder.is_dir():
         raise UserError(f"--data-dir: no such folder: {folder}")

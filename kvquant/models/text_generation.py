@@ -170,6 +170,8 @@ def tokenized(tokenizer: Any, prompts: Iterable[Prompt], chat: bool) -> list[lis
         raise UserError("tokenizer: is missing; give kvquant.load a tokenizer")
     if isinstance(prompts, str):
         raise UserError("prompts: is one text; give a list of texts")
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise UserError(f"prompts: must be a list of texts, got {type(prompts).__name__}")
     if chat and not getattr(tokenizer, "chat_template", None):
         raise UserError("chat: the tokenizer has no chat template; leave chat out")
     found = []

@@ -180,6 +180,8 @@ def test_windows_of_a_hybrid_stay_out() -> None:
         ({"texts": None}, "texts: are missing"),
         ({"texts": "README.md", "window": None}, "fewer than 32: give longer texts"),
         ({"texts": [], "window": None}, "texts: have 0 tokens"),
+        ({"texts": {"one": HALF}}, "texts: must be strings or paths, got dict"),
+        ({"texts": 3}, "texts: must be strings or paths, got int"),
         ({"texts": ["Short.", 3]}, "texts: number 1 is no string but int"),
         ({"texts": "\ud800" * 99}, "texts: number 0 holds half of a surrogate pair"),
         ({"texts": Path("nowhere.txt")}, "texts: no such file: nowhere.txt"),

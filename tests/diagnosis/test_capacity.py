@@ -129,6 +129,16 @@ def test_sizes() -> None:
             size_in_bytes(wrong, "--memory")
 
 
+def test_a_narrow_terminal_gets_whole_numbers_in_lines_that_it_wraps() -> None:
+    """A cut number would be another one."""
+    for width in (10, 30):
+        out = io.StringIO()
+        screen = Screen(Console(file=out, force_terminal=True, width=width, color_system=None))
+        cells = ("a-scheme-of-ours", "15,389", "4,096*", "why\n-> not")
+        screen.table(("scheme", "tokens", "longest", "because"), [cells], wide=("because",))
+        assert "a-scheme-of-ours  15,389  4,096*   why -> not" in out.getvalue()
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_terminal_gets_whole_columns(width: int) -> None:
     out = io.StringIO()

@@ -214,6 +214,8 @@ def test_a_batch_out_of_memory_is_halved(
     ("prompts", "options", "told"),
     [
         ("The sky", {}, "prompts: is one text; give a list"),
+        ({"a": "The sky"}, {}, "prompts: must be a list of texts, got dict"),
+        (7, {}, "prompts: must be a list of texts, got int"),
         (["", "a"], {}, "prompt 0: is empty"),
         (["a", ""], {"num_beams": 2}, "prompt 1: is empty"),
         (["a " * 400], {}, "prompt 0: .* but the model has 256 positions"),
