@@ -87,7 +87,7 @@ def interleave(
     warmup: int,
     iterations: int,
     max_seconds: float,
-    least: int = MIN_ROUNDS,
+    least: int | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> tuple[int, list[bool]]:
     """Calls the sides in turns (A B A B ...) after a warm-up.
@@ -100,7 +100,7 @@ def interleave(
         warmup: Number of first rounds, whose measurements the caller drops.
         iterations: Largest number of counted rounds.
         max_seconds: Seconds after which no further round starts, without the warm-up.
-        least: Smallest number of counted rounds.
+        least: Smallest number of counted rounds; None: `MIN_ROUNDS`.
         now: Clock in seconds, which tests replace.
 
     Returns:
@@ -117,6 +117,7 @@ def interleave(
         if not one_round():
             return 0, fits
     rounds, start = 0, now()
+    least = MIN_ROUNDS if least is None else least
     while rounds < max(iterations, least):
         if rounds >= least and now() - start >= max_seconds:
             break

@@ -27,7 +27,7 @@ def test_profiles_name_existing_studies_and_replace_the_default(root: Path) -> N
         assert content["replace-workflow-config"] is True, name
         assert "keep-incomplete" not in content, "a truncated output would be taken for whole"
         assert content["rerun-incomplete"] is True, name
-        if name != "slurm":
+        if name not in ("slurm", "cpu"):  # these are for any study
             assert (root / content["configfile"]).is_file()
 
 
@@ -67,7 +67,7 @@ def test_dry_run_of_the_demo_is_readable(root: Path) -> None:
     assert done.returncode == 0, output
     lines = output.splitlines()
     assert len(lines) < 150
-    assert max(map(len, lines)) < 190  # the longest one names every rule
+    assert max(map(len, lines)) < 200  # the longest one names every rule
     assert "Evaluating nuq3-1pct on all tasks (smollm2-135m)" in output
     assert not any(line.lstrip().startswith(("input:", "output:", "Host:")) for line in lines)
 
