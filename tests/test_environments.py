@@ -50,5 +50,9 @@ def test_the_image_copies_what_it_installs(root: Path, project: dict[str, Any]) 
     for kept in (*first[1].split(), "kvquant", "workflow", "config", "Snakefile", "tests"):
         assert kept not in ignored
     assert {".git", ".venv", "resources", "results/*", "!results/published"} <= set(ignored)
+    image = re.search(r"docker build -f envs/Containerfile -t (\w+) \.", text)
+    snakefile = (root / "workflow/Snakefile").read_text(encoding="utf-8")
+    assert image and f'container: "docker-daemon:{image[1]}:latest"' in snakefile
+    assert 'ENV PATH="/kvquant/.venv/bin:$PATH"' in text  # jobs there call `python -m kvquant`
     command = re.search(r'CMD \["snakemake", "--profile", "(.*)"\]', text)
     assert command and list((root / command[1]).glob("*.yaml"))
