@@ -14,7 +14,9 @@ PAGE = ROOT / "docs/module-map.md"
 # The folders from the top down. A module imports only from its own folder and from lower levels;
 # tests/test_layers.py checks that.
 LEVELS = (
-    ("evaluation", "benchmarks", "diagnosis"),
+    ("playground",),
+    ("diagnosis",),
+    ("evaluation", "benchmarks"),
     ("calibration",),
     ("models",),
     ("schemes",),

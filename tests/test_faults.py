@@ -14,10 +14,8 @@ import importlib
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +24,18 @@ from typing import Any
 import pytest
 
 from kvquant.cli import VERBS, main
+from kvquant.runtime.provenance import environment
+from tests.support.forks import ended, forked, start
 from tests.support.models import save_byte_model
 from tests.support.text import write_corpus
 
 pytestmark = pytest.mark.slow
-KILLED, SECONDS = 137, 120
+KILLED = 137
+IMPORTED_LATER = (
+    *(f"kvquant.evaluation.{name}" for name in ("divergence", "passkey", "perplexity")),
+    *("kvquant.models.loading", "transformers.models.auto.tokenization_auto"),
+    *("pandas.io.formats.csvs", "pyarrow.dataset", "pyarrow.pandas_compat"),
+)
 SCHEMES = {"fp16": {"kind": "fp16"}, "nuq3": {"kind": "nuq", "bits": 3, "block_size": 32}}
 TASKS = {
     "ppl": {"suite": "perplexity", "dataset": "essays", "window": 96, "windows": 1},
@@ -48,44 +53,6 @@ class Job:
     def run(self, out: Path) -> int:
         """The verb's exit status."""
         return main([word.replace("{out}", str(out)) for word in self.words])
-
-
-def start(function: Callable[[], int]) -> tuple[int, int]:
-    """Calls a function in a process of its own: its number, and a pipe with what it prints."""
-    out, into = os.pipe()  # no file: some tests limit the size of files
-    child = os.fork()
-    if child:
-        os.close(into)
-        return child, out
-    status = 99
-    try:
-        signal.alarm(SECONDS)
-        os.dup2(into, 1)
-        os.dup2(into, 2)
-        # pytest keeps its own streams in their places
-        sys.stdout = os.fdopen(1, "w", closefd=False)
-        sys.stderr = os.fdopen(2, "w", closefd=False)
-        status = function()
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else 98
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def ended(child: int, out: int) -> tuple[int, str]:
-    """A process's exit status and what it printed."""
-    with os.fdopen(out, errors="replace") as stream:
-        said = stream.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
-
-
-def forked(function: Callable[[], int]) -> tuple[int, str]:
-    """Calls a function in a process of its own: its exit status and what it printed."""
-    return ended(*start(function))
 
 
 def watch(folder: Path, at: int, act: Callable[[], None]) -> None:
@@ -150,8 +117,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def jobs(work: Path) -> Iterator[dict[str, Job]]:
     """The verbs in the workflow's order; all ran once into `done`."""
-    for module, _ in VERBS.values():  # once here, not in each of a thousand forked processes
+    # Once here, not in each of hundreds of forked processes, of which it would take half the time.
+    for module in (*(module for module, _ in VERBS.values()), *IMPORTED_LATER):
         importlib.import_module(module)
+    environment()
     done = work / "done"
     base = ("--study", str(work / "study.json"))
     model = (*base, "--model", "tiny")
@@ -306,14 +275,16 @@ SURROUNDINGS = {
     "no HOME, a HOME that does not exist, C and Turkish locales, another time zone",
     "the same results, byte for byte",
 )
-@pytest.mark.parametrize("where", SURROUNDINGS)
+@pytest.mark.parametrize(
+    ("where", "name"), [*zip(SURROUNDINGS, ("eval/tiny/nuq3/passkey", "prompts"), strict=True)]
+)
 def test_surroundings_change_no_result(
-    jobs: dict[str, Job], work: Path, tmp_path: Path, where: str
+    jobs: dict[str, Job], work: Path, tmp_path: Path, where: str, name: str
 ) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     for key, value in SURROUNDINGS[where].items():
         env.pop(key, None) if value is None else env.update({key: value})
-    job = jobs["eval/tiny/nuq3/passkey"]
+    job = jobs[name]
     out = tmp_path / "a" / "out"
     words = [word.replace("{out}", str(out)) for word in job.words]
     done = subprocess.run(

@@ -12,7 +12,10 @@ import pytest
 from tests.support.imports import imported_names
 
 LOOSE = {"__init__.py", "__main__.py", "cli.py", "errors.py"}
-TORCH_FREE = ("study", "runtime", "analysis.figure_list", "analysis.report", "cli", "errors")
+TORCH_FREE = (
+    *("study", "runtime", "analysis.figure_list", "analysis.report", "cli", "errors"),
+    *("analysis.explorer.view_list", "analysis.explorer.options"),
+)
 
 
 @pytest.fixture(scope="module")

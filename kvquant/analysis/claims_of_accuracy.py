@@ -48,7 +48,7 @@ def ordering(t: Tables) -> Outcome:
 
 
 def _plain_schemes(t: Tables) -> tuple[list[str], list[str]]:
-    """Returns the schemes of NUQ with 1 % outliers and of allocated codes, but for bits as usual."""
+    """Returns the schemes of NUQ with 1 % outliers and of allocated codes, usual but for bits."""
     nuq, allocated = [], []
     for name, scheme in t.study.schemes.items():
         plain = scheme.model_copy(update={"label": None})
@@ -67,7 +67,9 @@ def half_the_loss(t: Tables) -> Outcome:
     rows = t.evaluations
     if not (nuq and allocated and len(rows)):
         return not_measured("needs NUQ with 1 % outliers and allocated codes")
-    parts, met, seeds = [], [], []
+    parts: list[str] = []
+    met: list[bool | None] = []
+    seeds: list[int] = []
     rows = rows[(rows.suite == "perplexity") & (rows.protocol == "B")]
     for task, group in rows.groupby("task", sort=False):
         values = group.pivot(index="seed", columns="scheme", values="value")
@@ -81,11 +83,17 @@ def half_the_loss(t: Tables) -> Outcome:
             if not fewer:
                 continue
             ours = max(fewer, key=lambda name: bits[name])
-            ratios = (lost[ours] / lost[theirs]).dropna().to_numpy(dtype=float)
-            low, high = interval(ratios, t.study.statistics.alpha)
-            met.append(against_bar(low, high, 0.5, at_most=True))
-            seeds.append(len(ratios))
-            share = f"{ratios.mean():.2f} [{low:.2f}, {high:.2f}]"
+            paired = lost[[ours, theirs]].dropna()
+            seeds.append(len(paired))
+            lossless = int((paired[theirs] <= 0).sum())
+            if lossless or paired.empty:  # half of a gain is no bar, and its ratio has no sense
+                met.append(None)
+                share = f"no ratio, as NUQ lost nothing in {lossless} of {len(paired)} seeds,"
+            else:
+                ratios = (paired[ours] / paired[theirs]).to_numpy(dtype=float)
+                low, high = interval(ratios, t.study.statistics.alpha)
+                met.append(against_bar(low, high, 0.5, at_most=True))
+                share = f"{ratios.mean():.2f} [{low:.2f}, {high:.2f}]"
             shown.append(f"{share} with {bits[ours]:.2f} for {bits[theirs]:.2f} bits")
         if shown:
             parts.append(f"{t.labels.task(str(task))}: {', '.join(shown)}")

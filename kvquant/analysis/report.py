@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kvquant.errors import UserError
 
-TARGETS = ("figures", "html")  # rules whose outputs the report shows
+TARGETS = ("figures", "html", "explorer")  # rules whose outputs the report shows
 END = b"</html>"
 
 

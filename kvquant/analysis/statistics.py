@@ -9,6 +9,7 @@ and what each column is.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import pandas as pd
 
@@ -75,6 +76,12 @@ def _suite_means(evaluations: pd.DataFrame) -> pd.DataFrame:
     return means[whole].assign(task=means["suite"])
 
 
+def _by_scheme(table: pd.DataFrame) -> Callable[[str], pd.DataFrame]:
+    """Returns a function that gives the rows of a scheme, which may be none."""
+    parts = dict(iter(table.groupby("scheme", sort=False)))
+    return lambda scheme: parts.get(scheme, table.iloc[:0])
+
+
 def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
     """Returns a row per (model, task, scheme) and per (model, suite of several tasks, scheme).
 
@@ -94,11 +101,11 @@ def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> 
     levels = (("task", evaluations), ("suite", _suite_means(evaluations)))
     for level, values in levels:
         for (model, name), group in values.groupby(["model", "task"], sort=False):
-            base = group[group["scheme"] == study.baseline]
             mine = samples[(samples["model"] == model) & (samples[level] == name)]
-            base_samples = mine[mine["scheme"] == study.baseline]
+            by_scheme, samples_of = (_by_scheme(table) for table in (group, mine))
+            base, base_samples = by_scheme(study.baseline), samples_of(study.baseline)
             for scheme in study.schemes:
-                ours = group[group["scheme"] == scheme]
+                ours = by_scheme(scheme)
                 if scheme == study.baseline or not len(ours):  # it cannot run the task's protocol
                     continue
                 what = f"{model}/{scheme}/{name}" + (" suite" if level == "suite" else "")
@@ -108,7 +115,7 @@ def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> 
                 if margin is None:
                     raise UserError(f"statistics.margins: no margin for the suite '{suite}'")
                 by_seed = pair(ours, base, ["seed"], what)
-                scored = mine[mine["scheme"] == scheme]
+                scored = samples_of(scheme)
                 keys = ["seed", "sample"] if level == "task" else ["task", "seed", "sample"]
                 pairs = pair(scored, base_samples, keys, what)
                 places = scored[list(dict.fromkeys([*keys, "task", *PLACES]))]

@@ -72,6 +72,8 @@ def _sides(t: Tables, model: str, task: str, scheme: str) -> dict[str, str]:
 
 
 def _test(t: Tables, level: str, task: str, model: str, scheme: str) -> pd.Series | None:
+    if t.tests.empty:  # of a study of the unquantized cache alone: without columns
+        return None
     rows = t.tests[
         (t.tests.level == level)
         & (t.tests.task == task)

@@ -53,8 +53,8 @@ def _wandb() -> ModuleType:
         import wandb
     except ImportError:
         raise UserError(
-            "tracking: wandb is not installed: install the extra `tracking` (`uv sync --extra "
-            "tracking`), or remove the section"
+            "tracking: wandb is not installed: install the extra `wandb` (`uv sync --extra "
+            "wandb`), or remove the section"
         ) from None
     module: ModuleType = wandb
     return module

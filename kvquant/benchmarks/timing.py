@@ -87,18 +87,20 @@ def interleave(
     warmup: int,
     iterations: int,
     max_seconds: float,
+    least: int | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> tuple[int, list[bool]]:
     """Calls the sides in turns (A B A B ...) after a warm-up.
 
-    The rounds end after `iterations` or `max_seconds`, whichever comes first, but not before 5
-    rounds. A side that runs out of memory is not called again, while the others continue.
+    The rounds end after `iterations` or `max_seconds`, whichever comes first, but not before
+    `least` rounds. A side that runs out of memory is not called again, while the others continue.
 
     Args:
         sides: Functions that measure themselves.
         warmup: Number of first rounds, whose measurements the caller drops.
         iterations: Largest number of counted rounds.
         max_seconds: Seconds after which no further round starts, without the warm-up.
+        least: Smallest number of counted rounds; None: `MIN_ROUNDS`.
         now: Clock in seconds, which tests replace.
 
     Returns:
@@ -115,8 +117,9 @@ def interleave(
         if not one_round():
             return 0, fits
     rounds, start = 0, now()
-    while rounds < max(iterations, MIN_ROUNDS):
-        if rounds >= MIN_ROUNDS and now() - start >= max_seconds:
+    least = MIN_ROUNDS if least is None else least
+    while rounds < max(iterations, least):
+        if rounds >= least and now() - start >= max_seconds:
             break
         if not one_round():
             break

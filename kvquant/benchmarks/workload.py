@@ -10,22 +10,19 @@ from typing import Any
 
 import torch
 
-from kvquant.benchmarks.prompts import PromptBatch, prompt_batch
+from kvquant.benchmarks.prompt_run import PromptRun
+from kvquant.benchmarks.prompts import prompt_batch
 from kvquant.benchmarks.timing import synchronize
-from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.energy.gpus import devices_of
 from kvquant.errors import UserError, unknown
 from kvquant.fetch.model_manifest import study_manifest
 from kvquant.fetch.texts import load_text, read_data_manifest
 from kvquant.models.loading import (
-    QuantizedModel,
     load_quantized_model,
     resolve_device,
     resolve_devices,
 )
-from kvquant.models.model_call import cache_argument
 from kvquant.models.oom_retry import fits_in_memory, retry_on_overflow
-from kvquant.models.sdpa import without_cudnn
 from kvquant.quantization.quantizer_file import check_digest
 from kvquant.runtime.devices import claim_timed
 from kvquant.runtime.provenance import device_name
@@ -35,21 +32,17 @@ from kvquant.study.timing import Workload
 
 
 @dataclass
-class Prepared:
+class Prepared(PromptRun):
     """Holds a loaded model and the prompts of a workload.
 
     Attributes:
         study: The study.
-        qm: The model with the scheme's caches.
         workload: The workload.
-        batch: Its prompts.
         inputs: Hashes of the files on which results depend, by their role.
     """
 
     study: Study
-    qm: QuantizedModel
     workload: Workload
-    batch: PromptBatch
     inputs: dict[str, str]
 
     @cached_property
@@ -74,49 +67,6 @@ class Prepared:
     def scheme(self) -> Any:
         """Returns an empty cache of the scheme."""
         return self.qm.new_cache("A")
-
-    def _forward(
-        self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: Any
-    ) -> torch.Tensor:
-        """Returns the most likely next token of each prompt, `[batch_size, 1]`."""
-        logits = self.qm.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            **cache_argument(self.qm.model, cache),
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        return logits[:, -1].argmax(-1, keepdim=True)
-
-    @torch.inference_mode()
-    def prefill(self, cache: Any) -> torch.Tensor:
-        """Runs the prompts and returns the first answer tokens `[batch_size, 1]`."""
-        batch = self.batch
-        # Without padding there is no mask, so that attention uses its fastest kernel on both sides.
-        mask = batch.mask if batch.padded else None
-        return self._forward(batch.ids, mask, batch.positions, cache)
-
-    @torch.inference_mode()
-    def decode(self, cache: Any, token: torch.Tensor, steps: int, *, graphs: bool = False) -> None:
-        """Decodes `steps` further tokens greedily, without a check for end tokens.
-
-        Args:
-            cache: The cache after the prefill.
-            token: The first token of each answer, `[batch_size, 1]`.
-            steps: Number of tokens.
-            graphs: Whether the model may capture its steps, which would blur the time of one.
-        """
-        batch = self.batch
-        if isinstance(cache, KVQuantCache):
-            cache.graphs = graphs
-        width, last = batch.ids.shape[1], batch.positions[:, -1:]
-        ones = batch.mask.new_ones((batch.mask.shape[0], steps))
-        mask = torch.cat([batch.mask, ones], 1) if batch.padded else None
-        with without_cudnn():
-            for step in range(1, steps + 1):
-                seen = None if mask is None else mask[:, : width + step]
-                token = self._forward(token, seen, last + step, cache)
 
     @torch.inference_mode()
     def make_room(self) -> None:
@@ -243,4 +193,4 @@ def prepare(
     ids = qm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     batch = prompt_batch(workload, ids, args.rep, qm.device)
     inputs = qm.inputs | {"timed_text": read_data_manifest(args.data_manifest).sha256}
-    return Prepared(study, qm, workload, batch, inputs)
+    return Prepared(qm, batch, study, workload, inputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,16 +14,18 @@ from torch import nn
 
 from kvquant.calibration.build import StatisticsInfo, build_quantizer
 from kvquant.calibration.collect import calibrate_on
-from kvquant.calibration.collector import Report
 from kvquant.errors import UserError
 from kvquant.fetch.hub import is_repository_id
 from kvquant.fetch.model_manifest import ModelManifest
 from kvquant.fetch.text_overlap import described_text
 from kvquant.formats.files import is_text, read_text
+from kvquant.models.generation import check_ids
 from kvquant.models.loading import attention_layers, load_base_model, weights_sha256, with_manifest
 from kvquant.models.logits_sample import logits_sample
+from kvquant.models.placement import layer_devices
 from kvquant.quantization.quantizer import Quantizer
-from kvquant.runtime.progress import Progress
+from kvquant.runtime.console import loading
+from kvquant.runtime.progress import on_terminal
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.config import digest
 from kvquant.study.digests import VERSIONS
@@ -103,15 +104,32 @@ def calibrate(
         sha256 = None
     else:
         model = with_manifest(model)
-        base, own = load_base_model(model, device=device, dtype=dtype, device_map=device_map)
-        tokenizer, sha256 = tokenizer or own, weights_sha256(model)
+        with loading(model):
+            base, own = load_base_model(model, device=device, dtype=dtype, device_map=device_map)
+            tokenizer, sha256 = tokenizer or own, weights_sha256(model)
     attention_layers(base)  # refuses unsupported models before the texts are read
+    layer_devices(base)
+    if any(parameter.is_inference() for parameter in base.parameters()):
+        raise UserError(
+            "model: was made in torch.inference_mode, so that no gradients reach its activations; "
+            "make it outside"
+        )
     text, ids = _read(tokenizer, texts, POOL * windows * (window or DEFAULT_WINDOW))
+    check_ids(base, [ids])
     options = _fitted(options, window, int(base.config.max_position_embeddings), len(ids))
-    with torch.inference_mode(False), _frozen(base), _progress() as report:
+    with (
+        torch.inference_mode(False),
+        _frozen(base),
+        on_terminal("calibrate", "windows") as progress,
+    ):
         sample = logits_sample(base)
         found = calibrate_on(
-            base, ids, options, spec.sampled_tokens, roped_keys=spec.keys_after_rope, report=report
+            base,
+            ids,
+            options,
+            spec.sampled_tokens,
+            roped_keys=spec.keys_after_rope,
+            report=lambda number, count, loss: progress(number, count),
         )
     described = described_text("texts", text)
     info = StatisticsInfo(
@@ -216,6 +234,8 @@ def _read(tokenizer: Any, texts: Texts, enough: int) -> tuple[str, list[int]]:
         texts: The texts.
         enough: Number of tokens after which no further text is read.
     """
+    if isinstance(texts, Mapping) or not isinstance(texts, Iterable | Path):
+        raise UserError(f"texts: must be strings or paths, got {type(texts).__name__}")
     every = [texts] if isinstance(texts, str | Path) else texts
     parts: list[str] = []
     ids: list[int] = []
@@ -249,18 +269,3 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             module.training = True
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Report]:
-    """Gives a report of windows that updates one line on a terminal, and is silent elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda number, count, loss: None
-        return
-    with Progress("calibrate", unit="windows") as shown:
-
-        def report(number: int, count: int, loss: float) -> None:
-            shown.total = count
-            shown.update(number, last=number == count)
-
-        yield report

@@ -8,19 +8,21 @@ from dataclasses import asdict
 from typing import Any
 
 from kvquant import __version__
-from kvquant.diagnosis.asked_model import asked_model
-from kvquant.diagnosis.asked_schemes import asked_schemes
 from kvquant.diagnosis.fitting import DRIVER, LIBRARIES, Fit, Room, fit
 from kvquant.diagnosis.model_facts import CacheFacts, ModelFacts, read_model
-from kvquant.diagnosis.screen import Screen, json_out, waiting
+from kvquant.diagnosis.screen import Screen, json_out
 from kvquant.diagnosis.sizes import in_gb, size_in_bytes
 from kvquant.diagnosis.weights import DTYPES, weight_bytes, weight_dtype
 from kvquant.errors import UserError
+from kvquant.fetch.asked_model import asked_model
+from kvquant.runtime.console import waiting
+from kvquant.study.asked_schemes import asked_schemes
 from kvquant.study.jobs import CONTEXT_CHUNK
 from kvquant.study.limits import MAX_BATCH, MAX_TOKENS
 
 SCHEMA = 1  # of the JSON
 BASELINE = "fp16"
+PROMPT = 4096  # tokens, where none are asked for and the model takes as many
 DEFAULT = (
     *("fp16", "allocated-4", "allocated-3", "allocated-2", "nuq4-1pct", "nuq3-1pct", "nuq2-1pct"),
     *("kivi-4", "kivi-2", "turboquant-3", "int4-hadamard", "fp8"),
@@ -30,6 +32,21 @@ DEFAULT = (
 def _in_range(field: str, number: int | None, most: int) -> None:
     if number is not None and not 1 <= number <= most:
         raise UserError(f"{field}: {number:,} is not between 1 and {most:,}")
+
+
+def prompt_for(asked: int | None, positions: int) -> int:
+    """Returns the tokens per prompt.
+
+    Args:
+        asked: What was asked for; None for the default.
+        positions: The longest sequence of the model.
+
+    Raises:
+        UserError: The model does not take such a prompt.
+    """
+    if asked is not None and asked > positions:
+        raise UserError(f"--prompt: {asked:,} exceeds the model's {positions:,} positions")
+    return min(PROMPT, positions) if asked is None else asked
 
 
 def room_for(args: argparse.Namespace, model: ModelFacts) -> Room:
@@ -193,6 +210,7 @@ def run(args: argparse.Namespace) -> None:
     with waiting("computing"):
         model = read_model(name)
         room = room_for(args, model)
+        args.prompt = prompt_for(args.prompt, room.facts.positions)
         found = report(args, model, room)
     if args.json:
         json_out(json.dumps(found, indent=2))

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvquant import __version__
-from kvquant.diagnosis.asked_model import asked_model
-from kvquant.diagnosis.asked_schemes import asked_scheme, one_of_each_kind
 from kvquant.diagnosis.checks import Check, first_line
 from kvquant.diagnosis.gpu_checks import Probe
 from kvquant.diagnosis.software import (
@@ -20,7 +18,9 @@ from kvquant.diagnosis.software import (
     software_checks,
 )
 from kvquant.errors import UserError
+from kvquant.fetch.asked_model import asked_model
 from kvquant.formats.files import expand_home
+from kvquant.study.asked_schemes import asked_scheme, one_of_each_kind
 
 if TYPE_CHECKING:
     from kvquant.diagnosis.kernel_table import SchemeKernels
@@ -37,7 +37,7 @@ def _data_folder(given: Path | None) -> Path | None:
     """
     if given is None:
         named = os.environ.get("KVQUANT_DATA_DIR")
-        return Path(named).expanduser() if named else None
+        return expand_home(named, "KVQUANT_DATA_DIR") if named else None
     folder = expand_home(str(given), "--data-dir")
     if not folder.is_dir():
         raise UserError(f"--data-dir: no such folder: {folder}")
@@ -226,7 +226,8 @@ def run(args: argparse.Namespace) -> int:
         json_out(json.dumps(found, indent=2))
         return int(found["status"])
     from kvquant.diagnosis.doctor_screen import show
-    from kvquant.diagnosis.screen import Screen, waiting
+    from kvquant.diagnosis.screen import Screen
+    from kvquant.runtime.console import waiting
 
     with waiting("looking at this machine"):
         found = examine(args)

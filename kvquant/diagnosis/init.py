@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from kvquant.diagnosis.asked_model import asked_model
 from kvquant.errors import UserError
+from kvquant.fetch.asked_model import asked_model
 from kvquant.fetch.own_texts import own_files, own_text
 from kvquant.fetch.prompt_rows import PromptRow, check_prompts, read_prompt_file
 from kvquant.formats.files import expand_home, read_json, write_new

@@ -23,6 +23,8 @@ from kvquant.models.prefill_quant import original_class
 from kvquant.models.rotary import one_factor, static_rope
 from kvquant.study.model_families import family_of_attention
 
+MAX_LAYERS = 4096  # as in quantizers; making more, even without memory, takes minutes
+
 
 @dataclass(frozen=True)
 class LayerGroup:
@@ -122,6 +124,10 @@ def read_model(model: str | Path) -> ModelFacts:
     kind, name = str(config.model_type), str(model)
     if (problem := unsupported_configuration(config)) is not None:
         return ModelFacts(name, kind, refused=problem)
+    layers = int(getattr(config, "num_hidden_layers", None) or 0)
+    if not 1 <= layers <= MAX_LAYERS and hasattr(config, "num_hidden_layers"):
+        told = f"num_hidden_layers: {layers:,} is not between 1 and {MAX_LAYERS:,}"
+        return ModelFacts(name, kind, refused=f"model: {told}")
     from transformers import AutoModelForCausalLM
 
     try:
@@ -164,6 +170,9 @@ def judge_model(model: Any, name: str) -> ModelFacts:
     if refused is not None:
         groups = _groups([None] * len(problems), problems)
         return ModelFacts(**made, family=family, groups=groups, refused=refused)
+    if (positions := position_limit(config)) < 1:
+        told = f"model: max_position_embeddings: {positions:,} leaves no room for a token"
+        return ModelFacts(**made, family=family, refused=told)
     try:
         kinds = layer_kinds(model.model)
     except UserError as error:  # layers are supported, but not beside one another
@@ -220,8 +229,10 @@ def _groups(
 def _stored(config: Any) -> str | None:
     """Returns how a checkpoint's weights are quantized, if they stay so when they are loaded."""
     stored = getattr(config, "quantization_config", None) or {}
-    method = stored.get("quant_method") if isinstance(stored, dict) else "unknown"
-    return None if method in (None, "mxfp4") else str(method)  # MXFP4 is dequantized
+    if not stored:
+        return None
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    return None if method == "mxfp4" else str(method or "unknown")  # MXFP4 is dequantized
 
 
 def _dtype(config: Any) -> torch.dtype | None:

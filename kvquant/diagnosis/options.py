@@ -52,7 +52,9 @@ def capacity(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, help="folder or hub id, of which config.json alone is read"
     )
     parser.add_argument("--memory", required=True, help="of the GPU, such as 24GB or 80GiB")
-    parser.add_argument("--prompt", type=int, default=4096, help="tokens per prompt; default: 4096")
+    parser.add_argument(
+        "--prompt", type=int, help="tokens per prompt; default: 4096, or as many as the model takes"
+    )
     parser.add_argument(
         "--batch", type=int, help="how long so many prompts at once can be; default: not said"
     )

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 MARKS = {"ok": "green", "warning": "yellow", "missing": "red", "skipped": "dim"}
 ROOMY = 100  # columns of a terminal from which columns of tables stand further apart
 
-
-@contextmanager
-def waiting(text: str) -> Iterator[None]:
-    """Shows on standard error that work is going on, where that is a terminal.
-
-    Args:
-        text: What is done.
-    """
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(text):
-        yield
+WHOLE = 10_000  # columns in which every table fits
 
 
 class Screen:
@@ -91,13 +78,18 @@ class Screen:
         for row in rows:
             heading = "bold" if row[0] == "" else ""
             shown.add_row(*(Text(cell, MARKS.get(cell, heading)) for cell in row))
+        # A number that is cut would be another one, where the terminal is too narrow for columns.
+        whole = Measurement.get(self.console, self.console.options.update(width=WHOLE), shown)
+        if whole.minimum > self.console.width:
+            self._plain(heads, rows, title, right)
+            return
         self.console.print(shown)
         self.console.print()
 
     def _plain(
         self, heads: Sequence[str], rows: Sequence[Sequence[str]], title: str, right: Sequence[str]
     ) -> None:
-        every = [list(heads), *(list(row) for row in rows)]
+        every = [list(heads), *([cell.replace("\n", " ") for cell in row] for row in rows)]
         widths = [max(len(row[i]) for row in every) for i in range(len(heads))]
         if title:
             print(title, file=self.console.file)

@@ -27,9 +27,13 @@ SLURM = ("sbatch", "squeue", "sinfo", "scancel")
 OPTIONAL: dict[str, tuple[str, str]] = {
     "optimum-quanto": ("scheme kind hf-quanto", "pip install 'kvquant[peers]'"),
     "hqq": ("scheme kind hf-hqq", "pip install 'kvquant[peers]'"),
-    "wandb": ("tracking", "pip install 'kvquant[tracking]'"),
-    "snakemake": ("the workflow", "uv sync, or pip install 'snakemake>=9.27'"),
-    "snakemake-executor-plugin-slurm": ("the workflow on a cluster", "uv sync"),
+    "wandb": ("tracking", "pip install 'kvquant[wandb]'"),
+    "lm-eval": ("verbs of the workflow", "pip install 'kvquant[workflow]'"),
+    "snakemake": ("the workflow", "pip install 'kvquant[workflow]'"),
+    "snakemake-executor-plugin-slurm": (
+        "the workflow on a cluster",
+        "pip install 'kvquant[workflow]'",
+    ),
 }
 
 

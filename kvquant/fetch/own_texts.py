@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvquant.errors import UserError
 from kvquant.fetch.prompt_rows import as_lines, check_prompts, demand_answers, read_prompt_file
-from kvquant.fetch.text_overlap import fingerprints, is_shared, shared_share
+from kvquant.fetch.text_overlap import fingerprints, shared_part
 from kvquant.formats.files import expand_home, read_bytes
 from kvquant.study.config import Study
 from kvquant.study.own_texts import OwnText
@@ -74,10 +74,10 @@ def own_text(field: str, own: OwnText) -> tuple[str, int]:
     """
     text = BETWEEN.join(text for _, text in own_files(own, field))
     at = split_at(text, own.test_share)
-    known, test = fingerprints(text[:at]), fingerprints(text[at:])
-    if is_shared(known, test):
+    shared = shared_part(fingerprints(text[:at]), fingerprints(text[at:]))
+    if shared > 0:
         raise UserError(
-            f"{field}: {100 * shared_share(known, test):.0f} % of the test part (the last "
+            f"{field}: {100 * shared:.0f} % of the test part (the last "
             f"{100 * own.test_share:g} %) stands in the part before it, too, which calibration "
             "reads: remove what is repeated, or calibrate on another data set (test_share: 1)"
         )

@@ -88,24 +88,16 @@ def described_text(dataset: str, text: str) -> CalibratedText:
     )
 
 
-def shared_share(known: Collection[int], own: Sequence[int]) -> float:
-    """Returns the share of a text's fingerprints that another text has as well.
+def shared_part(known: Collection[int], own: Sequence[int]) -> float:
+    """Returns the fraction of a text that another one has; 0 if it is no more than a quotation.
 
     Args:
         known: Fingerprints of the other text.
         own: Fingerprints of the text.
     """
-    return _count(known, own) / len(own) if own else 0.0
-
-
-def _count(known: Collection[int], own: Sequence[int]) -> int:
     found = set(known)
-    return sum(value in found for value in own)
-
-
-def is_shared(known: Collection[int], own: Sequence[int]) -> bool:
-    """Returns whether a text shares more with another one than quotations (`MAX_SHARE`)."""
-    return _count(known, own) > max(1.0, MAX_SHARE * len(own))
+    shared = sum(value in found for value in own)
+    return shared / len(own) if shared > max(1.0, MAX_SHARE * len(own)) else 0.0
 
 
 def check_apart(calibrated: CalibratedText, manifest: str | Path) -> None:
@@ -127,11 +119,20 @@ def check_apart(calibrated: CalibratedText, manifest: str | Path) -> None:
                 f"{calibrated.until} of the same text: calibrate again"
             )
         return
-    own = fingerprints(load_text(manifest, "test"))
-    if is_shared(calibrated.fingerprints, own):
-        share = 100 * shared_share(calibrated.fingerprints, own)
+    share = shared_share(calibrated, load_text(manifest, "test"))
+    if share > 0:
         raise UserError(
-            f"--data-manifest: {share:.0f} % of the test part of "
+            f"--data-manifest: {100 * share:.0f} % of the test part of "
             f"'{facts.dataset}' ({manifest}) is text that the quantizer was calibrated on "
             f"('{calibrated.dataset}'): use another text for one of them"
         )
+
+
+def shared_share(calibrated: CalibratedText, text: str) -> float:
+    """Returns the fraction of a text that calibration read; 0 if it is no more than a quotation.
+
+    Args:
+        calibrated: The text that calibration read.
+        text: The text that is measured.
+    """
+    return shared_part(calibrated.fingerprints, fingerprints(text))

@@ -70,7 +70,8 @@ def _read_pretrained(kind: Any, directory: str | Path, **options: Any) -> Any:
         raise
     except Exception as error:
         # Each library that may read a damaged file raises another type of error.
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        told = lines[0] if not lines[0].endswith(":") else " ".join(map(str.strip, lines[:2]))
         raise UserError(f"model: cannot load '{directory}': {told}") from None
 
 

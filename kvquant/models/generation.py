@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,25 @@ def cut(
         if stop is not None and stop(tokens[: at + 1]):
             return tokens[: at + 1], True
     return tokens, False
+
+
+def check_ids(model: Any, prompts: Iterable[Sequence[int]], field: str = "tokenizer") -> None:
+    """Refuses token ids for which a model has no embedding, as those of another tokenizer.
+
+    Args:
+        model: A causal LM.
+        prompts: Token ids of each prompt.
+        field: What messages name.
+
+    Raises:
+        UserError: An id is too large.
+    """
+    size = int(model.config.vocab_size)
+    most = max((max(prompt, default=0) for prompt in prompts), default=0)
+    if most >= size:
+        raise UserError(
+            f"{field}: gives the id {most}, and the model has {size} tokens: it is another model's"
+        )
 
 
 def check_prompts(

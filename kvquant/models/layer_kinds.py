@@ -68,7 +68,7 @@ def layer_kinds(decoder: Any) -> LayerKinds:
         decoder: The decoder, with `layers`, `rotary_emb` and `config`.
 
     Raises:
-        UserError: Windows or caps of scores differ from layer to layer.
+        UserError: Windows or caps of scores differ from layer to layer, or a window is empty.
     """
     config, limit = decoder.config, position_limit(decoder.config)
     attentions = [layer.self_attn for layer in decoder.layers]
@@ -83,6 +83,10 @@ def layer_kinds(decoder: Any) -> LayerKinds:
         # Layers that see all tokens share a rotary table, which those of another type do not have.
         reached = every
     found = {window for window in reached if window is not None}
+    if min(found, default=2) < 2:
+        raise UserError(
+            f"model: sliding_window: {min(found)} tokens leave no earlier one to attend to"
+        )
     if len(found) > 1:
         raise UserError(
             f"model: sliding_window: layers have windows of {' and '.join(map(str, sorted(found)))}"

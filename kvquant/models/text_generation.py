@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 
-from kvquant.errors import UserError
-from kvquant.models.generation import check_prompts, cut, end_ids, greedy, left_pad
+from kvquant.errors import OutlierOverflow, UserError
+from kvquant.formats.files import is_text
+from kvquant.models.generation import check_ids, check_prompts, cut, end_ids, greedy, left_pad
 from kvquant.models.model_call import cache_argument
 from kvquant.models.oom_retry import in_batches, retry_on_overflow, without_retry
+from kvquant.models.prefill_quant import PrefillQuantizedAttention
 from kvquant.models.quantized_model import QuantizedModel
 
 Turn = Mapping[str, Any]
@@ -27,10 +30,12 @@ _REFUSED = {
     "past_key_values": "each batch has a cache of the scheme",
     "cache_implementation": "each batch has a cache of the scheme",
     "use_cache": "each batch has a cache of the scheme",
+    "generation_config": "give its options by name (they would be overridden)",
     "max_length": "use max_new_tokens",
+    "min_length": "use min_new_tokens (it would count padding)",
+    "prefix_allowed_tokens_fn": "call qm.model.generate(..., past_key_values=qm.new_cache())",
     "num_return_sequences": "give a prompt several times",
     "return_dict_in_generate": "call qm.model.generate(..., past_key_values=qm.new_cache())",
-    "streamer": "call qm.model.generate(..., past_key_values=qm.new_cache())",
 }
 
 
@@ -42,6 +47,7 @@ def generate(
     chat: bool = False,
     batch_size: int = 16,
     batch_tokens: int | None = None,
+    streamer: Any = None,
     **options: Any,
 ) -> list[str]:
     """Answers prompts of any lengths, in batches padded on the left.
@@ -61,43 +67,111 @@ def generate(
         batch_size: Largest number of prompts in a batch, which have similar lengths.
         batch_tokens: Largest number of prompt tokens in a batch, padding included; None sets no
             limit.
+        streamer: A streamer of transformers, such as `TextStreamer(qm.tokenizer,
+            skip_prompt=True)`, which shows the answer to a single prompt as it grows. An answer
+            that is tried again, with more room for outliers, is shown again from its beginning.
         options: Options of transformers' `generate`, such as `temperature=0.7`, `top_p=0.9`,
             `num_beams=4`, `repetition_penalty=1.1` or `stop_strings=["."]`. Those of sampling
-            imply `do_sample=True`; `torch.manual_seed` fixes what they draw.
+            imply `do_sample=True` and count for nothing with `do_sample=False`;
+            `torch.manual_seed` fixes what they draw.
 
     Returns:
         The answers in the order of the prompts, without the prompts and special tokens.
 
     Raises:
-        UserError: There is no tokenizer or chat template, a prompt is empty or too long for the
-            model's positions, or an option cannot be used here.
+        UserError: There is no tokenizer or chat template, a prompt is empty, too long for the
+            model's positions or refused by the template, or an option cannot be used here.
         NonFinite: Logits that decide a token are NaN or infinite (greedy decoding).
     """
-    ids = _tokenized(qm.tokenizer, prompts, chat)
+    for name, count in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        _whole(name, count)
+    if batch_tokens is not None and _whole("batch_tokens", batch_tokens) < 1:
+        raise UserError(f"batch_tokens: {batch_tokens} leaves no room for a prompt; at least 1")
+    if qm.quantizes and not isinstance(
+        qm.model.model.layers[0].self_attn, PrefillQuantizedAttention
+    ):
+        raise UserError("qm: its model was unwrapped; give the model to kvquant.load again")
+    ids = tokenized(qm.tokenizer, prompts, chat)
+    check_ids(qm.model, ids)
+    if streamer is not None and len(ids) != 1:
+        raise UserError(
+            f"streamer: shows one answer, and there are {len(ids)} prompts; leave it out"
+        )
     for name, instead in _REFUSED.items():
         if name in options:
             raise UserError(f"{name}: is no option of kvquant.generate; {instead}")
     options = {name: value for name, value in options.items() if value is not None}
-    if options.pop("do_sample", False) or any(n in options for n in _SAMPLING):
+    draws = options.pop("do_sample", any(name in options for name in _SAMPLING))
+    if draws:
         options["do_sample"] = True
+    else:
+        options = {name: value for name, value in options.items() if name not in _SAMPLING}
     limits: dict[str, Any] = {"batch_size": batch_size, "batch_tokens": batch_tokens}
-    if options:
-        tokens = _by_transformers(qm, ids, max_new_tokens, options, **limits)
+    if options and max_new_tokens:
+        tokens = _by_transformers(qm, ids, max_new_tokens, options, streamer, **limits)
+    elif streamer is not None:
+        streamed = _Streamed(streamer, ids[0])
+        try:
+            tokens = greedy(qm, ids, max_new_tokens, stop=streamed, **limits).tokens
+        except BaseException:
+            streamed.restart()
+            raise
+        streamer.end()
     else:
         tokens = greedy(qm, ids, max_new_tokens, **limits).tokens
     return [str(qm.tokenizer.decode(answer, skip_special_tokens=True)) for answer in tokens]
 
 
-def _tokenized(tokenizer: Any, prompts: Iterable[Prompt], chat: bool) -> list[list[int]]:
+class _Streamed:
+    """Gives a streamer the tokens of an answer, as a rule of :func:`greedy` that never ends it.
+
+    Args:
+        streamer: The streamer.
+        prompt: Token ids of the prompt, which streamers get first.
+    """
+
+    def __init__(self, streamer: Any, prompt: list[int]) -> None:
+        self._streamer, self._prompt = streamer, prompt
+        self._shown = 0
+
+    def __call__(self, answer: list[int]) -> bool:
+        """Streams the new tokens of an answer."""
+        if len(answer) <= self._shown:  # it is tried again
+            self.restart()
+        if self._shown == 0:
+            self._streamer.put(torch.tensor([self._prompt]))
+        for token in answer[self._shown :]:
+            self._streamer.put(torch.tensor([token]))
+        self._shown = len(answer)
+        return False
+
+    def restart(self) -> None:
+        """Ends what is shown so far, if anything is."""
+        if self._shown:
+            self._streamer.end()
+        self._shown = 0
+
+
+def _whole(name: str, count: Any) -> int:
+    """Returns a whole number, and refuses anything else that was given as one."""
+    if not isinstance(count, Integral) or isinstance(count, bool):
+        raise UserError(f"{name}: must be a whole number, got {count!r}")
+    return int(count)
+
+
+def tokenized(tokenizer: Any, prompts: Iterable[Prompt], chat: bool) -> list[list[int]]:
     """Returns the token ids of each prompt.
 
     Raises:
-        UserError: There is no tokenizer or chat template, or a prompt is neither text nor turns.
+        UserError: There is no tokenizer or chat template, or a prompt is neither text nor turns
+            that the template takes.
     """
     if tokenizer is None:
         raise UserError("tokenizer: is missing; give kvquant.load a tokenizer")
     if isinstance(prompts, str):
         raise UserError("prompts: is one text; give a list of texts")
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise UserError(f"prompts: must be a list of texts, got {type(prompts).__name__}")
     if chat and not getattr(tokenizer, "chat_template", None):
         raise UserError("chat: the tokenizer has no chat template; leave chat out")
     found = []
@@ -110,9 +184,31 @@ def _tokenized(tokenizer: Any, prompts: Iterable[Prompt], chat: bool) -> list[li
             wanted = "a text or a list of turns" if chat else "a text (turns need chat=True)"
             raise UserError(f"prompt {number}: must be {wanted}, got {type(prompt).__name__}")
         if chat:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = _in_template(tokenizer, turns, number)
+        if not is_text(text):
+            raise UserError(f"prompt {number}: holds half of a surrogate pair")
         found.append(list(tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids))
     return found
+
+
+def _in_template(tokenizer: Any, turns: list[dict[str, Any]], number: int) -> str:
+    """Returns a conversation as one text, in which the assistant's next turn has begun.
+
+    Raises:
+        UserError: There is no turn, one has no role, or the template refuses them.
+    """
+    if not turns:
+        raise UserError(f"prompt {number}: has no turns")
+    for at, turn in enumerate(turns):
+        if not isinstance(turn.get("role"), str):
+            raise UserError(f"prompt {number}: turn {at} has no role, such as 'user'")
+        if turn.get("content") is None and "tool_calls" not in turn:
+            raise UserError(f"prompt {number}: turn {at} has no content")
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program, which may raise anything
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"prompt {number}: the chat template refuses its turns ({told})") from None
 
 
 def _by_transformers(
@@ -120,6 +216,7 @@ def _by_transformers(
     prompts: list[list[int]],
     max_new_tokens: int,
     options: dict[str, Any],
+    streamer: Any,
     *,
     batch_size: int,
     batch_tokens: int | None,
@@ -138,13 +235,19 @@ def _by_transformers(
 
     def once(cache: Any, rows: list[int]) -> list[list[int]]:
         ids, mask = left_pad([prompts[row] for row in rows], usual["pad_token_id"], qm.device)
-        found = qm.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            **cache_argument(qm.model, cache),
-            **{**usual, **options},
-        )
+        try:
+            found = qm.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                **cache_argument(qm.model, cache),
+                **{**usual, **options},
+            )
+        except OutlierOverflow:
+            if streamer is not None:
+                streamer.end()
+            raise
         return [cut(answer, ends, None)[0] for answer in found[:, ids.shape[1] :].tolist()]
 
     def work(rows: list[int]) -> list[list[int]]:

@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from kvquant.errors import UserError
 from kvquant.fetch.hub import hub_errors, is_repository_id
-from kvquant.formats.files import make_folder
+from kvquant.formats.files import expand_home, make_folder
 from kvquant.formats.layer_quantizer import LayerTables
 from kvquant.quantization import quantizer_file
 from kvquant.quantization.quantizer_card import NAME as CARD
@@ -97,7 +97,7 @@ class Quantizer:
         return self._save(folder, None)
 
     def _save(self, folder: str | Path, repository: str | None) -> Path:
-        path = Path(folder).expanduser()
+        path = expand_home(str(folder), "folder")
         if (path / "config.json").exists():
             raise UserError(
                 f"folder: {path} is a model's folder (it has a config.json): choose another"
@@ -127,7 +127,7 @@ class Quantizer:
             UserError: A file is missing or damaged, its tables are not those of its JSON, or the
                 hub cannot be reached.
         """
-        path = Path(source).expanduser()
+        path = expand_home(str(source), FIELD)
         if not path.exists() and path.suffix != ".json":
             path = _download(str(source), revision, token)
         elif revision is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 
@@ -68,6 +70,26 @@ class Progress:
             print(f"\r{text:<79}", end="", file=sys.stderr, flush=True)
         else:
             print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def on_terminal(label: str, unit: str = "") -> Iterator[Callable[[float, float], None]]:
+    """Gives a function of amount and total that updates one line on a terminal, and else is silent.
+
+    Args:
+        label: Name of the counter.
+        unit: Unit, printed after the amounts.
+    """
+    if not sys.stderr.isatty():
+        yield lambda amount, total: None
+        return
+    with Progress(label, unit=unit) as shown:
+
+        def update(amount: float, total: float) -> None:
+            shown.total = total
+            shown.update(amount, last=amount == total)
+
+        yield update
 
 
 def note(text: str) -> None:

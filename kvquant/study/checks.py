@@ -172,7 +172,8 @@ def _tasks(study: StudySections) -> Iterator[str]:
             yield f"tasks.{name}.{option}: {reason}"
         dataset = task.dataset_name()
         if task.own_prompts and dataset not in study.datasets:
-            reason = unknown("entry", str(dataset), study.datasets) if study.datasets else "none"
+            entries = study.datasets
+            reason = str(unknown("entry", str(dataset), entries)) if entries else "none"
             yield f"tasks.{name}.dataset: must be an entry of `datasets` with prompts ({reason})"
         elif dataset is not None and not task.own_prompts:
             yield from _text(study, dataset, f"tasks.{name}.dataset")

@@ -56,6 +56,7 @@ class Fp16StaticScheme(Scheme):
     summary="ours: non-uniform codes with exact outliers; `datatype`, `keys` (below)",
     codec="kvquant.schemes.nuq:make_codec",
     splits_heads=True,
+    ours=True,
 )
 class NuqScheme(CodebookScheme):
     """Non-uniform quantization with exact sparse outliers (ours; KVQuant's datatype)."""
@@ -102,6 +103,7 @@ class NuqScheme(CodebookScheme):
     tables="kvquant.formats.allocated_layer:AllocatedLayer",
     builder="kvquant.calibration.allocated_build:build_allocated",
     splits_heads=True,
+    ours=True,
 )
 class AllocatedScheme(CalibratedScheme):
     """Codes whose widths one allocation over the whole model chooses by sensitivity (ours)."""

@@ -123,7 +123,7 @@ def edited_since(datasets: Mapping[str, OwnText], study_json: Path) -> Iterator[
     except (OSError, ValueError, KeyError, TypeError):
         return
     for key, own in datasets.items():
-        old = before.get(key) if isinstance(before, dict) else None
+        old: Any = before.get(key) if isinstance(before, dict) else None
         try:
             held = dict(zip(old["files"], old["sha256"], strict=True))
         except (TypeError, KeyError, ValueError):

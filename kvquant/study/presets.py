@@ -139,4 +139,4 @@ def headline_scheme(bits: int) -> Scheme:
         raise UserError(
             f"bits: {bits!r} is none of 4, 3 and 2; a scheme with other options is given as scheme="
         )
-    return PRESETS[f"allocated-{bits}"].scheme
+    return PRESETS[f"allocated-{bits:.0f}"].scheme

@@ -17,6 +17,8 @@ from kvquant.study.datatypes import DATATYPES
 from kvquant.study.registrations import only_value, register
 from kvquant.study.wording import LABEL, Named, Words
 
+FAMILIES = ("16-bit", "ours", "peers")  # unquantized caches, this project's schemes, all others
+
 
 @dataclass(frozen=True)
 class SchemeKind:
@@ -44,6 +46,7 @@ class SchemeKind:
             get the codes that one process with all heads gets.
         reference: The publication; empty for none.
         extra: The optional dependencies of this package that the kind needs; empty for none.
+        ours: Whether the method is this project's own; the other quantized caches are peers.
     """
 
     name: str
@@ -61,6 +64,7 @@ class SchemeKind:
     splits_heads: bool
     reference: str
     extra: str
+    ours: bool
 
     @property
     def calibrated(self) -> bool:
@@ -129,6 +133,13 @@ class Scheme(Named):
     def quantizes(self) -> bool:
         """Returns whether the scheme quantizes at all."""
         return self.registration.quantizes
+
+    @property
+    def family(self) -> str:
+        """Returns one of :data:`FAMILIES`."""
+        if not self.quantizes:
+            return FAMILIES[0]
+        return FAMILIES[1] if self.registration.ours else FAMILIES[2]
 
     @property
     def batches(self) -> bool:
@@ -229,6 +240,7 @@ def scheme_kind(
     splits_heads: bool = False,
     reference: str = "",
     extra: str = "",
+    ours: bool = False,
 ) -> Callable[[type[Options]], type[Options]]:
     """Registers the decorated class as the options of a scheme kind (see :class:`SchemeKind`).
 
@@ -258,6 +270,7 @@ def scheme_kind(
             splits_heads=splits_heads,
             reference=reference,
             extra=extra,
+            ours=ours,
         )
         register(SCHEME_KINDS, options.registration)
         return options

@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pandas as pd
+import pytest
 
 from kvquant.analysis import claims_of_accuracy
-from kvquant.analysis.evidence import NOT_MEASURED, NOT_SUPPORTED, SUPPORTED
+from kvquant.analysis.evidence import NOT_ENOUGH, NOT_MEASURED, NOT_SUPPORTED, SUPPORTED
 from kvquant.analysis.study_tables import Tables
 from kvquant.study.config import Study
 from tests.support.studies import study_of
@@ -99,6 +100,33 @@ def test_more_bits_are_no_comparison() -> None:
     values = losses(nuq3=(1.5, 4.0), allocated_3=(0.6, 4.1))
     assert claims_of_accuracy.half_the_loss(values).verdict == NOT_MEASURED
     assert claims_of_accuracy.half_the_loss(losses(nuq3=(1.5, 4.0))).verdict == NOT_MEASURED
+
+
+@pytest.mark.parametrize("theirs", [-0.05, 0.0])
+@pytest.mark.parametrize("ours", [-0.2, 0.0, 0.6])
+def test_there_is_no_half_of_what_was_not_lost(theirs: float, ours: float) -> None:
+    """A ratio to a gain would be negative, and so below the bar whatever was lost."""
+    outcome = claims_of_accuracy.half_the_loss(losses(nuq3=(theirs, 4.0), allocated_3=(ours, 3.9)))
+    assert outcome.verdict == NOT_ENOUGH
+    assert "no ratio, as NUQ lost nothing in 5 of 5 seeds, with 3.90 for 4.00" in outcome.value
+
+
+def test_a_missed_width_fails_beside_one_without_loss() -> None:
+    values = losses(
+        nuq4=(-0.1, 5.0), nuq3=(1.5, 4.0), allocated_4=(-0.2, 4.9), allocated_3=(0.9, 3.9)
+    )
+    assert claims_of_accuracy.half_the_loss(values).verdict == NOT_SUPPORTED
+
+
+def test_seeds_that_only_one_side_has_are_no_pairs() -> None:
+    values = losses(nuq3=(1.5, 4.0), allocated_3=(0.6, 3.9))
+    rows = values.evaluations
+    late, ours, theirs = rows.seed >= 3, rows.scheme == "allocated-3", rows.scheme == "nuq3"
+    none = replace(values, evaluations=rows[~(late & ours) & ~(~late & theirs)])
+    outcome = claims_of_accuracy.half_the_loss(none)
+    assert (outcome.verdict, outcome.evidence) == (NOT_ENOUGH, "0 seeds")
+    some = replace(values, evaluations=rows[~(late & ours)])
+    assert claims_of_accuracy.half_the_loss(some).evidence == "3 seeds"
 
 
 def test_short_prompts_do_not_look_like_a_failure() -> None:

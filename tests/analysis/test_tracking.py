@@ -23,7 +23,7 @@ from kvquant.study.config import Study, load_study, parse_study
 from tests.support.studies import DEVICE, study_of, write_study
 
 needs_wandb = pytest.mark.skipif(
-    importlib.util.find_spec("wandb") is None, reason="wandb is not installed (extra `tracking`)"
+    importlib.util.find_spec("wandb") is None, reason="wandb is not installed (extra `wandb`)"
 )
 TASK = {"ppl": {"suite": "perplexity", "dataset": "essays", "window": 64, "windows": 3}}
 
@@ -152,7 +152,7 @@ def test_refusals(
     assert "--out-dir" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     assert track(study, results, tmp_path / "logs") == 2
-    assert "install the extra `tracking`" in capsys.readouterr().err
+    assert "install the extra `wandb`" in capsys.readouterr().err
     study.write_text(json.dumps(small(tracking=None).model_dump(mode="json")))
     assert track(study, results, tmp_path / "logs") == 2
     assert "add `tracking: {}`" in capsys.readouterr().err

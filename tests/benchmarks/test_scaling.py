@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from kvquant.errors import UserError
 from kvquant.runtime import devices
 from kvquant.study.config import load_study
 from kvquant.study.digests import prompts_name
+from tests.support.forks import ForkedPopen
 from tests.support.nvml import Board, FakeHost
 from tests.support.pipeline import measured_folder
 
@@ -159,11 +161,11 @@ def words(laid_out: Path, out: Path, *more: str) -> list[str]:
     return ["bench", "scaling", *study, "--out", str(out), *more]
 
 
-@pytest.mark.slow
 def test_evaluations_of_the_study(
-    laid_out: Path, root: Path, host: Host, tmp_path: Path, capsys: Any
+    laid_out: Path, host: Host, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Real evaluations, on the CPU."""
+    """Real evaluations, on the CPU, by processes that need not import torch again."""
+    monkeypatch.setattr(scaling, "subprocess", SimpleNamespace(Popen=ForkedPopen))
     out = tmp_path / "scaling.json"
     assert main(words(laid_out, out)) == 0
     record = json.loads(out.read_text())

@@ -1,6 +1,6 @@
 """`kvquant throughput` on a tiny model.
 
-Also covers: benchmarks.workload, study.prompt_lengths, study.timing.
+Also covers: benchmarks.prompt_run, benchmarks.workload, study.prompt_lengths, study.timing.
 """
 
 from __future__ import annotations

@@ -71,6 +71,10 @@ def test_never_fewer_than_five_rounds(options: dict[str, float]) -> None:
     assert rounds_of(FakeTime(), 10.0, **options)[0] == 5
 
 
+def test_few_rounds_may_be_enough() -> None:
+    assert rounds_of(FakeTime(), 1.0, iterations=2, least=2)[0] == 2
+
+
 def test_time_ends_the_rounds_without_the_warm_up() -> None:
     # a round takes 2 s: after 10 rounds 20 s are over; 20 rounds of warm-up do not count
     assert rounds_of(FakeTime(), 1.0, max_seconds=20, warmup=20)[0] == 10

@@ -186,7 +186,7 @@ class Pairing:
     "bit-equal to a plain list; memory within the stated bound after each",
 )
 @pytest.mark.parametrize("kind", ["nuq", "none", "kivi", "reserved"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_any_operations(kind: str, data: st.DataObject) -> None:
     """Caches and their copies hold what a plain list of tensors holds, bit for bit, and no more."""

@@ -180,6 +180,8 @@ def test_windows_of_a_hybrid_stay_out() -> None:
         ({"texts": None}, "texts: are missing"),
         ({"texts": "README.md", "window": None}, "fewer than 32: give longer texts"),
         ({"texts": [], "window": None}, "texts: have 0 tokens"),
+        ({"texts": {"one": HALF}}, "texts: must be strings or paths, got dict"),
+        ({"texts": 3}, "texts: must be strings or paths, got int"),
         ({"texts": ["Short.", 3]}, "texts: number 1 is no string but int"),
         ({"texts": "\ud800" * 99}, "texts: number 0 holds half of a surrogate pair"),
         ({"texts": Path("nowhere.txt")}, "texts: no such file: nowhere.txt"),
@@ -216,6 +218,22 @@ def test_an_unsupported_model_is_refused_before_its_texts_are_read() -> None:
 
     with pytest.raises(UserError, match="model: 'GPT2LMHeadModel' is not supported"):
         kvquant.calibrate(model, tiny_tokenizer(), texts())
+
+
+def test_models_that_cannot_be_calibrated_are_refused_in_one_line() -> None:
+    from transformers import AutoModelForCausalLM
+
+    with torch.inference_mode():
+        without_gradients = tiny_model(vocab_size=512)
+    with torch.device("meta"):
+        without_weights = AutoModelForCausalLM.from_config(without_gradients.config)
+    for model, told in (
+        (without_gradients, "model: was made in torch.inference_mode"),
+        (without_weights, "device_map: the model is on meta"),
+        (tiny_model(), "tokenizer: gives the id"),  # of 97 tokens
+    ):
+        with pytest.raises(UserError, match=told):
+            kvquant.calibrate(model, tiny_tokenizer(), HALF, **FEW)
 
 
 def test_names_of_models_hold_no_paths(tmp_path: Path) -> None:

@@ -121,6 +121,16 @@ def test_wrong_input_is_exit_status_2(
     assert told in said.err and said.err.count("\n") == 1 and not said.out
 
 
+def test_a_data_folder_of_nobody_takes_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KVQUANT_DATA_DIR", "~nobody-of-this-name/data")
+    assert main(["doctor", "--offline"]) == 2
+    said = capsys.readouterr().err
+    assert "KVQUANT_DATA_DIR: '~nobody-of-this-name/data': no home folder" in said
+    assert said.count("\n") == 1
+
+
 def test_broken_torch_and_transformers_are_rows(
     configs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvquant.diagnosis.asked_schemes import asked_scheme
 from kvquant.diagnosis.fitting import LIBRARIES, STEP, Room, fit, longest_prompt
 from kvquant.diagnosis.model_facts import CacheFacts
+from kvquant.study.asked_schemes import asked_scheme
 from kvquant.study.jobs import CONTEXT_CHUNK
 from kvquant.study.kernels import SHAPES
 from kvquant.study.presets import PRESETS

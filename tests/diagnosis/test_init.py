@@ -57,7 +57,7 @@ def test_the_study_is_of_ones_own_files(
     assert len(study.seeds) * asked.samples >= 7 and asked.max_new_tokens >= 16
     assert list(study.schemes) == ["fp16", "allocated-4", "allocated-3", "nuq3-1pct", "kivi-4"]
     for name, scheme in study.schemes.items():
-        small = {"block_size", "residual"} & type(scheme).model_fields.keys()
+        small = {"block_size", "residual", "group"} & type(scheme).model_fields.keys()
         assert scheme.meaning(*small) == PRESETS[name].scheme.meaning(*small)
     command = f"snakemake -n --configfile {here / 'essays.yaml'} --profile workflow/profiles/cpu"
     assert command in told and command in Path("essays.yaml").read_text()

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from kvquant.diagnosis.asked_schemes import asked_scheme, one_of_each_kind
 from kvquant.diagnosis.kernel_table import SchemeKernels, scheme_kernels
 from kvquant.diagnosis.model_facts import CacheFacts
 from kvquant.kernels import backends
 from kvquant.kernels.backends import DeviceFacts
+from kvquant.study.asked_schemes import asked_scheme, one_of_each_kind
 
 FACTS: dict[str, Any] = {
     "windows": (None,) * 4, "heads": 32, "kv_heads": 8, "head_dim": 128, "soft_cap": None,

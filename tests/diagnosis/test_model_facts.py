@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +78,24 @@ def test_what_cannot_be_read_or_made_takes_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(error)
     else:
         assert facts.refused is not None and "\n" not in facts.refused
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        ({"load_in_4bit": True}, "unknown"),
+        ({"quant_method": "awq"}, "awq"),
+        ({"quant_method": "mxfp4"}, None),
+        ({}, None),
+    ],
+)
+def test_quantized_weights_need_not_name_their_method(
+    given: dict[str, Any], stored: str | None, configs: Path, tmp_path: Path
+) -> None:
+    """Else they would count as 16-bit weights, several times their size."""
+    raw = json.loads((configs / "small" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "quantization_config": given}))
+    assert read_model(tmp_path).stored == stored
 
 
 def test_quantized_weights_are_as_large_as_their_files(configs: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from kvquant.errors import UserError
+from tests.support.forks import as_module, forked
 
 lm = pytest.importorskip("kvquant.evaluation.lm_eval_model", reason="lm-eval is not installed")
 PROMPTS = ["The grass is green.", "The sky is blue. Here we go.", "The sun is", "There and back"]
@@ -114,8 +114,16 @@ def test_bad_input_is_named(tiny_dir: Path, tmp_path: Path, model: Any) -> None:
         model.generate_until([ask("a", {"max_gen_toks": 4000})])
 
 
-@pytest.mark.slow
-def test_command_line_runs_an_offline_task(tiny_dir: Path, tmp_path: Path, study: str) -> None:
+def test_command_line_runs_an_offline_task(
+    tiny_dir: Path, tmp_path: Path, study: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval import tasks
+
+    class OwnTasks(tasks.TaskManager):  # the library's 13,000 files take most of the time to read
+        def __init__(self, **options: Any) -> None:
+            super().__init__(include_defaults=False, **options)
+
+    monkeypatch.setattr(tasks, "TaskManager", OwnTasks)
     rows = [{"q": p, "choices": [" green", " yellow"], "gold": 0} for p in PROMPTS]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     task = {
@@ -134,15 +142,8 @@ def test_command_line_runs_an_offline_task(tiny_dir: Path, tmp_path: Path, study
     words = f"""-m kvquant.evaluation.lm_eval_model --model kvquant
         --model_args pretrained={tiny_dir},scheme=kivi-2,study={study} --device cpu --batch_size 2
         --tasks tiny_choice --include_path {tmp_path} --output_path {tmp_path / "out"}"""
-    done = subprocess.run(
-        [sys.executable, *words.split()],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "tiny_choice" in done.stdout
+    status, said = forked(as_module([sys.executable, *words.split()], os.environ | environment))
+    assert status == 0, said[-2000:]
+    assert "tiny_choice" in said
     [file] = (tmp_path / "out").rglob("results_*.json")
     assert 0 <= json.loads(file.read_text())["results"]["tiny_choice"]["acc,none"] <= 1

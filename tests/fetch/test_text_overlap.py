@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from kvquant.errors import UserError
-from kvquant.fetch.text_overlap import calibrated_text, check_apart, fingerprints
+from kvquant.fetch.text_overlap import (
+    calibrated_text,
+    check_apart,
+    described_text,
+    fingerprints,
+    shared_share,
+)
 
 WORDS = ("ore", "ice", "fig", "oak", "elm", "yew", "ash", "bay", "hay", "rye", "dew", "fog")
 
@@ -45,6 +51,14 @@ def test_parts_of_one_text(tmp_path: Path) -> None:
         check_apart(calibrated, put(tmp_path / "earlier", text, 29_999))
     with pytest.raises(UserError, match="same text"):
         check_apart(calibrated, put(tmp_path / "whole", text, 0))
+
+
+def test_the_shared_fraction_of_a_text() -> None:
+    text = prose(0)
+    read = described_text("texts", text)
+    assert shared_share(read, text[1_000:9_000]) == 1.0
+    assert shared_share(read, prose(1)) == 0.0
+    assert 0.3 < shared_share(read, text[:20_000] + prose(1)[:20_000]) < 0.7
 
 
 @pytest.mark.fault(

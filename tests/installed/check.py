@@ -2,12 +2,16 @@
 
 `.ci/installed` runs it with the wheel and the lowest and the newest releases that its ranges allow:
 import, calibrate, build, generate (prefill, padded batch, decode steps), the Python API, evaluate
-under both protocols. It needs a package index for the text of the calibration.
+under both protocols. It needs a package index for the text of the calibration. With the argument
+`library` it checks what needs no extra, where none is installed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -134,12 +138,42 @@ def check_window() -> None:
     assert 0 < error < 0.05, f"logits over a window differ by {error:.3f}"
 
 
+def check_without_extras() -> None:
+    """The library works, and a verb of the workflow says what it lacks."""
+    assert importlib.util.find_spec("pandas") is None, "an extra is installed"
+    save_tiny(Path("tiny"))
+    check_library()
+    check_window()
+    words = [
+        "aggregate",
+        "--study",
+        "s",
+        "--results",
+        "r",
+        "--device-name",
+        "cpu",
+        "--out-dir",
+        "o",
+    ]
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        assert kvquant.cli.main(words) == 2
+    assert "pip install 'kvquant[workflow]'" in told.getvalue(), told.getvalue()
+    verb("doctor", "--offline", "--model", "tiny")
+    verb("capacity", "--model", "tiny", "--memory", "4GB")
+    packages = len(list(importlib.metadata.distributions()))
+    print(
+        f"kvquant {importlib.metadata.version('kvquant')}, {packages} packages: the library works"
+    )
+
+
 def main() -> None:
     """Runs every step in the current folder, which is empty."""
     home = Path(kvquant.__file__).resolve().parent
     assert "site-packages" in home.parts, f"not the installed package: {home}"
     command = [str(Path(sys.executable).with_name("kvquant")), "--help"]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    if sys.argv[1:] == ["library"]:
+        return check_without_extras()
     save_tiny(Path("tiny"))
     Path("study.json").write_text(json.dumps(STUDY), encoding="utf-8")
     base = ["--study", "study.json", "--model", "tiny"]

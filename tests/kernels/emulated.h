@@ -2,6 +2,7 @@
 // change places at barriers and warp collectives. Thread blocks run one after the other.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -10,7 +11,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <vector>
 
 typedef uint32_t u32;
@@ -56,7 +56,9 @@ using std::min;
 
 enum State { RUNNING, AT_BARRIER, IN_WARP, DONE };
 struct Thread {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf place;  // where it goes on; swapcontext would call the operating system each time
+  bool started;
   State state;
   int operation;
   u32 given, got;
@@ -64,16 +66,22 @@ struct Thread {
   std::vector<char> stack;
 };
 static std::vector<Thread> threads;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static struct {
   unsigned x, y, z;
 } threadIdx, blockIdx, gridDim;
-static std::function<void()> body;
+static void (*body)();
 
 static void leave(State state) {
   Thread& own = threads[threadIdx.x];
   own.state = state;
-  swapcontext(&own.context, &scheduler);
+  if (_setjmp(own.place) == 0) _longjmp(scheduler, 1);
+}
+static void go_on(Thread& t) {
+  if (_setjmp(scheduler) != 0) return;
+  if (t.started) _longjmp(t.place, 1);
+  t.started = true;
+  setcontext(&t.start);
 }
 static void __syncthreads() { leave(AT_BARRIER); }
 static u32 collective(int operation, u32 x) {
@@ -151,11 +159,12 @@ static void run_thread_block(int count) {
     for (Thread& t : threads) t.stack.resize(1 << 16);
   }
   for (Thread& t : threads) {
-    getcontext(&t.context);
-    t.context.uc_stack.ss_sp = t.stack.data();
-    t.context.uc_stack.ss_size = t.stack.size();
-    t.context.uc_link = nullptr;
-    makecontext(&t.context, entry, 0);
+    getcontext(&t.start);
+    t.start.uc_stack.ss_sp = t.stack.data();
+    t.start.uc_stack.ss_size = t.stack.size();
+    t.start.uc_link = nullptr;
+    makecontext(&t.start, entry, 0);
+    t.started = false;
     t.state = RUNNING;
   }
   for (;;) {
@@ -163,7 +172,7 @@ static void run_thread_block(int count) {
     for (int i = 0; i < count; ++i) {
       if (threads[i].state == RUNNING) {
         threadIdx.x = i;
-        swapcontext(&scheduler, &threads[i].context);
+        go_on(threads[i]);
         moved = true;
       }
       all_done &= threads[i].state == DONE;
@@ -184,7 +193,9 @@ static void run_thread_block(int count) {
 }
 
 template <typename F> static void launch(int x, int y, int z, int count, F f) {
-  body = f;
+  static F* kernel;
+  kernel = &f;
+  body = [] { (*kernel)(); };
   gridDim = {(unsigned)x, (unsigned)y, (unsigned)z};
   for (int i = 0; i < x * y * z; ++i) {
     blockIdx = {(unsigned)(i % x), (unsigned)(i / x % y), (unsigned)(i / x / y)};

@@ -397,13 +397,13 @@ def test_tables_of_keys() -> None:
     assert tables[1].ranges is None and isinstance(tables[1], SideTables)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "arch"),
     [
-        SHAPE,
-        AllocatedPackShape(64, 5, 128, torch.bfloat16, False, True),
-        AllocatedPackShape(256, 64, 1024, torch.bfloat16, True, False),
+        (SHAPE, "sm_80"),
+        (SHAPE, "sm_90"),
+        (AllocatedPackShape(64, 5, 128, torch.bfloat16, False, True), "sm_80"),
+        (AllocatedPackShape(256, 64, 1024, torch.bfloat16, True, False), "sm_90"),
     ],
 )
 def test_compiles_without_a_gpu(shape: AllocatedPackShape, arch: str) -> None:

@@ -85,8 +85,8 @@ def test_constant_and_extreme_input(fill: float) -> None:
 @pytest.mark.parametrize("where", [0, 1])
 def test_not_a_number_is_noticed(wrong: float, where: int) -> None:
     quantizer = make(1, 64, 4, 0.01)
-    x = torch.randn(2, 1, 1, SIZES[1], 64, device=DEVICE).half()
-    x[where, 0, 0, 7, 9] = wrong
+    x = torch.randn(2, 1, 1, SIZES[0], 64, device=DEVICE).half()
+    x[where, 0, 0, 3, 9] = wrong
     packed = quantizer.kernel_pack(x[0], x[1])
     assert packed is not None
     assert int(packed[2]) == 1
@@ -94,7 +94,7 @@ def test_not_a_number_is_noticed(wrong: float, where: int) -> None:
 
 def test_what_finds_no_room_is_counted() -> None:
     quantizer = make(2, 64, 3, 0.01)
-    x = torch.full((2, 2, SIZES[1], 64), 60000.0, dtype=torch.float16, device=DEVICE)
+    x = torch.full((2, 2, SIZES[0], 64), 60000.0, dtype=torch.float16, device=DEVICE)
     packed = quantizer.kernel_pack(x, x)
     assert packed is not None
     outliers = packed[0].outliers

@@ -5,6 +5,7 @@ A family joins by its registration alone. Also covers: models.adapters.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from kvquant.models.loading import QuantizedModel, load_quantized_model
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.model_families import MODEL_FAMILIES, ModelFamily, family_of_attention
 from kvquant.study.schemes import Fp8Scheme, Fp16Scheme, KvquantRefScheme, NuqScheme
-from tests.support.cache_uses import USES, fed, sharpen
+from tests.support.cache_uses import LENGTH, USES, fed, sharpen
 from tests.support.caches import CLOSE, EXACT, feed, ids, quantized, step, stored
 from tests.support.models import tiny_model, tiny_tokenizer
 from tests.support.quantizers import relative_error
@@ -92,13 +93,19 @@ def test_a_saved_model_loads_and_answers(family: str, tmp_path: Path) -> None:
     assert 0 < relative_error(second, expected[:, 32:]) < 0.05
 
 
+@functools.lru_cache(maxsize=1)  # uses of a family follow each other
+def exact(family: str) -> QuantizedModel:
+    """A model with a cache of 16-bit numbers."""
+    return quantized(tiny(family), EXACT)
+
+
 @pytest.mark.feature("{use}")
 @families
 @pytest.mark.parametrize("use", USES)
 def test_a_16_bit_cache_gives_what_the_unquantized_one_gives(family: str, use: str) -> None:
     """All elements are outliers, so that packed blocks hold 16-bit numbers."""
-    model = tiny(family)
-    qm = quantized(model, EXACT)
+    qm = exact(family)
+    model = qm.model
     expected = USES[use](model, DynamicCache(config=model.config))
     torch.testing.assert_close(USES[use](model, qm.new_cache()), expected, **CLOSE)
     if use == "chunks and steps":  # protocol B reads each token back that it has just stored
@@ -112,7 +119,7 @@ def test_16_bit_weights(family: str, dtype: torch.dtype) -> None:
     """Rotary tables may be in fp32 where weights are not."""
     model = tiny(family)
     with torch.inference_mode():
-        exact = model(input_ids=ids(2, 90)).logits
+        exact = model(input_ids=ids(2, LENGTH)).logits
     model = model.to(dtype)
     error = relative_error(fed(model, DynamicCache(config=model.config)).float(), exact)
     found = fed(model, quantized(model, EXACT).new_cache())
@@ -120,15 +127,23 @@ def test_16_bit_weights(family: str, dtype: torch.dtype) -> None:
     assert relative_error(found.float(), exact) < 1.5 * error + 0.01
 
 
+TEXT = ids(1, 128, 5)
+CALIBRATION = CalibrationSpec(windows=1, window=128, sinks=1)
+
+
+@functools.cache  # for three tests
+def statistics_of(family: str) -> tuple[Any, list[Any]]:
+    """A model and its calibration statistics."""
+    model = tiny(family)
+    return model, calibrate(model, [TEXT[0].tolist()], CALIBRATION)
+
+
 def calibrated(family: str, scheme: NuqScheme) -> tuple[QuantizedModel, list[Any], torch.Tensor]:
     """A model with a cache from its own calibration, the statistics, and the text."""
-    model = tiny(family)
-    text = ids(1, 128, 5)
-    spec = CalibrationSpec(windows=1, window=128, sinks=1)
-    found = calibrate(model, [text[0].tolist()], spec)
-    kv_heads = model.config.num_key_value_heads
-    layers = [build_layer(s, scheme, spec.outlier_fractions, kv_heads)[0] for s in found]
-    return quantized(model, scheme, layers), found, text
+    model, found = statistics_of(family)
+    kv_heads, fractions = model.config.num_key_value_heads, CALIBRATION.outlier_fractions
+    layers = [build_layer(s, scheme, fractions, kv_heads)[0] for s in found]
+    return quantized(model, scheme, layers), found, TEXT
 
 
 @pytest.mark.feature("4 bits, own calibration")
@@ -222,7 +237,7 @@ def test_kvquants_own_procedure(family: str) -> None:
             qm.new_cache()
         return
     with torch.inference_mode():
-        expected = model(input_ids=ids(2, 90)).logits
+        expected = model(input_ids=ids(2, LENGTH)).logits
     assert relative_error(fed(model, qm.new_cache()), expected) < 0.2
 
 

@@ -29,7 +29,7 @@ from kvquant.models.loading import QuantizedModel, load_quantized_model
 from kvquant.models.rotary import same_angles, static_rope
 from kvquant.study.calibration import CalibrationSpec
 from kvquant.study.schemes import Fp8Scheme, Fp16Scheme, KvquantRefScheme, NuqScheme
-from tests.support.cache_uses import fed, padded, reordered, sharpen
+from tests.support.cache_uses import LENGTH, fed, padded, reordered, sharpen
 from tests.support.caches import CLOSE, EXACT, GREEDY, feed, ids, quantized, ragged, step
 from tests.support.hybrids import ALTERNATING, BASES, HYBRID, WINDOW
 from tests.support.hybrids import tiny_hybrid as tiny
@@ -208,7 +208,7 @@ def test_positions_that_jump() -> None:
 def test_16_bit_weights(name: str, dtype: torch.dtype) -> None:
     model = tiny(name)
     with torch.inference_mode():
-        exact = model(input_ids=ids(2, 90)).logits
+        exact = model(input_ids=ids(2, LENGTH)).logits
     model = model.to(dtype)
     error = relative_error(fed(model, dynamic(model)).float(), exact)
     found = fed(model, quantized(model, EXACT).new_cache())
@@ -391,6 +391,13 @@ def test_a_model_of_windows_alone_quantizes_nothing_and_says_so() -> None:
         cache.key_outliers(1)
     with pytest.raises(UserError, match=r"\(sliding_window: 24\), .* there is nothing to calibr"):
         calibrate(model, [ids(1, 64)[0].tolist()], CalibrationSpec(windows=1, window=64))
+
+
+@pytest.mark.parametrize("window", [0, 1])
+def test_a_window_without_an_earlier_token_is_refused(window: int) -> None:
+    model = tiny("gemma3", sliding_window=window)
+    with pytest.raises(UserError, match=f"sliding_window: {window} tokens leave no earlier one"):
+        quantized(model, EXACT)
 
 
 def test_caches_that_do_not_know_a_kind_of_layer_are_refused() -> None:

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from kvquant.errors import UserError
 from kvquant.models.loading import QuantizedModel, load_quantized_model
 from kvquant.study.model_families import MODEL_FAMILIES
-from tests.support.cache_uses import fed, sharpen
+from tests.support.cache_uses import LENGTH, fed, sharpen
 from tests.support.caches import CLOSE, EXACT, GREEDY, LOSSY, ids, quantized, step
 from tests.support.hybrids import BASES, HYBRID, tiny_hybrid
 from tests.support.model_features import FEATURES, Coded, adapted, replaced
@@ -123,7 +123,7 @@ def test_a_rope_scaling_passes_its_length(family: str) -> None:
     found = fed(model, quantized(model, EXACT).new_cache())
     torch.testing.assert_close(found, expected, **CLOSE)
     with torch.inference_mode():
-        whole = model(input_ids=ids(2, 90)).logits  # all keys rotated as for this length
+        whole = model(input_ids=ids(2, LENGTH)).logits  # all keys rotated as for this length
     assert float((found - expected).abs().max()) < float((whole - expected).abs().max()) / 5
 
 

@@ -68,6 +68,15 @@ def test_a_model_is_as_before(scheme: str, way: str) -> None:
     assert state(model) == before
 
 
+def test_answers_of_an_unwrapped_model_are_refused_in_one_line() -> None:
+    model = tiny_model(vocab_size=512)
+    qm = kvquant.load(model, KIVI, tokenizer=tiny_tokenizer())
+    other = kvquant.load(model, "fp8", tokenizer=tiny_tokenizer())
+    kvquant.unwrap(other)
+    with pytest.raises(UserError, match=r"qm: its model was unwrapped; .* kvquant.load again"):
+        kvquant.generate(qm, ["The sky"], 4)
+
+
 def test_folded_weights_are_not_given_back(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, positions=256)
     quantizer = kvquant.calibrate(folder, texts=CORPUS, windows=1, window=64, device="cpu")

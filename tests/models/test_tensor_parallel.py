@@ -6,14 +6,12 @@ Also covers: formats.head_share.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -277,31 +275,26 @@ def test_fewer_gpus_than_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan_options(config, "auto", "auto", None)["distributed_config"].tp_size == 4
 
 
-PROGRAM = """
-import sys
-import torch.distributed
-from kvquant import load_quantized_model
-qm = load_quantized_model(sys.argv[1], quantizer=sys.argv[2], tp_plan="auto")
-cache = qm.new_cache()
-ids = qm.tokenizer("The cache", return_tensors="pt").input_ids.to(qm.device)
-out = qm.model.generate(ids, past_key_values=cache, max_new_tokens=40, do_sample=False)
-if qm.share.rank == 0:
-    print(qm.share.ranks, out.shape[1] - ids.shape[1], cache.layers[0].store.kv_heads)
-torch.distributed.destroy_process_group()
-"""
+def program(folder: Path) -> list[int]:
+    """What docs/tensor-parallelism.md starts in each process."""
+    torch.set_num_threads(1)
+    quantizer = folder / "quantizers/llama-allocated.json"
+    qm = load_quantized_model(folder / "llama", quantizer=quantizer, tp_plan="auto")
+    cache = qm.new_cache()
+    ids = qm.tokenizer("The cache", return_tensors="pt").input_ids.to(qm.device)
+    out = qm.model.generate(ids, past_key_values=cache, max_new_tokens=40, do_sample=False)
+    assert qm.share is not None
+    torch.distributed.destroy_process_group()
+    return [qm.share.ranks, out.shape[1] - ids.shape[1], cache.layers[0].store.kv_heads]
 
 
-@pytest.mark.slow
-def test_a_program_under_torchrun(folder: Path, tmp_path: Path) -> None:
-    """As docs/tensor-parallelism.md starts it."""
-    file = tmp_path / "program.py"
-    file.write_text(PROGRAM)
-    model = folder / "llama"
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", file, model]
-    done = subprocess.run(
-        [sys.executable, *map(str, command), folder / "quantizers/llama-allocated.json"],
-        capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+def test_a_program_under_torchrun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the function of torch that `torchrun` calls, from which processes need not import."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=0, monitor_interval=0.1,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="tests",
+        start_method="spawn" if torch.cuda.is_available() else "fork",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2", "40", "2"]
+    assert elastic_launch(config, program)(folder) == {0: [2, 40, 2], 1: [2, 40, 2]}

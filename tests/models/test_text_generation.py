@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import kvquant
-from kvquant.errors import UserError
+from kvquant.errors import OutlierOverflow, UserError
 from kvquant.models import text_generation
 from kvquant.models.generation import greedy
-from tests.support.models import save_tiny
+from tests.support.models import save_tiny, tiny_model, tiny_tokenizer
 
 SCHEME = {"kind": "kivi", "bits": 4, "group": 16, "residual": 16}
 PROMPTS = ["The sky", "The grass is green. The sky is blue. " * 4, "One, two, three"]
@@ -89,12 +89,93 @@ def test_a_temperature_means_sampling(qm: kvquant.QuantizedModel) -> None:
     assert drawn(1, top_k=1) == kvquant.generate(qm, PROMPTS, 12)
 
 
+def test_no_sampling_means_greedy(qm: kvquant.QuantizedModel) -> None:
+    """Also where options of sampling stand beside it, as in code that switches between both."""
+    greedily = kvquant.generate(qm, PROMPTS, 12)
+    hot: dict[str, Any] = {"do_sample": False, "temperature": 9.0, "top_p": 0.9}
+    assert kvquant.generate(qm, PROMPTS, 12, **hot) == greedily
+    beams = kvquant.generate(qm, PROMPTS, 12, num_beams=2)
+    assert kvquant.generate(qm, PROMPTS, 12, num_beams=2, **hot) == beams
+
+
+def test_no_new_tokens_are_an_empty_answer(qm: kvquant.QuantizedModel) -> None:
+    none: dict[str, Any] = {}
+    for options in (none, {"num_beams": 2}):
+        assert kvquant.generate(qm, PROMPTS, 0, **options) == ["", "", ""]
+
+
+def test_what_a_template_refuses_takes_one_line(qm: kvquant.QuantizedModel) -> None:
+    template = qm.tokenizer.chat_template
+    qm.tokenizer.chat_template = "{{ raise_exception('Roles\nmust alternate') }}"
+    try:
+        with pytest.raises(UserError, match=r"prompt 0: the chat template .*Roles must alternate"):
+            kvquant.generate(qm, ["a"], chat=True)
+    finally:
+        qm.tokenizer.chat_template = template
+
+
+def test_another_models_tokenizer_is_refused() -> None:
+    other = kvquant.load(tiny_model(), SCHEME, tokenizer=tiny_tokenizer())
+    with pytest.raises(UserError, match=r"tokenizer: gives the id .*, and the model has 97 tokens"):
+        kvquant.generate(other, PROMPTS)
+
+
 def test_stop_strings_end_an_answer(qm: kvquant.QuantizedModel) -> None:
     whole = kvquant.generate(qm, PROMPTS[:1], 12)[0]
     letters = [c for c in whole if c.isascii() and c.isalpha()]
     stop = letters[len(letters) // 2]
     cut = kvquant.generate(qm, PROMPTS[:1], 12, stop_strings=[stop])[0]
     assert stop in cut and whole.startswith(cut) and len(cut) < len(whole)
+
+
+class Seen:
+    """A streamer that keeps the tokens of prompts and answers."""
+
+    def __init__(self) -> None:
+        self.parts: list[list[int]] = []
+        self.ends: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.parts.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ends.append(len(self.parts))
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.2}])
+def test_a_streamer_gets_a_prompt_and_its_answer(
+    qm: kvquant.QuantizedModel, options: dict[str, Any]
+) -> None:
+    seen = Seen()
+    (answer,) = kvquant.generate(qm, PROMPTS[:1], 6, streamer=seen, **options)
+    assert seen.parts[0] == qm.tokenizer(PROMPTS[0]).input_ids
+    tokens = [token for part in seen.parts[1:] for token in part]
+    assert qm.tokenizer.decode(tokens, skip_special_tokens=True) == answer
+    assert seen.ends == [len(seen.parts)] and len(seen.parts) > 2
+    with pytest.raises(UserError, match="streamer: shows one answer, and there are 3 prompts"):
+        kvquant.generate(qm, PROMPTS, 6, streamer=seen, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.2}])
+def test_an_answer_that_is_tried_again_is_streamed_again(
+    qm: kvquant.QuantizedModel, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = kvquant.generate(qm, PROMPTS[:1], 6, **options)
+    forward, calls = qm.model.forward, []
+
+    def lossy(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise OutlierOverflow("no room")
+        return forward(*args, **kwargs)
+
+    seen = Seen()
+    monkeypatch.setattr(qm.model, "forward", lossy)
+    assert kvquant.generate(qm, PROMPTS[:1], 6, streamer=seen, **options) == expected
+    first, last = seen.ends
+    prompt = qm.tokenizer(PROMPTS[0]).input_ids
+    assert seen.parts[0] == seen.parts[first] == prompt and last == len(seen.parts)
+    assert seen.parts[1:first] == seen.parts[first + 1 :][: first - 1]
 
 
 def test_chat_applies_the_template_to_turns(qm: kvquant.QuantizedModel) -> None:
@@ -133,6 +214,8 @@ def test_a_batch_out_of_memory_is_halved(
     ("prompts", "options", "told"),
     [
         ("The sky", {}, "prompts: is one text; give a list"),
+        ({"a": "The sky"}, {}, "prompts: must be a list of texts, got dict"),
+        (7, {}, "prompts: must be a list of texts, got int"),
         (["", "a"], {}, "prompt 0: is empty"),
         (["a", ""], {"num_beams": 2}, "prompt 1: is empty"),
         (["a " * 400], {}, "prompt 0: .* but the model has 256 positions"),
@@ -148,13 +231,25 @@ def test_a_batch_out_of_memory_is_halved(
             "options: transformers' generate refuses .*temperature",
         ),
         (["a"], {"batch_size": 0}, "batch_size must be at least 1"),
+        (["a"], {"batch_size": 1.5}, "batch_size: must be a whole number, got 1.5"),
+        (["a"], {"batch_tokens": 0}, "batch_tokens: 0 leaves no room for a prompt"),
+        (["a"], {"max_new_tokens": True}, "max_new_tokens: must be a whole number, got True"),
+        (["a"], {"max_new_tokens": "8"}, "max_new_tokens: must be a whole number, got '8'"),
+        (["a"], {"min_length": 9}, "min_length: is no option .*; use min_new_tokens"),
+        (["a"], {"generation_config": {"top_k": 2}}, "generation_config: .* options by name"),
+        (["a"], {"prefix_allowed_tokens_fn": print}, "prefix_allowed_tokens_fn: is no option"),
+        (["a", "\ud800"], {}, "prompt 1: holds half of a surrogate pair"),
+        (["\ud800"], {"chat": True}, "prompt 0: holds half of a surrogate pair"),
+        ([[]], {"chat": True}, "prompt 0: has no turns"),
+        ([[{"content": "a"}]], {"chat": True}, "prompt 0: turn 0 has no role, such as 'user'"),
+        ([[{"role": "user"}]], {"chat": True}, "prompt 0: turn 0 has no content"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
     qm: kvquant.QuantizedModel, prompts: Any, options: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(UserError, match=told) as error:
-        kvquant.generate(qm, prompts, 8, **options)
+        kvquant.generate(qm, prompts, **{"max_new_tokens": 8, **options})
     assert "\n" not in str(error.value)
 
 

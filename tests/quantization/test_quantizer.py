@@ -67,6 +67,13 @@ def test_the_card_names_model_scheme_bits_and_calibration(made: Quantizer, tmp_p
     assert (tmp_path / "README.md").read_text().endswith("Mine.")
 
 
+def test_a_home_folder_that_nobody_has_takes_one_line(made: Quantizer) -> None:
+    with pytest.raises(UserError, match="folder: '~nobody-of-this-name/q': no home folder"):
+        made.save("~nobody-of-this-name/q")
+    with pytest.raises(UserError, match="quantizer: '~nobody-of-this-name/q': no home folder"):
+        kvquant.load_quantizer("~nobody-of-this-name/q")
+
+
 def test_a_models_folder_is_refused(made: Quantizer, folder: Path) -> None:
     before = sorted(file.name for file in folder.iterdir())
     with pytest.raises(UserError, match=r"folder: .* is a model's folder"):

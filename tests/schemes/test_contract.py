@@ -231,15 +231,15 @@ def test_chunks_equal_one_call_in_protocol_b(spec: Any) -> None:
 @pytest.mark.parametrize("spec", [*OURS, *HF], ids=name)
 def test_generate_with_left_padding(spec: Any) -> None:
     qm = quantized(tiny_model(), spec)
-    _, ids, mask = ragged([40, 27], "left")
+    _, ids, mask = ragged([54, 27], "left")
     settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    settings |= {"attention_mask": mask, "max_new_tokens": 30}
+    settings |= {"attention_mask": mask, "max_new_tokens": 16}
     plain = qm.model.generate(ids, past_key_values=qm.baseline_cache(), **settings)
     cache = qm.new_cache()
     ours = qm.model.generate(ids, past_key_values=cache, **settings)
     assert ours.shape == plain.shape == (2, 70)
     # the first answer token is the prompt's alone, which attends in full precision
-    assert torch.equal(ours[:, 40], plain[:, 40])
+    assert torch.equal(ours[:, 54], plain[:, 54])
     assert cache.get_seq_length() == 69
 
 
@@ -307,7 +307,7 @@ def test_windows_of_a_batch_are_measured_as_one_at_a_time(
     spec: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     qm = quantized(tiny_model(), spec)
-    ids = torch.randint(1, 97, (5, 150), generator=torch.Generator().manual_seed(9))
+    ids = torch.randint(1, 97, (3, 150), generator=torch.Generator().manual_seed(9))
     monkeypatch.setattr("kvquant.evaluation.perplexity.LOGIT_POSITIONS", 40)
     for protocol in spec.protocols:
         together = measure_windows(qm, ids, protocol, 64, kl=True)

@@ -8,9 +8,9 @@ import torch
 from kvquant.cache.block_store import BlockStore
 from kvquant.cache.layout import Layout
 from kvquant.cache.memory_formula import packed_footprint
-from kvquant.diagnosis.asked_schemes import asked_scheme
 from kvquant.errors import UserError
 from kvquant.schemes.packed_blocks import packed_blocks, shape_codec
+from kvquant.study.asked_schemes import asked_scheme
 from kvquant.study.schemes import SCHEME_KINDS
 
 OWN_FORMULA = ("nuq", "allocated", "kivi", "kvarn")

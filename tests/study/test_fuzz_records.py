@@ -119,8 +119,11 @@ def test_values_in_a_record(finished: Path, tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("suite", SUITES)
 def test_samples(finished: Path, suite: str) -> None:
     tasks = {"perplexity": "ppl", "passkey": "passkey", "ruler": "ruler", "longbench": "qasper"}
-    text = (finished / f"eval/tiny/nuq3/{tasks[suite]}/seed0/samples.jsonl").read_text()
+    task = tasks.get(suite, "qasper")  # own prompts have the fields of its rows but one
+    text = (finished / f"eval/tiny/nuq3/{task}/seed0/samples.jsonl").read_text()
     good = [json.loads(line) for line in text.split("\n") if line]
+    if suite == "prompts":
+        good = [{k: v for k, v in row.items() if k != "cut"} for row in good]
 
     def read(text: str) -> None:
         try:

@@ -26,6 +26,10 @@ def test_names_lead_to_registered_kinds() -> None:
     assert kinds <= set(SCHEME_KINDS)
 
 
+def test_bits_may_be_a_float() -> None:
+    assert headline_scheme(3.0) is headline_scheme(3)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_bits_choose_allocated_codes(bits: int) -> None:
     scheme = headline_scheme(bits)

@@ -14,6 +14,8 @@ from collections import Counter
 from pathlib import Path
 from textwrap import dedent
 
+from tests.support.snakemakes import run_snakemake
+
 FILES = ("Snakefile", "pyproject.toml", "README.md")
 COPIED = ("kvquant", "config", "workflow", "tests", "docs", *FILES)
 
@@ -115,7 +117,9 @@ class RepositoryCopy:
         settings = ("-m", "pytest", "-n", "0", "-p", "no:cacheprovider")
         return self.python(*settings, *arguments, check=check, timeout=timeout)
 
-    def dry_run(self, *arguments: str, check: bool = True, timeout: float = 300) -> str:
-        """Runs `snakemake --dry-run` in the copy (see :meth:`python`)."""
-        settings = ("-m", "snakemake", "--dry-run", "--nolock", "--quiet", "host")
-        return self.python(*settings, *arguments, check=check, timeout=timeout)
+    def snakemake(self, *arguments: str) -> str:
+        """Runs Snakemake in the copy; gives standard output and standard error."""
+        environment = {**os.environ, "PYTHONPATH": str(self.root)}
+        done = run_snakemake(["--nolock", *arguments], self.root, environment)
+        assert done.returncode == 0, done.stderr[-6000:]
+        return done.stdout + done.stderr

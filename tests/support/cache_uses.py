@@ -20,10 +20,14 @@ def sharpen(model: Any) -> None:
                 parameter[: len(parameter) * 3 // 4] *= 6
 
 
+PARTS = (50, 44, 1, 1, 1, 1, 1)  # the third step fills a block of 32 tokens behind a sink
+LENGTH = sum(PARTS)
+
+
 def fed(model: Any, cache: Any) -> torch.Tensor:
-    """A prompt of 70 tokens in chunks, and then decode steps."""
-    tokens = ids(2, 90)
-    return torch.cat([step(model, cache, part) for part in tokens.split([50, 20] + [1] * 20, 1)], 1)
+    """A prompt in chunks, and then decode steps."""
+    parts = ids(2, LENGTH).split(list(PARTS), 1)
+    return torch.cat([step(model, cache, part) for part in parts], 1)
 
 
 def padded(side: str) -> Callable[[Any, Any], torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ def generates(**options: Any) -> Use:
             tokens,
             attention_mask=mask,
             past_key_values=cache,
-            **{**GREEDY, "max_new_tokens": 10, **options},
+            **{**GREEDY, "max_new_tokens": 6, **options},
         )
         return found
 
@@ -40,7 +41,7 @@ def assisted(**options: Any) -> Use:
         found: torch.Tensor = model.generate(
             ids(1, 15).repeat(1, 3),
             past_key_values=cache,
-            **{**GREEDY, "max_new_tokens": 16, **options, **assistant},
+            **{**GREEDY, "max_new_tokens": 12, **options, **assistant},
         )
         return found
 
@@ -80,7 +81,7 @@ FEATURES: dict[str, Use] = {
     "sampling, several sequences": generates(do_sample=True, top_k=7, num_return_sequences=3),
     "beam search": generates(num_beams=3, num_return_sequences=2),
     "prompt lookup": assisted(prompt_lookup_num_tokens=4),
-    "assistant model": assisted(assistant_model=lambda: tiny_model(heads=2)),
+    "assistant model": assisted(assistant_model=functools.cache(lambda: tiny_model(heads=2))),
     "`inputs_embeds`": embedded,
     "`position_ids` from 7 on": placed((7, 37)),
     "`position_ids` that jump": placed((0, 100)),

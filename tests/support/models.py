@@ -87,8 +87,10 @@ def tiny_tokenizer(chat: bool = True) -> Any:
     return tokenizer
 
 
-def save_tiny(folder: Path, *, positions: int = 2048, chat: bool = True) -> Path:
-    """Saves a random Llama (2 layers, 4 query and 2 key heads of 16) with its tokenizer."""
+def save_tiny(
+    folder: Path, *, positions: int = 2048, chat: bool = True, head_dim: int = 16
+) -> Path:
+    """Saves a random Llama (2 layers, 4 query and 2 key heads) with its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = tiny_tokenizer(chat)
@@ -100,6 +102,7 @@ def save_tiny(folder: Path, *, positions: int = 2048, chat: bool = True) -> Path
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=positions,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -6,14 +6,14 @@ operation on tensors of two devices is an error, and only copies go from one to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from kvquant.kernels import backends
 
@@ -73,13 +73,32 @@ def with_index(device: torch.device) -> torch.device:
     return device if device.index is not None else torch.device(device.type, 0)
 
 
+def mapped(x: Any, each: Callable[[Any], Any]) -> Any:
+    """What a function makes of all that tuples, lists and dicts hold.
+
+    Models call thousands of operations; torch's own function for this takes most of their time.
+    """
+    kind = type(x)
+    if kind is tuple or kind is list:
+        return kind([mapped(part, each) for part in x])
+    if kind is dict:
+        return {name: mapped(part, each) for name, part in x.items()}
+    return each(x)
+
+
+@functools.cache
+def _name(func: Any) -> str:
+    """The name of an operation."""
+    return str(func._schema.name).removeprefix("aten::")
+
+
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Runs an operation on the CPU and says where its results are.
 
     Raises:
         RuntimeError: Tensors of several devices are mixed.
     """
-    name = func._schema.name.removeprefix("aten::")
+    name = _name(func)
     where: list[torch.device] = []
     wrappers: dict[int, PretendTensor] = {}
     asked: list[torch.device] = []
@@ -97,11 +116,11 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return torch.device("cpu") if x.type == "cuda" else x
         return x
 
-    args, kwargs = tree_map(plain, args), tree_map(plain, kwargs)
+    args, kwargs = mapped(args, plain), mapped(kwargs, plain)
     if kwargs.get("pin_memory"):
         kwargs["pin_memory"] = False
     copies = name in COPIES
-    if len(set(where)) > 1 and not copies:
+    if len(where) > 1 and len(set(where)) > 1 and not copies:
         raise RuntimeError(f"{func}: tensors on {', '.join(map(str, where))}")
     if where and on_cpu and not copies and name not in INDEXED:
         raise RuntimeError(f"{func}: tensors on {where[0]} and on the CPU")
@@ -109,6 +128,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name == "_fused_sdp_choice":
         return 0  # attention in plain operations
     out = func(*args, **kwargs)
+    if target is None:
+        return out
     moved = bool(asked) and any(device != with_index(asked[-1]) for device in where)
 
     def placed(x: Any) -> Any:
@@ -118,16 +139,23 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return wrappers[id(x)]
         if moved and id(x) in wrappers:
             x = x.clone()
-        if target is None or target.type != "cuda":
+        if target.type != "cuda":
             return x
+        if x.is_inference() == torch.is_inference_mode_enabled():
+            return PretendTensor(x, with_index(target))
         with torch.inference_mode(x.is_inference()):  # a view is what its base is
             return PretendTensor(x, with_index(target))
 
-    return tree_map(placed, out)
+    return mapped(out, placed)
 
 
 class PretendGpus(TorchDispatchMode):
     """Makes tensors on pretended GPUs where a device is asked for."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and torch's guard against it costs time per operation."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See :func:`run`."""

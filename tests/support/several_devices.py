@@ -49,7 +49,7 @@ def device_map(name: str, model: Any) -> dict[str, int]:
     """
     layers = len(model.model.layers)
     where: Callable[[int], int] = {
-        "halves": lambda i: int(2 * i >= layers),
+        "halves": lambda i: int(i >= layers // 2),
         "alternating": lambda i: i % 2,
         "apart": lambda i: 1,
     }[name]
@@ -159,8 +159,8 @@ def with_holes(model: Any, cache: Any) -> torch.Tensor:
 
 def jumping(model: Any, cache: Any) -> torch.Tensor:
     """Chunks and steps whose positions jump, so that the rotation of each token is kept."""
-    tokens, found, at = ids(2, 90), [], 0
-    for size, begin in ((50, 0), (30, 100), *((1, 200 + i) for i in range(10))):
+    tokens, found, at = ids(2, 98), [], 0
+    for size, begin in ((50, 0), (45, 100), *((1, 200 + i) for i in range(3))):
         positions = torch.arange(begin, begin + size)[None].expand(2, -1)
         with torch.inference_mode():
             out = model(
@@ -173,9 +173,9 @@ def jumping(model: Any, cache: Any) -> torch.Tensor:
 
 def shifted(model: Any, cache: Any) -> torch.Tensor:
     """A left-padded batch by transformers' default positions, which count padding."""
-    _, tokens, mask = ragged([70, 47], "left")
-    found = [step(model, cache, tokens[:, :60], mask[:, :60])]
-    found += [step(model, cache, tokens[:, i : i + 1], mask[:, : i + 1]) for i in range(60, 70)]
+    _, tokens, mask = ragged([67, 47], "left")
+    found = [step(model, cache, tokens[:, :63], mask[:, :63])]
+    found += [step(model, cache, tokens[:, i : i + 1], mask[:, : i + 1]) for i in range(63, 67)]
     return torch.cat(found, 1)[mask.bool()]
 
 

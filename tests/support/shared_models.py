@@ -98,7 +98,7 @@ def generated(folder: Path, tp_plan: str | None) -> dict[str, Any]:
         name: FEATURES[name](qm.model, qm.new_cache())
         for name in ("beam search", "prompt lookup", "sampling, several sequences")
     }
-    answers = greedy(qm, PROMPTS, 24, batch_size=2, eos_ids=[])
+    answers = greedy(qm, PROMPTS, 8, batch_size=2, eos_ids=[])
     found["greedy"], found["row_elements"] = answers.tokens, answers.row_elements
     allocated = load(folder, "llama", "allocated", tp_plan)
     found["folded"] = values_rotated(allocated.model)

@@ -8,6 +8,7 @@ status on standard output.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -46,6 +47,7 @@ def serve() -> list[str]:
 if __name__ == "__main__":
     import snakemake.cli
 
+    importlib.import_module("smart_open")  # by which Snakemake opens its first file
     snakemake.cli.get_argument_parser()  # imports the plugins
     loaded = {name.partition(".")[0] for name in sys.modules}
     assert not loaded & {"kvquant", "torch", "pynvml"}, "a fork would not import these itself"

@@ -174,7 +174,7 @@ def write_timed(study: Study, results: Path, model: str) -> None:
     """Throughput and energy records."""
     for stage, cells in (("perf", study.throughput_cells()), ("energy", study.energy_cells())):
         for at, (scheme, workload, rep) in enumerate(cells):
-            rng = np.random.default_rng([at, len(stage)])
+            rng = np.random.default_rng([at, len(stage), *model.encode()])
             spec = study.throughput.workloads[workload]
             tokens = sum(prompt_lengths(spec))
             same: dict[str, Any] = {"study": study.study, "inputs": INPUTS, "device": DEVICE}

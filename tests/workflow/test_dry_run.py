@@ -160,7 +160,7 @@ def test_stages_have_an_aggregate_target_and_a_short_name(root: Path) -> None:
     short = {"questions", "accuracy", "performance", "joules", "appends", "kernels", "figures"}
     assert found >= short | {"tables", "claims", "html", "report_page"}
     stages = {"prompts", "accuracy", "throughput", "energy", "append", "kernels", "figures"}
-    stages |= {"tables", "claims", "pages", "report"}
+    stages |= {"tables", "claims", "pages", "explorer", "report"}
     assert found >= {"all", *(f"all_{stage}" for stage in stages)}
 
 
@@ -180,6 +180,7 @@ def test_each_kernel_case_is_a_job(root: Path, tmp_path: Path) -> None:
     assert "kernel_case" not in jobs(none.stdout + none.stderr)
 
 
+@pytest.mark.slow
 def test_a_fork_of_the_server_tells_what_a_new_process_does(root: Path, tmp_path: Path) -> None:
     """So that a test's Snakemake is the one that users run (:mod:`tests.support.snakemakes`)."""
     config = ["--configfile", "config/smoke.yaml", "--replace-workflow-config", *fresh(tmp_path)]

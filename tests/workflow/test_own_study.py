@@ -18,8 +18,10 @@ from kvquant.runtime.run_end import claim_lines, result_lines
 from tests.support.models import save_tiny
 from tests.support.snakemakes import run_snakemake
 
-RUN_HERE = ("fetch-model", "prompts", "calibrate", "quantize", "evaluate", "aggregate")
-RUN_HERE += ("statistics", "pareto", "claims", "tables")
+RUN_HERE = (
+    *("fetch-model", "prompts", "calibrate", "quantize", "evaluate", "aggregate"),
+    *("statistics", "pareto", "claims", "tables"),
+)
 
 
 def snakemake(work: Path, command: str, *more: str) -> subprocess.CompletedProcess[str]:

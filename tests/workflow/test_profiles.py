@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import yaml
 
 from kvquant.study.config import parse_study
 from kvquant.study.overlay import read_study
+from tests.support.snakemakes import run_snakemake
 
 
 def profiles(root: Path) -> dict[str, dict[str, Any]]:
@@ -29,7 +27,7 @@ def test_profiles_name_existing_studies_and_replace_the_default(root: Path) -> N
         assert content["replace-workflow-config"] is True, name
         assert "keep-incomplete" not in content, "a truncated output would be taken for whole"
         assert content["rerun-incomplete"] is True, name
-        if name != "slurm":
+        if name not in ("slurm", "cpu"):  # these are for any study
             assert (root / content["configfile"]).is_file()
 
 
@@ -62,47 +60,31 @@ def test_a_shared_gpu_is_not_shared_by_what_is_timed(root: Path) -> None:
 
 @pytest.mark.slow
 def test_dry_run_of_the_demo_is_readable(root: Path) -> None:
-    profile = "workflow/profiles/demo"
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", "-n", "--nolock", "--forceall", "--profile", profile],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
+    done = run_snakemake(
+        ["-n", "--nolock", "--forceall", "--profile", "workflow/profiles/demo"], root
     )
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     lines = output.splitlines()
     assert len(lines) < 150
-    assert max(map(len, lines)) < 190  # the longest one names every rule
+    assert max(map(len, lines)) < 200  # the longest one names every rule
     assert "Evaluating nuq3-1pct on all tasks (smollm2-135m)" in output
     assert not any(line.lstrip().startswith(("input:", "output:", "Host:")) for line in lines)
 
 
 @pytest.mark.slow
-def test_thousands_of_jobs_are_planned(root: Path, tmp_path: Path) -> None:
+def test_more_than_a_thousand_jobs_are_planned(root: Path, tmp_path: Path) -> None:
     study = read_study(root / "config/athena.yaml")
     passkey = study["tasks"]["passkey-2k"]
-    study["tasks"].update({f"passkey-{n}": {**passkey, "length": 1024 + n} for n in range(100)})
+    study["tasks"].update({f"passkey-{n}": {**passkey, "length": 1024 + n} for n in range(30)})
     study["pathvars"] = {"results": f"{tmp_path}/r", "paper": f"{tmp_path}/p"}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-    command = [sys.executable, "-m", "snakemake", "-n", "--quiet", "rules", "--executor", "slurm"]
-    command += ["--profile", "workflow/profiles/athena", "--replace-workflow-config"]
-    start = os.times()
-    done = subprocess.run(
-        [*command, "--configfile", str(tmp_path / "study.yaml")],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    end = os.times()  # of the CPU: other jobs on this machine do not count
-    seconds = end.children_user + end.children_system - start.children_user
-    seconds -= start.children_system
+    words = ["-n", "--quiet", "rules", "--executor", "slurm", "--replace-workflow-config"]
+    words += ["--profile", "workflow/profiles/athena"]
+    done = run_snakemake([*words, "--configfile", tmp_path / "study.yaml"], root)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-2000:]
     planned = dict(re.findall(r"^(\w+) +(\d+)$", output, re.M))
     spec = parse_study(study)
     expected = len(spec.models) * len(spec.eval_cells())
     assert int(planned["evaluate"]) == expected > 1000
-    print(f"dry run of {planned['total']} jobs: {seconds:.1f} s")

@@ -1,6 +1,8 @@
 # Figures, LaTeX tables, numbers and claims; all read tables only. Which there are, with captions and
-# sections, is registered in kvquant/analysis: figure_list.py, table_list.py, page_list.py.
+# sections, is registered in kvquant/analysis: figure_list.py, table_list.py, page_list.py, and the
+# explorer's views in explorer/view_list.py.
 from kvquant.analysis import figure_list, page_list, table_list
+from kvquant.analysis.explorer import view_list
 from kvquant.analysis.report import remove_if_cut
 from kvquant.runtime.run_end import claim_lines, product_lines, result_lines
 
@@ -123,6 +125,35 @@ rule html:
 
 
 localrules:
+    explorer,
+
+
+rule explorer:
+    """All results in one page that sorts, filters and draws them, and needs no network."""
+    input:
+        "<results>/tables/pareto.parquet",
+        "<results>/tables/tests.parquet",
+    output:
+        report(
+            "<results>/explorer.html",
+            caption="../report/figure.rst",
+            category=str(view_list.SECTION),
+            labels={"table": view_list.LABEL},
+        ),
+    log:
+        "<logs>/paper/explorer.log",
+    params:
+        study=STUDY_FILE,
+        tables=lambda wildcards, input: Path(input[0]).parent,
+        caption=view_list.CAPTION,  # read by figure.rst
+    message:
+        "Writing the explorer"
+    shell:
+        "python -m kvquant explorer --study {params.study:q} --tables {params.tables:q}"
+        " --out {output:q} > {log:q} 2>&1"
+
+
+localrules:
     report_page,
 
 
@@ -134,6 +165,7 @@ rule report_page:
     input:
         rules.figures.input,
         rules.html.output,
+        rules.explorer.output,
     output:
         "<results>/report.html",
     log:
@@ -154,6 +186,7 @@ onsuccess:
         figure = next(iter(rules.figures.input), None)
         products = {
             "report": STUDY_FILE.with_name("report.html"),
+            "explorer": STUDY_FILE.with_name("explorer.html"),
             "figures": Path(str(figure)).parent if figure else STUDY_FILE.parent / "none",
             "tables": STUDY_FILE.parent / "tables",
         }

@@ -43,6 +43,12 @@ rule all_pages:
         rules.html.output,
 
 
+rule all_explorer:
+    """The explorer of all results."""
+    input:
+        rules.explorer.output,
+
+
 rule all_report:
     """The HTML report of the study."""
     input:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvquant.errors import UserError
+from kvquant.errors import UserError, printable
 from kvquant.formats.files import expand_home
 
 
@@ -18,5 +18,5 @@ def asked_model(text: str) -> str:
     folder = expand_home(text, "--model")
     is_path = text.startswith((".", "/", "~")) or text.count("/") > 1 or folder.is_dir()
     if is_path and not (folder / "config.json").is_file():
-        raise UserError(f"--model: {text} is no folder with a config.json")
+        raise UserError(f"--model: {printable(text)} is no folder with a config.json")
     return str(folder) if is_path else text

@@ -1,6 +1,6 @@
 """Schemes and models by the words of a command line.
 
-Also covers: diagnosis.asked_model.
+Also covers: fetch.asked_model.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from kvquant.diagnosis.asked_model import asked_model
-from kvquant.diagnosis.asked_schemes import (
+from kvquant.errors import UserError
+from kvquant.fetch.asked_model import asked_model
+from kvquant.study.asked_schemes import (
     asked_scheme,
     asked_schemes,
     one_of_each_kind,
 )
-from kvquant.errors import UserError
 from kvquant.study.scheme_kinds import SCHEME_KINDS
 
 

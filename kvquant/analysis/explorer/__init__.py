@@ -1,0 +1,1 @@
+"""The explorer: all results of a study in one page that sorts, filters and draws them."""

@@ -1,0 +1,1 @@
+"""Verbs by which people try a model over quantized caches: generate, chat, compare."""
