@@ -79,10 +79,12 @@ def sample_rows(suite: str, rng: np.random.Generator, count: int) -> list[dict[s
             more = {"prompt_tokens": 150 + index, "answer": f"\u2028{index}\n", "score": score}
         if suite == "passkey":
             more |= {"key": int(rng.integers(1, 50_000)), "depth": float(rng.random())}
-        if suite in ("ruler", "longbench"):
+        if suite in ("ruler", "longbench", "prompts"):
             more["references"] = [str(rng.integers(0, 9999))]
         if suite == "longbench":
             more |= {"row": 2 * index, "cut": bool(index % 2)}
+        if suite == "prompts":
+            more["row"] = index
         rows.append({"index": index, **more})
     return rows
 
