@@ -45,7 +45,7 @@ def result_lines(tables: Path, baseline: str) -> list[str]:
     """
     try:
         tests = [row for row in _rows(tables / "tests.csv") if row["level"] == "task"]
-        if len({row["task"] for row in tests}) > MOST_TASKS:
+        if not tests or len({row["task"] for row in tests}) > MOST_TASKS:
             return []
         several = len({row["model"] for row in tests}) > 1
         lines = []

@@ -21,7 +21,7 @@ from kvquant.analysis.evidence import (
     not_measured,
 )
 from kvquant.analysis.report import whole
-from kvquant.runtime.run_end import claim_lines
+from kvquant.runtime.run_end import claim_lines, result_lines
 
 NAN, INF = float("nan"), float("inf")
 
@@ -58,3 +58,35 @@ def test_a_report_that_was_cut_is_not_whole(tmp_path: Path) -> None:
     report.write_text("<html></html>")
     assert whole(report)
     assert claim_lines(tmp_path / "none.csv") == []
+
+
+def test_a_study_that_measures_no_claim_says_so_once(tmp_path: Path) -> None:
+    file = tmp_path / "claims.csv"
+    rows = ["a,any,not measured here,no task", "b,any,not measured here,no task"]
+    file.write_text("\n".join(["claim,model,verdict,measured", *rows]))
+    assert claim_lines(file) == [f"  not measured here    all 2, for the reasons in {file}"]
+    file.write_text("\n".join(["claim,model,verdict,measured", *rows, "c,any,supported,5 %"]))
+    assert len(claim_lines(file)) == 3 and claim_lines(file)[2].endswith(
+        "supported            c: 5 %"
+    )
+
+
+def test_results_of_few_tasks_end_a_run(tmp_path: Path) -> None:
+    head = "model,level,task,scheme,baseline_mean,mean,difference,verdict"
+    rows = [
+        "m,task,ppl,a,30.5,30.75,0.25,worse",
+        "m,suite,ppl,a,30.5,31,0.5,worse",
+        "m,task,asked,a,80,90,10,inconclusive",
+    ]
+    (tmp_path / "tests.csv").write_text("\n".join([head, *rows]))
+    pareto = "model,scheme,bits_per_element\nm,fp16,16\nm,a,4.5\n"
+    (tmp_path / "pareto.csv").write_text(pareto)
+    assert result_lines(tmp_path, "fp16") == [
+        "  fp16  16.00 bits  ppl 30.5                  asked 80",
+        "  a      4.50 bits  ppl 30.75 (+0.25, worse)  asked 90 (+10, inconclusive)",
+    ]
+    many = [f"m,task,t{n},a,1,1,0,identical" for n in range(5)]
+    (tmp_path / "tests.csv").write_text("\n".join([head, *many]))
+    assert result_lines(tmp_path, "fp16") == []
+    (tmp_path / "tests.csv").write_text("nothing")
+    assert result_lines(tmp_path, "fp16") == []
