@@ -63,6 +63,7 @@ def test_from_init_to_tables(
     work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(work)
+    monkeypatch.delenv("UV", raising=False)  # `uv run` sets it, and init then prints `uv run ...`
     words = ["init", "--model", "model", "--text", "notes.txt", "--prompts", "asked.jsonl"]
     assert main(words) == 0
     dry, run = re.findall(r"^  (snakemake .+)", capfd.readouterr().out, re.M)
