@@ -47,7 +47,7 @@ def _explorer(root: Path) -> str:
     Making it takes a minute, which not every build of the site should cost.
     """
     workflow = (root / "docs/workflow.md").read_text(encoding="utf-8")
-    about = workflow.split("\n## The explorer\n")[1].split("\n## ")[0]
+    about = workflow.split("\n## The explorer\n")[1].split("\n\n")[0]
     if (root / MADE_EXPLORER).is_file():
         start = f"[Open the explorer](../{MADE_EXPLORER}){{ .md-button .md-button--primary }}"
     else:
@@ -56,7 +56,7 @@ def _explorer(root: Path) -> str:
             f"`uv run snakemake -c2 explorer` makes `{MADE_EXPLORER}` from the published records "
             "in about a minute, and the next build of the site has it here."
         )
-    return f"# Explore all results\n\n{start}\n\n{about}"
+    return f"# Explore all results\n\n{start}\n\n{about}\n"
 
 
 def pages(root: Path) -> dict[str, str]:
