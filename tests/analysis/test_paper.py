@@ -1,7 +1,6 @@
 """The paper of several models and repetitions: it compiles, and every table tells rows apart.
 
-Also covers: analysis.claim_list, analysis.claims, analysis.cost_tables, analysis.latex,
-analysis.manuscript.
+Also covers: analysis.claim_list, analysis.claims, analysis.cost_tables, analysis.latex.
 """
 
 from __future__ import annotations

@@ -145,8 +145,8 @@ def test_a_mean_of_some_tasks_is_no_mean_of_the_suite(partial: Tables) -> None:
 
 def test_sizes_and_perplexity_of_one_row_are_of_one_task(partial: Tables) -> None:
     """The comparison of caches does not depend on which other tasks each of them ran."""
-    values = partial.evaluations
-    first = values[(values.task == "ppl-wikitext2-b") & (values.scheme == "nuq4-1pct")]
+    rows_of = partial.evaluations
+    first = rows_of[(rows_of.task == "ppl-wikitext2-b") & (rows_of.scheme == "nuq4-1pct")]
     cells = row_of(suite_tables.summary(partial), NUQ.format(4))
     assert cells["bits"] == "4.60" and cells["perplexity"] == f"{first.value.mean():.2f}"
     assert cells["KL, nats"] == f"{first.kl.mean():.4f}"
