@@ -14,7 +14,7 @@ from kvquant.analysis.landing.behind import behind
 from kvquant.analysis.landing.results import Result, Results
 from kvquant.errors import UserError
 
-COLUMNS = ("claim", "model", "definition", "measured", "evidence", "verdict")
+COLUMNS = ("claim", "model", "definition", "measured", "verdict")  # the others may be absent
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class ClaimRow:
         model: The model that it was judged on; empty where it needs none.
         definition: What it asks for.
         verdict: One of :data:`kvquant.analysis.evidence.VERDICTS`.
-        measured: What was measured, in parts, or why nothing was.
+        value: The value with its interval, what they are and the bar, as far as the table has them.
+        measured: All that was measured, in parts, or why nothing was.
         evidence: On how much; empty for what was not measured.
         results: Figures and tables behind it.
     """
@@ -35,6 +36,7 @@ class ClaimRow:
     model: str
     definition: str
     verdict: str
+    value: tuple[str, ...]
     measured: tuple[str, ...]
     evidence: str
     results: tuple[Result, ...]
@@ -52,8 +54,34 @@ def _results(claim: str, shown: Results) -> tuple[Result, ...]:
     return tuple(found or [shown.pages[name] for name in ("claims",) if name in shown.pages])
 
 
+def _number(text: str) -> str:
+    """Returns a number of the table with three significant digits."""
+    return f"{float(text):#.3g}".rstrip(".")
+
+
+def _value(row: Mapping[str, str]) -> Iterator[str]:
+    """Yields value with interval, what they are, what was compared where, and the bar."""
+    get = row.get
+    if get("value", ""):
+        ends = f" [{_number(row['low'])}, {_number(row['high'])}]" if get("low", "") else ""
+        yield _number(row["value"]) + ends
+        kind = f"brackets: {get('interval')}" if ends and get("interval") else ""
+        yield ", ".join(filter(None, (get("quantity", ""), kind)))
+        sides = " against ".join(filter(None, (get("cache", ""), get("baseline", ""))))
+        device = f"on {get('device')}" if get("device") else ""
+        yield ", ".join(filter(None, (sides, get("workload", ""), device)))
+        if get("bar"):
+            yield f"bar: {get('bar')}"
+
+
+def _evidence(row: Mapping[str, str]) -> str:
+    """Returns how much was measured, in words or as a number of something."""
+    count = row.get("n", "")
+    return row.get("evidence") or (f"{int(count):,} {row.get('n_of', '')}".strip() if count else "")
+
+
 def claim_rows(table: pd.DataFrame, shown: Results, models: int) -> Iterator[ClaimRow]:
-    """Yields the claims of a table; columns that it has besides are left out.
+    """Yields the claims of a table; other columns are left out.
 
     Args:
         table: `claims.csv`, with texts alone.
@@ -74,8 +102,9 @@ def claim_rows(table: pd.DataFrame, shown: Results, models: int) -> Iterator[Cla
             model,
             row["definition"],
             row["verdict"],
+            tuple(filter(None, _value(row))),
             tuple(row["measured"].split("; ")),
-            row["evidence"],
+            _evidence(row),
             _results(names.get(row["claim"], ""), shown),
         )
 

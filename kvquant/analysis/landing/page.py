@@ -19,19 +19,18 @@ from kvquant.analysis.evidence import NOT_ENOUGH, NOT_MEASURED, NOT_SUPPORTED, S
 from kvquant.analysis.explorer.data import counts
 from kvquant.analysis.explorer.source import Source, load
 from kvquant.analysis.explorer.view_list import shown as views
+from kvquant.analysis.figure_list import FIGURES
 from kvquant.analysis.landing import STYLE
 from kvquant.analysis.landing.claim_rows import claim_rows, verdict_counts
 from kvquant.analysis.landing.measured_on import contents, devices, digest
 from kvquant.analysis.landing.results import Results, results_of
 from kvquant.analysis.landing.terms import terms
-from kvquant.analysis.sections import Section
 from kvquant.errors import UserError
 from kvquant.formats.files import read_bytes, replace
 from kvquant.study.config import Study, load_study
 
 HERE = Path(__file__).parent
-# The sections whose first figures are shown here.
-MAIN = (Section.ACCURACY_AGAINST_COST, Section.ACCURACY_BY_TASK)
+MAIN = 2  # figures, the first of the list
 MARKS = {SUPPORTED: "yes", NOT_SUPPORTED: "no", NOT_ENOUGH: "open", NOT_MEASURED: "none"}
 TABLES = {
     "append": "cost of an appended token",
@@ -71,14 +70,12 @@ def sentences(source: Source) -> list[str]:
 
 
 def main_figures(shown: Results) -> list[dict[str, Any]]:
-    """Returns the first figure of each main section, with its drawing inside the page."""
+    """Returns the first figures of the list, each with its drawing inside the page."""
     found = []
-    for section in MAIN:
-        result = next((r for r in shown.figures.values() if r.section == section), None)
-        if result is not None:
-            drawing = base64.b64encode(read_bytes(Path(result.key), "--figures", "draw it again"))
-            source = f"data:image/svg+xml;base64,{drawing.decode()}"
-            found.append({"result": result, "source": source})
+    for result in [shown.figures[name] for name in FIGURES if name in shown.figures][:MAIN]:
+        drawing = base64.b64encode(read_bytes(Path(result.key), "--figures", "draw it again"))
+        source = f"data:image/svg+xml;base64,{drawing.decode()}"
+        found.append({"result": result, "source": source})
     return found
 
 

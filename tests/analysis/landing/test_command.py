@@ -16,7 +16,7 @@ def test_the_default_study_needs_no_file() -> None:
 
 def test_files_and_settings_are_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    files = [tmp_path / "config/of mine.yaml", "/elsewhere/more.yaml"]
+    files: list[str | Path] = [tmp_path / "config/of mine.yaml", "/elsewhere/more.yaml"]
     given = {"data_dir": "/home/someone/data", "title": "two words", "pathvars": {"logs": "l"}}
     words = shlex.split(study_command(files, True, given))
     assert words[:3] == ["snakemake", "--cores", "all"]

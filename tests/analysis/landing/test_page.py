@@ -93,7 +93,7 @@ def test_claims_are_those_of_the_table(written: Written, text: str) -> None:
     for row in table.to_dict("records"):
         assert row["claim"] in shown and row["verdict"] in shown
         assert all(part in shown for part in row["measured"].split("; "))
-        assert row["evidence"] in shown and row["definition"] in shown
+        assert row.get("evidence", "") in shown and row["definition"] in shown
     for verdict, count in table["verdict"].value_counts().items():
         assert f"<strong>{count}</strong> {verdict}" in text
 
@@ -106,10 +106,30 @@ def claim(**changed: str) -> pd.DataFrame:
 def test_more_columns_of_claims_change_nothing(here: Written) -> None:
     known = next(iter(CLAIMS.values())).text
     plain = list(claim_rows(claim(claim=known), results(here), 1))
-    assert list(claim_rows(claim(claim=known, record="a1", n="5"), results(here), 1)) == plain
+    assert list(claim_rows(claim(claim=known, record="a1", another="5"), results(here), 1)) == plain
     assert verdict_counts(plain) == [(SUPPORTED, 1)]
-    with pytest.raises(UserError, match="no column 'evidence'"):
-        list(claim_rows(claim().drop(columns="evidence"), results(here), 1))
+    with pytest.raises(UserError, match="no column 'verdict'"):
+        list(claim_rows(claim().drop(columns="verdict"), results(here), 1))
+
+
+def test_a_value_is_shown_with_its_interval_and_bar(here: Written) -> None:
+    numbers = {"value": "0.48231", "low": "0.477", "high": "0.49", "interval": "range of trials"}
+    words = {"quantity": "joules per token", "cache": "ours", "baseline": "theirs", "n": "1300"}
+    words |= {"workload": "16K", "device": "H200", "bar": "at most 0.55", "n_of": "prompts"}
+    (row,) = claim_rows(claim(**numbers, **words), results(here), 1)
+    assert row.value == (
+        "0.482 [0.477, 0.490]", "joules per token, brackets: range of trials",
+        "ours against theirs, 16K, on H200", "bar: at most 0.55",
+    )  # fmt: skip
+    assert row.evidence == "1,300 prompts"
+    text = page(context_of(here.measured.study, here.args) | {"claims": [row]})
+    assert "<strong>0.482 [0.477, 0.490]</strong>" in text and "All that was measured" in text
+    without = numbers | words | {"low": "", "high": "", "bar": "", "n": "", "device": ""}
+    (row,) = claim_rows(claim(**without), results(here), 1)
+    assert row.value == ("0.482", "joules per token", "ours against theirs, 16K")
+    assert row.evidence == ""
+    (row,) = claim_rows(claim(value="", evidence="5 seeds"), results(here), 1)
+    assert row.value == () and row.evidence == "5 seeds"
 
 
 def test_a_claim_links_to_what_is_behind_it(here: Written) -> None:
