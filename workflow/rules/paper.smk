@@ -113,7 +113,7 @@ rule html:
             )
             for name, page in PAGES.items()
         ],
-        expand("<results>/report/{page}.rst", page=PAGES),
+        [f"<results>/report/{name}.rst" for name in PAGES],
     log:
         "<logs>/paper/html.log",
     params:
