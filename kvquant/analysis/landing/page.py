@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,8 @@ def _tables(folder: Path, report: Path) -> list[dict[str, Any]]:
     for file in sorted(folder.glob("*.csv")):
         rows = len(pd.read_csv(file, usecols=[0])) if file.stat().st_size > 1 else 0
         about = TABLES.get(file.stem, "")
-        href = (Path(folder.name) if folder.parent == report else folder) / file.name
-        found.append({"name": file.name, "href": str(href), "about": about, "rows": rows})
+        href = os.path.relpath(file, report)
+        found.append({"name": file.name, "href": href, "about": about, "rows": rows})
     return found
 
 
