@@ -59,6 +59,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "manuscript": ("kvquant.analysis.manuscript", "compile a LaTeX document of the paper"),
     "html": ("kvquant.analysis.html_tables", "write claims and tables as HTML for the report"),
     "explorer": ("kvquant.analysis.explorer.page", "write all results as one page to explore"),
+    "landing": ("kvquant.analysis.landing.page", "write the landing page of the report"),
     "report": ("kvquant.analysis.report", "write the HTML report of a finished study"),
     "claims": ("kvquant.analysis.claims", "write the claims: measured values and verdicts"),
     "track": ("kvquant.analysis.tracking", "log every record to Weights & Biases, offline"),
