@@ -14,6 +14,7 @@ from kvquant.analysis.ablation import drawable
 from kvquant.analysis.sections import Section
 from kvquant.errors import UserError, unknown
 from kvquant.study.config import Study
+from kvquant.study.jobs import CONTEXT_CHUNK
 from kvquant.study.registrations import by_name
 from kvquant.study.tasks import PasskeyTask
 
@@ -32,6 +33,7 @@ class Figure:
         draw: Names the drawing function ("module:attribute") of (study, folder of collected
             tables), which returns a Matplotlib figure.
         table: The collected table without which it says that nothing was measured yet.
+        on_device: The tables whose device it names; None: `table`.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Figure:
     reason: str
     draw: str
     table: str = "eval"
+    on_device: tuple[str, ...] | None = None
 
 
 def _compares(study: Study, suite: str | None = None) -> bool:
@@ -69,6 +72,21 @@ def _has_lengths(study: Study) -> bool:
     return any(len(found) > 1 for found in prompts.values())
 
 
+def _searches(study: Study) -> bool:
+    """Returns whether a case of whole jobs searches what fits in memory."""
+    return any(case.capacity or case.context for case in study.job_cases().values())
+
+
+def _meters_jobs(study: Study) -> bool:
+    """Returns whether a case of whole jobs measures energy."""
+    return any(case.energy for case in study.job_cases().values())
+
+
+def _has_attention(study: Study) -> bool:
+    """Returns whether a case of kernels measures attention."""
+    return any("attention" in case.measure for case in study.kernel_cases().values())
+
+
 _LIST = (
     Figure(
         name="pareto",
@@ -88,6 +106,22 @@ _LIST = (
         condition=_compares,
         reason="compares no scheme with the baseline",
         draw="kvquant.analysis.figures.pareto:draw",
+        on_device=("perf", "energy", "jobs"),
+    ),
+    Figure(
+        name="quality",
+        section=Section.ACCURACY_AGAINST_COST,
+        label="loss against bits, a curve per method",
+        caption="Loss over the unquantized cache against bits per element with everything "
+        "included, a curve per method. Bars are 95 % confidence intervals of the paired "
+        "differences, and many are smaller than their markers. Filled markers keep the same tokens "
+        "in 16 bits as the headline scheme; hollow markers keep those of the method's publication, "
+        "or none. A scheme that keeps others belongs to no curve. The vertical axis is linear "
+        "below 1 and logarithmic above.",
+        condition=_compares,
+        reason="compares no scheme with the baseline",
+        draw="kvquant.analysis.figures.quality:draw",
+        on_device=(),
     ),
     Figure(
         name="perplexity",
@@ -152,6 +186,52 @@ _LIST = (
         condition=lambda study: bool(study.kernel_cases()),
         reason="has no section 'kernels'",
         draw="kvquant.analysis.figures.kernels:draw",
+        table="kernels",
+    ),
+    Figure(
+        name="capacity",
+        section=Section.ACCURACY_AGAINST_COST,
+        label="what fits in memory",
+        caption="Tokens that fit in a budget of memory on models of random weights. Held at once: "
+        "prompts of the length given are prefilled beside those before until memory ends, and the "
+        f"last is shortened. Longest prompt: a single one, prefilled in calls of {CONTEXT_CHUNK:,} tokens. Hollow "
+        "marks are the formula's value, which divides the memory without the weights by the "
+        "cache's bytes per token and knows no activations. The number beside a marker is the "
+        "multiple of the 16-bit cache that holds most.",
+        condition=_searches,
+        reason="has no cases of whole jobs that search what fits",
+        draw="kvquant.analysis.figures.capacity:draw",
+        table="jobs",
+    ),
+    Figure(
+        name="energy",
+        section=Section.ENERGY,
+        label="energy of whole jobs by part",
+        caption="Energy of the GPU board in whole jobs, by its counter: of the prefill per prompt "
+        "token, of decoding per answer token, and the shares of prefill, decoding and the idle "
+        "board in a job, with the job's energy per prompt and answer token beside its bar. Markers "
+        "are means and bars the range of trials; of one trial there is none. The cases differ in the number of prompts that "
+        "run at once, which stands beside the name of a cache.",
+        condition=_meters_jobs,
+        reason="measures no energy of whole jobs",
+        draw="kvquant.analysis.figures.energy:draw",
+        table="jobs",
+    ),
+    Figure(
+        name="roofline",
+        section=Section.THROUGHPUT,
+        label="decode attention against the device's roofline",
+        caption="Decode attention of one layer: multiplications and additions per second against "
+        "those per byte that has to be read and written. The slope is the rate of a device copy, "
+        "timed in the same rounds, and its band the range over the cases; a kernel that only reads "
+        "can exceed a copy. The level, where the records hold it, is one multiplication and "
+        "addition per instruction that the GPU can issue without tensor cores. Of PyTorch's fp16 "
+        "backends the fastest of each case is shown. Bars span the 10th "
+        "to 90th percentile of rounds. A multiplication and its addition count as two operations; "
+        "decoding of codes counts as none.",
+        condition=_has_attention,
+        reason="has no case of kernels that measures attention",
+        draw="kvquant.analysis.figures.roofline:draw",
         table="kernels",
     ),
     Figure(

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from kvquant.analysis.figures.style import (
+    BACKENDS,
     BASELINE,
     GREY,
     SMALL,
@@ -40,8 +41,6 @@ WORDS = {
     "prefill": "prefill",
     "continue": "continued prefill",
 }
-FP16 = {"cudnn": "s", "flash": "^", "efficient": "v"}  # markers of torch's attention; hollow
-BACKENDS = {"cudnn": "cuDNN", "flash": "flash", "efficient": "memory-efficient"}
 WHOLE = "D"  # of steps and prefills with transformers' growing cache
 # Text in place of a missing ratio, by status; with 'ok' our own time is missing.
 MISSING = {"ok": "no time of ours", "oom": "out of memory", "refused": "cannot run"}
@@ -102,16 +101,17 @@ def _style(side: Any, names: Names) -> tuple[Look, bool]:
     """Returns the look of ours or of a 16-bit side, and whether its marker is hollow."""
     if side.role == "ours":
         return names.looks[side.scheme], False
-    return (BASELINE, FP16.get(side.side, WHOLE)), True
+    _, marker = BACKENDS.get(side.side, ("", WHOLE))
+    return (BASELINE, marker), True
 
 
 def _legend_of(rows: pd.DataFrame, names: Names) -> list[Any]:
     """Returns the handles of the first two panels."""
     there = set(rows[rows.status == "ok"].side)
-    whole = [s for s in dict.fromkeys(rows[rows.role == "fp16"].side) if s not in FP16]
+    whole = [s for s in dict.fromkeys(rows[rows.role == "fp16"].side) if s not in BACKENDS]
     found = {
-        f"fp16 attention, {BACKENDS[s]}": (BASELINE, marker)
-        for s, marker in FP16.items()
+        f"fp16 attention, {name}": (BASELINE, marker)
+        for s, (name, marker) in BACKENDS.items()
         if s in there
     }
     found |= {f"{names.labels.scheme(s)}, growing": (BASELINE, WHOLE) for s in whole}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import matplotlib
@@ -28,6 +28,8 @@ COLORS = (
     *_DARK,
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "d")
+# Names and markers of the backends of torch's fp16 attention.
+BACKENDS = {"cudnn": ("cuDNN", "s"), "flash": ("flash", "^"), "efficient": ("memory-efficient", "v")}
 GREY = "#666666"
 FRONTIER = "#777777"
 # How much of a marker is filled, where it stands for what was measured.
@@ -91,6 +93,17 @@ def looks(study: Study) -> dict[str, Look]:
         color = colors[scheme.method()] if scheme.quantizes else BASELINE
         found[key] = next(_free(set(found.values()), color), (color, MARKERS[0]))
     return {key: found[key] for key in study.schemes}
+
+
+def method_looks(study: Study) -> dict[str, Look]:
+    """Returns color and marker of every method, for curves that join the schemes of one.
+
+    The color is that of the method's schemes (:func:`looks`); methods have different markers, so
+    that curves are told apart in grey as well.
+    """
+    marked = looks(study)
+    colors = {s.method(): marked[key][0] for key, s in study.schemes.items() if s.quantizes}
+    return {m: (c, MARKERS[i % len(MARKERS)]) for i, (m, c) in enumerate(colors.items())}
 
 
 def wrapped(text: str, letters: int) -> str:
@@ -157,6 +170,43 @@ def name_rows(axis: Any, names: list[str], letters: int = 25) -> None:
     axis.grid(axis="y", visible=False)
 
 
+def grouped_rows(rows: Iterable[tuple[str, str]]) -> tuple[list[str], list[int], dict[int, str]]:
+    """Returns the names of rows, each group of which follows an empty row for its head.
+
+    Args:
+        rows: The group and the name of each row, those of a group together.
+
+    Returns:
+        The names of all rows, the place of each row given, and the groups by the place of their
+        heads (:func:`name_groups`).
+    """
+    names: list[str] = []
+    places: list[int] = []
+    heads: dict[int, str] = {}
+    last = None
+    for group, name in rows:
+        if group != last:
+            heads[len(names)] = last = group
+            names.append("")
+        places.append(len(names))
+        names.append(name)
+    return names, places, heads
+
+
+def name_groups(axis: Any, heads: dict[int, str]) -> None:
+    """Writes the names of groups into the empty rows of :func:`grouped_rows`, from the left."""
+    for place, head in heads.items():
+        style = {"va": "center", "fontsize": SMALL, "weight": "bold", "zorder": 5}
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        where = axis.get_yaxis_transform()
+        axis.text(0.01, place, head, transform=where, bbox=paper, **style)
+    axis.set_yticks(*zip(*(
+        (tick, label.get_text())
+        for tick, label in zip(axis.get_yticks(), axis.get_yticklabels(), strict=True)
+        if tick not in heads
+    ), strict=True))  # fmt: skip
+
+
 def most_lines(names: list[str], letters: int = 25) -> int:
     """Returns the lines of the longest name of :func:`name_rows`."""
     return max((wrapped(n, letters).count("\n") + 1 for n in names), default=1)
@@ -204,7 +254,7 @@ def legend(figure: Any, handles: list[Any], width: float, where: str = "upper ce
         where: Its side of the figure.
     """
     longest = max(len(h.get_label()) for h in handles)
-    columns = max(1, min(len(handles), int(width / (0.35 + 0.048 * longest))))
+    columns = max(1, min(len(handles), int(width / (0.37 + 0.05 * longest))))
     figure.legend(
         handles=handles,
         loc=f"outside {where}",

@@ -61,7 +61,7 @@ def test_lines_that_coincide_are_both_seen(tmp_path: Path) -> None:
 def test_the_figure_names_its_device_and_needs_jobs(tmp_path: Path) -> None:
     asked = study("7b-mha")
     table = job_table(asked).assign(device="h200")
-    for rows, said in ((table, "timed on H200"), (table.iloc[:0], "Nothing is measured yet")):
+    for rows, said in ((table, "measured on H200"), (table.iloc[:0], "Nothing is measured yet")):
         write_table(rows, tmp_path / "jobs.parquet")
         figure = draw_figure("lengths", asked, tmp_path)
         axis = figure.axes[-1]

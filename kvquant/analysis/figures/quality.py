@@ -1,0 +1,132 @@
+"""The figure `quality`: loss against bits per element, a curve per method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from kvquant.analysis.figures.pareto_panels import quality, quality_label, quality_task
+from kvquant.analysis.figures.style import (
+    GREY,
+    PAGE_WIDTH,
+    Look,
+    loss_scale,
+    method_looks,
+    plt,
+)
+from kvquant.analysis.labels import labels_of
+from kvquant.analysis.tables import read_table
+from kvquant.errors import UserError
+from kvquant.study.config import Study
+from kvquant.study.schemes import SchemeSpec
+
+Kept = Literal["same", "other"]
+HEIGHT = 3.0  # inches of a panel
+BITS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9, 12, 16)
+LINES: dict[Kept, dict[str, Any]] = {
+    "same": {"linestyle": "-", "linewidth": 1.2, "markersize": 4.5},
+    "other": {"linestyle": (0, (3, 2)), "linewidth": 0.9, "markersize": 4.5, "mfc": "white"},
+}
+NAMES: dict[Kept, str] = {
+    "same": "16-bit tokens as ours",
+    "other": "16-bit tokens as published, or none",
+}
+
+
+def kept_tokens(scheme: SchemeSpec, headline: SchemeSpec) -> Kept | None:
+    """Returns which tokens a scheme keeps in 16 bits, by which curves are told apart.
+
+    Args:
+        scheme: A scheme that quantizes.
+        headline: The scheme whose 16-bit tokens are ours.
+
+    Returns:
+        "same" for the headline's first tokens and no window of recent ones; "other" for what the
+        method's publication keeps (the defaults of its options) and for none; None where it is
+        neither, so that it belongs to no curve.
+    """
+
+    def tokens(of: SchemeSpec) -> tuple[int, int]:
+        return getattr(of, "sinks", 0), getattr(of, "residual", 0)
+
+    fields = type(scheme).model_fields
+    published = tuple(
+        fields[name].default if name in fields else 0 for name in ("sinks", "residual")
+    )
+    if tokens(scheme) == tokens(headline):
+        return "same"
+    return "other" if tokens(scheme) in (published, (0, 0)) else None
+
+
+def curves(study: Study, losses: pd.DataFrame) -> dict[tuple[str, Kept], pd.DataFrame]:
+    """Returns the points of every curve of one model by method and 16-bit tokens, by bits.
+
+    Args:
+        study: The study.
+        losses: Rows of one model of :func:`kvquant.analysis.figures.pareto_panels.quality`.
+    """
+    headline, found = study.schemes[study.headline], dict[tuple[str, Kept], list[Any]]()
+    for row in losses.dropna(subset=["bits", "y"]).to_dict("records"):
+        scheme = study.schemes[str(row["scheme"])]
+        kept = kept_tokens(scheme, headline) if scheme.quantizes else None
+        if kept is not None:
+            found.setdefault((scheme.method(), kept), []).append(row)
+    return {key: pd.DataFrame(rows).sort_values("bits") for key, rows in found.items()}
+
+
+def panel(
+    axis: Any, drawn: Mapping[tuple[str, Kept], pd.DataFrame], marked: Mapping[str, Look]
+) -> None:
+    """Draws the curves of one model, those with the same 16-bit tokens as ours on top."""
+    for (method, kept), points in drawn.items():
+        color, marker = marked[method]
+        order = 4 if kept == "same" else 3
+        ends = [(points.y - points.y_low).clip(lower=0), (points.y_high - points.y).clip(lower=0)]
+        bars = {"ecolor": color, "elinewidth": 0.8, "capsize": 1.5, "zorder": order}
+        axis.errorbar(points.bits, points.y, yerr=ends, fmt="none", **bars)
+        style = {"color": color, "marker": marker, "zorder": order, **LINES[kept]}
+        axis.plot(points.bits, points.y, **style)
+    axis.axhline(0, color="#888888", linewidth=0.6, zorder=1)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(FixedLocator(BITS))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+
+
+def draw(study: Study, tables: Path) -> Any:
+    """Draws loss against bits, a panel per model side by side."""
+    losses = quality(study, read_table(tables, "eval"), read_table(tables, "tests"))
+    models = [m for m in study.models if m in set(losses.model)]
+    drawn = {m: found for m in models if (found := curves(study, losses[losses.model == m]))}
+    if not drawn:
+        raise UserError("figure quality: no scheme has a finite difference to the baseline")
+    labels, task = labels_of(study), quality_task(study)
+    assert task is not None
+    methods = dict.fromkeys(method for found in drawn.values() for method, _ in found)
+    marked = method_looks(study)
+    figure, axes = plt.subplots(
+        1, len(drawn), figsize=(PAGE_WIDTH, HEIGHT), sharey=True, squeeze=False
+    )
+    for axis, (model, found) in zip(axes[0], drawn.items(), strict=True):
+        panel(axis, found, marked)
+        axis.set_xlabel("bits per element, everything included")
+        if len(drawn) > 1:
+            axis.set_title(labels.model(model))
+    loss_scale(axes[0][0], "y")
+    axes[0][0].set_ylabel(f"{quality_label(study, task, labels)}\n(less is better)")
+    kept = [k for k in NAMES if any(k == key for found in drawn.values() for _, key in found)]
+    handles = [
+        plt.Line2D([], [], color=marked[m][0], marker=marked[m][1], ms=4.5, label=m)
+        for m in methods
+    ]
+    handles += [
+        plt.Line2D([], [], color=GREY, marker="o", label=NAMES[k], **LINES[k]) for k in kept
+    ]
+    figure.legend(
+        handles=handles, loc="outside right upper", frameon=False, labelspacing=0.5, handlelength=2.2
+    )
+    return figure
