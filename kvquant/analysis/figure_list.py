@@ -64,12 +64,16 @@ def _has_passkey_lengths(study: Study) -> bool:
 
 
 def _has_lengths(study: Study) -> bool:
-    """Returns whether whole jobs of one prompt have several lengths on a shape."""
-    prompts: dict[str, set[int]] = {}
+    """Returns whether whole jobs have prompts of several lengths, or several numbers of them."""
+    lengths: dict[str, set[int]] = {}
+    batches: dict[tuple[str, int, int], set[int]] = {}
     for case in study.job_cases().values():
-        if case.batch_size == 1 and case.given_prompts:
-            prompts.setdefault(case.shape, set()).add(case.prompt)
-    return any(len(found) > 1 for found in prompts.values())
+        if case.batch_size is None or not case.given_prompts:
+            continue
+        if case.batch_size == 1:
+            lengths.setdefault(case.shape, set()).add(case.prompt)
+        batches.setdefault((case.shape, case.prompt, case.answer), set()).add(case.batch_size)
+    return any(len(found) > 1 for found in (*lengths.values(), *batches.values()))
 
 
 def _searches(study: Study) -> bool:
@@ -102,7 +106,9 @@ _LIST = (
         "intervals over seeds; horizontal bars are the spread of seeds (sizes), of rounds and "
         "repetitions (throughput), or of trials and repetitions (energy). The line joins the "
         "schemes that no other scheme beats in that panel, and a hollow marker is beaten. Energy "
-        "is shown where counters measured it.",
+        "is shown where counters measured it. Where speed or energy was measured, schemes without "
+        "either are left out unless no other beats them in size; the figure of loss against bits "
+        "has them.",
         condition=_compares,
         reason="compares no scheme with the baseline",
         draw="kvquant.analysis.figures.pareto:draw",
@@ -129,7 +135,8 @@ _LIST = (
         label="perplexity",
         caption="Increase of perplexity over the unquantized cache, paired by seed, with a panel "
         "per model and task. Bars are 95 % confidence intervals over seeds, and small dots are the "
-        "single seeds.",
+        "single seeds. Of a method that was measured with the 16-bit tokens of the headline scheme, "
+        "schemes with others are left out.",
         condition=lambda study: _compares(study, "perplexity"),
         reason="compares no scheme on a perplexity task",
         draw="kvquant.analysis.figures.perplexity:draw",
@@ -176,9 +183,9 @@ _LIST = (
         name="kernels",
         section=Section.THROUGHPUT,
         label="kernels against their floor, fp16 and peers",
-        caption="Top: share of the rate of a device copy that each kernel reaches, over the bytes "
+        caption="Left: share of the rate of a device copy that each kernel reaches, over the bytes "
         "that it has to read and write; a kernel that only reads can exceed a copy. Middle and "
-        "bottom: time of fp16 and of peers over ours, in turns in one process; right of 1 ours "
+        "right: time of fp16 and of peers over ours, in turns in one process; right of 1 ours "
         "is faster, and a peer's marker is filled by what was measured. Attention in fp16 is "
         "PyTorch's, by backend; steps and prefills in fp16 run over transformers' growing cache. "
         "Bars span the 10th to 90th percentile of the rounds. Weights and data are random, and a "
@@ -237,14 +244,15 @@ _LIST = (
     Figure(
         name="lengths",
         section=Section.THROUGHPUT,
-        label="one prompt by its length",
-        caption="One prompt and its answer on a model of random weights, by the length of the "
-        "prompt: speed of prefill, time of a decode step, and peak memory with the weights. The "
-        "caches of a length take turns in one process, and each is decoded in its fastest way: the "
-        "static 16-bit cache and ours as CUDA graphs, the growing one from Python. Points are "
-        "medians, of all steps or of all trials together.",
+        label="speed and memory by length and number of prompts",
+        caption="Prompts and their answers on a model of random weights, by the length of one "
+        "prompt and by the number of prompts at once: speed of prefill, tokens per second of a "
+        "decode step, and peak memory with the weights. Prompts are prefilled one after the other "
+        "and their answers decoded together. The caches of a case take turns in one process, and "
+        "each is decoded in its fastest way: the static 16-bit cache and ours as CUDA graphs, the "
+        "growing one from Python. Points are medians, of all steps or of all trials together.",
         condition=_has_lengths,
-        reason="has no cases of whole jobs of one prompt with several lengths",
+        reason="has no cases of whole jobs with several lengths or numbers of prompts",
         draw="kvquant.analysis.figures.lengths:draw",
         table="jobs",
     ),

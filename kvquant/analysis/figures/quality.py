@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from kvquant.analysis.figures.kept_tokens import Kept, kept_tokens
 from kvquant.analysis.figures.pareto_panels import quality, quality_label, quality_task
 from kvquant.analysis.figures.style import (
     GREY,
@@ -22,9 +23,7 @@ from kvquant.analysis.labels import labels_of
 from kvquant.analysis.tables import read_table
 from kvquant.errors import UserError
 from kvquant.study.config import Study
-from kvquant.study.schemes import SchemeSpec
 
-Kept = Literal["same", "other"]
 HEIGHT = 3.0  # inches of a panel
 BITS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9, 12, 16)
 LINES: dict[Kept, dict[str, Any]] = {
@@ -35,31 +34,6 @@ NAMES: dict[Kept, str] = {
     "same": "16-bit tokens as ours",
     "other": "16-bit tokens as published, or none",
 }
-
-
-def kept_tokens(scheme: SchemeSpec, headline: SchemeSpec) -> Kept | None:
-    """Returns which tokens a scheme keeps in 16 bits, by which curves are told apart.
-
-    Args:
-        scheme: A scheme that quantizes.
-        headline: The scheme whose 16-bit tokens are ours.
-
-    Returns:
-        "same" for the headline's first tokens and no window of recent ones; "other" for what the
-        method's publication keeps (the defaults of its options) and for none; None where it is
-        neither, so that it belongs to no curve.
-    """
-
-    def tokens(of: SchemeSpec) -> tuple[int, int]:
-        return getattr(of, "sinks", 0), getattr(of, "residual", 0)
-
-    fields = type(scheme).model_fields
-    published = tuple(
-        fields[name].default if name in fields else 0 for name in ("sinks", "residual")
-    )
-    if tokens(scheme) == tokens(headline):
-        return "same"
-    return "other" if tokens(scheme) in (published, (0, 0)) else None
 
 
 def curves(study: Study, losses: pd.DataFrame) -> dict[tuple[str, Kept], pd.DataFrame]:

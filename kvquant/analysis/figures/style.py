@@ -130,6 +130,8 @@ def loss_ticks(low: float, high: float) -> list[float]:
     if widest < 1:
         return [float(t) for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high]
     steps: list[float] = [0, 0.5, 1, 2, 5, 10, 20, 50, 100]
+    if widest > 50:  # numbers of three letters would touch those beside them
+        steps = [0, 0.5, 1, 3, 10, 30, 100]
     if widest > 200:
         powers = int(np.log10(widest))
         steps = [0, *(10.0**k for k in range(0, powers + 1, 1 + powers // 5))]
