@@ -39,14 +39,14 @@ def test_caches_of_random_weights_tell_the_size_of_long_prompts() -> None:
     )
     values = tables(accuracy_tables(study())[0])
     outcome = claims_of_accuracy.bits_per_element(replace(values, kernels=kernels))
-    assert outcome.value == "3.48 (most of 2 cases with random weights, from 16K)"
+    assert outcome.measured == "3.48 (most of 2 cases with random weights, from 16K)"
     assert (outcome.verdict, outcome.of_model) == (SUPPORTED, False)
 
 
 def test_every_step_names_its_bits() -> None:
     outcome = claims_of_accuracy.ordering(tables(accuracy_tables(study())[0]))
     assert outcome.verdict == SUPPORTED
-    assert all(f" {bits} bits +" in outcome.value for bits in (4, 3, 2))
+    assert all(f" {bits} bits +" in outcome.measured for bits in (4, 3, 2))
 
 
 def losses(**schemes: tuple[float, float]) -> Tables:
@@ -85,7 +85,7 @@ def test_loss_is_compared_at_no_more_bits_and_between_plain_schemes() -> None:
     )
     assert outcome.verdict == SUPPORTED and outcome.evidence == "5 seeds"
     assert "0.40 [0.40, 0.40] with 4.90 for 5.00 bits, 0.40 [0.40, 0.40] with 3.90 for 4.00" in (
-        outcome.value
+        outcome.measured
     )
 
 
@@ -108,7 +108,7 @@ def test_there_is_no_half_of_what_was_not_lost(theirs: float, ours: float) -> No
     """A ratio to a gain would be negative, and so below the bar whatever was lost."""
     outcome = claims_of_accuracy.half_the_loss(losses(nuq3=(theirs, 4.0), allocated_3=(ours, 3.9)))
     assert outcome.verdict == NOT_ENOUGH
-    assert "no ratio, as NUQ lost nothing in 5 of 5 seeds, with 3.90 for 4.00" in outcome.value
+    assert "no ratio, as NUQ lost nothing in 5 of 5 seeds, with 3.90 for 4.00" in outcome.measured
 
 
 def test_a_missed_width_fails_beside_one_without_loss() -> None:
@@ -133,6 +133,6 @@ def test_short_prompts_do_not_look_like_a_failure() -> None:
     values = accuracy_tables(study())[0]
     outcome = claims_of_accuracy.bits_per_element(tables(values))
     assert outcome.verdict == NOT_MEASURED
-    assert outcome.value == "the longest prompt has 4,096 tokens (3.60 bits); defined from 16K"
+    assert outcome.measured == "the longest prompt has 4,096 tokens (3.60 bits); defined from 16K"
     long = values.assign(tokens=16384 * values.samples)
     assert claims_of_accuracy.bits_per_element(tables(long)).verdict == SUPPORTED
