@@ -135,8 +135,8 @@ _LIST = (
         label="perplexity",
         caption="Increase of perplexity over the unquantized cache, paired by seed, with a panel "
         "per model and task. Bars are 95 % confidence intervals over seeds, and small dots are the "
-        "single seeds. Of a method that was measured with the 16-bit tokens of the headline scheme, "
-        "schemes with others are left out.",
+        "single seeds. Of a method that was measured with the 16-bit tokens of the headline "
+        "scheme, schemes with others are left out.",
         condition=lambda study: _compares(study, "perplexity"),
         reason="compares no scheme on a perplexity task",
         draw="kvquant.analysis.figures.perplexity:draw",
@@ -201,10 +201,10 @@ _LIST = (
         label="what fits in memory",
         caption="Tokens that fit in a budget of memory on models of random weights. Held at once: "
         "prompts of the length given are prefilled beside those before until memory ends, and the "
-        f"last is shortened. Longest prompt: a single one, prefilled in calls of {CONTEXT_CHUNK:,} tokens. Hollow "
-        "marks are the formula's value, which divides the memory without the weights by the "
-        "cache's bytes per token and knows no activations. The number beside a marker is the "
-        "multiple of the 16-bit cache that holds most.",
+        "last is shortened. Longest prompt: a single one, prefilled in calls of "
+        f"{CONTEXT_CHUNK:,} tokens. Upright lines are the formula's value, which divides the "
+        "memory without the weights by the cache's bytes per token and knows no activations. The "
+        "number beside a marker is the multiple of the 16-bit cache that holds most.",
         condition=_searches,
         reason="has no cases of whole jobs that search what fits",
         draw="kvquant.analysis.figures.capacity:draw",
@@ -217,8 +217,8 @@ _LIST = (
         caption="Energy of the GPU board in whole jobs, by its counter: of the prefill per prompt "
         "token, of decoding per answer token, and the shares of prefill, decoding and the idle "
         "board in a job, with the job's energy per prompt and answer token beside its bar. Markers "
-        "are means and bars the range of trials; of one trial there is none. The cases differ in the number of prompts that "
-        "run at once, which stands beside the name of a cache.",
+        "are means and bars the range of trials; of one trial there is none. Where as many prompts "
+        "run at once as fit, their number stands beside the name of a cache.",
         condition=_meters_jobs,
         reason="measures no energy of whole jobs",
         draw="kvquant.analysis.figures.energy:draw",

@@ -17,7 +17,7 @@ from kvquant.study.jobs import JobCase
 from tests.support.studies import study_of
 from tests.support.tables import job_table
 
-OURS = "NUQ 3 bits, 1 % outliers over 16-bit cache, on gpu"
+OURS = "NUQ 3 bits, 1 % outliers over 16-bit cache, on GPU"
 BUDGET: dict[str, Any] = {
     "shape": "7b-mha",
     "prompt": 16384,
@@ -140,7 +140,8 @@ def test_two_devices_are_told_apart(tmp_path: Path) -> None:
 def test_without_the_headline_the_first_quantized_cache_counts() -> None:
     asked = study({"budget": BUDGET | {"schemes": ["fp16", "kivi-4"]}})
     outcome = claims_of_jobs.speed(tables(asked=asked))
-    assert outcome.verdict == SUPPORTED and "KIVI 4 bits over 16-bit cache, on gpu" in outcome.measured
+    assert outcome.verdict == SUPPORTED
+    assert "KIVI 4 bits over 16-bit cache, on GPU" in outcome.measured
 
 
 def test_names_of_cases() -> None:

@@ -194,7 +194,7 @@ def panels(
     fewest = MIN_COMPARED if whole else 1
 
     def shown_of(costs: list[Panel]) -> list[Panel]:
-        enough = [p for p in costs if p.points[p.points.scheme != study.baseline].scheme.nunique() >= fewest]
+        enough = [p for p in costs if len({*p.points.scheme} - {study.baseline}) >= fewest]
         return enough[:MAX_WORKLOADS]
 
     shown = shown_of(speeds)

@@ -101,6 +101,9 @@ def draw(study: Study, tables: Path) -> Any:
         plt.Line2D([], [], color=GREY, marker="o", label=NAMES[k], **LINES[k]) for k in kept
     ]
     figure.legend(
-        handles=handles, loc="outside right upper", frameon=False, labelspacing=0.5, handlelength=2.2
+        handles=handles,
+        loc="outside right upper",
+        frameon=False,
+        handlelength=2.2,
     )
     return figure

@@ -58,9 +58,7 @@ def points(kernels: pd.DataFrame) -> pd.DataFrame:
     """
     rows = kernels[(kernels.measure == "attention") & kernels.role.isin(["ours", "fp16"])]
     rows = rows[rows.ms_median.notna() & rows.nbytes.notna()].copy()
-    work = [
-        operations(str(r.shape), int(r.batch), int(r.tokens)) for r in rows[KEYS].itertuples()
-    ]
+    work = [operations(str(r.shape), int(r.batch), int(r.tokens)) for r in rows[KEYS].itertuples()]
     rows["intensity"] = np.array(work) / rows.nbytes.astype(float)
     for name, times in (("rate", "median"), ("rate_low", "p90"), ("rate_high", "p10")):
         rows[name] = np.array(work) / (rows[f"ms_{times}"].astype(float) / 1e3)
@@ -76,13 +74,13 @@ def fastest(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _roofs(axis: Any, rows: pd.DataFrame, copies: pd.Series) -> None:
-    """Draws the rate of copies as a slope with its band, and the rate of instructions as a level."""
-    ends = np.array([rows.intensity.min() / 1.6, rows.intensity.max() * 1.6])
-    level = rows.issue.max()
+    """Draws the rate of copies as a slope with its band, and that of instructions as a level."""
+    first, last = float(rows.intensity.min()) / 1.6, float(rows.intensity.max()) * 1.6
+    level = float(rows.issue.max())
     rate = float(copies.median()) * 1e9
     if level == level:
-        ends[1] = max(ends[1], 1.5 * level / rate)
-    at = np.geomspace(*ends, 200)
+        last = max(last, 1.5 * level / rate)
+    at = np.geomspace(first, last, 200)
 
     def roof(rate: float) -> np.ndarray:
         return np.fmin(at * rate, level) if level == level else at * rate

@@ -29,7 +29,11 @@ COLORS = (
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "d")
 # Names and markers of the backends of torch's fp16 attention.
-BACKENDS = {"cudnn": ("cuDNN", "s"), "flash": ("flash", "^"), "efficient": ("memory-efficient", "v")}
+BACKENDS = {
+    "cudnn": ("cuDNN", "s"),
+    "flash": ("flash", "^"),
+    "efficient": ("memory-efficient", "v"),
+}
 GREY = "#666666"
 FRONTIER = "#777777"
 # How much of a marker is filled, where it stands for what was measured.
