@@ -125,7 +125,7 @@ def latex(table: pd.DataFrame, *, models: bool) -> str:
         )
     widths = [2.0, 3.4, 3.2, 0.9, 2.1, 1.3, 1.2, 1.5]
     if models:  # whose names take the room of the two widest
-        widths[1:3] = [1.5, 2.7, 2.5]
+        widths[:3] = [1.9, 1.5, 2.6, 2.5]
     columns = "".join(f"L{{{width}cm}}" for width in widths)
     cells = pd.DataFrame(rows).map(lambda cell: str(cell).replace(" %", "\N{NO-BREAK SPACE}%"))
     return booktabs(cells, columns, size="scriptsize", tight=True, pages=True, gap=3)

@@ -70,6 +70,7 @@ PAGES = {
             **{"ends": "interval", "amount": "n", "bar": "bar", "quantity": "quantity"},
             **{"cache": "cache", "baseline": "baseline", "where": "workload"},
             **{"protocol": "protocol", "measured": "all that was measured"},
+            "definition": "definition",
         },
     ),
     "summary": Page(
