@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from kvquant.analysis.figures.kept_tokens import Kept, kept_tokens
 from kvquant.analysis.figures.pareto_panels import quality, quality_label, quality_task
@@ -18,6 +17,7 @@ from kvquant.analysis.figures.style import (
     loss_scale,
     method_looks,
     plt,
+    size_scale,
 )
 from kvquant.analysis.labels import labels_of
 from kvquant.analysis.tables import read_table
@@ -25,7 +25,6 @@ from kvquant.errors import UserError
 from kvquant.study.config import Study
 
 HEIGHT = 3.0  # inches of a panel
-BITS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9, 12, 16)
 LINES: dict[Kept, dict[str, Any]] = {
     "same": {"linestyle": "-", "linewidth": 1.2, "markersize": 4.5},
     "other": {"linestyle": (0, (3, 2)), "linewidth": 0.9, "markersize": 4.5, "mfc": "white"},
@@ -65,10 +64,7 @@ def panel(
         style = {"color": color, "marker": marker, "zorder": order, **LINES[kept]}
         axis.plot(points.bits, points.y, **style)
     axis.axhline(0, color="#888888", linewidth=0.6, zorder=1)
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(FixedLocator(BITS))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    size_scale(axis)
 
 
 def draw(study: Study, tables: Path) -> Any:

@@ -42,6 +42,7 @@ FILLS: tuple[Literal["full", "none", "left", "right", "bottom", "top"], ...] = (
 )  # fmt: skip
 WIDTH = 3.25  # inches, one column of the paper
 PAGE_WIDTH, PAGE_HEIGHT = 6.6, 7.9  # inches; a larger figure would be scaled down
+MAX_SIZES = 9  # numbers on an axis of sizes
 SMALL = 7.0  # points, the smallest text
 STYLE = {
     **sns.axes_style("ticks"),
@@ -150,6 +151,27 @@ def loss_scale(axis: Any, which: Literal["x", "y"]) -> None:
     low, high = getattr(axis, f"get_{which}lim")()
     ticks = loss_ticks(low, high)
     getattr(axis, f"set_{which}ticks")(ticks, [f"{t:g}" for t in ticks])
+    axis.minorticks_off()
+
+
+def size_scale(axis: Any) -> None:
+    """Gives a horizontal axis a logarithmic scale for sizes, with at least three numbers or so.
+
+    It is called when all points are drawn. Where a scale of factors would name fewer than three
+    sizes, they are named in equal steps.
+    """
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    ticks = [s * 10.0**power for power in powers for s in (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    if len(ticks) > MAX_SIZES:
+        ticks = [t for t in ticks if f"{t:e}"[:3] in ("1.0", "1.5", "2.0", "3.0", "5.0", "7.0")]
+    if len(ticks) > MAX_SIZES:
+        ticks = [t for t in ticks if f"{t:e}"[0] in "125" and f"{t:e}"[2] == "0"]
+    if len(ticks) < 3:
+        ticks = [t for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high]
+    axis.set_xticks(ticks, [f"{tick:,.6g}" for tick in ticks])
     axis.minorticks_off()
 
 

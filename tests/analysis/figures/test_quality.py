@@ -12,7 +12,7 @@ import pytest
 
 from kvquant.analysis.figures import quality
 from kvquant.analysis.figures.kept_tokens import kept_tokens, without_variants
-from kvquant.analysis.figures.style import MARKERS, looks, method_looks
+from kvquant.analysis.figures.style import MARKERS, looks, method_looks, plt, size_scale
 from kvquant.errors import UserError
 from kvquant.study.config import Study
 from tests.support.studies import study_of
@@ -85,3 +85,12 @@ def test_without_a_finite_loss_there_is_no_curve(study: Study, tmp_path: Path) -
     folder.mkdir()
     with pytest.raises(UserError, match="no scheme has a finite difference"):
         quality.draw(only, changed(tmp_path, folder, "tests", difference=float("nan")))
+
+
+@pytest.mark.parametrize("ends", [(2.9, 8.8), (10.4, 12.6), (1.0, 16.0), (4.2, 22.0), (3e3, 9e5)])
+def test_an_axis_of_sizes_names_some(ends: tuple[float, float]) -> None:
+    _, axis = plt.subplots()
+    axis.plot(ends, (0, 1))
+    size_scale(axis)
+    names = [label.get_text() for label in axis.get_xticklabels()]
+    assert 3 <= len(names) == len(set(names)) <= 10
