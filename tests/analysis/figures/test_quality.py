@@ -8,11 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from kvquant.analysis.figures import quality
 from kvquant.analysis.figures.kept_tokens import kept_tokens, without_variants
 from kvquant.analysis.figures.style import MARKERS, looks, method_looks, plt, size_scale
+from kvquant.analysis.tables import write_table
 from kvquant.errors import UserError
 from kvquant.study.config import Study
 from tests.support.studies import study_of
@@ -79,12 +81,10 @@ def test_methods_have_the_colors_of_their_schemes_and_markers_of_their_own(study
 def test_without_a_finite_loss_there_is_no_curve(study: Study, tmp_path: Path) -> None:
     only = study.model_copy(update={"schemes": {k: study.schemes[k] for k in ("fp16", "nuq3")}})
     write_tables(only, tmp_path)
-    from tests.analysis.test_plot import changed
-
-    folder = tmp_path / "empty"
-    folder.mkdir()
+    tests = pd.read_parquet(tmp_path / "tests.parquet")
+    write_table(tests.assign(difference=float("nan")), tmp_path / "tests.parquet")
     with pytest.raises(UserError, match="no scheme has a finite difference"):
-        quality.draw(only, changed(tmp_path, folder, "tests", difference=float("nan")))
+        quality.draw(only, tmp_path)
 
 
 @pytest.mark.parametrize("ends", [(2.9, 8.8), (10.4, 12.6), (1.0, 16.0), (4.2, 22.0), (3e3, 9e5)])
