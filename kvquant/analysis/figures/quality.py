@@ -69,12 +69,13 @@ def panel(
 
 def draw(study: Study, tables: Path) -> Any:
     """Draws loss against bits, a panel per model side by side."""
-    losses = quality(study, read_table(tables, "eval"), read_table(tables, "tests"))
+    evaluations = read_table(tables, "eval")
+    losses = quality(study, evaluations, read_table(tables, "tests"))
     models = [m for m in study.models if m in set(losses.model)]
     drawn = {m: found for m in models if (found := curves(study, losses[losses.model == m]))}
     if not drawn:
         raise UserError("figure quality: no scheme has a finite difference to the baseline")
-    labels, task = labels_of(study), quality_task(study)
+    labels, task = labels_of(study), quality_task(study, evaluations)
     assert task is not None
     methods = dict.fromkeys(method for found in drawn.values() for method, _ in found)
     marked = method_looks(study)
