@@ -180,8 +180,10 @@ def unwrap(qm: QuantizedModel) -> Any:
         qm: What :func:`kvquant.load` returned.
 
     Raises:
-        UserError: The weights are those of rotated values.
+        UserError: It is something else, or the weights are those of rotated values.
     """
+    if not isinstance(qm, QuantizedModel):
+        raise UserError(f"qm: must be what kvquant.load returned, got {type(qm).__name__}")
     return qm.unwrap()
 
 
