@@ -222,8 +222,8 @@ PROMPT = ["--prompt-file", "prompt.txt"]
         ([*PROMPT, "--scheme", "fp16"], "--scheme: fp16 is what others are compared with"),
         ([*PROMPT, "--scheme", "kivy-2"], "unknown scheme 'kivy-2': did you mean kivi-2"),
         ([*PROMPT, "--quantizer", "no/where/it/is"], "no/where/it/is is no folder"),
-        ([*PROMPT, "--max-new-tokens", "9000"], "--max-new-tokens: 9,000 leaves the prompt no room"),
-        ([*PROMPT, "--scheme", "nuq", "--calibrate-on", "."], "--calibrate-on: .: a folder, not a"),
+        ([*PROMPT, "--max-new-tokens", "9000"], "--max-new-tokens: 9,000 leaves the prompt"),
+        ([*PROMPT, "--scheme", "nuq", "--calibrate-on", "."], "--calibrate-on: .: a folder"),
         (["--prompt-file", "corpus.txt"], "has positions for 506; read fewer by --tokens 442"),
     ],
 )
