@@ -47,17 +47,17 @@ def test_allocated_codes_without_tables_take_their_bits() -> None:
 
 
 def test_allocated_codes_without_tables_are_what_a_model_allocates() -> None:
-    """Tables of all sequences included; on a model of this size they are a tenth."""
+    """Tables of all sequences included, before the first block is full."""
     spec = AllocatedScheme(kind="allocated", bits=3.4, outliers=0.0)
     qm = quantized(tiny_model(), spec)
     cache = qm.new_cache()
     with torch.inference_mode():
-        qm.model(input_ids=torch.ones((1, 300), dtype=torch.long), past_key_values=cache)
+        qm.model(input_ids=torch.ones((1, 60), dtype=torch.long), past_key_values=cache)
     codec = shape_codec(spec, 2, 16)
     assert codec is not None
-    found = model_footprint(spec, (2, 2, 16), [[300]], shared=codec.shared_bytes)
+    found = model_footprint(spec, (2, 2, 16), [[60]], shared=codec.shared_bytes)
     assert found is not None and found.tables == shared_nbytes(cache) > 0.05 * found.total
-    assert found.total == pytest.approx(cache_nbytes(cache), rel=0.02)
+    assert found.total == cache_nbytes(cache)
 
 
 def test_a_gpu_has_room_for_more_outliers_than_expected() -> None:
