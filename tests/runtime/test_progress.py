@@ -55,9 +55,9 @@ def test_a_narrow_terminal_has_one_line_too(
 ) -> None:
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     monkeypatch.setenv("COLUMNS", "20")
-    with Progress("fetching a long name", 2) as shown:
+    with Progress("fetching a long file", 2) as shown:
         shown.update(2, last=True)
-    assert terminal.getvalue() == "\rfetching a long nam\n"
+    assert terminal.getvalue() == "\rfetching a long fil\n"
 
 
 @pytest.mark.parametrize("updates", [0, 2])
