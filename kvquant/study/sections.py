@@ -18,7 +18,7 @@ from kvquant.study.kernels import KernelCase, KernelsSpec
 from kvquant.study.limits import MAX_COUNTRIES, MAX_NAMES
 from kvquant.study.models import ModelSpec
 from kvquant.study.own_texts import OwnText
-from kvquant.study.paths import DeviceKey, MaybePath, PathVars
+from kvquant.study.paths import DeviceKey, MaybePath, PathVars, PlainPath
 from kvquant.study.scheme_kinds import CalibratedScheme, Scheme
 from kvquant.study.schemes import SchemeSpec
 from kvquant.study.statistics import StatisticsSpec
@@ -31,7 +31,13 @@ from kvquant.study.tracking import TrackingSpec
 class StudySections(Strict):
     """The sections of a study file, and look-ups by name."""
 
-    later: ClassVar[tuple[str, ...]] = ("tracking", "calibrations", "countries", "datasets")
+    later: ClassVar[tuple[str, ...]] = (
+        "tracking",
+        "calibrations",
+        "countries",
+        "datasets",
+        "companions",
+    )
     study: str = Field(description="short name in kebab case")
     title: str = Field("", description="heading of the report and the paper")
     device: DeviceKey = Field(
@@ -56,6 +62,12 @@ class StudySections(Strict):
         None,
         description="folder of published records (`kvquant publish`): what they hold is not "
         "measured again; absent or null: none",
+    )
+    companions: dict[str, PlainPath] = Field(
+        {},
+        max_length=MAX_NAMES,
+        description="study files by name, of whose published records the paper shows numbers, "
+        "tables and figures as well",
     )
     models: dict[str, ModelSpec] = Field(description="models by name")
     datasets: dict[str, OwnText] = Field(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from kvquant.analysis.landing.command import study_command
 from kvquant.study import datasets, digests
 from kvquant.study.config import parse_study
 from kvquant.errors import UserError
@@ -35,6 +36,13 @@ def config_files():
         return settings.configfiles
     own = [file for file in workflow.configfiles if file not in settings.configfiles]
     return [*own, *settings.configfiles]
+
+
+def made_by():
+    """The command of this study, as the report shows it."""
+    settings = workflow.config_settings
+    files = list(settings.configfiles or [])
+    return study_command(files, settings.replace_workflow_config, settings.config or {})
 
 
 try:

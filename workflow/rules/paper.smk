@@ -4,6 +4,7 @@
 from kvquant.analysis import figure_list, page_list, table_list
 from kvquant.analysis.explorer import view_list
 from kvquant.analysis.report import remove_if_cut
+from kvquant.study.companions import published_sums
 from kvquant.runtime.run_end import claim_lines, product_lines, result_lines
 
 FIGURES = {name: figure_list.FIGURES[name] for name in figure_list.shown(STUDY)}
@@ -59,6 +60,7 @@ rule tables:
     output:
         tables=expand("<paper>/tables/{table}.tex", table=table_list.of_study(STUDY)),
         numbers="<paper>/numbers.tex",
+        csv="<paper>/numbers.csv",
         floats="<paper>/floats.tex",
     log:
         "<logs>/paper/tables.log",
@@ -94,11 +96,62 @@ rule claims:
 
 
 localrules:
+    companion,
+    manuscript,
+
+
+rule companion:
+    """Numbers, tables and figures of another published study, of which the paper speaks as well."""
+    input:
+        study=lambda wildcards: STUDY.companions[wildcards.companion],
+        records=lambda wildcards: published_sums(STUDY.companions[wildcards.companion]),
+    output:
+        numbers="<paper>/{companion}/numbers.tex",
+        csv="<paper>/{companion}/numbers.csv",
+        tables=directory("<paper>/{companion}/tables"),
+        figures=directory("<paper>/{companion}/figures"),
+    log:
+        "<logs>/paper/companion-{companion}.log",
+    wildcard_constraints:
+        companion="|".join(map(re.escape, STUDY.companions)) or "none",  # a key of `companions`
+    params:
+        out=lambda wildcards, output: Path(output[0]).parent,
+    message:
+        "Making what the paper shows of {wildcards.companion}"
+    shell:
+        "python -m kvquant companion --study {input.study:q} --out-dir {params.out:q} > {log:q} 2>&1"
+
+
+rule manuscript:
+    """A document of the paper as PDF: `main`, the article, or `study`, all tables and figures."""
+    input:
+        rules.figures.input,
+        rules.tables.output,
+        rules.claims.output,
+        expand("<paper>/{companion}/numbers.tex", companion=STUDY.companions),
+        multiext("paper/", "kvquant.sty", "twocolumns.sty", "store-drawing.tex", "references.bib"),
+        tex="paper/{document}.tex",
+    output:
+        "<paper>/{document}.pdf",
+    log:
+        "<logs>/paper/{document}.log",
+    wildcard_constraints:
+        document="main|study",
+    params:
+        paper=lambda wildcards, output: Path(output[0]).parent,
+    message:
+        "Compiling {wildcards.document}.tex"
+    shell:
+        "python -m kvquant manuscript --tex {input.tex:q} --paper {params.paper:q} --out {output:q}"
+        " > {log:q} 2>&1"
+
+
+localrules:
     html,
 
 
 rule html:
-    """The claims and tables as pages of the report."""
+    """The claims and tables as pages of the report, each with its caption."""
     input:
         "<results>/tables/pareto.parquet",
         "<results>/tables/tests.parquet",
@@ -106,12 +159,14 @@ rule html:
         [
             report(
                 f"<results>/report/{name}.html",
-                caption="../report/page.rst",
+                # the job's other output, which Snakemake opens when it makes the report
+                caption=str(Path.cwd() / STUDY_FILE.parent / f"report/{name}.rst"),
                 category=str(page.section),
                 labels={"table": page.label},
             )
             for name, page in PAGES.items()
         ],
+        [f"<results>/report/{name}.rst" for name in PAGES],
     log:
         "<logs>/paper/html.log",
     params:
@@ -154,6 +209,41 @@ rule explorer:
 
 
 localrules:
+    landing,
+
+
+rule landing:
+    """What a reader of the report sees first: claims, main figures, how to read them, where data is."""
+    input:
+        rules.aggregate.input,
+        tables=[
+            "<results>/tables/pareto.parquet",
+            "<results>/tables/tests.parquet",
+            "<results>/tables/claims.csv",
+        ],
+        figures=expand("<paper>/figures/{figure}.svg", figure=FIGURES),
+        pages=expand("<results>/report/{page}.html", page=PAGES),
+        explorer=rules.explorer.output,
+    output:
+        "<results>/report/landing.html",  # workflow.rst takes it from here
+    log:
+        "<logs>/paper/landing.log",
+    params:
+        study=STUDY_FILE,
+        tables=lambda wildcards, input: Path(input.tables[0]).parent,
+        results=STUDY_FILE.parent,
+        device=DEVICE,
+        command=made_by(),
+    message:
+        "Writing the report's landing page"
+    shell:
+        "python -m kvquant landing --study {params.study:q} --tables {params.tables:q}"
+        " --results {params.results:q} --device-name {params.device:q} --figures {input.figures:q}"
+        " --pages {input.pages:q} --explorer {input.explorer:q} --command {params.command:q}"
+        " --out {output:q} > {log:q} 2>&1"
+
+
+localrules:
     report_page,
 
 
@@ -166,6 +256,7 @@ rule report_page:
         rules.figures.input,
         rules.html.output,
         rules.explorer.output,
+        rules.landing.output,
     output:
         "<results>/report.html",
     log:
