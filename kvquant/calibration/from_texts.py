@@ -21,6 +21,7 @@ from kvquant.fetch.model_manifest import ModelManifest
 from kvquant.fetch.text_overlap import described_text
 from kvquant.formats.files import is_text
 from kvquant.formats.user_text import read_prose
+from kvquant.models.base_model import check_tokenizer
 from kvquant.models.generation import check_ids
 from kvquant.models.loading import attention_layers, load_base_model, weights_sha256, with_manifest
 from kvquant.models.logits_sample import logits_sample
@@ -97,6 +98,8 @@ def calibrate(
     options = _options(windows, window, seed, getattr(spec, "outliers", None))
     if texts is None:
         raise UserError("texts: are missing; give strings like those that the model will read")
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     base: Any = model
     if isinstance(model, nn.Module):
         if device != "auto" or (dtype, device_map) != (None, None):

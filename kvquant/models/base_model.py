@@ -258,13 +258,26 @@ def _tokenizer(directory: str | Path) -> Any:
         raise UserError(f"model: '{folder}' holds no tokenizer ({files}): save it there") from None
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuses what cannot turn texts into tokens, such as the name of a tokenizer.
+
+    Raises:
+        UserError: It is no tokenizer.
+    """
+    if not callable(tokenizer):
+        raise UserError(
+            f"tokenizer: must be a tokenizer, got {type(tokenizer).__name__}; give what "
+            "transformers.AutoTokenizer.from_pretrained returns"
+        )
+
+
 def with_manifest(model: str | Path | ModelManifest) -> str | Path | ModelManifest:
     """Returns the manifest of a folder that `fetch-model` filled, else `model` itself.
 
     Raises:
         UserError: It is neither a folder nor the id of a hub.
     """
-    if not isinstance(model, str | Path | ModelManifest):
+    if not isinstance(model, str | os.PathLike | ModelManifest):
         raise UserError(
             "model: must be a folder, a hub id or a loaded transformers model, got "
             f"{type(model).__name__}"

@@ -17,7 +17,7 @@ from kvquant.runtime.provenance import device_name
 from kvquant.runtime.run_lock import hold
 from kvquant.runtime.slurm import prepare
 from kvquant.study.overlay import read_studies
-from kvquant.study.own_texts import edited_since, refuse_edited
+from kvquant.study.own_texts import edited_since, is_read, refuse_edited
 from kvquant.study.places import calibration_place
 from kvquant.study.plan import make_plan, obstacle
 from kvquant.study.published_quantizers import published_quantizer
