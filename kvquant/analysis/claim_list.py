@@ -41,6 +41,8 @@ class Claim:
         cache: Our cache. "{headline}" stands for the name of the study's headline scheme.
         applies_to: "model" where it is judged for each model of a study, whose rows alone the
             tables then hold; "study" where it needs no model.
+        figures: Names of the figures behind it, to which the report links.
+        pages: Names of the report's tables behind it.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Claim:
     judge: str
     cache: str = "{headline}"
     applies_to: Literal["model", "study"] = "model"
+    figures: tuple[str, ...] = ()
+    pages: tuple[str, ...] = ()
 
     @property
     def definition(self) -> str:
@@ -74,6 +78,8 @@ _LIST = (
         bar=Bar(0.0, at_most=False, words="every step above 0"),
         least=f"{MIN_SEEDS} seeds",
         judge="kvquant.analysis.claims_of_accuracy:ordering",
+        figures=("perplexity",),
+        pages=("tests", "accuracy"),
     ),
     Claim(
         name="half-the-loss",
@@ -86,6 +92,8 @@ _LIST = (
         bar=Bar(0.5, at_most=True, words="every ratio at most 0.5"),
         least=f"{MIN_SEEDS} seeds",
         judge="kvquant.analysis.claims_of_accuracy:half_the_loss",
+        figures=("quality",),
+        pages=("summary", "accuracy"),
     ),
     Claim(
         name="loss-on-7b",
@@ -96,6 +104,8 @@ _LIST = (
         bar=Bar(0.1, at_most=True),
         least=f"{MIN_SEEDS} seeds",
         judge="kvquant.analysis.claims_of_accuracy:loss_on_7b",
+        figures=("perplexity",),
+        pages=("tests",),
     ),
     Claim(
         name="passkey-kept",
@@ -106,6 +116,8 @@ _LIST = (
         bar=Bar(float("nan"), at_most=False, words="no task worse beyond the margin"),
         least=f"{MIN_PROMPTS} prompts and {MIN_SEEDS} seeds per task",
         judge="kvquant.analysis.claims_of_accuracy:passkey",
+        figures=("passkey",),
+        pages=("tests",),
     ),
     Claim(
         name="bits-per-element",
@@ -116,6 +128,8 @@ _LIST = (
         bar=Bar(3.6, at_most=True),
         least="1 case, as bytes are counted and not sampled",
         judge="kvquant.analysis.claims_of_accuracy:bits_per_element",
+        figures=("pareto",),
+        pages=("jobs", "summary"),
     ),
     Claim(
         name="prefill-speed",
@@ -126,6 +140,8 @@ _LIST = (
         bar=Bar(0.98, at_most=False),
         least=f"{MIN_ROUNDS} rounds{OF_KERNELS}",
         judge="kvquant.analysis.claims_of_cost:prefill",
+        figures=("throughput", "kernels"),
+        pages=("throughput",),
     ),
     Claim(
         name="quantization-share",
@@ -136,6 +152,7 @@ _LIST = (
         bar=Bar(0.15, at_most=True),
         least=f"{MIN_ROUNDS} rounds",
         judge="kvquant.analysis.claims_of_cost:quantize_share",
+        pages=("throughput",),
     ),
     Claim(
         name="energy-per-token",
@@ -147,6 +164,8 @@ _LIST = (
         bar=Bar(0.55, at_most=True),
         least=f"{MIN_TRIALS} trials",
         judge="kvquant.analysis.claims_of_cost:energy",
+        figures=("pareto",),
+        pages=("energy",),
     ),
     Claim(
         name="append-growth",
@@ -158,6 +177,7 @@ _LIST = (
         least=f"{MIN_ROUNDS} rounds",
         judge="kvquant.analysis.claims_of_cost:append",
         applies_to="study",
+        figures=("append",),
     ),
     Claim(
         name="prefill-over-kvquant",
@@ -168,6 +188,8 @@ _LIST = (
         bar=Bar(3.0, at_most=False),
         least=f"{MIN_ROUNDS} rounds{OF_KERNELS}",
         judge="kvquant.analysis.claims_of_cost:over_reference",
+        figures=("kernels",),
+        pages=("throughput",),
     ),
     Claim(
         name="capacity",
@@ -180,6 +202,8 @@ _LIST = (
         least="1 search of each cache",
         judge="kvquant.analysis.claims_of_jobs:capacity",
         applies_to="study",
+        figures=("capacity",),
+        pages=("capacity",),
     ),
     Claim(
         name="job-speed",
@@ -192,6 +216,8 @@ _LIST = (
         least=f"{MIN_TRIALS} trials",
         judge="kvquant.analysis.claims_of_jobs:speed",
         applies_to="study",
+        figures=("lengths",),
+        pages=("jobs",),
     ),
     Claim(
         name="job-energy",
@@ -205,6 +231,8 @@ _LIST = (
         least=f"{MIN_TRIALS} trials",
         judge="kvquant.analysis.claims_of_jobs:energy",
         applies_to="study",
+        figures=("energy",),
+        pages=("job-energy",),
     ),
     Claim(
         name="prefill-energy",
@@ -217,6 +245,8 @@ _LIST = (
         least=f"{MIN_TRIALS} trials",
         judge="kvquant.analysis.claims_of_jobs:prefill_energy",
         applies_to="study",
+        figures=("energy",),
+        pages=("job-energy",),
     ),
     Claim(
         name="generate-speed",
@@ -229,6 +259,7 @@ _LIST = (
         least=f"{MIN_REPEATS} trials of {MIN_ROUNDS} steps with each cache",
         judge="kvquant.analysis.claims_of_jobs:generate",
         applies_to="study",
+        pages=("jobs",),
     ),
 )  # end of the list
 CLAIMS = by_name(_LIST)

@@ -8,7 +8,8 @@ import pandas as pd
 
 from kvquant.analysis.bars import Bar
 from kvquant.analysis.claim_list import CLAIMS, MIN_PROMPTS, MIN_SEEDS
-from kvquant.analysis.evidence import NAN, Outcome, interval, not_measured, over_seeds
+from kvquant.analysis.evidence import Outcome, interval, not_measured, over_seeds
+from kvquant.analysis.loss_ratio import loss_ratio
 from kvquant.analysis.study_tables import Tables
 from kvquant.study.schemes import AllocatedScheme, NuqScheme, SchemeSpec
 
@@ -110,30 +111,25 @@ def half_the_loss(t: Tables) -> Outcome:
     texts, parts = [], list[Part]()
     rows = rows[(rows.suite == "perplexity") & (rows.protocol == "B")]
     for task, group in rows.groupby("task", sort=False):
-        values = group.pivot(index="seed", columns="scheme", values="value")
         bits = group.groupby("scheme").bits_per_element.mean()
-        if t.study.baseline not in values:
-            continue
-        lost = values.sub(values[t.study.baseline], axis=0)
         shown = []
-        for theirs in sorted(set(nuq) & set(lost), key=lambda name: -bits[name]):
-            fewer = [name for name in allocated if name in lost and bits[name] <= bits[theirs]]
+        for theirs in sorted(set(nuq) & set(bits.index), key=lambda name: -bits[name]):
+            fewer = [name for name in allocated if name in bits and bits[name] <= bits[theirs]]
             if not fewer:
                 continue
             ours = max(fewer, key=lambda name: bits[name])
-            paired = lost[[ours, theirs]].dropna()
-            lossless = int((paired[theirs] <= 0).sum())
-            mean, ends = NAN, (NAN, NAN)
-            share = f"no ratio, as NUQ lost nothing in {lossless} of {len(paired)} seeds,"
-            if not lossless and len(paired):  # half of a gain is no bar: its ratio has no sense
-                ratios = (paired[ours] / paired[theirs]).to_numpy(dtype=float)
-                low, high = ends = interval(ratios, t.study.statistics.alpha)
-                mean = float(ratios.mean())
-                share = f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+            spec = t.study
+            found = loss_ratio(group, ours, theirs, spec.baseline, spec.statistics.alpha)
+            if found is None:
+                continue
+            share = f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
+            if found.lossless or not found.seeds:
+                share = f"no ratio, as NUQ lost nothing in {found.lossless} of {found.seeds} seeds,"
             both = [t.labels.scheme(name) for name in (ours, theirs)]
             where, windows = t.labels.task(str(task)), int(group.samples.min())
-            parts.append(Part(where, mean, ends, len(paired), windows, *both))
-            shown.append(f"{share} with {bits[ours]:.2f} for {bits[theirs]:.2f} bits")
+            ends = found.low, found.high
+            parts.append(Part(where, found.mean, ends, found.seeds, windows, *both))
+            shown.append(f"{share} with {found.bits:.2f} for {found.other_bits:.2f} bits")
         if shown:
             texts.append(f"{t.labels.task(str(task))}: {', '.join(shown)}")
     if not parts:

@@ -10,7 +10,6 @@ import pandas as pd
 from kvquant.analysis.claim_list import CLAIMS
 from kvquant.analysis.claims import ANY
 from kvquant.analysis.evidence import NOT_MEASURED, VERDICTS
-from kvquant.analysis.landing.behind import behind
 from kvquant.analysis.landing.results import Result, Results
 from kvquant.errors import UserError
 
@@ -48,9 +47,10 @@ class ClaimRow:
 
 
 def _results(claim: str, shown: Results) -> tuple[Result, ...]:
-    figures, pages = behind(claim)
-    found = [shown.figures[name] for name in figures if name in shown.figures]
-    found += [shown.pages[name] for name in pages if name in shown.pages]
+    """Returns what is behind a claim, or of one that is not registered the table of claims."""
+    known = CLAIMS.get(claim)
+    found = [shown.figures[n] for n in (known.figures if known else ()) if n in shown.figures]
+    found += [shown.pages[n] for n in (known.pages if known else ()) if n in shown.pages]
     return tuple(found or [shown.pages[name] for name in ("claims",) if name in shown.pages])
 
 

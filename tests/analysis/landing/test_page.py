@@ -1,6 +1,6 @@
 """The landing page: what it says, where its numbers come from, and what it links to.
 
-Also covers: analysis.landing.behind, analysis.landing.claim_rows, analysis.landing.measured_on,
+Also covers: analysis.landing.claim_rows, analysis.landing.measured_on,
 analysis.landing.options, analysis.landing.results, analysis.landing.terms.
 """
 
@@ -22,7 +22,6 @@ from kvquant.analysis.claim_list import CLAIMS
 from kvquant.analysis.claims import ANY
 from kvquant.analysis.evidence import NOT_MEASURED, SUPPORTED
 from kvquant.analysis.evidence import VERDICTS as ALL_VERDICTS
-from kvquant.analysis.landing.behind import BEHIND
 from kvquant.analysis.landing.claim_rows import COLUMNS, claim_rows, verdict_counts
 from kvquant.analysis.landing.measured_on import devices, digest
 from kvquant.analysis.landing.page import MARKS, TABLES, context_of, page
@@ -54,10 +53,10 @@ def results(written: Written) -> Results:
 
 
 def test_claims_name_figures_and_tables_that_there_are() -> None:
-    assert BEHIND.keys() <= CLAIMS.keys()  # a new claim links to the table of claims
-    for figures, pages in BEHIND.values():
-        assert figures or pages
-        assert set(figures) <= figure_list.FIGURES.keys() and set(pages) <= page_list.PAGES.keys()
+    for claim in CLAIMS.values():
+        assert claim.figures or claim.pages, claim.name
+        assert set(claim.figures) <= figure_list.FIGURES.keys()
+        assert set(claim.pages) <= page_list.PAGES.keys()
 
 
 def test_every_verdict_has_its_meaning() -> None:
