@@ -17,7 +17,7 @@ from kvquant.study.tasks import SUITES
 SUITE_METRICS = tuple(metric for suite in SUITES.values() for metric in suite.table_metrics)
 
 
-def _sample_score(row: dict[str, Any], suite: str) -> float:
+def sample_score(row: dict[str, Any], suite: str) -> float:
     """Returns a sample's score: a window's mean negative log likelihood, or the suite's score."""
     if SUITES[suite].metric_type == "likelihood":
         return float(row["nll"] / row["tokens"])
@@ -79,7 +79,7 @@ def eval_rows(
                     "row": row.get("row"),  # of a set that seeds share
                     "start": row.get("start"),  # of a window, in the text's tokens
                     "tokens": row.get("tokens"),  # of a window that are scored
-                    "score": _sample_score(row, record.suite),
+                    "score": sample_score(row, record.suite),
                 }
             )
     return rows, samples

@@ -19,6 +19,7 @@ from kvquant.study.limits import MAX_COUNTRIES, MAX_NAMES
 from kvquant.study.models import ModelSpec
 from kvquant.study.own_texts import OwnText
 from kvquant.study.paths import DeviceKey, MaybePath, PathVars
+from kvquant.study.reproduce import ReproduceSpec
 from kvquant.study.scheme_kinds import CalibratedScheme, Scheme
 from kvquant.study.schemes import SchemeSpec
 from kvquant.study.statistics import StatisticsSpec
@@ -31,7 +32,9 @@ from kvquant.study.tracking import TrackingSpec
 class StudySections(Strict):
     """The sections of a study file, and look-ups by name."""
 
-    later: ClassVar[tuple[str, ...]] = ("tracking", "calibrations", "countries", "datasets")
+    later: ClassVar[tuple[str, ...]] = (
+        *("tracking", "calibrations", "countries", "datasets", "reproduce"),
+    )
     study: str = Field(description="short name in kebab case")
     title: str = Field("", description="heading of the report and the paper")
     device: DeviceKey = Field(
@@ -97,6 +100,10 @@ class StudySections(Strict):
     )
     tracking: TrackingSpec | None = Field(
         None, description="log every record to a tracker as well; absent: none"
+    )
+    reproduce: ReproduceSpec | None = Field(
+        None,
+        description="measure published results again and compare (target `reproduce`); absent: no",
     )
     pathvars: PathVars = Field(
         default_factory=dict,
