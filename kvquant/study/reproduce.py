@@ -52,8 +52,8 @@ class ReproduceSpec(Strict):
     @model_validator(mode="before")
     @classmethod
     def _from_command_line(cls, given: Any) -> Any:
-        """Takes `true`, and seeds as text: Snakemake's `--config` has no numbers in mappings."""
-        if given is True:
+        """Takes `true` and seeds also as text, which Snakemake's `--config` makes of them."""
+        if given is True or given == "true":
             return {}
         if isinstance(given, dict) and isinstance(seeds := given.get("seeds"), list):
             plain = [int(s) if isinstance(s, str) and s.isdecimal() else s for s in seeds]

@@ -15,6 +15,7 @@ from tests.support.studies import DEVICE, study_of, write_evaluation, write_stud
 
 
 def test_all_of_it_or_a_part() -> None:
+    assert study_of(reproduce="true", published="p") == study_of(reproduce=True, published="p")
     whole = study_of(reproduce=True, published="p").reproduce
     assert whole is not None and whole.selects("eval", {"scheme": "nuq3", "seed": 1})
     assert not whole.selects("jobs", {"case": "one"})  # only where `stages` names them

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from kvquant.cli import main
 from kvquant.study.publish import publish
 from tests.support.models import save_byte_model
 from tests.support.snakemakes import run_snakemake
 from tests.support.text import write_corpus
-from tests.workflow.test_published import planned
 
 EVALUATION = "eval/tiny/kivi-4/ppl/seed0/run.json"
 
@@ -64,7 +64,7 @@ def test_a_seed_is_measured_again_and_compared(root: Path, tmp_path: Path) -> No
     assert done.returncode == 0, output
     assert "Measuring 1 published results of published again: 0 are there, 1 are miss" in output
     assert re.search(r"^Measured again: \d+ reproduced, \d+ not judged: r-again/", output, re.M)
-    made = sorted(f.parent.name for f in (tmp_path / "r-again").rglob("run.json"))
+    made = sorted(f.parent.name for f in (tmp_path / "r-again/eval").rglob("run.json"))
     assert made == ["seed1"] and not (tmp_path / "r").exists()
     table = pd.read_csv(tmp_path / "r-again/tables/reproduce.csv")
     assert set(table["verdict"]) == {"reproduced", "not judged", "not run"}
@@ -79,11 +79,19 @@ def test_a_seed_is_measured_again_and_compared(root: Path, tmp_path: Path) -> No
         ["-n", *words[:7], "--", "aggregate"], tmp_path, env).stdout, re.M)  # fmt: skip
 
 
-def test_without_the_section_the_target_says_what_to_add(root: Path, tmp_path: Path) -> None:
-    rules, output = planned(root, tmp_path, "reproduce")
-    assert not rules and "reproduce: say what is measured again: `--config reproduce=" in output
-
-
-def test_without_a_gpu_it_says_how_a_processor_measures(root: Path, tmp_path: Path) -> None:
-    rules, output = planned(root, tmp_path, "reproduce", config="reproduce=true")
-    assert not rules and "this machine has no GPU; --config gpus=0 device=cpu" in output
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ([], "reproduce: say what is measured again: `--config reproduce=true` for"),
+        (["reproduce=true"], "this machine has no GPU; --config gpus=0 device=cpu measures"),
+    ],
+)
+def test_what_cannot_be_measured_again_says_why(
+    root: Path, tmp_path: Path, config: list[str], told: str
+) -> None:
+    (tmp_path / "pynvml.py").write_text("def nvmlInit(): raise OSError('no driver')\n")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"}
+    folders = {name: f"{tmp_path}/{name[0]}" for name in ("results", "paper", "logs", "cache")}
+    words = ["--nolock", "-n", "--config", f"pathvars={folders}", *config, "--", "reproduce"]
+    done = run_snakemake(words, root, env)
+    assert done.returncode == 1 and told in done.stdout + done.stderr

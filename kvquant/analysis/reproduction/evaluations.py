@@ -12,7 +12,7 @@ from kvquant.analysis.comparison import compare_scores, compare_windows, pair
 from kvquant.analysis.eval_rows import sample_score
 from kvquant.analysis.paired import PairedTest, grouped_test
 from kvquant.analysis.reproduction.pairs import Pair, Side
-from kvquant.analysis.reproduction.rows import Row, Subject, by_interval, exact, shown
+from kvquant.analysis.reproduction.rows import Row, Subject, by_interval, exact, ratio, shown
 from kvquant.analysis.reproduction.tolerances import TOLERANCES
 from kvquant.analysis.sample_tests import SampleTest, separate_windows, series_inflation
 from kvquant.study.config import Study
@@ -23,7 +23,6 @@ COUNTS = {
     "samples": "samples",
     "tokens": "tokens",
     "cache elements": "cache_elements",
-    "cache bytes": "cache_bytes",
 }
 PLACES = ["row", "start", "tokens"]
 
@@ -75,7 +74,7 @@ def _hashes(records: list[EvalRecord], what: str) -> list[str | None]:
     return [record.inputs.get(what) for record in records]
 
 
-def _exact_rows(subject: Subject, pairs: list[Pair]) -> list[Row]:
+def _exact_rows(study: Study, subject: Subject, pairs: list[Pair]) -> list[Row]:
     published, own = ([_record(s) for s in side] for side in _sides(pairs))
     rows = []
     for what in ("prompts", "text"):
@@ -94,11 +93,30 @@ def _exact_rows(subject: Subject, pairs: list[Pair]) -> list[Row]:
     for quantity, field in COUNTS.items():
         theirs_sum, own_sum = (sum(getattr(r, field) for r in side) for side in (published, own))
         rows.append(exact(subject, quantity, theirs_sum, own_sum))
-    bits = [
-        8.0 * sum(r.cache_bytes for r in side) / sum(r.cache_elements for r in side)
-        for side in (published, own)
-    ]
-    return [*rows, exact(subject, "bits per element", bits[0], bits[1])]
+    return rows + _sizes(study, subject, pairs)
+
+
+def _roomy(study: Study, pairs: list[Pair]) -> bool:
+    """Returns whether sizes may differ by the room that was made for outliers."""
+    keeps = getattr(study.scheme(str(pairs[0].names["scheme"])), "outliers", 0) > 0
+    return keeps and any(p.published.on_gpu != p.own.on_gpu or not p.whole for p in pairs)
+
+
+def _sizes(study: Study, subject: Subject, pairs: list[Pair]) -> list[Row]:
+    """Returns the rows of bytes and bits."""
+    nbytes, bits = list[int](), list[float]()
+    for sides in _sides(pairs):
+        records = [_record(side) for side in sides]
+        nbytes.append(sum(r.cache_bytes for r in records))
+        bits.append(8.0 * nbytes[-1] / sum(r.cache_elements for r in records))
+    rows = []
+    sizes: dict[str, list[int] | list[float]] = {"cache bytes": nbytes, "bits per element": bits}
+    for quantity, (published, own) in sizes.items():
+        if published != own and _roomy(study, pairs):
+            rows.append(ratio(subject, f"{quantity}, with room for outliers", published, own))
+        else:
+            rows.append(exact(subject, quantity, published, own))
+    return rows
 
 
 def is_of_windows(record: EvalRecord) -> bool:
@@ -193,7 +211,7 @@ def evaluation_rows(study: Study, pairs: list[Pair]) -> list[Row]:
     rows: list[Row] = []
     for group in groups.values():
         subject = subject_of(group)
-        facts = _exact_rows(subject, group)
+        facts = _exact_rows(study, subject, group)
         rows += facts
         alike = {row.quantity for row in facts if row.verdict == "reproduced"}
         asked = {row.quantity for row in facts} & {"prompts", "text", "windows", "samples"}

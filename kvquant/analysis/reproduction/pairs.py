@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kvquant.errors import UserError, printable
+from kvquant.formats.files import read_json
 from kvquant.study.archive import MOST, RESTORE, Archive, Published, read_archive
 from kvquant.study.cells import STAGES, cells_of
 from kvquant.study.config import Study
 from kvquant.study.places import names_in_place
 from kvquant.study.publish import finished_record, verified_record
+from kvquant.study.published_quantizers import FOLDER, MANIFEST
 from kvquant.study.record_types import Record
 from kvquant.study.reproduce import same_result, to_measure
 from kvquant.study.seal import record_files
 
-CALIBRATED = "calibrated again"
+SAME, CALIBRATED = "the published one", "calibrated again"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Side:
         return ", ".join(dict.fromkeys(gpus)) or other
 
     @property
+    def on_gpu(self) -> bool:
+        """Returns whether the result was measured on a GPU."""
+        return bool(self.record.environment.get("gpus"))
+
+    @property
     def versions(self) -> str:
         """Returns the versions that a difference may come from, and the commit."""
         packages: Mapping[str, str] = self.record.environment.get("packages") or {}
@@ -60,7 +67,8 @@ class Pair:
         names: The fields that their place names.
         published: The published record.
         own: The one that was measured again.
-        quantizer: "same", "calibrated again", or empty without one.
+        quantizer: How the quantizers relate ("the published one", ...); empty without one.
+        whole: Whether every published seed of the task and scheme was measured again.
     """
 
     stage: str
@@ -68,6 +76,7 @@ class Pair:
     published: Side
     own: Side
     quantizer: str
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -127,21 +136,39 @@ def _nearest(candidates: list[Published], own: Published, study: Study) -> Publi
     return candidates[0]
 
 
+def _published_hash(archive: Path, own: Published) -> str | None:
+    """Returns the hash of the published quantizer of a result's scheme, if there is one."""
+    folder = archive / FOLDER / str(own.content.get("model")) / str(own.content.get("scheme"))
+    if not (folder / MANIFEST).is_file():
+        return None
+    content = read_json(folder / MANIFEST, "published", RESTORE)
+    return str(content.get("tensors_sha256")) if isinstance(content, dict) else None
+
+
 def _quantizer(
-    file: Path, own: Published, published: Published, there: bool, allowed: bool
+    file: Path, own: Published, published: Published, kept: str | None, allowed: bool
 ) -> tuple[str, str | None]:
-    """Returns how the quantizers of both sides relate, and why the result is refused."""
-    mine, theirs = (r.content.get("inputs", {}).get("quantizer") for r in (own, published))
+    """Returns how the quantizers of both sides relate, and why the result is refused.
+
+    Args:
+        file: The own record.
+        own: Its content.
+        published: The published record, of which older ones do not name their quantizer.
+        kept: The hash of the published quantizer, if there is one.
+        allowed: Whether another one is compared where one is published.
+    """
+    mine = own.content.get("inputs", {}).get("quantizer")
+    theirs = published.content.get("inputs", {}).get("quantizer", kept)
     if mine is None:
         return "", None
     if theirs is None or mine == theirs:
-        return ("same" if theirs is not None else CALIBRATED), None
-    if not there or allowed:
+        return (SAME if theirs is not None else CALIBRATED), None
+    if kept is None or allowed:
         return CALIBRATED, None
     return "", (
-        f"{file}: field 'inputs.quantizer': is another quantizer than that of {published.where} "
-        f"({printable(mine[:12])}, not {printable(theirs[:12])}): measure with the published one "
-        "(reproduce.quantizers: published), or compare all the same by --own-quantizers"
+        f"{file}: field 'inputs.quantizer': is another quantizer than the published one "
+        f"({printable(mine[:12])}, not {printable(theirs[:12])}, {published.where}): measure with "
+        "that one (reproduce.quantizers: published), or compare all the same by --own-quantizers"
     )
 
 
@@ -184,9 +211,8 @@ def find(study: Study, results: Path, archive: Path, own_quantizers: bool) -> Fo
                 "study's entry changed; measure the published one, or give yours a new name"
             )
             continue
-        folder = archive / "quantizers" / str(own.content.get("model"))
-        there = (folder / str(own.content.get("scheme")) / "quantizer.json").is_file()
-        quantizer, problem = _quantizer(file, own, other, there, own_quantizers)
+        kept = _published_hash(archive, own)
+        quantizer, problem = _quantizer(file, own, other, kept, own_quantizers)
         if problem is not None:
             problems.append(problem)
             continue
@@ -195,6 +221,7 @@ def find(study: Study, results: Path, archive: Path, own_quantizers: bool) -> Fo
         theirs, mine = (Side(*verified_record(r, r.where, RESTORE)) for r in (other, own))
         pairs.append(Pair(stage, names, theirs, mine, quantizer))
     _refuse(problems)
+    pairs = _whole(pairs, by_key.keys() - used)
     planned = _planned(study, published)
     missing = [
         Missing(key[0], {n: records[0].content[n] for n in names_in_place(key[0])}, key in planned)
@@ -202,6 +229,13 @@ def find(study: Study, results: Path, archive: Path, own_quantizers: bool) -> Fo
         if key not in used
     ]
     return Found(pairs, missing, alone)
+
+
+def _whole(pairs: list[Pair], left: Iterable[tuple[Any, ...]]) -> list[Pair]:
+    """Returns pairs that know whether other seeds of their task and scheme were left out."""
+    partly = {key[:-1] for key in left}  # the last field of a place is the seed
+    keys = (same_result(pair.stage, pair.names)[:-1] for pair in pairs)
+    return [replace(pair, whole=key not in partly) for pair, key in zip(pairs, keys, strict=True)]
 
 
 def _planned(study: Study, published: Archive) -> set[tuple[Any, ...]]:

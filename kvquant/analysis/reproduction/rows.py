@@ -23,7 +23,7 @@ class Subject:
         scheme: Name of the scheme, or of the case that holds several.
         what: The task, workload, case or size.
         results: Number of published results that the row rests on.
-        quantizer: "same", "calibrated again", or empty without one.
+        quantizer: How the quantizers of both sides relate; empty without one.
         published_device: Device of the published results.
         own_device: Device of those measured again.
         published_versions: Software of the published results.
