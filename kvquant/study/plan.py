@@ -3,7 +3,7 @@
 A study that publishes records (`published`) is rebuilt from them on any machine. What is missing is
 measured where the study's device is, and is left out of tables and figures elsewhere. A study that
 publishes nothing is planned whole. One that reproduces published results
-(:mod:`kvquant.study.reproduce`) plans those that it asks for.
+(:mod:`kvquant.study.measured_again`) plans those that it asks for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvquant.errors import UserError, printable
 from kvquant.study.archive import Archive, read_archive
 from kvquant.study.cells import STAGES, Cell, cells_of
 from kvquant.study.config import Study
-from kvquant.study.reproduce import to_measure
+from kvquant.study.measured_again import to_measure
 
 SHOWN = 5  # records in one message
 

@@ -1,4 +1,7 @@
-"""The section reproduce: what of a published study is measured again, and where it is kept."""
+"""The section reproduce: what of a published study is measured again, and where it is kept.
+
+Also covers: study.measured_again.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ import pytest
 
 from kvquant.errors import UserError
 from kvquant.study.config import parse_study
+from kvquant.study.measured_again import measured_again, measured_seeds, quantizers_from
 from kvquant.study.plan import make_plan, obstacle
 from kvquant.study.publish import publish
-from kvquant.study.reproduce import measured_again, measured_seeds, quantizers_from
 from tests.support.studies import DEVICE, study_of, write_evaluation, write_study
 
 

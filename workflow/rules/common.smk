@@ -20,7 +20,7 @@ from kvquant.study.own_texts import edited_since, refuse_edited
 from kvquant.study.places import calibration_place
 from kvquant.study.plan import make_plan, obstacle
 from kvquant.study.published_quantizers import published_quantizer
-from kvquant.study.reproduce import NEEDED, measured_again, measured_seeds, quantizers_from
+from kvquant.study.measured_again import NEEDED, measured_again, measured_seeds, quantizers_from
 
 find_own_python()
 

@@ -12,11 +12,11 @@ from kvquant.formats.files import read_json
 from kvquant.study.archive import MOST, RESTORE, Archive, Published, read_archive
 from kvquant.study.cells import STAGES, cells_of
 from kvquant.study.config import Study
+from kvquant.study.measured_again import same_result, to_measure
 from kvquant.study.places import names_in_place
 from kvquant.study.publish import finished_record, verified_record
 from kvquant.study.published_quantizers import FOLDER, MANIFEST
 from kvquant.study.record_types import Record
-from kvquant.study.reproduce import same_result, to_measure
 from kvquant.study.seal import record_files
 
 SAME, CALIBRATED = "the published one", "calibrated again"
