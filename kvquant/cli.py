@@ -52,6 +52,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "pareto": ("kvquant.analysis.pareto", "join accuracy, speed, energy and bits per scheme"),
     "plot": ("kvquant.analysis.plot", "draw one figure from the tables"),
     "tables": ("kvquant.analysis.latex", "write the paper's LaTeX tables and numbers"),
+    "companion": (
+        "kvquant.analysis.companion",
+        "make numbers, tables and figures of another published study",
+    ),
+    "manuscript": ("kvquant.analysis.manuscript", "compile a LaTeX document of the paper"),
     "html": ("kvquant.analysis.html_tables", "write claims and tables as HTML for the report"),
     "explorer": ("kvquant.analysis.explorer.page", "write all results as one page to explore"),
     "report": ("kvquant.analysis.report", "write the HTML report of a finished study"),

@@ -241,7 +241,7 @@ def test_the_suite_and_the_family_are_summarised(copy: RepositoryCopy) -> None:
     assert "LongBench Chinese" in text(copy, "paper/tables/families.tex")
     tests = text(copy, "results/tables/tests.csv")
     assert "tiny / suite / echo" in tests and "echo_rate" in tests
-    assert "EchoChange" in text(copy, "paper/numbers.tex")
+    assert ".echo-change}" in text(copy, "paper/numbers.tex")
     assert '"echo": "#/$defs/EchoTask"' in text(copy, "schema.json")
 
 

@@ -69,7 +69,7 @@ def test_from_records_to_claims(work: Path) -> None:
     assert main(["claims", *study, "--tables", tables, *claims]) == 0
     latex = ["--out-dir", str(work / "paper"), "--numbers", str(work / "paper/numbers.tex")]
     assert main(["tables", *study, "--tables", tables, *latex]) == 0
-    assert "kvAppendGrowth" in (work / "paper/numbers.tex").read_text()
+    assert r"\kvnumber{append.growth}" in (work / "paper/numbers.tex").read_text()
     assert r"\toprule" in (work / "paper/summary.tex").read_text()
     tests = pd.read_parquet(results / "tables/tests.parquet")
     assert len(tests) == 9

@@ -13,7 +13,12 @@ from pathlib import Path
 import pandas as pd
 
 from kvquant.analysis.cost_rows import KEYS, append_rows, energy_rows, kernel_rows, throughput_rows
-from kvquant.analysis.eval_rows import SUITE_METRICS, eval_rows
+from kvquant.analysis.eval_rows import (
+    EVAL_COLUMNS,
+    SAMPLE_COLUMNS,
+    SUITE_METRICS,
+    eval_rows,
+)
 from kvquant.analysis.job_rows import job_rows
 from kvquant.analysis.problems import Problems
 from kvquant.analysis.sources import Sources
@@ -50,12 +55,13 @@ def collect(
     if problems:
         raise UserError("\n".join(problems))
     order = list(KEYS)
-    table = pd.DataFrame(evaluations)
     tables = {
         # as numbers, also where no task has the metric
-        "eval": table.astype(dict.fromkeys(SUITE_METRICS, float)) if evaluations else table,
-        "samples": pd.DataFrame(samples).astype(
-            dict.fromkeys(("row", "start", "tokens"), "Int64") if samples else {}
+        "eval": pd.DataFrame(evaluations, columns=list(EVAL_COLUMNS)).astype(
+            dict.fromkeys(SUITE_METRICS, float)
+        ),
+        "samples": pd.DataFrame(samples, columns=list(SAMPLE_COLUMNS)).astype(
+            dict.fromkeys(("row", "start", "tokens"), "Int64")
         ),
         "perf": pd.DataFrame(perf, columns=None if perf else order),
         "energy": pd.DataFrame(energy, columns=None if energy else order),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvquant.analysis.problems import Problems
+from kvquant.analysis.provenance import short
 from kvquant.analysis.sources import Sources
 from kvquant.analysis.spec_checks import (
     check_append,
@@ -53,7 +54,7 @@ def throughput_rows(sources: Sources, problems: Problems) -> list[dict[str, Any]
     ):
         measured = [record.scheme_side.prefill_ms, record.baseline_side.prefill_ms]
         problems.once(source, "perf", [m.model_dump() for m in measured if m is not None])
-        row = {name: getattr(record, name) for name in KEYS}
+        row = {name: getattr(record, name) for name in KEYS} | {"record": short(record.seal)}
         row |= {"prompt_tokens": record.prompt_tokens, "batch_size": record.batch_size}
         row |= {"prefill_ratio": record.prefill_ratio, "quantize_share": record.quantize_share}
         ours, base = record.scheme_side.decode_ms, record.baseline_side.decode_ms
@@ -68,7 +69,7 @@ def energy_rows(sources: Sources, problems: Problems) -> list[dict[str, Any]]:
     for source, record in problems.verified(sources, "energy", EnergyRecord, check_energy):
         both = (record.scheme_side, record.baseline_side)
         problems.once(source, "energy", [[s.joules, s.seconds] for s in both])
-        row = {name: getattr(record, name) for name in KEYS}
+        row = {name: getattr(record, name) for name in KEYS} | {"record": short(record.seal)}
         row |= {"source": record.source, "method": record.method}
         row |= {"idle_watts": record.idle_watts, "energy_ratio": record.energy_ratio}
         row |= _trial_ratios(record.scheme_side, record.baseline_side)
@@ -97,6 +98,7 @@ def append_rows(sources: Sources, problems: Problems) -> list[dict[str, Any]]:
         shape = {name: getattr(record, name) for name in ("batch_size", "kv_heads", "head_dim")}
         for point in record.points:
             row: dict[str, Any] = {"device": record.device, "rep": record.rep, **shape}
+            row["record"] = short(record.seal)
             for name in ("series", "chunk", "tokens", "status", "cache_bytes"):
                 row[name] = getattr(point, name)
             for name in ("token_ms", "call_ms"):
@@ -110,7 +112,7 @@ def kernel_rows(sources: Sources, problems: Problems) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for _, record in problems.verified(sources, "kernels", KernelRecord, check_kernels):
         keys = ("device", "case", "shape", "scheme", "batch", "tokens", "all_tokens")
-        same = {name: getattr(record, name) for name in keys}
+        same = {name: getattr(record, name) for name in keys} | {"record": short(record.seal)}
         for part in record.parts:
             for side in part.sides:
                 row: dict[str, Any] = {**same, "measure": part.measure}

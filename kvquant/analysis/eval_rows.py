@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvquant.analysis.problems import Problems
+from kvquant.analysis.provenance import short
 from kvquant.analysis.sources import Source, Sources
 from kvquant.analysis.spec_checks import check_evaluation
 from kvquant.errors import UserError, printable
@@ -15,6 +16,14 @@ from kvquant.study.tasks import SUITES
 
 # Metrics of some suites that tables show beside the one that statistics use.
 SUITE_METRICS = tuple(metric for suite in SUITES.values() for metric in suite.table_metrics)
+EVAL_FIELDS = (
+    *("model", "scheme", "task", "suite", "seed", "protocol", "metric", "higher_is_better"),
+    *("value", "samples", "tokens", "cache_bytes", "cache_elements", "bits_per_element"),
+)
+EVAL_COLUMNS = (*EVAL_FIELDS, "record", *SUITE_METRICS)
+SAMPLE_COLUMNS = (
+    *("model", "scheme", "task", "suite", "seed", "sample", "row", "start", "tokens", "score"),
+)
 
 
 def sample_score(row: dict[str, Any], suite: str) -> float:
@@ -62,10 +71,8 @@ def eval_rows(
         found = _verified(sources.study, source, record, problems)
         if found is None:
             continue
-        keep = ["model", "scheme", "task", "suite", "seed", "protocol", "metric"]
-        keep += ["higher_is_better", "value", "samples", "tokens"]
-        keep += ["cache_bytes", "cache_elements", "bits_per_element"]
-        row = {name: getattr(record, name) for name in keep}
+        row = {name: getattr(record, name) for name in EVAL_FIELDS}
+        row["record"] = short(record.seal)
         rows.append(row | {name: record.metrics.get(name) for name in SUITE_METRICS})
         for row in found:
             samples.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvquant.analysis.problems import Problems
+from kvquant.analysis.provenance import short
 from kvquant.analysis.sources import Sources
 from kvquant.analysis.spec_checks import check_jobs
 from kvquant.study.records import JobRecord, JobSide
@@ -50,6 +51,7 @@ def job_rows(sources: Sources, problems: Problems) -> list[dict[str, Any]]:
     for source, record in problems.verified(sources, "jobs", JobRecord, check_jobs):
         problems.once(source, "jobs", [t.model_dump() for s in record.sides for t in s.trials])
         shared = {name: getattr(record, name) for name in SHARED}
+        shared["record"] = short(record.seal)
         for side in record.sides:
             plain = side.model_dump(exclude={"trials", "first_token_ms", "step_ms"})
             rows.append(shared | plain | _spreads(side, record.prompt, record.answer))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+from pathlib import Path
 
 from kvquant.analysis import figure_list, table_list
 from kvquant.analysis.booktabs import HEAD, escape
-from kvquant.analysis.macros import numbers
+from kvquant.analysis.numbers.number_list import all_numbers
+from kvquant.analysis.numbers.writing import write_numbers
+from kvquant.analysis.provenance import records_of, told
 from kvquant.analysis.sections import Section
 from kvquant.analysis.study_tables import Tables, load_tables
 from kvquant.analysis.suite_tables import suite_name
 from kvquant.errors import UserError
+from kvquant.formats.files import replace
 from kvquant.study.config import load_study
 from kvquant.study.dotted import load
 from kvquant.study.tasks import SUITES
@@ -34,6 +39,22 @@ def build_table(name: str, tables: Tables) -> str:
     if not table.condition(tables):
         return f"{HEAD}{escape(table.reason)}\n"
     return str(load(table.build)(tables, *table.arguments))
+
+
+def write_paper_tables(tables: Tables, folder: Path, chosen: Iterable[str]) -> None:
+    """Writes LaTeX tables; each file names the number of records that it rests on and their hash.
+
+    Args:
+        tables: The collected tables.
+        folder: Gets a file NAME.tex per table.
+        chosen: Names of :func:`kvquant.analysis.table_list.of_study`.
+    """
+    known = table_list.of_study(tables.study)
+    for name in chosen:
+        rows = [getattr(tables, frame) for frame in known[name].reads]
+        source = f"% from {told(records_of(*rows))}\n"
+        text = build_table(name, tables).removeprefix(HEAD)
+        replace(folder / f"{name}.tex", HEAD + source + text)
 
 
 def _shown_in(section: Section, tables: Tables) -> list[str]:
@@ -64,8 +85,14 @@ def _figure(name: str) -> str:
 
 
 def floats(tables: Tables) -> str:
-    """Returns macros that show all tables and figures of a part of the paper, with captions."""
-    parts = []
+    """Returns macros that show all tables and figures of a part of the paper, with captions.
+
+    The captions of figures are macros of their own as well, for figures that stand elsewhere.
+    """
+    parts = [
+        f"\\kvcaption{{{name}}}{{{escape(figure_list.FIGURES[name].caption)}}}"
+        for name in figure_list.FIGURES
+    ]
     for macro, sections in PARTS.items():
         lines = [line for section in sections for line in _shown_in(section, tables)]
         parts += [f"\\newcommand{{\\kv{macro}}}{{%", *lines, "}"]
@@ -79,11 +106,9 @@ def run(args: argparse.Namespace) -> None:
     tables = load_tables(load_study(args.study), args.tables, accuracy_only=args.present)
     known = table_list.of_study(tables.study)
     chosen = [name for name, table in known.items() if table.of_evaluations or not args.present]
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    for name in chosen:
-        (args.out_dir / f"{name}.tex").write_text(build_table(name, tables), encoding="utf-8")
+    write_paper_tables(tables, args.out_dir, chosen)
     if args.numbers is not None:
-        args.numbers.write_text(numbers(tables), encoding="utf-8")
+        write_numbers(all_numbers(tables), args.numbers)
         args.numbers.with_name("floats.tex").write_text(floats(tables), encoding="utf-8")
         chosen += ["numbers", "floats"]
     print(f"tables: {', '.join(chosen)}")

@@ -48,6 +48,23 @@ def tables(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def companion(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `kvquant companion`."""
+    parser.add_argument("--study", required=True, help="file of the other study (YAML)")
+    parser.add_argument(
+        "--out-dir", required=True, type=Path, help="gets numbers.tex, tables/ and figures/"
+    )
+
+
+def manuscript(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `kvquant manuscript`."""
+    parser.add_argument("--tex", required=True, type=Path, help="the document, such as main.tex")
+    parser.add_argument(
+        "--paper", required=True, type=Path, help="folder of numbers.tex, tables/ and figures/"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="the PDF")
+
+
 def html(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `kvquant html`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")

@@ -78,19 +78,39 @@ def draw_figure(name: str, study: Study, tables: Path) -> Any:
         return figure
 
 
-def save_figure(figure: Any, file: Path) -> None:
-    """Writes a figure, in the format of the file's suffix; the same figure gives the same file."""
+def draw_with_records(name: str, study: Study, tables: Path) -> tuple[Any, str]:
+    """Draws a figure (:func:`draw_figure`) and says which records it shows, with their hash."""
+    from kvquant.analysis.provenance import records_of, told
+    from kvquant.analysis.tables import read_table, reading, sources_of
+
+    with reading() as names:
+        figure = draw_figure(name, study, tables)
+    rows = (read_table(tables, source) for source in sorted(sources_of(tables, names)))
+    return figure, f"from {told(records_of(*rows))}"
+
+
+def save_figure(figure: Any, file: Path, source: str = "") -> None:
+    """Writes a figure, in the format of the file's suffix; the same figure gives the same file.
+
+    Args:
+        figure: A Matplotlib figure.
+        file: Where.
+        source: What the figure shows, for the metadata of PDF and SVG.
+    """
     from kvquant.analysis.figures.style import STYLE, plt
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    no_date = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+    metadata = {
+        ".pdf": {"CreationDate": None, "Keywords": source},
+        ".svg": {"Date": None, "Description": source},
+    }
     with plt.rc_context(STYLE):
-        figure.savefig(file, dpi=300, metadata=no_date.get(file.suffix))
+        figure.savefig(file, dpi=300, metadata=metadata.get(file.suffix))
 
 
 def run(args: argparse.Namespace) -> None:
     """Draws one figure into every file given."""
-    figure = draw_figure(args.figure, load_study(args.study), args.tables)
+    figure, source = draw_with_records(args.figure, load_study(args.study), args.tables)
     for file in args.out:
-        save_figure(figure, file)
-        print(f"plot: {file}")
+        save_figure(figure, file, source)
+        print(f"plot: {file}, {source}")

@@ -47,6 +47,7 @@ class LatexTable:
             sentence of the caption, or nothing; empty for none.
         of_evaluations: Whether it rests on evaluations alone, so that it is there for a study of
             which nothing was timed yet.
+        reads: The collected tables that it rests on, whose records its file names.
     """
 
     name: str
@@ -58,6 +59,7 @@ class LatexTable:
     reason: str = ""
     note: str = ""
     of_evaluations: bool = False
+    reads: tuple[str, ...] = ("evaluations",)
 
 
 def _of_suite(name: str) -> LatexTable:
@@ -134,6 +136,7 @@ _LIST = (
         caption="Speed over the unquantized cache, interleaved in one process (medians). The "
         "column quantize is the time to quantize and pack as a share of the unquantized prefill.",
         build="kvquant.analysis.cost_tables:throughput",
+        reads=("perf",),
     ),
     LatexTable(
         name="energy",
@@ -142,6 +145,7 @@ _LIST = (
         "claim rests on it.",
         build="kvquant.analysis.cost_tables:energy",
         note="kvquant.analysis.carbon:of_energy",
+        reads=("energy",),
     ),
     LatexTable(
         name="jobs",
@@ -153,6 +157,7 @@ _LIST = (
         build="kvquant.analysis.job_tables:jobs",
         condition=lambda tables: bool(len(tables.jobs)),
         reason="This study measures no whole jobs.",
+        reads=("jobs",),
     ),
     LatexTable(
         name="capacity",
@@ -166,6 +171,7 @@ _LIST = (
             bool(len(tables.jobs)) and bool(tables.jobs[list(SEARCHED)].notna().any(axis=None))
         ),
         reason="This study does not search what fits in memory.",
+        reads=("jobs",),
     ),
     LatexTable(
         name="job-energy",
@@ -178,6 +184,7 @@ _LIST = (
         note="kvquant.analysis.carbon:of_jobs",
         condition=lambda tables: bool(len(tables.jobs)) and bool(tables.jobs.source.notna().any()),
         reason="This study measures no energy of whole jobs.",
+        reads=("jobs",),
     ),
     LatexTable(
         name="memory",
@@ -214,6 +221,7 @@ def _of_ablation(study: Study, ablation: Ablation) -> LatexTable:
         build="kvquant.analysis.ablation_tables:latex",
         arguments=(ablation.option,),
         of_evaluations=True,
+        reads=("evaluations", "kernels"),
     )
 
 

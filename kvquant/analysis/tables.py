@@ -11,7 +11,9 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ UNSEALED = "{}: note: has no seal and no CSV twin (not written by kvquant), take
 _MARK, _EMPTY = b"kvquant-seal:", b"0" * 64
 _SEAL = re.compile(rb"kvquant-seal:([0-9a-f]{64})")
 _KEY = b"kvquant"
+_READING: ContextVar[set[str] | None] = ContextVar("reading", default=None)
 
 
 def _seal_of(raw: bytes) -> tuple[str, str] | None:
@@ -98,6 +101,27 @@ def _facts(table: pa.Table) -> dict[str, Any]:
     return dict(facts)
 
 
+@contextmanager
+def reading() -> Iterator[set[str]]:
+    """Yields a set that gets the names of all tables that are read in the block."""
+    names: set[str] = set()
+    token = _READING.set(names)
+    try:
+        yield names
+    finally:
+        _READING.reset(token)
+
+
+def sources_of(folder: Path, names: Iterable[str]) -> set[str]:
+    """Returns the names of collected tables that tables were computed from, and their own."""
+    found = set(names)
+    for name in names:
+        raw, seal = _read(folder / f"{name}.parquet")
+        if seal:
+            found |= set(_facts(pq.read_table(io.BytesIO(raw)))["made_from"])
+    return found
+
+
 def read_table(folder: Path, name: str) -> pd.DataFrame:
     """Reads a collected table.
 
@@ -105,6 +129,8 @@ def read_table(folder: Path, name: str) -> pd.DataFrame:
         UserError: It does not exist, was changed, is not what its CSV twin says, or was computed
             from other tables than those beside it.
     """
+    if (names := _READING.get()) is not None:
+        names.add(name)
     file = folder / f"{name}.parquet"
     if not file.exists() and not file.is_symlink():
         raise UserError(f"--tables: no {name}.parquet in {folder}: run `aggregate` first")

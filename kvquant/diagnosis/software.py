@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvquant import __version__
+from kvquant.analysis.manuscript import PACKAGES
 from kvquant.diagnosis.checks import Check, Found, look
 from kvquant.fetch.datasets import local_names
 from kvquant.study.datasets import DATASETS
@@ -123,7 +124,7 @@ def _latex() -> Found:
     if len(found) == 2:
         return "ok", "latexmk and pdflatex", ""
     lacking = "no pdflatex" if found == ["latexmk"] else "no latexmk"
-    fix = "apt-get install latexmk texlive-latex-extra"
+    fix = f"apt-get install {PACKAGES}"
     return "warning", f"{lacking}; the paper's PDF needs both", fix
 
 

@@ -44,7 +44,7 @@ def measured_again(study: Study) -> Study:
     logs = study.pathvars.get("logs", "logs/h100") + SUFFIX
     folders = study.pathvars | {"results": results, "logs": logs, "paper": f"{results}/paper"}
     named = spec.model_copy(update={"published": published})
-    again = {"published": None, "pathvars": folders, "reproduce": named}
+    again = {"published": None, "companions": {}, "pathvars": folders, "reproduce": named}
     return study.model_copy(update=again)
 
 

@@ -18,7 +18,7 @@ from kvquant.study.kernels import KernelCase, KernelsSpec
 from kvquant.study.limits import MAX_COUNTRIES, MAX_NAMES
 from kvquant.study.models import ModelSpec
 from kvquant.study.own_texts import OwnText
-from kvquant.study.paths import DeviceKey, MaybePath, PathVars
+from kvquant.study.paths import DeviceKey, MaybePath, PathVars, PlainPath
 from kvquant.study.reproduce import ReproduceSpec
 from kvquant.study.scheme_kinds import CalibratedScheme, Scheme
 from kvquant.study.schemes import SchemeSpec
@@ -33,7 +33,12 @@ class StudySections(Strict):
     """The sections of a study file, and look-ups by name."""
 
     later: ClassVar[tuple[str, ...]] = (
-        *("tracking", "calibrations", "countries", "datasets", "reproduce"),
+        "tracking",
+        "calibrations",
+        "countries",
+        "datasets",
+        "companions",
+        "reproduce",
     )
     study: str = Field(description="short name in kebab case")
     title: str = Field("", description="heading of the report and the paper")
@@ -59,6 +64,12 @@ class StudySections(Strict):
         None,
         description="folder of published records (`kvquant publish`): what they hold is not "
         "measured again; absent or null: none",
+    )
+    companions: dict[str, PlainPath] = Field(
+        {},
+        max_length=MAX_NAMES,
+        description="study files by name, of whose published records the paper shows numbers, "
+        "tables and figures as well",
     )
     models: dict[str, ModelSpec] = Field(description="models by name")
     datasets: dict[str, OwnText] = Field(

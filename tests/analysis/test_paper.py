@@ -1,13 +1,11 @@
 """The paper of several models and repetitions: it compiles, and every table tells rows apart.
 
-Also covers: analysis.claim_list, analysis.claims, analysis.cost_tables, analysis.latex,
-analysis.macros.
+Also covers: analysis.claim_list, analysis.claims, analysis.cost_tables, analysis.latex.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +14,7 @@ import matplotlib
 import pandas as pd
 import pytest
 
-from kvquant.analysis import claims, cost_tables, figure_list, latex, macros, plot
+from kvquant.analysis import claims, cost_tables, figure_list, latex, manuscript, plot
 from kvquant.analysis.figures.style import plt
 from kvquant.analysis.labels import TIMES, labels_of
 from kvquant.analysis.plot import draw_figure
@@ -49,29 +47,14 @@ def build(study: Study, folder: Path) -> Path:
 
 
 def compiled(root: Path, paper: Path) -> str:
-    """The text of the compiled paper; fails on an error and on a box that leaves the page."""
+    """The text of the compiled document; the verb fails on an error and on an overfull line."""
     for tool in ("latexmk", "pdflatex", "pdftotext"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
-    shutil.copy(root / "paper/main.tex", paper)
-    done = subprocess.run(
-        ["latexmk", "-pdf", "-interaction=nonstopmode", "-halt-on-error", "main.tex"],
-        cwd=paper,
-        capture_output=True,
-        check=False,
-        timeout=180,
-    )
-    log = (paper / "main.log").read_text(encoding="latin-1")
-    assert done.returncode == 0, log[-3000:]
-    assert "undefined" not in log.split("LaTeX Font Info")[-1]
-    wide = [float(w) for w in re.findall(r"Overfull \\hbox \(([\d.]+)pt too wide", log)]
-    assert not [w for w in wide if w > 3], wide
-    high = [float(w) for w in re.findall(r"Overfull \\vbox \(([\d.]+)pt too high", log)]
-    assert not [w for w in high if w > 3], high
-    text = subprocess.run(
-        ["pdftotext", "-layout", "main.pdf", "-"], cwd=paper, capture_output=True, check=True
-    )
-    return text.stdout.decode()
+    pdf = paper / "study.pdf"
+    manuscript.run(argparse.Namespace(tex=root / "paper/study.tex", paper=paper, out=pdf))
+    command = ["pdftotext", "-layout", str(pdf), "-"]
+    return subprocess.run(command, capture_output=True, check=True).stdout.decode()
 
 
 @pytest.fixture(scope="module")
@@ -129,15 +112,6 @@ def test_every_repetition_has_its_row(study: Study, paper: Path) -> None:
         head, *rows = cells(paper / f"tables/{name}.tex")
         assert "rep" in head and len(rows) == len(study.models) * len(measured)
         assert {row[head.index("rep")] for row in rows} == {"1", "2"}
-
-
-def test_headline_macros_name_every_model(study: Study, paper: Path) -> None:
-    text = (paper / "numbers.tex").read_text(encoding="utf-8")
-    for word in ("Bits", "Loss", "Prefill", "Kl"):
-        (value,) = re.findall(rf"\\newcommand{{\\kvHeadline{word}}}{{(.*)}}", text)
-        assert all(f"({model})" in value for model in labels_of(study).models.values()), value
-    names = re.findall(r"\\newcommand{\\(\w+)}", text)
-    assert len(names) == len(set(names)) and all(name.isalpha() for name in names)
 
 
 def test_claims_are_judged_per_model(study: Study, paper: Path) -> None:
@@ -206,18 +180,6 @@ def test_estimated_energy_is_not_in_the_pareto(study: Study, paper: Path, tmp_pa
 def _rows(text: str) -> list[list[str]]:
     lines = [line for line in text.splitlines() if line.endswith(r"\\")]
     return [[c.strip() for c in line.removesuffix(r"\\").split(" & ")] for line in lines]
-
-
-def test_keys_that_spell_the_same_macro(root: Path, tmp_path: Path) -> None:
-    raw = two_models(root)
-    raw["schemes"] |= {"nuq.4-1pct": raw["schemes"]["nuq4-1pct"], "headline": {"kind": "fp8"}}
-    raw["evaluation"]["schemes"] += ["nuq.4-1pct", "headline"]
-    raw["models"] = {"m": next(iter(raw["models"].values()))}
-    study = parse_study(raw)
-    write_tables(study, tmp_path)
-    text = macros.numbers(load_tables(study, tmp_path))
-    names = re.findall(r"\\newcommand{\\(\w+)}", text)
-    assert len(names) == len(set(names))
 
 
 @pytest.mark.slow

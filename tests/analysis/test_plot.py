@@ -20,8 +20,9 @@ from kvquant.analysis.figure_list import FIGURES
 from kvquant.analysis.figures import style
 from kvquant.analysis.figures.append import append_panels
 from kvquant.analysis.figures.style import plt
-from kvquant.analysis.plot import draw_figure
-from kvquant.analysis.tables import write_table
+from kvquant.analysis.plot import draw_figure, draw_with_records, save_figure
+from kvquant.analysis.provenance import records_of, told
+from kvquant.analysis.tables import read_table, write_table
 from kvquant.study.config import Study, parse_study
 from tests.support.tables import two_models, write_tables
 
@@ -245,3 +246,18 @@ def test_names_of_append_panels_do_not_touch() -> None:
     first, second = (axis.yaxis.label.get_window_extent() for axis in axes[:, 0])
     assert not first.overlaps(second)
     plt.close(figure)
+
+
+def test_a_figure_names_the_records_that_it_shows(root: Path, tmp_path: Path) -> None:
+    study = parse_study(two_models(root))
+    write_tables(study, tmp_path)
+    figure, source = draw_with_records("perplexity", study, tmp_path)
+    rows = read_table(tmp_path, "eval")
+    assert source == f"from {told(records_of(rows))}"  # which the tests come from, too
+    for suffix in (".pdf", ".svg"):
+        save_figure(figure, tmp_path / f"a{suffix}", source)
+        assert source.encode() in (tmp_path / f"a{suffix}").read_bytes()
+    _, source = draw_with_records("throughput", study, tmp_path)
+    perf = read_table(tmp_path, "perf")
+    assert source == f"from {told(records_of(perf))}"
+    plt.close("all")

@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kvquant.analysis import latex, macros, suite_tables
+from kvquant.analysis import latex, suite_tables
 from kvquant.analysis.booktabs import Latex, booktabs, escape
 from kvquant.analysis.figure_list import FIGURES
 from kvquant.analysis.figures.style import plt
 from kvquant.analysis.latex import build_table
+from kvquant.analysis.numbers.number_list import all_numbers
 from kvquant.analysis.pareto import pareto_table
 from kvquant.analysis.plot import draw_figure
 from kvquant.analysis.study_tables import Tables, load_tables
@@ -86,11 +87,16 @@ def test_ruler_has_13_tasks_and_their_mean(tables: Tables) -> None:
     assert two[-1].endswith(r"{$\downarrow$}")
 
 
+def values(tables: Tables) -> dict[str, str]:
+    """The numbers of the paper's text by key."""
+    return {number.key: number.value for number in all_numbers(tables)}
+
+
 def test_a_subset_is_called_one_everywhere(tables: Tables) -> None:
     name = "LongBench subset (72 rows)"
     assert suite_tables.suite_name(tables, "longbench") == name
     assert name in rows(suite_tables.summary(tables))[0]
-    assert rf"\newcommand{{\kvLongBench}}{{{name}}}" in macros.numbers(tables)
+    assert values(tables)["longbench"] == name
     assert "(12)" in rows(suite_tables.scores(tables, "longbench"))[0][1]
     whole = tables.evaluations.assign(rows_available=200.0)
     complete = replace(tables, evaluations=whole)
@@ -134,19 +140,19 @@ def test_a_mean_of_some_tasks_is_no_mean_of_the_suite(partial: Tables) -> None:
     assert row_of(text, NUQ.format(4))["RULER"] != "-"
     front = partial.pareto.set_index("scheme")
     assert np.isnan(front.loc["kivi-4", ["ruler", "ruler_change"]].astype(float)).all()
-    assert r"\newcommand{\kvKiviFourRuler}{-}" in macros.numbers(partial)
+    assert "kivi-4.ruler" not in values(partial) and "nuq4-1pct.ruler" in values(partial)
 
 
 def test_sizes_and_perplexity_of_one_row_are_of_one_task(partial: Tables) -> None:
     """The comparison of caches does not depend on which other tasks each of them ran."""
-    values = partial.evaluations
-    first = values[(values.task == "ppl-wikitext2-b") & (values.scheme == "nuq4-1pct")]
+    rows_of = partial.evaluations
+    first = rows_of[(rows_of.task == "ppl-wikitext2-b") & (rows_of.scheme == "nuq4-1pct")]
     cells = row_of(suite_tables.summary(partial), NUQ.format(4))
     assert cells["bits"] == "4.60" and cells["perplexity"] == f"{first.value.mean():.2f}"
     assert cells["KL, nats"] == f"{first.kl.mean():.4f}"
-    text = macros.numbers(partial)
-    assert rf"\newcommand{{\kvNuqFourOnepctPerplexity}}{{{first.value.mean():.2f}}}" in text
-    assert rf"\newcommand{{\kvQualityTask}}{{{partial.labels.task('ppl-wikitext2-b')}}}" in text
+    found = values(partial)
+    assert found["nuq4-1pct.ppl-wikitext2-b"] == f"{first.value.mean():.2f}"
+    assert found["quality-task"] == partial.labels.task("ppl-wikitext2-b")
     sizes = row_of(build_table("memory", partial), NUQ.format(4))
     assert sizes[partial.labels.task("ppl-wikitext2-b")] == "4.60"
 
@@ -195,12 +201,9 @@ def test_a_mean_over_seeds_needs_all_seeds(tables: Tables) -> None:
     assert {row[at] for row in body if row[1] == NUQ.format(3)} == {"1.410"}
 
 
-def test_kl_and_verdicts_are_macros(tables: Tables) -> None:
-    text = macros.numbers(tables)
-    for name in ("NuqThreeOnepctKl", "NuqThreeOnepctRulerVerdict", "HeadlineKl"):
-        assert f"\\kv{name}}}" in text
-    names = re.findall(r"\\newcommand\{\\(\w+)\}", text)
-    assert len(names) == len(set(names)) and all(name.isalpha() for name in names)
+def test_divergences_and_verdicts_are_numbers_of_the_text(tables: Tables) -> None:
+    found = values(tables)
+    assert {"nuq3-1pct.ppl-wikitext2-b-kl-p999", "nuq3-1pct.ruler-verdict"} <= set(found)
 
 
 def test_marked_cells_stay_latex_and_text_is_escaped() -> None:

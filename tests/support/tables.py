@@ -28,6 +28,11 @@ def damage(study: Study, scheme: str) -> float:
     return {16: 0.0, 8: 0.01, 4: 0.05, 3: 0.3, 2: 1.0}[round(bits)]
 
 
+def record(*names: object) -> dict[str, str]:
+    """The beginning of the seal of a row's record, another one for each."""
+    return {"record": f"{zlib.crc32(repr(names).encode()):012x}"}
+
+
 def accuracy_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Tables `eval` and `samples`."""
     rows, samples = [], []
@@ -69,9 +74,8 @@ def accuracy_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
                     size: dict[str, float] = {"samples": len(score), "tokens": 4096 * len(score)}
                     size |= {"cache_bytes": int(bits * 1e6), "cache_elements": 8_000_000}
                     size |= {"bits_per_element": bits}
-                    rows.append(
-                        {**key, "seed": seed, "protocol": "A", "value": value} | size | facts
-                    )
+                    key_of_row = {**key, "seed": seed, "protocol": "A", "value": value}
+                    rows.append(key_of_row | size | facts | record(scheme, model, name, seed))
                     shares_rows = isinstance(task, LongBenchTask)
                     samples += [
                         {**key, "seed": seed, "sample": at, "score": float(one)}
@@ -94,6 +98,7 @@ def timed_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
         for scheme, workload, rep in study.throughput_cells():
             key = {"device": "gpu", "model": model, "scheme": scheme, "workload": workload}
             row: dict[str, Any] = {**key, "rep": rep, "scheme_rounds": 100}
+            row |= record("perf", *key.values(), rep)
             row |= {"prompt_tokens": 16384, "batch_size": 4, "quantize_share": rng.uniform(0, 0.1)}
             for part, low, high in (("prefill", 0.9, 1.0), ("decode", 0.7, 2.0)):
                 ratio = rng.uniform(low, high)
@@ -112,7 +117,8 @@ def timed_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
             joules |= {f"{n}_{e}": v * f for n, v in joules.items()
                        for e, f in (("low", 0.98), ("high", 1.03))}  # fmt: skip
             more = {"rep": rep, "source": "nvml", "energy_ratio": ratio, "scheme_trials": 5}
-            energy.append({**key, **more, **joules})
+            ends = {"energy_ratio_low": 0.98 * ratio, "energy_ratio_high": 1.02 * ratio}
+            energy.append({**key, **more, **joules, **ends, **record("energy", *key.values(), rep)})
     columns = ["device", "model", "scheme", "workload", "rep"]
     return (
         pd.DataFrame(perf, columns=None if perf else columns),
@@ -148,6 +154,7 @@ def job_table(study: Study) -> pd.DataFrame:
             row |= {"joules_per_answer_token": 2.9 / faster, "counter_over_power": 1.001}
             row["joules_per_token_above_idle"] = 0.1 / faster
             row["source"] = "nvml" if case.energy else None
+            row |= record("jobs", name)
             rows.append(row)
     return pd.DataFrame(rows)
 

@@ -4,6 +4,7 @@
 from kvquant.analysis import figure_list, page_list, table_list
 from kvquant.analysis.explorer import view_list
 from kvquant.analysis.report import remove_if_cut
+from kvquant.study.companions import published_sums
 from kvquant.runtime.run_end import claim_lines, product_lines, reproduction_lines, result_lines
 
 FIGURES = {name: figure_list.FIGURES[name] for name in figure_list.shown(STUDY)}
@@ -59,6 +60,7 @@ rule tables:
     output:
         tables=expand("<paper>/tables/{table}.tex", table=table_list.of_study(STUDY)),
         numbers="<paper>/numbers.tex",
+        csv="<paper>/numbers.csv",
         floats="<paper>/floats.tex",
     log:
         "<logs>/paper/tables.log",
@@ -91,6 +93,57 @@ rule claims:
     shell:
         "python -m kvquant claims --study {params.study:q} --tables {params.tables:q}"
         " --out {output.csv:q} --tex {output.tex:q} > {log:q} 2>&1"
+
+
+localrules:
+    companion,
+    manuscript,
+
+
+rule companion:
+    """Numbers, tables and figures of another published study, of which the paper speaks as well."""
+    input:
+        study=lambda wildcards: STUDY.companions[wildcards.companion],
+        records=lambda wildcards: published_sums(STUDY.companions[wildcards.companion]),
+    output:
+        numbers="<paper>/{companion}/numbers.tex",
+        csv="<paper>/{companion}/numbers.csv",
+        tables=directory("<paper>/{companion}/tables"),
+        figures=directory("<paper>/{companion}/figures"),
+    log:
+        "<logs>/paper/companion-{companion}.log",
+    wildcard_constraints:
+        companion="|".join(map(re.escape, STUDY.companions)) or "none",  # a key of `companions`
+    params:
+        out=lambda wildcards, output: Path(output[0]).parent,
+    message:
+        "Making what the paper shows of {wildcards.companion}"
+    shell:
+        "python -m kvquant companion --study {input.study:q} --out-dir {params.out:q} > {log:q} 2>&1"
+
+
+rule manuscript:
+    """A document of the paper as PDF: `main`, the article, or `study`, all tables and figures."""
+    input:
+        rules.figures.input,
+        rules.tables.output,
+        rules.claims.output,
+        expand("<paper>/{companion}/numbers.tex", companion=STUDY.companions),
+        multiext("paper/", "kvquant.sty", "twocolumns.sty", "store-drawing.tex", "references.bib"),
+        tex="paper/{document}.tex",
+    output:
+        "<paper>/{document}.pdf",
+    log:
+        "<logs>/paper/{document}.log",
+    wildcard_constraints:
+        document="main|study",
+    params:
+        paper=lambda wildcards, output: Path(output[0]).parent,
+    message:
+        "Compiling {wildcards.document}.tex"
+    shell:
+        "python -m kvquant manuscript --tex {input.tex:q} --paper {params.paper:q} --out {output:q}"
+        " > {log:q} 2>&1"
 
 
 localrules:

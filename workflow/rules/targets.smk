@@ -49,6 +49,12 @@ rule all_explorer:
         rules.explorer.output,
 
 
+rule all_paper:
+    """The article as PDF; needs LaTeX."""
+    input:
+        "<paper>/main.pdf",
+
+
 rule all_report:
     """The HTML report of the study."""
     input:

@@ -38,7 +38,7 @@ def draw(study: Study, tables: Path) -> Any:
     names: tuple[str, ...] = ("eval", "tests", "perf", "energy")
     if study.jobs is not None:
         names = (*names, "jobs")
-    read = (one_device(study, read_table(tables, name)) for name in names)
+    read = [one_device(study, read_table(tables, name)) for name in names]
     found = pareto_panels.panels(study, *read, labels=labels)
     if not any(pareto_panels.compares(study, panel) for panel in found):
         raise UserError("figure pareto: no scheme has a finite difference to the baseline")
@@ -80,7 +80,7 @@ def draw(study: Study, tables: Path) -> Any:
     if len(models) > 1:
         for axis, model in zip(axes[0], models, strict=True):
             axis.set_title(labels.model(model))
-    task = pareto_panels.quality_task(study)
+    task = pareto_panels.quality_task(study, read[0])
     assert task is not None
     label = pareto_panels.quality_label(study, task, labels)
     figure.supylabel(f"{label} (less is better)", fontsize=7.5)

@@ -19,7 +19,7 @@ import seaborn as sns
 
 from kvquant.analysis.figures.style import FRONTIER, Look, placeholder
 from kvquant.analysis.labels import Labels, job_label
-from kvquant.analysis.pareto import counted, dominated
+from kvquant.analysis.pareto import counted, dominated, first_task
 from kvquant.study.config import Study
 from kvquant.study.suite import likelihood_suites
 from kvquant.study.tasks import SUITES
@@ -57,11 +57,14 @@ class Panel:
         object.__setattr__(self, "points", self.points.dropna(subset=["x", "y"]))
 
 
-def quality_task(study: Study) -> str | None:
-    """Returns the task of the vertical axis: the first of perplexity, or else the first of all."""
-    likelihoods = likelihood_suites()
-    language = [name for name, task in study.tasks.items() if task.suite in likelihoods]
-    return next(iter(language or study.tasks), None)
+def quality_task(study: Study, evaluations: pd.DataFrame) -> str | None:
+    """Returns the task of the vertical axis: the first measured one of perplexity, or else of all.
+
+    Of a study that measured nothing it is the first task.
+    """
+    language = first_task(study, evaluations, *likelihood_suites())
+    first = first_task(study, evaluations, *SUITES) if language is None else language
+    return next(iter(study.tasks), None) if first is None else first
 
 
 def quality_label(study: Study, task: str, labels: Labels) -> str:
@@ -74,7 +77,7 @@ def quality(study: Study, evaluations: pd.DataFrame, tests: pd.DataFrame) -> pd.
 
     Columns besides are bits per element and bytes of the cache per token, with the seeds' ends.
     """
-    task, rows = quality_task(study), []
+    task, rows = quality_task(study, evaluations), []
     mine = evaluations[evaluations.task == task]
     for (model, scheme), group in mine.groupby(_KEYS, sort=False):
         row: dict[str, Any] = {"model": model, "scheme": scheme}

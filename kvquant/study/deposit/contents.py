@@ -33,9 +33,11 @@ def record_files(archive: Path) -> list[Path]:
 def study_text(study: Study) -> str:
     """Returns the study as a file that belongs to no machine.
 
-    Its folder of records is that of the archive, and a folder of local data is left out.
+    Its folder of records is that of the archive. A folder of local data is left out, and so are
+    companions, which are other studies.
     """
-    plain = study.model_copy(update={"published": RECORDS, "data_dir": None, "reproduce": None})
+    left = {"data_dir": None, "reproduce": None, "companions": {}}
+    plain = study.model_copy(update={"published": RECORDS, **left})
     return plain.model_dump_json(indent=2) + "\n"
 
 

@@ -1,0 +1,27 @@
+"""The other published studies of which a study's paper speaks (key `companions`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kvquant.errors import UserError
+from kvquant.study.archive import SUMS
+from kvquant.study.overlay import read_study
+
+
+def published_sums(file: str) -> str:
+    """Returns the file of hashes of a companion's published records.
+
+    It changes with any of them.
+
+    Args:
+        file: The companion's study file.
+
+    Raises:
+        UserError: The study cannot be read, or names no published records.
+    """
+    raw = read_study(file, "companions")
+    published = raw.get("published") if isinstance(raw, dict) else None
+    if not published:
+        raise UserError(f"companions: {file}: has no published records (key `published`)")
+    return str(Path(str(published)) / SUMS)
