@@ -55,9 +55,9 @@ class Reproduction:
         """Returns the outcome in two sentences."""
         total, planned = self.results + self.missing, f"{self.planned:,} of them planned"
         judged = (
-            f"{self.count(REPRODUCED):,} quantities are reproduced, {self.count(DIFFERS):,} differ,"
-            f" {self.count(UNDECIDED):,} lack evidence; {self.count(SHOWN):,} are shown and not "
-            "judged."
+            f"{self.count(REPRODUCED):,} quantities are reproduced, {self.count(DIFFERS):,} differ"
+            f" and {self.count(UNDECIDED):,} lack evidence, with {self.count(SHOWN):,} more shown "
+            "and not judged."
         )
         measured = (
             f"Of {total:,} published results {self.results:,} were measured again and "

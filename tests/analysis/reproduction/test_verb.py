@@ -24,7 +24,7 @@ def test_the_same_numbers_are_reproduced(
 ) -> None:
     assert reproduce(study, tmp_path, own, "--fail-if-differs") == 0
     told = capsys.readouterr().out
-    assert " 0 differ, 0 lack evidence" in told
+    assert " 0 differ and 0 lack evidence" in told
     assert "Of 35 published results 35 were measured again and 0 were not run" in told
     table = pd.read_parquet(tmp_path / "tables/reproduce.parquet")
     assert set(table["verdict"]) == {"reproduced", "not judged"}
