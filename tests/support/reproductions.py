@@ -18,7 +18,7 @@ from kvquant.study.seal import KINDS
 from kvquant.study.tasks import SUITES
 from tests.support.studies import write_study
 
-Edit = Callable[[dict[str, Any], list[dict[str, Any]]], None]
+Edit = Callable[[dict[str, Any], list[dict[str, Any]]], object]
 
 
 def published_study(study: Study, folder: Path) -> Study:

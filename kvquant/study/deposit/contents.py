@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from kvquant.errors import UserError
 from kvquant.formats.files import read_bytes
@@ -36,7 +37,7 @@ def study_text(study: Study) -> str:
     Its folder of records is that of the archive. A folder of local data is left out, and so are
     companions, which are other studies.
     """
-    left = {"data_dir": None, "reproduce": None, "companions": {}}
+    left: dict[str, Any] = {"data_dir": None, "reproduce": None, "companions": {}}
     plain = study.model_copy(update={"published": RECORDS, **left})
     return plain.model_dump_json(indent=2) + "\n"
 

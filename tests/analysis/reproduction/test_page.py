@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from kvquant.analysis.reproduction.page import page
 from kvquant.analysis.reproduction.result import Reproduction
 from kvquant.analysis.reproduction.rows import NOT_RUN, Row, Subject, exact, ratio
 from tests.support.studies import study_of
 
-WHERE = {"published_device": "NVIDIA <H100>", "own_device": "processor (Linux)"}
+WHERE: dict[str, Any] = {"published_device": "NVIDIA <H100>", "own_device": "processor (Linux)"}
 
 
 def test_the_page() -> None:
