@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -59,6 +60,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "manuscript": ("kvquant.analysis.manuscript", "compile a LaTeX document of the paper"),
     "html": ("kvquant.analysis.html_tables", "write claims and tables as HTML for the report"),
     "explorer": ("kvquant.analysis.explorer.page", "write all results as one page to explore"),
+    "landing": ("kvquant.analysis.landing.page", "write the landing page of the report"),
     "report": ("kvquant.analysis.report", "write the HTML report of a finished study"),
     "claims": ("kvquant.analysis.claims", "write the claims: measured values and verdicts"),
     "reproduce": (
@@ -93,13 +95,43 @@ def _refuse_empty(words: Sequence[str]) -> None:
             raise UserError(f"{option or 'verb'}: is empty")
 
 
+def _unwritten() -> int:
+    """Writes what standard output still holds back, and returns a status if that fails, else 0."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # The interpreter writes it once more as it ends, and would complain in its own way.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        print(f"kvquant: error: standard output: {error.strerror or error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit status.
 
     The status is 0 on success, or what the verb returns (1: no, to what it was asked); 2 for
-    invalid input, which is reported as one line per field; and 130 after Ctrl-C.
+    invalid input, which is reported as one line per field, or output that cannot be written; 130
+    after Ctrl-C; and 141 if the reader of standard output left, as `| head -1` does.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    if not sys.stdout:  # what is printed would go nowhere, and nobody would be told
+        told = "standard output: is closed; send it to a file or to /dev/null"
+        print(f"kvquant: error: {told}", file=sys.stderr)
+        return 2
+    try:
+        status = _status(list(sys.argv[1:] if argv is None else argv))
+    except SystemExit:  # argparse printed a help
+        if lost := _unwritten():
+            return lost
+        raise
+    lost = _unwritten()
+    return status or lost
+
+
+def _status(words: Sequence[str]) -> int:
+    """Runs one verb, reports its errors, and returns the exit status."""
     verb = next((w for w in words if not w.startswith("-")), None)
     try:
         _refuse_empty(words)
@@ -116,6 +148,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"kvquant: error: {told}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # rich ends a program whose reader left
+            return 128 + signal.SIGPIPE
+        raise
     except OSError as error:
         # A full disk, a read-only folder, a vanished file: a traceback would explain nothing.
         where = f"{error.filename}: " if error.filename else ""

@@ -97,3 +97,46 @@ def test_empty_values_are_named(
     """As an unset variable of a shell leaves them."""
     assert main(words) == 2
     assert capsys.readouterr().err == f"kvquant: error: {named}: is empty\n"
+
+
+def _status_of(words: list[str], stdout: int | None, root: Path) -> tuple[int, str]:
+    """The exit status and the errors of a verb with a standard output of its own.
+
+    The interpreter's buffering is the usual one, by which short output is written at the end.
+    """
+    usual = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "kvquant", *words]
+    if stdout is None:
+        command = ["/bin/sh", "-c", 'exec "$@" >&-', "sh", *command]
+    done = subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=root, env=usual, check=False
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["grid", "--study", "config/demo.yaml"],  # written by rich
+        ["study", "--study", "config/demo.yaml"],  # written by print
+        ["--help"],  # written by argparse
+    ],
+)
+def test_a_reader_that_left_is_no_success(words: list[str], root: Path) -> None:
+    """As `| head -1`, and quiet as other programs are."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        assert _status_of(words, write, root) == (141, "")
+    finally:
+        os.close(write)
+
+
+def test_output_that_cannot_be_written_is_an_error(root: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        told = "kvquant: error: standard output: No space left on device\n"
+        assert _status_of(["--help"], full.fileno(), root) == (2, told)
+    assert _status_of(["--help"], None, root) == (
+        2,
+        "kvquant: error: standard output: is closed; send it to a file or to /dev/null\n",
+    )

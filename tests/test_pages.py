@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,13 @@ def test_commands_are_found_and_wrong_ones_noticed(tmp_path: Path) -> None:
     assert len(found) == 6
     fine = {"grid --study a.yaml", "capacity --model M --memory 24GB"}
     assert {words for words, problem in found.items() if not problem} == fine
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_output_is_shown_and_not_promised(name: str) -> None:
+    """A lone word in capitals stands for output that somebody meant to fill in."""
+    promised = [b.line for b in blocks(ROOT / name) if re.fullmatch(r"[A-Z]+", b.code.strip())]
+    assert not promised, f"lines {promised} hold a placeholder"
 
 
 def test_the_pages_have_what_is_checked() -> None:

@@ -69,6 +69,22 @@ def test_files_that_pages_link_to_are_part_of_the_site(site: Any, root: Path) ->
     assert files == {"files/config/quality.yaml": (root / "config/quality.yaml").read_bytes()}
 
 
+def test_the_explorer_is_linked_where_it_was_made(site: Any, tmp_path: Path) -> None:
+    pages = site("outside_pages")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/workflow.md").write_text("a\n## The explorer\nIt sorts.\n\n## Next\nb\n")
+    without = pages._explorer(tmp_path)
+    assert "`uv run snakemake -c2 explorer`" in without and "](" not in without
+    made = tmp_path / pages.MADE_EXPLORER
+    made.parent.mkdir(parents=True)
+    made.write_text("<p>all results</p>")
+    text = pages._explorer(tmp_path)
+    assert "It sorts." in text and "Next" not in text
+    place = f"files/{pages.MADE_EXPLORER}"
+    assert f"[Open the explorer]({place})" in pages.site_text(tmp_path, "explorer.md", text)
+    assert pages.linked_files(tmp_path, {"explorer.md": text}) == {place: made.read_bytes()}
+
+
 def test_drawings_are_those_of_their_scripts(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

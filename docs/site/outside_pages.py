@@ -16,10 +16,12 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-MEASURED, EXAMPLES = "measured.md", "examples.md"
+MEASURED, EXAMPLES, EXPLORER = "measured.md", "examples.md", "explorer.md"
+MADE_EXPLORER = "results/h100/explorer.html"  # by `snakemake explorer`, from published records
 SOURCES = {site: source for source, site in PAGES.items()} | {
     MEASURED: "README.md",
     EXAMPLES: "examples/README.md",
+    EXPLORER: "docs/workflow.md",
 }
 LINK = re.compile(r"(?P<start>!?\[(?P<text>[^\]]*)\]\()(?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 
@@ -39,10 +41,29 @@ def _examples(root: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _explorer(root: Path) -> str:
+    """Returns the page that leads to the explorer of the published study, or says how to make it.
+
+    Making it takes a minute, which not every build of the site should cost.
+    """
+    workflow = (root / "docs/workflow.md").read_text(encoding="utf-8")
+    about = workflow.split("\n## The explorer\n")[1].split("\n\n")[0]
+    if (root / MADE_EXPLORER).is_file():
+        start = f"[Open the explorer](../{MADE_EXPLORER}){{ .md-button .md-button--primary }}"
+    else:
+        start = (
+            "This site was built without it. In a clone of the repository, "
+            f"`uv run snakemake -c2 explorer` makes `{MADE_EXPLORER}` from the published records "
+            "in about a minute, and the next build of the site has it here."
+        )
+    return f"# Explore all results\n\n{start}\n\n{about}\n"
+
+
 def pages(root: Path) -> dict[str, str]:
     """Returns {page of the site: text} of the pages outside `docs/`."""
     found = {site: (root / source).read_text(encoding="utf-8") for source, site in PAGES.items()}
-    return found | {MEASURED: _measured(root), EXAMPLES: _examples(root)}
+    made = {MEASURED: _measured(root), EXAMPLES: _examples(root), EXPLORER: _explorer(root)}
+    return found | made
 
 
 def _target(root: Path, name: str, link: str) -> PurePosixPath | None:

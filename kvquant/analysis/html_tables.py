@@ -1,10 +1,11 @@
-"""`kvquant html`: writes claims and tables as HTML pages with captions, for the report."""
+"""`kvquant html`: writes claims and tables as HTML pages, and their captions, for the report."""
 
 from __future__ import annotations
 
 import argparse
 import html
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ NAME, TEXT = 24, 60  # letters of a name, which no line break cuts, and of a tex
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 1.5em; color: #1a1a1a; background: #fff; }
 table { border-collapse: collapse; }
-caption { text-align: left; padding: 0 0 .8em; max-width: 60em; color: #444; }
+caption { text-align: left; padding: 0 0 .8em; color: #444;
+  max-width: min(60em, calc(100vw - 3em)); }
 th { text-align: left; border-bottom: 2px solid #333; position: sticky; top: 0; background: #fff; }
 th, td { padding: .35em .8em .35em 0; vertical-align: top; }
 td { border-bottom: 1px solid #ddd; }
@@ -80,6 +82,7 @@ def page(table: pd.DataFrame, title: str, caption: str) -> str:
     body = "\n".join(rows) or "<tr><td>Nothing of this kind was measured in this study.</td></tr>"
     return (
         f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        f"<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>\n"
         f"<table><caption>{html.escape(caption)}</caption>\n"
         f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table></body></html>\n"
@@ -127,12 +130,24 @@ def caption_of(study: Study, name: str, table: pd.DataFrame) -> str:
     return " ".join(filter(None, (PAGES[name].caption, note)))
 
 
+def as_restructured(text: str) -> str:
+    """Returns plain text as reStructuredText in a template of Jinja, in which nothing is markup."""
+    marked = re.sub(r"([\\*`_|])", r"\\\1", text)
+    # braces of a template in two pieces of text, as neither {{ nor {% nor {# may stand in it
+    return re.sub(r"\{(?=[{%#])", "{{ '{' }}", marked) + "\n"
+
+
 def run(args: argparse.Namespace) -> None:
-    """Writes every page asked for; a file's name says which table it shows."""
+    """Writes every page and caption asked for; a file's name says which table it is about."""
     study = load_study(args.study)
+    made: dict[str, pd.DataFrame] = {}
     for file in args.out:
-        check(study, file.stem)
-        title = f"{study.title or study.study}: {file.stem}"
-        table = table_of(study, args.tables, file.stem)
-        replace(file, page(table, title, caption_of(study, file.stem, table)))
+        name = file.stem
+        check(study, name)
+        table = made[name] if name in made else table_of(study, args.tables, name)
+        made[name] = table
+        caption = caption_of(study, name, table)
+        title = f"{study.title or study.study}: {PAGES[name].label}"
+        text = as_restructured(caption) if file.suffix == ".rst" else page(table, title, caption)
+        replace(file, text)
         print(f"html: {file}")

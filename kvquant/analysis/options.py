@@ -74,7 +74,7 @@ def html(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         type=Path,
-        help="FOLDER/NAME.html; an unknown name lists the known",
+        help="FOLDER/NAME.html, or NAME.rst for its caption; an unknown name lists the known",
     )
 
 

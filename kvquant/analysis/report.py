@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kvquant.analysis.landing import STYLE
 from kvquant.errors import UserError
 
 TARGETS = ("figures", "html", "explorer")  # rules whose outputs the report shows
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
     # The caller holds the lock; options of a profile are for its jobs.
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(args.snakefile)]
     command += ["--configfile", str(args.study), "--replace-workflow-config", "--nolock"]
-    command += ["--quiet", "--cores", "1", "--report", str(part), "--", *TARGETS]
+    command += ["--quiet", "--cores", "1", "--report", str(part)]
+    command += ["--report-stylesheet", str(STYLE), "--", *TARGETS]
     env = {k: v for k, v in os.environ.items() if k != "SNAKEMAKE_PROFILE"}
     try:
         done = subprocess.run(command, env=env, check=False)

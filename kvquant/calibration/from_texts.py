@@ -19,6 +19,7 @@ from kvquant.fetch.hub import is_repository_id
 from kvquant.fetch.model_manifest import ModelManifest
 from kvquant.fetch.text_overlap import described_text
 from kvquant.formats.files import is_text, read_text
+from kvquant.models.base_model import check_tokenizer
 from kvquant.models.generation import check_ids
 from kvquant.models.loading import attention_layers, load_base_model, weights_sha256, with_manifest
 from kvquant.models.logits_sample import logits_sample
@@ -95,6 +96,8 @@ def calibrate(
     options = _options(windows, window, seed, getattr(spec, "outliers", None))
     if texts is None:
         raise UserError("texts: are missing; give strings like those that the model will read")
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     base: Any = model
     if isinstance(model, nn.Module):
         if device != "auto" or (dtype, device_map) != (None, None):

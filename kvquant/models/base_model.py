@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -230,7 +231,29 @@ def load_tokenizer(model: str | Path | ModelManifest) -> tuple[Any, int]:
     return _read_pretrained(AutoTokenizer, directory), position_limit(config)
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuses what cannot turn texts into tokens, such as the name of a tokenizer.
+
+    Raises:
+        UserError: It is no tokenizer.
+    """
+    if not callable(tokenizer):
+        raise UserError(
+            f"tokenizer: must be a tokenizer, got {type(tokenizer).__name__}; give what "
+            "transformers.AutoTokenizer.from_pretrained returns"
+        )
+
+
 def with_manifest(model: str | Path | ModelManifest) -> str | Path | ModelManifest:
-    """Returns the manifest of a folder that `fetch-model` filled, else `model` itself."""
+    """Returns the manifest of a folder that `fetch-model` filled, else `model` itself.
+
+    Raises:
+        UserError: It is neither a manifest nor the name of a model.
+    """
+    if not isinstance(model, str | os.PathLike | ModelManifest):
+        raise UserError(
+            "model: must be a folder, a hub id or a loaded transformers model, got "
+            f"{type(model).__name__}"
+        )
     found = None if isinstance(model, ModelManifest) else manifest_beside(model)
     return model if found is None else found

@@ -18,13 +18,13 @@ from kvquant.fetch.file_hashes import FileHashes
 from kvquant.fetch.model_manifest import ModelManifest as ModelManifest
 from kvquant.fetch.model_manifest import model_files, weight_files
 from kvquant.fetch.model_manifest import read_manifest as read_manifest
+from kvquant.models.base_model import check_tokenizer, with_manifest
 from kvquant.models.base_model import default_attention as default_attention
 from kvquant.models.base_model import default_dtype as default_dtype
 from kvquant.models.base_model import load_base_model as load_base_model
 from kvquant.models.base_model import load_tokenizer as load_tokenizer
 from kvquant.models.base_model import resolve_device as resolve_device
 from kvquant.models.base_model import resolve_devices as resolve_devices
-from kvquant.models.base_model import with_manifest
 from kvquant.models.hooks import attention_layers as attention_layers
 from kvquant.models.hooks import install_attention as install_attention
 from kvquant.models.hooks import uninstall_attention as uninstall_attention
@@ -93,6 +93,8 @@ def load(
         raise UserError("model: is loaded; move or convert it before it is given, not by options")
     if device_map is not None and device != "auto":
         raise UserError("device_map: says where the model goes; leave device out")
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     if not isinstance(model, nn.Module):
         model = with_manifest(model)
     asked = None if scheme is None else scheme_from(scheme)

@@ -180,9 +180,22 @@ def unwrap(qm: QuantizedModel) -> Any:
         qm: What :func:`kvquant.load` returned.
 
     Raises:
-        UserError: The weights are those of rotated values.
+        UserError: It is no such thing, or the weights are those of rotated values.
     """
-    return qm.unwrap()
+    return as_loaded(qm).unwrap()
+
+
+def as_loaded(qm: Any) -> QuantizedModel:
+    """Returns what :func:`kvquant.load` returned, and refuses anything else.
+
+    Raises:
+        UserError: It is a transformers model or the name of one, for instance.
+    """
+    if not isinstance(qm, QuantizedModel):
+        raise UserError(
+            f"qm: must be what kvquant.load returned, got {type(qm).__name__}; load the model first"
+        )
+    return qm
 
 
 def _embedding(model: Any) -> torch.Tensor:

@@ -14,7 +14,7 @@ from kvquant.models.generation import check_ids, check_prompts, cut, end_ids, gr
 from kvquant.models.model_call import cache_argument
 from kvquant.models.oom_retry import in_batches, retry_on_overflow, without_retry
 from kvquant.models.prefill_quant import PrefillQuantizedAttention
-from kvquant.models.quantized_model import QuantizedModel
+from kvquant.models.quantized_model import QuantizedModel, as_loaded
 
 Turn = Mapping[str, Any]
 Prompt = str | Sequence[Turn]
@@ -37,6 +37,9 @@ _REFUSED = {
     "num_return_sequences": "give a prompt several times",
     "return_dict_in_generate": "call qm.model.generate(..., past_key_values=qm.new_cache())",
 }
+
+# The least value of options that count something, which transformers does not check.
+_COUNTS = {"num_beams": 1, "min_new_tokens": 0, "no_repeat_ngram_size": 0}
 
 
 def generate(
@@ -79,15 +82,16 @@ def generate(
         The answers in the order of the prompts, without the prompts and special tokens.
 
     Raises:
-        UserError: There is no tokenizer or chat template, a prompt is empty, too long for the
-            model's positions or refused by the template, or an option cannot be used here.
+        UserError: The model was not loaded by :func:`kvquant.load`, there is no tokenizer or chat
+            template, a prompt is empty, too long for the model's positions or refused by the
+            template, or an option cannot be used here.
         NonFinite: Logits that decide a token are NaN or infinite (greedy decoding).
     """
     for name, count in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         _whole(name, count)
     if batch_tokens is not None and _whole("batch_tokens", batch_tokens) < 1:
         raise UserError(f"batch_tokens: {batch_tokens} leaves no room for a prompt; at least 1")
-    if qm.quantizes and not isinstance(
+    if as_loaded(qm).quantizes and not isinstance(
         qm.model.model.layers[0].self_attn, PrefillQuantizedAttention
     ):
         raise UserError("qm: its model was unwrapped; give the model to kvquant.load again")
@@ -101,7 +105,12 @@ def generate(
         if name in options:
             raise UserError(f"{name}: is no option of kvquant.generate; {instead}")
     options = {name: value for name, value in options.items() if value is not None}
+    for name, least in _COUNTS.items():
+        if name in options and _whole(name, options[name]) < least:
+            raise UserError(f"{name}: must be at least {least}, got {options[name]}")
     draws = options.pop("do_sample", any(name in options for name in _SAMPLING))
+    if draws not in (True, False):
+        raise UserError(f"do_sample: must be True or False, got {draws!r}")
     if draws:
         options["do_sample"] = True
     else:
@@ -266,4 +275,10 @@ def _by_transformers(
     except ValueError as error:  # transformers' own words on an option
         told = " ".join(str(error).split())
         raise UserError(f"options: transformers' generate refuses them ({told})") from None
+    except (AttributeError, TypeError) as error:  # a value of a type that it does not check
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        names = ", ".join(sorted(options.keys() - {"do_sample"})) or "do_sample"
+        raise UserError(
+            f"options: transformers' generate has no use of {names} as given ({told})"
+        ) from error
     return answers

@@ -111,6 +111,20 @@ def refuse_edited(datasets: Mapping[str, OwnText]) -> None:
                 )
 
 
+def is_read(own: OwnText, manifest: str) -> bool:
+    """Returns whether a manifest of what was read is of the files as they are now.
+
+    Args:
+        own: The data set with the hashes of now.
+        manifest: The manifest; a missing or damaged one is of no files.
+    """
+    try:
+        found = json.loads(Path(manifest).read_text(encoding="utf-8"))["own"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return bool(found == own.identity())
+
+
 def edited_since(datasets: Mapping[str, OwnText], study_json: Path) -> Iterator[str]:
     """Yields a line per file that was edited since the last run, which wrote a study.json.
 

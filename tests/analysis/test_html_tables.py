@@ -6,16 +6,20 @@ Also covers: analysis.page_list.
 from __future__ import annotations
 
 import argparse
+import html
+import re
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pandas as pd
 import pytest
+from docutils.core import publish_parts  # type: ignore[import-untyped]
 
 from kvquant.analysis import html_tables, page_list
 from kvquant.analysis.collect import JOB_COLUMNS
 from kvquant.analysis.evidence import SUPPORTED
-from kvquant.analysis.html_tables import page, table_of
+from kvquant.analysis.html_tables import as_restructured, page, table_of
 from kvquant.analysis.labels import labels_of
 from kvquant.analysis.pareto import pareto_table
 from kvquant.analysis.tables import write_table
@@ -115,3 +119,26 @@ def test_the_page_of_all_axes_names_the_task(tmp_path: Path) -> None:
     assert "<td>no</td>" in page(table, "t", "c")
     timed = {"timed workload", "metered workload"}
     assert not timed & set(table.columns)  # nothing was timed
+
+
+MARKUP = ["a_b *c* `d`_ |e| \\ ``f``", "{{ g }} {% h %} {# i #} {j}"]
+
+
+@pytest.mark.parametrize("text", [*MARKUP, *(shown.caption for shown in page_list.PAGES.values())])
+def test_captions_are_plain_text(text: str) -> None:
+    """Jinja and docutils, which Snakemake renders captions with, give back the text itself."""
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
+        as_restructured(text)
+    )
+    body = publish_parts(template.render(), writer="html")["body"]
+    assert html.unescape(re.sub(r"<[^>]+>", "", body)).split() == text.split()
+
+
+def test_captions_are_written_beside_pages(folder: Path) -> None:
+    (folder / "study.json").write_text(STUDY.model_dump_json(), encoding="utf-8")
+    files = [folder / f"report/jobs{suffix}" for suffix in (".html", ".rst")]
+    given = {"study": str(folder / "study.json"), "tables": folder, "out": files}
+    html_tables.run(argparse.Namespace(**given))
+    caption = page_list.PAGES["jobs"].caption
+    assert html.escape(caption) in files[0].read_text(encoding="utf-8")
+    assert files[1].read_text(encoding="utf-8") == as_restructured(caption)

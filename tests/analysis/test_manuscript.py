@@ -49,7 +49,9 @@ def compiled(root: Path, folder: Path, body: str) -> Path:
     return out
 
 
-@pytest.mark.fault("paper", "a number that the paper shows is not measured", "a mark in its place")
+@pytest.mark.fault(
+    "statistics", "a number that the paper shows is not measured", "a mark in its place, counted"
+)
 def test_numbers_come_from_the_folder_and_a_missing_one_leaves_a_mark(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

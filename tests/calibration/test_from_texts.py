@@ -197,6 +197,8 @@ def test_windows_of_a_hybrid_stay_out() -> None:
         ({"seed": -1}, "seed: "),
         ({"device": "cpu"}, "model: is loaded"),
         ({"tokenizer": None}, "tokenizer: is missing"),
+        ({"tokenizer": "my/model"}, "tokenizer: must be a tokenizer, got str"),
+        ({"tokenizer": 3}, "tokenizer: must be a tokenizer, got int"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(given: dict[str, Any], told: str, tiny: Any) -> None:

@@ -37,10 +37,10 @@ def test_a_loaded_model_gives_what_its_folder_gives(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, positions=256)
     own = load_quantized_model(folder, KIVI, device="cpu")
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-    given = load_quantized_model(loaded, KIVI, tokenizer="mine")
+    given = load_quantized_model(loaded, KIVI, tokenizer=(mine := tiny_tokenizer()))
     mapped = load_quantized_model(folder, KIVI, device_map="cpu", dtype=torch.float32)
     assert given.model is loaded
-    assert given.tokenizer == "mine"
+    assert given.tokenizer is mine
     assert load_quantized_model(loaded, KIVI).tokenizer is None
     assert not loaded.training
     tokens = ids(2, 70)
@@ -166,6 +166,14 @@ def test_what_does_not_fit_a_loaded_model() -> None:
         load_quantized_model("nowhere", KIVI, device="cpu", device_map="auto")
     with pytest.raises(UserError, match="model: 'Linear' is not supported"):
         load_quantized_model(torch.nn.Linear(2, 2), KIVI)
+    with pytest.raises(UserError, match=r"^tokenizer: must be a tokenizer, got str; .*AutoTok"):
+        load_quantized_model(tiny_model(), KIVI, tokenizer="resources/models/mine")
+
+
+@pytest.mark.parametrize("given", [3, torch.nn.Linear])
+def test_what_is_no_model_is_refused_in_one_line(given: Any) -> None:
+    with pytest.raises(UserError, match=r"^model: must be a folder, a hub id or .*, got \w+$"):
+        load_quantized_model(given, KIVI)
 
 
 @pytest.mark.refused(

@@ -230,6 +230,13 @@ def test_a_batch_out_of_memory_is_halved(
             {"temperature": -1.0},
             "options: transformers' generate refuses .*temperature",
         ),
+        (["a"], {"num_beams": 0}, "num_beams: must be at least 1, got 0"),
+        (["a"], {"num_beams": 2.5}, "num_beams: must be a whole number, got 2.5"),
+        (["a"], {"no_repeat_ngram_size": -1}, "no_repeat_ngram_size: must be at least 0, got -1"),
+        (["a"], {"min_new_tokens": "x"}, "min_new_tokens: must be a whole number, got 'x'"),
+        (["a"], {"do_sample": "no"}, "do_sample: must be True or False, got 'no'"),
+        (["a"], {"logits_processor": [5]}, "options: .* no use of logits_processor .*__call__"),
+        (["a"], {"stop_strings": 5}, "options: .* no use of stop_strings .*not iterable"),
         (["a"], {"batch_size": 0}, "batch_size must be at least 1"),
         (["a"], {"batch_size": 1.5}, "batch_size: must be a whole number, got 1.5"),
         (["a"], {"batch_tokens": 0}, "batch_tokens: 0 leaves no room for a prompt"),
@@ -261,6 +268,16 @@ def test_a_tokenizer_and_a_template_are_needed(qm: kvquant.QuantizedModel) -> No
     with pytest.raises(UserError, match="chat: the tokenizer has no chat template"):
         kvquant.generate(qm, ["a"], chat=True)
     qm.tokenizer.chat_template = template
+
+
+@pytest.mark.parametrize("given", ["resources/models/mine", None, 3])
+def test_a_model_that_was_not_loaded_here_is_refused_in_one_line(given: Any) -> None:
+    for other in (given, tiny_model()):
+        told = f"qm: must be what kvquant.load returned, got {type(other).__name__}"
+        with pytest.raises(UserError, match=told):
+            kvquant.generate(other, ["a"])
+        with pytest.raises(UserError, match=told):
+            kvquant.unwrap(other)
 
 
 def test_no_prompts_have_no_answers(qm: kvquant.QuantizedModel) -> None:

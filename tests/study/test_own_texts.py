@@ -11,7 +11,7 @@ import pytest
 from kvquant.errors import UserError
 from kvquant.study import digests
 from kvquant.study.config import Study, digest, load_study, parse_study
-from kvquant.study.own_texts import edited_since, refuse_edited
+from kvquant.study.own_texts import edited_since, is_read, refuse_edited
 
 SHA = "0" * 64
 
@@ -105,6 +105,16 @@ def test_edited_files_are_named(here: Path) -> None:
     for text in ("", "[]", '{"datasets": 3}', '{"datasets": {"notes": {"files": ["a.txt"]}}}'):
         file.write_text(text)
         assert not list(edited_since(parse_study(raw()).datasets, file))
+
+
+def test_a_manifest_is_of_the_files_as_they_are_now(here: Path) -> None:
+    own, manifest = parse_study(raw(), "own.yaml").datasets["notes"], here / "manifest.json"
+    assert not is_read(own, str(manifest))
+    for found, current in (({"own": own.identity()}, True), ({"own": None}, False), ([], False)):
+        manifest.write_text(json.dumps(found))
+        assert is_read(own, str(manifest)) is current
+    manifest.write_text(json.dumps({"own": own.identity() | {"test_share": 0.5}}))
+    assert not is_read(own, str(manifest))
 
 
 def test_a_missing_file_is_named(here: Path) -> None:

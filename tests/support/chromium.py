@@ -32,6 +32,33 @@ FLAGS = (
     "--remote-debugging-pipe",
 )
 SECONDS = 60.0
+# The worst contrast of a text inside an element with what is behind it, and the text.
+CONTRAST = """
+((root) => {
+  const parts = (color) => color.match(/[\\d.]+/g).map(Number);
+  const light = (color) => {
+    const [r, g, b] = parts(color).map((v) => v / 255)
+      .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (node) => {
+    for (let at = node; at; at = at.parentElement) {
+      const color = getComputedStyle(at).backgroundColor;
+      if ((parts(color)[3] ?? 1) > 0) return color;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  let worst = [99, ""];
+  for (const node of root.querySelectorAll("*")) {
+    const own = [...node.childNodes].some((c) => c.nodeType === 3 && c.textContent.trim());
+    if (!own || !node.getClientRects().length || node.closest("svg, script")) continue;
+    const [a, b] = [light(getComputedStyle(node).color), light(behind(node))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < worst[0]) worst = [ratio, node.textContent.slice(0, 40)];
+  }
+  return worst;
+})
+"""
 
 
 def find_chromium() -> str | None:
@@ -122,6 +149,19 @@ class Page:
         """The texts of all elements that a selector finds."""
         found = f"[...document.querySelectorAll({json.dumps(selector)})].map((e) => e.textContent)"
         return list(self.evaluate(found))
+
+    def contrast(self, selector: str = "body") -> tuple[float, str]:
+        """The worst contrast of a text with what is behind it, and the text."""
+        root = f"document.querySelector({json.dumps(selector)})"
+        ratio, text = self.evaluate(f"{CONTRAST}({root})")
+        return float(ratio), str(text)
+
+    def wait_for(self, expression: str) -> None:
+        """Waits until a JavaScript expression is true: scripts may draw after a page has loaded."""
+        end = time.monotonic() + SECONDS
+        while not self.evaluate(f"Boolean({expression})"):
+            assert time.monotonic() < end, f"never true: {expression}"
+            time.sleep(0.02)
 
     def press(self, key: str, text: str = "") -> None:
         """Presses a key where the focus is."""

@@ -99,7 +99,10 @@ def test_from_init_to_tables(
     again = snakemake(work, dry)
     output = again.stdout + again.stderr
     assert "datasets.notes: notes.txt was edited since the last run" in output
-    assert jobs(output)["own_data"] == 1 and "prompts" not in jobs(output)
+    # by the same run: with the new text read and the old results kept, the next one would do it
+    counts = {"own_data": 1, "calibrate": 1, "quantize": 3, "evaluate_all": 5, "aggregate": 1}
+    assert jobs(output).items() >= counts.items()
+    assert "prompts" not in jobs(output)
     # or refused, where the study gives its hash
     text = file.read_text().replace("    test_share", f"    sha256: [{'a' * 64}]\n    test_share")
     file.write_text(text)

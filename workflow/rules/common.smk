@@ -6,6 +6,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from kvquant.analysis.landing.command import study_command
 from kvquant.study import datasets, digests
 from kvquant.study.config import parse_study
 from kvquant.errors import UserError
@@ -16,7 +17,7 @@ from kvquant.runtime.provenance import device_name
 from kvquant.runtime.run_lock import hold
 from kvquant.runtime.slurm import prepare
 from kvquant.study.overlay import read_studies
-from kvquant.study.own_texts import edited_since, refuse_edited
+from kvquant.study.own_texts import edited_since, is_read, refuse_edited
 from kvquant.study.places import calibration_place
 from kvquant.study.plan import make_plan, obstacle
 from kvquant.study.published_quantizers import published_quantizer
@@ -36,6 +37,13 @@ def config_files():
         return settings.configfiles
     own = [file for file in workflow.configfiles if file not in settings.configfiles]
     return [*own, *settings.configfiles]
+
+
+def made_by():
+    """The command of this study, as the report shows it."""
+    settings = workflow.config_settings
+    files = list(settings.configfiles or [])
+    return study_command(files, settings.replace_workflow_config, settings.config or {})
 
 
 try:

@@ -93,9 +93,15 @@ def text_of(task):
 
 
 def manifest_of(dataset):
-    """The manifest of a data set; those of the user's own files belong to the study alone."""
-    folder = "<results>/texts" if dataset in STUDY.datasets else "<cache>/data"
-    return ancient(f"{folder}/{dataset}/manifest.json")
+    """The manifest of a data set; those of the user's own files belong to the study alone.
+
+    Files that were edited since are read again, and then the manifest's time counts: what depends
+    on them would otherwise wait for the next run.
+    """
+    if dataset not in STUDY.datasets:
+        return ancient(f"<cache>/data/{dataset}/manifest.json")
+    file = f"<results>/texts/{dataset}/manifest.json"
+    return ancient(file) if is_read(STUDY.datasets[dataset], resolved(file)) else file
 
 
 def timed_text(wildcards):

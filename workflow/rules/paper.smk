@@ -151,7 +151,7 @@ localrules:
 
 
 rule html:
-    """The claims and tables as pages of the report."""
+    """The claims and tables as pages of the report, each with its caption."""
     input:
         "<results>/tables/pareto.parquet",
         "<results>/tables/tests.parquet",
@@ -159,12 +159,14 @@ rule html:
         [
             report(
                 f"<results>/report/{name}.html",
-                caption="../report/page.rst",
+                # the job's other output, which Snakemake opens when it makes the report
+                caption=str(Path.cwd() / STUDY_FILE.parent / f"report/{name}.rst"),
                 category=str(page.section),
                 labels={"table": page.label},
             )
             for name, page in PAGES.items()
         ],
+        [f"<results>/report/{name}.rst" for name in PAGES],
     log:
         "<logs>/paper/html.log",
     params:
@@ -207,6 +209,41 @@ rule explorer:
 
 
 localrules:
+    landing,
+
+
+rule landing:
+    """What a reader of the report sees first: claims, main figures, how to read them, where data is."""
+    input:
+        rules.aggregate.input,
+        tables=[
+            "<results>/tables/pareto.parquet",
+            "<results>/tables/tests.parquet",
+            "<results>/tables/claims.csv",
+        ],
+        figures=expand("<paper>/figures/{figure}.svg", figure=FIGURES),
+        pages=expand("<results>/report/{page}.html", page=PAGES),
+        explorer=rules.explorer.output,
+    output:
+        "<results>/report/landing.html",  # workflow.rst takes it from here
+    log:
+        "<logs>/paper/landing.log",
+    params:
+        study=STUDY_FILE,
+        tables=lambda wildcards, input: Path(input.tables[0]).parent,
+        results=STUDY_FILE.parent,
+        device=DEVICE,
+        command=made_by(),
+    message:
+        "Writing the report's landing page"
+    shell:
+        "python -m kvquant landing --study {params.study:q} --tables {params.tables:q}"
+        " --results {params.results:q} --device-name {params.device:q} --figures {input.figures:q}"
+        " --pages {input.pages:q} --explorer {input.explorer:q} --command {params.command:q}"
+        " --out {output:q} > {log:q} 2>&1"
+
+
+localrules:
     report_page,
 
 
@@ -219,6 +256,7 @@ rule report_page:
         rules.figures.input,
         rules.html.output,
         rules.explorer.output,
+        rules.landing.output,
     output:
         "<results>/report.html",
     log:

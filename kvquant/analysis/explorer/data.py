@@ -66,7 +66,7 @@ def axes(source: Source) -> list[dict[str, Any]]:
     return found
 
 
-def _counts(source: Source) -> list[dict[str, Any]]:
+def counts(source: Source) -> list[dict[str, Any]]:
     """Returns how many results of each kind the study asks for, and how many there are.
 
     What was timed counts once, on however many devices that was.
@@ -124,7 +124,7 @@ def data_of(source: Source) -> dict[str, Any]:
         "families": list(FAMILIES),
         "suites": [[name, SUITES[name].label] for name in suites],
         "devices": [device_label(device) for device in source.tables.devices()],
-        "counts": _counts(source),
+        "counts": counts(source),
         "verdicts": list(VERDICTS),
         "views": views,
     }

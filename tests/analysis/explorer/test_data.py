@@ -31,7 +31,7 @@ from kvquant.analysis.problems import Problems
 from kvquant.analysis.statistics import test_all as compare_all
 from kvquant.analysis.tables import write_table
 from kvquant.study.dotted import load
-from tests.analysis.explorer.conftest import Measured
+from tests.support.measured import Measured
 from tests.support.studies import DEVICE, study_of, write_study
 
 

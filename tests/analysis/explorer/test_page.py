@@ -22,37 +22,10 @@ from kvquant.analysis.explorer import page as page_module
 from kvquant.analysis.explorer.page import HERE, SCRIPTS, json_inside, page
 from kvquant.analysis.labels import labels_of
 from kvquant.analysis.pareto import dominated
-from tests.analysis.explorer.conftest import HOSTILE, Measured
 from tests.support.chromium import Page, browser, find_chromium
+from tests.support.measured import HOSTILE, Measured
 
 WIDE, NARROW = (1280, 900), (400, 900)
-# The contrast of every text with what is behind it, and the worst of them.
-CONTRAST = """
-(() => {
-  const parts = (color) => color.match(/[\\d.]+/g).map(Number);
-  const light = (color) => {
-    const [r, g, b] = parts(color).map((v) => v / 255)
-      .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = (node) => {
-    for (let at = node; at; at = at.parentElement) {
-      const color = getComputedStyle(at).backgroundColor;
-      if ((parts(color)[3] ?? 1) > 0) return color;
-    }
-    return "rgb(255, 255, 255)";
-  };
-  let worst = [99, ""];
-  for (const node of document.body.querySelectorAll("*")) {
-    const own = [...node.childNodes].some((c) => c.nodeType === 3 && c.textContent.trim());
-    if (!own || !node.getClientRects().length || node.closest("svg, script")) continue;
-    const [a, b] = [light(getComputedStyle(node).color), light(behind(node))];
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < worst[0]) worst = [ratio, node.textContent.slice(0, 40)];
-  }
-  return worst;
-})()
-"""
 
 
 @given(st.text(alphabet='<>&\u2028\u2029\u2030a"\\{}', max_size=20))
@@ -252,6 +225,6 @@ def test_texts_contrast_with_what_is_behind_them(tab: Page, explorer: Path, dark
     tab.size(*WIDE, dark=dark)
     for view in ("schemes", "tasks", "scatter", "passkeys", "claims"):
         tab.open(explorer, f"view={view}")
-        ratio, text = tab.evaluate(CONTRAST)
+        ratio, text = tab.contrast()
         assert ratio >= 4.5, (view, text)
     tab.size(*WIDE)
