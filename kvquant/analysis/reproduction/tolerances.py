@@ -54,7 +54,8 @@ _DETERMINED = "follows from the study and its seeds alone"
 _BYTES = "the format decides the bytes of a token, whatever the device"
 _ROOM = (
     "of a scheme with outliers, where devices differ in kind or some seeds were left out: a GPU "
-    "makes room before it knows their number, for a batch at once, and a processor for each"
+    "makes room for half as many outliers again as were calibrated, and a little more for each "
+    "batch; a processor makes room for as many as there are"
 )
 _TIMED = "both sides ran in turns in one process; another device has another balance"
 
