@@ -114,13 +114,17 @@ CLAIM = """
         if not len(rows):
             return not_measured("no echo task")
         mean = float(rows["mean"].mean())
-        return Outcome(f"{mean:.1f} %", mean >= 0, f"{len(rows)} tasks")
+        return Outcome(f"{mean:.1f} %", mean >= 0, len(rows), "tasks", value=mean)
 """
 CLAIM_REGISTRATION = """
     Claim(
         name="echoes-heard",
         text="Echoes are heard",
-        definition="headline scheme, at least 0 % of the echoes",
+        quantity="share of echoes heard",
+        baseline="silence",
+        protocol="every echo task",
+        bar=Bar(0.0, at_most=False),
+        least="1 task",
         judge="kvquant.analysis.echo_claim:echoes",
     ),
 """
@@ -257,7 +261,7 @@ def test_the_table_and_the_claim_are_written(copy: RepositoryCopy) -> None:
     assert "echo-short & 2" in text(copy, "paper/tables/seeds.tex")
     assert r"\generated{Seeds of each task.}{seeds}" in text(copy, "paper/floats.tex")
     claims = text(copy, "results/tables/claims.csv")
-    assert "Echoes are heard" in claims and "2 tasks,supported" in claims
+    assert "Echoes are heard" in claims and "2,tasks,at least 0,supported" in claims
     assert "Echoes are heard" in text(copy, "paper/tables/claims.tex")
 
 

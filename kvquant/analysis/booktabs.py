@@ -57,10 +57,9 @@ def _letter(c: str) -> str:
     return f"(U+{ord(c):04X})"
 
 
-def _body(table: pd.DataFrame) -> list[str]:
-    return [
-        " & ".join(escape(cell) for cell in row) + r" \\" for row in table.itertuples(index=False)
-    ]
+def _body(table: pd.DataFrame, gap: float) -> list[str]:
+    end = rf" \\ \addlinespace[{gap:g}pt]" if gap else r" \\"
+    return [" & ".join(escape(cell) for cell in row) + end for row in table.itertuples(index=False)]
 
 
 # Font sizes and the letters that a line of the paper holds in each, columns' gaps apart.
@@ -120,6 +119,7 @@ def booktabs(
     rotate: bool = False,
     tight: bool = False,
     pages: bool = False,
+    gap: float = 0.0,
     empty: str = "Nothing of this kind was measured in this study.",
 ) -> str:
     """Returns a table with booktabs rules that is never wider than the line.
@@ -131,6 +131,7 @@ def booktabs(
         rotate: Heads of number columns ("r") stand upright.
         tight: Little room between columns.
         pages: May break across pages, with its head on each (`longtable`); long tables do anyway.
+        gap: Points between rows, of a table whose cells have several lines.
         empty: Stands in place of a table without rows.
     """
     if not len(table):
@@ -150,15 +151,15 @@ def booktabs(
     lines = [f"\\begin{{{size}}}"]
     if tight:
         # columns that break are as wide as their longest word: the gaps give way
-        gap = 1.8 if "".join(letters) != columns and "{" not in letters else 2.5
-        lines.append(rf"\setlength{{\tabcolsep}}{{{gap}pt}}")
+        apart = 1.8 if "".join(letters) != columns and "{" not in letters else 2.5
+        lines.append(rf"\setlength{{\tabcolsep}}{{{apart}pt}}")
     if not pages:
         lines.append(r"\begin{adjustbox}{max width=\linewidth, max totalheight=0.85\textheight}")
     lines += [f"\\begin{{{kind}}}{{{columns}}}", r"\toprule", " & ".join(heads) + r" \\"]
     lines.append(r"\midrule")
     if pages:
         lines.append(r"\endhead")
-    lines += [*_body(table), r"\bottomrule", f"\\end{{{kind}}}"]
+    lines += [*_body(table, gap), r"\bottomrule", f"\\end{{{kind}}}"]
     if not pages:
         lines.append(r"\end{adjustbox}")
     return HEAD + "\n".join([*lines, f"\\end{{{size}}}"]) + "\n"

@@ -8,13 +8,14 @@ evidence; below it, and where the interval holds the bar, it is "not enough evid
 from __future__ import annotations
 
 import argparse
+import math
 
 import pandas as pd
 
 from kvquant.analysis.booktabs import booktabs
 from kvquant.analysis.claim_list import CLAIMS
-from kvquant.analysis.evidence import VERDICTS
-from kvquant.analysis.labels import labels_of
+from kvquant.analysis.evidence import VERDICTS, Outcome
+from kvquant.analysis.labels import device_label, labels_of
 from kvquant.analysis.study_tables import Tables, load_tables
 from kvquant.formats.files import replace as write_file
 from kvquant.study.config import Study, load_study
@@ -32,25 +33,102 @@ def judge(tables: Tables) -> pd.DataFrame:
         of_model = claim.applies_to == "model"
         verdict = load(claim.judge)
         for model in tables.study.models if of_model else [ANY]:
-            outcome = verdict(tables.of(model) if of_model else tables)
+            outcome: Outcome = verdict(tables.of(model) if of_model else tables)
             rows.append(
                 {
                     "claim": claim.text,
                     "model": model if outcome.of_model else ANY,
-                    "definition": claim.definition.replace("{headline}", headline),
-                    "measured": outcome.value,
-                    "evidence": outcome.evidence,
+                    "cache": outcome.cache or claim.cache.replace("{headline}", headline),
+                    "baseline": outcome.baseline or claim.baseline,
+                    "workload": outcome.workload,
+                    "protocol": claim.protocol,
+                    "device": outcome.device,
+                    "quantity": claim.quantity,
+                    "value": outcome.value,
+                    "low": outcome.low,
+                    "high": outcome.high,
+                    "interval": outcome.interval,
+                    "n": outcome.n,
+                    "n_of": outcome.n_of,
+                    "bar": str(claim.bar),
                     "verdict": outcome.verdict,
+                    "measured": outcome.measured,
+                    "definition": claim.definition.replace("{headline}", headline),
                 }
             )
     # what is of no model was found once for each of them
-    return pd.DataFrame(rows).drop_duplicates(ignore_index=True)
+    table = pd.DataFrame(rows).astype({"n": "Int64"})
+    return table.drop_duplicates(ignore_index=True)
 
 
 def named(study: Study, table: pd.DataFrame) -> pd.DataFrame:
-    """Returns the claims with names of models in place of their keys, as readers see them."""
+    """Returns the claims with names of models and devices for their keys, as readers see them."""
     names = labels_of(study)
-    return table.assign(model=[names.model(key) for key in table["model"]])
+    return table.assign(
+        model=[names.model(key) for key in table["model"]],
+        device=[device_label(key) if key else "" for key in table["device"]],
+    )
+
+
+def digits(value: float) -> str:
+    """Returns a number of a claim with three significant digits, or a dash for none."""
+    return "-" if math.isnan(value) else f"{value:#.3g}".rstrip(".")
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the claims with cells as readers see them, beside the columns of the CSV.
+
+    Args:
+        table: What :func:`judge` returned, with names (:func:`named`).
+
+    Returns:
+        The table with columns `number`, `ends` (with what they are), `amount` (with what is
+        counted) and `where` (workload and device) besides.
+    """
+    added = []
+    for r in table.itertuples():
+        there = not pd.isna(r.n)
+        where = ", ".join(filter(None, (r.workload, r.device and f"on {r.device}")))
+        ends = f"[{digits(r.low)}, {digits(r.high)}] {r.interval}"
+        added.append(
+            {
+                "number": digits(r.value),
+                "ends": "-" if math.isnan(r.low) else ends,
+                "amount": f"{r.n:,} {r.n_of}" if there else "-",
+                "where": where,
+            }
+        )
+    return table.assign(**pd.DataFrame(added, index=table.index))
+
+
+def latex(table: pd.DataFrame, *, models: bool) -> str:
+    """Returns the table of claims for the paper, a row each, which may break across pages.
+
+    Args:
+        table: What :func:`readable` returned.
+        models: Whether there are several models to be told apart.
+    """
+    rows = []
+    for r in table.itertuples():
+        rows.append(
+            {
+                "claim": r.claim,
+                **({"model": r.model} if models else {}),
+                "quantity, cache, baseline": f"{r.quantity}: {r.cache} against {r.baseline}",
+                "workload, and protocol": "; ".join(filter(None, (r.where, r.protocol))),
+                "value": r.number,
+                "interval": r.measured if pd.isna(r.n) else r.ends,
+                "n": r.amount,
+                "bar": r.bar,
+                "verdict": r.verdict,
+            }
+        )
+    widths = [2.0, 3.4, 3.2, 0.9, 2.1, 1.3, 1.2, 1.5]
+    if models:  # whose names take the room of the two widest
+        widths[:3] = [1.9, 1.5, 2.6, 2.5]
+    columns = "".join(f"L{{{width}cm}}" for width in widths)
+    cells = pd.DataFrame(rows).map(lambda cell: str(cell).replace(" %", "\N{NO-BREAK SPACE}%"))
+    return booktabs(cells, columns, size="scriptsize", tight=True, pages=True, gap=3)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -58,10 +136,6 @@ def run(args: argparse.Namespace) -> None:
     study = load_study(args.study)
     table = named(study, judge(load_tables(study, args.tables)))
     write_file(args.out, table.to_csv(index=False))
-    several = len(study.models) > 1
-    shown = table[["model", *table.columns.drop("model")]]
-    shown = shown if several else shown.drop(columns="model")
-    columns = "L{1.9cm}" * several + "L{2.4cm}L{4.3cm}L{3.3cm}L{2cm}L{1.7cm}"
-    write_file(args.tex, booktabs(shown, columns, size="scriptsize", tight=True, pages=True))
+    write_file(args.tex, latex(readable(table), models=len(study.models) > 1))
     counts = table["verdict"].value_counts()
     print("claims: " + ", ".join(f"{counts.get(v, 0)} {v}" for v in VERDICTS))

@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pandas as pd
 
-from kvquant.analysis.claim_list import MIN_PROMPTS, MIN_SEEDS
-from kvquant.analysis.evidence import Outcome, against_bar, interval, not_measured
+from kvquant.analysis.bars import Bar
+from kvquant.analysis.claim_list import CLAIMS, MIN_PROMPTS, MIN_SEEDS
+from kvquant.analysis.evidence import NAN, Outcome, interval, not_measured, over_seeds
 from kvquant.analysis.study_tables import Tables
 from kvquant.study.schemes import AllocatedScheme, NuqScheme, SchemeSpec
 
-LONG, MAX_BITS = 16_000, 3.6  # of the claim about size
+LONG = 16_000  # tokens of a prompt, of the claim about size
 KEPT = ("identical", "equivalent", "better", "better (within margin)", "worse (within margin)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the comparisons of which a claim asks for all, with its seeds and their windows."""
+
+    workload: str
+    value: float
+    ends: tuple[float, float]
+    n: int
+    windows: int
+    cache: str
+    baseline: str
+
+
+def _whole(t: Tables, measured: str, parts: list[Part], bar: Bar) -> Outcome:
+    """Returns the outcome of a claim that holds where every part of it does, paired by seed.
+
+    Its value is that of the worst part: the one that is nearest to missing the bar.
+    """
+    met = [bar.met(*part.ends) for part in parts]
+    known = [part for part in parts if part.value == part.value] or parts
+    worst = max(known, key=lambda part: bar.worst(part.ends))
+    seeds = min(part.n for part in parts)
+    others = "" if len(parts) == 1 else f" (the worst of {len(parts)})"
+    return Outcome(
+        measured,
+        False if False in met else (None if None in met else True),
+        seeds,
+        f"seeds of {min(part.windows for part in parts):,} windows or more",
+        seeds >= MIN_SEEDS,
+        *(worst.value, *worst.ends, over_seeds(t.study.statistics.alpha)),
+        cache=worst.cache,
+        baseline=worst.baseline,
+        workload=worst.workload + others,
+    )
 
 
 def ordering(t: Tables) -> Outcome:
@@ -28,7 +67,7 @@ def ordering(t: Tables) -> Outcome:
         return not_measured("needs perplexity and two bit widths")
     order = [t.study.baseline, *(by_bits[b] for b in sorted(by_bits, reverse=True))]
     names = ["fp16", *(f"{b} bits" for b in sorted(by_bits, reverse=True))]
-    parts, met, seeds = [], [], []
+    texts, parts = [], list[Part]()
     for task, group in language.groupby("task", sort=False):
         values = {s: rows.set_index("seed")["value"] for s, rows in group.groupby("scheme")}
         if not set(order) <= set(values):
@@ -36,15 +75,16 @@ def ordering(t: Tables) -> Outcome:
         shown = []
         for i in range(1, len(order)):
             step = (values[order[i]] - values[order[i - 1]]).to_numpy(dtype=float)
-            low, high = interval(step, t.study.statistics.alpha)
-            met.append(against_bar(low, high, 0.0, at_most=False))
-            seeds.append(int((step == step).sum()))
+            low, high = ends = interval(step, t.study.statistics.alpha)
+            both = [t.labels.scheme(order[at]) for at in (i, i - 1)]
+            where, seeds = t.labels.task(str(task)), int((step == step).sum())
+            windows = int(group.samples.min())
+            parts.append(Part(where, float(step.mean()), ends, seeds, windows, *both))
             shown.append(f"{names[i]} {step.mean():+.2f} [{low:+.2f}, {high:+.2f}]")
-        parts.append(f"{t.labels.task(str(task))} (each over the one before): {', '.join(shown)}")
+        texts.append(f"{t.labels.task(str(task))} (each over the one before): {', '.join(shown)}")
     if not parts:
         return not_measured("no perplexity task that all bit widths ran")
-    whole = False if False in met else (None if None in met else True)
-    return Outcome("; ".join(parts), whole, f"{min(seeds)} seeds", min(seeds) >= MIN_SEEDS)
+    return _whole(t, "; ".join(texts), parts, CLAIMS["loss-grows"].bar)
 
 
 def _plain_schemes(t: Tables) -> tuple[list[str], list[str]]:
@@ -67,9 +107,7 @@ def half_the_loss(t: Tables) -> Outcome:
     rows = t.evaluations
     if not (nuq and allocated and len(rows)):
         return not_measured("needs NUQ with 1 % outliers and allocated codes")
-    parts: list[str] = []
-    met: list[bool | None] = []
-    seeds: list[int] = []
+    texts, parts = [], list[Part]()
     rows = rows[(rows.suite == "perplexity") & (rows.protocol == "B")]
     for task, group in rows.groupby("task", sort=False):
         values = group.pivot(index="seed", columns="scheme", values="value")
@@ -84,23 +122,23 @@ def half_the_loss(t: Tables) -> Outcome:
                 continue
             ours = max(fewer, key=lambda name: bits[name])
             paired = lost[[ours, theirs]].dropna()
-            seeds.append(len(paired))
             lossless = int((paired[theirs] <= 0).sum())
-            if lossless or paired.empty:  # half of a gain is no bar, and its ratio has no sense
-                met.append(None)
-                share = f"no ratio, as NUQ lost nothing in {lossless} of {len(paired)} seeds,"
-            else:
+            mean, ends = NAN, (NAN, NAN)
+            share = f"no ratio, as NUQ lost nothing in {lossless} of {len(paired)} seeds,"
+            if not lossless and len(paired):  # half of a gain is no bar: its ratio has no sense
                 ratios = (paired[ours] / paired[theirs]).to_numpy(dtype=float)
-                low, high = interval(ratios, t.study.statistics.alpha)
-                met.append(against_bar(low, high, 0.5, at_most=True))
-                share = f"{ratios.mean():.2f} [{low:.2f}, {high:.2f}]"
+                low, high = ends = interval(ratios, t.study.statistics.alpha)
+                mean = float(ratios.mean())
+                share = f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+            both = [t.labels.scheme(name) for name in (ours, theirs)]
+            where, windows = t.labels.task(str(task)), int(group.samples.min())
+            parts.append(Part(where, mean, ends, len(paired), windows, *both))
             shown.append(f"{share} with {bits[ours]:.2f} for {bits[theirs]:.2f} bits")
         if shown:
-            parts.append(f"{t.labels.task(str(task))}: {', '.join(shown)}")
+            texts.append(f"{t.labels.task(str(task))}: {', '.join(shown)}")
     if not parts:
         return not_measured("no perplexity, protocol B, of both at comparable bits")
-    whole = False if False in met else (None if None in met else True)
-    return Outcome("; ".join(parts), whole, f"{min(seeds)} seeds", min(seeds) >= MIN_SEEDS)
+    return _whole(t, "; ".join(texts), parts, CLAIMS["half-the-loss"].bar)
 
 
 def loss_on_7b(t: Tables) -> Outcome:
@@ -110,12 +148,20 @@ def loss_on_7b(t: Tables) -> Outcome:
     if not len(rows):
         return not_measured("a claim about Llama-2-7B")
     row = rows.loc[rows.difference.idxmax()] if rows.difference.notna().any() else rows.iloc[0]
-    met = against_bar(row.ci_low, row.ci_high, 0.1, at_most=True)
-    seeds = int(rows.pairs.min())
-    value = (
-        f"{t.labels.task(row.task)}: {row.difference:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
+    ends = float(row.ci_low), float(row.ci_high)
+    text = f"{t.labels.task(row.task)}: {row.difference:+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}]"
+    mine = t.evaluations[t.evaluations.scheme == t.study.headline]
+    seeds = int(mine[mine.task.isin(rows.task)].groupby("task").seed.nunique().min())
+    return Outcome(
+        text,
+        CLAIMS["loss-on-7b"].bar.met(*ends),
+        seeds,
+        "seeds",
+        seeds >= MIN_SEEDS,
+        *(float(row.difference), *ends, f"95 % interval over {row.paired_by}s"),
+        baseline=t.labels.scheme(t.study.baseline),
+        workload=t.labels.task(row.task),
     )
-    return Outcome(value, met, f"{seeds} seeds", seeds >= MIN_SEEDS)
 
 
 def passkey(t: Tables) -> Outcome:
@@ -130,8 +176,22 @@ def passkey(t: Tables) -> Outcome:
     prompts = int(rows.sample_pairs.min())
     verdicts = list(rows.verdict)
     met = False if "worse" in verdicts else (True if set(verdicts) <= set(KEPT) else None)
-    enough = prompts >= MIN_PROMPTS and int(rows.pairs.min()) >= MIN_SEEDS
-    return Outcome("; ".join(parts), met, f"{prompts} prompts per task", enough)
+    seeds = int(rows.pairs.min())
+    row = rows.loc[rows.sample_difference.fillna(rows.difference).idxmin()]
+    alpha = t.study.statistics.alpha
+    return Outcome(
+        "; ".join(parts),
+        met,
+        prompts,
+        f"prompts per task, {seeds} seeds",
+        prompts >= MIN_PROMPTS and seeds >= MIN_SEEDS,
+        value=float(row.sample_difference),
+        low=float(row.sample_ci_low),
+        high=float(row.sample_ci_high),
+        interval=f"{100 * (1 - alpha):g} % interval over prompts",
+        baseline=t.labels.scheme(t.study.baseline),
+        workload=f"{t.labels.task(row.task)} (the worst of {len(rows)})",
+    )
 
 
 def _long_random(t: Tables) -> pd.DataFrame:
@@ -154,10 +214,9 @@ def bits_per_element(t: Tables) -> Outcome:
         return not_measured("the headline scheme is not evaluated")
     bits, lengths = 8 * rows.cache_bytes / rows.cache_elements, rows.tokens / rows.samples
     if lengths.max() < LONG and len(cases := _long_random(t)):
-        most = float(cases.bits_per_element.max())
-        value = f"{most:.2f} (most of {cases.case.nunique()} cases with random weights, from 16K)"
-        met = against_bar(most, most, MAX_BITS, at_most=True)
-        return Outcome(value, met, "allocated bytes", of_model=False)
+        count = cases.case.nunique()
+        text = f"most of {count} cases with random weights, from 16K"
+        return _most_bits(t, cases.bits_per_element, text, count, "cases", of_model=False)
     if lengths.max() < LONG:
         longest = int(lengths.max())
         most = bits[lengths == lengths.max()].max()
@@ -165,7 +224,22 @@ def bits_per_element(t: Tables) -> Outcome:
             f"the longest prompt has {longest:,} tokens ({most:.2f} bits); defined from 16K"
         )
     long = bits[lengths >= LONG]
-    value = f"{long.max():.2f} (most of {len(long)} results)"
+    return _most_bits(t, long, f"most of {len(long)} results", len(long), "results")
+
+
+def _most_bits(
+    t: Tables, bits: pd.Series, text: str, count: int, of: str, *, of_model: bool = True
+) -> Outcome:
+    """Returns the outcome of the largest of some sizes, which are counted and not sampled."""
+    least, most = float(bits.min()), float(bits.max())
     return Outcome(
-        value, against_bar(long.max(), long.max(), MAX_BITS, at_most=True), "allocated bytes"
+        f"{most:.2f} ({text})",
+        CLAIMS["bits-per-element"].bar.met(most, most),
+        count,
+        of,
+        True,
+        *(most, least, most, "least and most of all"),
+        cache=t.labels.scheme(t.study.headline),
+        workload=text,
+        of_model=of_model,
     )

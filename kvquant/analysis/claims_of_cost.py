@@ -1,50 +1,87 @@
-"""Verdicts of the claims about cost: prefill, quantization, energy and appended tokens."""
+"""Verdicts of the claims about cost: prefill, quantization, energy and appended tokens.
+
+Ends of a ratio of times span the 10th to 90th percentile of the rounds of all repetitions, those of
+joules the trials of all repetitions.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 
-from kvquant.analysis.claim_list import MIN_ROUNDS, MIN_TRIALS
-from kvquant.analysis.evidence import Outcome, against_bar, no_record, not_measured
-from kvquant.analysis.labels import case_label
+from kvquant.analysis.bars import Bar
+from kvquant.analysis.claim_list import CLAIMS, MIN_ROUNDS, MIN_TRIALS
+from kvquant.analysis.evidence import ROUNDS, Outcome, no_record, not_measured
+from kvquant.analysis.labels import case_label, device_label
 from kvquant.analysis.pareto import counted
 from kvquant.analysis.study_tables import Tables
 
-PREFILL, OVER_REFERENCE = 0.98, 3.0  # bars of the claims about prefill: least speed over another's
 
-
-def _worst(rows: pd.DataFrame, column: str, *, largest: bool) -> tuple[str, pd.DataFrame]:
-    """Returns the workload whose median over repetitions is worst, and its rows with a value."""
-    rows = rows[rows[column].notna()]
-    medians = rows.groupby("workload")[column].median()
+def _worst(rows: pd.DataFrame, *, largest: bool) -> tuple[str, pd.DataFrame]:
+    """Returns the workload whose median value over repetitions is worst, and its rows."""
+    rows = rows[rows.value.notna()]
+    medians = rows.groupby("workload").value.median()
     name = str(medians.idxmax() if largest else medians.idxmin())
     return name, rows[rows.workload == name]
 
 
-def _spread(rows: pd.DataFrame, column: str) -> str:
-    values = rows[column].astype(float)
-    if len(values) == 1:
-        return f"{values.iloc[0]:.3f}"
-    return f"{values.median():.3f} [{values.min():.3f}, {values.max():.3f}]"
+def _valued(rows: pd.DataFrame, column: str, low: pd.Series, high: pd.Series) -> pd.DataFrame:
+    """Returns rows with `value` and its ends, which never leave the value outside."""
+    value = rows[column].astype(float)
+    ends = pd.DataFrame({"value": value, "low": low.fillna(value), "high": high.fillna(value)})
+    return rows.assign(value=value, low=ends.min(axis=1), high=ends.max(axis=1))
 
 
-def _rounds(rows: pd.DataFrame) -> tuple[str, bool]:
-    """Returns the evidence of a timed claim, and whether it suffices."""
-    fewest, reps = int(rows.scheme_rounds.min()), len(rows)
-    what = f"{reps} repetition{'s' * (reps > 1)} of {fewest} rounds or more"
-    return f"{what} on {rows['device'].iloc[0]}", fewest >= MIN_ROUNDS
+def _speeds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Returns rows of `perf` with the ratio of prefill speeds and its ends over rounds."""
+    base = rows.base_prefill_ms_median.astype(float)
+    low, high = (base / rows[f"scheme_prefill_ms_{p}"].astype(float) for p in ("p90", "p10"))
+    return _valued(rows, "prefill_ratio", low, high)
 
 
-def _of_kernels(t: Tables, sides: list[str], bar: float) -> Outcome:
+def _outcome(
+    t: Tables, worst: pd.DataFrame, where: str, bar: Bar, kind: str, n: int, of: str, least: int,
+    **more: str,
+) -> Outcome:  # fmt: skip
+    """Returns the outcome of the worst workload, over all of its repetitions.
+
+    Args:
+        t: The tables.
+        worst: Its rows, a repetition each, with `value`, `low` and `high`.
+        where: Its name.
+        bar: The claim's.
+        kind: What the ends are.
+        n: The fewest rounds or trials of a repetition.
+        of: What `n` counts.
+        least: The claim's minimum of them.
+        more: Names for the outcome.
+    """
+    value, low, high = float(worst.value.median()), float(worst.low.min()), float(worst.high.max())
+    reps = f" in each of {len(worst)} repetitions" if len(worst) > 1 else ""
+    return Outcome(
+        f"{value:.3f} [{low:.3f}, {high:.3f}] ({where}, the worst workload)",
+        bar.met(low, high),
+        n,
+        f"{of}{reps}",
+        n >= least,
+        *(value, low, high, kind),
+        cache=t.labels.scheme(t.study.headline),
+        workload=f"{where} (the worst)",
+        device=str(worst["device"].iloc[0]),
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def _of_kernels(t: Tables, sides: list[str], bar: Bar) -> Outcome:
     """Judges our prefill over another cache's from the section `kernels`, on its worst workload.
 
-    Cases of one shape and length are repetitions. Few have several, so the interval spans the 10th
-    to 90th percentiles of rounds.
+    Cases of one shape and length are repetitions.
 
     Args:
         t: The tables.
         sides: The schemes of the other cache.
-        bar: The least ratio of the claim.
+        bar: The bar of the claim.
     """
     rows = t.kernels
     if len(rows):
@@ -56,31 +93,34 @@ def _of_kernels(t: Tables, sides: list[str], bar: float) -> Outcome:
         case_label(str(r.shape), int(r.batch), int(r.tokens), int(r.all_tokens))
         for r in rows[["shape", "batch", "tokens", "all_tokens"]].itertuples()
     ]
-    rows = rows.assign(workload=names)
-    name, worst = _worst(rows, "over_ours_median", largest=False)
-    middle = float(worst.over_ours_median.median())
-    low, high = float(worst.over_ours_p10.min()), float(worst.over_ours_p90.max())
-    where = f"{name}, random weights, the worst workload"
-    value = f"{middle:.3f} [{low:.3f}, {high:.3f}] ({where})"
-    if not t.on_gpu:
-        return not_measured(f"{value} on {worst['device'].iloc[0]}; defined for a GPU")
-    met = against_bar(low, high, bar, at_most=False)
-    evidence, enough = _rounds(worst.assign(scheme_rounds=worst.over_ours_n))
-    return Outcome(value, met, evidence, enough, of_model=False)
+    low, high = rows.over_ours_p10.astype(float), rows.over_ours_p90.astype(float)
+    rows = _valued(rows.assign(workload=names), "over_ours_median", low, high)
+    name, worst = _worst(rows, largest=False)
+    rounds, baseline = int(worst.over_ours_n.min()), t.labels.scheme(str(worst.side.iloc[0]))
+    found = _outcome(
+        t, worst, f"{name}, random weights", bar, ROUNDS, rounds, "rounds", MIN_ROUNDS,
+        baseline=baseline,
+    )  # fmt: skip
+    found = replace(found, of_model=False)
+    return found if t.on_gpu else _for_a_gpu(found)
+
+
+def _for_a_gpu(found: Outcome) -> Outcome:
+    """Returns the outcome of a claim about GPUs that another device measured."""
+    return not_measured(f"{found.measured} on {device_label(found.device)}; defined for a GPU")
 
 
 def prefill(t: Tables) -> Outcome:
     """Judges the headline scheme's prefill on its worst workload, over the baseline."""
-    rows = t.headline_perf() if len(t.perf) else t.perf
+    rows, bar = t.headline_perf() if len(t.perf) else t.perf, CLAIMS["prefill-speed"].bar
     if not len(rows) or rows["prefill_ratio"].isna().all():
-        return _of_kernels(t, [t.study.baseline], PREFILL)
-    name, worst = _worst(rows, "prefill_ratio", largest=False)
-    value = f"{_spread(worst, 'prefill_ratio')} ({t.labels.timed[name]}, the worst workload)"
-    if not t.on_gpu:
-        return not_measured(f"{value} on {worst['device'].iloc[0]}; defined for a GPU")
-    ratio = worst.prefill_ratio
-    met = against_bar(ratio.min(), ratio.max(), PREFILL, at_most=False)
-    return Outcome(value, met, *_rounds(worst))
+        return _of_kernels(t, [t.study.baseline], bar)
+    name, worst = _worst(_speeds(rows), largest=False)
+    found = _outcome(
+        t, worst, t.labels.timed[name], bar, ROUNDS, int(worst.scheme_rounds.min()), "rounds",
+        MIN_ROUNDS, baseline=t.labels.scheme(t.study.baseline),
+    )  # fmt: skip
+    return found if t.on_gpu else _for_a_gpu(found)
 
 
 def quantize_share(t: Tables) -> Outcome:
@@ -88,12 +128,19 @@ def quantize_share(t: Tables) -> Outcome:
     rows = t.headline_perf() if len(t.perf) else t.perf
     if not len(rows) or rows["quantize_share"].isna().all():
         return no_record("throughput")
-    name, worst = _worst(rows, "quantize_share", largest=True)
-    share = worst.quantize_share
-    met = against_bar(share.min(), share.max(), 0.15, at_most=True)
-    where = f"({t.labels.timed[name]}, the worst workload)"
-    value = f"{_spread(worst, 'quantize_share')} of the prefill {where}"
-    return Outcome(value, met, *_rounds(worst))
+    # the share is of the medians, so its ends have the relative spread of the rounds
+    relative = {
+        p: rows[f"scheme_quantize_ms_{p}"].astype(float)
+        / rows.scheme_quantize_ms_median.astype(float)
+        for p in ("p10", "p90")
+    }
+    share = rows.quantize_share.astype(float)
+    rows = _valued(rows, "quantize_share", share * relative["p10"], share * relative["p90"])
+    name, worst = _worst(rows, largest=True)
+    return _outcome(
+        t, worst, t.labels.timed[name], CLAIMS["quantization-share"].bar, ROUNDS,
+        int(worst.scheme_rounds.min()), "rounds", MIN_ROUNDS,
+    )  # fmt: skip
 
 
 def energy(t: Tables) -> Outcome:
@@ -104,16 +151,13 @@ def energy(t: Tables) -> Outcome:
     measured = counted(rows)
     if not len(measured) or measured["energy_ratio"].isna().all():
         return not_measured("an estimate without counters")
-    name, worst = _worst(measured, "energy_ratio", largest=True)
-    ratio, trials = worst.energy_ratio, int(worst.scheme_trials.min())
-    met = against_bar(ratio.min(), ratio.max(), 0.55, at_most=True)
-    evidence = f"{len(worst)} x {trials} trials on {worst['device'].iloc[0]}"
-    return Outcome(
-        f"{_spread(worst, 'energy_ratio')} ({t.labels.metered[name]})",
-        met,
-        evidence,
-        trials >= MIN_TRIALS,
-    )
+    ends = (measured[f"energy_ratio_{end}"].astype(float) for end in ("low", "high"))
+    name, worst = _worst(_valued(measured, "energy_ratio", *ends), largest=True)
+    return _outcome(
+        t, worst, t.labels.metered[name], CLAIMS["energy-per-token"].bar,
+        "range of trials that followed each other", int(worst.scheme_trials.min()), "trials",
+        MIN_TRIALS, baseline=t.labels.scheme(t.study.baseline),
+    )  # fmt: skip
 
 
 def append_growth(points: pd.DataFrame, series: str) -> tuple[float, int, int] | None:
@@ -140,21 +184,48 @@ def append_growth(points: pd.DataFrame, series: str) -> tuple[float, int, int] |
     return max(found) if found else None
 
 
+def _append_ends(points: pd.DataFrame) -> tuple[float, float]:
+    """Returns the least and the largest ratio of costs at the largest and the smallest size.
+
+    Each cost is a 10th or 90th percentile of rounds, of the worst or the best repetition.
+
+    Args:
+        points: Rows of one series, one token per call, that were measured.
+    """
+    lows, highs = [], []
+    for _, rep in points.groupby("rep"):
+        first, last = (rep.sort_values("tokens").iloc[at] for at in (0, -1))
+        lows.append(float(last.token_ms_p10 / first.token_ms_p90))
+        highs.append(float(last.token_ms_p90 / first.token_ms_p10))
+    return min(lows), max(highs)
+
+
 def append(t: Tables) -> Outcome:
     """Judges the cost of an appended token at the largest cache over that at the smallest."""
     ours = append_growth(t.append, t.study.headline)
     if ours is None:
         return no_record("append")
     theirs = append_growth(t.append, "concatenation")
+    mine = t.append[(t.append.series == t.study.headline) & (t.append.chunk == 1)]
+    mine = mine[mine.token_ms_median.notna()]
+    low, high = _append_ends(mine)
     beside = f"; {theirs[0]:.2f} where arrays are concatenated" if theirs else ""
-    value = f"{ours[0]:.2f} from {ours[1]:,} to {ours[2]:,} tokens{beside}"
+    sizes = f"from {ours[1]:,} to {ours[2]:,} tokens"
+    text = f"{ours[0]:.2f} [{low:.2f}, {high:.2f}] {sizes}{beside}"
     if ours[2] < 128 * ours[1]:
-        return not_measured(f"{value}; defined from 1K to 128K")
-    mine = t.append[t.append.series == t.study.headline]
+        return not_measured(f"{text}; defined from 1K to 128K")
     rounds = int(mine.token_ms_n.min())
-    met = against_bar(ours[0], ours[0], 1.2, at_most=True)
-    evidence = f"{rounds} rounds or more on {mine['device'].iloc[0]}"
-    return Outcome(value, met, evidence, rounds >= MIN_ROUNDS)
+    return Outcome(
+        text,
+        CLAIMS["append-growth"].bar.met(low, high),
+        rounds,
+        "rounds",
+        rounds >= MIN_ROUNDS,
+        *(ours[0], low, high, ROUNDS),
+        cache=t.labels.scheme(t.study.headline),
+        workload=sizes,
+        device=str(mine["device"].iloc[0]),
+    )
 
 
 def over_reference(t: Tables) -> Outcome:
@@ -162,15 +233,18 @@ def over_reference(t: Tables) -> Outcome:
     names = [n for n, s in t.study.schemes.items() if s.kind == "kvquant-ref"]
     theirs = t.perf[t.perf["scheme"].isin(names)] if len(t.perf) else t.perf
     ours = t.headline_perf() if len(t.perf) else t.perf
+    bar = CLAIMS["prefill-over-kvquant"].bar
     if not len(theirs) or not len(ours):
-        return _of_kernels(t, names, OVER_REFERENCE)
-    both = ours.merge(theirs, on=["workload", "rep"], suffixes=("", "_ref"))
-    both = both.assign(speed=both.prefill_ratio / both.prefill_ratio_ref)
+        return _of_kernels(t, names, bar)
+    both = _speeds(ours).merge(_speeds(theirs), on=["workload", "rep"], suffixes=("", "_ref"))
+    both = both.assign(speed=both.value / both.value_ref)
     if both.speed.isna().all():
         return not_measured("no workload that both ran")
-    name, worst = _worst(both, "speed", largest=False)
-    value = f"{_spread(worst, 'speed')} ({t.labels.timed[name]}, the worst workload)"
-    if not t.on_gpu:
-        return not_measured(f"{value}; defined for a GPU")
-    met = against_bar(worst.speed.min(), worst.speed.max(), OVER_REFERENCE, at_most=False)
-    return Outcome(value, met, *_rounds(worst))
+    both = _valued(both, "speed", both.low / both.high_ref, both.high / both.low_ref)
+    name, worst = _worst(both, largest=False)
+    rounds = int(worst[["scheme_rounds", "scheme_rounds_ref"]].min(axis=None))
+    found = _outcome(
+        t, worst, t.labels.timed[name], bar, ROUNDS, rounds, "rounds", MIN_ROUNDS,
+        baseline=t.labels.scheme(str(worst.scheme_ref.iloc[0])),
+    )  # fmt: skip
+    return found if t.on_gpu else _for_a_gpu(found)

@@ -8,12 +8,14 @@ best trials of both.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pandas as pd
 
-from kvquant.analysis.claim_list import MIN_REPEATS, MIN_ROUNDS, MIN_TRIALS
-from kvquant.analysis.evidence import Outcome, against_bar, no_record, not_measured
-from kvquant.analysis.labels import job_label
+from kvquant.analysis.bars import Bar
+from kvquant.analysis.claim_list import CLAIMS, MIN_REPEATS, MIN_ROUNDS, MIN_TRIALS
+from kvquant.analysis.evidence import TRIALS, Outcome, no_record, not_measured
+from kvquant.analysis.labels import device_label, job_label
 from kvquant.analysis.study_tables import Tables
 from kvquant.study.jobs import JobCase
 
@@ -41,7 +43,7 @@ def _no_pair(t: Tables, fits: Callable[[JobCase], bool]) -> Outcome:
         ours, _ = t.job_sides(name)
         if ours is None:
             told = f"out of memory with the quantized cache ({job_label(case)})"
-            return Outcome(told, False, "1 case")
+            return Outcome(told, False, 1, "case", workload=job_label(case))
         return not_measured(f"out of memory with every 16-bit cache ({job_label(case)}): no ratio")
     return no_record("jobs")
 
@@ -76,13 +78,27 @@ def _text(value: float, low: float, high: float, what: str) -> str:
 def _who(t: Tables, ours: pd.Series, base: pd.Series) -> str:
     """Returns which caches were measured on which device."""
     both = [t.labels.scheme(str(row.scheme)) for row in (ours, base)]
-    return f"{both[0]} over {both[1]}, on {ours.device}"
+    return f"{both[0]} over {both[1]}, on {device_label(str(ours.device))}"
 
 
-def _trials(ours: pd.Series, base: pd.Series) -> tuple[str, bool]:
-    """Returns the evidence of a claim that rests on trials, and whether it suffices."""
+def _outcome(
+    t: Tables, ours: pd.Series, base: pd.Series, ratio: tuple[float, float, float], where: str,
+    bar: Bar, text: str,
+) -> Outcome:  # fmt: skip
+    """Returns the outcome of a ratio that rests on trials."""
     fewest = int(min(ours.trials, base.trials))
-    return f"{fewest} trials in turns", fewest >= MIN_TRIALS
+    return Outcome(
+        text,
+        bar.met(*ratio[1:]),
+        fewest,
+        "trials in turns",
+        fewest >= MIN_TRIALS,
+        *(*ratio, TRIALS),
+        cache=t.labels.scheme(str(ours.scheme)),
+        baseline=t.labels.scheme(str(base.scheme)),
+        workload=where,
+        device=str(ours.device),
+    )
 
 
 def capacity(t: Tables) -> Outcome:
@@ -94,9 +110,15 @@ def capacity(t: Tables) -> Outcome:
             f"{value:.2f}: {int(ours.capacity_tokens):,} tokens over {int(best.capacity_tokens):,} "
             f"({_who(t, ours, best)})"
         )
+        # a search stops below what would fit by less than its step
         step = max(1, case.prompt // 64)
-        met = against_bar(value, value, 4.0, at_most=False)
-        return Outcome(told, met, f"searched in steps of {step:,} tokens")
+        low = float(ours.capacity_tokens / (best.capacity_tokens + step))
+        high = float((ours.capacity_tokens + step) / best.capacity_tokens)
+        kind = f"step of the search, {step:,} tokens"
+        found = _outcome(
+            t, ours, best, (value, low, high), job_label(case), CLAIMS["capacity"].bar, told
+        )
+        return replace(found, n=1, n_of="search of each cache", enough=True, interval=kind)
     return _no_pair(t, _budgeted)
 
 
@@ -104,39 +126,34 @@ def speed(t: Tables) -> Outcome:
     """Judges the tokens per second of whole jobs in a budget of memory, over fp16."""
     for case, ours, base in _cases(t, _in_budget):
         best = base.loc[base.job_tokens_per_s.idxmax()]
-        value, low, high = _ratio(ours, best, "job_tokens_per_s")
+        ratio = _ratio(ours, best, "job_tokens_per_s")
         batches = f"{int(ours.batch_size)} prompts against {int(best.batch_size)}"
-        told = _text(value, low, high, f"{job_label(case)}: {_who(t, ours, best)}, {batches}")
-        return Outcome(told, against_bar(low, high, 2.5, at_most=False), *_trials(ours, best))
+        told = _text(*ratio, f"{job_label(case)}: {_who(t, ours, best)}, {batches}")
+        where = f"{job_label(case)}, {batches}"
+        return _outcome(t, ours, best, ratio, where, CLAIMS["job-speed"].bar, told)
     return _no_pair(t, _in_budget)
 
 
-def _joules(t: Tables, column: str, judge: Callable[[float, float], bool | None]) -> Outcome:
+def _joules(t: Tables, column: str, bar: Bar) -> Outcome:
     """Judges an energy over fp16 in the first case in a budget that counters measured."""
     for case, ours, base in _cases(t, _metered):
         if ours.source != "nvml":
             return not_measured("an estimate without counters")
         best = base.loc[base[column].idxmin()]
-        value, low, high = _ratio(ours, best, column)
-        told = _text(value, low, high, f"{job_label(case)}: {_who(t, ours, best)}")
-        return Outcome(told, judge(low, high), *_trials(ours, best))
+        ratio = _ratio(ours, best, column)
+        told = _text(*ratio, f"{job_label(case)}: {_who(t, ours, best)}")
+        return _outcome(t, ours, best, ratio, job_label(case), bar, told)
     return _no_pair(t, _metered)
 
 
 def energy(t: Tables) -> Outcome:
     """Judges the energy per prompt and answer token of whole jobs in a budget, over fp16."""
-    return _joules(
-        t, "joules_per_token", lambda low, high: against_bar(low, high, 0.55, at_most=True)
-    )
+    return _joules(t, "joules_per_token", CLAIMS["job-energy"].bar)
 
 
 def prefill_energy(t: Tables) -> Outcome:
     """Judges the energy per prompt token of the same jobs' prefill, over fp16."""
-    return _joules(
-        t,
-        "joules_per_prompt_token",
-        lambda low, high: against_bar(low, high, 1.03, at_most=True),
-    )
+    return _joules(t, "joules_per_prompt_token", CLAIMS["prefill-energy"].bar)
 
 
 def generate(t: Tables) -> Outcome:
@@ -146,15 +163,23 @@ def generate(t: Tables) -> Outcome:
         growing = base[base.scheme == t.study.baseline]
         if len(growing):
             theirs = growing.iloc[0]
-            ratio = _ratio(ours, theirs, "decode_tokens_per_s")
-            found.append((*ratio, job_label(case), ours, theirs))
+            value, low, high = _ratio(ours, theirs, "decode_tokens_per_s")
+            # few trials of many steps: the steps' spread counts as well
+            low = min(low, float(theirs.step_ms_p10 / ours.step_ms_p90))
+            high = max(high, float(theirs.step_ms_p90 / ours.step_ms_p10))
+            ratio = value, low, high
+            found.append((ratio, job_label(case), ours, theirs))
     if not found:
         return _no_pair(t, _generated)
-    value, low, high, name, ours, theirs = min(found, key=lambda case: case[0])
+    ratio, name, ours, theirs = min(found, key=lambda case: case[0][0])
     steps, trials = (int(min(ours[key], theirs[key])) for key in ("step_ms_n", "trials"))
-    return Outcome(
-        _text(value, low, high, f"{name}: {_who(t, ours, theirs)}"),
-        against_bar(low, high, 1.0, at_most=False),
-        f"{trials} trials, {steps} steps",
-        trials >= MIN_REPEATS and steps >= MIN_ROUNDS,
+    text = _text(*ratio, f"{name}: {_who(t, ours, theirs)}")
+    outcome = _outcome(t, ours, theirs, ratio, name, CLAIMS["generate-speed"].bar, text)
+    enough = trials >= MIN_REPEATS and steps >= MIN_ROUNDS
+    return replace(
+        outcome,
+        n=steps,
+        n_of=f"steps in {trials} trials",
+        enough=enough,
+        interval="range of trials and 10th to 90th percentile of steps",
     )

@@ -1,4 +1,4 @@
-"""The outcome of a claim and its verdict, from intervals and bars."""
+"""The outcome of a claim and its verdict, from a measurement, its interval and how much it is."""
 
 from __future__ import annotations
 
@@ -10,35 +10,65 @@ from scipy import stats
 SUPPORTED, NOT_SUPPORTED = "supported", "not supported"
 NOT_ENOUGH, NOT_MEASURED = "not enough evidence", "not measured here"
 VERDICTS = (SUPPORTED, NOT_SUPPORTED, NOT_ENOUGH, NOT_MEASURED)
+NAN = float("nan")
+# What the two ends of a value are.
+ROUNDS = "10th to 90th percentile of rounds"
+TRIALS = "range of any two trials"
 
 
 @dataclass(frozen=True)
 class Outcome:
     """The measurement for a claim and its verdict.
 
+    Of a claim with several parts (tasks, widths), value and ends are those of the part that is
+    nearest to missing the bar, or misses it.
+
     Attributes:
-        value: The measured value with its interval, or why there is none.
+        measured: All of the measurement in words, or why there is none.
         met: Whether it meets the bar; None where the interval holds the bar or is not known.
-        evidence: How much was measured; empty for what was not measured.
-        enough: Whether the evidence reaches the claim's minimum.
+        n: How much was measured; None for what was not measured.
+        n_of: What `n` counts.
+        enough: Whether that reaches the claim's minimum.
+        value: The measured value; NaN where it is no number.
+        low: The lower end of its interval.
+        high: The upper end.
+        interval: What the ends are.
+        cache: The name of our cache as measured; empty: that of the claim.
+        baseline: The name of what it was compared with; empty: that of the claim.
+        workload: Task or shape, lengths and batch.
+        device: The key of the device of what was timed; empty for accuracy.
         of_model: Whether it was measured on the model of the tables, not on a shape with random
             weights.
     """
 
-    value: str
+    measured: str
     met: bool | None
-    evidence: str = ""
+    n: int | None = None
+    n_of: str = ""
     enough: bool = True
+    value: float = NAN
+    low: float = NAN
+    high: float = NAN
+    interval: str = ""
+    cache: str = ""
+    baseline: str = ""
+    workload: str = ""
+    device: str = ""
     of_model: bool = True
 
     @property
     def verdict(self) -> str:
         """Returns one of :data:`VERDICTS`."""
-        if not self.evidence:
+        if self.n is None:
             return NOT_MEASURED
-        if not self.enough or self.met is None:
+        if not self.enough or self.met is None or self.n < 1:
             return NOT_ENOUGH
         return SUPPORTED if self.met else NOT_SUPPORTED
+
+    @property
+    def evidence(self) -> str:
+        """Returns how much was measured, in words; nothing for what was not."""
+        return "" if self.n is None else f"{self.n:,} {self.n_of}".strip()
 
 
 def not_measured(reason: str) -> Outcome:
@@ -51,29 +81,16 @@ def no_record(section: str) -> Outcome:
     return not_measured(f"not measured yet (section '{section}': no record)")
 
 
-def against_bar(low: float, high: float, bar: float, *, at_most: bool) -> bool | None:
-    """Returns whether an interval lies on the right side of a bar.
-
-    Args:
-        low: Lower end.
-        high: Upper end.
-        bar: Where the claim begins to hold.
-        at_most: Values below the bar are right, else those above.
-
-    Returns:
-        None where the interval holds the bar, or an end is not a number.
-    """
-    if not (np.isfinite(low) and np.isfinite(high)):
-        return None
-    inside, outside = (high <= bar, low > bar) if at_most else (low >= bar, high < bar)
-    return True if inside else (False if outside else None)
+def over_seeds(alpha: float) -> str:
+    """Returns what the ends of :func:`interval` are."""
+    return f"{100 * (1 - alpha):g} % interval over seeds"
 
 
 def interval(differences: np.ndarray, alpha: float) -> tuple[float, float]:
     """Returns Student's interval of the mean of differences `[n]`; NaN for fewer than two."""
     n = differences.size
     if n < 2 or not np.isfinite(differences).all():
-        return float("nan"), float("nan")
+        return NAN, NAN
     mean = float(differences.mean())
     half = float(stats.t.ppf(1 - alpha / 2, n - 1)) * float(differences.std(ddof=1)) / n**0.5
     return mean - half, mean + half

@@ -14,6 +14,7 @@ from kvquant.analysis.ablation import drawable
 from kvquant.analysis.sections import Section
 from kvquant.errors import UserError, unknown
 from kvquant.study.config import Study
+from kvquant.study.jobs import CONTEXT_CHUNK
 from kvquant.study.registrations import by_name
 from kvquant.study.tasks import PasskeyTask
 
@@ -32,6 +33,7 @@ class Figure:
         draw: Names the drawing function ("module:attribute") of (study, folder of collected
             tables), which returns a Matplotlib figure.
         table: The collected table without which it says that nothing was measured yet.
+        on_device: The tables whose device it names; None: `table`.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Figure:
     reason: str
     draw: str
     table: str = "eval"
+    on_device: tuple[str, ...] | None = None
 
 
 def _compares(study: Study, suite: str | None = None) -> bool:
@@ -61,12 +64,31 @@ def _has_passkey_lengths(study: Study) -> bool:
 
 
 def _has_lengths(study: Study) -> bool:
-    """Returns whether whole jobs of one prompt have several lengths on a shape."""
-    prompts: dict[str, set[int]] = {}
+    """Returns whether whole jobs have prompts of several lengths, or several numbers of them."""
+    lengths: dict[str, set[int]] = {}
+    batches: dict[tuple[str, int, int], set[int]] = {}
     for case in study.job_cases().values():
-        if case.batch_size == 1 and case.given_prompts:
-            prompts.setdefault(case.shape, set()).add(case.prompt)
-    return any(len(found) > 1 for found in prompts.values())
+        if case.batch_size is None or not case.given_prompts:
+            continue
+        if case.batch_size == 1:
+            lengths.setdefault(case.shape, set()).add(case.prompt)
+        batches.setdefault((case.shape, case.prompt, case.answer), set()).add(case.batch_size)
+    return any(len(found) > 1 for found in (*lengths.values(), *batches.values()))
+
+
+def _searches(study: Study) -> bool:
+    """Returns whether a case of whole jobs searches what fits in memory."""
+    return any(case.capacity or case.context for case in study.job_cases().values())
+
+
+def _meters_jobs(study: Study) -> bool:
+    """Returns whether a case of whole jobs measures energy."""
+    return any(case.energy for case in study.job_cases().values())
+
+
+def _has_attention(study: Study) -> bool:
+    """Returns whether a case of kernels measures attention."""
+    return any("attention" in case.measure for case in study.kernel_cases().values())
 
 
 _LIST = (
@@ -84,10 +106,28 @@ _LIST = (
         "intervals over seeds; horizontal bars are the spread of seeds (sizes), of rounds and "
         "repetitions (throughput), or of trials and repetitions (energy). The line joins the "
         "schemes that no other scheme beats in that panel, and a hollow marker is beaten. Energy "
-        "is shown where counters measured it.",
+        "is shown where counters measured it. Where speed or energy was measured, schemes without "
+        "either are left out unless no other beats them in size; the figure of loss against bits "
+        "has them.",
         condition=_compares,
         reason="compares no scheme with the baseline",
         draw="kvquant.analysis.figures.pareto:draw",
+        on_device=("perf", "energy", "jobs"),
+    ),
+    Figure(
+        name="quality",
+        section=Section.ACCURACY_AGAINST_COST,
+        label="loss against bits, a curve per method",
+        caption="Loss over the unquantized cache against bits per element with everything "
+        "included, a curve per method. Bars are 95 % confidence intervals of the paired "
+        "differences, and many are smaller than their markers. Filled markers keep the same tokens "
+        "in 16 bits as the headline scheme; hollow markers keep those of the method's publication, "
+        "or none. A scheme that keeps others belongs to no curve. The vertical axis is linear "
+        "below 1 and logarithmic above.",
+        condition=_compares,
+        reason="compares no scheme with the baseline",
+        draw="kvquant.analysis.figures.quality:draw",
+        on_device=(),
     ),
     Figure(
         name="perplexity",
@@ -95,7 +135,8 @@ _LIST = (
         label="perplexity",
         caption="Increase of perplexity over the unquantized cache, paired by seed, with a panel "
         "per model and task. Bars are 95 % confidence intervals over seeds, and small dots are the "
-        "single seeds.",
+        "single seeds. Of a method that was measured with the 16-bit tokens of the headline "
+        "scheme, schemes with others are left out.",
         condition=lambda study: _compares(study, "perplexity"),
         reason="compares no scheme on a perplexity task",
         draw="kvquant.analysis.figures.perplexity:draw",
@@ -142,9 +183,9 @@ _LIST = (
         name="kernels",
         section=Section.THROUGHPUT,
         label="kernels against their floor, fp16 and peers",
-        caption="Top: share of the rate of a device copy that each kernel reaches, over the bytes "
+        caption="Left: share of the rate of a device copy that each kernel reaches, over the bytes "
         "that it has to read and write; a kernel that only reads can exceed a copy. Middle and "
-        "bottom: time of fp16 and of peers over ours, in turns in one process; right of 1 ours "
+        "right: time of fp16 and of peers over ours, in turns in one process; right of 1 ours "
         "is faster, and a peer's marker is filled by what was measured. Attention in fp16 is "
         "PyTorch's, by backend; steps and prefills in fp16 run over transformers' growing cache. "
         "Bars span the 10th to 90th percentile of the rounds. Weights and data are random, and a "
@@ -155,16 +196,63 @@ _LIST = (
         table="kernels",
     ),
     Figure(
+        name="capacity",
+        section=Section.ACCURACY_AGAINST_COST,
+        label="what fits in memory",
+        caption="Tokens that fit in a budget of memory on models of random weights. Held at once: "
+        "prompts of the length given are prefilled beside those before until memory ends, and the "
+        "last is shortened. Longest prompt: a single one, prefilled in calls of "
+        f"{CONTEXT_CHUNK:,} tokens. Upright lines are the formula's value, which divides the "
+        "memory without the weights by the cache's bytes per token and knows no activations. The "
+        "number beside a marker is the multiple of the 16-bit cache that holds most.",
+        condition=_searches,
+        reason="has no cases of whole jobs that search what fits",
+        draw="kvquant.analysis.figures.capacity:draw",
+        table="jobs",
+    ),
+    Figure(
+        name="energy",
+        section=Section.ENERGY,
+        label="energy of whole jobs by part",
+        caption="Energy of the GPU board in whole jobs, by its counter: of the prefill per prompt "
+        "token, of decoding per answer token, and the shares of prefill, decoding and the idle "
+        "board in a job, with the job's energy per prompt and answer token beside its bar. Markers "
+        "are means and bars the range of trials; of one trial there is none. Where as many prompts "
+        "run at once as fit, their number stands beside the name of a cache.",
+        condition=_meters_jobs,
+        reason="measures no energy of whole jobs",
+        draw="kvquant.analysis.figures.energy:draw",
+        table="jobs",
+    ),
+    Figure(
+        name="roofline",
+        section=Section.THROUGHPUT,
+        label="decode attention against the device's roofline",
+        caption="Decode attention of one layer: multiplications and additions per second against "
+        "those per byte that has to be read and written. The slope is the rate of a device copy, "
+        "timed in the same rounds, and its band the range over the cases; a kernel that only reads "
+        "can exceed a copy. The level, where the records hold it, is one multiplication and "
+        "addition per instruction that the GPU can issue without tensor cores. Of PyTorch's fp16 "
+        "backends the fastest of each case is shown. Bars span the 10th "
+        "to 90th percentile of rounds. A multiplication and its addition count as two operations; "
+        "decoding of codes counts as none.",
+        condition=_has_attention,
+        reason="has no case of kernels that measures attention",
+        draw="kvquant.analysis.figures.roofline:draw",
+        table="kernels",
+    ),
+    Figure(
         name="lengths",
         section=Section.THROUGHPUT,
-        label="one prompt by its length",
-        caption="One prompt and its answer on a model of random weights, by the length of the "
-        "prompt: speed of prefill, time of a decode step, and peak memory with the weights. The "
-        "caches of a length take turns in one process, and each is decoded in its fastest way: the "
-        "static 16-bit cache and ours as CUDA graphs, the growing one from Python. Points are "
-        "medians, of all steps or of all trials together.",
+        label="speed and memory by length and number of prompts",
+        caption="Prompts and their answers on a model of random weights, by the length of one "
+        "prompt and by the number of prompts at once: speed of prefill, tokens per second of a "
+        "decode step, and peak memory with the weights. Prompts are prefilled one after the other "
+        "and their answers decoded together. The caches of a case take turns in one process, and "
+        "each is decoded in its fastest way: the static 16-bit cache and ours as CUDA graphs, the "
+        "growing one from Python. Points are medians, of all steps or of all trials together.",
         condition=_has_lengths,
-        reason="has no cases of whole jobs of one prompt with several lengths",
+        reason="has no cases of whole jobs with several lengths or numbers of prompts",
         draw="kvquant.analysis.figures.lengths:draw",
         table="jobs",
     ),

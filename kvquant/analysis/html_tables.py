@@ -13,7 +13,7 @@ import pandas as pd
 
 from kvquant.analysis.ablation_tables import all_rows
 from kvquant.analysis.carbon import UNIT, explained, with_grams
-from kvquant.analysis.claims import judge, named
+from kvquant.analysis.claims import judge, named, readable
 from kvquant.analysis.evidence import NOT_SUPPORTED, SUPPORTED
 from kvquant.analysis.labels import job_label, labels_of
 from kvquant.analysis.page_list import PAGES, check
@@ -22,7 +22,8 @@ from kvquant.analysis.tables import read_table
 from kvquant.formats.files import replace
 from kvquant.study.config import Study, load_study
 
-NAME, TEXT = 24, 60  # letters of a name, which no line break cuts, and of a text, which gets room
+# Letters of a name, which no line break cuts, and of texts, which get room.
+NAME, TEXT, LONG_TEXT = 24, 60, 200
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 1.5em; color: #1a1a1a; background: #fff; }
 table { border-collapse: collapse; }
@@ -34,7 +35,9 @@ td { border-bottom: 1px solid #ddd; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th.number { text-align: right; }
 td.name { white-space: nowrap; }
+td.phrase { min-width: 8em; }
 td.text { min-width: 15em; }
+td.long { min-width: 30em; }
 td.yes { color: #00694a; font-weight: 600; }
 td.no { color: #a63a00; font-weight: 600; }
 """
@@ -58,8 +61,10 @@ def _cell(value: Any) -> str:
     mark = {SUPPORTED: " class='yes'", NOT_SUPPORTED: " class='no'"}.get(str(value), "")
     if not mark and len(str(value)) <= NAME:
         mark = " class='name'"
-    elif not mark and len(str(value)) > TEXT:
-        mark = " class='text'"
+    elif not mark:
+        letters = len(str(value))
+        kind = "phrase" if letters <= TEXT else "text" if letters <= LONG_TEXT else "long"
+        mark = f" class='{kind}'"
     return f"<td{mark}>{html.escape(str(value))}</td>"
 
 
@@ -103,7 +108,7 @@ def table_of(study: Study, folder: Path, name: str) -> pd.DataFrame:
     """Returns the table of one page with its heads, without columns that are empty."""
     shown = PAGES[name]
     if shown.source == "claims":
-        table = named(study, judge(load_tables(study, folder)))
+        table = readable(named(study, judge(load_tables(study, folder))))
     elif shown.source == "ablation":
         table = labels_of(study).of(all_rows(load_tables(study, folder)))
     else:

@@ -42,6 +42,8 @@ def _spreads(side: JobSide, prompt: int, answer: int) -> dict[str, Any]:
     ]
     row |= _ends("joules_per_token", [sum(both) / tokens for both in joules])
     row |= _ends("joules_per_prompt_token", [first / prompts for first, _ in joules])
+    answers = tokens - prompts
+    row |= _ends("joules_per_answer_token", [second / answers for _, second in joules])
     return row | {"trials": len(side.trials), "jobs": sum(t.jobs for t in side.trials)}
 
 

@@ -61,11 +61,17 @@ PAGES = {
         "claims",
         Section.CLAIMS,
         "claims",
-        "Each claim with its verdict, what was measured in this study, on how much evidence, and "
-        "how it is defined. The verdict is 'not enough evidence' where too little was measured or "
-        "where the interval holds the bar. Square brackets hold an interval or the spread of "
-        "repetitions.",
-        {n: n for n in ("claim", "model", "verdict", "measured", "evidence", "definition")},
+        "Each claim with its verdict, the measured value with its interval and what that is, on "
+        "how much evidence, and how it is defined. The verdict is 'not enough evidence' where too "
+        "little was measured or where the interval holds the bar. Of a claim with several parts "
+        "the value is that of the part that is nearest to missing the bar.",
+        {
+            **{"claim": "claim", "model": "model", "verdict": "verdict", "number": "value"},
+            **{"ends": "interval", "amount": "n", "bar": "bar", "quantity": "quantity"},
+            **{"cache": "cache", "baseline": "baseline", "where": "workload"},
+            **{"protocol": "protocol", "measured": "all that was measured"},
+            "definition": "definition",
+        },
     ),
     "summary": Page(
         "pareto",

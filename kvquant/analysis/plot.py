@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from kvquant.analysis import figure_list
-from kvquant.analysis.sections import Section
 from kvquant.study.config import Study, load_study
 from kvquant.study.dotted import load
 
@@ -24,18 +23,16 @@ def _not_measured(name: str) -> Any:
 
 
 def _devices(name: str, study: Study, tables: Path) -> str:
-    """Returns where the timings of a figure were measured; empty for one without timings."""
+    """Returns where what a figure shows was measured; empty for accuracy, which needs no device."""
     from kvquant.analysis.labels import device_label
     from kvquant.analysis.tables import read_table
     from kvquant.analysis.timed_on import device_of
 
     figure = figure_list.FIGURES[name]
-    against_cost = figure.section is Section.ACCURACY_AGAINST_COST
-    sources = ["perf", "energy"] if against_cost else [figure.table]
-    if against_cost and study.jobs is not None:
-        sources.append("jobs")
-    found = [device_of(study, read_table(tables, source)) for source in sources]
-    there = dict.fromkeys(f"timed on {device_label(key)}" for key in found if key is not None)
+    sources = (figure.table,) if figure.on_device is None else figure.on_device
+    there_are = [s for s in sources if s != "jobs" or study.jobs is not None]
+    found = [device_of(study, read_table(tables, source)) for source in there_are]
+    there = dict.fromkeys(f"measured on {device_label(key)}" for key in found if key is not None)
     return " and ".join(there)
 
 

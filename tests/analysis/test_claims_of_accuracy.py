@@ -39,14 +39,14 @@ def test_caches_of_random_weights_tell_the_size_of_long_prompts() -> None:
     )
     values = tables(accuracy_tables(study())[0])
     outcome = claims_of_accuracy.bits_per_element(replace(values, kernels=kernels))
-    assert outcome.value == "3.48 (most of 2 cases with random weights, from 16K)"
+    assert outcome.measured == "3.48 (most of 2 cases with random weights, from 16K)"
     assert (outcome.verdict, outcome.of_model) == (SUPPORTED, False)
 
 
 def test_every_step_names_its_bits() -> None:
     outcome = claims_of_accuracy.ordering(tables(accuracy_tables(study())[0]))
     assert outcome.verdict == SUPPORTED
-    assert all(f" {bits} bits +" in outcome.value for bits in (4, 3, 2))
+    assert all(f" {bits} bits +" in outcome.measured for bits in (4, 3, 2))
 
 
 def losses(**schemes: tuple[float, float]) -> Tables:
@@ -65,6 +65,7 @@ def losses(**schemes: tuple[float, float]) -> Tables:
     rows = [
         {"model": "m", "scheme": name, "task": "ppl", "suite": "perplexity", "protocol": "B"}
         | {"seed": seed, "value": 20 + seed + lost * (1 + seed / 100), "bits_per_element": bits}
+        | {"samples": 140}
         for name, (lost, bits) in {"fp16": (0.0, 16.0), **named}.items()
         for seed in range(5)
     ]
@@ -83,9 +84,9 @@ def test_loss_is_compared_at_no_more_bits_and_between_plain_schemes() -> None:
             layers_equal=(0.1, 3.8),
         )
     )
-    assert outcome.verdict == SUPPORTED and outcome.evidence == "5 seeds"
+    assert outcome.verdict == SUPPORTED and outcome.evidence == "5 seeds of 140 windows or more"
     assert "0.40 [0.40, 0.40] with 4.90 for 5.00 bits, 0.40 [0.40, 0.40] with 3.90 for 4.00" in (
-        outcome.value
+        outcome.measured
     )
 
 
@@ -93,7 +94,13 @@ def test_the_loss_at_the_worst_width_decides() -> None:
     values = losses(
         nuq4=(0.4, 5.0), nuq3=(1.5, 4.0), allocated_4=(0.3, 4.9), allocated_3=(0.6, 3.9)
     )
-    assert claims_of_accuracy.half_the_loss(values).verdict == NOT_SUPPORTED
+    outcome = claims_of_accuracy.half_the_loss(values)
+    assert outcome.verdict == NOT_SUPPORTED
+    assert (outcome.cache, outcome.baseline) == (
+        "Allocated codes 4.4 bits", "NUQ 4 bits, 1 % outliers"
+    )  # fmt: skip
+    assert [outcome.low, outcome.value, outcome.high] == pytest.approx([0.75] * 3)
+    assert outcome.workload == "Essays, protocol B (the worst of 2)"
 
 
 def test_more_bits_are_no_comparison() -> None:
@@ -108,7 +115,7 @@ def test_there_is_no_half_of_what_was_not_lost(theirs: float, ours: float) -> No
     """A ratio to a gain would be negative, and so below the bar whatever was lost."""
     outcome = claims_of_accuracy.half_the_loss(losses(nuq3=(theirs, 4.0), allocated_3=(ours, 3.9)))
     assert outcome.verdict == NOT_ENOUGH
-    assert "no ratio, as NUQ lost nothing in 5 of 5 seeds, with 3.90 for 4.00" in outcome.value
+    assert "no ratio, as NUQ lost nothing in 5 of 5 seeds, with 3.90 for 4.00" in outcome.measured
 
 
 def test_a_missed_width_fails_beside_one_without_loss() -> None:
@@ -124,15 +131,15 @@ def test_seeds_that_only_one_side_has_are_no_pairs() -> None:
     late, ours, theirs = rows.seed >= 3, rows.scheme == "allocated-3", rows.scheme == "nuq3"
     none = replace(values, evaluations=rows[~(late & ours) & ~(~late & theirs)])
     outcome = claims_of_accuracy.half_the_loss(none)
-    assert (outcome.verdict, outcome.evidence) == (NOT_ENOUGH, "0 seeds")
+    assert (outcome.verdict, outcome.n) == (NOT_ENOUGH, 0)
     some = replace(values, evaluations=rows[~(late & ours)])
-    assert claims_of_accuracy.half_the_loss(some).evidence == "3 seeds"
+    assert claims_of_accuracy.half_the_loss(some).n == 3
 
 
 def test_short_prompts_do_not_look_like_a_failure() -> None:
     values = accuracy_tables(study())[0]
     outcome = claims_of_accuracy.bits_per_element(tables(values))
     assert outcome.verdict == NOT_MEASURED
-    assert outcome.value == "the longest prompt has 4,096 tokens (3.60 bits); defined from 16K"
+    assert outcome.measured == "the longest prompt has 4,096 tokens (3.60 bits); defined from 16K"
     long = values.assign(tokens=16384 * values.samples)
     assert claims_of_accuracy.bits_per_element(tables(long)).verdict == SUPPORTED

@@ -15,6 +15,7 @@ from kvquant.study.config import Study
 from tests.support.studies import study_of
 from tests.support.tables import accuracy_tables
 
+ENDS = ("over_ours_p10", "over_ours_median", "over_ours_p90")
 SIDES = {"fp16": 1.02, "reference": 1.4}
 
 
@@ -51,18 +52,19 @@ def tables(timed: pd.DataFrame | None = None, asked: Study | None = None) -> Tab
 def test_without_throughput_prefill_is_judged_from_kernels() -> None:
     outcome = claims_of_cost.prefill(tables())
     where = f"8B GQA 1 {TIMES} 16K, random weights, the worst workload"
-    assert outcome.value == f"1.010 [0.990, 1.030] ({where})"
-    assert outcome.evidence == "1 repetition of 5 rounds or more on gpu"
+    assert outcome.measured == f"1.010 [0.990, 1.030] ({where})"
+    assert (outcome.evidence, outcome.device) == ("5 rounds", "gpu")
+    assert (outcome.value, outcome.low, outcome.high) == pytest.approx((1.01, 0.99, 1.03))
     assert outcome.verdict == SUPPORTED
     slower = claims_of_cost.over_reference(tables())
-    assert slower.value == f"1.390 [1.370, 1.410] ({where})" and slower.verdict == NOT_SUPPORTED
+    assert slower.measured == f"1.390 [1.370, 1.410] ({where})" and slower.verdict == NOT_SUPPORTED
 
 
 @pytest.mark.parametrize(
     ("changed", "verdict"),
     [
         ({"over_ours_p10": 0.97}, NOT_ENOUGH),  # the interval holds the bar
-        ({"over_ours_p10": 0.9, "over_ours_p90": 0.95}, NOT_SUPPORTED),
+        (dict(zip(ENDS, (0.9, 0.93, 0.95), strict=True)), NOT_SUPPORTED),
         ({"over_ours_n": 2}, NOT_ENOUGH),
         ({"measure": "pack"}, NOT_MEASURED),
         ({"scheme": "other"}, NOT_MEASURED),
@@ -77,9 +79,9 @@ def test_nothing_timed_says_where_it_would_be() -> None:
     for judge in (claims_of_cost.prefill, claims_of_cost.over_reference):
         outcome = judge(tables(pd.DataFrame()))
         assert outcome.verdict == NOT_MEASURED
-        assert "'throughput' and 'kernels'" in outcome.value
+        assert "'throughput' and 'kernels'" in outcome.measured
     on_cpu = claims_of_cost.prefill(tables(asked=study().model_copy(update={"gpus": 0})))
-    assert on_cpu.verdict == NOT_MEASURED and "defined for a GPU" in on_cpu.value
+    assert on_cpu.verdict == NOT_MEASURED and "defined for a GPU" in on_cpu.measured
 
 
 def test_what_is_of_a_shape_is_of_no_model() -> None:
@@ -124,5 +126,5 @@ def test_missing_records_are_named_by_their_section() -> None:
         (claims_of_cost.quantize_share, "throughput"),
     ):
         outcome = judge(tables(pd.DataFrame()))
-        assert outcome.value == f"not measured yet (section '{section}': no record)"
+        assert outcome.measured == f"not measured yet (section '{section}': no record)"
         assert outcome.verdict == NOT_MEASURED

@@ -17,7 +17,7 @@ from kvquant.study.jobs import JobCase
 from tests.support.studies import study_of
 from tests.support.tables import job_table
 
-OURS = "NUQ 3 bits, 1 % outliers over 16-bit cache, on gpu"
+OURS = "NUQ 3 bits, 1 % outliers over 16-bit cache, on GPU"
 BUDGET: dict[str, Any] = {
     "shape": "7b-mha",
     "prompt": 16384,
@@ -57,7 +57,7 @@ def judged(claim: str, **changed: Any) -> Outcome:
 def test_claims_are_about_one_gpu(claim: str) -> None:
     asked = study({name: case | {"gpus": 2} for name, case in CASES.items()})
     outcome: Outcome = getattr(claims_of_jobs, claim)(tables(job_table(asked), asked))
-    assert outcome.value == "not measured yet (section 'jobs': no record)"
+    assert outcome.measured == "not measured yet (section 'jobs': no record)"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_claims_are_about_one_gpu(claim: str) -> None:
 def test_claims_compare_with_the_better_fp16_cache(claim: str, value: str) -> None:
     outcome = judged(claim)
     assert outcome.verdict == SUPPORTED
-    assert outcome.value == value
+    assert outcome.measured == value
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_without_a_16_bit_cache_there_is_no_ratio() -> None:
     jobs.loc[jobs.scheme == "fp16", "status"] = "oom"
     outcome = claims_of_jobs.speed(tables(jobs))
     assert outcome.verdict == NOT_MEASURED
-    assert outcome.value.startswith("out of memory with every 16-bit cache (7B MHA 16K + 512 in")
+    assert outcome.measured.startswith("out of memory with every 16-bit cache (7B MHA 16K + 512 in")
 
 
 def test_tables_have_a_row_per_cache() -> None:
@@ -140,7 +140,8 @@ def test_two_devices_are_told_apart(tmp_path: Path) -> None:
 def test_without_the_headline_the_first_quantized_cache_counts() -> None:
     asked = study({"budget": BUDGET | {"schemes": ["fp16", "kivi-4"]}})
     outcome = claims_of_jobs.speed(tables(asked=asked))
-    assert outcome.verdict == SUPPORTED and "KIVI 4 bits over 16-bit cache, on gpu" in outcome.value
+    assert outcome.verdict == SUPPORTED
+    assert "KIVI 4 bits over 16-bit cache, on GPU" in outcome.measured
 
 
 def test_names_of_cases() -> None:

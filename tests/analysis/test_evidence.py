@@ -1,6 +1,6 @@
 """Verdicts need evidence; pages of the report escape what they show.
 
-Also covers: analysis.report, analysis.sections, runtime.run_end.
+Also covers: analysis.bars, analysis.report, analysis.sections, runtime.run_end.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvquant.analysis.bars import Bar
+from kvquant.analysis.claim_list import CLAIMS
 from kvquant.analysis.evidence import (
     NOT_ENOUGH,
     NOT_MEASURED,
     NOT_SUPPORTED,
     SUPPORTED,
     Outcome,
-    against_bar,
     interval,
     not_measured,
 )
@@ -31,18 +32,29 @@ NAN, INF = float("nan"), float("inf")
     [(0, 0.9, True), (1.1, 2, False), (0.5, 1.5, None), (NAN, 0.5, None), (0, INF, None)],
 )
 def test_an_interval_lies_on_one_side_of_the_bar(low: float, high: float, met: bool | None) -> None:
-    assert against_bar(low, high, 1.0, at_most=True) is met
-    assert against_bar(-high, -low, -1.0, at_most=False) is met
+    assert Bar(1.0, at_most=True).met(low, high) is met
+    assert Bar(-1.0, at_most=False).met(-high, -low) is met
 
 
 def test_little_evidence_gives_no_verdict() -> None:
-    assert Outcome("1", True, "5 prompts", enough=False).verdict == NOT_ENOUGH
-    assert Outcome("1", None, "500 prompts").verdict == NOT_ENOUGH
-    assert Outcome("1", True, "500 prompts").verdict == SUPPORTED
-    assert Outcome("1", False, "500 prompts").verdict == NOT_SUPPORTED
+    assert Outcome("1", True, 5, "prompts", enough=False).verdict == NOT_ENOUGH
+    assert Outcome("1", True, 0, "prompts").verdict == NOT_ENOUGH
+    assert Outcome("1", None, 500, "prompts").verdict == NOT_ENOUGH
+    assert Outcome("1", True, 500, "prompts").verdict == SUPPORTED
+    assert Outcome("1", False, 500, "prompts").verdict == NOT_SUPPORTED
+    assert Outcome("1", True, 1500, "prompts").evidence == "1,500 prompts"
     assert not_measured("no task").verdict == NOT_MEASURED
     assert np.isnan(interval(np.array([1.0]), 0.05)).all()
     assert np.isnan(interval(np.array([1.0, NAN]), 0.05)).all()
+
+
+def test_bars_read_as_they_are_judged() -> None:
+    assert str(Bar(0.55, at_most=True)) == "at most 0.55"
+    assert str(Bar(3.0, at_most=False)) == "at least 3"
+    for claim in CLAIMS.values():
+        assert str(claim.bar) in claim.definition and claim.least in claim.definition
+        number = f"{claim.bar.limit:g}"
+        assert number in str(claim.bar) or claim.bar.limit != claim.bar.limit
 
 
 @pytest.mark.fault(

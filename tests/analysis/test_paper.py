@@ -201,5 +201,5 @@ def test_many_schemes_and_long_names(root: Path, tmp_path: Path) -> None:
 def test_the_demo_has_no_figure_of_nothing(root: Path) -> None:
     study = load_study(root / "config/demo.yaml")
     assert figure_list.shown(study) == [
-        "pareto", "perplexity", "throughput", "append", "ablation",
+        "pareto", "quality", "perplexity", "throughput", "append", "ablation",
     ]  # fmt: skip

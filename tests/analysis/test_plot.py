@@ -145,8 +145,9 @@ def test_names_of_many_schemes_do_not_overlap(root: Path, tmp_path: Path) -> Non
     raw["models"] = dict([next(iter(raw["models"].items()))])
     raw["tasks"] = {"ppl-wikitext2-b": raw["tasks"]["ppl-wikitext2-b"]}
     for i in range(36):
-        label = f"NUQ 3 bits, 1 % outliers, {i + 10} sinks"
-        raw["schemes"][f"more-{i}"] = {"kind": "nuq", "bits": 3, "sinks": i + 10, "label": label}
+        label = f"KIVI 4 bits, residual of {i + 10} groups"
+        more = {"kind": "kivi", "bits": 4, "residual": 32 * (i + 10), "label": label}
+        raw["schemes"][f"more-{i}"] = more
         raw["evaluation"]["schemes"].append(f"more-{i}")
     study = parse_study(raw)
     write_tables(study, tmp_path)
@@ -189,14 +190,14 @@ def test_labels_stay_apart(root: Path, tmp_path: Path) -> None:
         plt.close(figure)
 
 
-@pytest.mark.parametrize("name", ["pareto", "perplexity", "throughput", "passkey"])
+@pytest.mark.parametrize("name", ["pareto", "quality", "perplexity", "throughput", "passkey"])
 def test_a_column_holds_every_figure(study: Study, tables: Path, name: str, tmp_path: Path) -> None:
     """No text is smaller than 7 points, and no figure is scaled down on the paper's page."""
     figure = drawn(name, study, tables)
     texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
     assert texts and min(text.get_fontsize() for text in texts) >= style.SMALL
     width, height = figure.get_size_inches()
-    assert width == (style.PAGE_WIDTH if name == "pareto" else style.WIDTH)
+    assert width == (style.PAGE_WIDTH if name in ("pareto", "quality") else style.WIDTH)
     assert height <= style.PAGE_HEIGHT
     shown = "\n".join(text.get_text() for text in texts)
     assert not [key for key in (*study.schemes, *study.tasks, *study.models) if key in shown]

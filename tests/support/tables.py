@@ -105,6 +105,7 @@ def timed_tables(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
                 row |= {f"{part}_ratio": ratio, f"base_{part}_ms_median": 100.0}
                 ends = {"median": 1.0, "p10": 0.97, "p90": 1.04, "p99": 1.1}
                 row |= {f"scheme_{part}_ms_{n}": 100 / ratio * end for n, end in ends.items()}
+            row |= {f"scheme_quantize_ms_{n}": 5.0 * end for n, end in ends.items()}
             for part, speed in (("prefill", 26000.0), ("decode", 50.0)):
                 row |= {f"base_{part}_ms_{n}": 100 * e for n, e in ends.items()}
                 row[f"scheme_{part}_tokens_per_s"] = speed * row[f"{part}_ratio"]
@@ -149,9 +150,10 @@ def job_table(study: Study) -> pd.DataFrame:
             row["step_ms_n"] = 640
             ended = {"job_tokens_per_s": 4000.0 * faster, "decode_tokens_per_s": 90.0 * faster}
             ended |= {"joules_per_token": 0.12 / faster, "joules_per_prompt_token": 0.026}
+            ended["joules_per_answer_token"] = 2.9 / faster
             for key, value in ended.items():
                 row |= {key: value, f"{key}_low": 0.99 * value, f"{key}_high": 1.01 * value}
-            row |= {"joules_per_answer_token": 2.9 / faster, "counter_over_power": 1.001}
+            row |= {"counter_over_power": 1.001, "idle_watts": 120.0}
             row["joules_per_token_above_idle"] = 0.1 / faster
             row["source"] = "nvml" if case.energy else None
             row |= record("jobs", name)

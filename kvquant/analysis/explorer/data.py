@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvquant.analysis.claims import judge, named
+from kvquant.analysis.claims import judge, named, readable
 from kvquant.analysis.evidence import VERDICTS
 from kvquant.analysis.explorer.measures import GROUPS, MIN_SHOWN
 from kvquant.analysis.explorer.source import Source
@@ -13,22 +13,21 @@ from kvquant.analysis.explorer.values import Column, Row, Sheet
 from kvquant.analysis.explorer.view_list import View, shown
 from kvquant.analysis.figures.style import looks
 from kvquant.analysis.labels import device_label
+from kvquant.analysis.page_list import PAGES
 from kvquant.study.dotted import load
 from kvquant.study.scheme_kinds import FAMILIES
 from kvquant.study.tasks import SUITES
 
-_CLAIMS = ("claim", "model", "verdict", "measured", "evidence", "definition")
-
 
 def claims(source: Source) -> Sheet:
-    """Returns the table of claims."""
-    table = named(source.study, judge(source.tables))
+    """Returns the table of claims, with the columns of the report's page."""
+    table, heads = readable(named(source.study, judge(source.tables))), PAGES["claims"].heads
     keys = {source.labels.model(model): model for model in source.study.models}
     rows = [
-        Row({name: str(row[name]) or "none" for name in _CLAIMS}, model=keys.get(str(row["model"])))
+        Row({name: str(row[name]) or "none" for name in heads}, model=keys.get(str(row["model"])))
         for _, row in table.iterrows()
     ]
-    return Sheet([Column(name, name, text=True) for name in _CLAIMS], rows)
+    return Sheet([Column(name, head, text=True) for name, head in heads.items()], rows)
 
 
 def axes(source: Source) -> list[dict[str, Any]]:

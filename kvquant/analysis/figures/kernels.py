@@ -11,8 +11,10 @@ import pandas as pd
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from kvquant.analysis.figures.style import (
+    BACKENDS,
     BASELINE,
     GREY,
+    PAGE_WIDTH,
     SMALL,
     WIDTH,
     Look,
@@ -40,12 +42,10 @@ WORDS = {
     "prefill": "prefill",
     "continue": "continued prefill",
 }
-FP16 = {"cudnn": "s", "flash": "^", "efficient": "v"}  # markers of torch's attention; hollow
-BACKENDS = {"cudnn": "cuDNN", "flash": "flash", "efficient": "memory-efficient"}
 WHOLE = "D"  # of steps and prefills with transformers' growing cache
 # Text in place of a missing ratio, by status; with 'ok' our own time is missing.
 MISSING = {"ok": "no time of ours", "oom": "out of memory", "refused": "cannot run"}
-LETTERS = 34  # of a line of a measurement's name
+LETTERS, PEER_LETTERS = 34, 22  # of a line of the name of a measurement, and of a peer
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,17 @@ def _style(side: Any, names: Names) -> tuple[Look, bool]:
     """Returns the look of ours or of a 16-bit side, and whether its marker is hollow."""
     if side.role == "ours":
         return names.looks[side.scheme], False
-    return (BASELINE, FP16.get(side.side, WHOLE)), True
+    _, marker = BACKENDS.get(side.side, ("", WHOLE))
+    return (BASELINE, marker), True
 
 
 def _legend_of(rows: pd.DataFrame, names: Names) -> list[Any]:
     """Returns the handles of the first two panels."""
     there = set(rows[rows.status == "ok"].side)
-    whole = [s for s in dict.fromkeys(rows[rows.role == "fp16"].side) if s not in FP16]
+    whole = [s for s in dict.fromkeys(rows[rows.role == "fp16"].side) if s not in BACKENDS]
     found = {
-        f"fp16 attention, {BACKENDS[s]}": (BASELINE, marker)
-        for s, marker in FP16.items()
+        f"fp16 attention, {name}": (BASELINE, marker)
+        for s, (name, marker) in BACKENDS.items()
         if s in there
     }
     found |= {f"{names.labels.scheme(s)}, growing": (BASELINE, WHOLE) for s in whole}
@@ -131,17 +132,19 @@ def _side(axis: Any, x: float, place: int, ends: list[float], side: Any, names: 
     _point(axis, x, place, ends, look, **({"mfc": "white"} if hollow else {}))
 
 
-def rate_panel(axis: Any, found: list[tuple[str, pd.DataFrame]], names: Names) -> None:
-    """Draws the share of the rate of a device copy, a row per measurement."""
-    for place, (_, sides) in enumerate(found):
+def rate_panel(
+    axis: Any, found: list[tuple[str, pd.DataFrame]], rows: list[str], names: Names
+) -> None:
+    """Draws the share of the rate of a device copy, each measurement in the row of its name."""
+    for label, sides in found:
         for side in sides.itertuples():
             # a rate is bytes over time: the slowest rounds give the lower end
             ends = [100 * side.floor_ms / t for t in (side.ms_p90, side.ms_p10)]
-            _side(axis, 100 * side.copy_share, place, ends, side, names)
+            _side(axis, 100 * side.copy_share, rows.index(label), ends, side, names)
     axis.axvline(100, color="#888888", linewidth=0.8, zorder=1)
     axis.set_xlim(0, max(110.0, axis.get_xlim()[1]))
-    name_rows(axis, [label for label, _ in found], LETTERS)
-    axis.set_xlabel("bytes per second, % of a device copy (more is better)", loc="right")
+    name_rows(axis, rows, LETTERS)
+    axis.set_xlabel("bytes per second,\n% of a device copy\n(more is better)")
 
 
 def _ratio_scale(axis: Any) -> None:
@@ -155,15 +158,17 @@ def _ratio_scale(axis: Any) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
 
 
-def ratio_panel(axis: Any, found: list[tuple[str, pd.DataFrame]], names: Names) -> None:
-    """Draws time of fp16 over ours on a logarithmic scale, a row per measurement."""
-    for place, (_, sides) in enumerate(found):
+def ratio_panel(
+    axis: Any, found: list[tuple[str, pd.DataFrame]], rows: list[str], names: Names
+) -> None:
+    """Draws time of fp16 over ours on a logarithmic scale, each in the row of its name."""
+    for label, sides in found:
         for side in sides.itertuples():
             ends = [side.over_ours_p10, side.over_ours_p90]
-            _side(axis, side.over_ours_median, place, ends, side, names)
+            _side(axis, side.over_ours_median, rows.index(label), ends, side, names)
     _ratio_scale(axis)
-    name_rows(axis, [label for label, _ in found], LETTERS)
-    axis.set_xlabel("time of fp16 over ours (right of 1: ours is faster)", loc="right")
+    name_rows(axis, rows, LETTERS)
+    axis.set_xlabel("time of fp16 over ours\n(right of 1: ours is faster)")
 
 
 def peers_panel(axis: Any, peers: pd.DataFrame, names: Names) -> list[str]:
@@ -189,36 +194,40 @@ def peers_panel(axis: Any, peers: pd.DataFrame, names: Names) -> list[str]:
         style = {"fontsize": SMALL, "va": "center", "color": GREY}
         axis.annotate(text, (1, place), (3, 0), textcoords="offset points", **style)
     _ratio_scale(axis)
-    name_rows(axis, [names.labels.scheme(row) for row in rows], LETTERS)
-    axis.set_xlabel("time of peers over ours (right of 1: ours is faster)", loc="right")
+    name_rows(axis, [names.labels.scheme(row) for row in rows], PEER_LETTERS)
+    axis.set_xlabel("time of peers over ours\n(right of 1: ours is faster)", loc="right")
     return [label for label, _ in groups]
 
 
 def draw(study: Study, tables: Path) -> Any:
-    """Draws kernels against the rate of a copy, against fp16, and against peers."""
+    """Draws kernels against the rate of a copy, against fp16, and against peers, side by side."""
     rows, marked = one_device(study, read_table(tables, "kernels")), looks(study)
     names = Names(study.headline, marked, labels_of(study))
     above, middle, peers = rates(rows, names), ratios(rows, names), rows[rows.role == "peer"]
-    rows_of = [
-        [label for label, _ in above],
-        [label for label, _ in middle],
-        [names.labels.scheme(side) for side in dict.fromkeys(peers.side)],
-    ]
-    counts = [found for found in rows_of if found]
-    if not counts:
+    ours = list(dict.fromkeys(label for label, _ in _labelled(rows[rows.role != "peer"], names)))
+    theirs = [names.labels.scheme(side) for side in dict.fromkeys(peers.side)]
+    there = [label for label, _ in (*above, *middle)]
+    ours = [label for label in ours if label in there]
+    count = sum(map(bool, (above, middle, theirs)))
+    if not count:
         raise UserError("figure kernels: no kernel and no comparison has a time")
-    heights = [height_of_rows(len(found), most_lines(found, LETTERS)) for found in counts]
-    figure, axes = plt.subplots(
-        len(counts), 1, figsize=(WIDTH, 1.0 + sum(heights)), height_ratios=heights, squeeze=False
+    width = WIDTH if count == 1 else PAGE_WIDTH
+    height = max(
+        height_of_rows(len(ours), most_lines(ours, LETTERS)),
+        height_of_rows(len(theirs), most_lines(theirs, PEER_LETTERS)),
     )
-    left = iter(axes[:, 0])
+    figure, axes = plt.subplots(1, count, figsize=(width, height), squeeze=False)
+    left = iter(axes[0])
     if above:
-        rate_panel(next(left), above, names)
+        rate_panel(next(left), above, ours, names)
     if middle:
-        ratio_panel(next(left), middle, names)
-    lines = legend(figure, _legend_of(rows, names), WIDTH)
+        axis = next(left)
+        ratio_panel(axis, middle, ours, names)
+        if above:  # whose rows are the same
+            axis.tick_params(labelleft=False)
+    lines = legend(figure, _legend_of(rows, names), width)
     if len(peers):
         measured = peers_panel(next(left), peers, names)
-        lines += legend(figure, fill_marks(measured), WIDTH, "lower center")
-    figure.set_size_inches(WIDTH, max(1.0, 0.4 + 0.15 * lines) + sum(heights))
+        lines += legend(figure, fill_marks(measured), width, "lower center")
+    figure.set_size_inches(width, height + max(0.6, 0.4 + 0.15 * lines))
     return figure

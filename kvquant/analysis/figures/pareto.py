@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter
 
 from kvquant.analysis.figures import pareto_panels
 from kvquant.analysis.figures.style import (
@@ -18,6 +18,7 @@ from kvquant.analysis.figures.style import (
     loss_scale,
     marks,
     plt,
+    size_scale,
 )
 from kvquant.analysis.labels import labels_of
 from kvquant.analysis.tables import read_table
@@ -26,7 +27,6 @@ from kvquant.errors import UserError
 from kvquant.study.config import Study
 
 PANEL = 1.75  # inches of a panel's height, where the page has room for it
-BITS = (1, 1.5, 2, 3, 4, 5, 6, 8, 12, 16)
 
 
 def draw(study: Study, tables: Path) -> Any:
@@ -42,8 +42,10 @@ def draw(study: Study, tables: Path) -> Any:
     found = pareto_panels.panels(study, *read, labels=labels)
     if not any(pareto_panels.compares(study, panel) for panel in found):
         raise UserError("figure pareto: no scheme has a finite difference to the baseline")
-    models = list(study.models)
-    seen = set(pd.concat([panel.points for panel in found if len(panel.points)]).scheme)
+    points = pd.concat([panel.points for panel in found if len(panel.points)])
+    compared = set(points[points.scheme != study.baseline].model)
+    models = [model for model in study.models if model in compared]
+    seen = set(points.scheme)
     handles = marks({labels.scheme(s): marked[s] for s in study.schemes if s in seen})
     columns = max(2, len(models))
     rows = len(found) if len(models) > 1 else -(-len(found) // columns)
@@ -63,13 +65,8 @@ def draw(study: Study, tables: Path) -> Any:
         lines = [f"{first} ({better} is better)", rest]
         axis.set_xlabel("\n".join(filter(None, lines)))
         axis.set_ylabel("")
-        if panel.sizes:
-            axis.set_xscale("log")
-            bits = panel.label.startswith("bits")
-            subs = (1, 1.5, 2, 3, 5, 7)
-            axis.xaxis.set_major_locator(FixedLocator(BITS) if bits else LogLocator(subs=subs))
-            axis.xaxis.set_minor_locator(NullLocator())
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        if panel.sizes and axis.get_xticks().size:
+            size_scale(axis)
         elif axis.get_xticks().size:
             axis.set_xlim(left=-0.03 * axis.get_xlim()[1])  # speeds and energies, seen from 0
             axis.xaxis.set_major_locator(MaxNLocator(5))

@@ -10,7 +10,7 @@ which there is no record has a panel that says so.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from kvquant.study.tasks import SUITES
 from kvquant.study.timing import Workload
 
 MAX_WORKLOADS = 2  # panels of one cost; a page has room for no more
-MIN_COMPARED = 4  # schemes in a case of whole jobs that stands for speed and energy
+MIN_COMPARED = 4  # schemes in a case of whole jobs or a workload that stands for speed and energy
 NOT_MEASURED = "not measured yet"  # the study has the measurement, but no record
 NOT_ASKED = "not part of this study"
 _KEYS = ["model", "scheme"]
@@ -165,7 +165,7 @@ def panels(
 
     These are of the case of whole jobs that compares most schemes, and of the model's own first
     workloads. A workload that no scheme has a record of has no panel, unless there is no other of
-    its cost.
+    its cost; beside whole jobs, a workload of few schemes has none either.
     """
     losses = quality(study, evaluations, tests)
 
@@ -194,14 +194,42 @@ def panels(
     reason = "estimated without counters" if estimated else _reason(energy, study.energy_cells())
     whole = _whole_jobs(study, jobs, losses)
     found += whole
-    shown = [panel for panel in speeds if compares(study, panel)][:MAX_WORKLOADS]
+    fewest = MIN_COMPARED if whole else 1
+
+    def shown_of(costs: list[Panel]) -> list[Panel]:
+        enough = [p for p in costs if len({*p.points.scheme} - {study.baseline}) >= fewest]
+        return enough[:MAX_WORKLOADS]
+
+    shown = shown_of(speeds)
     slow = _reason(perf, study.throughput_cells())
     if shown or not whole:
         found += shown or [Panel("throughput, tokens/s", True, none, slow)]
-    shown = [panel for panel in joules if compares(study, panel)][:MAX_WORKLOADS]
+    shown = shown_of(joules)
     if shown or not whole:
         found += shown or [Panel("J per token", False, none, reason)]
-    return found
+    return _of_several_costs(study, found)
+
+
+def _of_several_costs(study: Study, found: list[Panel]) -> list[Panel]:
+    """Returns panels without schemes that have sizes alone and that others beat there.
+
+    Where speed or energy was measured of no scheme, all are kept. The figure `quality` shows all.
+    """
+    timed = {s for p in found if not p.sizes for s in p.points.scheme} - {study.baseline}
+    if not timed:
+        return found
+    kept = timed | {study.baseline}
+    for panel in found:
+        if panel.sizes:
+            for _, points in panel.points.groupby("model", sort=False):
+                kept |= set(points[~dominated(_costs_of(panel, points))].scheme)
+    return [replace(p, points=p.points[p.points.scheme.isin(kept)]) for p in found]
+
+
+def _costs_of(panel: Panel, points: pd.DataFrame) -> np.ndarray:
+    """Returns cost and loss of points, `[points, 2]`, less of both being better."""
+    costs = np.column_stack([-points.x if panel.more_is_better else points.x, points.y])
+    return costs.astype(float)
 
 
 def case_of_most(study: Study, jobs: pd.DataFrame) -> str | None:
@@ -296,8 +324,7 @@ def draw(axis: Any, panel: Panel, model: str, looks: dict[str, Look], baseline: 
         axis.set_xticks([])
         placeholder(axis, panel.missing)
         return
-    costs = np.column_stack([-points.x if panel.more_is_better else points.x, points.y])
-    beaten = dominated(costs.astype(float))
+    beaten = dominated(_costs_of(panel, points))
     front = points[~beaten].sort_values(["x", "y"])
     axis.plot(front.x, front.y, color=FRONTIER, lw=1.0, zorder=2)
     for point in points.itertuples():

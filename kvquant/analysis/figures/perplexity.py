@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kvquant.analysis.figures.kept_tokens import without_variants
 from kvquant.analysis.figures.style import (
     PAGE_HEIGHT,
     WIDTH,
@@ -32,7 +33,10 @@ def draw(study: Study, tables: Path) -> Any:
     language = tests[tests.suite == SUITE]
     groups = list(language.groupby(["model", "task"], sort=False))
     # a scheme that cannot run a task's protocol has no row in its panel
-    schemes = [[s for s in study.schemes if s in set(group.scheme)] for _, group in groups] or [[]]
+    schemes = [
+        without_variants(study, [s for s in study.schemes if s in set(group.scheme)])
+        for _, group in groups
+    ] or [[]]
     labels, marked = labels_of(study), looks(study)
     shown = [[labels.scheme(s) for s in names] for names in schemes]
     for letters in LETTERS:

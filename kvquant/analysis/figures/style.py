@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import matplotlib
@@ -28,6 +28,12 @@ COLORS = (
     *_DARK,
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "d")
+# Names and markers of the backends of torch's fp16 attention.
+BACKENDS = {
+    "cudnn": ("cuDNN", "s"),
+    "flash": ("flash", "^"),
+    "efficient": ("memory-efficient", "v"),
+}
 GREY = "#666666"
 FRONTIER = "#777777"
 # How much of a marker is filled, where it stands for what was measured.
@@ -36,6 +42,7 @@ FILLS: tuple[Literal["full", "none", "left", "right", "bottom", "top"], ...] = (
 )  # fmt: skip
 WIDTH = 3.25  # inches, one column of the paper
 PAGE_WIDTH, PAGE_HEIGHT = 6.6, 7.9  # inches; a larger figure would be scaled down
+MAX_SIZES = 9  # numbers on an axis of sizes
 SMALL = 7.0  # points, the smallest text
 STYLE = {
     **sns.axes_style("ticks"),
@@ -93,6 +100,17 @@ def looks(study: Study) -> dict[str, Look]:
     return {key: found[key] for key in study.schemes}
 
 
+def method_looks(study: Study) -> dict[str, Look]:
+    """Returns color and marker of every method, for curves that join the schemes of one.
+
+    The color is that of the method's schemes (:func:`looks`); methods have different markers, so
+    that curves are told apart in grey as well.
+    """
+    marked = looks(study)
+    colors = {s.method(): marked[key][0] for key, s in study.schemes.items() if s.quantizes}
+    return {m: (c, MARKERS[i % len(MARKERS)]) for i, (m, c) in enumerate(colors.items())}
+
+
 def wrapped(text: str, letters: int) -> str:
     """Returns a name in lines of about so many letters, which end at commas where they can."""
     lines: list[str] = []
@@ -117,6 +135,8 @@ def loss_ticks(low: float, high: float) -> list[float]:
     if widest < 1:
         return [float(t) for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high]
     steps: list[float] = [0, 0.5, 1, 2, 5, 10, 20, 50, 100]
+    if widest > 50:  # numbers of three letters would touch those beside them
+        steps = [0, 0.5, 1, 3, 10, 30, 100]
     if widest > 200:
         powers = int(np.log10(widest))
         steps = [0, *(10.0**k for k in range(0, powers + 1, 1 + powers // 5))]
@@ -131,6 +151,27 @@ def loss_scale(axis: Any, which: Literal["x", "y"]) -> None:
     low, high = getattr(axis, f"get_{which}lim")()
     ticks = loss_ticks(low, high)
     getattr(axis, f"set_{which}ticks")(ticks, [f"{t:g}" for t in ticks])
+    axis.minorticks_off()
+
+
+def size_scale(axis: Any) -> None:
+    """Gives a horizontal axis a logarithmic scale for sizes, with at least three numbers or so.
+
+    It is called when all points are drawn. Where a scale of factors would name fewer than three
+    sizes, they are named in equal steps.
+    """
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    ticks = [s * 10.0**power for power in powers for s in (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    if len(ticks) > MAX_SIZES:
+        ticks = [t for t in ticks if f"{t:e}"[:3] in ("1.0", "1.5", "2.0", "3.0", "5.0", "7.0")]
+    if len(ticks) > MAX_SIZES:
+        ticks = [t for t in ticks if f"{t:e}"[0] in "125" and f"{t:e}"[2] == "0"]
+    if len(ticks) < 3:
+        ticks = [t for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high]
+    axis.set_xticks(ticks, [f"{tick:,.6g}" for tick in ticks])
     axis.minorticks_off()
 
 
@@ -155,6 +196,43 @@ def name_rows(axis: Any, names: list[str], letters: int = 25) -> None:
     axis.set_yticks(range(len(names)), [wrapped(n, letters) for n in names], linespacing=0.95)
     axis.set_ylim(max(len(names), 1) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)
+
+
+def grouped_rows(rows: Iterable[tuple[str, str]]) -> tuple[list[str], list[int], dict[int, str]]:
+    """Returns the names of rows, each group of which follows an empty row for its head.
+
+    Args:
+        rows: The group and the name of each row, those of a group together.
+
+    Returns:
+        The names of all rows, the place of each row given, and the groups by the place of their
+        heads (:func:`name_groups`).
+    """
+    names: list[str] = []
+    places: list[int] = []
+    heads: dict[int, str] = {}
+    last = None
+    for group, name in rows:
+        if group != last:
+            heads[len(names)] = last = group
+            names.append("")
+        places.append(len(names))
+        names.append(name)
+    return names, places, heads
+
+
+def name_groups(axis: Any, heads: dict[int, str]) -> None:
+    """Writes the names of groups into the empty rows of :func:`grouped_rows`, from the left."""
+    for place, head in heads.items():
+        style = {"va": "center", "fontsize": SMALL, "weight": "bold", "zorder": 5}
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        where = axis.get_yaxis_transform()
+        axis.text(0.01, place, head, transform=where, bbox=paper, **style)
+    axis.set_yticks(*zip(*(
+        (tick, label.get_text())
+        for tick, label in zip(axis.get_yticks(), axis.get_yticklabels(), strict=True)
+        if tick not in heads
+    ), strict=True))  # fmt: skip
 
 
 def most_lines(names: list[str], letters: int = 25) -> int:
@@ -204,7 +282,7 @@ def legend(figure: Any, handles: list[Any], width: float, where: str = "upper ce
         where: Its side of the figure.
     """
     longest = max(len(h.get_label()) for h in handles)
-    columns = max(1, min(len(handles), int(width / (0.35 + 0.048 * longest))))
+    columns = max(1, min(len(handles), int(width / (0.37 + 0.05 * longest))))
     figure.legend(
         handles=handles,
         loc=f"outside {where}",

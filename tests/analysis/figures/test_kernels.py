@@ -86,9 +86,9 @@ def labels(axis: Any) -> list[str]:
     return [label.get_text().replace("\n", " ") for label in axis.get_yticklabels()]
 
 
-def points(axis: Any, row: str) -> list[float]:
-    """Where the markers of a row stand."""
-    place = labels(axis).index(row)
+def points(axis: Any, row: str, rows: list[str] | None = None) -> list[float]:
+    """Where the markers of a row stand, of a panel with these names of rows or its own."""
+    place = (rows or labels(axis)).index(row)
     found = [(c[0].get_xdata()[0], c[0].get_ydata()[0]) for c in axis.containers]
     return [x for x, y in found if abs(y - place) < 0.5]
 
@@ -100,8 +100,10 @@ def test_rows_and_values(study: Study, tmp_path: Path) -> None:
     attention = f"decode attention, 7B MHA 16 {TIMES} 16K"
     assert sorted(points(above, attention)) == pytest.approx([100 / 6, 20, 25, 50])
     assert points(above, f"decode step, model, 7B MHA 4 {TIMES} 16K") == pytest.approx([50])
-    assert sorted(points(middle, attention)) == pytest.approx([2.0, 2.5, 3.0])
-    assert points(middle, f"prefill, 7B MHA 4 {TIMES} 16K, ragged") == pytest.approx([1.5])
+    rows = labels(above)  # of both panels
+    assert above.get_ylim() == middle.get_ylim()
+    assert sorted(points(middle, attention, rows)) == pytest.approx([2.0, 2.5, 3.0])
+    assert points(middle, f"prefill, 7B MHA 4 {TIMES} 16K, ragged", rows) == pytest.approx([1.5])
     peers = [peer for case in study.kernel_cases().values() for peer in case.peers]
     assert labels(below) == [names.scheme(peer) for peer in peers]
     assert points(below, "HQQ 4 bits") == pytest.approx([5.0, 5.0])  # prefill, step of a layer
@@ -111,7 +113,7 @@ def test_rows_and_values(study: Study, tmp_path: Path) -> None:
         for c in study.kernel_cases().values()
         for m in c.measure
     ]
-    assert len({*labels(above), *labels(middle)}) == len(set(cases))
+    assert len(rows) == len(set(rows)) == len(set(cases))
     # kernels of another scheme have rows of their own, which name it
     by_allocated = [row for row in labels(above) if row.endswith("Allocated codes 3.4 bits")]
     assert f"{attention}, Allocated codes 3.4 bits" in by_allocated

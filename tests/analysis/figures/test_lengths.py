@@ -61,7 +61,7 @@ def test_lines_that_coincide_are_both_seen(tmp_path: Path) -> None:
 def test_the_figure_names_its_device_and_needs_jobs(tmp_path: Path) -> None:
     asked = study("7b-mha")
     table = job_table(asked).assign(device="h200")
-    for rows, said in ((table, "timed on H200"), (table.iloc[:0], "Nothing is measured yet")):
+    for rows, said in ((table, "measured on H200"), (table.iloc[:0], "Nothing is measured yet")):
         write_table(rows, tmp_path / "jobs.parquet")
         figure = draw_figure("lengths", asked, tmp_path)
         axis = figure.axes[-1]
@@ -74,7 +74,30 @@ def test_shapes_are_columns(tmp_path: Path) -> None:
     figure = drawn(study("7b-mha", "8b-gqa"), tmp_path)
     assert figure.get_size_inches()[0] == PAGE_WIDTH
     titles = [axis.get_title(loc="left") for axis in figure.axes]
-    assert [title for title in titles if title] == ["7B MHA", "8B GQA"]
+    assert [title for title in titles if title] == ["7B MHA, one prompt", "8B GQA, one prompt"]
+
+
+def test_numbers_of_prompts_are_columns_of_their_own(tmp_path: Path) -> None:
+    cases = {f"b{n}": case("7b-mha", 1024, batch_size=n) for n in (1, 16, 64)}
+    cases |= {"long": case("7b-mha", 4096), "other answer": case("7b-mha", 1024, answer=8)}
+    asked = study_of(jobs={"cases": {name.replace(" ", "-"): c for name, c in cases.items()}})
+    table = job_table(asked)
+    table["batch_size"] = [asked.job_cases()[name].batch_size for name in table.case]
+    write_table(table, tmp_path / "jobs.parquet")
+    figure = lengths.draw(asked, tmp_path)
+    first, second = (figure.axes[at].get_title(loc="left") for at in (0, 1))
+    assert (first, second) == ("7B MHA, one prompt", "7B MHA, prompts of 1K")
+    decode = figure.axes[3]  # second row, second column
+    (fp16, ours) = decode.lines
+    assert list(fp16.get_xdata()) == [1, 16, 64]
+    step = float(table[table.scheme == "nuq3"].step_ms_median.iloc[0])
+    assert list(ours.get_ydata()) == pytest.approx([1e3 * n / step for n in (1, 16, 64)])
+    assert decode.get_ylim()[1] > max(ours.get_ydata())
+
+
+def test_names_on_an_axis_of_lengths_stay_apart() -> None:
+    assert lengths._apart([1024, 4096, 16384, 65536, 131072]) == [131072, 16384, 4096, 1024]
+    assert lengths._apart([16]) == [16]
 
 
 def test_what_is_out_of_memory_is_left_out(tmp_path: Path) -> None:
@@ -90,12 +113,14 @@ def test_what_is_out_of_memory_is_left_out(tmp_path: Path) -> None:
         ({"a": case("7b-mha", 1024), "b": case("8b-gqa", 4096)}, False),
         ({"a": case("7b-mha", 1024), "b": case("7b-mha", 4096)}, True),
         ({"a": case("7b-mha", 1024), "b": case("7b-mha", 4096, gpus=2)}, False),
+        ({"a": case("7b-mha", 1024), "b": case("7b-mha", 1024, batch_size=8)}, True),
+        ({"a": case("7b-mha", 1024), "b": case("7b-mha", 2048, batch_size=8)}, False),
     ],
 )
 def test_only_studies_with_several_lengths_have_it(cases: dict[str, Any], there: bool) -> None:
     asked = study_of(jobs={"cases": cases})
     assert FIGURES["lengths"].condition(asked) is there
-    assert bool(lengths.by_length(asked)) is there
+    assert bool(lengths.series(asked)) is there
 
 
 def test_of_equal_prompts_the_first_case_is_shown() -> None:

@@ -13,6 +13,7 @@ import pandas as pd
 from kvquant.analysis.figures import pareto, pareto_panels
 from kvquant.analysis.labels import TIMES, labels_of
 from kvquant.analysis.statistics import test_all as compare_all
+from kvquant.analysis.tables import write_table
 from kvquant.study.config import Study
 from tests.support.studies import study_of
 from tests.support.tables import accuracy_tables, job_table, write_tables
@@ -87,3 +88,39 @@ def test_the_figure_has_a_panel_for_each_cost(tmp_path: Path) -> None:
     assert "not part of this study" not in " ".join(
         text.get_text() for axis in figure.axes for text in axis.texts
     )
+
+
+def test_schemes_of_sizes_alone_are_shown_where_nothing_beats_them(tmp_path: Path) -> None:
+    """A scheme that no panel of speed or energy has would be a mark that says nothing of cost."""
+    more = SCHEMES | {"nuq3-sink0": {"kind": "nuq", "bits": 3, "sinks": 0}}
+    asked = study_of(
+        schemes=more,
+        evaluation={"schemes": [*ALL[1:], "nuq3-sink0"]},
+        jobs={"cases": {"all": CASE | {"batch_size": 4, "energy": True}}},
+    )
+    evaluations, samples = accuracy_tables(asked)
+    none = pd.DataFrame()
+
+    def shown(bits: float, jobs: pd.DataFrame | None) -> set[str]:
+        mine = evaluations.scheme == "nuq3-sink0"
+        sized = evaluations.assign(cache_bytes=evaluations.cache_bytes.mask(mine, int(bits * 1e6)))
+        tests = compare_all(asked, sized, samples)
+        found = pareto_panels.panels(asked, sized, tests, none, none, jobs, labels=labels_of(asked))
+        return set(found[0].points.scheme)
+
+    jobs = job_table(asked)
+    assert "nuq3-sink0" not in shown(8.0, jobs)  # more bits than NUQ with a sink, and more loss
+    assert "nuq3-sink0" in shown(2.0, jobs)
+    assert "nuq3-sink0" in shown(8.0, None)  # nothing was timed
+
+
+def test_a_model_without_a_comparison_has_no_column(tmp_path: Path) -> None:
+    models = {name: {"source": "local", "path": name} for name in ("one", "two")}
+    asked = study_of(schemes=SCHEMES, evaluation={"schemes": ALL[1:]}, models=models)
+    write_tables(asked, tmp_path)
+    both = len(pareto.draw(asked, tmp_path).axes)
+    tests = pd.read_parquet(tmp_path / "tests.parquet")
+    write_table(tests[tests.model == "two"], tmp_path / "tests.parquet")
+    figure = pareto.draw(asked, tmp_path)
+    assert len(figure.axes) <= both
+    assert not [axis for axis in figure.axes if axis.get_title() == "one"]
