@@ -29,6 +29,7 @@ def model_footprint(
     tables: Sequence[LayerTables] | None = None,
     windows: Sequence[int] = (),
     packed: PackedBlocks | None = None,
+    shared: int = 0,
     key_room: float = 1.0,
 ) -> Footprint | None:
     """Computes the bytes of a whole model's cache after some calls.
@@ -40,6 +41,7 @@ def model_footprint(
         tables: Calibrated tables per layer. Allocated codes without them take their nominal bits.
         windows: The sliding windows of the other layers.
         packed: Size of a layer's blocks, for kinds of schemes without a formula of their own.
+        shared: Bytes of a layer's tables that all sequences share, for allocated codes.
         key_room: See :func:`layer_footprint`.
 
     Returns:
@@ -55,11 +57,13 @@ def model_footprint(
     if isinstance(scheme, NuqScheme | KiviScheme | KvarnScheme):
         return held + layer_footprint(scheme, heads, dim, calls, key_room=key_room).times(layers)
     if isinstance(scheme, AllocatedScheme) and tables is None:
-        return held + planned_footprint(scheme, heads, dim, calls).times(layers)
+        planned = planned_footprint(scheme, heads, dim, calls, tables=shared, key_room=key_room)
+        return held + planned.times(layers)
     if isinstance(scheme, AllocatedScheme) and tables is not None:
         own = (layer for layer in tables if isinstance(layer, AllocatedLayer))
         each = (
-            allocated_footprint(scheme, layer, calls, tables=0, key_room=key_room) for layer in own
+            allocated_footprint(scheme, layer, calls, tables=shared, key_room=key_room)
+            for layer in own
         )
         return sum(each, held)
     if packed is not None:

@@ -15,6 +15,7 @@ from kvquant.cache.window_plan import ring_capacity
 from kvquant.formats.allocated_layer import AllocatedLayer
 from kvquant.formats.blocked_sparse import count_dtype, position_dtype
 from kvquant.formats.layer_quantizer import outliers_per_side
+from kvquant.quantization.block_input import SPARE_SLOTS
 from kvquant.study.schemes import AllocatedScheme, KiviScheme, KvarnScheme, NuqScheme
 
 HALF = 2  # bytes of a 16-bit number
@@ -29,11 +30,26 @@ class Blocks:
         at_once: Blocks in arenas that one call filled completely.
         grown: Blocks in arenas with room for later calls, unused places included.
         used: Blocks that hold tokens.
+        arenas: Blocks of each arena, unused places included.
     """
 
     at_once: int
     grown: int
     used: int
+    arenas: tuple[int, ...]
+
+    def key_slots(self, share: float, elements: int, key_room: float) -> float:
+        """Computes the slots for key outliers.
+
+        Args:
+            share: Share of key elements that are outliers.
+            elements: Key elements of a block.
+            key_room: See :func:`layer_footprint`.
+        """
+        if key_room == 1 or share == 0:
+            return share * elements * (self.at_once * key_room + self.grown * GROWN_ROOM)
+        whole = [count * elements for count in self.arenas]
+        return sum(min(key_room * share * each + SPARE_SLOTS, each) for each in whole)
 
 
 @dataclass(frozen=True)
@@ -105,8 +121,8 @@ def plan_blocks(sinks: int, block_size: int, residual: int, calls: Sequence[list
         plan = layout.append([slice(0, n) for n in counts])
         new = sum(plan.new_blocks(b) for b in range(len(counts)))
         at_once += new if plan.capacity == new else 0
-    capacity = sum(arena.capacity for arena in layout.arenas)
-    return Blocks(at_once, capacity - at_once, sum(len(t) for t in layout.table))
+    arenas = tuple(arena.capacity for arena in layout.arenas)
+    return Blocks(at_once, sum(arenas) - at_once, sum(len(t) for t in layout.table), arenas)
 
 
 def layer_footprint(
@@ -127,7 +143,8 @@ def layer_footprint(
         calls: Tokens that each sequence gets, call by call.
         key_share: Share of key elements that are outliers; None: the share of the scheme.
         key_room: Slots over expected key outliers in arenas filled at once: 1 on a CPU, where their
-            number is known, and 1.5 on a GPU, where the host does not wait for it.
+            number is known, and 1.5 on a GPU, where the host does not wait for it, so that each
+            arena has `SPARE_SLOTS` more.
     """
     batch, channels = len(calls[0]), heads * dim
     if isinstance(scheme, KiviScheme):
@@ -163,9 +180,8 @@ def layer_footprint(
     tokens = capacity * size
     share = scheme.outliers if key_share is None else key_share
     kept = min(2 * outliers_per_side(scheme.outliers, channels), channels)
-    per_token = share * channels * key_room + kept
-    grown = GROWN_ROOM * (share * channels + kept)
-    entries = size * (blocks.at_once * per_token + blocks.grown * grown)
+    entries = blocks.key_slots(share, size * channels, key_room)
+    entries += size * kept * (blocks.at_once + blocks.grown * GROWN_ROOM)
     entry = HALF + position_dtype(size * dim).itemsize
     pointer = 4 + count_dtype(size * dim).itemsize
     return Footprint(
@@ -201,13 +217,12 @@ def allocated_footprint(
     blocks = plan_blocks(scheme.sinks, size, 0, calls)
     capacity = blocks.at_once + blocks.grown
     share = scheme.outliers if key_share is None else key_share
-    filled = blocks.at_once * key_room + blocks.grown * GROWN_ROOM
     entry = HALF + position_dtype(size * dim).itemsize
     pointer = 4 + count_dtype(size * dim).itemsize
     return Footprint(
         codes=capacity * size * (layer.key_rows().token_bytes + layer.value_rows().token_bytes),
         scales=2 * HALF * capacity * size * (heads if scheme.value_range == "token-head" else 1),
-        outliers=round(size * heads * dim * share * filled * entry),
+        outliers=round(blocks.key_slots(share, size * heads * dim, key_room) * entry),
         pointers=capacity * heads * pointer if scheme.outliers > 0 else 0,
         window=2 * HALF * batch * heads * dim * (scheme.sinks + size),
         tables=tables,
@@ -215,25 +230,38 @@ def allocated_footprint(
 
 
 def planned_footprint(
-    scheme: AllocatedScheme, heads: int, dim: int, calls: Sequence[list[int]]
+    scheme: AllocatedScheme,
+    heads: int,
+    dim: int,
+    calls: Sequence[list[int]],
+    *,
+    tables: int = 0,
+    key_room: float = 1.0,
 ) -> Footprint:
     """Computes the mean bytes of a layer of allocated codes whose widths are not calibrated yet.
 
     Calibration spends `bits` of the scheme per element of full blocks, outliers, pointers and
-    scales included. All of these count as codes here.
+    scales included. All of these count as codes here; slots for outliers that are not expected are
+    added.
 
     Args:
         scheme: The scheme.
         heads: Number of key/value heads.
         dim: Channels per head.
         calls: Tokens that each sequence gets, call by call.
+        tables: Bytes of the tables that all sequences share.
+        key_room: See :func:`layer_footprint`.
     """
     size, channels = scheme.block_size, heads * dim
     blocks = plan_blocks(scheme.sinks, size, 0, calls)
     elements = 2 * (blocks.at_once + blocks.grown) * size * channels
+    slots = blocks.key_slots(scheme.outliers, size * channels, key_room)
+    entry = HALF + position_dtype(size * dim).itemsize
     return replace(
         NOTHING,
         codes=round(elements * scheme.bits / 8),
+        outliers=round(entry * (slots - scheme.outliers * elements / 2)),
+        tables=tables,
         window=2 * HALF * len(calls[0]) * channels * (scheme.sinks + size),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,8 @@ from kvquant.errors import UserError
 from kvquant.fetch.hub import is_repository_id
 from kvquant.fetch.model_manifest import ModelManifest
 from kvquant.fetch.text_overlap import described_text
-from kvquant.formats.files import is_text, read_text
+from kvquant.formats.files import is_text
+from kvquant.formats.user_text import read_prose
 from kvquant.models.base_model import check_tokenizer
 from kvquant.models.generation import check_ids
 from kvquant.models.loading import attention_layers, load_base_model, weights_sha256, with_manifest
@@ -108,8 +110,10 @@ def calibrate(
     else:
         model = with_manifest(model)
         with loading(model):
-            base, own = load_base_model(model, device=device, dtype=dtype, device_map=device_map)
-            tokenizer, sha256 = tokenizer or own, weights_sha256(model)
+            base, tokenizer = load_base_model(
+                model, device=device, dtype=dtype, device_map=device_map, tokenizer=tokenizer
+            )
+            sha256 = weights_sha256(model)
     attention_layers(base)  # refuses unsupported models before the texts are read
     layer_devices(base)
     if any(parameter.is_inference() for parameter in base.parameters()):
@@ -199,7 +203,8 @@ def _options(
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or str(first.get("ctx", {}).get("field", ""))
-        raise UserError(f"{where}: {first['msg']} (got {first['input']!r})") from None
+        got = f" (got {first['input']!r})" if first["loc"] else ""  # else that of all options
+        raise UserError(f"{where}: {first['msg']}{got}") from None
 
 
 def _fitted(
@@ -210,7 +215,7 @@ def _fitted(
     Raises:
         UserError: There is not even a short window.
     """
-    short = "give longer texts (a file is given as pathlib.Path)"
+    short = "give longer texts"
     if window is None:
         length = min(DEFAULT_WINDOW, positions, tokens)
         if length < MIN_WINDOW:
@@ -245,7 +250,9 @@ def _read(tokenizer: Any, texts: Texts, enough: int) -> tuple[str, list[int]]:
     for number, given in enumerate(every):
         if not isinstance(given, str | Path):
             raise UserError(f"texts: number {number} is no string but {type(given).__name__}")
-        text = read_text(given, "texts") if isinstance(given, Path) else given
+        if isinstance(given, str) and os.path.isfile(given):
+            raise UserError(f"texts: '{given}' is the name of a file; give it as pathlib.Path")
+        text = read_prose(given, "texts") if isinstance(given, Path) else given
         if not is_text(text):
             raise UserError(f"texts: number {number} holds half of a surrogate pair")
         if parts:
@@ -254,6 +261,8 @@ def _read(tokenizer: Any, texts: Texts, enough: int) -> tuple[str, list[int]]:
         ids += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         if len(ids) >= enough:
             break
+    if ids and not any(part.strip() for part in parts):
+        raise UserError("texts: hold nothing but white space; give texts like those to be read")
     return "".join(parts), ids
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from kvquant.errors import UserError
 from kvquant.fetch.asked_model import asked_model
 from kvquant.formats.files import expand_home
+from kvquant.formats.user_text import check_there
 from kvquant.runtime.console import terse
 from kvquant.study.asked_schemes import asked_scheme
 from kvquant.study.presets import HEADLINE_BITS, headline_scheme
@@ -95,6 +97,10 @@ def new_folder(given: Path) -> Path:
     folder = expand_home(str(given), "--out")
     if folder.suffix in (".json", ".safetensors") or folder.is_file():
         raise UserError(f"--out: {folder} names a file; without --study it is a quantizer's folder")
+    # Made at the end, so that a calibration that fails leaves no folder behind.
+    above = next(one for one in (folder, *folder.absolute().parents) if os.path.lexists(one))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"--out: {folder}: {above} is no folder that can be written")
     if (folder / "config.json").exists():
         raise UserError(f"--out: {folder} is a model's folder; choose another")
     if (folder / "quantizer.json").exists():
@@ -106,8 +112,7 @@ def _from_texts(args: argparse.Namespace) -> None:
     scheme = scheme_to_calibrate(args.scheme, args.bits)
     model, folder = asked_model(args.model), new_folder(args.out)
     for file in args.text:
-        if not file.is_file():
-            raise UserError(f"--text: no such file: {file}")
+        check_there(file, "--text")
     with terse():
         from kvquant.calibration.from_texts import calibrate
 

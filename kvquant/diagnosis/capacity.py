@@ -193,7 +193,8 @@ def show(found: dict[str, Any], facts: CacheFacts, screen: Screen) -> None:
         screen.line(problem)
     screen.line(
         "This is a formula: nothing was measured. Searches on an H200 found what it says within "
-        "15 % (7B and 8B shapes); `kvquant bench jobs` searches on your GPU."
+        "15 % (7B and 8B shapes); `kvquant bench jobs` searches on your GPU. Text unlike the "
+        "calibration's has more outliers than are counted."
     )
 
 

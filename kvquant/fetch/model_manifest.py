@@ -24,6 +24,7 @@ SCHEMA_VERSION = 2
 SOURCES = ("pypi-gguf", "hub", "local")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 WEIGHTS = "*.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # a model has one of them
 # All files that transformers may read from a folder. One that appears or disappears after
 # fetch-model changes the model as much as one with other bytes.
 MATTERS = (

@@ -225,8 +225,9 @@ def make_folder(path: str | Path, field: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{field}: {folder}: a file stands where a folder should be") from None
-    except OSError as error:
-        raise UserError(f"{field}: {folder}: cannot be made ({error.strerror or error})") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        what = getattr(error, "strerror", None) or error
+        raise UserError(f"{field}: {folder}: cannot be made ({what})") from None
     return folder
 
 

@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from kvquant.errors import UserError
-from kvquant.fetch.model_manifest import ModelManifest, manifest_beside, verify_model
+from kvquant.fetch.model_manifest import (
+    TOKENIZER_FILES,
+    ModelManifest,
+    manifest_beside,
+    verify_model,
+)
 from kvquant.models.hooks import refuse_configuration
 from kvquant.models.layer_kinds import position_limit
 from kvquant.models.placement import spread
@@ -150,6 +156,7 @@ def load_base_model(
     dtype: torch.dtype | None = None,
     device_map: Any = None,
     tp_plan: str | None = None,
+    tokenizer: Any = None,
 ) -> tuple[Any, Any]:
     """Loads model and tokenizer from a directory or hub id, without remote code or pickles.
 
@@ -162,6 +169,7 @@ def load_base_model(
             over which the layers are spread evenly by bytes.
         tp_plan: "auto" for the part of the model that this process has among those that `torchrun`
             started.
+        tokenizer: The tokenizer; None: that of the directory or hub id.
 
     Returns:
         The model in evaluation mode with frozen weights, and its tokenizer.
@@ -170,7 +178,7 @@ def load_base_model(
         UserError: A file is damaged, lacks weights, or differs from the manifest, or the processes
             do not fit the model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     listed = isinstance(device_map, list | tuple)
     named = "cpu" if _all_on_cpu(device_map) else device
@@ -203,7 +211,8 @@ def load_base_model(
                 f"model: cannot load '{directory}': its weights {what} {wrong[0]} "
                 f"({len(wrong)} in all)"
             )
-    tokenizer = _read_pretrained(AutoTokenizer, directory)
+    if tokenizer is None:
+        tokenizer = _tokenizer(directory)
     found.requires_grad_(False)
     if not placed and _in_mxfp4(config):  # some releases dequantize to bf16 alone
         for parameter in found.parameters():
@@ -221,14 +230,32 @@ def load_tokenizer(model: str | Path | ModelManifest) -> tuple[Any, int]:
     Raises:
         UserError: A file cannot be read, or differs from the manifest.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     model = with_manifest(model)
     if isinstance(model, ModelManifest):
         verify_model(model, weights=False)
     directory = model.directory if isinstance(model, ModelManifest) else model
     config = _read_pretrained(AutoConfig, directory)
-    return _read_pretrained(AutoTokenizer, directory), position_limit(config)
+    return _tokenizer(directory), position_limit(config)
+
+
+def _tokenizer(directory: str | Path) -> Any:
+    """Returns the tokenizer of a directory or hub id.
+
+    Raises:
+        UserError: There is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return _read_pretrained(AutoTokenizer, directory)
+    except UserError:
+        folder = Path(directory)
+        if not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise
+        files = ", ".join(TOKENIZER_FILES)
+        raise UserError(f"model: '{folder}' holds no tokenizer ({files}): save it there") from None
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -248,12 +275,17 @@ def with_manifest(model: str | Path | ModelManifest) -> str | Path | ModelManife
     """Returns the manifest of a folder that `fetch-model` filled, else `model` itself.
 
     Raises:
-        UserError: It is neither a manifest nor the name of a model.
+        UserError: It is neither a folder nor the id of a hub.
     """
     if not isinstance(model, str | os.PathLike | ModelManifest):
         raise UserError(
             "model: must be a folder, a hub id or a loaded transformers model, got "
             f"{type(model).__name__}"
         )
+    if not isinstance(model, ModelManifest) and not os.path.isdir(model):
+        try:
+            validate_repo_id(str(model))
+        except HFValidationError:
+            raise UserError(f"model: '{model}' is neither a folder nor a hub id") from None
     found = None if isinstance(model, ModelManifest) else manifest_beside(model)
     return model if found is None else found

@@ -61,14 +61,18 @@ class GenerationResult:
 
 
 def end_ids(qm: Any) -> list[int]:
-    """Returns the ids of end tokens, from the generation configuration or the tokenizer."""
+    """Returns the ids of end tokens, from the generation configuration or the tokenizer.
+
+    Ids that the model cannot give, such as -1 for "none", are left out.
+    """
     config = getattr(qm.model, "generation_config", None)
     ids = getattr(config, "eos_token_id", None)
     if ids is None:
         ids = qm.tokenizer.eos_token_id
     if ids is None:
         return []
-    return [ids] if isinstance(ids, int) else list(ids)
+    size = int(qm.model.config.vocab_size)
+    return [one for one in ([ids] if isinstance(ids, int) else ids) if 0 <= one < size]
 
 
 def left_pad(

@@ -113,10 +113,14 @@ def load(
     if isinstance(model, nn.Module):
         model.eval()
     else:
-        base, its_tokenizer = load_base_model(
-            model, device=device, dtype=dtype, device_map=device_map, tp_plan=tp_plan
+        base, tokenizer = load_base_model(
+            model,
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            tp_plan=tp_plan,
+            tokenizer=tokenizer,
         )
-        tokenizer = its_tokenizer if tokenizer is None else tokenizer
     layers = attention_layers(base)
     share = share_heads(base, layers, adapter_of(layers[0]).family)
     places, kinds = layer_devices(base), layer_kinds(base.model)

@@ -35,6 +35,7 @@ _REFUSED = {
     "min_length": "use min_new_tokens (it would count padding)",
     "prefix_allowed_tokens_fn": "call qm.model.generate(..., past_key_values=qm.new_cache())",
     "num_return_sequences": "give a prompt several times",
+    "pad_token_id": "padding is hidden from the model and from the answers",
     "return_dict_in_generate": "call qm.model.generate(..., past_key_values=qm.new_cache())",
 }
 
@@ -193,31 +194,50 @@ def tokenized(tokenizer: Any, prompts: Iterable[Prompt], chat: bool) -> list[lis
             wanted = "a text or a list of turns" if chat else "a text (turns need chat=True)"
             raise UserError(f"prompt {number}: must be {wanted}, got {type(prompt).__name__}")
         if chat:
-            text = _in_template(tokenizer, turns, number)
+            text = in_template(tokenizer, turns, f"prompt {number}")
         if not is_text(text):
             raise UserError(f"prompt {number}: holds half of a surrogate pair")
         found.append(list(tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids))
     return found
 
 
-def _in_template(tokenizer: Any, turns: list[dict[str, Any]], number: int) -> str:
+def in_template(tokenizer: Any, turns: list[dict[str, Any]], where: str) -> str:
     """Returns a conversation as one text, in which the assistant's next turn has begun.
+
+    Args:
+        tokenizer: The tokenizer, which has a chat template.
+        turns: The turns.
+        where: What messages call them.
 
     Raises:
         UserError: There is no turn, one has no role, or the template refuses them.
     """
     if not turns:
-        raise UserError(f"prompt {number}: has no turns")
+        raise UserError(f"{where}: has no turns")
     for at, turn in enumerate(turns):
         if not isinstance(turn.get("role"), str):
-            raise UserError(f"prompt {number}: turn {at} has no role, such as 'user'")
+            raise UserError(f"{where}: turn {at} has no role, such as 'user'")
         if turn.get("content") is None and "tool_calls" not in turn:
-            raise UserError(f"prompt {number}: turn {at} has no content")
+            raise UserError(f"{where}: turn {at} has no content")
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is a program, which may raise anything
         told = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"prompt {number}: the chat template refuses its turns ({told})") from None
+        raise UserError(f"{where}: the chat template refuses its turns ({told})") from None
+
+
+def _given_ends(given: Any) -> list[int]:
+    """Returns the end tokens that the caller gave.
+
+    Raises:
+        UserError: They are no ids.
+    """
+    ids = [given] if isinstance(given, Integral) else given
+    if not isinstance(ids, Sequence) or not all(isinstance(one, Integral) for one in ids):
+        raise UserError(f"eos_token_id: must be a token id or a list of them, got {given!r}")
+    if any(one < 0 for one in ids):
+        raise UserError(f"eos_token_id: {given!r} holds a negative id; [] stands for none")
+    return [int(one) for one in ids]
 
 
 def _by_transformers(
@@ -237,7 +257,9 @@ def _by_transformers(
     """
     check_prompts(qm, prompts, max_new_tokens, batch_size)
     given = options.get("eos_token_id")
-    ends = end_ids(qm) if given is None else [given] if isinstance(given, int) else list(given)
+    ends = end_ids(qm) if given is None else _given_ends(given)
+    if not ends and ("stop_strings" in options or "stopping_criteria" in options):
+        batch_size = 1  # without an end token, an answer in a batch runs on until all have ended
     usual: dict[str, Any] = {"do_sample": False, "pad_token_id": min(ends) if ends else 0}
     if "stop_strings" in options:
         usual["tokenizer"] = qm.tokenizer

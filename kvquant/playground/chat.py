@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from kvquant.errors import UserError
+from kvquant.formats.user_text import MARK
 from kvquant.playground.asked_cache import asked_cache, check_number, load_asked, sampling
 from kvquant.runtime.console import terse
 from kvquant.runtime.progress import note
@@ -31,9 +32,10 @@ def lines() -> Iterator[str]:
                 print()
                 return
     try:
-        for line in sys.stdin:
-            print(f"> {line.strip()}", flush=True)
-            yield line.strip()
+        for number, line in enumerate(sys.stdin):
+            text = (line if number else line.removeprefix(MARK)).strip()
+            print(f"> {text}", flush=True)
+            yield text
     except UnicodeDecodeError:
         raise UserError("standard input: is no UTF-8 text") from None
 

@@ -119,14 +119,22 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     schemes = check_schemes(args)
     model = asked_model(args.model)
     with terse():
+        from kvquant.models.generation import check_ids
         from kvquant.models.loading import load_tokenizer
         from kvquant.playground.side_by_side import CHUNK, measure, protocol_for
 
         # before weights are loaded, because a prompt may be too long
         tokenizer, positions = load_tokenizer(model)
-        text, ids = prompt(tokenizer, what, positions - args.max_new_tokens)
+        most = positions - args.max_new_tokens
+        if most < 2:
+            raise UserError(
+                f"--max-new-tokens: {args.max_new_tokens:,} leaves the prompt no room among the "
+                f"model's {positions:,} positions; give fewer"
+            )
+        text, ids = prompt(tokenizer, what, most)
         caches = load_compared(args, schemes)
         qm = caches[0].qm
+        check_ids(qm.model, [ids])
         with on_terminal("compare", "steps") as progress:
             sides = measure(
                 caches,

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvquant.errors import UserError
 from kvquant.fetch.asked_model import asked_model
+from kvquant.formats.user_text import check_there
 from kvquant.playground.options import DEFAULT_SCHEME
 from kvquant.runtime.console import loading
 from kvquant.study.asked_schemes import asked_scheme
@@ -60,8 +61,7 @@ def check_schemes(args: argparse.Namespace) -> dict[str, Scheme]:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError(f"{option}: no --scheme here needs calibration; leave it out")
     for file in args.calibrate_on or []:
-        if not file.is_file():
-            raise UserError(f"--calibrate-on: no such file: {file}")
+        check_there(file, "--calibrate-on")
     return found
 
 

@@ -11,8 +11,10 @@ import torch
 
 from kvquant.cache.footprint import cache_elements, cache_nbytes
 from kvquant.errors import OutlierOverflow, UserError
-from kvquant.models.generation import cut, end_ids
+from kvquant.formats.files import is_text
+from kvquant.models.generation import check_ids, cut, end_ids
 from kvquant.models.model_call import cache_argument
+from kvquant.models.text_generation import in_template
 from kvquant.runtime.progress import note
 
 
@@ -93,17 +95,18 @@ class Conversation:
             stop: Called between tokens; the answer ends where it returns True.
 
         Raises:
-            UserError: The model has no position left for an answer. The conversation then is as it
-                was before the turn.
+            UserError: The template refuses the turn, it is no text, or the model has no position
+                left for an answer. The conversation then is as it was before the turn.
         """
         start = time.monotonic()
         messages = [*self._messages, {"role": "user", "content": text}]
-        written = self.qm.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        written = in_template(self.qm.tokenizer, messages, "conversation")
+        if not is_text(written):
+            raise UserError("conversation: holds half of a surrogate pair, which is no text")
         goes_on = bool(self._text) and written.startswith(self._text)
         ids = self._ids if goes_on else []
         ids = ids + self._tokens(written[len(self._text) if goes_on else 0 :])
+        check_ids(self.qm.model, [ids])
         room = self.qm.position_limit - len(ids)
         if room < 1:
             raise UserError(

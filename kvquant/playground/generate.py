@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kvquant.errors import UserError
-from kvquant.formats.files import is_text, read_text
+from kvquant.formats.files import is_text
+from kvquant.formats.user_text import MARK, read_prose
 from kvquant.playground.asked_cache import asked_cache, check_number, load_asked, sampling
 from kvquant.runtime.console import terse, waiting
 from kvquant.runtime.progress import note
@@ -23,7 +24,7 @@ def prompt_of_file(file: Path, option: str) -> str:
     Raises:
         UserError: It cannot be read, or is empty.
     """
-    text = read_text(file, option).removesuffix("\n").removesuffix("\r")
+    text = read_prose(file, option).removesuffix("\n").removesuffix("\r")
     if not text:
         raise UserError(f"{option}: {file} is empty")
     return text
@@ -49,7 +50,7 @@ def asked_prompts(args: argparse.Namespace) -> list[str]:
     if sys.stdin.isatty():
         raise UserError("--prompt: is missing; give texts, --prompt-file, or pipe one in")
     try:
-        text = sys.stdin.read().removesuffix("\n")
+        text = sys.stdin.read().removeprefix(MARK).removesuffix("\n")
     except UnicodeDecodeError:
         raise UserError("standard input: is no UTF-8 text") from None
     if not text:

@@ -30,10 +30,13 @@ def not_finite(*blocks: torch.Tensor) -> torch.Tensor:
     return (~found.all()).int().view(1)
 
 
+SPARE_SLOTS = 1024  # for key outliers of small inputs, whose share varies more
+
+
 def outlier_slots(fraction: float, elements: int, room: float) -> int:
     """Returns how many key outliers a GPU makes room for: 1.5 times the calibrated number.
 
-    The host never waits for the true number. 1024 slots more cover small inputs.
+    The host never waits for the true number. `SPARE_SLOTS` more cover small inputs.
 
     Args:
         fraction: Calibrated share of outliers.
@@ -42,4 +45,4 @@ def outlier_slots(fraction: float, elements: int, room: float) -> int:
     """
     if fraction == 0:
         return 0
-    return min(math.ceil(room * (1.5 * fraction * elements + 1024)), elements)
+    return min(math.ceil(room * (1.5 * fraction * elements + SPARE_SLOTS)), elements)

@@ -97,12 +97,14 @@ class Quantizer:
         return self._save(folder, None)
 
     def _save(self, folder: str | Path, repository: str | None) -> Path:
+        if not isinstance(folder, str | Path) or not str(folder).strip():
+            raise UserError(f"folder: must be the path of a folder, got {folder!r}")
         path = expand_home(str(folder), "folder")
+        make_folder(path, "folder")
         if (path / "config.json").exists():
             raise UserError(
                 f"folder: {path} is a model's folder (it has a config.json): choose another"
             )
-        make_folder(path, "folder")
         save_quantizer(path / FILE, self.manifest, self.layers)
         write_card(path, card(self.manifest, self.scheme, repository))
         return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -67,7 +68,8 @@ class Progress:
         self._last, self._shown = now, True
         text = self._text(amount) + (f", {now - self._start:.1f} s" if last else "")
         if self._terminal:
-            print(f"\r{text:<79}", end="", file=sys.stderr, flush=True)
+            width = max(1, min(79, shutil.get_terminal_size().columns - 1))  # a wrapped line stays
+            print(f"\r{text[:width]:<{width}}", end="", file=sys.stderr, flush=True)
         else:
             print(text, file=sys.stderr, flush=True)
 

@@ -113,10 +113,10 @@ def scheme_from(given: Scheme | str | Mapping[str, Any]) -> Scheme:
             f"scheme: must be a name, a mapping with a kind or a scheme, got {type(given).__name__}"
         )
     kind = given.get("kind")
-    if kind not in SCHEME_KINDS:
+    if not isinstance(kind, str) or kind not in SCHEME_KINDS:
         raise unknown("scheme kind", str(kind), SCHEME_KINDS)
     try:
-        return SCHEME_KINDS[str(kind)].options.model_validate(dict(given))
+        return SCHEME_KINDS[kind].options.model_validate(dict(given))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or str(first.get("ctx", {}).get("field", ""))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -148,6 +149,28 @@ def test_texts_are_strings_files_or_an_endless_stream(tiny: Any, tmp_path: Path)
     assert text.until < 40 * 8 * 2 * 128  # characters of eight times the tokens
 
 
+def test_a_byte_order_mark_is_no_part_of_a_text(tiny: Any, tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text(HALF)
+    (tmp_path / "marked.txt").write_text("\ufeff" + HALF)
+    plain, marked = (
+        kvquant.calibrate(tiny, tiny_tokenizer(), tmp_path / name, windows=1, window=32)
+        for name in ("plain.txt", "marked.txt")
+    )
+    assert plain.manifest.text == marked.manifest.text
+
+
+def test_a_given_tokenizer_needs_none_in_the_folder(work: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).symlink_to(work / "tiny" / name)
+    with pytest.raises(UserError, match=r"bare' holds no tokenizer \(tokenizer.json, .*save it"):
+        kvquant.calibrate(folder, None, HALF, **FEW, device="cpu")
+    made = kvquant.calibrate(folder, tiny_tokenizer(), HALF, windows=1, window=32, device="cpu")
+    qm = kvquant.load(folder, quantizer=made, tokenizer=tiny_tokenizer(), device="cpu")
+    assert len(kvquant.generate(qm, ["The sky"], 2)) == 1
+
+
 def test_a_default_window_fits_model_and_texts(tiny: Any) -> None:
     tokenizer = tiny_tokenizer()
     with warnings.catch_warnings():
@@ -178,7 +201,9 @@ def test_windows_of_a_hybrid_stay_out() -> None:
     ("given", "told"),
     [
         ({"texts": None}, "texts: are missing"),
-        ({"texts": "README.md", "window": None}, "fewer than 32: give longer texts"),
+        ({"texts": "README.md"}, "texts: 'README.md' is the name of a file; give it as pathlib"),
+        ({"texts": "Short.", "window": None}, "fewer than 32: give longer texts"),
+        ({"texts": "\n \n" * 999}, "texts: hold nothing but white space"),
         ({"texts": [], "window": None}, "texts: have 0 tokens"),
         ({"texts": {"one": HALF}}, "texts: must be strings or paths, got dict"),
         ({"texts": 3}, "texts: must be strings or paths, got int"),
@@ -192,8 +217,10 @@ def test_windows_of_a_hybrid_stay_out() -> None:
         ({"window": 1024}, "window: 1024 exceeds the model's 512 positions"),
         ({"window": 500, "texts": HALF[:400]}, "window: 500 tokens, but the texts have only"),
         ({"window": 8}, "window: "),
-        ({"windows": 0}, "windows: "),
-        ({"windows": 1.5}, "windows: 1.5 is no whole number"),
+        ({"windows": 1.5}, "windows: 1.5 is no whole number as written$"),
+        ({"windows": 0}, r"windows: .* \(got 0\)$"),
+        ({"scheme": {"kind": ["nuq"]}}, "unknown scheme kind"),
+        ({"model": None}, "model: must be a folder, a hub id or a loaded .* model, got NoneType"),
         ({"seed": -1}, "seed: "),
         ({"device": "cpu"}, "model: is loaded"),
         ({"tokenizer": None}, "tokenizer: is missing"),
@@ -202,10 +229,10 @@ def test_windows_of_a_hybrid_stay_out() -> None:
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(given: dict[str, Any], told: str, tiny: Any) -> None:
-    usual = {"tokenizer": tiny_tokenizer(), "texts": HALF, **FEW}
+    usual = {"model": tiny, "tokenizer": tiny_tokenizer(), "texts": HALF, **FEW}
     with pytest.raises(UserError) as error:
-        kvquant.calibrate(tiny, **{**usual, **given})
-    assert told in str(error.value)
+        kvquant.calibrate(**{**usual, **given})
+    assert re.search(told, str(error.value))
     assert "\n" not in str(error.value)
 
 

@@ -5,6 +5,8 @@ The way of a study is tested in test_from_texts.py and test_collect.py.
 
 from __future__ import annotations
 
+import os
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,9 @@ STUDY = ["--study", "s.yaml", "--model-manifest", "m.json", "--data-manifest", "
         (["--text", "a", "--bits", "3", "--scheme", "nuq"], "leave --bits or --scheme out"),
         (["--text", "a", "--scheme", "kivi-4"], "--scheme: 'kivi-4' needs no calibration; use it"),
         (["--text", "nowhere.txt"], "--text: no such file: nowhere.txt"),
+        (["--text", "."], "--text: .: a folder, not a file"),
         (["--text", "a", "--out", "q.safetensors"], "--out: q.safetensors names a file"),
+        (["--text", "a", "--out", "README.md/q"], "README.md is no folder that can be written"),
     ],
 )
 def test_what_cannot_be_takes_one_line(
@@ -115,6 +119,17 @@ def test_what_is_missing_is_named(
     rest = [part for name, value in given.items() if name != left_out for part in (name, value)]
     assert main(["calibrate", *rest, *words]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_pipe_is_a_text(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a shell's `<(...)` gives one."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=[CORPUS])
+    writer.start()
+    words = ["--model", str(place / "model"), "--text", str(tmp_path / "pipe")]
+    assert main(["calibrate", *words, *FEW, "--out", str(tmp_path / "q")]) == 0
+    writer.join()
+    assert (tmp_path / "q" / "quantizer.json").is_file() and not capsys.readouterr().err
 
 
 def test_folders_of_models_are_safe(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,7 @@ def test_bits_are_those_that_a_gpu_allocated(root: Path) -> None:
     nuq = fit(asked_scheme("nuq3-1pct"), room, 16384)
     assert nuq.bits_per_element == pytest.approx(3.458, abs=0.002)
     assert fit(asked_scheme("fp16"), room, 16384).bits_per_element == 16.0
+    assert fit(asked_scheme("allocated-3"), room, 16384).static_bytes == 32 * 132_560
 
 
 @pytest.mark.parametrize("name", PRESETS)

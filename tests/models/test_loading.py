@@ -158,6 +158,12 @@ def test_experts_in_mxfp4_are_dequantized(dtype: torch.dtype | None, tmp_path: P
     )
 
 
+@pytest.mark.parametrize("model", ["", "no where", "/no/where", "~/no", __file__, Path("a/b/c")])
+def test_what_is_no_model_is_named(model: str | Path) -> None:
+    with pytest.raises(UserError, match=r"model: '.*' is neither a folder nor a hub id"):
+        load_quantized_model(model, KIVI)
+
+
 def test_what_does_not_fit_a_loaded_model() -> None:
     for options in ({"device": "cpu"}, {"dtype": torch.float16}, {"device_map": "auto"}):
         with pytest.raises(UserError, match="model: is loaded"):

@@ -11,7 +11,7 @@ import torch
 import kvquant
 from kvquant.errors import OutlierOverflow, UserError
 from kvquant.models import text_generation
-from kvquant.models.generation import greedy
+from kvquant.models.generation import end_ids, greedy
 from tests.support.models import save_tiny, tiny_model, tiny_tokenizer
 
 SCHEME = {"kind": "kivi", "bits": 4, "group": 16, "residual": 16}
@@ -142,6 +142,39 @@ class Seen:
         self.ends.append(len(self.parts))
 
 
+def test_stop_strings_end_each_answer_of_a_model_without_an_end_token(
+    qm: kvquant.QuantizedModel,
+) -> None:
+    expected = [kvquant.generate(qm, [text], 20, eos_token_id=[])[0] for text in PROMPTS]
+    mark = expected[0][3]
+    cut = [text[: text.find(mark) + 1] if mark in text else text for text in expected]
+    assert cut != expected
+    bare = kvquant.load(qm.model, SCHEME, tokenizer=tiny_tokenizer())
+    bare.tokenizer.eos_token, before = None, bare.model.generation_config.eos_token_id
+    bare.model.generation_config.eos_token_id = None
+    try:
+        assert kvquant.generate(bare, PROMPTS, 20, stop_strings=[mark]) == cut
+    finally:
+        bare.model.generation_config.eos_token_id = before
+
+
+@pytest.mark.parametrize("none", [-1, [-1, 512]])
+def test_an_end_token_that_no_model_gives_is_none(
+    qm: kvquant.QuantizedModel, monkeypatch: pytest.MonkeyPatch, none: Any
+) -> None:
+    monkeypatch.setattr(qm.model.generation_config, "eos_token_id", none)
+    assert end_ids(qm) == []
+    assert len(kvquant.generate(qm, PROMPTS, 4)) == 3
+
+
+@pytest.mark.parametrize("given", [None, "model"])
+def test_only_what_load_returned_answers(given: Any) -> None:
+    given = tiny_model() if given else None
+    for call in (lambda: kvquant.generate(given, ["a"]), lambda: kvquant.unwrap(given)):
+        with pytest.raises(UserError, match=r"qm: must be what kvquant.load returned, got "):
+            call()
+
+
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.2}])
 def test_a_streamer_gets_a_prompt_and_its_answer(
     qm: kvquant.QuantizedModel, options: dict[str, Any]
@@ -230,6 +263,9 @@ def test_a_batch_out_of_memory_is_halved(
             {"temperature": -1.0},
             "options: transformers' generate refuses .*temperature",
         ),
+        (["a"], {"pad_token_id": 3}, "pad_token_id: is no option .*; padding is hidden"),
+        (["a"], {"eos_token_id": "x"}, "eos_token_id: must be a token id or a list of them"),
+        (["a"], {"eos_token_id": -1}, r"eos_token_id: -1 holds a negative id; .* for none"),
         (["a"], {"num_beams": 0}, "num_beams: must be at least 1, got 0"),
         (["a"], {"num_beams": 2.5}, "num_beams: must be a whole number, got 2.5"),
         (["a"], {"no_repeat_ngram_size": -1}, "no_repeat_ngram_size: must be at least 0, got -1"),

@@ -222,6 +222,8 @@ PROMPT = ["--prompt-file", "prompt.txt"]
         ([*PROMPT, "--scheme", "fp16"], "--scheme: fp16 is what others are compared with"),
         ([*PROMPT, "--scheme", "kivy-2"], "unknown scheme 'kivy-2': did you mean kivi-2"),
         ([*PROMPT, "--quantizer", "no/where/it/is"], "no/where/it/is is no folder"),
+        ([*PROMPT, "--max-new-tokens", "9000"], "--max-new-tokens: 9,000 leaves the prompt"),
+        ([*PROMPT, "--scheme", "nuq", "--calibrate-on", "."], "--calibrate-on: .: a folder"),
         (["--prompt-file", "corpus.txt"], "has positions for 506; read fewer by --tokens 442"),
     ],
 )
@@ -251,6 +253,21 @@ def test_a_quantizer_of_other_weights_is_refused(
     given = ["--prompt-file", str(place / "prompt.txt"), "--quantizer", str(place / "quantizer")]
     assert main(["compare", "--model", str(tmp_path), *FEW, *given]) == 2
     assert "was built for model 'model' (weights" in capsys.readouterr().err
+
+
+def test_another_models_tokenizer_is_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    other = AutoModelForCausalLM.from_pretrained(place / "model")
+    other.resize_token_embeddings(97)
+    other.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(place / "model").save_pretrained(tmp_path)
+    capsys.readouterr()
+    given = ["--prompt-file", str(place / "prompt.txt"), "--scheme", "fp8"]
+    assert main(["compare", "--model", str(tmp_path), *FEW, *given]) == 2
+    assert "tokenizer: gives the id" in capsys.readouterr().err
 
 
 def test_allocated_codes_have_rotated_weights_of_their_own(place: Path) -> None:

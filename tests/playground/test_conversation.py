@@ -12,6 +12,7 @@ import kvquant
 from kvquant.errors import OutlierOverflow, UserError
 from kvquant.models.generation import greedy
 from kvquant.playground.conversation import Conversation
+from tests.support.models import tiny_model, tiny_tokenizer
 
 NEW = 6
 
@@ -123,6 +124,33 @@ def test_a_failed_call_leaves_a_conversation_that_goes_on(
             talk.ask("Why?", NEW)
     again = talk.ask("Why?", NEW, streamer=seen)
     assert again.read == len(seen.parts[0])  # all of it, into a new cache
+
+
+REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no\nsystem') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "told"),
+    [
+        (REFUSING, "a", r"conversation: the chat template refuses its turns \(no system\)"),
+        ("{% for m in messages %}", "a", "conversation: the chat template refuses its turns"),
+        (None, "\ud800", "conversation: holds half of a surrogate pair"),
+    ],
+)
+def test_a_refused_turn_takes_one_line(
+    qm: Any, monkeypatch: pytest.MonkeyPatch, template: str | None, text: str, told: str
+) -> None:
+    if template:
+        monkeypatch.setattr(qm.tokenizer, "chat_template", template)
+    talk = Conversation(qm, system="Be kind.")
+    with pytest.raises(UserError, match=told):
+        talk.ask(text, 2)
+
+
+def test_another_models_tokenizer_is_refused() -> None:
+    qm = kvquant.load(tiny_model(), "fp16", tokenizer=tiny_tokenizer())  # of 97 tokens
+    with pytest.raises(UserError, match="tokenizer: gives the id"):
+        Conversation(qm).ask("The sky", 2)
 
 
 def test_a_template_is_needed(qm: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,19 @@ def test_all_ways_of_a_prompt_give_the_answer_of_the_library(
         assert said.err.count("\n") == 1  # and no bar of a library
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(
+    place: Path, tmp_path: Path, piped: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["generate", "--model", str(place / "model"), "--scheme", "fp16", *FEW]
+    (tmp_path / "marked.txt").write_text("\ufeffThe sky\n")
+    piped("\ufeffThe sky\n")
+    said = set()
+    for words in (["--prompt", "The sky"], ["--prompt-file", str(tmp_path / "marked.txt")], []):
+        assert main([*base, *words]) == 0
+        said.add(capsys.readouterr().out)
+    assert len(said) == 1
+
+
 def test_several_prompts_are_one_ragged_batch(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

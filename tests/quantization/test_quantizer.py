@@ -81,6 +81,16 @@ def test_a_models_folder_is_refused(made: Quantizer, folder: Path) -> None:
     assert sorted(file.name for file in folder.iterdir()) == before
 
 
+@pytest.mark.parametrize("given", ["", " ", None, 5, "a\0b", "a" * 300])
+def test_what_names_no_folder_is_refused(
+    made: Quantizer, given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="folder: "):
+        made.save(given)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("source", "options", "told"),
     [

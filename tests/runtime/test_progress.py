@@ -50,6 +50,16 @@ def test_an_unknown_total_is_left_out_and_a_share_ends_at_100(
     assert capsys.readouterr().err == "windows: 7, 0.0 s\nwindows: 7 of 5 (100 %), 0.0 s\n"
 
 
+def test_a_narrow_terminal_has_one_line_too(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("COLUMNS", "20")
+    with Progress("fetching a long file", 2) as shown:
+        shown.update(2, last=True)
+    assert terminal.getvalue() == "\rfetching a long fil\n"
+
+
 @pytest.mark.parametrize("updates", [0, 2])
 def test_a_terminal_has_one_line_that_is_ended(
     clock: list[float], monkeypatch: pytest.MonkeyPatch, updates: int
