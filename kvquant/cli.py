@@ -48,6 +48,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "aggregate": ("kvquant.analysis.collect", "verify all records and collect tidy tables"),
     "seal": ("kvquant.study.seal", "add missing seals to records of an older schema"),
     "publish": ("kvquant.study.publish", "add finished records to the published ones; verify"),
+    "archive": ("kvquant.study.deposit.verb", "pack published records for a repository"),
     "statistics": ("kvquant.analysis.statistics", "run paired tests of every scheme and task"),
     "pareto": ("kvquant.analysis.pareto", "join accuracy, speed, energy and bits per scheme"),
     "plot": ("kvquant.analysis.plot", "draw one figure from the tables"),
@@ -62,6 +63,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "landing": ("kvquant.analysis.landing.page", "write the landing page of the report"),
     "report": ("kvquant.analysis.report", "write the HTML report of a finished study"),
     "claims": ("kvquant.analysis.claims", "write the claims: measured values and verdicts"),
+    "reproduce": (
+        "kvquant.analysis.reproduction.verb",
+        "compare results that were measured again with the published ones",
+    ),
     "track": ("kvquant.analysis.tracking", "log every record to Weights & Biases, offline"),
 }
 

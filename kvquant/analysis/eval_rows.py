@@ -26,7 +26,7 @@ SAMPLE_COLUMNS = (
 )
 
 
-def _sample_score(row: dict[str, Any], suite: str) -> float:
+def sample_score(row: dict[str, Any], suite: str) -> float:
     """Returns a sample's score: a window's mean negative log likelihood, or the suite's score."""
     if SUITES[suite].metric_type == "likelihood":
         return float(row["nll"] / row["tokens"])
@@ -86,7 +86,7 @@ def eval_rows(
                     "row": row.get("row"),  # of a set that seeds share
                     "start": row.get("start"),  # of a window, in the text's tokens
                     "tokens": row.get("tokens"),  # of a window that are scored
-                    "score": _sample_score(row, record.suite),
+                    "score": sample_score(row, record.suite),
                 }
             )
     return rows, samples

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from pathlib import Path
 
 from kvquant.errors import UserError
@@ -72,6 +73,21 @@ def result_lines(tables: Path, baseline: str) -> list[str]:
         + "  ".join(f"{cell:<{width}}" for cell, width in zip(line, wide, strict=False)).rstrip()
         for line in lines
     ]
+
+
+def reproduction_lines(table: Path, page: Path) -> list[str]:
+    """Returns one line with the verdicts of a reproduction, or none if it cannot be read.
+
+    Args:
+        table: The comparison as a CSV file.
+        page: Its page, which the line names.
+    """
+    try:
+        verdicts = Counter(row["verdict"] for row in _rows(table) if row["quantity"])
+    except (UserError, KeyError, TypeError, csv.Error):
+        return []
+    told = ", ".join(f"{count:,} {verdict}" for verdict, count in verdicts.most_common())
+    return [f"Measured again: {told or 'nothing to compare'}: {page}"]
 
 
 def product_lines(products: dict[str, Path]) -> list[str]:

@@ -233,6 +233,19 @@ def _statistics(study: StudySections) -> Iterator[str]:
             yield f"statistics.margins: no margin for the suite '{task.suite}' of the task '{name}'"
 
 
+def _reproduce(study: StudySections) -> Iterator[str]:
+    """Yields a problem per name that is measured again but unknown."""
+    spec = study.reproduce
+    if spec is None:
+        return
+    yield from _not_among("reproduce.schemes", spec.schemes, study.schemes, "scheme")
+    yield from _not_among("reproduce.tasks", spec.tasks, study.tasks, "task")
+    for seed in spec.seeds:
+        if seed not in study.seeds:
+            known = ", ".join(map(str, study.seeds))
+            yield f"reproduce.seeds: {seed} is no seed of the study; known: {known}"
+
+
 def _size(study: StudySections) -> Iterator[str]:
     """Checks the number of results by multiplication, since listing them could fill memory."""
     if len(set(study.seeds)) != len(study.seeds) or not all(
@@ -268,7 +281,7 @@ def problems(study: StudySections) -> Iterator[str]:
     """Yields the problems of a study as a whole, one line each, the most basic ones first."""
     for check in (
         *(_names, _labels, _size, _schemes, _datasets, _calibrations, _tasks, _evaluation),
-        *(_timed, _statistics, _countries),
+        *(_timed, _statistics, _countries, _reproduce),
     ):
         found = list(check(study))
         yield from found

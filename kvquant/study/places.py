@@ -41,6 +41,17 @@ def packed_place(kind: str, fields: Mapping[str, Any]) -> str:
     return _filled(PACKED, kind, fields)
 
 
+def names_in_place(kind: str) -> list[str]:
+    """Returns the fields of a record that its place names.
+
+    Raises:
+        ValueError: The kind is unknown.
+    """
+    if kind not in PLACES:
+        raise ValueError(f"field 'kind': is none of {', '.join(PLACES)}")
+    return re.findall(r"\{(\w+)\}", PLACES[kind])
+
+
 def in_order(place: str) -> tuple[tuple[int, int, str], ...]:
     """Returns a key by which places are sorted with their numbers by value: seed 2, seed 10."""
     parts = re.split(r"(\d+)", place)

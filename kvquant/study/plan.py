@@ -2,7 +2,8 @@
 
 A study that publishes records (`published`) is rebuilt from them on any machine. What is missing is
 measured where the study's device is, and is left out of tables and figures elsewhere. A study that
-publishes nothing is planned whole.
+publishes nothing is planned whole. One that reproduces published results
+(:mod:`kvquant.study.measured_again`) plans those that it asks for.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from kvquant.errors import UserError, printable
 from kvquant.study.archive import Archive, read_archive
 from kvquant.study.cells import STAGES, Cell, cells_of
 from kvquant.study.config import Study
+from kvquant.study.measured_again import to_measure
 
 SHOWN = 5  # records in one message
 
@@ -49,6 +51,10 @@ class Plan:
 
     def line(self, obstacle: str = "") -> str:
         """Returns one line on where the results of the study come from."""
+        if (again := self.study.reproduce) is not None:
+            asked = len(self.finished) + len(self.absent)
+            told = f"Measuring {asked:,} published results of {again.published} again"
+            return f"{told}: {len(self.finished):,} are there, {len(self.absent):,} are missing"
         total = len(self.published) + len(self.finished) + len(self.absent)
         parts = [f"{len(self.published):,} are published in {self.study.published}"]
         if self.finished:
@@ -73,10 +79,12 @@ def obstacle(study: Study, here: str, elsewhere: bool) -> str:
         here: The name of this machine's GPU, or "cpu" without one.
         elsewhere: Whether jobs are submitted to other machines.
     """
-    if study.gpus == 0 or elsewhere or study.published is None:
+    compared = study.published is not None or study.reproduce is not None
+    if study.gpus == 0 or elsewhere or not compared:
         return ""
     if here == "cpu":
-        return "this machine has no GPU"
+        again = "; --config gpus=0 device=cpu measures on the processor, accuracy at least"
+        return "this machine has no GPU" + (again if study.reproduce is not None else "")
     if study.device in ("auto", here):
         return ""
     return (
@@ -136,6 +144,8 @@ def make_plan(study: Study, device: str, results: str | Path) -> Plan:
     """
     cells = [cell for stage in STAGES for cell in cells_of(study, stage, device)]
     archive: Archive = read_archive(study.published) if study.published is not None else {}
+    if study.reproduce is not None and study.reproduce.published is not None:
+        cells = to_measure(study, read_archive(study.reproduce.published), cells)
     there = published_places(archive, cells)
     plan = Plan(study, [], [], [], _of_others(study, archive, device))
     for cell in cells:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from kvquant.errors import UserError, printable
 from kvquant.formats.files import read_json, read_text
@@ -41,15 +42,35 @@ def _kind(content: object, where: object) -> type[Record]:
     return kind
 
 
-def _check(record: Published, where: str, again: str) -> None:
-    """Verifies a record and its samples in full."""
+def verified_record(
+    record: Published, where: str, again: str
+) -> tuple[Record, list[dict[str, Any]]]:
+    """Returns a record and its samples, verified in full.
+
+    Args:
+        record: As published, or as it would be.
+        where: Its file, for messages.
+        again: What a user does about a record that was changed.
+
+    Raises:
+        UserError: The record or its samples were changed, or contradict themselves.
+    """
     parsed = parse_record(record.text, _kind(record.content, where), where, again)
-    if isinstance(parsed, EvalRecord):
-        verified_samples(parsed, record.samples, where, again)
+    if not isinstance(parsed, EvalRecord):
+        return parsed, []
+    return parsed, verified_samples(parsed, record.samples, where, again)
 
 
-def _finished(file: Path, results: Path) -> Published:
-    """Returns the verified record of a job's file."""
+def finished_record(file: Path, results: Path) -> Published:
+    """Returns the verified record of a job's file, as it would be published.
+
+    Args:
+        file: The file below the results folder.
+        results: The study's results folder.
+
+    Raises:
+        UserError: The record or its samples are damaged or were changed, or lie in another place.
+    """
     _kind(read_json(file, "record", AGAIN), file)
     text, samples = read_text(file, "record", AGAIN), ""
     if file.name == "run.json":
@@ -60,7 +81,7 @@ def _finished(file: Path, results: Path) -> Published:
         raise UserError(f"{file}: {printable(error)}: {AGAIN}") from None
     if str(file.relative_to(results)) != found.place:
         raise UserError(f"{file}: is the record of {found.place}: {AGAIN}")
-    _check(found, str(file), AGAIN)
+    verified_record(found, str(file), AGAIN)
     return found
 
 
@@ -82,7 +103,7 @@ def publish(results: Path, archive: Path) -> tuple[int, int]:
     before = 0
     for file in record_files(results):
         try:
-            record = _finished(file, results)
+            record = finished_record(file, results)
         except UserError as error:
             problems.append(str(error))
             continue
@@ -124,7 +145,7 @@ def verify(archive: Path) -> int:
     problems = lost_manifests(archive) + quantizer_problems(archive, records.values())
     for record in records.values():
         try:
-            _check(record, record.where, RESTORE)
+            verified_record(record, record.where, RESTORE)
         except UserError as error:
             problems.append(str(error))
     if problems:

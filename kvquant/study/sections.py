@@ -19,6 +19,7 @@ from kvquant.study.limits import MAX_COUNTRIES, MAX_NAMES
 from kvquant.study.models import ModelSpec
 from kvquant.study.own_texts import OwnText
 from kvquant.study.paths import DeviceKey, MaybePath, PathVars, PlainPath
+from kvquant.study.reproduce import ReproduceSpec
 from kvquant.study.scheme_kinds import CalibratedScheme, Scheme
 from kvquant.study.schemes import SchemeSpec
 from kvquant.study.statistics import StatisticsSpec
@@ -37,6 +38,7 @@ class StudySections(Strict):
         "countries",
         "datasets",
         "companions",
+        "reproduce",
     )
     study: str = Field(description="short name in kebab case")
     title: str = Field("", description="heading of the report and the paper")
@@ -109,6 +111,10 @@ class StudySections(Strict):
     )
     tracking: TrackingSpec | None = Field(
         None, description="log every record to a tracker as well; absent: none"
+    )
+    reproduce: ReproduceSpec | None = Field(
+        None,
+        description="measure published results again and compare (target `reproduce`); absent: no",
     )
     pathvars: PathVars = Field(
         default_factory=dict,

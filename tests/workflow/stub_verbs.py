@@ -39,7 +39,8 @@ def outputs(verb: str, given: dict[str, list[str]]) -> list[Path]:
         from kvquant.study.config import load_study
 
         files += [folder / f"{name}.tex" for name in table_list.of_study(load_study("study.yaml"))]
-        files += [file.with_name("floats.tex") for file in files if file.name == "numbers.tex"]
+        beside = [file for file in files if file.name == "numbers.tex"]
+        files += [f.with_name(name) for f in beside for name in ("floats.tex", "numbers.csv")]
     tables = {
         "aggregate": ("eval", "samples", "perf", "energy", "append", "kernels"),
         "statistics": ("tests",),

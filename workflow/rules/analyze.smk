@@ -31,7 +31,7 @@ rule aggregate:
         digest=digests.digest(STUDY),
         results=STUDY_FILE.parent,
         device=DEVICE,
-        present=lambda wildcards: ["--present"] if PLAN.absent and left_out() else [],
+        present=lambda wildcards: ["--present"] if in_part() else [],
         out=lambda wildcards, output: Path(output[0]).parent,
     message:
         "Collecting all records"

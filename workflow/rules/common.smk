@@ -21,6 +21,7 @@ from kvquant.study.own_texts import edited_since, is_read, refuse_edited
 from kvquant.study.places import calibration_place
 from kvquant.study.plan import make_plan, obstacle
 from kvquant.study.published_quantizers import published_quantizer
+from kvquant.study.measured_again import NEEDED, measured_again, measured_seeds, quantizers_from
 
 find_own_python()
 
@@ -46,7 +47,9 @@ def made_by():
 
 
 try:
-    STUDY = parse_study(read_studies(config_files(), workflow.config_settings.config))
+    STUDY = measured_again(
+        parse_study(read_studies(config_files(), workflow.config_settings.config))
+    )
     if STUDY.data_dir is not None and not Path(STUDY.data_dir).is_dir():
         raise UserError(f"data_dir: no such folder: {STUDY.data_dir}")
     # A study on the processor has its name also where there is a GPU.
@@ -61,6 +64,7 @@ except UserError as error:
     raise WorkflowError(str(error))
 
 DEVICE_KIND = "cuda" if STUDY.gpus else "cpu"
+SEEDS = measured_seeds(STUDY)
 WORKLOADS = {*STUDY.throughput.workloads, *STUDY.energy.workloads}
 SCHEMES = "|".join(map(re.escape, STUDY.schemes))
 TASKS = "|".join(map(re.escape, STUDY.tasks))
@@ -69,6 +73,10 @@ MEASURED = protected if STUDY.protect else (lambda files: files)
 
 pathvars:  # also those that the study has from its base
     **STUDY.pathvars,
+
+
+if STUDY.reproduce is not None:
+    workflow.pathvars.items.update(STUDY.pathvars)  # those of the config files would come first
 
 
 wildcard_constraints:
@@ -99,9 +107,15 @@ def left_out():
     """Why missing results are left out; empty where they are measured. Asked for while jobs are
     planned, as the executor is not known before."""
     reason = obstacle(STUDY, PLANNED, submits())
-    if STUDY.published is not None and workflow.is_main_process:
+    compared = STUDY.published is not None or STUDY.reproduce is not None
+    if compared and workflow.is_main_process:
         print(PLAN.line(reason), file=sys.stderr)
     return reason
+
+
+def in_part():
+    """Whether tables show a part of the study: what can be measured here, or is asked for again."""
+    return STUDY.reproduce is not None or bool(PLAN.absent and left_out())
 
 
 def records(*stages):
@@ -114,11 +128,20 @@ def records(*stages):
     return files
 
 
+def again(wildcards):
+    """An input: the records of what the section `reproduce` asks for, measured here."""
+    if STUDY.reproduce is None:
+        raise WorkflowError(NEEDED)
+    if PLAN.absent and left_out():
+        raise WorkflowError(f"reproduce: {len(PLAN.absent)} results are missing: {left_out()}")
+    return [f"<results>/{cell.place}" for cell in [*PLAN.finished, *PLAN.absent]]
+
+
 def eval_digests(wildcards):
     """What the results of all seeds depend on: a change reruns this job and no other."""
     return [
         digests.eval_digest(STUDY, wildcards.model, wildcards.scheme, wildcards.task, seed)
-        for seed in STUDY.seeds
+        for seed in SEEDS
     ]
 
 
@@ -128,7 +151,7 @@ def all_eval_digests(wildcards):
     return [
         digests.eval_digest(STUDY, model, scheme, task, seed)
         for task in STUDY.tasks
-        for seed in STUDY.seeds
+        for seed in SEEDS
     ]
 
 
@@ -182,5 +205,7 @@ onstart:
     for folder in (STUDY_FILE.parent, STUDY.pathvars.get("cache", "resources")):
         sweep_tree(folder)  # what killed jobs left
     STUDY_FILE.write_text(STUDY.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    if PLAN.absent and not left_out():  # there is something to measure
+    if (
+        PLAN.absent and STUDY.reproduce is None and not left_out()
+    ):  # there is something to measure
         print(*grid_lines(STUDY), sep="\n", file=sys.stderr)

@@ -17,7 +17,7 @@ rule evaluate:
         MEASURED(
             expand(
                 "<results>/eval/{{model}}/{{scheme}}/{{task}}/seed{seed}/{file}",
-                seed=STUDY.seeds,
+                seed=SEEDS,
                 file=["run.json", "samples.jsonl"],
             )
         ),
@@ -34,7 +34,7 @@ rule evaluate:
     params:
         study=STUDY_FILE,
         digests=eval_digests,
-        seeds=STUDY.seeds,
+        seeds=SEEDS,
         device=DEVICE_KIND,
         out=lambda wildcards, output: Path(output[0]).parents[1],
         resume=STUDY_FILE.parent / "resume",
@@ -63,7 +63,7 @@ rule evaluate_all:
             expand(
                 "<results>/eval/{{model}}/{{scheme}}/{task}/seed{seed}/{file}",
                 task=TOGETHER,
-                seed=STUDY.seeds,
+                seed=SEEDS,
                 file=["run.json", "samples.jsonl"],
             )
         ),
@@ -81,7 +81,7 @@ rule evaluate_all:
         study=STUDY_FILE,
         digests=all_eval_digests,
         tasks=list(STUDY.tasks),
-        seeds=STUDY.seeds,
+        seeds=SEEDS,
         device=DEVICE_KIND,
         out=lambda wildcards, output: list(dict.fromkeys(Path(o).parents[1] for o in output)),
         resume=STUDY_FILE.parent / "resume",

@@ -47,7 +47,7 @@ def quantizer(wildcards):
 def published_file(model, scheme, digest):
     """The published quantizer of that digest, or none; its files are verified once per run."""
     try:
-        found = published_quantizer(STUDY.published, model, scheme, digest)
+        found = published_quantizer(quantizers_from(STUDY), model, scheme, digest)
     except UserError as error:
         raise WorkflowError(str(error))
     return str(found) if found else ""

@@ -5,7 +5,7 @@ from kvquant.analysis import figure_list, page_list, table_list
 from kvquant.analysis.explorer import view_list
 from kvquant.analysis.report import remove_if_cut
 from kvquant.study.companions import published_sums
-from kvquant.runtime.run_end import claim_lines, product_lines, result_lines
+from kvquant.runtime.run_end import claim_lines, product_lines, reproduction_lines, result_lines
 
 FIGURES = {name: figure_list.FIGURES[name] for name in figure_list.shown(STUDY)}
 PAGES = {name: page_list.PAGES[name] for name in page_list.shown(STUDY)}
@@ -272,6 +272,10 @@ rule report_page:
 
 
 onsuccess:
+    compared = STUDY_FILE.parent / "tables" / "reproduce.csv"
+    if STUDY.reproduce is not None and compared.exists():
+        page = STUDY_FILE.with_name("reproduce.html")
+        print(*reproduction_lines(compared, page), sep="\n", file=sys.stderr)
     claims_file = STUDY_FILE.parent / "tables" / "claims.csv"
     if claims_file.exists():
         figure = next(iter(rules.figures.input), None)

@@ -1,0 +1,1 @@
+"""Compares results that somebody measured again with the published ones: `kvquant reproduce`."""

@@ -1,0 +1,1 @@
+"""Packs a study for a long-term repository such as Zenodo: `kvquant archive`."""
