@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from kvquant.analysis.table_list import TABLES
+
 
 @pytest.fixture(scope="module")
 def source(root: Path) -> str:
@@ -70,6 +72,7 @@ def test_labels_and_references_agree(source: str) -> None:
     labels |= set(
         re.findall(r"\\paperfigure\*?(?:\([^)]*\))?(?:\[[^]]*\])?\{[^{}]+\}\{([^{}]+)\}", source)
     )
+    labels |= {f"generated:{name}" for name in ("claims", *TABLES)}
     used = set(re.findall(r"\\ref\{([^{}]+)\}", source))
     assert used <= labels
     assert {label for label in labels if label.startswith(("fig:", "tab:"))} <= used

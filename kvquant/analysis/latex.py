@@ -58,7 +58,10 @@ def write_paper_tables(tables: Tables, folder: Path, chosen: Iterable[str]) -> N
 
 
 def _shown_in(section: Section, tables: Tables) -> list[str]:
-    """Returns the lines of a section: each table with its figure, then the other figures."""
+    """Returns the lines of a section: each table with its figure, then the other figures.
+
+    A table with nothing to show is left out.
+    """
     drawn = [
         name
         for name in figure_list.shown(tables.study)
@@ -66,7 +69,7 @@ def _shown_in(section: Section, tables: Tables) -> list[str]:
     ]
     lines = []
     for name, table in table_list.of_study(tables.study).items():
-        if table.section != section:
+        if table.section != section or not table.condition(tables):
             continue
         caption = table.caption
         if name in SUITES:

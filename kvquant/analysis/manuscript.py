@@ -19,7 +19,7 @@ from pathlib import Path
 from kvquant.errors import UserError
 from kvquant.formats.files import read_bytes, replace
 
-PACKAGES = "latexmk texlive-latex-extra texlive-fonts-recommended texlive-science"  # of Debian
+PACKAGES = "latexmk texlive-latex-extra texlive-fonts-recommended cm-super-minimal"  # of Debian
 MAX_OVERFULL = 3.0  # points by which a line may be too wide without anyone seeing it
 TIMEOUT = 170  # seconds
 EPOCH = "1767225600"  # the date in the PDF, so that one input gives one file
