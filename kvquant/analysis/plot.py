@@ -61,7 +61,7 @@ def draw_figure(name: str, study: Study, tables: Path) -> Any:
     """
     figure_list.check(study, name)
     # Late, so that a wrong name is told at once.
-    from kvquant.analysis.figures.style import STYLE, plt
+    from kvquant.analysis.figures.style import STYLE, NothingMeasuredError, plt
     from kvquant.analysis.tables import read_table
 
     if read_table(tables, figure_list.FIGURES[name].table).empty:
@@ -69,7 +69,10 @@ def draw_figure(name: str, study: Study, tables: Path) -> Any:
             return _not_measured(name)
     draw = load(figure_list.FIGURES[name].draw)
     with plt.rc_context(STYLE):
-        figure = draw(study, tables)
+        try:
+            figure = draw(study, tables)
+        except NothingMeasuredError:
+            return _not_measured(name)
         if where := _devices(name, study, tables):
             _add_to_last_label(figure, where)
         return figure

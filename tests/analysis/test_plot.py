@@ -23,8 +23,8 @@ from kvquant.analysis.figures.style import plt
 from kvquant.analysis.plot import draw_figure, draw_with_records, save_figure
 from kvquant.analysis.provenance import records_of, told
 from kvquant.analysis.tables import read_table, write_table
-from kvquant.study.config import Study, parse_study
-from tests.support.tables import two_models, write_tables
+from kvquant.study.config import Study, load_study, parse_study
+from tests.support.tables import job_table, two_models, write_tables
 
 
 @pytest.fixture(scope="module")
@@ -262,3 +262,14 @@ def test_a_figure_names_the_records_that_it_shows(root: Path, tmp_path: Path) ->
     perf = read_table(tmp_path, "perf")
     assert source == f"from {told(records_of(perf))}"
     plt.close("all")
+
+
+def test_a_figure_of_records_without_its_measurement_says_so(tmp_path: Path) -> None:
+    """A case of jobs may have been measured without a search for what fits."""
+    study = load_study(Path(__file__).parents[2] / "config/two_gpus.yaml")
+    jobs = job_table(study).assign(capacity_tokens=None, context_tokens=None, device=study.device)
+    write_table(jobs, tmp_path / "jobs.parquet")
+    figure = draw_figure("capacity", study, tmp_path)
+    (text,) = figure.findobj(lambda artist: "Nothing is measured" in getattr(artist, "_text", ""))
+    assert "what fits" in " ".join(text.get_text().split())
+    plt.close(figure)

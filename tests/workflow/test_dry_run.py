@@ -19,7 +19,7 @@ COUNTS = {
         "evaluate_all": 6,
         "calibrate": 1,
         "quantize": 3,
-        "plot": 5,
+        "plot": 6,
         "append_cost": 1,
     },
     "smoke": {
@@ -28,7 +28,7 @@ COUNTS = {
         "throughput": 1,
         "energy": 1,
         "kernel_case": 1,
-        "plot": 5,
+        "plot": 6,
     },
 }
 

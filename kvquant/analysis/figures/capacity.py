@@ -15,6 +15,7 @@ from kvquant.analysis.figures.style import (
     SMALL,
     WIDTH,
     Look,
+    NothingMeasuredError,
     grouped_rows,
     height_of_rows,
     legend,
@@ -28,7 +29,6 @@ from kvquant.analysis.figures.style import (
 from kvquant.analysis.labels import labels_of
 from kvquant.analysis.tables import read_table
 from kvquant.analysis.timed_on import one_device
-from kvquant.errors import UserError
 from kvquant.study.config import Study
 from kvquant.study.jobs import SEARCHED, JobCase
 from kvquant.study.wording import short_count
@@ -120,7 +120,7 @@ def draw(study: Study, tables: Path) -> Any:
     jobs, names = one_device(study, read_table(tables, "jobs")), labels_of(study).schemes
     found = {c: rows for c in WORDS if (rows := found_rows(study, jobs, c))}
     if not found:
-        raise UserError("figure capacity: no search has found what fits")
+        raise NothingMeasuredError("figure capacity: no search has found what fits")
     lines = {c: grouped_rows([(r.budget, names[r.scheme]) for r in r_]) for c, r_ in found.items()}
     heights = [height_of_rows(len(n), most_lines(n, LETTERS)) for n, *_ in lines.values()]
     figure, axes = plt.subplots(

@@ -13,6 +13,7 @@ from kvquant.analysis.figures.style import (
     PAGE_WIDTH,
     SMALL,
     Look,
+    NothingMeasuredError,
     grouped_rows,
     height_of_rows,
     legend,
@@ -25,7 +26,6 @@ from kvquant.analysis.figures.style import (
 from kvquant.analysis.labels import job_label, labels_of
 from kvquant.analysis.tables import read_table
 from kvquant.analysis.timed_on import one_device
-from kvquant.errors import UserError
 from kvquant.study.config import Study
 
 LETTERS = 40  # of a line of a cache's name
@@ -114,7 +114,7 @@ def draw(study: Study, tables: Path) -> Any:
     """Draws joules per prompt token, per answer token, and shares, a row per cache of a case."""
     rows = measured(study, one_device(study, read_table(tables, "jobs")))
     if not len(rows):
-        raise UserError("figure energy: no whole job's joules were measured by a counter")
+        raise NothingMeasuredError("figure energy: no whole job's joules were counted")
     names, cases, marked = labels_of(study), study.job_cases(), looks(study)
     shown = []
     for row in rows.itertuples():

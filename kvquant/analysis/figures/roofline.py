@@ -22,6 +22,7 @@ from kvquant.analysis.figures.style import (
     GREY,
     SMALL,
     WIDTH,
+    NothingMeasuredError,
     fill_marks,
     filled,
     legend,
@@ -32,7 +33,6 @@ from kvquant.analysis.figures.style import (
 from kvquant.analysis.labels import case_label, labels_of
 from kvquant.analysis.tables import read_table
 from kvquant.analysis.timed_on import one_device
-from kvquant.errors import UserError
 from kvquant.study.config import Study
 from kvquant.study.kernels import SHAPES
 
@@ -102,7 +102,7 @@ def draw(study: Study, tables: Path) -> Any:
     kernels = one_device(study, read_table(tables, "kernels"))
     rows = points(kernels)
     if not len(rows):
-        raise UserError("figure roofline: no decode attention was timed")
+        raise NothingMeasuredError("figure roofline: no decode attention was timed")
     rows = pd.concat([rows[rows.role == "ours"], fastest(rows[rows.role == "fp16"])])
     rows = rows.drop_duplicates([*KEYS, "side"])
     cases = list(dict.fromkeys(rows[KEYS].itertuples(index=False, name=None)))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import matplotlib
 import numpy as np
 
+from kvquant.errors import UserError
 from kvquant.study.config import Study
 
 matplotlib.use("Agg")
@@ -18,6 +19,11 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 Look = tuple[str, str]  # color and marker
+
+
+class NothingMeasuredError(UserError):
+    """Nothing of what a figure shows is measured yet: the figure then says so."""
+
 
 BASELINE = "#000000"
 # Seaborn's palette for color-blind readers, without its two lightest colors, then darker ones, so

@@ -51,5 +51,5 @@ def test_rows_have_parts_with_ranges_and_shares(tmp_path: Path) -> None:
 
 def test_estimates_are_not_drawn(tmp_path: Path) -> None:
     write_table(job_table(STUDY).assign(source="estimated"), tmp_path / "jobs.parquet")
-    with pytest.raises(UserError, match="measured by a counter"):
+    with pytest.raises(UserError, match="joules were counted"):
         energy.draw(STUDY, tmp_path)
