@@ -29,12 +29,47 @@ def weight(item: pytest.Item) -> int:
     return 60 if item.get_closest_marker("slow") else 1
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-combinations",
+        action="store_true",
+        help="also what the markers `thinned` and `exhaustive` leave out; CI runs all",
+    )
+
+
+def left_out(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Tests that a run without --all-combinations leaves out.
+
+    Of a test's combinations marked as thinned every n-th stays: n has no factor in common with the
+    numbers of values, so that each value stays with others.
+    """
+    seen: dict[tuple[Path, str], int] = {}
+    found = []
+    for item in items:
+        thinned = item.get_closest_marker("thinned")
+        name = (item.path, getattr(item, "originalname", item.name))
+        index = seen[name] = seen.get(name, -1) + 1
+        if item.get_closest_marker("exhaustive") or (thinned and index % thinned.args[0]):
+            found.append(item)
+    return found
+
+
+@pytest.fixture
+def all_combinations(request: pytest.FixtureRequest) -> bool:
+    """Whether a test that tries many places may try all."""
+    return bool(request.config.getoption("--all-combinations"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files that fork come first, then those that take longest, so that workers end together.
 
     A forked process cannot compute gradients once its parent has. Most tests take about as long,
     and those that are marked as slow as long as many of them.
     """
+    if not config.getoption("--all-combinations") and (gone := left_out(items)):
+        config.hook.pytest_deselected(items=gone)
+        without = set(gone)
+        items[:] = [item for item in items if item not in without]
     by_file: dict[Path, list[pytest.Item]] = {}
     for item in items:
         by_file.setdefault(item.path, []).append(item)

@@ -182,6 +182,7 @@ def _rows(text: str) -> list[list[str]]:
     return [[c.strip() for c in line.removesuffix(r"\\").split(" & ")] for line in lines]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_many_schemes_and_long_names(root: Path, tmp_path: Path) -> None:
     """Many schemes with names of the greatest length stay on the page."""

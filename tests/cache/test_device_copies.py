@@ -96,6 +96,7 @@ def test_a_tensor_is_copied_once(gpus: None) -> None:
     assert spans[0] == slice(0, 2) and spans[1] is copy
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("scheme", "use", "protocol"),
     [

@@ -199,6 +199,7 @@ def prepared(
     return spec, tables, rows
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("outliers", [0.0, 0.01, 0.02])
 @pytest.mark.parametrize("bits", [4, 3, 2])
 @pytest.mark.parametrize("chunks", list(CHUNKS))
@@ -217,6 +218,7 @@ def test_matrix(heads: str, side: str, chunks: str, bits: int, outliers: float) 
             assert torch.equal(got, want)
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("outliers", [0.0, 0.02])
 @pytest.mark.parametrize("chunks", list(CHUNKS))
 @pytest.mark.parametrize("side", ["none", "left", "right"])

@@ -122,6 +122,7 @@ GREEDY: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("options", GREEDY, ids=str)
 @pytest.mark.parametrize("model_options", [{}, {"add_bos_token": False}], ids=str)
 def test_answers(folder: Path, options: dict[str, Any], model_options: dict[str, Any]) -> None:

@@ -225,6 +225,7 @@ TOKENIZERS = {
 }
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.fault(
     "evaluation",
     "RULER at lengths that are too short, odd tokenizers",

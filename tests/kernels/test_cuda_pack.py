@@ -72,6 +72,7 @@ SORTS = ["normal", "coarse", "one head", "constant tokens", "tiny", "far", "huge
          "ends in one thread"]  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", SORTS)
 @pytest.mark.parametrize(
     ("bits", "heads", "dim", "size", "outliers", "dtype"),

@@ -265,6 +265,7 @@ def test_long_blocks_have_one_list_of_outliers() -> None:
     check(codec_of(layer, 0.1, size=1024), keys, values)  # positions and counts of 32 bits
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", [0, 1])
 @pytest.mark.parametrize("outliers", [0.0, 0.01])

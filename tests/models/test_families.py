@@ -99,6 +99,7 @@ def exact(family: str) -> QuantizedModel:
     return quantized(tiny(family), EXACT)
 
 
+@pytest.mark.thinned(7)
 @pytest.mark.feature("{use}")
 @families
 @pytest.mark.parametrize("use", USES)
@@ -112,6 +113,7 @@ def test_a_16_bit_cache_gives_what_the_unquantized_one_gives(family: str, use: s
         torch.testing.assert_close(USES[use](model, qm.new_cache("B")), expected, **CLOSE)
 
 
+@pytest.mark.thinned(7)
 @pytest.mark.feature("fp16 and bf16 weights")
 @families
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -146,6 +148,7 @@ def calibrated(family: str, scheme: NuqScheme) -> tuple[QuantizedModel, list[Any
     return quantized(model, scheme, layers), found, TEXT
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.feature("4 bits, own calibration")
 @families
 def test_four_bits_from_the_models_own_calibration_are_close(family: str) -> None:
@@ -157,6 +160,7 @@ def test_four_bits_from_the_models_own_calibration_are_close(family: str) -> Non
         assert 0 < relative_error(found, expected) < 0.08
 
 
+@pytest.mark.thinned(4)
 @families
 def test_calibration_sees_the_keys_and_values_that_a_cache_gets(family: str) -> None:
     """The same channels in the same order, and their loss gradients."""
@@ -173,6 +177,7 @@ def test_calibration_sees_the_keys_and_values_that_a_cache_gets(family: str) -> 
         assert torch.all(found.value_fisher[0].sum() > 0)
 
 
+@pytest.mark.thinned(4)
 @families
 def test_calibration_sees_the_gradients_of_what_a_cache_gets(
     family: str, monkeypatch: pytest.MonkeyPatch

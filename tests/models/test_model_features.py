@@ -60,6 +60,7 @@ def dynamic(model: Any) -> DynamicCache:
     return DynamicCache(config=model.config)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.feature("{use}")
 @pytest.mark.parametrize("use", FEATURES)
 @families
@@ -69,6 +70,7 @@ def test_what_users_do(family: str, use: str) -> None:
     torch.testing.assert_close(FEATURES[use](qm.model, qm.new_cache()), expected, **CLOSE)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.feature("layers on several GPUs")
 @pytest.mark.filterwarnings("ignore:model. all layers have a sliding window")
 @families
@@ -95,6 +97,7 @@ def test_adapters_that_come_after_the_cache(family: str) -> None:
     torch.testing.assert_close(fed(model, qm.new_cache()), expected, **CLOSE)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.feature("{bits}-bit weights")
 @pytest.mark.parametrize("bits", [8, 4])
 @families
@@ -127,6 +130,7 @@ def test_a_rope_scaling_passes_its_length(family: str) -> None:
     assert float((found - expected).abs().max()) < float((whole - expected).abs().max()) / 5
 
 
+@pytest.mark.exhaustive
 @pytest.mark.feature("`torch.compile`")
 @pytest.mark.parametrize("family", ["gemma3+windows"])
 def test_steps_of_a_compiled_model(family: str) -> None:
@@ -142,6 +146,7 @@ def test_steps_of_a_compiled_model(family: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.feature("3 bits, `generate`")
 @families
 def test_generation_from_three_bits_reads_what_the_cache_holds(family: str) -> None:

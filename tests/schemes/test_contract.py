@@ -199,6 +199,7 @@ def test_a_registration_names_what_there_is(kind: SchemeKind) -> None:
         assert spec.nominal_bits == 16
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("spec", OURS, ids=name)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("protocol", ["A", "B"])
@@ -228,6 +229,7 @@ def test_chunks_equal_one_call_in_protocol_b(spec: Any) -> None:
     torch.testing.assert_close(whole, parts, atol=5e-3, rtol=5e-3)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("spec", [*OURS, *HF], ids=name)
 def test_generate_with_left_padding(spec: Any) -> None:
     qm = quantized(tiny_model(), spec)
@@ -243,6 +245,7 @@ def test_generate_with_left_padding(spec: Any) -> None:
     assert cache.get_seq_length() == 69
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("spec", [*OURS, *HF], ids=name)
 def test_padded_steps_are_near_the_unquantized_ones(spec: Any) -> None:
     qm = quantized(tiny_model(), spec)
@@ -259,6 +262,7 @@ def test_padded_steps_are_near_the_unquantized_ones(spec: Any) -> None:
     assert error < {8: 0.02, 4: 0.1, 3: 0.2, 2: 0.3}[bits]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("spec", [*OURS, *HF], ids=name)
 def test_beams_reorder_the_cache(spec: Any) -> None:
     qm = quantized(tiny_model(), spec)
@@ -302,6 +306,7 @@ def test_perplexity_and_answers_run(spec: Any) -> None:
     assert answers.cache_elements == 2 * 2 * 2 * 16 * 41
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("spec", [Fp16Scheme(kind="fp16"), *OURS, *HF], ids=name)
 def test_windows_of_a_batch_are_measured_as_one_at_a_time(
     spec: Any, monkeypatch: pytest.MonkeyPatch
