@@ -2,9 +2,9 @@
 
 Each run is a forked process in which an audit hook watches the files that are opened for writing,
 renamed, linked or removed below the output folder. It ends the process at the n-th of these, as a
-kill does, or answers as a full disk does; without --all-combinations at the first ones and at ever fewer
-of the later ones. Run again without a fault, a verb must leave what a run
-that was never disturbed leaves.
+kill does, or answers as a full disk does; without --all-combinations at the first of them and at
+ever fewer later ones. Run again without a fault, a verb must leave what a run that was never
+disturbed leaves.
 """
 
 from __future__ import annotations
