@@ -194,7 +194,7 @@ def told(copy: RepositoryCopy, listed: Path) -> str:
     """What pytest says of the tests that find the additions, all in one process."""
     files = [*WHOLE, *(file for file, _ in PASS.values()), "tests/cache/test_kvquant_cache.py"]
     chosen = " or ".join([*PASS, *(Path(file).name for file in WHOLE)])
-    return copy.pytest(*files, "-v", "-v", "-k", chosen, check=False)
+    return copy.pytest(*files, "-v", "-v", "-k", chosen, "--all-combinations", check=False)
 
 
 @pytest.mark.parametrize("name", PASS)

@@ -285,6 +285,7 @@ SURROUNDINGS = {
     "no HOME, a HOME that does not exist, C and Turkish locales, another time zone",
     "the same results, byte for byte",
 )
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("where", "name"), [*zip(SURROUNDINGS, ("eval/tiny/nuq3/passkey", "prompts"), strict=True)]
 )

@@ -75,6 +75,7 @@ DIFFERENCES = {
 
 
 @pytest.mark.parametrize("name", ["pareto", "perplexity"])
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("case", DIFFERENCES)
 def test_differences_of_every_size(
     study: Study, tables: Path, tmp_path: Path, case: str, name: str

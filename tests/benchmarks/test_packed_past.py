@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.slow
 # Several blocks, or several sequences: the interpreter packs ten tokens in a second.
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("chunk", "batch", "past"), [(1, 1, 100), (6, 2, 40)])
 def test_sides_agree_and_are_timed(
     chunk: int, batch: int, past: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

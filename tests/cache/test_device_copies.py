@@ -127,6 +127,7 @@ def test_sequences_that_share_blocks_keep_their_outliers(
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("use", ["chunks and steps", "holes", "jumping positions", "crop"])
 @pytest.mark.parametrize(
     ("placement", "expected"), [("alternating", [0, 1, 0, 1]), ("apart", [1, 1, 1, 1])]
@@ -143,6 +144,7 @@ def test_any_placement(
         assert {d.index for d in cache._rope.kept._tables} >= set(expected)
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("name", "protocol", "use"),
     [
@@ -168,6 +170,7 @@ def test_a_rotation_that_changes_with_the_length(tmp_path: Path, gpus: None) -> 
     assert set(cache._rope.kept._tables) == {ZERO, ONE}
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("scheme", ["nuq", "allocated-unrotated"])
 def test_decode_steps_by_kernels(scheme: str, tmp_path: Path) -> None:
     """Each device has tables of its own, which count the same tokens."""

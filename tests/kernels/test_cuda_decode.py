@@ -44,6 +44,7 @@ class TestOnGpu:
         assert error < TOLERANCE[torch.float16]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("bits", "dim", "group", "size", "outliers", "dtype", "more"),
     [
@@ -119,6 +120,7 @@ def test_scores_beyond_the_range_of_an_exponential_are_capped(
 
 
 # Beside these, `test_shared_memory_is_what_the_kernel_takes` compiles 3 bits for sm_90.
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("bits", "soft_cap", "arch"),
     [(2, None, "sm_90"), (3, None, "sm_80"), (4, None, "sm_80"), (3, 50.0, "sm_90")],

@@ -55,6 +55,7 @@ def test_close_to_float64(
     assert error < TOLERANCE[dtype]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("dim", "group", "size", "outliers", "dtype", "value_range", "more"),
     [
@@ -122,6 +123,7 @@ def test_large_and_small_values(
     assert error < TOLERANCE[torch.float16]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("dim", "group", "size", "arch"),
     [(64, 3, 64, "sm_90"), (128, 1, 128, "sm_80"), (128, 1, 128, "sm_90"), (256, 8, 512, "sm_80")],

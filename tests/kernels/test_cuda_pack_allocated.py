@@ -398,6 +398,7 @@ def test_tables_of_keys() -> None:
     assert tables[1].ranges is None and isinstance(tables[1], SideTables)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("shape", "arch"),
     [

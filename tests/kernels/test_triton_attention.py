@@ -148,6 +148,7 @@ CAP: dict[str, Any] = {"attn_logit_softcapping": 0.02, "query_pre_attn_scalar": 
 
 
 # Few tokens and one layer: the interpreter packs ten tokens with outliers in a second.
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("family", "proto", "padded", "outliers"),
     [
