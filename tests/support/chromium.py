@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
     "--headless=new",
@@ -224,3 +226,14 @@ def browser(program: str, profile: Path) -> Iterator[Page]:
             process.wait()
         os.close(from_browser[0])
         os.close(to_browser[1])
+
+
+@contextlib.contextmanager
+def page_or_skip(profile: Path, size: tuple[int, int]) -> Iterator[Page]:
+    """Opens a page of a size; skips the test where no browser is installed."""
+    program = find_chromium()
+    if program is None:
+        pytest.skip("Chromium is not installed (chromium, chromium-browser or google-chrome)")
+    with browser(program, profile) as opened:
+        opened.size(*size)
+        yield opened

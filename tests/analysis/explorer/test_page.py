@@ -22,7 +22,7 @@ from kvquant.analysis.explorer import page as page_module
 from kvquant.analysis.explorer.page import HERE, SCRIPTS, json_inside, page
 from kvquant.analysis.labels import labels_of
 from kvquant.analysis.pareto import dominated
-from tests.support.chromium import Page, browser, find_chromium
+from tests.support.chromium import Page, page_or_skip
 from tests.support.measured import HOSTILE, Measured
 
 WIDE, NARROW = (1280, 900), (400, 900)
@@ -66,11 +66,7 @@ def explorer(measured: Measured, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("Chromium is not installed (chromium, chromium-browser or google-chrome)")
-    with browser(program, tmp_path_factory.mktemp("profile")) as opened:
-        opened.size(*WIDE)
+    with page_or_skip(tmp_path_factory.mktemp("profile"), WIDE) as opened:
         yield opened
 
 

@@ -18,7 +18,7 @@ from kvquant.analysis import report
 from kvquant.analysis.figure_list import FIGURES
 from kvquant.analysis.html_tables import caption_of, table_of
 from tests.analysis.landing.conftest import RESULTS, Written
-from tests.support.chromium import Page, browser, find_chromium
+from tests.support.chromium import Page, page_or_skip
 
 pytestmark = pytest.mark.slow
 WIDE, NARROW = (1280, 900), (400, 900)
@@ -32,11 +32,7 @@ LEFT_OVER = re.compile(
 
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("Chromium is not installed (chromium, chromium-browser or google-chrome)")
-    with browser(program, tmp_path_factory.mktemp("profile")) as opened:
-        opened.size(*WIDE)
+    with page_or_skip(tmp_path_factory.mktemp("profile"), WIDE) as opened:
         yield opened
 
 
