@@ -160,16 +160,19 @@ class Function:
 
 
 @functools.cache
-def load(source: str, header: str, device: int) -> Module:
+def load(source: str, header: str, device: int, *, own_instructions: bool = False) -> Module:
     """Compiles and loads a source file for a GPU, once per process.
 
     Args:
         source: File name in `kvquant/kernels/cuda`.
         header: Text of `generated.cuh`.
         device: CUDA device index.
+        own_instructions: Whether it uses instructions that only this generation of GPUs has
+            (Hopper's "sm_90a").
     """
     major, minor = torch.cuda.get_device_capability(device)
-    cubin = compile_cubin(source, header, f"sm_{major}{minor}")
+    suffix = "a" if own_instructions else ""
+    cubin = compile_cubin(source, header, f"sm_{major}{minor}{suffix}")
     from cuda.bindings import driver
 
     with torch.cuda.device(device):
