@@ -31,7 +31,7 @@ from kvquant.kernels.cuda_decode import DecodeShape
 from kvquant.kernels.cuda_pack import PackShape
 from kvquant.kernels.cuda_pack_allocated import AllocatedPackShape
 
-Operation = Literal["pack", "decode", "past"]
+Operation = Literal["pack", "decode", "past", "prompt"]
 Backend = Literal["cuda", "triton", "pytorch"]
 
 # What an operation is called in a report, and its backends in the order in which they are asked. A
@@ -40,6 +40,7 @@ TITLES: dict[Operation, str] = {
     "pack": "quantize and pack",
     "decode": "decode step",
     "past": "attention over a packed past",
+    "prompt": "8-bit attention of a prompt",  # decided in `prompt_backend`, without a cache
 }
 CANDIDATES: dict[Operation, dict[Backend, limits.Limits]] = {
     "pack": {
@@ -210,7 +211,7 @@ def decide(
     """
     refused: list[tuple[Backend, tuple[str, ...]]] = []
     for backend, limit in CANDIDATES[operation].items():
-        reasons = [*_refusals(backend, facts, wished), *limit(shape)]
+        reasons = [*refusals(backend, facts, wished), *limit(shape)]
         if operation != "pack" and backend == "triton":
             reasons += _query_refusals(shape, wished)
             if shape.codebook == "allocated":  # a CUDA kernel expands the blocks
@@ -224,8 +225,8 @@ def decide(
     return Selection(operation, None, tuple(refused))
 
 
-def _refusals(backend: Backend, facts: DeviceFacts, wished: str) -> Iterator[str]:
-    """The reasons of the environment and of the device against a backend."""
+def refusals(backend: Backend, facts: DeviceFacts, wished: str) -> Iterator[str]:
+    """Yields the reasons of the environment and of the device against a backend."""
     if backend == "pytorch":
         return
     if wished == "pytorch":

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from kvquant.kernels.cuda_build import Function, load
 from kvquant.kernels.cuda_header import cuda_header
-from kvquant.kernels.triton_prompt_pack import KEYS, QUERIES
+from kvquant.kernels.eight_bit_attention import TILE
+from kvquant.kernels.triton_prompt_pack import QUERIES
 
 CAPABILITY, HEAD_DIMS = (9, 0), (64, 128)
 # To tune: warpgroups that multiply, and tiles of keys and of values that are copied ahead.
@@ -26,7 +27,7 @@ class PromptParams(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             "queries", "keys", "values", "query_scales", "query_offsets", "key_scales",
-            "value_scales", "value_means", "counts", "columns", "out", "state_out", "state_top",
+            "value_scales", "counts", "columns", "out", "state_out", "state_top",
             "state_total",
         )),
         *((name, ctypes.c_int) for name in (
@@ -51,8 +52,10 @@ class PromptShape:
     @property
     def shared_bytes(self) -> int:
         """The shared memory of a thread block, `struct SharedStorage` of the source and more."""
-        tiles = STAGES * (2 * KEYS * self.head_dim + 8 * KEYS)  # with a row of ones and zeros
-        return CONSUMERS * QUERIES * self.head_dim + tiles + 8 * (1 + 4 * STAGES) + 2 * 1024  # alignment of operands and of the struct
+        tiles = STAGES * (2 * TILE * self.head_dim + 8 * TILE)  # with a row of ones and zeros
+        return (
+            CONSUMERS * QUERIES * self.head_dim + tiles + 8 * (1 + 4 * STAGES) + 2 * 1024
+        )  # alignment of operands and of the struct
 
 
 def header(shape: PromptShape) -> str:

@@ -18,18 +18,38 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kvquant.kernels import triton_attention, triton_expand, triton_pack
+from kvquant.kernels import (
+    triton_attention,
+    triton_expand,
+    triton_pack,
+    triton_prompt_attention,
+    triton_prompt_pack,
+)
 from kvquant.kernels.backends import device_facts
+from kvquant.kernels.prompt_parts import PromptParts
 from kvquant.quantization.batched_quant import BatchedKVQuantizer
 from tests.support.past_case import PastCase
 from tests.support.quantizers import random_quantizer
 
 # Imported before the environment names the interpreter: their kernels are to be compiled.
-MODULES = (triton_attention, triton_expand, triton_pack)
+MODULES = (
+    triton_attention,
+    triton_expand,
+    triton_pack,
+    triton_prompt_attention,
+    triton_prompt_pack,
+)
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
     **{torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"},
-    **{torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"},
+    **{
+        torch.int8: "*i8",
+        torch.float8_e4m3fn: "*fp8e4nv",
+        torch.uint8: "*u8",
+        torch.int16: "*i16",
+        torch.int32: "*i32",
+        torch.int64: "*i64",
+    },
 }
 _COMPILED: set[Any] = set()
 
@@ -83,7 +103,24 @@ def _pack() -> None:
         assert BatchedKVQuantizer(tables, 3, outliers).kernel_pack(x[0], x[1]) is not None
 
 
+def _prompts() -> None:
+    for dtype, dim in ((torch.float16, 64), (torch.bfloat16, 128), (torch.float16, 256)):
+        x = torch.randn(1, 2, 200, dim, dtype=dtype)
+        counts = torch.tensor([[60, 200, 140]], dtype=torch.int32)
+        columns = torch.arange(200, dtype=torch.int32)[None]
+        order = torch.arange(dim, dtype=torch.int32)[None].repeat(2, 1)
+        padded = PromptParts(x[:, :, :60], 2, 0.1, 3, "triton", columns=columns[:, :60])
+        padded.add(x, x, counts, columns=columns, order=order)
+        padded.add(x, x, counts, columns=columns)
+        padded.add(x, x, counts, columns=columns)
+        whole = PromptParts(x, 2, 0.1, 1, "triton")
+        whole.add(x, x, window=70)
+        if dim < 256:
+            triton_prompt_pack.pack_keys(x, x, counts, None, swizzled=True)
+
+
 if __name__ == "__main__":
     JITFunction.run = _compile
     _attend()
     _pack()
+    _prompts()

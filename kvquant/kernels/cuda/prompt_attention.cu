@@ -10,7 +10,9 @@
 // A warpgroup's work on a tile, online softmax as in FlashAttention (Dao et al., arXiv 2205.14135):
 //   1. Scores: integer sums that begin at MAGIC, so that their bits are those of the float 1.5 *
 //      2^23 + sum and need no conversion. |sum| <= 127 * 127 * HEAD_DIM < 2^22.
-//   2. Weights 2^(score - maximum + WEIGHT_BITS), which fill the range of e4m3.
+//   2. Weights 2^(score - base + WEIGHT_BITS). The base is the tile's own maximum, so that weights
+//      fill the range of e4m3 also where an earlier tile has a much larger one; the running output
+//      is kept relative to it, which may make it grow by 2^MAX_DROP.
 //   3. Weights become operands where they are: accumulators hold neighbouring columns of two groups
 //      of eight, operands four neighbouring ones, so tokens of values are stored in the order that
 //      makes up for it.
@@ -24,7 +26,7 @@
 
 constexpr u32 MAGIC = 0x4B400000u;
 constexpr float MAGIC_NUMBER = 12582912.0f;
-constexpr float WEIGHT_BITS = 8.0f;
+constexpr float WEIGHT_BITS = 8.0f, MAX_DROP = 40.0f;
 constexpr float LOWEST = -1e30f;  // stands for a maximum of nothing
 constexpr int SCORES = KEYS_PER_TILE / 2, PARTS = HEAD_DIM / 64;  // accumulators; see step 4
 constexpr int ONES_BYTES = 8 * KEYS_PER_TILE;  // eight channels: a one for every token, and zeros
@@ -118,7 +120,9 @@ __device__ __forceinline__ int row_maximum(int x) {
 // A thread's two rows, r and r + 8 of its warpgroup, as they are processed.
 struct Rows {
   int first;                // the first one's number among the sequence's queries
-  float scale[2], top[2];   // of scores; the maximum so far, both in units of log2
+  float scale[2];           // of scores, in units of log2, as the next ones
+  float highest[2];         // the maximum so far
+  float base[2];            // that of the tile before, or a little more: `out` is relative to it
   float total[2];           // of the weights, in the first of the four lanes
   float factor[2];          // what weights of earlier tiles are multiplied by
   float out[PARTS][32];
@@ -158,12 +162,15 @@ __device__ __forceinline__ void weigh(const PromptParams& params, const Work& wo
                               (int)scores[32 * c + 4 * i + 2 * h + 1]);
     }
     const int largest = row_maximum(max(top[0], top[1]));
-    float maximum = rows.top[h];
-    if (!MASKED || largest > 0)  // else the row sees no key
-      maximum = fmaxf(maximum, (float)(largest - (int)MAGIC) * scale);
-    const float shift = fmaf(-MAGIC_NUMBER, scale, WEIGHT_BITS - maximum);
-    rows.factor[h] = exp2_approximately(rows.top[h] - maximum);
-    rows.top[h] = maximum;
+    float base = rows.base[h];
+    if (!MASKED || largest > 0) {  // else the row sees no key of the tile
+      const float here = (float)(largest - (int)MAGIC) * scale;
+      rows.highest[h] = fmaxf(rows.highest[h], here);
+      base = fmaxf(here, rows.highest[h] - MAX_DROP);
+    }
+    const float shift = fmaf(-MAGIC_NUMBER, scale, WEIGHT_BITS - base);
+    rows.factor[h] = exp2_approximately(rows.base[h] - base);
+    rows.base[h] = base;
 #pragma unroll
     for (int i = 0; i < SCORES / 2; i += 4) {
       float w[4];
@@ -270,24 +277,21 @@ __device__ __forceinline__ void write_rows(const PromptParams& params, const Wor
   const i64 head = (i64)work.sequence * params.num_heads + work.head;
   const i64 kv_head = (i64)work.sequence * params.num_kv_heads + work.kv_head;
   const float* const scales = params.value_scales + kv_head * HEAD_DIM;
-  const float* const means = params.value_means + kv_head * HEAD_DIM;
   const float unit = 1.0f / (1 << (int)WEIGHT_BITS);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int row = rows.first + 8 * h;
-    float total = __shfl_sync(~0u, rows.total[h], lane & ~3) * unit, top = rows.top[h], own = unit, before = 0.0f;
+    float total = __shfl_sync(~0u, rows.total[h], lane & ~3) * unit, top = rows.base[h], own = unit, before = 0.0f;
     if (row >= work.num_rows) continue;
     const i64 state = head * params.query_tiles * ROWS_PER_WARPGROUP + row;
     if (params.query_offsets) top += params.query_offsets[state];
-    if (rows.top[h] == LOWEST) top = LOWEST;
-    float weight = total;  // of the means
+    if (rows.base[h] == LOWEST) top = LOWEST;
     if (!params.first) {
       const float other = params.state_top[state], maximum = fmaxf(top, other);
       const float shrink = exp2_approximately(top - maximum);
       before = exp2_approximately(other - maximum);
       own *= shrink;
-      weight *= shrink;
-      total = fmaf(params.state_total[state], before, weight);
+      total = fmaf(params.state_total[state], before, total * shrink);
       top = maximum;
     }
     float norm = 1.0f;
@@ -307,9 +311,8 @@ __device__ __forceinline__ void write_rows(const PromptParams& params, const Wor
     for (int n = 0; n < HEAD_DIM / 8; n++) {
       const int channel = 8 * n + 2 * (lane % 4);
       float2* const kept = (float2*)(params.state_out + state * HEAD_DIM + channel);
-      float x = fmaf(rows.out[n / 8][4 * (n % 8) + 2 * h] * own, scales[channel], weight * means[channel]);
-      float y = fmaf(rows.out[n / 8][4 * (n % 8) + 2 * h + 1] * own, scales[channel + 1],
-                     weight * means[channel + 1]);
+      float x = rows.out[n / 8][4 * (n % 8) + 2 * h] * own * scales[channel];
+      float y = rows.out[n / 8][4 * (n % 8) + 2 * h + 1] * own * scales[channel + 1];
       if (!params.first) {
         const float2 earlier = *kept;
         x = fmaf(earlier.x, before, x);
@@ -366,7 +369,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   for (int h = 0; h < 2; h++) {
     const int row = rows.first + 8 * h;
     rows.scale[h] = row < work.num_rows ? query_scales[row] : 0.0f;
-    rows.top[h] = LOWEST;
+    rows.highest[h] = rows.base[h] = LOWEST;
     rows.total[h] = 0.0f;
   }
 #pragma unroll

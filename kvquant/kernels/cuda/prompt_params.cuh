@@ -21,7 +21,6 @@ struct PromptParams {
   const float* query_offsets;  // the same shape, added to the scores; null: none
   const float* key_scales;     // [batch, num_kv_heads, key_tiles]
   const float* value_scales;   // [batch, num_kv_heads, HEAD_DIM]
-  const float* value_means;    // the same shape
   const int* counts;           // [batch, 3]: queries, keys, keys that come before the first query
   const int* columns;          // [batch, columns_stride], the column of a query; null: its number
   u16* out;                    // [batch, num_columns, num_heads, HEAD_DIM]; null: not the last part

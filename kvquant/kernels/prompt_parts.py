@@ -1,4 +1,4 @@
-"""Attention of the many queries of a prompt with 8-bit products, part by part of its keys."""
+"""Attention of many queries with 8-bit products by the kernels, part by part of the keys."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def token_columns(valid: torch.Tensor) -> torch.Tensor:
     return valid.logical_not().byte().argsort(stable=True, dim=1).int()
 
 
-class PromptAttention:
+class PromptParts:
     """Causal attention of many queries whose keys come in a known number of parts.
 
     Args:
@@ -115,7 +115,7 @@ class PromptAttention:
         params = PromptParams(
             *(None if t is None else t.data_ptr() for t in (
                 asked.queries, packed.keys, packed.values, asked.scales, asked.offsets,
-                packed.key_scales, packed.value_scales, packed.value_means, counts, table,
+                packed.key_scales, packed.value_scales, counts, table,
                 self._out if last else None, *state,
             )),
             heads, self._kv_heads, asked.scales.shape[2], packed.keys.shape[2], length,

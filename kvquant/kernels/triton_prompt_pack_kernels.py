@@ -1,0 +1,210 @@
+"""Triton kernels that quantize for attention with 8-bit products (`triton_prompt_pack`)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvquant.kernels.eight_bit_attention import LARGEST
+
+INT8_MAX = tl.constexpr(LARGEST["int8"])
+FP8_MAX = tl.constexpr(LARGEST["fp8"])
+ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: the sum has no fraction bits
+
+
+@triton.jit
+def _column(columns, stride, sequence, token, there, COLUMNS: tl.constexpr):
+    """Returns the columns of tokens, which are their own numbers where there is no padding."""
+    if COLUMNS:
+        return tl.load(columns + sequence * stride + token, mask=there, other=0).to(tl.int64)
+    return token.to(tl.int64)
+
+
+@triton.jit
+def _int8(x):
+    """Rounds to the nearest integer, ties to even, which is in the range of INT8 already."""
+    return ((x + ROUNDING) - ROUNDING).to(tl.int8)
+
+
+@triton.jit
+def _inverse(top, largest, SMALLEST: tl.constexpr):
+    """Returns by what numbers up to `top` are multiplied, so that they end at `largest`."""
+    return tl.where(top > SMALLEST, largest / tl.maximum(top, SMALLEST), 0.0)
+
+
+@triton.jit
+def _in_pieces(place):
+    """Says of `[rows, bytes]` that 16 bytes of a row lie together, which are written at once."""
+    return tl.max_contiguous(tl.multiple_of(place, [1, 16]), [1, 16])
+
+
+@triton.jit
+def _row_place(row, channel, DIM: tl.constexpr, SWIZZLED: tl.constexpr):
+    """Returns the bytes of the channels of rows in a tile."""
+    piece = channel // 16
+    if SWIZZLED:
+        turn = row % 8 if DIM == 128 else row // 2 % 4
+        piece = piece ^ turn
+    return _in_pieces(row * DIM + piece * 16 + channel % 16)
+
+
+@triton.jit
+def _measure(
+    keys,
+    values,
+    columns,
+    counts,
+    facts,
+    k_sequence,
+    k_head,
+    k_token,
+    v_sequence,
+    v_head,
+    v_token,
+    columns_stride,
+    COLUMNS: tl.constexpr,
+    DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LOOPS: tl.constexpr,
+):
+    """Adds up the keys of some tokens by channel, and finds the largest values."""
+    part, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    count = tl.load(counts + sequence * 3 + 1)
+    d = tl.arange(0, DIM)
+    k = keys + sequence.to(tl.int64) * k_sequence + head.to(tl.int64) * k_head
+    v = values + sequence.to(tl.int64) * v_sequence + head.to(tl.int64) * v_head
+    total, largest = tl.zeros((DIM,), tl.float32), tl.zeros((DIM,), tl.float32)
+    first = part * (TOKENS * LOOPS)
+    for start in range(first, tl.minimum(count, first + TOKENS * LOOPS), TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        there = token < count
+        column = _column(columns, columns_stride, sequence, token, there, COLUMNS)[:, None]
+        x = tl.load(k + column * k_token + d[None, :], mask=there[:, None], other=0.0)
+        total += tl.sum(x.to(tl.float32), axis=0)
+        y = tl.load(v + column * v_token + d[None, :], mask=there[:, None], other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(y.to(tl.float32)), axis=0))
+    at = (sequence * tl.num_programs(1) + head) * tl.num_programs(0) + part
+    tl.store(facts + at.to(tl.int64) * (2 * DIM) + d, total)
+    tl.store(facts + at.to(tl.int64) * (2 * DIM) + DIM + d, largest)
+
+
+@triton.jit
+def _pack_prompt_keys(
+    keys,
+    values,
+    columns,
+    counts,
+    signs,
+    rotated_means,
+    largest_values,
+    packed_keys,
+    packed_values,
+    key_scales,
+    k_sequence,
+    k_head,
+    k_token,
+    v_sequence,
+    v_head,
+    v_token,
+    columns_stride,
+    COLUMNS: tl.constexpr,
+    DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    ROOT: tl.constexpr,
+    SWIZZLED: tl.constexpr,
+):
+    """Quantizes a tile of keys and, for swizzled operands, of values."""
+    tile, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    count = tl.load(counts + sequence * 3 + 1)
+    if tile * TILE >= count:
+        return
+    d = tl.arange(0, DIM)
+    row = tl.arange(0, TILE)
+    token = tile * TILE + row
+    mask = (token < count)[:, None]
+    column = _column(columns, columns_stride, sequence, token, token < count, COLUMNS)[:, None]
+    own = (sequence * tl.num_programs(1) + head).to(tl.int64)
+    at = own * tl.num_programs(0) + tile
+    k = keys + sequence.to(tl.int64) * k_sequence + head.to(tl.int64) * k_head
+    x = tl.load(k + column * k_token + d[None, :], mask=mask, other=0.0)
+    x = tl.dot(x, tl.load(signs + d[:, None] * DIM + d[None, :]), input_precision="ieee")
+    x = x / ROOT - tl.load(rotated_means + own * DIM + d)[None, :]
+    x = tl.where(mask, x, 0.0)
+    top = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
+    tl.store(key_scales + at, top / INT8_MAX)
+    place = _row_place(row[:, None], d[None, :], DIM, SWIZZLED)
+    x = _int8(x * _inverse(top, INT8_MAX, SMALLEST))
+    tl.store(packed_keys + at * (TILE * DIM) + place, x)
+    if SWIZZLED:
+        # Of 32 tokens a lane holds the weights 2 t, 2 t + 1 of each eight; the product takes
+        # four at a time of each sixteen.
+        half, lane, i = row % 32 // 16, row % 16 // 4, row % 4
+        token = tile * TILE + row // 32 * 32 + half * 16 + i // 2 * 8 + lane * 2 + i % 2
+        mask = (token < count)[:, None]
+        column = _column(columns, columns_stride, sequence, token, token < count, COLUMNS)
+        v = values + sequence.to(tl.int64) * v_sequence + head.to(tl.int64) * v_head
+        y = tl.load(v + column[:, None] * v_token + d[None, :], mask=mask, other=0.0)
+        largest = tl.load(largest_values + own * DIM + d)
+        y = y.to(tl.float32) * _inverse(largest, FP8_MAX, SMALLEST)[None, :]
+        y = tl.clamp(y, -FP8_MAX, FP8_MAX).to(tl.float8e4nv)
+        piece = (row // 16)[None, :] ^ (d % 8)[:, None]
+        place = _in_pieces(d[:, None] * TILE + piece * 16 + (row % 16)[None, :])
+        tl.store(packed_values + at * (TILE * DIM) + place, tl.trans(y))
+
+
+@triton.jit
+def _pack_prompt_queries(
+    queries,
+    columns,
+    counts,
+    order,
+    signs,
+    key_means,
+    packed,
+    scales,
+    offsets,
+    scaling,
+    q_sequence,
+    q_head,
+    q_column,
+    columns_stride,
+    COLUMNS: tl.constexpr,
+    ORDERED: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    ROOT: tl.constexpr,
+    SWIZZLED: tl.constexpr,
+):
+    """Quantizes a tile of queries, and finds what the means of the keys add to their scores."""
+    tile, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1)
+    count = tl.load(counts + sequence * 3)
+    if tile * QUERIES >= count:
+        return
+    d = tl.arange(0, DIM)
+    row = tl.arange(0, QUERIES)
+    token = tile * QUERIES + row
+    there = token < count
+    column = _column(columns, columns_stride, sequence, token, there, COLUMNS)[:, None]
+    channel = d
+    if ORDERED:
+        channel = tl.load(order + head // GROUP * DIM + d)
+    q = queries + sequence.to(tl.int64) * q_sequence + head.to(tl.int64) * q_head
+    given = tl.load(q + column * q_column + channel[None, :], mask=there[:, None], other=0.0)
+    x = tl.dot(given, tl.load(signs + d[:, None] * DIM + d[None, :]), input_precision="ieee")
+    x = x / ROOT
+    own = (sequence * heads + head).to(tl.int64) * tl.num_programs(0) + tile
+    top = tl.max(tl.abs(x), axis=1)
+    tl.store(scales + own * QUERIES + row, top * (scaling / INT8_MAX))
+    if OFFSETS:
+        kv_head = sequence * (heads // GROUP) + head // GROUP
+        mean = tl.load(key_means + kv_head.to(tl.int64) * DIM + d)
+        added = tl.sum(given.to(tl.float32) * mean[None, :], axis=1)
+        tl.store(offsets + own * QUERIES + row, added * scaling)
+    place = _row_place(row[:, None], d[None, :], DIM, SWIZZLED)
+    x = _int8(x * _inverse(top, INT8_MAX, SMALLEST)[:, None])
+    tl.store(packed + own * (QUERIES * DIM) + place, x)
