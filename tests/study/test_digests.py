@@ -273,7 +273,7 @@ def test_keys_before_rope_leave_the_digests_of_nuq(raw: dict[str, Any]) -> None:
     } and "calibrate" not in found
 
 
-@pytest.mark.parametrize("scheme", ["fp16", "nuq3-1pct", "kivi-2"])
+@pytest.mark.parametrize("scheme", ["nuq3-1pct", "kivi-2"])
 def test_16_bit_attention_of_prompts_leaves_older_digests(raw: dict[str, Any], scheme: str) -> None:
     named = yaml.safe_load(yaml.safe_dump(raw))
     named["schemes"][scheme]["prompt_attention"] = "16-bit"
