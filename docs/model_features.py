@@ -22,7 +22,8 @@ PAGE = ROOT / "docs/model-features.md"
 START = "<!-- Written by `python docs/model_features.py` from the tests: edit the marks there. -->"
 WINDOWS = "windows"  # in a family's name behind a +
 TESTS = ("families", "model_features", "hybrid", "transformers_behaviour", "obstacles",
-         "prefill_quant", "loading", "value_rotation", "tensor_parallel")  # fmt: skip
+         "prefill_quant", "loading", "value_rotation", "tensor_parallel",
+         "prompt_attention")  # fmt: skip
 
 
 def _marked(file: Path) -> Iterator[tuple[Any, dict[str, Any], str]]:

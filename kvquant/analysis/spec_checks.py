@@ -44,6 +44,7 @@ def check_evaluation(study: Study, record: EvalRecord) -> None:
     """Checks suite, protocol, number of samples and further metrics of an evaluation."""
     task = study.task(record.task)
     _are(record, {"suite": task.suite, "protocol": task.cache_protocol()})
+    _are(record, {"prompt_attention": study.scheme(record.scheme).prompt_attention})
     if not asks_prompts(task):
         _are(record, {"prompts_sha256": None})
     elif record.prompts_sha256 is None:

@@ -67,7 +67,7 @@ class Tables:
         return rows[rows.scheme == self.study.headline]
 
     def job_sides(self, case: str) -> tuple[pd.Series | None, pd.DataFrame]:
-        """Returns our row of a case of whole jobs, and those of fp16 caches.
+        """Returns our row of a case of whole jobs, and those of fp16 caches with 16-bit attention.
 
         Ours is that of the headline scheme, or in a case without it of the first quantized cache.
         """
@@ -76,7 +76,7 @@ class Tables:
         quantized = [s for s in self.study.job_cases()[case].schemes if schemes[s].quantizes]
         chosen = [s for s in quantized if s == self.study.headline] or quantized[:1]
         ours = rows[rows.scheme.isin(chosen)]
-        base = rows[~rows.scheme.isin(quantized)]
+        base = rows[rows.scheme.isin([name for name, spec in schemes.items() if spec.exact])]
         return (ours.iloc[0] if len(ours) else None), base
 
     def headline_perf(self) -> pd.DataFrame:

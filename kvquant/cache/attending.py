@@ -8,6 +8,7 @@ do. Each layer gets it as an argument, so that a layer knows its own tensors but
 from __future__ import annotations
 
 import functools
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,36 @@ from kvquant.cache.interface import QuantizeClock
 from kvquant.cache.kept_rope import Table
 from kvquant.cache.window_plan import WindowPlan
 from kvquant.formats.rope import rotate
+from kvquant.study.scheme_kinds import PromptAttention
 
 Protocol = Literal["A", "B"]
-FullAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class FullAttention(typing.Protocol):
+    """Attention of rotated queries, keys and values in full, causal and masked."""
+
+    def __call__(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        /,
+        *,
+        valid: torch.Tensor | None = None,
+        over_past: bool = False,
+    ) -> torch.Tensor:
+        """Computes the attention.
+
+        Args:
+            queries: `[batch_size, num_heads, q_len, head_dim]`.
+            keys: `[batch_size, num_kv_heads, kv_len, head_dim]`; the last are those of the queries.
+            values: The same shape.
+            valid: bool `[batch_size, kv_len]`, which columns are tokens, for calls over a past.
+            over_past: Whether the keys are not those of the call alone, whose mask is then unused.
+
+        Returns:
+            `[batch_size, q_len, num_heads, head_dim]`.
+        """
 
 
 @dataclass(frozen=True)
@@ -143,9 +171,8 @@ class AttendingLayer(CacheLayerMixin, Generic[Plan]):
             plan: The plan of the call, the same for all layers of a device.
             new: The layer's queries, keys and values.
             scaling: Factor of the scores.
-            full: Attention of rotated queries, keys and values of this call alone, causal and
-                masked. It is used where there is no past, or where the past is what this call has
-                just stored.
+            full: The model's own attention. It is used where there is no past, where the past is
+                what this call has just stored, and where the call attends in 8 bits.
 
         Returns:
             `[batch_size, new_len, num_heads, head_dim]`.
@@ -211,6 +238,8 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
     # The shortest window that the layers do not know, which no call may exceed
     window: int | None = None
     soft_cap: float | None = None  # bound of the scores of all layers
+    # In how many bits calls with many new columns attend; the model's hooks see to it.
+    prompt_attention: PromptAttention = "16-bit"
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from kvquant.cache.forward_plan import (
 )
 from kvquant.cache.interface import QuantizeClock
 from kvquant.cache.past_pieces import Piece
+from kvquant.cache.whole_columns import whole_columns
 from kvquant.formats.rope import rotate
 from kvquant.kernels.blockwise_attention import BlockwiseAttention
 from kvquant.kernels.cuda_decode import decode_attention
@@ -114,15 +115,21 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
         full: FullAttention,
     ) -> torch.Tensor:
         """Computes attention over the past in PyTorch, piece by piece."""
-        if pieces.whole:
-            parts = [self._read(plan, piece, new.rotates) for piece in pieces.cut()]
-            both = (torch.cat(x, 2).to(new.queries.dtype) for x in zip(*parts, strict=True))
-            return full(new.queries, *both)
+        cut = pieces.cut()
+        if pieces.whole and (cut or not plan.simulated):  # else there are no tokens to read
+            kind = new.queries.dtype
+            parts = [[x.to(kind) for x in self._read(plan, p, new.rotates)] for p in cut]
+            keys, values = ([pair[i] for pair in parts] for i in (0, 1))
+            if not plan.whole:
+                return full(new.queries, torch.cat(keys, 2), torch.cat(values, 2))
+            own = new.rotated_keys, new.values
+            k, v, valid = whole_columns(plan, cut, keys, values, own)
+            return full(new.queries, k, v, valid=valid, over_past=True)
         heads = new.keys.shape[1]
         attention = BlockwiseAttention(
             new.queries, plan.query_positions, heads, scaling, self.soft_cap, new.sink_logits
         )
-        for piece in pieces.cut():
+        for piece in cut:
             attention.add(*self._read(plan, piece, new.rotates), piece.positions)
         if not plan.simulated:
             attention.add(new.rotated_keys, new.values, plan.new_positions)

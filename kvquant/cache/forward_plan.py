@@ -59,7 +59,7 @@ class PastPieces:
     Attributes:
         cut: Returns the pieces, which are cut once per call.
         whole: Whether all pieces are read back at once for the model's own attention, as in a small
-            first call of protocol B.
+            first call of protocol B, or where that is in 8 bits.
     """
 
     cut: Callable[[], list[Piece]]
@@ -97,6 +97,8 @@ class ForwardPlan(CallPlan):
         simulated: Whether the call's own tokens are read from the cache, too (protocol B).
         order: The point at which the tokens are stored.
         path: How the past is read. Until the first layer has run, a past has no pieces.
+        whole: Whether all keys and values are read back for the model's own attention, because it
+            is in 8 bits.
         status: int32 `[2]` on a GPU, where layers report lost outliers and NaN. None on a CPU and
             until the first layer has run.
     """
@@ -108,6 +110,7 @@ class ForwardPlan(CallPlan):
     simulated: bool
     order: Order
     path: Path
+    whole: bool
     status: torch.Tensor | None
 
     def on(self, device: torch.device) -> Self:

@@ -25,6 +25,7 @@ from kvquant.cache.packed_cache import PackedCache
 from kvquant.cache.positions import check_batch
 from kvquant.errors import UserError
 from kvquant.formats.blocked_sparse import BlockedCSCMatrix, BlockedCSRMatrix
+from kvquant.kernels.prompt_attention import MIN_COLUMNS
 
 
 class KVQuantCache(PackedCache):
@@ -66,7 +67,9 @@ class KVQuantCache(PackedCache):
         append = self.layout.append(spans)
         if append.arena >= 0:
             self._watch.note_packing()
-        plan = self._planner.begin(append, *where, past=self.columns > 0)
+        eight_bits = self.prompt_attention == "8-bit" and new_len >= MIN_COLUMNS
+        past = self.columns > 0
+        plan = self._planner.begin(append, *where, past=past, eight_bits=eight_bits)
         self.calls.planned(plan)
         return plan
 

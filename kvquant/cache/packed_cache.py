@@ -283,7 +283,7 @@ class PackedCache(AttendingCache[ForwardPlan]):
         other._rope, other.layout = rope, self.layout.fork()
         other._padding, other._watch = self._padding.fork(), self._watch.fork()
         other.extent.columns, other.rotary = self.columns, self.rotary
-        other.unrotated = self.unrotated
+        other.unrotated, other.prompt_attention = self.unrotated, self.prompt_attention
         for mine, theirs in zip(self.packed, other.packed, strict=True):
             theirs.store = mine.store.fork()
         other._windows = None if self._windows is None else self._windows.fork()

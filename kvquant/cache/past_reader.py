@@ -55,9 +55,13 @@ class PastReader:
         # The query of a single column sees every earlier key; other queries compare positions.
         causal = plan.simulated and queries.shape[2] > 1
         device = plan.query_positions.device
+        # Where the model's own attention follows, no scores of pieces are in memory.
+        scores = torch.Size((1,) * 4) if plan.whole else queries.shape
         cut = functools.partial(
-            cut_past, layout, plan.view, rope.read, queries.shape, device, causal=causal
+            cut_past, layout, plan.view, rope.read, scores, device, causal=causal
         )
+        if plan.whole:
+            return PastPieces(functools.cache(cut), whole=True)
         whole = plan.simulated and plan.first and plan.token_positions is None
         pieces = PastPieces(functools.cache(cut), whole and keys.numel() <= MAX_READ_BACK)
         if select("past", shape, queries.device).backend != "triton":

@@ -71,6 +71,7 @@ class Planner:
         keys: torch.Tensor | None,
         *,
         past: bool,
+        eight_bits: bool = False,
     ) -> ForwardPlan:
         """Begins the plan of a call with what is known before its first layer.
 
@@ -80,6 +81,7 @@ class Planner:
             keys: Positions of the new keys; see :attr:`ForwardPlan.new_positions`.
             past: Whether there were columns before the call. Where all of them are padding, no
                 token is read back, but the model's own attention would want keys of them.
+            eight_bits: Whether the model's own attention is in 8 bits.
         """
         first = not past and not self._simulated
         window = None
@@ -104,6 +106,7 @@ class Planner:
             simulated=self._simulated,
             order=Order.APPEND_FIRST if first or self._simulated else Order.READ_FIRST,
             path=FirstCall() if first else NO_PIECES,
+            whole=eight_bits and not first,
             storing=self._storing,
             status=None,
             window=window,
@@ -236,6 +239,7 @@ class Planner:
             simulated=False,
             order=Order.WITHIN_STEP,
             path=KernelStep(steps.shape, steps.step(whole=True), steps.take_places()),
+            whole=False,
             storing=self._storing,
             status=status,
             window=None if self._windows is None else self._windows.graph_plan(positions),

@@ -114,7 +114,7 @@ def answer_seeds(
         if seed.max_new_tokens < 1:
             raise UserError(f"tasks.{context.task}.max_new_tokens: answers need at least 1 token")
     asked = [prompt.tokens for seed in seeds for prompt in seed.prompts]
-    twice = rules.agreement and context.qm.quantizes
+    twice = rules.agreement and context.qm.approximates
     passes = 2 if twice else 1
 
     def answer(unquantized: bool, before: int) -> GenerationResult:

@@ -46,6 +46,7 @@ from kvquant.models.generation import end_ids, greedy
 from kvquant.models.loading import load_quantized_model
 from kvquant.runtime.progress import note
 from kvquant.study.models import DATE_STRING, parse_day
+from kvquant.study.scheme_kinds import PromptAttention
 
 NAME = "kvquant"
 
@@ -65,6 +66,7 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
         max_batch_size: int | None = None,
         device: str | None = None,
         *,
+        prompt_attention: PromptAttention | None = None,
         tokenizer: Any = None,
         truncation: bool | None = False,
         logits_cache: bool = True,
@@ -92,6 +94,7 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
                 when memory runs out.
             max_batch_size: Batch size for "auto", 64 by default.
             device: "cpu", "cuda" or "auto".
+            prompt_attention: "8-bit" or "16-bit", for prompts; by default as the scheme says.
             tokenizer: Folder, hub id or object of another tokenizer.
             truncation: Whether the tokenizer cuts prompts to its own `model_max_length`.
             logits_cache: Accepted without effect, as every continuation is scored by itself.
@@ -132,6 +135,7 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
             quantizer=quantizer if spec.registration.calibrated else None,
             device=device or "auto",
             dtype=checkpoint_dtype(pretrained) if dtype == "auto" else read_dtype("dtype", dtype),
+            prompt_attention=prompt_attention,
         )
         self.tokenizer = self.qm.tokenizer
         if tokenizer or add_bos_token is not None or not use_fast_tokenizer:

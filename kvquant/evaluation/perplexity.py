@@ -140,7 +140,7 @@ def measure_windows(
     kls, agreed = torch.zeros_like(nll), torch.ones_like(goals, dtype=torch.bool)
 
     def work(cache: Any) -> tuple[int, int]:
-        caches = [cache, qm.baseline_cache()] if kl and qm.quantizes else [cache]
+        caches = [cache, qm.baseline_cache()] if kl and qm.approximates else [cache]
         pieces = _pieces(qm, ids, caches, ids.shape[1] if protocol == "B" else chunk)
         try:
             for logits, where in pieces:

@@ -308,6 +308,7 @@ def _record(
         seed=seed,
         suite=study.task(task).suite,
         protocol=result.protocol,
+        prompt_attention=study.scheme(scheme).prompt_attention,
         metric=result.metric,
         higher_is_better=result.higher_is_better,
         value=result.value,

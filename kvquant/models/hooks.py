@@ -23,6 +23,7 @@ from kvquant.models.obstacles import (
     wrong_implementation,
 )
 from kvquant.models.prefill_quant import PrefillQuantizedAttention, adapter_of, original_class
+from kvquant.models.prompt_attention import choose, restore
 from kvquant.models.rotary import same_angles
 from kvquant.models.tensor_parallel import own_kv_heads
 from kvquant.study.model_families import family_of_attention
@@ -192,6 +193,7 @@ def _enter_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) 
     given = _given(module, args, kwargs)
     cache = find_cache(given)
     if cache is None:
+        _choose_attention(module, given)
         return
     config: Any = module.config
     if getattr(config, "output_attentions", False):
@@ -235,6 +237,14 @@ def _enter_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) 
     cache.begin_forward(
         batch, new_len, mask, inputs.device, positions, given=not left_out, held=True
     )
+    choose(module, cache, new_len)
+
+
+def _choose_attention(decoder: Any, given: Arguments) -> None:
+    """Chooses the attention of a call over a cache of transformers, or without a cache."""
+    cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+    inputs = _inputs(given)
+    choose(decoder, cache, 0 if inputs is None else inputs.shape[1])
 
 
 @torch.compiler.disable(reason="looks at the mask on the host, once per forward call")
@@ -242,6 +252,7 @@ def _leave_decoder(
     module: nn.Module, args: tuple[Any, ...], kwargs: Arguments, output: Any
 ) -> None:
     """Runs after the decoder and ends the cache's call unless the whole model does so."""
+    restore(module)
     cache = find_cache(_given(module, args, kwargs))
     if cache is not None and not cache.within:
         cache.end_forward()
@@ -276,6 +287,7 @@ def uninstall_attention(model: Any) -> None:
         if isinstance(layer.self_attn, PrefillQuantizedAttention):
             layer.self_attn.restore()
     no_graph_calls(model)
+    restore(model.model)
     ours = (_enter_model, _leave_model, _enter_decoder, _leave_decoder)
     for module in (model, model.model):
         for hooks, flags in (

@@ -33,6 +33,7 @@ from kvquant.models.layer_kinds import position_limit as position_limit
 from kvquant.models.logits_sample import check_sample
 from kvquant.models.placement import layer_devices
 from kvquant.models.prefill_quant import adapter_of
+from kvquant.models.prompt_attention import PromptAttention, refuse_model, with_prompt_attention
 from kvquant.models.quantized_model import QuantizedModel as QuantizedModel
 from kvquant.models.quantized_model import kv_shape
 from kvquant.models.tensor_parallel import own_kv_heads, share_heads
@@ -58,6 +59,7 @@ def load(
     device_map: Any = None,
     tp_plan: str | None = None,
     tokenizer: Any = None,
+    prompt_attention: PromptAttention | None = None,
 ) -> QuantizedModel:
     """Loads a model with the cache of a scheme, in one call.
 
@@ -84,6 +86,9 @@ def load(
             by transformers' plan, and quantizes its own kv heads. A loaded model may have such a
             plan already.
         tokenizer: The tokenizer; None: that of the folder, or none for a loaded model.
+        prompt_attention: "8-bit": calls with many new columns over caches of this model attend with
+            8-bit products, with any scheme; "16-bit": none does; None: as the scheme says, which is
+            16-bit where it says nothing.
 
     Raises:
         UserError: A file or the architecture does not fit; the message says which one.
@@ -109,6 +114,7 @@ def load(
         spec = asked or quantizer.scheme
         check_scheme(quantizer.source, quantizer.manifest, spec)
         inputs["quantizer"] = quantizer.tensors_sha256
+    spec = with_prompt_attention(spec, prompt_attention, model)
     base: Any = model
     if isinstance(model, nn.Module):
         model.eval()
@@ -125,6 +131,8 @@ def load(
     share = share_heads(base, layers, adapter_of(layers[0]).family)
     places, kinds = layer_devices(base), layer_kinds(base.model)
     full = kinds.full
+    if spec.prompt_attention == "8-bit":
+        refuse_model(kinds, base.config)
     tables = None
     if quantizer is not None:
         info, own = quantizer.manifest, (len(full), *kv_shape(base))

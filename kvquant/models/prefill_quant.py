@@ -133,12 +133,20 @@ class PrefillQuantizedAttention(nn.Module):
         rope = adapter.table(rope, module.head_dim)
         sink_logits = adapter.sink_logits(self)
 
-        def full(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def full(
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            /,
+            *,
+            valid: torch.Tensor | None = None,
+            over_past: bool = False,
+        ) -> torch.Tensor:
             # Looked up here, because decode steps do not need it.
             implementation = module.config._attn_implementation
             function = ALL_ATTENTION_FUNCTIONS.get(implementation, ALL_ATTENTION_FUNCTIONS["sdpa"])
             others = {name: value for name, value in given.items() if name not in _USED}
-            mask = given.get("attention_mask")
+            mask = valid if over_past else given.get("attention_mask")
             cap = cache.soft_cap
             plain = cap is None and sink_logits is None
             if not plain and not any(word in implementation for word in _COMPLETE):

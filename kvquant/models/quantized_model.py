@@ -90,12 +90,25 @@ class QuantizedModel:
         """Which layers see all tokens, and which have a sliding window, kept in 16 bits."""
         return layer_kinds(self.model.model)
 
+    @property
+    def approximates(self) -> bool:
+        """Whether results may differ from those of the unquantized cache, by the cache or not."""
+        return not self.scheme.exact
+
     def new_cache(self, protocol: Protocol = "A") -> Any:
         """Makes an empty cache of the scheme (see :class:`KVQuantCache` for the protocols).
+
+        Its prompts attend as the scheme says (`prompt_attention`).
 
         Raises:
             UserError: The scheme cannot be measured under the protocol.
         """
+        cache = self._empty_cache(protocol)
+        cache.prompt_attention = self.scheme.prompt_attention
+        return cache
+
+    def _empty_cache(self, protocol: Protocol) -> Any:
+        """Makes the cache of :meth:`new_cache`."""
         if protocol not in self.scheme.protocols and protocol in ("A", "B"):
             raise UserError(
                 f"protocol {protocol}: impossible for scheme kind '{self.scheme.kind}', whose "
@@ -169,8 +182,10 @@ class QuantizedModel:
             self.unwrap()
 
     def baseline_cache(self) -> Any:
-        """Makes an empty unquantized 16-bit cache for the same model."""
-        return new_baseline_cache(self.kinds.windows)
+        """Makes an empty unquantized 16-bit cache for the same model, with 16-bit attention."""
+        cache = new_baseline_cache(self.kinds.windows)
+        cache.prompt_attention = "16-bit"
+        return cache
 
 
 def unwrap(qm: QuantizedModel) -> Any:

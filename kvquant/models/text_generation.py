@@ -92,7 +92,7 @@ def generate(
         _whole(name, count)
     if batch_tokens is not None and _whole("batch_tokens", batch_tokens) < 1:
         raise UserError(f"batch_tokens: {batch_tokens} leaves no room for a prompt; at least 1")
-    if as_loaded(qm).quantizes and not isinstance(
+    if as_loaded(qm).approximates and not isinstance(
         qm.model.model.layers[0].self_attn, PrefillQuantizedAttention
     ):
         raise UserError("qm: its model was unwrapped; give the model to kvquant.load again")

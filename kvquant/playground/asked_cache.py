@@ -35,7 +35,7 @@ def asked_cache(args: argparse.Namespace) -> Scheme | None:
 
 
 def load_asked(args: argparse.Namespace, scheme: Scheme | None) -> Any:
-    """Returns the `QuantizedModel` of the options `model`, `quantizer` and `device`.
+    """Returns the `QuantizedModel` of the options that say what is loaded, and how.
 
     Args:
         args: The options.
@@ -48,7 +48,13 @@ def load_asked(args: argparse.Namespace, scheme: Scheme | None) -> Any:
 
     model = asked_model(args.model)
     with loading(model):
-        return load(model, scheme, quantizer=args.quantizer, device=args.device)
+        return load(
+            model,
+            scheme,
+            quantizer=args.quantizer,
+            device=args.device,
+            prompt_attention=args.prompt_attention,
+        )
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:

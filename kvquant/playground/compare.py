@@ -177,6 +177,7 @@ def _row(side: Any, fp16: Any, read: str, answered: bool) -> dict[str, Any]:
         "cache": cache.name,
         "title": cache.title,
         "kind": cache.scheme.kind,
+        "prompt_attention": cache.scheme.prompt_attention,
         "calibrated_here": cache.calibrated_here,
         "calibration_overlap": None if text is None else shared_share(text, read),
         "problem": side.problem or None,

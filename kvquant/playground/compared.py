@@ -88,15 +88,20 @@ def load_compared(args: argparse.Namespace, schemes: dict[str, Scheme]) -> list[
         UserError: The model is not supported, or a quantizer or scheme does not fit it.
     """
     from kvquant.models.loading import load, load_base_model, weights_sha256, with_manifest
+    from kvquant.models.prompt_attention import with_prompt_attention
     from kvquant.quantization.quantizer import load_quantizer
     from kvquant.quantization.quantizer_file import check_weights
 
     model = asked_model(args.model)
-    caches = [Compared(BASELINE, asked_scheme(BASELINE))]
+    fp16 = asked_scheme(BASELINE)
+    caches = [Compared(BASELINE, fp16)]
     for source in dict.fromkeys(args.quantizer):
         quantizer = load_quantizer(source)
         caches.append(Compared(source, quantizer.scheme, quantizer))
-    caches += [Compared(word, s) for word, s in schemes.items() if s != caches[0].scheme]
+    caches += [Compared(word, scheme) for word, scheme in schemes.items()]
+    for cache in caches[1:]:
+        cache.scheme = with_prompt_attention(cache.scheme, args.prompt_attention)
+    caches = [cache for cache in caches if cache is caches[0] or cache.scheme != fp16]
     if len(caches) == 1:
         raise UserError("--scheme: fp16 is what others are compared with; name another")
     with loading(model):
@@ -111,6 +116,7 @@ def load_compared(args: argparse.Namespace, schemes: dict[str, Scheme]) -> list[
     rotated: Any = None  # the model with the rotation in its weights
     for cache in caches:
         given: dict[str, Any] = {"quantizer": cache.quantizer, "tokenizer": tokenizer}
+        given["prompt_attention"] = cache.scheme.prompt_attention
         scheme = None if cache.quantizer is not None else cache.scheme
         if not isinstance(cache.scheme, AllocatedScheme) or not cache.scheme.rotation:
             cache.qm = load(base, scheme, **given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 DEFAULT_SCHEME = "int4-hadamard"
 _SCHEME = "a scheme's name or kind, or kind=kivi,bits=2"
@@ -19,6 +20,15 @@ def _cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantizer", help=_QUANTIZER)
     parser.add_argument(
         "--scheme", help=f"{_SCHEME}; default: the quantizer's, or {DEFAULT_SCHEME} without one"
+    )
+    _prompt_attention(parser, "over the cache")
+
+
+def _prompt_attention(parser: Any, whose: str) -> None:
+    parser.add_argument(
+        "--prompt-attention",
+        choices=("16-bit", "8-bit"),
+        help=f"in how many bits prompts attend {whose}; default: as the scheme says, else 16-bit",
     )
 
 
@@ -87,6 +97,7 @@ def compare(parser: argparse.ArgumentParser) -> None:
         metavar="SCHEME",
         help=f"{_SCHEME}; neither: fp8, {DEFAULT_SCHEME} and kivi-4",
     )
+    _prompt_attention(caches, "over these caches")
     caches.add_argument(
         "--calibrate-on",
         nargs="+",

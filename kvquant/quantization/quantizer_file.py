@@ -14,7 +14,7 @@ from kvquant.fetch.text_overlap import CalibratedText
 from kvquant.formats.layer_quantizer import LayerTables
 from kvquant.formats.tensor_file import read_info, read_tensors, save_pair
 from kvquant.study.dotted import load
-from kvquant.study.scheme_kinds import CalibratedScheme, Scheme
+from kvquant.study.scheme_kinds import PROMPT_ATTENTION, CalibratedScheme, Scheme
 from kvquant.study.schemes import SchemeSpec
 
 FIELD = "quantizer"
@@ -123,8 +123,10 @@ def check_scheme(path: str | Path, manifest: QuantizerManifest, scheme: Scheme) 
         UserError: An option differs; the message names it.
     """
     built = scheme_of(path, manifest)
-    # `meaning` lacks options that were added later where they have their default.
-    for name in ("kind", *scheme.meaning(), *built.meaning()):
+    # `meaning` lacks options that were added later where they have their default. Tables do not
+    # depend on the attention.
+    meanings = [spec.meaning(PROMPT_ATTENTION) for spec in (scheme, built)]
+    for name in ("kind", *meanings[0], *meanings[1]):
         theirs, ours = (getattr(spec, name, None) for spec in (built, scheme))
         if theirs != ours:
             raise UserError(

@@ -9,7 +9,7 @@ from kvquant.errors import unknown
 from kvquant.study.datasets import DATASETS
 from kvquant.study.limits import MAX_NAMES, MAX_RESULTS, MAX_SEED
 from kvquant.study.paths import NAME
-from kvquant.study.scheme_kinds import CalibratedScheme, CodebookScheme
+from kvquant.study.scheme_kinds import PROMPT_ATTENTION, CalibratedScheme, CodebookScheme
 from kvquant.study.sections import StudySections
 from kvquant.study.wording import Named, repeated_labels
 
@@ -78,6 +78,12 @@ def _not_among(field: str, names: Iterable[str], known: Iterable[str], what: str
 def _schemes(study: StudySections) -> Iterator[str]:
     yield from _not_among("baseline", [study.baseline], study.schemes, "scheme")
     yield from _not_among("headline", [study.headline], study.schemes, "scheme")
+    base = study.schemes.get(study.baseline)
+    if base is not None and base.prompt_attention != "16-bit":
+        yield (
+            f"baseline: '{study.baseline}' has {PROMPT_ATTENTION} {base.prompt_attention}, and "
+            "times and divergences compare with 16-bit attention: name one without the option"
+        )
     for name, scheme in study.schemes.items():
         if not isinstance(scheme, CalibratedScheme):
             continue

@@ -138,6 +138,7 @@ class CqScheme(TokenScheme, CalibratedScheme):
     label="KVQuant's procedure",
     summary="KVQuant's published procedure, the baseline of speed claims",
     caches="kvquant.schemes.kvquant_ref:make_caches",
+    prompt_attention=False,  # it reads stored tokens by an attention of its own
     reference="arXiv 2401.18079",
 )
 class KvquantRefScheme(CodebookScheme):

@@ -6,11 +6,19 @@ created.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from kvquant.study.kernels import Measure
+from kvquant.study.scheme_kinds import PromptAttention
+from kvquant.study.strict import without_defaults
 
 SCHEMA_VERSION = 2
 
@@ -19,6 +27,14 @@ class Strict(BaseModel):
     """Base of records and their parts, which refuses unknown fields and non-finite numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    # Fields that were added after records had been published. They are not written at their
+    # default, so that a record reads and is sealed as it was.
+    later: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(self, plain(self))
 
 
 class Record(Strict):
@@ -39,6 +55,7 @@ class Record(Strict):
 class EvalRecord(Record):
     """Holds the accuracy of one (model, scheme, task, seed), the content of ``run.json``."""
 
+    later: ClassVar[tuple[str, ...]] = ("prompt_attention",)
     kind: Literal["eval"] = "eval"
     model: str
     scheme: str
@@ -46,6 +63,9 @@ class EvalRecord(Record):
     seed: int
     suite: str
     protocol: Literal["A", "B"]
+    prompt_attention: PromptAttention = Field(
+        "16-bit", description="in how many bits prompts attended, whatever the cache is"
+    )
     metric: str = Field(description="name of the metric that statistics use")
     higher_is_better: bool
     value: float = Field(description="the metric over all samples of this seed")

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kvquant.study.datatypes import DATATYPES
 from kvquant.study.registrations import only_value, register
 from kvquant.study.wording import LABEL, Named, Words
 
+PROMPT_ATTENTION = "prompt_attention"
+PromptAttention = Literal["16-bit", "8-bit"]
 FAMILIES = ("16-bit", "ours", "peers")  # unquantized caches, this project's schemes, all others
 
 
@@ -44,6 +46,7 @@ class SchemeKind:
         batches: Whether a sequence reads back the same data in every batch.
         splits_heads: Whether processes may have some of the kv heads each (tensor parallelism), and
             get the codes that one process with all heads gets.
+        prompt_attention: Whether prompts may attend in 8 bits over the cache.
         reference: The publication; empty for none.
         extra: The optional dependencies of this package that the kind needs; empty for none.
         ours: Whether the method is this project's own; the other quantized caches are peers.
@@ -62,6 +65,7 @@ class SchemeKind:
     quantizes: bool
     batches: bool
     splits_heads: bool
+    prompt_attention: bool
     reference: str
     extra: str
     ours: bool
@@ -82,10 +86,15 @@ def outliers_in_words(fraction: float) -> str:
     return f"{100 * fraction:g} % outliers" if fraction else "no outliers"
 
 
+def no_prompt_attention(kind: str) -> str:
+    """Returns why a kind of scheme cannot have 8-bit attention of prompts, and the fix."""
+    return f"kind '{kind}' has an attention of its own, which is in 16 bits; leave this option out"
+
+
 class Scheme(Named):
     """A scheme of a study, with its kind and the options of the kind."""
 
-    later: ClassVar[tuple[str, ...]] = (LABEL,)
+    later: ClassVar[tuple[str, ...]] = (LABEL, PROMPT_ATTENTION)
     words: ClassVar[Words] = {
         "sinks": _kept("no sink", "1 sink", "{} sinks"),
         "residual": _kept("no window", "window of 1", "window of {}"),
@@ -93,6 +102,7 @@ class Scheme(Named):
         "group": "groups of {}".format,
         "tile": "tiles of {}".format,
         "outliers": outliers_in_words,
+        PROMPT_ATTENTION: "{} attention".format,
     }
     terms: ClassVar[Mapping[str, str]] = {
         "bits": "bits per code",
@@ -101,17 +111,43 @@ class Scheme(Named):
         "block_size": "tokens per block",
         "group": "elements per group",
         "outliers": "exact outliers",
+        PROMPT_ATTENTION: "attention of prompts",
     }
     values: ClassVar[Words] = {"outliers": lambda fraction: f"{100 * fraction:g} %"}
+    prompt_attention: PromptAttention = Field(
+        "16-bit",
+        description="in how many bits calls with many new columns attend, whatever the cache is",
+    )
     registration: ClassVar[SchemeKind]
     if TYPE_CHECKING:  # a field that each subclass declares, in the order of its options
         kind: str
+
+    @model_validator(mode="after")
+    def _can_attend(self) -> Self:
+        if self.prompt_attention != "16-bit" and not self.registration.prompt_attention:
+            raise ValueError(f"{PROMPT_ATTENTION}: {no_prompt_attention(self.kind)}")
+        return self
 
     def method(self) -> str:
         """Returns the name of the method, by which figures choose colors."""
         return self.registration.label
 
+    def curve(self) -> str:
+        """Returns the method and its attention: schemes that differ in neither make a curve."""
+        return self._named(self.method())
+
+    def _named(self, cache: str) -> str:
+        return ", ".join(filter(None, (cache, self.in_words(PROMPT_ATTENTION))))
+
     def title(self, key: str) -> str:
+        """Returns the name of the cache, and the attention of prompts where it is not in 16 bits.
+
+        Args:
+            key: The name in the study.
+        """
+        return self._named(self.cache_title())
+
+    def cache_title(self) -> str:
         """Returns the method with its bits."""
         bits, values = getattr(self, "bits", None), getattr(self, "value_bits", None)
         if bits is None:
@@ -121,7 +157,7 @@ class Scheme(Named):
 
     def telling(self) -> list[str]:
         """Returns the options that may tell schemes of one title apart."""
-        told = ("kind", "bits", "value_bits")
+        told = ("kind", "bits", "value_bits", PROMPT_ATTENTION)
         return [option for option in super().telling() if option not in told]
 
     @property
@@ -133,6 +169,11 @@ class Scheme(Named):
     def quantizes(self) -> bool:
         """Returns whether the scheme quantizes at all."""
         return self.registration.quantizes
+
+    @property
+    def exact(self) -> bool:
+        """Returns whether results are those of the model: neither cache nor attention rounds."""
+        return not self.quantizes and self.prompt_attention == "16-bit"
 
     @property
     def family(self) -> str:
@@ -212,9 +253,9 @@ class CodebookScheme(CalibratedScheme):
         weighting: str
         q_norm: bool
 
-    def title(self, key: str) -> str:
+    def cache_title(self) -> str:
         """Returns the method with its bits and outliers."""
-        return f"{super().title(key)}, {outliers_in_words(self.outliers)}"
+        return f"{super().cache_title()}, {outliers_in_words(self.outliers)}"
 
     def telling(self) -> list[str]:
         """Returns the options that may tell schemes of one title apart."""
@@ -238,6 +279,7 @@ def scheme_kind(
     quantizes: bool = True,
     batches: bool = True,
     splits_heads: bool = False,
+    prompt_attention: bool = True,
     reference: str = "",
     extra: str = "",
     ours: bool = False,
@@ -268,6 +310,7 @@ def scheme_kind(
             quantizes=quantizes,
             batches=batches,
             splits_heads=splits_heads,
+            prompt_attention=prompt_attention,
             reference=reference,
             extra=extra,
             ours=ours,

@@ -76,6 +76,19 @@ def refuse_lossy(value: Any, annotation: Any) -> None:
                 raise ValueError("is beyond every number that a study can use")
 
 
+def without_defaults(section: Any, written: dict[str, Any]) -> dict[str, Any]:
+    """Returns what is written of a section or record: without later options at their default.
+
+    Args:
+        section: Names them in its class variable `later`.
+        written: All of its fields.
+    """
+    for name in section.later:
+        if getattr(section, name) == type(section).model_fields[name].default:
+            written.pop(name, None)
+    return written
+
+
 class Strict(BaseModel):
     """The base class of a study's sections, without unknown keys and immutable."""
 
@@ -99,8 +112,4 @@ class Strict(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_later_defaults(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        written: dict[str, Any] = plain(self)
-        for name in self.later:
-            if getattr(self, name) == type(self).model_fields[name].default:
-                written.pop(name, None)
-        return written
+        return without_defaults(self, plain(self))

@@ -71,7 +71,7 @@ class Twin:
         given = self.mask if self.padded else None
         self.cache.begin_forward(batch, length, given, torch.device("cpu"))
 
-        def full(*rotated: torch.Tensor) -> torch.Tensor:
+        def full(*rotated: torch.Tensor, **_: Any) -> torch.Tensor:
             assert torch.equal(rotated[1], keys)
             return expected
 
@@ -248,7 +248,7 @@ def test_tokens_beyond_16_bits_are_refused() -> None:
     cache.begin_forward(1, 3, None, torch.device("cpu"))
     table = unrotated(torch.zeros(1, 3))
     with pytest.raises(NonFiniteTokens, match="keys"):
-        cache.attend(0, keys, keys, keys, table, 1.0, lambda *_: keys.transpose(1, 2))
+        cache.attend(0, keys, keys, keys, table, 1.0, lambda *_, **__: keys.transpose(1, 2))
 
 
 def test_another_dtype_than_before_is_refused() -> None:
@@ -257,7 +257,7 @@ def test_another_dtype_than_before_is_refused() -> None:
     def call(dtype: torch.dtype) -> None:
         x = torch.ones((1, HEADS, 3, DIM), dtype=dtype)
         cache.begin_forward(1, 3, None, torch.device("cpu"))
-        cache.attend(0, x, x, x, unrotated(torch.zeros(1, 3)), 1.0, lambda q, *_: q.mT)
+        cache.attend(0, x, x, x, unrotated(torch.zeros(1, 3)), 1.0, lambda q, *_, **__: q.mT)
 
     call(torch.bfloat16)
     with pytest.raises(UserError, match=r"cache: dtype torch\.float16 in this call, but it holds"):

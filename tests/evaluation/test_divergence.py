@@ -60,7 +60,7 @@ def test_the_first_of_equal_logits_is_the_top() -> None:
 class Fake:
     """A model that answers with given logits: those of its quantized or its unquantized cache."""
 
-    quantizes, device, max_positions, position_limit = True, "cpu", 4096, 4096
+    approximates, device, max_positions, position_limit = True, "cpu", 4096, 4096
     scheme = SimpleNamespace(kind="fake", batches=True)
     dtype = torch.float32
 

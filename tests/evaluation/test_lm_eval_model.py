@@ -86,6 +86,18 @@ def test_a_quantized_cache_is_what_is_scored(tiny_dir: Path, model: Any, study: 
     )
 
 
+def test_8_bit_attention_is_what_is_scored(tiny_dir: Path, model: Any) -> None:
+    """Of a long prompt; a short one is scored as without the option."""
+    eight = lm.KVQuantLM(str(tiny_dir), scheme="fp16", prompt_attention="8-bit", device="cpu")
+    for text, same in ((" ".join(PROMPTS * 12), False), (PROMPTS[1], True)):
+        request = [ask(text, " The sun is yellow.")]
+        [(found, _)] = eight.loglikelihood(request, disable_tqdm=True)
+        [(plain, _)] = model.loglikelihood(request, disable_tqdm=True)
+        assert (found == plain) is same and found == pytest.approx(plain, rel=0.05)
+    with pytest.raises(UserError, match="prompt_attention: '8' is neither"):
+        lm.KVQuantLM(str(tiny_dir), scheme="fp16", prompt_attention="8", device="cpu")
+
+
 def test_rolling_counts_every_token_once(model: Any) -> None:
     text = " ".join(PROMPTS)
     [whole] = model.loglikelihood_rolling([ask(text)])

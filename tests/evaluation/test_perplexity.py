@@ -216,6 +216,21 @@ def test_kl_compares_whole_forward_passes(
     torch.testing.assert_close(again.kl, found.kl, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("protocol", "chunk"), [("B", 160), ("A", 160), ("A", 130)])
+def test_kl_of_8_bit_attention_compares_with_16_bit_attention(
+    tiny: Any, protocol: Any, chunk: int
+) -> None:
+    """Over the unquantized cache, where nothing else differs."""
+    eight = replace(tiny, scheme=tiny.scheme.model_copy(update={"prompt_attention": "8-bit"}))
+    ids = torch.randint(3, 512, (2, 160), generator=torch.Generator().manual_seed(2))
+    found = measure_windows(eight, ids, protocol, chunk, kl=True)
+    plain = measure_windows(tiny, ids, protocol, chunk, kl=True)
+    assert found.kl is not None and 1e-7 < float(found.kl.mean()) < 0.05
+    assert plain.kl is not None and not plain.kl.any()
+    assert float((found.nll - plain.nll).abs().max()) > 1e-4
+    assert found.cache_bytes == plain.cache_bytes
+
+
 def test_kl_is_a_metric_beside_perplexity(tiny: Any, tiny_kivi: Any) -> None:
     plain, packed = (run_perplexity(context(qm), spec(), 0) for qm in (tiny, tiny_kivi))
     assert plain.metrics["kl"] == 0.0 and packed.metrics["kl"] > 0

@@ -17,6 +17,7 @@ from kvquant.errors import UserError
 from kvquant.evaluation import registry, run
 from kvquant.evaluation.prompts import make_prompts
 from kvquant.evaluation.run import evaluate
+from kvquant.models import prompt_attention
 from kvquant.study.config import Study, parse_study
 from kvquant.study.digests import eval_digest, prompts_digest
 from kvquant.study.publish import publish
@@ -79,6 +80,28 @@ def test_writes_a_checked_record_a_seed(study: Study, manifest: Path, tmp_path: 
         assert record.environment["packages"]["torch"]
         assert record.inputs["prompts"] == record.prompts_sha256
     assert sorted(p.name for p in tmp_path.iterdir()) == ["seed0", "seed2"]
+
+
+def test_prompts_attend_in_8_bits_where_the_scheme_says_so(
+    tiny_dir: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = passkey_study(tiny_dir)
+    raw["schemes"]["eight"] = {**raw["schemes"]["kivi-4"], "prompt_attention": "8-bit"}
+    columns: list[int] = []
+    plain = prompt_attention.attend
+
+    def noted(queries: Any, *rest: Any, **options: Any) -> Any:
+        columns.append(queries.shape[2])
+        return plain(queries, *rest, **options)
+
+    monkeypatch.setattr(prompt_attention, "attend", noted)
+    for scheme, bits in (("kivi-4", "16-bit"), ("eight", "8-bit")):
+        out = tmp_path / scheme
+        measure(parse_study(raw), manifest, out, [0], scheme=scheme)
+        record = read_record(out / "seed0" / "run.json", EvalRecord)
+        assert record.prompt_attention == bits and record.protocol == "A"
+        assert bool(columns) is (bits == "8-bit")
+    assert min(columns) >= 128
 
 
 def test_a_killed_job_goes_on_and_ends_the_same(

@@ -89,6 +89,23 @@ def test_the_numbers_are_those_of_the_library(place: Path, found: dict[str, Any]
         assert 0 < row["prefill_ms"]["p10"] <= row["prefill_ms"]["median"]
 
 
+def test_8_bit_attention_is_compared_with_16_bit_attention(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the option, which leaves the fp16 cache of the comparison as it is, and by schemes."""
+    (place / "long.txt").write_text("The grass is green, and the sky is blue. " * 20)
+    given = ["--prompt-file", str(place / "long.txt"), "--json", "--prompt-attention", "8-bit"]
+    caches = ["--quantizer", str(place / "quantizer"), "--scheme", "fp16"]
+    capsys.readouterr()
+    assert main(words(place, *given, *caches)) == 0
+    plain, allocated, fp16 = json.loads(capsys.readouterr().out)["caches"]
+    found = [row["prompt_attention"] for row in (plain, allocated, fp16)]
+    assert found == ["16-bit", "8-bit", "8-bit"]
+    assert fp16["title"] == "16-bit cache, 8-bit attention"
+    assert plain["distance"]["kl"] == 0 < fp16["distance"]["kl"] < allocated["distance"]["kl"]
+    assert fp16["cache_bytes"] == plain["cache_bytes"]
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_terminal_gets_whole_lines(width: int, found: dict[str, Any]) -> None:
     out = io.StringIO()
@@ -278,7 +295,10 @@ def test_allocated_codes_have_rotated_weights_of_their_own(place: Path) -> None:
     from kvquant.playground.compared import load_compared
 
     args = argparse.Namespace(
-        model=str(place / "model"), quantizer=[str(place / "quantizer")], device="cpu"
+        model=str(place / "model"),
+        quantizer=[str(place / "quantizer")],
+        device="cpu",
+        prompt_attention=None,
     )
     fp16, allocated, kivi = load_compared(args, {KIVI: asked_scheme(KIVI)})
     assert fp16.qm.model is kivi.qm.model is not allocated.qm.model

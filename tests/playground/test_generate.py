@@ -49,6 +49,22 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(
     assert len(said) == 1
 
 
+def test_prompts_may_attend_in_8_bits(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "The grass is green. " * 30
+    scheme = {"kind": "kivi", "bits": 4, "group": 16, "residual": 16, "prompt_attention": "8-bit"}
+    (expected,) = kvquant.generate(kvquant.load(place / "model", scheme, device="cpu"), [text], 6)
+    base = ["generate", "--model", str(place / "model"), *FEW, "--prompt", text]
+    capsys.readouterr()
+    for words in (
+        ["--scheme", KIVI, "--prompt-attention", "8-bit"],
+        ["--scheme", f"{KIVI},prompt_attention=8-bit"],
+    ):
+        assert main([*base, *words]) == 0
+        said = capsys.readouterr()
+        assert said.out == f"{expected}\n"
+        assert "over the cache KIVI 4 bits, 8-bit attention in" in said.err
+
+
 def test_several_prompts_are_one_ragged_batch(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,6 +66,10 @@ def test_scheme_comes_from_the_file(work: Path) -> None:
     assert qm.inputs == {"quantizer": FileHashes(work, "x").of("q3.safetensors")}
     qm = load_quantized_model(work / "model", SCHEME, quantizer=work / "q3.json", device="cpu")
     assert qm.scheme == SCHEME
+    # Tables do not depend on the attention.
+    eight = SCHEME.model_copy(update={"prompt_attention": "8-bit"})
+    qm = load_quantized_model(work / "model", eight, quantizer=work / "q3.json", device="cpu")
+    assert qm.scheme == eight
 
 
 @pytest.mark.fault(

@@ -119,6 +119,9 @@ MISTAKES = [
     ("calibration/outlier_fractions", [0.0, 0.01, 0.01], "outlier_fractions: must be distinct"),
     ("calibration/sinks", 512, "calibration.sinks: leaves no token"),
     ("calibrations", {"other": {}}, "calibrations.other: no scheme is built from it"),
+    ("schemes/fp16/prompt_attention", "8-bit", "baseline: 'fp16' has prompt_attention 8-bit"),
+    ("schemes/nuq3-1pct/prompt_attention", "4-bit", "schemes.nuq3-1pct.prompt_attention: Input"),
+    ("schemes/nuq3-1pct/prompt_attention", 8, "schemes.nuq3-1pct.prompt_attention: "),
     ("schemes/fp16", {"kind": "hf-fp8"}, "the baseline 'fp16' cannot run its protocol B"),
 ]
 

@@ -271,3 +271,13 @@ def test_keys_before_rope_leave_the_digests_of_nuq(raw: dict[str, Any]) -> None:
     assert {n.split("/")[1] for n in found if "/" in n} == {
         "nuq3-1pct"
     } and "calibrate" not in found
+
+
+@pytest.mark.parametrize("scheme", ["nuq3-1pct", "kivi-2"])
+def test_16_bit_attention_of_prompts_leaves_older_digests(raw: dict[str, Any], scheme: str) -> None:
+    named = yaml.safe_load(yaml.safe_dump(raw))
+    named["schemes"][scheme]["prompt_attention"] = "16-bit"
+    assert every_digest(parse_study(raw)) == every_digest(parse_study(named))
+    assert "prompt_attention" not in parse_study(named).scheme(scheme).model_dump(mode="json")
+    found = changed(raw, "schemes", scheme, "prompt_attention", value="8-bit")
+    assert {n.split("/")[1] for n in found if "/" in n} == {scheme} and "calibrate" not in found

@@ -76,6 +76,17 @@ def test_round_trip(tmp_path: Path) -> None:
     write_record(tmp_path / "e.json", found)  # the same bytes again
 
 
+def test_records_name_8_bit_attention_alone(tmp_path: Path) -> None:
+    """Those of 16-bit attention read as before there was another, and have the same seal."""
+    for bits, there in (("16-bit", False), ("8-bit", True)):
+        file = tmp_path / f"{bits}.json"
+        write_record(file, eval_record(prompt_attention=bits))
+        assert ("prompt_attention" in json.loads(file.read_text())) is there
+        assert read_record(file, EvalRecord).prompt_attention == bits
+    with pytest.raises(ValidationError, match="prompt_attention"):
+        eval_record(prompt_attention="4-bit")
+
+
 @pytest.mark.fault(
     "records",
     "any field of a record edited",

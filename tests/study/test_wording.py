@@ -17,7 +17,7 @@ from kvquant.study.schemes import SchemeSpec
 from kvquant.study.wording import short_count, told_apart
 from tests.support.studies import study_of
 
-STUDIES = ("config", "athena", "quality", "ablation", "gemma", "demo")
+STUDIES = ("config", "athena", "quality", "ablation", "attention", "gemma", "demo")
 
 
 def names(schemes: dict[str, dict[str, Any]], **reserved: Any) -> dict[str, str]:
@@ -52,6 +52,30 @@ def test_keys_after_rope_are_told() -> None:
         "a": "NUQ 3 bits, 1 % outliers",
         "b": "NUQ 3 bits, 1 % outliers, keys after RoPE",
     }
+
+
+def test_8_bit_attention_is_a_part_of_names() -> None:
+    """Also where no other scheme has the same cache."""
+    eight = {"prompt_attention": "8-bit"}
+    assert names(
+        {
+            "a": {"kind": "fp16", **eight},
+            "b": {"kind": "nuq", "bits": 3, **eight},
+            "c": {"kind": "nuq", "bits": 3},
+            "d": {"kind": "nuq", "bits": 3, "sinks": 0, **eight},
+        }
+    ) == {
+        "a": "16-bit cache, 8-bit attention",
+        "b": "NUQ 3 bits, 1 % outliers, 8-bit attention",
+        "c": "NUQ 3 bits, 1 % outliers",
+        "d": "NUQ 3 bits, 1 % outliers, 8-bit attention, no sink",
+    }
+
+
+def test_a_kind_with_an_attention_of_its_own_has_no_8_bit_one() -> None:
+    scheme = {"kind": "kvquant-ref", "bits": 3, "prompt_attention": "8-bit"}
+    with pytest.raises(UserError, match=r"schemes.own: prompt_attention: kind 'kvquant-ref'"):
+        names({"own": scheme})
 
 
 def test_options_tell_schemes_of_one_title_apart() -> None:

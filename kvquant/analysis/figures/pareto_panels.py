@@ -257,7 +257,7 @@ def _whole_jobs(study: Study, jobs: pd.DataFrame | None, losses: pd.DataFrame) -
     if jobs is None or jobs.empty or (name := case_of_most(study, jobs)) is None:
         return []
     mine = jobs[(jobs.case == name) & (jobs.status == "ok")]
-    lossless = [s for s in dict.fromkeys(mine.scheme) if not study.scheme(s).quantizes]
+    lossless = [s for s in dict.fromkeys(mine.scheme) if study.scheme(s).exact]
     known = set(zip(losses.model, losses.scheme, strict=True))
     more = [
         {"model": model, "scheme": scheme, "y": 0.0, "y_low": np.nan, "y_high": np.nan}

@@ -47,7 +47,7 @@ def curves(study: Study, losses: pd.DataFrame) -> dict[tuple[str, Kept], pd.Data
         scheme = study.schemes[str(row["scheme"])]
         kept = kept_tokens(scheme, headline) if scheme.quantizes else None
         if kept is not None:
-            found.setdefault((scheme.method(), kept), []).append(row)
+            found.setdefault((scheme.curve(), kept), []).append(row)
     return {key: pd.DataFrame(rows).sort_values("bits") for key, rows in found.items()}
 
 

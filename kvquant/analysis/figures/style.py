@@ -113,7 +113,7 @@ def method_looks(study: Study) -> dict[str, Look]:
     that curves are told apart in grey as well.
     """
     marked = looks(study)
-    colors = {s.method(): marked[key][0] for key, s in study.schemes.items() if s.quantizes}
+    colors = {s.curve(): marked[key][0] for key, s in study.schemes.items() if s.quantizes}
     return {m: (c, MARKERS[i % len(MARKERS)]) for i, (m, c) in enumerate(colors.items())}
 
 

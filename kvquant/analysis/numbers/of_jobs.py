@@ -53,7 +53,7 @@ def numbers(t: Tables) -> Iterator[Number]:
         return
     for case, rows in t.jobs[t.jobs.status == "ok"].groupby("case", sort=False):
         yield fact(f"jobs.{case}.name", job_label(t.study.job_cases()[str(case)]), rows)
-        plain = [s for s in rows.scheme if not t.study.schemes[s].quantizes]
+        plain = [s for s in rows.scheme if t.study.schemes[s].exact]
         base = rows[rows.scheme.isin(plain)]
         for index in rows.index:
             row = rows.loc[[index]]

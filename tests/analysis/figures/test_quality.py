@@ -78,6 +78,18 @@ def test_methods_have_the_colors_of_their_schemes_and_markers_of_their_own(study
     assert len({marker for _, marker in marked.values()}) == len(marked)
 
 
+def test_schemes_with_8_bit_attention_have_a_curve_of_their_own(study: Study) -> None:
+    eight = study.schemes["nuq3"].model_copy(update={"prompt_attention": "8-bit"})
+    schemes = {**study.schemes, "nuq3-attention8": eight}
+    more = study.model_copy(update={"schemes": schemes})
+    marked = method_looks(more)
+    (color, marker), plain = marked["NUQ, 8-bit attention"], marked["NUQ"]
+    assert color == plain[0] and marker != plain[1]
+    rows = [{"scheme": key, "bits": 3.6, "y": 0.1} for key in ("nuq3", "nuq3-attention8")]
+    drawn = quality.curves(more, pd.DataFrame(rows))
+    assert [name for name, _ in drawn] == ["NUQ", "NUQ, 8-bit attention"]
+
+
 def test_without_a_finite_loss_there_is_no_curve(study: Study, tmp_path: Path) -> None:
     only = study.model_copy(update={"schemes": {k: study.schemes[k] for k in ("fp16", "nuq3")}})
     write_tables(only, tmp_path)
