@@ -12,6 +12,7 @@ import torch
 from kvquant.benchmarks.append_stores import append_codec
 from kvquant.benchmarks.decode import BACKENDS, capture, measure_decode
 from kvquant.benchmarks.packed_past import measure_continuation
+from kvquant.benchmarks.prompt_attention import prompt_sides
 from kvquant.benchmarks.random_model import RandomModel, head_dim
 from kvquant.benchmarks.timing import Clock, synchronize
 from kvquant.benchmarks.turns import Role, Side, issue_rate, take_turns, to_records
@@ -369,6 +370,17 @@ def continuation(bench: Bench, case: KernelCase) -> KernelPart:
     return _part(bench, "continue", sides)
 
 
+@torch.inference_mode()
+def prompt_attention(bench: Bench, case: KernelCase) -> KernelPart:
+    """Times one layer's attention of prompts in 8 bits against torch's fp16 backends."""
+    dims, dim = SHAPES[case.shape], head_dim(case.shape)
+    heads, kv_heads = dims["num_attention_heads"], dims["num_key_value_heads"]
+    shape = heads, kv_heads, dim, case.batch, case.tokens
+    sides = prompt_sides(bench.clock, bench.device, *shape)
+    take_turns(sides, bench.spec)
+    return _part(bench, "prompt-attention", sides)
+
+
 MEASURES: dict[Measure, Callable[[Bench, KernelCase], KernelPart]] = {
     "pack": pack,
     "attention": attention,
@@ -376,4 +388,5 @@ MEASURES: dict[Measure, Callable[[Bench, KernelCase], KernelPart]] = {
     "steps": steps,
     "layer-step": layer_step,
     "continue": continuation,
+    "prompt-attention": prompt_attention,
 }

@@ -101,8 +101,12 @@ class BlockLayer(AttendingLayer[ForwardPlan]):
         """Computes attention over the packed past by the Triton kernels."""
         if self.store.arena_table() is None:
             return self._pieces(plan, packed.pieces, new, scaling, full)
-        own = None if plan.simulated else (new.rotated_keys, new.values, plan.token_positions)
         past = packed.past if new.rotates else packed.past.unrotated
+        if packed.prompt is not None:
+            both = None if plan.simulated else (new.rotated_keys, new.values)
+            asked = new.queries, plan.query_positions, scaling, both, plan.token_positions
+            return past.attend_in_8_bits(self.store, *asked, packed.prompt)
+        own = None if plan.simulated else (new.rotated_keys, new.values, plan.token_positions)
         given = new.queries, plan.query_positions, scaling, own
         return past.attend(self.store, *given, sink_logits=new.sink_logits)
 

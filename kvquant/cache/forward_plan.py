@@ -21,6 +21,7 @@ from kvquant.cache.device_copies import DeviceCopies
 from kvquant.cache.layout import AppendPlan, View
 from kvquant.cache.packed_past import Past
 from kvquant.cache.past_pieces import Piece
+from kvquant.kernels.backends import Backend
 from kvquant.kernels.cuda_decode import DecodeShape, DecodeStep
 
 
@@ -74,10 +75,12 @@ class PackedPast:
         past: The past as the kernels read it.
         pieces: The path for a layer whose blocks were not packed by kernels and which kernels
             therefore cannot read.
+        prompt: The backend that attends with 8-bit products; None: products are in 16 bits.
     """
 
     past: Past
     pieces: PastPieces
+    prompt: Backend | None
 
 
 Path = FirstCall | KernelStep | PackedPast | PastPieces

@@ -20,6 +20,7 @@ from kvquant.kernels.cuda_decode import DecodeShape
 
 if TYPE_CHECKING:
     from kvquant.cache.block_store import BlockStore
+    from kvquant.kernels.backends import Backend
     from kvquant.kernels.triton_workspace import Range
 
 # Limits of the workspace: tokens per sequence, bytes of all sequences, and the tokens per sequence
@@ -150,6 +151,55 @@ class Past:
             )
         if own is not None:
             attention.add_own(*own)
+        return attention.result()
+
+    def attend_in_8_bits(
+        self,
+        store: BlockStore,
+        queries: torch.Tensor,
+        positions: torch.Tensor,
+        scaling: float,
+        own: tuple[torch.Tensor, torch.Tensor] | None,
+        tokens: torch.Tensor | None,
+        backend: Backend,
+    ) -> torch.Tensor:
+        """Computes the attention of a layer's queries with 8-bit products.
+
+        Args:
+            store: The layer's tensors.
+            queries: Rotated queries, `[batch_size, num_heads, q_len, head_dim]`.
+            positions: int64 `[batch_size, q_len]`, positions of the queries.
+            scaling: Factor of the scores.
+            own: Rotated keys and values of the call's tokens under protocol A; None under B.
+            tokens: int64 `[batch_size, q_len]`, negative where a column is no token; None: all are.
+            backend: The one that attends.
+
+        Returns:
+            `[batch_size, q_len, num_heads, head_dim]`.
+        """
+        from kvquant.kernels.prompt_parts import PromptParts, token_columns
+
+        assert store.tail is not None
+        valid = None if tokens is None else tokens >= 0
+        columns = None if valid is None else token_columns(valid)
+        asked = torch.full_like(self.lengths[:, 3], queries.shape[2])
+        first = positions[:, 0]
+        if valid is not None and columns is not None:
+            asked = valid.sum(1, dtype=torch.int32)
+            first = positions.take_along_dim(columns[:, :1].long(), 1)[:, 0]
+        parts = self._parts()[0] + (own is not None)
+        heads = store.tail[0].shape[1]
+        attention = PromptParts(queries, heads, scaling, parts, backend, columns=columns)
+        for part, data in self._expanded(store, queries.dtype):
+            there = (self.lengths[:, 3] - part.base).clamp(0, part.places)
+            before = (first - part.base).int() if self.causal else there
+            attention.add(
+                data[0], data[1], torch.stack((asked, there, before), 1),
+                order=store.codec.key_order,
+            )  # fmt: skip
+        if own is not None:
+            counts = torch.stack((asked, asked, torch.zeros_like(asked)), 1)
+            attention.add(*own, counts, columns=columns)
         return attention.result()
 
     def expand(self, store: BlockStore, dtype: torch.dtype) -> None:

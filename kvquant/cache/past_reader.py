@@ -15,8 +15,9 @@ from kvquant.cache.forward_plan import ForwardPlan, PackedPast, PastPieces
 from kvquant.cache.layout import Layout
 from kvquant.cache.packed_past import Past, block_table, range_blocks
 from kvquant.cache.past_pieces import cut_past
-from kvquant.kernels.backends import select
+from kvquant.kernels.backends import Backend, select
 from kvquant.kernels.cache_shape import CacheShape
+from kvquant.kernels.prompt_backend import select_prompt
 
 # Max key elements per layer that protocol B reads back at once (0.5 GB with values, in fp32).
 MAX_READ_BACK = 1 << 26
@@ -60,18 +61,22 @@ class PastReader:
         cut = functools.partial(
             cut_past, layout, plan.view, rope.read, scores, device, causal=causal
         )
-        if plan.whole:
-            return PastPieces(functools.cache(cut), whole=True)
-        whole = plan.simulated and plan.first and plan.token_positions is None
-        pieces = PastPieces(functools.cache(cut), whole and keys.numel() <= MAX_READ_BACK)
+        small = plan.simulated and plan.first and plan.token_positions is None
+        whole = plan.whole or (small and keys.numel() <= MAX_READ_BACK)
+        pieces = PastPieces(functools.cache(cut), whole)
         if select("past", shape, queries.device).backend != "triton":
             return pieces
+        prompt: Backend | None = None
+        if plan.whole:
+            prompt = select_prompt(queries.shape[3], queries.dtype, queries.device).backend
+            if prompt == "pytorch":
+                return pieces
         numbers, read = self._block_numbers(layout, plan.view.blocks, device), shape.decode_shape
         step = range_blocks(queries.shape[0] * keys.shape[1], read, queries.element_size())
         past = Past.make(
             read, layout, plan.view, numbers, rope.counted, step, causal=plan.simulated
         )
-        return PackedPast(past, pieces)
+        return PackedPast(past, pieces, prompt)
 
     def _block_numbers(
         self, layout: Layout, blocks: list[int], device: torch.device

@@ -1,4 +1,4 @@
-"""Attention of the columns of a prompt in 8 bits, by the fastest way that a device has.
+"""Attention of the columns of a prompt in 8 bits, by the fastest backend that a device has.
 
 Long prompts spend most of their time in attention. Its two products run in 8 bits here; softmax and
 sums stay in fp32. Calls with few new columns, decode steps among them, gain nothing and do not come
@@ -11,6 +11,7 @@ import torch
 
 from kvquant.kernels.eight_bit_attention import eight_bit_attention
 from kvquant.kernels.masked_attention import masked_attention
+from kvquant.kernels.prompt_backend import select_prompt
 
 MIN_COLUMNS = 128  # new columns of a call from which on its attention may run in 8 bits
 
@@ -38,15 +39,33 @@ def attend(
         valid: bool `[batch_size, kv_len]`, which columns are tokens; None: all. Padding lies on
             either side of the call's own columns, and anywhere before them.
         window: Number of columns that a query sees at most, its own included; None: all. Where it
-            hides a column, the products are in 16 bits: 8-bit ones have no windows.
+            hides a column, the products are in 16 bits in PyTorch and beside padding.
 
     Returns:
         `[batch_size, q_len, num_heads, head_dim]` in the dtype of the queries.
     """
-    if window is not None and keys.shape[2] > window:
-        seen = _seen(queries.shape[2], keys.shape[2], window, valid, queries.device)
+    q_len, kv_len, dim = queries.shape[2], *keys.shape[2:]
+    if window is not None and kv_len <= window:
+        window = None
+    backend = select_prompt(dim, queries.dtype, queries.device).backend
+    if window is not None and (valid is not None or backend == "pytorch"):
+        seen = _seen(q_len, kv_len, window, valid, queries.device)
         return masked_attention(queries, keys, values, seen, scaling)
-    return eight_bit_attention(queries, keys, values, scaling=scaling, valid=valid)
+    if backend == "pytorch":
+        return eight_bit_attention(queries, keys, values, scaling=scaling, valid=valid)
+    from kvquant.kernels.prompt_parts import PromptParts, token_columns  # needs Triton
+
+    assert backend is not None
+    if valid is None:
+        parts = PromptParts(queries, keys.shape[1], scaling, 1, backend)
+        parts.add(keys, values, window=window)
+        return parts.result()
+    own = valid[:, kv_len - q_len :]
+    parts = PromptParts(queries, keys.shape[1], scaling, 1, backend, columns=token_columns(own))
+    tokens, asked = valid.sum(1), own.sum(1)
+    counts = torch.stack((asked, tokens, tokens - asked), 1).int()
+    parts.add(keys, values, counts, columns=token_columns(valid))
+    return parts.result()
 
 
 def _seen(

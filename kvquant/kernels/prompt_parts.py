@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
 
 import torch
 
 from kvquant.kernels import cuda_prompt_attention, triton_prompt_attention
+from kvquant.kernels.backends import Backend
 from kvquant.kernels.cuda_build import index_of
 from kvquant.kernels.cuda_prompt_attention import PromptParams, PromptShape
 from kvquant.kernels.triton_prompt_pack import QUERIES, pack_keys, pack_queries
-
-PromptBackend = Literal["cuda", "triton"]
 
 
 @functools.lru_cache(maxsize=64)
@@ -54,7 +52,7 @@ class PromptParts:
         num_kv_heads: int,
         scaling: float,
         parts: int,
-        backend: PromptBackend,
+        backend: Backend,
         *,
         columns: torch.Tensor | None = None,
     ) -> None:

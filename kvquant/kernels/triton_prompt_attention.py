@@ -57,7 +57,7 @@ def launch(
         keys: Quantized keys.
         values: `[batch_size, num_kv_heads, kv_len, head_dim]`, 16 bits.
         query_columns: The columns of the queries' tokens; None: their numbers.
-        key_columns: The columns of the keys' tokens; None where `query_columns` is None.
+        key_columns: The columns of the keys' tokens; None: their numbers.
         out: `[batch_size, q_len, num_heads, head_dim]`, written with `last`.
         state: Output, maximum and sum of every row so far; None for a single part.
         window: A row sees so many keys, itself included; None: all before it.
@@ -67,7 +67,6 @@ def launch(
     values = values if values.stride(3) == 1 else values.contiguous()
     batch, columns, heads, dim = out.shape
     tiles, room = TILES[dim], queries.scales.shape[2] * QUERIES
-    padded = key_columns is not None or query_columns is not None
     counts = keys.counts
     held = (queries.scales,) * 3 if state is None else state
     tables = [counts if t is None else t for t in (query_columns, key_columns)]
@@ -76,7 +75,8 @@ def launch(
         queries.scales if queries.offsets is None else queries.offsets, keys.key_scales, counts,
         *tables, out, *held, columns, tables[0].stride(0), tables[1].stride(0),
         keys.keys.shape[2], window or 0, *values.stride()[:3],
-        heads // keys.keys.shape[1], dim, tiles.rows, tiles.keys, TILE, QUERIES, padded,
+        heads // keys.keys.shape[1], dim, tiles.rows, tiles.keys, TILE, query_columns is not None,
+        key_columns is not None,
         queries.offsets is not None, window is not None, first, last, room,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

@@ -39,8 +39,8 @@ def _attend_prompt(
     BM: tl.constexpr,
     BN: tl.constexpr,
     TILE: tl.constexpr,
-    QUERIES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    QUERY_COLUMNS: tl.constexpr,
+    KEY_COLUMNS: tl.constexpr,
     OFFSETS: tl.constexpr,
     WINDOW: tl.constexpr,
     FIRST: tl.constexpr,
@@ -96,7 +96,7 @@ def _attend_prompt(
         factor = tl.exp2(top - base)
         total = total * factor + tl.sum(weights, axis=1)
         column = key.to(tl.int64)
-        if COLUMNS:
+        if KEY_COLUMNS:
             column = tl.load(key_columns + sequence * key_stride + key, mask=inside, other=0)
             column = column.to(tl.int64)
         value = tl.load(v + column[:, None] * v_token + d[None, :], mask=inside[:, None], other=0.0)
@@ -119,7 +119,7 @@ def _attend_prompt(
     if LAST:
         result = result / tl.where(total > 0.0, total, 1.0)[:, None]
         column = row
-        if COLUMNS:
+        if QUERY_COLUMNS:
             column = tl.load(query_columns + sequence * query_stride + row, mask=there, other=0)
         place = (sequence.to(tl.int64) * columns + column) * heads + head
         place = place[:, None] * DIM + d[None, :]

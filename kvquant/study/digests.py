@@ -14,7 +14,7 @@ from kvquant.errors import UserError, unknown
 from kvquant.formats.files import parse_json
 from kvquant.study.config import Study, digest
 from kvquant.study.models import CHAT_OPTIONS, TERMS, ModelSpec
-from kvquant.study.scheme_kinds import CalibratedScheme
+from kvquant.study.scheme_kinds import PROMPT_ATTENTION, CalibratedScheme
 from kvquant.study.tasks import SUITES, TaskSpec
 from kvquant.study.timing import TimedStage
 
@@ -123,12 +123,24 @@ def roped_keys_of(study: Study, scheme: str) -> bool:
 
 
 def quantizer_digest(study: Study, model: str, scheme: str) -> str:
-    """Returns the digest of a scheme built for a model, from calibration if it needs one."""
+    """Returns the digest of a scheme built for a model, from calibration if it needs one.
+
+    Schemes that differ in the attention of prompts alone have the same calibrated tables.
+    """
     spec = study.scheme(scheme)
     if not spec.registration.calibrated:
         return digest(_weights(study.model(model)), spec)
+    spec = spec.model_copy(update={PROMPT_ATTENTION: "16-bit"})
     calibration = calibration_digest(study, model, study.calibration_name(scheme))
     return digest(calibration, spec, VERSIONS["quantize"])
+
+
+def _used_digest(study: Study, model: str, scheme: str) -> str:
+    """Returns the digest of a scheme as it is measured: its tables and the attention of prompts."""
+    spec, tables = study.scheme(scheme), quantizer_digest(study, model, scheme)
+    if spec.prompt_attention == "16-bit" or not spec.registration.calibrated:
+        return tables
+    return digest(tables, spec.prompt_attention)
 
 
 def prompts_digest(study: Study, model: str, task: str) -> str:
@@ -154,7 +166,7 @@ def eval_digest(study: Study, model: str, scheme: str, task: str, seed: int) -> 
         versions.append(VERSIONS["prompts"])
     chat = _chat(study, model, chosen)
     own = _own_text(study, chosen.dataset_name())
-    return digest(quantizer_digest(study, model, scheme), spec, seed, versions, *chat, *own)
+    return digest(_used_digest(study, model, scheme), spec, seed, versions, *chat, *own)
 
 
 def _timing(spec: TimedStage, workload: str) -> dict[str, object]:
@@ -174,13 +186,13 @@ def _timed(study: Study, stage: str) -> list[Any]:
 def perf_digest(study: Study, model: str, scheme: str, workload: str) -> str:
     """Returns the digest of one throughput result."""
     timing = _timing(study.throughput, workload)
-    return digest(quantizer_digest(study, model, scheme), timing, *_timed(study, "throughput"))
+    return digest(_used_digest(study, model, scheme), timing, *_timed(study, "throughput"))
 
 
 def energy_digest(study: Study, model: str, scheme: str, workload: str) -> str:
     """Returns the digest of one energy result."""
     timing = _timing(study.energy, workload)
-    return digest(quantizer_digest(study, model, scheme), timing, *_timed(study, "energy"))
+    return digest(_used_digest(study, model, scheme), timing, *_timed(study, "energy"))
 
 
 def append_digest(study: Study) -> str:

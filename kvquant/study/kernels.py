@@ -9,9 +9,12 @@ from pydantic import Field, model_validator
 from kvquant.study.limits import MAX_BATCH, MAX_MINUTES, MAX_ROUNDS, MAX_SECONDS, MAX_TOKENS
 from kvquant.study.strict import Strict
 
-Measure = Literal["pack", "attention", "prefill", "steps", "layer-step", "continue"]
+Measure = Literal[
+    "pack", "attention", "prefill", "steps", "layer-step", "continue", "prompt-attention"
+]
 ShapeName = Literal["7b-mha", "13b-mha", "8b-gqa", "tiny"]
-ON_GPU: tuple[Measure, ...] = ("attention", "steps", "continue")  # they have no CPU kernel
+# They have no CPU kernel.
+ON_GPU: tuple[Measure, ...] = ("attention", "steps", "continue", "prompt-attention")
 WITH_PEERS: tuple[Measure, ...] = ("prefill", "layer-step")
 WHOLE_MODEL: tuple[Measure, ...] = ("prefill", "steps")
 

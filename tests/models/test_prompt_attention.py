@@ -14,7 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, cache_utils
 
 import kvquant
+from kvquant.cache import kvquant_cache
 from kvquant.cache.attending import Protocol
+from kvquant.cache.forward_plan import PackedPast
 from kvquant.cache.kvquant_cache import KVQuantCache
 from kvquant.errors import UserError
 from kvquant.kernels import prompt_attention as kernels
@@ -394,3 +396,60 @@ def test_a_compiled_model_gives_the_same() -> None:
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(step(compiled, qm.new_cache(), ids(1, LENGTH)), expected)
     assert isinstance(qm, QuantizedModel)
+
+
+@torch.inference_mode()
+def chunked(qm: QuantizedModel, tokens: torch.Tensor, mask: torch.Tensor, proto: Protocol) -> Any:
+    """Logits of a prompt and a long turn over its codes, zero in padding; and the second path."""
+    cache, out, at, paths = qm.new_cache(proto), [], 0, []
+    meet = cache.meet
+
+    def noted(*args: Any) -> Any:
+        plan = meet(*args)
+        paths.append(plan.path)
+        return plan
+
+    cache.meet = noted
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    for size in (mask.shape[1] - 40, 40):
+        part = slice(at, at + size)
+        result = qm.model(
+            input_ids=tokens[:, part],
+            attention_mask=mask[:, : at + size],
+            position_ids=places[:, part],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        out.append(result.logits)
+        at += size
+    return torch.where(mask[..., None].bool(), torch.cat(out, 1), 0).float(), paths[-1]
+
+
+@pytest.mark.parametrize("proto", ["A", "B"])
+@pytest.mark.parametrize("kernels", ["triton", pytest.param("auto", marks=pytest.mark.gpu)])
+def test_kernels_attend_over_a_packed_past(
+    kernels: str, proto: Protocol, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes are expanded and quantized range by range, with padding in both calls."""
+    pytest.importorskip("triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if kernels == "auto" and device.type == "cpu":
+        pytest.skip("needs a CUDA device")
+    model = tiny_model("llama", heads=2, kv_heads=1, head_dim=64, num_hidden_layers=1)
+    sharpen(model)
+    kind = torch.float16 if device.type == "cuda" else torch.float32
+    for module in (prompt_attention, kvquant_cache):  # the interpreter is slow
+        monkeypatch.setattr(module, "MIN_COLUMNS", 40)
+    spec = scheme_from({"kind": "nuq", "bits": 4, "block_size": 32, "outliers": 0})
+    qm = quantized(model.to(device, kind), asked(spec))
+    tokens = torch.randint(0, 97, (2, 85 if device.type == "cpu" else 600), device=device)
+    mask = torch.ones_like(tokens)
+    mask[1, :9] = 0
+    mask[0, -7:] = 0
+    found = {}
+    for wished in (kernels, "pytorch"):
+        monkeypatch.setenv("KVQUANT_KERNELS", wished)
+        found[wished], path = chunked(qm, tokens, mask, proto)
+        by_kernels = isinstance(path, PackedPast) and path.prompt is not None
+        assert by_kernels is (wished == kernels)
+    assert apart(found[kernels], found["pytorch"]) < AGAIN

@@ -281,3 +281,6 @@ def test_16_bit_attention_of_prompts_leaves_older_digests(raw: dict[str, Any], s
     assert "prompt_attention" not in parse_study(named).scheme(scheme).model_dump(mode="json")
     found = changed(raw, "schemes", scheme, "prompt_attention", value="8-bit")
     assert {n.split("/")[1] for n in found if "/" in n} == {scheme} and "calibrate" not in found
+    calibrated = parse_study(raw).scheme(scheme).registration.calibrated
+    assert (f"quantize/{scheme}" in found) is not calibrated  # its tables are the same
+    assert any(name.startswith(f"eval/{scheme}/") for name in found)

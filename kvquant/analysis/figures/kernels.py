@@ -41,6 +41,7 @@ WORDS = {
     "layer-step": "decode step, layer",
     "prefill": "prefill",
     "continue": "continued prefill",
+    "prompt-attention": "attention of a prompt",
 }
 WHOLE = "D"  # of steps and prefills with transformers' growing cache
 # Text in place of a missing ratio, by status; with 'ok' our own time is missing.
