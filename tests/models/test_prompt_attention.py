@@ -426,7 +426,13 @@ def chunked(qm: QuantizedModel, tokens: torch.Tensor, mask: torch.Tensor, proto:
 
 
 @pytest.mark.parametrize("proto", ["A", "B"])
-@pytest.mark.parametrize("kernels", ["triton", pytest.param("auto", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        pytest.param("triton", marks=pytest.mark.exhaustive),  # 20 s by the interpreter
+        pytest.param("auto", marks=pytest.mark.gpu),
+    ],
+)
 def test_kernels_attend_over_a_packed_past(
     kernels: str, proto: Protocol, monkeypatch: pytest.MonkeyPatch
 ) -> None:
