@@ -31,7 +31,7 @@ from kvquant.runtime.devices import used_by_others
 from kvquant.runtime.progress import note
 from kvquant.runtime.provenance import environment
 from kvquant.study.config import Study, load_study
-from kvquant.study.digests import asks_prompts, prompts_name, quantizer_digest
+from kvquant.study.digests import asks_prompts, prompts_name, quantizer_digest, tables_scheme
 from kvquant.study.published_quantizers import published_quantizer
 
 CLAIMED = re.compile(r"^on GPUs? ([\d, ]+) of \d+$", re.MULTILINE)  # as processes tell it
@@ -100,9 +100,9 @@ def command(
         texts = results / "texts" if dataset in study.datasets else cache / "data"
         words += ["--data-manifest", _there(texts / f"{dataset}/manifest.json")]
     if study.scheme(scheme).registration.calibrated:
-        digest = quantizer_digest(study, model, scheme)
-        found = published_quantizer(study.published, model, scheme, digest)
-        built = results / f"models/{model}/{scheme}/quantizer.json"
+        digest, tables = quantizer_digest(study, model, scheme), tables_scheme(study, scheme)
+        found = published_quantizer(study.published, model, tables, digest)
+        built = results / f"models/{model}/{tables}/quantizer.json"
         words += ["--quantizer", found or _there(built)]
     return [sys.executable, "-m", "kvquant", *map(str, words)]
 

@@ -135,6 +135,30 @@ def quantizer_digest(study: Study, model: str, scheme: str) -> str:
     return digest(calibration, spec, VERSIONS["quantize"])
 
 
+def tables_scheme(study: Study, scheme: str) -> str:
+    """Returns the scheme of a study whose quantizer a scheme uses: its own, or its 16-bit twin's.
+
+    Schemes that differ in the attention of prompts alone share one, which is built once.
+    """
+    spec = study.scheme(scheme)
+    if spec.prompt_attention == "16-bit" or not spec.registration.calibrated:
+        return scheme
+
+    def tables(name: str) -> object:
+        other = study.scheme(name).model_copy(update={PROMPT_ATTENTION: "16-bit"})
+        return other.kind, other.meaning(), study.calibration_name(name)
+
+    own = tables(scheme)
+    twins = (
+        name
+        for name, other in study.schemes.items()
+        if other.prompt_attention == "16-bit"
+        and other.registration.calibrated
+        and tables(name) == own
+    )
+    return next(twins, scheme)
+
+
 def _used_digest(study: Study, model: str, scheme: str) -> str:
     """Returns the digest of a scheme as it is measured: its tables and the attention of prompts."""
     spec, tables = study.scheme(scheme), quantizer_digest(study, model, scheme)

@@ -284,3 +284,15 @@ def test_16_bit_attention_of_prompts_leaves_older_digests(raw: dict[str, Any], s
     calibrated = parse_study(raw).scheme(scheme).registration.calibrated
     assert (f"quantize/{scheme}" in found) is not calibrated  # its tables are the same
     assert any(name.startswith(f"eval/{scheme}/") for name in found)
+
+
+def test_schemes_that_differ_in_the_attention_of_prompts_share_a_quantizer(
+    raw: dict[str, Any],
+) -> None:
+    eight = {**raw["schemes"]["nuq3-1pct"], "prompt_attention": "8-bit"}
+    raw["schemes"] |= {"twin": eight, "alone": {**eight, "outliers": 0.02}}
+    study = parse_study(raw)
+    used = {name: digests.tables_scheme(study, name) for name in study.schemes}
+    assert used == {name: name for name in study.schemes} | {"twin": "nuq3-1pct"}
+    both = (digests.quantizer_digest(study, MODEL, name) for name in ("twin", "nuq3-1pct"))
+    assert len(set(both)) == 1

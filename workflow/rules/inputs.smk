@@ -34,7 +34,7 @@ def calibrated(name, wildcards):
 
 def quantizer(wildcards):
     """The quantizer file, for schemes that are calibrated: the published one where there is one."""
-    name, scheme = wildcards.model, wildcards.scheme
+    name, scheme = wildcards.model, digests.tables_scheme(STUDY, wildcards.scheme)
     if not STUDY.schemes[scheme].registration.calibrated:
         return []
     digest = digests.quantizer_digest(STUDY, name, scheme)
