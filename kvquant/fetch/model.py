@@ -146,6 +146,10 @@ def drop_release_marks(folder: Path, special: dict[str, str], tokenizer: str | N
             config.pop("transformers_version", None)
             replace(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
     if tokenizer != "gpt2":
+        # transformers keeps how it was called, with HF_HUB_OFFLINE for example: files are local.
+        file = folder / "tokenizer_config.json"
+        config = read_json(file, "package") | {"is_local": True, "local_files_only": True}
+        replace(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
         return
     named = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", **special}
     replace(folder / "tokenizer_config.json", json.dumps(named, indent=2, sort_keys=True) + "\n")

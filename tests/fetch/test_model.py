@@ -17,6 +17,7 @@ import torch
 from kvquant.errors import UserError
 from kvquant.fetch import model as fetch
 from kvquant.fetch.model import check_directory, convert_gguf, extract_gguf, fetch_model
+from kvquant.fetch.model_manifest import hash_model
 from kvquant.formats.files import sha256_file
 from kvquant.models.generation import end_ids
 from kvquant.models.loading import load_quantized_model, read_manifest
@@ -291,3 +292,18 @@ def test_hub_without_safetensors_or_network(
         fetch_model("m", spec, tmp_path / "manifest.json")
     assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_how_transformers_was_called_is_not_part_of_a_model(
+    saved: Path, tmp_path: Path, kind: str
+) -> None:
+    """Its tokenizers note whether they were loaded offline; the identity must not depend on it."""
+    found = []
+    for name, noted in (("online", {"local_files_only": False}), ("offline", {"is_local": True})):
+        folder = copy(saved, tmp_path / name)
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | noted))
+        fetch.drop_release_marks(folder, {}, kind)
+        found.append(hash_model(folder, "model")["identity"])
+    assert found[0] == found[1]
