@@ -19,15 +19,17 @@ from dataclasses import dataclass
 
 import torch
 
-from kvquant.kernels.eight_bit_attention import LARGEST, SMALLEST, TILE, rotate_heads
+from kvquant.kernels.eight_bit_attention import SMALLEST, TILE, rotate_heads
 from kvquant.kernels.triton_prompt_pack_kernels import (
+    _conclude,
     _measure,
     _pack_prompt_keys,
     _pack_prompt_queries,
 )
 
-# Queries per tile of the operands; tokens that `_measure` reads at a time, and how often.
-QUERIES, TOKENS, LOOPS = 64, 64, 16
+# Queries per tile of the operands; tokens that `_measure` reads at a time, and how often; channels
+# whose means `_conclude` rotates at a time, and parts that it reads together.
+QUERIES, TOKENS, LOOPS, CHANNELS, TOGETHER = 64, 64, 16, 32, 32
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,12 @@ def pack_keys(
     _measure[(parts, heads, batch)](
         keys, values, table, counts, facts, *strides, columns is not None, dim, TOKENS, LOOPS,
     )  # fmt: skip
-    means = facts[:, :, :, 0].sum(2) / counts[:, 1, None, None].clamp(min=1)
-    largest = facts[:, :, :, 1].amax(2)
     signs = _signs(dim, keys.dtype, keys.device)
-    rotated = means @ signs.float() / math.sqrt(dim)
+    means, rotated, largest, scales = facts.new_empty((4, batch, heads, dim)).unbind()
+    _conclude[(heads, batch)](
+        facts, counts, signs, means, rotated, largest, scales, parts, dim, CHANNELS, TOGETHER,
+        math.sqrt(dim),
+    )  # fmt: skip
     packed = keys.new_empty((batch, heads, tiles, TILE * dim), dtype=torch.int8)
     packed_values = packed.new_empty(packed.shape, dtype=torch.uint8) if swizzled else None
     key_scales = facts.new_empty((batch, heads, tiles))
@@ -120,7 +124,6 @@ def pack_keys(
         keys, values, table, counts, signs, rotated, largest, packed, written, key_scales,
         *strides, columns is not None, dim, TILE, SMALLEST, math.sqrt(dim), swizzled, num_warps=8,
     )  # fmt: skip
-    scales = largest / LARGEST["fp8"]
     return Keys(counts, packed, key_scales, means, packed_values, scales)
 
 

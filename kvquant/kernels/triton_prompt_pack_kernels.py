@@ -89,6 +89,49 @@ def _measure(
 
 
 @triton.jit
+def _conclude(
+    facts,
+    counts,
+    signs,
+    means,
+    rotated_means,
+    largest_values,
+    value_scales,
+    parts,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROOT: tl.constexpr,
+):
+    """Puts the facts of all parts together, and rotates the means of keys."""
+    head, sequence = tl.program_id(0), tl.program_id(1)
+    own = (sequence * tl.num_programs(0) + head).to(tl.int64)
+    count = tl.maximum(tl.load(counts + sequence * 3 + 1), 1).to(tl.float32)
+    d, row = tl.arange(0, DIM), tl.arange(0, ROWS)
+    mine = facts + own * parts * (2 * DIM)
+    largest, rotated = tl.zeros((DIM,), tl.float32), tl.zeros((DIM,), tl.float32)
+    part = tl.arange(0, PARTS)[:, None]
+    for start in range(0, parts, PARTS):
+        at, there = (start + part) * (2 * DIM), start + part < parts
+        found = tl.load(mine + at + DIM + d[None, :], mask=there, other=0.0)
+        largest = tl.maximum(largest, tl.max(found, axis=0))
+    # A few channels at a time, each of which adds its row of the matrix.
+    for first in tl.static_range(0, DIM, ROWS):
+        total = tl.zeros((ROWS,), tl.float32)
+        for start in range(0, parts, PARTS):
+            at, there = (start + part) * (2 * DIM), start + part < parts
+            found = tl.load(mine + at + first + row[None, :], mask=there, other=0.0)
+            total += tl.sum(found, axis=0)
+        mean = total / count
+        tl.store(means + own * DIM + first + row, mean)
+        turned = tl.load(signs + (first + row)[:, None] * DIM + d[None, :]).to(tl.float32)
+        rotated += tl.sum(turned * mean[:, None], axis=0)
+    tl.store(rotated_means + own * DIM + d, rotated / ROOT)
+    tl.store(largest_values + own * DIM + d, largest)
+    tl.store(value_scales + own * DIM + d, largest / FP8_MAX)
+
+
+@triton.jit
 def _pack_prompt_keys(
     keys,
     values,

@@ -25,12 +25,14 @@ class Source:
 
     Attributes:
         name: Its name.
-        yields: Names a function ("module:attribute") of (:class:`Tables` with the timings of one
-            device each), which yields :class:`Number`; none for what was not measured.
+        yields: Names a function ("module:attribute") of :class:`Tables`, which yields
+            :class:`Number`; none for what was not measured.
+        all_devices: Whether it gets the timings of all devices; else those of one.
     """
 
     name: str
     yields: str
+    all_devices: bool = False
 
 
 _LIST = (
@@ -39,7 +41,7 @@ _LIST = (
     Source("losses", "kvquant.analysis.numbers.of_losses:numbers"),
     Source("throughput", "kvquant.analysis.numbers.of_timings:throughput"),
     Source("energy", "kvquant.analysis.numbers.of_timings:energy"),
-    Source("kernels", "kvquant.analysis.numbers.of_timings:kernels"),
+    Source("kernels", "kvquant.analysis.numbers.of_timings:kernels", all_devices=True),
     Source("append", "kvquant.analysis.numbers.of_timings:append"),
     Source("jobs", "kvquant.analysis.numbers.of_jobs:numbers"),
 )  # end of the list
@@ -55,7 +57,7 @@ def all_numbers(t: Tables) -> list[Number]:
     found: dict[str, Number] = {}
     for source in SOURCES.values():
         produce: Callable[[Tables], Iterator[Number]] = load(source.yields)
-        for number in produce(t.on_one_device()):
+        for number in produce(t if source.all_devices else t.on_one_device()):
             if number.key in found and found[number.key] != number:
                 raise UserError(
                     f"numbers: '{number.key}' stands for two numbers: rename a scheme, task, "

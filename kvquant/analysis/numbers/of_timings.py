@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import pandas as pd
 
 from kvquant.analysis.claims_of_cost import append_growth
-from kvquant.analysis.labels import case_label
+from kvquant.analysis.labels import case_label, device_label
 from kvquant.analysis.numbers.number import Number, fact, measured, spread
 from kvquant.analysis.pareto import counted
 from kvquant.analysis.study_tables import Tables
+from kvquant.analysis.timed_on import one_device
 
 
 def _prefix(t: Tables, model: object) -> str:
@@ -45,15 +46,17 @@ def energy(t: Tables) -> Iterator[Number]:
 
 
 def kernels(t: Tables) -> Iterator[Number]:
-    """Yields kernels.CASE.MEASURE.SIDE.{over, share, ms}.
+    """Yields kernels.CASE.{name, device} and kernels.CASE.MEASURE.SIDE.{over, share, ms}.
 
     "over" is the time of the side over ours, and "share" the rate of a kernel of ours as a share of
-    a device copy's.
+    a device copy's. A case that was not timed on the study's device is shown as timed on another.
     """
     if not len(t.kernels):
         return
-    for case, rows in t.kernels.groupby("case", sort=False):
+    for case, timed in t.kernels.groupby("case", sort=False):
+        rows = one_device(t.study, timed)
         first = rows.iloc[0]
+        yield fact(f"kernels.{case}.device", device_label(str(first["device"])), rows)
         name = case_label(
             str(first["shape"]), int(first.batch), int(first.tokens), int(first.all_tokens)
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from kvquant.analysis.numbers import number_list
@@ -150,3 +151,20 @@ def test_a_key_of_two_numbers_is_refused(tables: Tables, monkeypatch: pytest.Mon
 def _twice(name: str) -> list[Number]:
     _twice.calls = getattr(_twice, "calls", 0) + 1  # type: ignore[attr-defined]
     return [Number("a.bits", str(_twice.calls))]  # type: ignore[attr-defined]
+
+
+def test_a_case_that_another_device_timed_is_shown_as_its(tables: Tables) -> None:
+    side = {
+        **{"measure": "attention", "side": "cudnn", "role": "fp16", "status": "ok"},
+        **{"shape": "7b-mha", "batch": 1, "tokens": 1024, "all_tokens": 1024, "record": "0a1b"},
+        **{"over_ours_median": 2.5, "over_ours_p10": 2.4, "over_ours_p90": 2.6, "ms_median": 1.0},
+    }
+    own = {**side, "device": tables.study.device, "case": "one"}
+    other = {**side, "device": "h200", "over_ours_median": 1.5}
+    rows = [own, {**other, "case": "one"}, {**other, "case": "two"}]
+    found = numbers_of(replace(tables, kernels=pd.DataFrame(rows)))
+    assert found["kernels.two.device"].value == "H200"
+    assert found["kernels.two.attention.cudnn.over"].value == "1.50"
+    # What was timed on the study's device stays its own.
+    assert found["kernels.one.device"].value != "H200"
+    assert found["kernels.one.attention.cudnn.over"].value == "2.50"
