@@ -41,7 +41,7 @@ WORDS = {
     "layer-step": "decode step, layer",
     "prefill": "prefill",
     "continue": "continued prefill",
-    "prompt-attention": "attention of a prompt",
+    "prompt-attention": "8-bit attention of a prompt",
 }
 WHOLE = "D"  # of steps and prefills with transformers' growing cache
 # Text in place of a missing ratio, by status; with 'ok' our own time is missing.
@@ -117,7 +117,8 @@ def _legend_of(rows: pd.DataFrame, names: Names) -> list[Any]:
         if s in there
     }
     found |= {f"{names.labels.scheme(s)}, growing": (BASELINE, WHOLE) for s in whole}
-    ours = {names.labels.scheme(s): names.looks[s] for s in dict.fromkeys(rows.scheme)}
+    drawn = rows[(rows.role == "ours") & rows.copy_share.notna()]  # the panel of rates alone
+    ours = {names.labels.scheme(s): names.looks[s] for s in dict.fromkeys(drawn.scheme)}
     return marks(ours, ms=4.5) + marks(found, ms=4.5, mfc="white")
 
 
