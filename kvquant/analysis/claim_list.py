@@ -18,6 +18,7 @@ MIN_PROMPTS = 100
 MIN_ROUNDS = 5
 MIN_TRIALS = 5
 MIN_REPEATS = 2  # trials of many timed steps
+LONG_PROMPT = 65536  # tokens, of the claims about 8-bit attention
 OURS_OF_JOBS = "{headline} (in a case without it the first quantized cache)"
 # The end of definitions that models of random weights can speak to.
 OF_KERNELS = "; where section 'throughput' has no record, prefills of section 'kernels'"
@@ -43,6 +44,8 @@ class Claim:
             tables then hold; "study" where it needs no model.
         figures: Names of the figures behind it, to which the report links.
         pages: Names of the report's tables behind it.
+        of_attention: Whether it is about 8-bit attention of prompts, so that studies without a
+            scheme that has it leave it out.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Claim:
     applies_to: Literal["model", "study"] = "model"
     figures: tuple[str, ...] = ()
     pages: tuple[str, ...] = ()
+    of_attention: bool = False
 
     @property
     def definition(self) -> str:
@@ -260,6 +264,52 @@ _LIST = (
         judge="kvquant.analysis.claims_of_jobs:generate",
         applies_to="study",
         pages=("jobs",),
+    ),
+    Claim(
+        name="attention-loss",
+        text="8-bit attention of prompts loses less than an FP8 cache",
+        quantity="ratio of the mean KL divergence from 16-bit attention over a 16-bit cache",
+        cache="8-bit attention over a 16-bit cache",
+        baseline="16-bit attention over an FP8 cache",
+        protocol="protocol B, by seed, the worst perplexity task",
+        bar=Bar(1.0, at_most=True),
+        least=f"{MIN_SEEDS} seeds",
+        judge="kvquant.analysis.claims_of_attention:divergence",
+        figures=("quality",),
+        pages=("accuracy",),
+        of_attention=True,
+    ),
+    Claim(
+        name="attention-speed",
+        text="8-bit attention makes prefill of 64K tokens 1.15 times as fast",
+        quantity="ratio of the time of a prompt until its first token",
+        cache="a cache with 8-bit attention",
+        baseline="the same cache with 16-bit attention",
+        protocol=f"one prompt of {LONG_PROMPT:,} tokens or more, random weights, in turns, worst "
+        "case",
+        bar=Bar(1.15, at_most=False),
+        least=f"{MIN_TRIALS} trials",
+        judge="kvquant.analysis.claims_of_attention:speed",
+        applies_to="study",
+        figures=("lengths",),
+        pages=("jobs",),
+        of_attention=True,
+    ),
+    Claim(
+        name="attention-energy",
+        text="8-bit attention takes a tenth less energy for prompts of 64K tokens",
+        quantity="ratio of joules per prompt token",
+        cache="a cache with 8-bit attention",
+        baseline="the same cache with 16-bit attention",
+        protocol=f"one prompt of {LONG_PROMPT:,} tokens or more, random weights, by the board's "
+        "counter, worst case",
+        bar=Bar(0.9, at_most=True),
+        least=f"{MIN_TRIALS} trials",
+        judge="kvquant.analysis.claims_of_attention:energy",
+        applies_to="study",
+        figures=("energy",),
+        pages=("job-energy",),
+        of_attention=True,
     ),
 )  # end of the list
 CLAIMS = by_name(_LIST)

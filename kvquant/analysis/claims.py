@@ -29,7 +29,10 @@ def judge(tables: Tables) -> pd.DataFrame:
     tables = tables.on_one_device()
     headline = labels_of(tables.study).scheme(tables.study.headline)
     rows = []
+    eight = any(s.prompt_attention == "8-bit" for s in tables.study.schemes.values())
     for claim in CLAIMS.values():
+        if claim.of_attention and not eight:
+            continue
         of_model = claim.applies_to == "model"
         verdict = load(claim.judge)
         for model in tables.study.models if of_model else [ANY]:

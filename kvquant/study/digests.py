@@ -140,23 +140,9 @@ def tables_scheme(study: Study, scheme: str) -> str:
 
     Schemes that differ in the attention of prompts alone share one, which is built once.
     """
-    spec = study.scheme(scheme)
-    if spec.prompt_attention == "16-bit" or not spec.registration.calibrated:
+    if not study.scheme(scheme).registration.calibrated:
         return scheme
-
-    def tables(name: str) -> object:
-        other = study.scheme(name).model_copy(update={PROMPT_ATTENTION: "16-bit"})
-        return other.kind, other.meaning(), study.calibration_name(name)
-
-    own = tables(scheme)
-    twins = (
-        name
-        for name, other in study.schemes.items()
-        if other.prompt_attention == "16-bit"
-        and other.registration.calibrated
-        and tables(name) == own
-    )
-    return next(twins, scheme)
+    return study.sixteen_bit_twin(scheme) or scheme
 
 
 def _used_digest(study: Study, model: str, scheme: str) -> str:

@@ -20,7 +20,7 @@ from kvquant.study.models import ModelSpec
 from kvquant.study.own_texts import OwnText
 from kvquant.study.paths import DeviceKey, MaybePath, PathVars, PlainPath
 from kvquant.study.reproduce import ReproduceSpec
-from kvquant.study.scheme_kinds import CalibratedScheme, Scheme
+from kvquant.study.scheme_kinds import PROMPT_ATTENTION, CalibratedScheme, Scheme
 from kvquant.study.schemes import SchemeSpec
 from kvquant.study.statistics import StatisticsSpec
 from kvquant.study.strict import Strict
@@ -143,6 +143,21 @@ class StudySections(Strict):
         """Returns the entry of `calibrations` that a scheme is built from; None: `calibration`."""
         spec = self.scheme(scheme)
         return spec.calibration if isinstance(spec, CalibratedScheme) else None
+
+    def sixteen_bit_twin(self, scheme: str) -> str | None:
+        """Returns the scheme that differs in the attention of prompts alone, with it in 16 bits.
+
+        None for a scheme with 16-bit attention, and where there is no such scheme.
+        """
+        if self.scheme(scheme).prompt_attention == "16-bit":
+            return None
+
+        def rest(name: str) -> object:
+            plain = self.scheme(name).model_copy(update={PROMPT_ATTENTION: "16-bit"})
+            return plain.kind, plain.meaning(), self.calibration_name(name)
+
+        plain = (n for n, s in self.schemes.items() if s.prompt_attention == "16-bit")
+        return next((name for name in plain if rest(name) == rest(scheme)), None)
 
     def calibrated_by(self, name: str | None) -> CalibrationSpec:
         """Returns an entry of `calibrations`, or for None the study's `calibration`."""

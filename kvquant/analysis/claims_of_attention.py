@@ -1,0 +1,135 @@
+"""Verdicts of the claims about 8-bit attention of prompts: what it costs, and what it gives.
+
+They separate arithmetic from storage: each compares a cache with itself, with 16-bit attention, or
+8-bit attention over 16 bits with an 8-bit cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from kvquant.analysis.bars import Bar
+from kvquant.analysis.claim_list import CLAIMS, LONG_PROMPT, MIN_SEEDS, MIN_TRIALS
+from kvquant.analysis.evidence import (
+    ROUNDS,
+    TRIALS,
+    Outcome,
+    interval,
+    no_record,
+    not_measured,
+    over_seeds,
+)
+from kvquant.analysis.labels import device_label, job_label
+from kvquant.analysis.study_tables import Tables
+from kvquant.study.jobs import JobCase
+from kvquant.study.schemes import Fp8Scheme
+
+
+def divergence(t: Tables) -> Outcome:
+    """Judges the mean KL divergence of 8-bit attention over that of an FP8 cache, by seed."""
+    bar = CLAIMS["attention-loss"].bar
+    schemes = t.study.schemes
+    ours = [n for n in schemes if t.study.sixteen_bit_twin(n) == t.study.baseline]
+    theirs = [
+        n for n, s in schemes.items() if isinstance(s, Fp8Scheme) and s.prompt_attention == "16-bit"
+    ]
+    found: list[tuple[float, tuple[float, float], int, str]] = []
+    rows = t.evaluations
+    if ours and theirs and "kl" in rows:
+        language = rows[(rows.suite == "perplexity") & (rows.protocol == "B")]
+        for task, group in language.groupby("task", sort=False):
+            kl = group.pivot_table(index="seed", columns="scheme", values="kl")
+            if ours[0] not in kl or theirs[0] not in kl:
+                continue
+            ratios = (kl[ours[0]] / kl[theirs[0]]).dropna().to_numpy(dtype=float)
+            if ratios.size:
+                ends = interval(ratios, t.study.statistics.alpha)
+                name = t.labels.task(str(task))
+                found.append((float(ratios.mean()), ends, ratios.size, name))
+    if not found:
+        return not_measured("needs divergences of 8-bit attention and of an FP8 cache on one task")
+    value, ends, seeds, task = max(found, key=lambda part: bar.worst(part[1]))
+    shown = "; ".join(f"{part[0]:.3f} on {part[3]}" for part in found)
+    return Outcome(
+        shown,
+        bar.met(*ends),
+        seeds,
+        "seeds",
+        seeds >= MIN_SEEDS,
+        *(value, *ends, over_seeds(t.study.statistics.alpha)),
+        cache=t.labels.scheme(ours[0]),
+        baseline=t.labels.scheme(theirs[0]),
+        workload=task + ("" if len(found) == 1 else f" (the worst of {len(found)})"),
+    )
+
+
+def _pairs(t: Tables) -> Iterator[tuple[JobCase, pd.Series, pd.Series]]:
+    """Yields the cases of long prompts in which a cache ran with both attentions."""
+    for name, case in t.study.job_cases().items():
+        if case.prompt < LONG_PROMPT or not case.given_prompts or not len(t.jobs):
+            continue
+        rows = t.jobs[(t.jobs.case == name) & (t.jobs.status == "ok")].set_index("scheme")
+        for scheme in case.schemes:
+            twin = t.study.sixteen_bit_twin(scheme)
+            if twin in rows.index and scheme in rows.index:
+                yield case, rows.loc[scheme], rows.loc[twin]
+
+
+def _worst(
+    t: Tables, column: str, ends: tuple[str, str], bar: Bar, kind: str, *, faster: bool
+) -> Outcome:
+    """Returns the outcome of the worst case: 8 over 16 bits, or 16 over 8 where time counts.
+
+    Args:
+        t: The tables.
+        column: What is compared.
+        ends: The columns of its lower and its upper end.
+        bar: The bar.
+        kind: What the ends are.
+        faster: Whether the ratio is 16-bit over 8-bit attention.
+    """
+    found = []
+    for case, ours, theirs in _pairs(t):
+        if column.startswith("joules") and ours.source != "nvml":
+            return not_measured("an estimate without counters")
+        over, under = (theirs, ours) if faster else (ours, theirs)
+        low, high = over[ends[0]] / under[ends[1]], over[ends[1]] / under[ends[0]]
+        ratio = float(over[column] / under[column]), float(low), float(high)
+        found.append((ratio, case, ours, theirs))
+    if not found:
+        return no_record("jobs")
+    ratio, case, ours, theirs = max(found, key=lambda part: bar.worst(part[0][1:]))
+    fewest = int(min(ours.trials, theirs.trials))
+    names = [t.labels.scheme(str(side.name)) for side in (ours, theirs)]
+    value, low, high = ratio
+    where = job_label(case)
+    device = str(ours.device)
+    told = f"{names[0]} against {names[1]}, on {device_label(device)}"
+    return Outcome(
+        f"{value:.3f} [{low:.3f}, {high:.3f}] ({where}: {told})",
+        bar.met(low, high),
+        fewest,
+        "trials in turns",
+        fewest >= MIN_TRIALS,
+        *(*ratio, kind),
+        cache=names[0],
+        baseline=names[1],
+        workload=where,
+        device=device,
+    )
+
+
+def speed(t: Tables) -> Outcome:
+    """Judges the speed of long prompts with 8-bit over that with 16-bit attention."""
+    ends = ("first_token_ms_p10", "first_token_ms_p90")
+    bar = CLAIMS["attention-speed"].bar
+    return _worst(t, "first_token_ms_median", ends, bar, ROUNDS, faster=True)
+
+
+def energy(t: Tables) -> Outcome:
+    """Judges the energy per prompt token with 8-bit over that with 16-bit attention."""
+    column = "joules_per_prompt_token"
+    ends = (f"{column}_low", f"{column}_high")
+    return _worst(t, column, ends, CLAIMS["attention-energy"].bar, TRIALS, faster=False)
