@@ -74,6 +74,8 @@ def _measure(
     k = keys + sequence.to(tl.int64) * k_sequence + head.to(tl.int64) * k_head
     v = values + sequence.to(tl.int64) * v_sequence + head.to(tl.int64) * v_head
     total, largest = tl.zeros((DIM,), tl.float32), tl.zeros((DIM,), tl.float32)
+    # Not a number where some value is not finite, which maxima leave out on a GPU.
+    broken = tl.zeros((DIM,), tl.float32)
     first = part * (TOKENS * LOOPS)
     for start in range(first, tl.minimum(count, first + TOKENS * LOOPS), TOKENS):
         token = start + tl.arange(0, TOKENS)
@@ -82,10 +84,12 @@ def _measure(
         x = tl.load(k + column * k_token + d[None, :], mask=there[:, None], other=0.0)
         total += tl.sum(x.to(tl.float32), axis=0)
         y = tl.load(v + column * v_token + d[None, :], mask=there[:, None], other=0.0)
-        largest = tl.maximum(largest, tl.max(tl.abs(y.to(tl.float32)), axis=0))
+        y = tl.abs(y.to(tl.float32))
+        largest = tl.maximum(largest, tl.max(y, axis=0))
+        broken += 0.0 * tl.sum(y, axis=0)
     at = (sequence * tl.num_programs(1) + head) * tl.num_programs(0) + part
     tl.store(facts + at.to(tl.int64) * (2 * DIM) + d, total)
-    tl.store(facts + at.to(tl.int64) * (2 * DIM) + DIM + d, largest)
+    tl.store(facts + at.to(tl.int64) * (2 * DIM) + DIM + d, largest + broken)
 
 
 @triton.jit
@@ -110,11 +114,14 @@ def _conclude(
     d, row = tl.arange(0, DIM), tl.arange(0, ROWS)
     mine = facts + own * parts * (2 * DIM)
     largest, rotated = tl.zeros((DIM,), tl.float32), tl.zeros((DIM,), tl.float32)
+    broken = tl.zeros((DIM,), tl.float32)  # as in `_measure`
     part = tl.arange(0, PARTS)[:, None]
     for start in range(0, parts, PARTS):
         at, there = (start + part) * (2 * DIM), start + part < parts
         found = tl.load(mine + at + DIM + d[None, :], mask=there, other=0.0)
         largest = tl.maximum(largest, tl.max(found, axis=0))
+        broken += 0.0 * tl.sum(found, axis=0)
+    largest += broken
     # A few channels at a time, each of which adds its row of the matrix.
     for first in tl.static_range(0, DIM, ROWS):
         total = tl.zeros((ROWS,), tl.float32)
@@ -175,7 +182,8 @@ def _pack_prompt_keys(
     x = x / ROOT - tl.load(rotated_means + own * DIM + d)[None, :]
     x = tl.where(mask, x, 0.0)
     top = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
-    tl.store(key_scales + at, top / INT8_MAX)
+    broken = 0.0 * tl.sum(tl.sum(x, axis=1), axis=0)  # not a number if some key is not finite
+    tl.store(key_scales + at, top / INT8_MAX + broken)
     place = _row_place(row[:, None], d[None, :], DIM, SWIZZLED)
     x = _int8(x * _inverse(top, INT8_MAX, SMALLEST))
     tl.store(packed_keys + at * (TILE * DIM) + place, x)
@@ -242,7 +250,8 @@ def _pack_prompt_queries(
     x = x / ROOT
     own = (sequence * heads + head).to(tl.int64) * tl.num_programs(0) + tile
     top = tl.max(tl.abs(x), axis=1)
-    tl.store(scales + own * QUERIES + row, top * (scaling / INT8_MAX))
+    broken = 0.0 * tl.sum(x, axis=1)  # not a number if the query is not finite
+    tl.store(scales + own * QUERIES + row, top * (scaling / INT8_MAX) + broken)
     if OFFSETS:
         kv_head = sequence * (heads // GROUP) + head // GROUP
         mean = tl.load(key_means + kv_head.to(tl.int64) * DIM + d)

@@ -16,7 +16,7 @@ from kvquant.study.config import Study
 from tests.support.studies import study_of
 from tests.support.tables import job_table
 
-SCHEMES = {
+SCHEMES: dict[str, dict[str, Any]] = {
     "fp16": {"kind": "fp16"},
     "fp16-8": {"kind": "fp16", "prompt_attention": "8-bit"},
     "fp8": {"kind": "fp8"},

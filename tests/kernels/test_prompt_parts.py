@@ -248,3 +248,18 @@ def test_heads_take_turns_in_whole_groups() -> None:
         together = heads_together(heads, kv_heads, keys, 128)
         assert heads % together == 0
         assert together % (heads // kv_heads) == 0
+
+
+@backends
+@pytest.mark.parametrize("which", ["queries", "keys", "values"])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_lost(backend: Any, which: str, number: float) -> None:
+    """8-bit numbers and maxima would leave it out: a query that sees it must not look right."""
+    q, k, v = case(1, 1, 150)
+    {"queries": q, "keys": k, "values": v}[which][0, 0, 60, 5] = number
+    parts = PromptParts(q, 1, 0.125, 1, backend)
+    parts.add(k, v)
+    found = parts.result()
+    seen = found[0, 60] if which == "queries" else found[0, 149]
+    assert not seen.isfinite().all()
+    assert found[1].isfinite().all()  # another sequence
