@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from kvquant.kernels.cuda_build import Function, load
 from kvquant.kernels.cuda_header import cuda_header
 from kvquant.kernels.eight_bit_attention import TILE
-from kvquant.kernels.triton_prompt_pack import QUERIES
 
 CAPABILITY, HEAD_DIMS = (9, 0), (64, 128)
+QUERIES = 64  # per tile of the operands
 # To tune: warpgroups that multiply, and tiles of keys and of values that are copied ahead.
 CONSUMERS, STAGES = 3, 4
 # Heads whose keys and values shall lie in the L2 cache together, by their bytes.

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from kvquant.kernels.cuda_prompt_attention import QUERIES
 from kvquant.kernels.eight_bit_attention import TILE
 from kvquant.kernels.triton_prompt_attention_kernels import _attend_prompt
-from kvquant.kernels.triton_prompt_pack import QUERIES
 
 if TYPE_CHECKING:
     from kvquant.kernels.triton_prompt_pack import Keys, Queries

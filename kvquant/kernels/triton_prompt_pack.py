@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvquant.kernels.cuda_prompt_attention import QUERIES
 from kvquant.kernels.eight_bit_attention import SMALLEST, TILE, rotate_heads
 from kvquant.kernels.triton_prompt_pack_kernels import (
     _conclude,
@@ -27,9 +28,9 @@ from kvquant.kernels.triton_prompt_pack_kernels import (
     _pack_prompt_queries,
 )
 
-# Queries per tile of the operands; tokens that `_measure` reads at a time, and how often; channels
-# whose means `_conclude` rotates at a time, and parts that it reads together.
-QUERIES, TOKENS, LOOPS, CHANNELS, TOGETHER = 64, 64, 16, 32, 32
+# Tokens that `_measure` reads at a time, and how often; channels whose means `_conclude` rotates at
+# a time, and parts that it reads together.
+TOKENS, LOOPS, CHANNELS, TOGETHER = 64, 16, 32, 32
 
 
 @dataclass(frozen=True)
