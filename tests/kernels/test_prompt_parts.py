@@ -2,7 +2,7 @@
 
 On a GPU, else under Triton's interpreter; the CUDA kernel on a Hopper GPU alone.
 
-Also covers: kernels.prompt_backend, kernels.cuda_prompt_attention, kernels.triton_prompt_attention,
+Also covers: kernels.cuda_prompt_attention, kernels.triton_prompt_attention,
 kernels.triton_prompt_attention_kernels.
 """
 
@@ -16,12 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvquant.kernels.backends import DeviceFacts
 from kvquant.kernels.cuda_build import compile_cubin
 from kvquant.kernels.cuda_prompt_attention import PromptShape, header, heads_together
 from kvquant.kernels.eight_bit_attention import EightBitFormat, eight_bit_attention
 from kvquant.kernels.prompt_attention import attend
-from kvquant.kernels.prompt_backend import decide_prompt
 
 pytest.importorskip("triton")
 from kvquant.kernels.prompt_parts import PromptParts, token_columns
@@ -207,31 +205,6 @@ def test_long_prompts_on_a_gpu(heads: int, kv_heads: int, dim: int) -> None:
     assert error(found, specified.double()) < 0.02
     for _ in range(20):
         assert torch.equal(attend(q, k, v, scaling=dim**-0.5), found)
-
-
-FACTS = DeviceFacts("cuda", capability=(9, 0))
-
-
-@pytest.mark.parametrize(
-    ("facts", "dim", "dtype", "wished", "backend", "reason"),
-    [
-        (FACTS, 128, torch.float16, "auto", "cuda", ""),
-        (FACTS, 128, torch.float16, "triton", "triton", "KVQUANT_KERNELS"),
-        (FACTS, 256, torch.bfloat16, "auto", "triton", "head_dim: 256"),
-        (FACTS, 80, torch.bfloat16, "auto", "pytorch", "head_dim: 80"),
-        (FACTS, 64, torch.float32, "auto", "pytorch", "dtype: kernels read"),
-        (DeviceFacts("cuda", capability=(8, 0)), 64, torch.float16, "auto", "triton", "8.0 is not"),
-        (DeviceFacts("cpu"), 64, torch.float16, "auto", "pytorch", "is not a GPU"),
-    ],
-)
-def test_the_decision(
-    facts: DeviceFacts, dim: int, dtype: torch.dtype, wished: str, backend: str, reason: str
-) -> None:
-    selection = decide_prompt(dim, dtype, facts, wished, load=False)
-    assert selection.backend == backend
-    told = "\n".join(selection.lines())
-    assert told.startswith(f"8-bit attention of a prompt: {backend}")
-    assert reason in told
 
 
 @pytest.mark.parametrize("dim", [64, 128])
