@@ -7,11 +7,13 @@ They separate arithmetic from storage: each compares a cache with itself, with 1
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pandas as pd
 
 from kvquant.analysis.bars import Bar
-from kvquant.analysis.claim_list import CLAIMS, LONG_PROMPT, MIN_SEEDS, MIN_TRIALS
+from kvquant.analysis.claim_list import CLAIMS, LONG_PROMPT, MIN_SEEDS
+from kvquant.analysis.claims_of_jobs import outcome_of_trials, ratio_in_words
 from kvquant.analysis.evidence import (
     ROUNDS,
     TRIALS,
@@ -70,7 +72,9 @@ def _pairs(t: Tables) -> Iterator[tuple[JobCase, pd.Series, pd.Series]]:
     for name, case in t.study.job_cases().items():
         if case.prompt < LONG_PROMPT or not case.given_prompts or not len(t.jobs):
             continue
-        rows = t.jobs[(t.jobs.case == name) & (t.jobs.status == "ok")].set_index("scheme")
+        rows = t.jobs[(t.jobs.case == name) & (t.jobs.status == "ok")].set_index(
+            "scheme", drop=False
+        )
         for scheme in case.schemes:
             twin = t.study.sixteen_bit_twin(scheme)
             if twin in rows.index and scheme in rows.index:
@@ -101,24 +105,11 @@ def _worst(
     if not found:
         return no_record("jobs")
     ratio, case, ours, theirs = max(found, key=lambda part: bar.worst(part[0][1:]))
-    fewest = int(min(ours.trials, theirs.trials))
-    names = [t.labels.scheme(str(side.name)) for side in (ours, theirs)]
-    value, low, high = ratio
     where = job_label(case)
-    device = str(ours.device)
-    told = f"{names[0]} against {names[1]}, on {device_label(device)}"
-    return Outcome(
-        f"{value:.3f} [{low:.3f}, {high:.3f}] ({where}: {told})",
-        bar.met(low, high),
-        fewest,
-        "trials in turns",
-        fewest >= MIN_TRIALS,
-        *(*ratio, kind),
-        cache=names[0],
-        baseline=names[1],
-        workload=where,
-        device=device,
-    )
+    names = [t.labels.scheme(str(side.scheme)) for side in (ours, theirs)]
+    told = f"{where}: {names[0]} against {names[1]}, on {device_label(str(ours.device))}"
+    text = ratio_in_words(*ratio, told)
+    return replace(outcome_of_trials(t, ours, theirs, ratio, where, bar, text), interval=kind)
 
 
 def speed(t: Tables) -> Outcome:

@@ -71,7 +71,8 @@ def _ratio(ours: pd.Series, base: pd.Series, column: str) -> tuple[float, float,
     return float(ours[column] / base[column]), low, high
 
 
-def _text(value: float, low: float, high: float, what: str) -> str:
+def ratio_in_words(value: float, low: float, high: float, what: str) -> str:
+    """Returns a ratio with its ends and what it is of."""
     return f"{value:.3f} [{low:.3f}, {high:.3f}] ({what})"
 
 
@@ -81,7 +82,7 @@ def _who(t: Tables, ours: pd.Series, base: pd.Series) -> str:
     return f"{both[0]} over {both[1]}, on {device_label(str(ours.device))}"
 
 
-def _outcome(
+def outcome_of_trials(
     t: Tables, ours: pd.Series, base: pd.Series, ratio: tuple[float, float, float], where: str,
     bar: Bar, text: str,
 ) -> Outcome:  # fmt: skip
@@ -115,7 +116,7 @@ def capacity(t: Tables) -> Outcome:
         low = float(ours.capacity_tokens / (best.capacity_tokens + step))
         high = float((ours.capacity_tokens + step) / best.capacity_tokens)
         kind = f"step of the search, {step:,} tokens"
-        found = _outcome(
+        found = outcome_of_trials(
             t, ours, best, (value, low, high), job_label(case), CLAIMS["capacity"].bar, told
         )
         return replace(found, n=1, n_of="search of each cache", enough=True, interval=kind)
@@ -128,9 +129,9 @@ def speed(t: Tables) -> Outcome:
         best = base.loc[base.job_tokens_per_s.idxmax()]
         ratio = _ratio(ours, best, "job_tokens_per_s")
         batches = f"{int(ours.batch_size)} prompts against {int(best.batch_size)}"
-        told = _text(*ratio, f"{job_label(case)}: {_who(t, ours, best)}, {batches}")
+        told = ratio_in_words(*ratio, f"{job_label(case)}: {_who(t, ours, best)}, {batches}")
         where = f"{job_label(case)}, {batches}"
-        return _outcome(t, ours, best, ratio, where, CLAIMS["job-speed"].bar, told)
+        return outcome_of_trials(t, ours, best, ratio, where, CLAIMS["job-speed"].bar, told)
     return _no_pair(t, _in_budget)
 
 
@@ -141,8 +142,8 @@ def _joules(t: Tables, column: str, bar: Bar) -> Outcome:
             return not_measured("an estimate without counters")
         best = base.loc[base[column].idxmin()]
         ratio = _ratio(ours, best, column)
-        told = _text(*ratio, f"{job_label(case)}: {_who(t, ours, best)}")
-        return _outcome(t, ours, best, ratio, job_label(case), bar, told)
+        told = ratio_in_words(*ratio, f"{job_label(case)}: {_who(t, ours, best)}")
+        return outcome_of_trials(t, ours, best, ratio, job_label(case), bar, told)
     return _no_pair(t, _metered)
 
 
@@ -173,8 +174,8 @@ def generate(t: Tables) -> Outcome:
         return _no_pair(t, _generated)
     ratio, name, ours, theirs = min(found, key=lambda case: case[0][0])
     steps, trials = (int(min(ours[key], theirs[key])) for key in ("step_ms_n", "trials"))
-    text = _text(*ratio, f"{name}: {_who(t, ours, theirs)}")
-    outcome = _outcome(t, ours, theirs, ratio, name, CLAIMS["generate-speed"].bar, text)
+    text = ratio_in_words(*ratio, f"{name}: {_who(t, ours, theirs)}")
+    outcome = outcome_of_trials(t, ours, theirs, ratio, name, CLAIMS["generate-speed"].bar, text)
     enough = trials >= MIN_REPEATS and steps >= MIN_ROUNDS
     return replace(
         outcome,
