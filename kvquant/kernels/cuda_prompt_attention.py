@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from kvquant.kernels.cuda_build import Function, load
 from kvquant.kernels.cuda_header import cuda_header
-from kvquant.kernels.eight_bit_attention import TILE
+from kvquant.kernels.eight_bit_attention import NEAR_TILES, REST_BITS, TILE
 
 CAPABILITY, HEAD_DIMS = (9, 0), (64, 128)
 QUERIES = 64  # per tile of the operands
@@ -25,8 +25,9 @@ class PromptParams(ctypes.Structure):
     """Arguments of the kernel `attend_prompt` (`cuda/prompt_params.cuh`)."""
 
     _fields_ = [
+        *((name, ctypes.c_void_p * 2) for name in ("queries", "keys", "values")),
         *((name, ctypes.c_void_p) for name in (
-            "queries", "keys", "values", "query_scales", "query_offsets", "key_scales",
+            "query_scales", "query_offsets", "key_scales",
             "value_scales", "counts", "columns", "out", "state_out", "state_top",
             "state_total",
         )),
@@ -54,7 +55,7 @@ class PromptShape:
         """The shared memory of a thread block, `struct SharedStorage` of the source and more."""
         tiles = STAGES * (2 * TILE * self.head_dim + 8 * TILE)  # with a row of ones and zeros
         return (
-            CONSUMERS * QUERIES * self.head_dim + tiles + 8 * (1 + 4 * STAGES) + 2 * 1024
+            2 * CONSUMERS * QUERIES * self.head_dim + tiles + 8 * (1 + 4 * STAGES) + 2 * 1024
         )  # alignment of operands and of the struct
 
 
@@ -65,6 +66,8 @@ def header(shape: PromptShape) -> str:
         "BF16": shape.bf16,
         "CONSUMERS": CONSUMERS,
         "STAGES": STAGES,
+        "NEAR_TILES": NEAR_TILES,
+        "REST_BITS": REST_BITS,
         "SHARED_BYTES": shape.shared_bytes,
     }
     return cuda_header(constants, (PromptParams,))

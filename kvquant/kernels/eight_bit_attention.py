@@ -6,7 +6,11 @@ the keys is taken out (Zhang et al., SageAttention, arXiv 2410.02367), queries a
 by one Hadamard matrix (Ashkboos et al., QuaRot, arXiv 2404.00456), and each tile of keys has an
 exponent of its own for the weights.
 
-The last one is for long prompts: weights that are rounded relative to the largest score so far
+Most of a row's weight is on the first tokens and on those just before it, so most of its error
+would come from there, too. The first tile of keys and those next to a row are *fine*: their scores
+and values have about 16 bits. That is a small share of a long prompt's tiles. Weights stay in E4M3.
+
+The exponents are for long prompts: weights that are rounded relative to the largest score so far
 vanish beside one strong key. E4M3 ends at 2**-9, so a first token with half of a row's weight would
 leave nothing of 2**18 others with the rest. The running output is therefore kept relative to the
 tile that was added last, which costs a kernel nothing: it scales its output once per tile anyway.
@@ -21,6 +25,8 @@ from typing import Literal, NamedTuple
 import torch
 
 TILE = 128  # keys whose scores share a scale, and whose weights share an exponent
+NEAR_TILES = 1  # fine ones before the tile of a row's last key, which is fine itself
+REST_BITS = 7  # that a kernel gives to what rounding leaves of a fine tile's queries and keys
 WEIGHT_BITS = 8  # the largest weight of a tile is 2**8, below E4M3's largest number
 # How far a tile's exponent may lie below the largest score so far (in powers of two), so that the
 # running output, which is relative to it, stays far from fp32's largest number.
@@ -127,16 +133,34 @@ def quantize_queries(queries: torch.Tensor, fmt: EightBitFormat) -> Codes:
     return _encode(rotated, rotated.abs().amax(-1, keepdim=True), fmt.scores)
 
 
+def smooth_keys(
+    keys: torch.Tensor, valid: torch.Tensor | None = None, mean: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Takes the mean out of keys and rotates them.
+
+    Any mean gives the same softmax, provided that all keys of a call share it: it adds the same
+    number to all scores of a query.
+
+    Args:
+        keys: `[batch_size, num_kv_heads, kv_len, head_dim]` after RoPE.
+        valid: bool `[batch_size, kv_len]`, whether there is a token; None: everywhere.
+        mean: What is taken out, `[batch_size, num_kv_heads, 1, head_dim]`; None: :func:`mean_key`.
+
+    Returns:
+        fp32 of the same shape, 0 in place of padding.
+    """
+    mean = mean_key(keys, valid) if mean is None else mean
+    # The mean is taken out before the rotation: the order in which rounding is least.
+    return without_padding(rotate_heads(without_padding(keys, valid) - mean), valid)
+
+
 def quantize_keys(
     keys: torch.Tensor,
     fmt: EightBitFormat,
     valid: torch.Tensor | None = None,
     mean: torch.Tensor | None = None,
 ) -> Codes:
-    """Takes the mean out of keys, rotates them and rounds them to 8 bits, one scale per tile.
-
-    Any mean gives the same softmax, provided that all keys of a call share it: it adds the same
-    number to all scores of a query.
+    """Rounds keys to 8 bits, one scale per tile, after :func:`smooth_keys`.
 
     Args:
         keys: `[batch_size, num_kv_heads, kv_len, head_dim]` after RoPE.
@@ -148,10 +172,7 @@ def quantize_keys(
         Codes of the same shape, 0 in place of padding; scales
         `[batch_size, num_kv_heads, ceil(kv_len / TILE), 1]`.
     """
-    mean = mean_key(keys, valid) if mean is None else mean
-    # The mean is taken out before the rotation: the order in which rounding is least.
-    rotated = without_padding(rotate_heads(without_padding(keys, valid) - mean), valid)
-    length = keys.shape[2]
+    rotated, length = smooth_keys(keys, valid, mean), keys.shape[2]
     padded = torch.nn.functional.pad(rotated, (0, 0, 0, -length % TILE))
     tiles = padded.unflatten(2, (-1, TILE))
     codes, scale = _encode(tiles, tiles.abs().amax((-1, -2), keepdim=True), fmt.scores)
@@ -208,7 +229,8 @@ def eight_bit_attention(
     """Computes causal softmax attention with 8-bit products, tile by tile of keys.
 
     The queries are the last `q_len` of the `kv_len` tokens: query `i` sees valid keys up to column
-    `kv_len - q_len + i`. Nothing in padding reaches the output of a token.
+    `kv_len - q_len + i`. Nothing in padding reaches the output of a token. A kernel may treat more
+    tiles next to a row as fine ones, and gives them 15 bits.
 
     Args:
         queries: `[batch_size, num_heads, q_len, head_dim]` after RoPE.
@@ -230,11 +252,15 @@ def eight_bit_attention(
     offset = kv_len - q_len
     q, q_scale = quantize_queries(queries, fmt)
     # Scores in powers of two: a GPU's exponential is that of base two.
-    q_scale = (q_scale * (scaling * math.log2(math.e))).unflatten(1, (kv_heads, -1))
+    scaling *= math.log2(math.e)
+    q_scale = (q_scale * scaling).unflatten(1, (kv_heads, -1))
     # The integers are exact in fp32, and so are their sums: 127 * 127 * 256 < 2**24.
     q_wide = q.float().unflatten(1, (kv_heads, -1))
+    q_fine = (rotate_heads(queries.float()) * scaling).unflatten(1, (kv_heads, -1))
     k, k_scale = quantize_keys(keys, fmt, valid)
+    k_fine = smooth_keys(keys, valid)
     v, v_scale = _values(values, valid, fmt)
+    v_wide, v_fine = v.float() * v_scale, without_padding(values, valid)
     out = torch.zeros_like(q_wide)
     rows = out.shape[:-1]
     total = out.new_zeros((*rows, 1))
@@ -246,8 +272,12 @@ def eight_bit_attention(
         if first >= q_len:
             break
         tile = slice(start, min(start + TILE, kv_len))
-        scores = q_wide[..., first:, :] @ k[:, :, None, tile].float().mT
-        scores *= q_scale[..., first:, :] * k_scale[:, :, None, None, start // TILE]
+        fine = q_len if start == 0 else start + (1 + NEAR_TILES) * TILE - offset  # rows before it
+        near, far = slice(first, max(first, fine)), slice(max(first, fine), None)
+        exact = q_fine[..., near, :] @ k_fine[:, :, None, tile].mT
+        coarse = q_wide[..., far, :] @ k[:, :, None, tile].float().mT
+        coarse *= q_scale[..., far, :] * k_scale[:, :, None, None, start // TILE]
+        scores = torch.cat((exact, coarse), -2)
         seen = columns[tile] <= columns[offset + first :, None]
         if valid is not None:
             seen = seen & valid[:, None, None, None, tile]
@@ -260,8 +290,12 @@ def eight_bit_attention(
         # At most 2**MAX_DROP, or any number below 1; before the first key there is nothing to keep.
         old = torch.exp2(base[..., first:, :] - new)
         old = torch.where(highest[..., first:, :] == -math.inf, torch.zeros_like(old), old)
-        out[..., first:, :] = out[..., first:, :] * old + weights @ v[:, :, None, tile].float()
+        count = exact.shape[-2]
+        near_sum = weights[..., :count, :] @ v_fine[:, :, None, tile]
+        far_sum = weights[..., count:, :] @ v_wide[:, :, None, tile]
+        added = torch.cat((near_sum, far_sum), -2)
+        out[..., first:, :] = out[..., first:, :] * old + added
         total[..., first:, :] = total[..., first:, :] * old + weights.sum(-1, keepdim=True)
         base[..., first:, :], highest[..., first:, :] = new, high
-    out = out / torch.where(total == 0, torch.ones_like(total), total) * v_scale[:, :, None]
+    out = out / torch.where(total == 0, torch.ones_like(total), total)
     return out.reshape(batch, heads, q_len, dim).transpose(1, 2).to(queries.dtype)

@@ -100,23 +100,27 @@ class PromptParts:
         packed = pack_keys(keys, values, counts, columns, swizzled=swizzled)
         asked = pack_queries(
             self._queries, packed, self._columns, self._scaling, order=order,
-            offsets=self._parts > 1, swizzled=swizzled,
+            offsets=self._parts > 1 or not swizzled, swizzled=swizzled,
         )  # fmt: skip
         if not swizzled:
             triton_prompt_attention.launch(
-                asked, packed, values, self._columns, columns, self._out, self._state, window,
-                first=first, last=last,
+                (self._queries, keys, values), asked, packed, self._scaling, order, self._columns,
+                columns, self._out, self._state, window, first=first, last=last,
             )  # fmt: skip
             return
         assert packed.values is not None
         state, table = self._state or (None, None, None), self._columns
         params = PromptParams(
+            *(
+                tuple(t.data_ptr() for t in both)
+                for both in (asked.queries, packed.keys, packed.values)
+            ),
             *(None if t is None else t.data_ptr() for t in (
-                asked.queries, packed.keys, packed.values, asked.scales, asked.offsets,
+                asked.scales, asked.offsets,
                 packed.key_scales, packed.value_scales, counts, table,
                 self._out if last else None, *state,
             )),
-            heads, self._kv_heads, asked.scales.shape[2], packed.keys.shape[2], length,
+            heads, self._kv_heads, asked.scales.shape[2], packed.key_scales.shape[2], length,
             0 if table is None else table.stride(0), window or 0,
             cuda_prompt_attention.heads_together(heads, self._kv_heads, keys.shape[2], dim), first,
         )  # fmt: skip

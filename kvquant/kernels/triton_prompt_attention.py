@@ -1,11 +1,13 @@
 """Attention of many queries by a Triton kernel: scores of INT8 products, values in 16 bits.
 
 It takes the shapes and GPUs that the CUDA kernel (`cuda/prompt_attention.cu`) does not. Operands
-are those of :mod:`kvquant.kernels.triton_prompt_pack`, not swizzled; values are read as they are.
+are those of :mod:`kvquant.kernels.triton_prompt_pack`, not swizzled; values, and queries and keys
+of fine tiles, are read as they were given.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -38,9 +40,11 @@ TILES = {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64,
 
 
 def launch(
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     queries: Queries,
     keys: Keys,
-    values: torch.Tensor,
+    scaling: float,
+    order: torch.Tensor | None,
     query_columns: torch.Tensor | None,
     key_columns: torch.Tensor | None,
     out: torch.Tensor,
@@ -53,9 +57,13 @@ def launch(
     """Attends to a part of the keys.
 
     Args:
-        queries: Quantized queries.
+        given: Queries `[batch_size, num_heads, q_len, head_dim]`, keys and values
+            `[batch_size, num_kv_heads, kv_len, head_dim]`, 16 bits.
+        queries: Quantized queries, with offsets.
         keys: Quantized keys.
-        values: `[batch_size, num_kv_heads, kv_len, head_dim]`, 16 bits.
+        scaling: Factor of the scores.
+        order: int32 `[num_kv_heads, head_dim]`, the channels of keys in the order in which they
+            lie; None where it is their own.
         query_columns: The columns of the queries' tokens; None: their numbers.
         key_columns: The columns of the keys' tokens; None: their numbers.
         out: `[batch_size, q_len, num_heads, head_dim]`, written with `last`.
@@ -64,19 +72,20 @@ def launch(
         first: Whether no part came before.
         last: Whether none comes behind.
     """
-    values = values if values.stride(3) == 1 else values.contiguous()
+    assert queries.offsets is not None
+    given_queries, given_keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in given)
     batch, columns, heads, dim = out.shape
     tiles, room = TILES[dim], queries.scales.shape[2] * QUERIES
     counts = keys.counts
     held = (queries.scales,) * 3 if state is None else state
-    tables = [counts if t is None else t for t in (query_columns, key_columns)]
+    tables = [counts if t is None else t for t in (order, query_columns, key_columns)]
     _attend_prompt[(-(-room // tiles.rows), heads, batch)](
-        queries.queries, keys.keys, values, queries.scales,
-        queries.scales if queries.offsets is None else queries.offsets, keys.key_scales, counts,
-        *tables, out, *held, columns, tables[0].stride(0), tables[1].stride(0),
-        keys.keys.shape[2], window or 0, *values.stride()[:3],
-        heads // keys.keys.shape[1], dim, tiles.rows, tiles.keys, TILE, query_columns is not None,
-        key_columns is not None,
-        queries.offsets is not None, window is not None, first, last, room,
+        given_queries, given_keys, values, queries.queries[0], keys.keys[0], queries.scales,
+        queries.offsets, keys.key_scales, counts, *tables, out, *held,
+        scaling * math.log2(math.e), columns, tables[1].stride(0), tables[2].stride(0),
+        keys.key_scales.shape[2], window or 0, *given_queries.stride()[:3],
+        *given_keys.stride()[:3], *values.stride()[:3],
+        heads // keys.key_scales.shape[1], dim, tiles.rows, tiles.keys, TILE, order is not None,
+        query_columns is not None, key_columns is not None, window is not None, first, last, room,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

@@ -8,7 +8,8 @@ and minus ones, which is exact but for the fp32 sums.
 The operands of the CUDA kernel lie in memory as its products read them from shared memory
 (`swizzled`): a tile is one contiguous piece, in which the 16-byte pieces of a row are permuted by
 the row's number, and tiles of values are transposed, with tokens in the order in which a lane has
-its weights.
+its weights. They have second numbers for fine tiles, which hold what the first ones left over: of
+queries and keys in units of 2**-REST_BITS, of values in the same units as the first.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from kvquant.kernels.cuda_prompt_attention import QUERIES
-from kvquant.kernels.eight_bit_attention import SMALLEST, TILE, rotate_heads
+from kvquant.kernels.eight_bit_attention import REST_BITS, SMALLEST, TILE, rotate_heads
 from kvquant.kernels.triton_prompt_pack_kernels import (
     _conclude,
     _measure,
@@ -40,18 +41,19 @@ class Keys:
     Attributes:
         counts: int32 `[batch_size, 3]`: queries, keys, and keys that come before the first query,
             which may be negative.
-        keys: INT8 `[batch_size, num_kv_heads, tiles, 128 * head_dim]`.
+        keys: INT8 `[batch_size, num_kv_heads, tiles, 128 * head_dim]`, the first numbers and, for
+            the CUDA kernel, the second ones.
         key_scales: fp32 `[batch_size, num_kv_heads, tiles]`.
         key_means: fp32 `[batch_size, num_kv_heads, head_dim]`.
-        values: e4m3 as bytes, the shape of `keys`; None where values stay in 16 bits.
+        values: e4m3 as bytes, likewise; None where values stay in 16 bits.
         value_scales: fp32 `[batch_size, num_kv_heads, head_dim]`.
     """
 
     counts: torch.Tensor
-    keys: torch.Tensor
+    keys: tuple[torch.Tensor, ...]
     key_scales: torch.Tensor
     key_means: torch.Tensor
-    values: torch.Tensor | None
+    values: tuple[torch.Tensor, ...] | None
     value_scales: torch.Tensor
 
 
@@ -60,13 +62,14 @@ class Queries:
     """Quantized queries.
 
     Attributes:
-        queries: INT8 `[batch_size, num_heads, tiles, 64 * head_dim]`.
+        queries: INT8 `[batch_size, num_heads, tiles, 64 * head_dim]`, the first numbers and, for
+            the CUDA kernel, the second ones.
         scales: fp32 `[batch_size, num_heads, tiles, 64]`, with the factor of the scores, in units
             of log2.
         offsets: The same shape: what the means of the keys add to the scores; None: not asked for.
     """
 
-    queries: torch.Tensor
+    queries: tuple[torch.Tensor, ...]
     scales: torch.Tensor
     offsets: torch.Tensor | None
 
@@ -117,15 +120,17 @@ def pack_keys(
         facts, counts, signs, means, rotated, largest, scales, parts, dim, CHANNELS, TOGETHER,
         math.sqrt(dim),
     )  # fmt: skip
-    packed = keys.new_empty((batch, heads, tiles, TILE * dim), dtype=torch.int8)
-    packed_values = packed.new_empty(packed.shape, dtype=torch.uint8) if swizzled else None
+    packed = keys.new_empty((1 + swizzled, batch, heads, tiles, TILE * dim), dtype=torch.int8)
+    packed_values = torch.empty_like(packed, dtype=torch.uint8) if swizzled else None
     key_scales = facts.new_empty((batch, heads, tiles))
     written = packed if packed_values is None else packed_values.view(torch.float8_e4m3fn)
     _pack_prompt_keys[(tiles, heads, batch)](
         keys, values, table, counts, signs, rotated, largest, packed, written, key_scales,
-        *strides, columns is not None, dim, TILE, SMALLEST, math.sqrt(dim), swizzled, num_warps=8,
+        *strides, packed.stride(0), columns is not None, dim, TILE, SMALLEST, math.sqrt(dim),
+        2**REST_BITS, swizzled, num_warps=8,
     )  # fmt: skip
-    return Keys(counts, packed, key_scales, means, packed_values, scales)
+    both = None if packed_values is None else packed_values.unbind()
+    return Keys(counts, packed.unbind(), key_scales, means, both, scales)
 
 
 def pack_queries(
@@ -155,15 +160,16 @@ def pack_queries(
     batch, heads, length, dim = queries.shape
     table, stride = _columns(columns, keys.counts)
     tiles = -(-length // QUERIES)
-    packed = queries.new_empty((batch, heads, tiles, QUERIES * dim), dtype=torch.int8)
+    shape = (1 + swizzled, batch, heads, tiles, QUERIES * dim)
+    packed = queries.new_empty(shape, dtype=torch.int8)
     scales = queries.new_empty((batch, heads, tiles, QUERIES), dtype=torch.float32)
     added = torch.empty_like(scales) if offsets else None
     signs = _signs(dim, queries.dtype, queries.device)
     _pack_prompt_queries[(tiles, heads, batch)](
         queries, table, keys.counts, keys.counts if order is None else order, signs,
         keys.key_means, packed, scales, scales if added is None else added,
-        scaling * math.log2(math.e), *queries.stride()[:3], stride, columns is not None,
-        order is not None, offsets, dim, heads // keys.keys.shape[1], QUERIES, SMALLEST,
-        math.sqrt(dim), swizzled,
+        scaling * math.log2(math.e), *queries.stride()[:3], stride, packed.stride(0),
+        columns is not None, order is not None, offsets, dim, heads // keys.key_means.shape[1],
+        QUERIES, SMALLEST, math.sqrt(dim), 2**REST_BITS, swizzled,
     )  # fmt: skip
-    return Queries(packed, scales, added)
+    return Queries(packed.unbind(), scales, added)

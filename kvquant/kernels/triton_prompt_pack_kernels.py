@@ -21,9 +21,26 @@ def _column(columns, stride, sequence, token, there, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _load_tokens(data, sequence, head, column, channel, there, of_sequence, of_head, of_token):
+    """Loads channels of a head's tokens `[tokens, channels]`, zeros where there is none."""
+    own = data + sequence.to(tl.int64) * of_sequence + head.to(tl.int64) * of_head
+    at = own + column[:, None] * of_token + channel[None, :]
+    return tl.load(at, mask=there[:, None], other=0.0)
+
+
+@triton.jit
 def _int8(x):
     """Rounds to the nearest integer, ties to even, which is in the range of INT8 already."""
     return ((x + ROUNDING) - ROUNDING).to(tl.int8)
+
+
+@triton.jit
+def _write_int8(at, second, x, UNITS: tl.constexpr, RESTS: tl.constexpr):
+    """Writes integers next to numbers and, with RESTS, what they left over in smaller units."""
+    near = _int8(x)
+    tl.store(at, near)
+    if RESTS:
+        tl.store(at + second, _int8((x - near.to(tl.float32)) * UNITS))
 
 
 @triton.jit
@@ -71,8 +88,6 @@ def _measure(
     part, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     count = tl.load(counts + sequence * 3 + 1)
     d = tl.arange(0, DIM)
-    k = keys + sequence.to(tl.int64) * k_sequence + head.to(tl.int64) * k_head
-    v = values + sequence.to(tl.int64) * v_sequence + head.to(tl.int64) * v_head
     total, largest = tl.zeros((DIM,), tl.float32), tl.zeros((DIM,), tl.float32)
     # Not a number where some value is not finite, which maxima leave out on a GPU.
     broken = tl.zeros((DIM,), tl.float32)
@@ -80,10 +95,10 @@ def _measure(
     for start in range(first, tl.minimum(count, first + TOKENS * LOOPS), TOKENS):
         token = start + tl.arange(0, TOKENS)
         there = token < count
-        column = _column(columns, columns_stride, sequence, token, there, COLUMNS)[:, None]
-        x = tl.load(k + column * k_token + d[None, :], mask=there[:, None], other=0.0)
+        column = _column(columns, columns_stride, sequence, token, there, COLUMNS)
+        x = _load_tokens(keys, sequence, head, column, d, there, k_sequence, k_head, k_token)
         total += tl.sum(x.to(tl.float32), axis=0)
-        y = tl.load(v + column * v_token + d[None, :], mask=there[:, None], other=0.0)
+        y = _load_tokens(values, sequence, head, column, d, there, v_sequence, v_head, v_token)
         y = tl.abs(y.to(tl.float32))
         largest = tl.maximum(largest, tl.max(y, axis=0))
         broken += 0.0 * tl.sum(y, axis=0)
@@ -157,14 +172,16 @@ def _pack_prompt_keys(
     v_head,
     v_token,
     columns_stride,
+    second,
     COLUMNS: tl.constexpr,
     DIM: tl.constexpr,
     TILE: tl.constexpr,
     SMALLEST: tl.constexpr,
     ROOT: tl.constexpr,
+    UNITS: tl.constexpr,
     SWIZZLED: tl.constexpr,
 ):
-    """Quantizes a tile of keys and, for swizzled operands, of values."""
+    """Quantizes a tile of keys and, for swizzled operands, of values, with second numbers."""
     tile, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     count = tl.load(counts + sequence * 3 + 1)
     if tile * TILE >= count:
@@ -172,36 +189,37 @@ def _pack_prompt_keys(
     d = tl.arange(0, DIM)
     row = tl.arange(0, TILE)
     token = tile * TILE + row
-    mask = (token < count)[:, None]
-    column = _column(columns, columns_stride, sequence, token, token < count, COLUMNS)[:, None]
+    there = token < count
+    column = _column(columns, columns_stride, sequence, token, there, COLUMNS)
     own = (sequence * tl.num_programs(1) + head).to(tl.int64)
     at = own * tl.num_programs(0) + tile
-    k = keys + sequence.to(tl.int64) * k_sequence + head.to(tl.int64) * k_head
-    x = tl.load(k + column * k_token + d[None, :], mask=mask, other=0.0)
+    x = _load_tokens(keys, sequence, head, column, d, there, k_sequence, k_head, k_token)
     x = tl.dot(x, tl.load(signs + d[:, None] * DIM + d[None, :]), input_precision="ieee")
     x = x / ROOT - tl.load(rotated_means + own * DIM + d)[None, :]
-    x = tl.where(mask, x, 0.0)
+    x = tl.where(there[:, None], x, 0.0)
     top = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
     broken = 0.0 * tl.sum(tl.sum(x, axis=1), axis=0)  # not a number if some key is not finite
     tl.store(key_scales + at, top / INT8_MAX + broken)
     place = _row_place(row[:, None], d[None, :], DIM, SWIZZLED)
-    x = _int8(x * _inverse(top, INT8_MAX, SMALLEST))
-    tl.store(packed_keys + at * (TILE * DIM) + place, x)
+    x = x * _inverse(top, INT8_MAX, SMALLEST)
+    _write_int8(packed_keys + at * (TILE * DIM) + place, second, x, UNITS, SWIZZLED)
     if SWIZZLED:
         # Of 32 tokens a lane holds the weights 2 t, 2 t + 1 of each eight; the product takes
         # four at a time of each sixteen.
         half, lane, i = row % 32 // 16, row % 16 // 4, row % 4
         token = tile * TILE + row // 32 * 32 + half * 16 + i // 2 * 8 + lane * 2 + i % 2
-        mask = (token < count)[:, None]
-        column = _column(columns, columns_stride, sequence, token, token < count, COLUMNS)
-        v = values + sequence.to(tl.int64) * v_sequence + head.to(tl.int64) * v_head
-        y = tl.load(v + column[:, None] * v_token + d[None, :], mask=mask, other=0.0)
+        there = token < count
+        column = _column(columns, columns_stride, sequence, token, there, COLUMNS)
+        y = _load_tokens(values, sequence, head, column, d, there, v_sequence, v_head, v_token)
         largest = tl.load(largest_values + own * DIM + d)
         y = y.to(tl.float32) * _inverse(largest, FP8_MAX, SMALLEST)[None, :]
-        y = tl.clamp(y, -FP8_MAX, FP8_MAX).to(tl.float8e4nv)
+        y = tl.trans(tl.clamp(y, -FP8_MAX, FP8_MAX))
         piece = (row // 16)[None, :] ^ (d % 8)[:, None]
         place = _in_pieces(d[:, None] * TILE + piece * 16 + (row % 16)[None, :])
-        tl.store(packed_values + at * (TILE * DIM) + place, tl.trans(y))
+        to = packed_values + at * (TILE * DIM) + place
+        near = y.to(tl.float8e4nv)
+        tl.store(to, near)
+        tl.store(to + second, (y - near.to(tl.float32)).to(tl.float8e4nv))
 
 
 @triton.jit
@@ -220,6 +238,7 @@ def _pack_prompt_queries(
     q_head,
     q_column,
     columns_stride,
+    second,
     COLUMNS: tl.constexpr,
     ORDERED: tl.constexpr,
     OFFSETS: tl.constexpr,
@@ -228,6 +247,7 @@ def _pack_prompt_queries(
     QUERIES: tl.constexpr,
     SMALLEST: tl.constexpr,
     ROOT: tl.constexpr,
+    UNITS: tl.constexpr,
     SWIZZLED: tl.constexpr,
 ):
     """Quantizes a tile of queries, and finds what the means of the keys add to their scores."""
@@ -240,12 +260,13 @@ def _pack_prompt_queries(
     row = tl.arange(0, QUERIES)
     token = tile * QUERIES + row
     there = token < count
-    column = _column(columns, columns_stride, sequence, token, there, COLUMNS)[:, None]
+    column = _column(columns, columns_stride, sequence, token, there, COLUMNS)
     channel = d
     if ORDERED:
         channel = tl.load(order + head // GROUP * DIM + d)
-    q = queries + sequence.to(tl.int64) * q_sequence + head.to(tl.int64) * q_head
-    given = tl.load(q + column * q_column + channel[None, :], mask=there[:, None], other=0.0)
+    given = _load_tokens(
+        queries, sequence, head, column, channel, there, q_sequence, q_head, q_column
+    )
     x = tl.dot(given, tl.load(signs + d[:, None] * DIM + d[None, :]), input_precision="ieee")
     x = x / ROOT
     own = (sequence * heads + head).to(tl.int64) * tl.num_programs(0) + tile
@@ -258,5 +279,5 @@ def _pack_prompt_queries(
         added = tl.sum(given.to(tl.float32) * mean[None, :], axis=1)
         tl.store(offsets + own * QUERIES + row, added * scaling)
     place = _row_place(row[:, None], d[None, :], DIM, SWIZZLED)
-    x = _int8(x * _inverse(top, INT8_MAX, SMALLEST)[:, None])
-    tl.store(packed + own * (QUERIES * DIM) + place, x)
+    x = x * _inverse(top, INT8_MAX, SMALLEST)[:, None]
+    _write_int8(packed + own * (QUERIES * DIM) + place, second, x, UNITS, SWIZZLED)

@@ -24,6 +24,7 @@ VERSIONS = {
     **{"fetch": 2, "statistics-file": 3, "quantizer-file": 3},
     **{"calibrate": 1, "quantize": 1, "prompts": 1, "evaluate": 1},
     **{"append": 1, "kernels": 1, "jobs": 1},
+    "prompt-attention": 2,  # 8-bit; 2: fine tiles
     "throughput": 2,  # 2: prompts of text
     "energy": 3,  # 2: only the model's own GPUs, each CPU socket once, settled averages; 3: text
 }
@@ -148,9 +149,9 @@ def tables_scheme(study: Study, scheme: str) -> str:
 def _used_digest(study: Study, model: str, scheme: str) -> str:
     """Returns the digest of a scheme as it is measured: its tables and the attention of prompts."""
     spec, tables = study.scheme(scheme), quantizer_digest(study, model, scheme)
-    if spec.prompt_attention == "16-bit" or not spec.registration.calibrated:
+    if spec.prompt_attention == "16-bit":
         return tables
-    return digest(tables, spec.prompt_attention)
+    return digest(tables, spec.prompt_attention, VERSIONS["prompt-attention"])
 
 
 def prompts_digest(study: Study, model: str, task: str) -> str:

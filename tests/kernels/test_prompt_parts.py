@@ -35,12 +35,18 @@ FORMATS = {"triton": EightBitFormat(values="16-bit"), "cuda": EightBitFormat()}
 # Error of all outputs over their length; weights and values of e4m3 have three fraction bits.
 BOUNDS = {"triton": 0.02, "cuda": 0.05}
 Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+PADDED: dict[str, Any] = {
+    "left": st.lists(st.integers(0, 350), min_size=2, max_size=2),
+    "right": st.lists(st.integers(0, 349), min_size=2, max_size=2),
+    "asked": st.integers(1, 700),
+    "seed": st.integers(0, 99),
+}
 
 
 def case(
     heads: int = 4,
     kv_heads: int = 2,
-    length: int = 300,
+    length: int = 700,  # so that some tiles are neither the first nor next to a row
     dim: int = 64,
     dtype: torch.dtype = torch.float16,
     seed: int = 0,
@@ -104,43 +110,29 @@ def test_a_long_prompt_with_a_dominating_first_key(backend: Any) -> None:
 
 
 @settings(max_examples=6, deadline=None)
-@given(
-    left=st.lists(st.integers(0, 150), min_size=2, max_size=2),
-    right=st.lists(st.integers(0, 149), min_size=2, max_size=2),
-    asked=st.integers(1, 300),
-    seed=st.integers(0, 99),
-)
-def test_padding_on_either_side_by_triton(
-    left: list[int], right: list[int], asked: int, seed: int
-) -> None:
-    padding_on_either_side("triton", left, right, asked, seed)
+@given(**PADDED)
+def test_padding_on_either_side_by_triton(**padded: Any) -> None:
+    padding_on_either_side("triton", **padded)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @settings(max_examples=40, deadline=None)
-@given(
-    left=st.lists(st.integers(0, 150), min_size=2, max_size=2),
-    right=st.lists(st.integers(0, 149), min_size=2, max_size=2),
-    asked=st.integers(1, 300),
-    seed=st.integers(0, 99),
-)
-def test_padding_on_either_side_by_cuda(
-    left: list[int], right: list[int], asked: int, seed: int
-) -> None:
-    padding_on_either_side("cuda", left, right, asked, seed)
+@given(**PADDED)
+def test_padding_on_either_side_by_cuda(**padded: Any) -> None:
+    padding_on_either_side("cuda", **padded)
 
 
 def padding_on_either_side(
     backend: Any, left: list[int], right: list[int], asked: int, seed: int
 ) -> None:
-    q, k, v = case(2, 1, 300, seed=seed)
-    q = q[:, :, 300 - asked :]
-    valid = torch.ones(2, 300, dtype=torch.bool, device=DEVICE)
+    q, k, v = case(2, 1, seed=seed)
+    q = q[:, :, 700 - asked :]
+    valid = torch.ones(2, 700, dtype=torch.bool, device=DEVICE)
     for b in range(2):
-        valid[b, : left[b]], valid[b, 300 - right[b] :] = False, False
+        valid[b, : left[b]], valid[b, 700 - right[b] :] = False, False
     expected = exact(q, k, v, 0.125, valid)
-    own = valid[:, 300 - asked :]
+    own = valid[:, 700 - asked :]
     expected[~own] = 0
     for x in (k, v):
         x.transpose(1, 2)[~valid] = float("nan")
@@ -158,8 +150,8 @@ def padding_on_either_side(
 @backends
 def test_parts_are_one_softmax(backend: Any) -> None:
     """Ranges of a past whose channels lie in another order, one of them empty, then own tokens."""
-    q, k, v = case(4, 2, 300)
-    q = q[:, :, 200:]
+    q, k, v = case(4, 2)
+    q = q[:, :, 600:]
     order = torch.stack([torch.randperm(64, device=DEVICE) for _ in range(2)])
     placed = k.take_along_dim(order[None, :, None], 3)
     parts = PromptParts(q, 2, 0.125, 4, backend)
@@ -168,17 +160,17 @@ def test_parts_are_one_softmax(backend: Any) -> None:
         counts = torch.tensor([[100, keys, keys]] * 2, dtype=torch.int32, device=DEVICE)
         parts.add(placed[:, :, first:stop], v[:, :, first:stop], counts, order=order.int())
 
-    past(0, 130, 130)
-    past(130, 200, 70)
+    past(0, 530, 530)
+    past(530, 600, 70)
     past(0, 130, 0)
-    parts.add(k[:, :, 200:], v[:, :, 200:])
+    parts.add(k[:, :, 600:], v[:, :, 600:])
     assert error(parts.result(), exact(q, k, v, 0.125)) < BOUNDS[backend]
 
 
 @backends
-@pytest.mark.parametrize("window", [1, 70, 256])
+@pytest.mark.parametrize("window", [1, 70, 256, 512])
 def test_sliding_windows(backend: Any, window: int) -> None:
-    q, k, v = case(2, 1, 300)
+    q, k, v = case(2, 1)
     parts = PromptParts(q, 1, 0.125, 1, backend)
     parts.add(k, v, window=window)
     assert error(parts.result(), exact(q, k, v, 0.125, window=window)) < BOUNDS[backend]
@@ -187,10 +179,10 @@ def test_sliding_windows(backend: Any, window: int) -> None:
 @backends
 def test_keys_that_come_later_are_not_seen(backend: Any) -> None:
     """A part of a past, read by position, may begin behind some of the queries."""
-    q, k, v = case(1, 1, 200)
+    q, k, v = case(1, 1, 600)
     parts = PromptParts(q, 1, 0.125, 2, backend)
-    for first, stop in ((0, 96), (96, 200)):
-        counts = torch.tensor([[200, stop - first, -first]] * 2, dtype=torch.int32, device=DEVICE)
+    for first, stop in ((0, 96), (96, 600)):
+        counts = torch.tensor([[600, stop - first, -first]] * 2, dtype=torch.int32, device=DEVICE)
         parts.add(k[:, :, first:stop], v[:, :, first:stop], counts)
     assert error(parts.result(), exact(q, k, v, 0.125)) < BOUNDS[backend]
 

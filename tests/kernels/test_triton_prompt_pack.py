@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from kvquant.kernels.eight_bit_attention import (
+    REST_BITS,
     TILE,
     EightBitFormat,
     quantize_keys,
     quantize_queries,
     quantize_values,
+    rotate_heads,
+    smooth_keys,
 )
 
 pytest.importorskip("triton")
@@ -46,6 +49,17 @@ def token_order() -> torch.Tensor:
     )
 
 
+def values_of(blobs: torch.Tensor, dim: int) -> torch.Tensor:
+    """E4M3 `[batch_size, num_kv_heads, tokens, head_dim]` from tiles of values."""
+    channels = blobs.unflatten(-1, (dim, TILE // 16, 16))
+    at = torch.arange(TILE // 16, device=DEVICE) ^ (torch.arange(dim, device=DEVICE) % 8)[:, None]
+    placed = channels.gather(-2, at[..., None].expand(channels.shape)).flatten(-2)
+    order = torch.cat([token_order() + first for first in range(0, TILE, 32)])
+    values = torch.empty_like(placed)
+    values[..., order] = placed
+    return values.transpose(-1, -2).flatten(2, 3).view(torch.float8_e4m3fn)
+
+
 def given(dim: int, dtype: torch.dtype, length: int = 200) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(dim)
     kv = torch.randn(2, 2, 2, length, dim, dtype=dtype, device=DEVICE)
@@ -73,11 +87,11 @@ def test_operands_are_those_of_the_specification(
     length = queries.shape[2]
     packed = pack_keys(keys, values, all_tokens(length), None, swizzled=swizzled)
     asked = pack_queries(queries, packed, None, 0.3, order=None, offsets=True, swizzled=swizzled)
-    k = rows_of(packed.keys, TILE, dim, swizzled).flatten(2, 3)[:, :, :length]
+    k = rows_of(packed.keys[0], TILE, dim, swizzled).flatten(2, 3)[:, :, :length]
     expected, scales = quantize_keys(keys, FORMAT)
     nearly_all_equal(k, expected)
     torch.testing.assert_close(packed.key_scales[..., None], scales, rtol=1e-5, atol=0)
-    q = rows_of(asked.queries, QUERIES, dim, swizzled).flatten(2, 3)[:, :, :length]
+    q = rows_of(asked.queries[0], QUERIES, dim, swizzled).flatten(2, 3)[:, :, :length]
     expected, scales = quantize_queries(queries, FORMAT)
     nearly_all_equal(q, expected)
     found = asked.scales.flatten(2)[:, :, :length, None] / (0.3 * math.log2(math.e))
@@ -88,20 +102,41 @@ def test_operands_are_those_of_the_specification(
     torch.testing.assert_close(asked.offsets.flatten(2)[:, :, :length], added, rtol=1e-4, atol=1e-4)
     if packed.values is None:
         assert not swizzled
+        assert len(packed.keys) == len(asked.queries) == 1
         return
-    channels = packed.values.unflatten(-1, (dim, TILE // 16, 16))
-    at = torch.arange(TILE // 16, device=DEVICE) ^ (torch.arange(dim, device=DEVICE) % 8)[:, None]
-    placed = channels.gather(-2, at[..., None].expand(channels.shape)).flatten(-2)
-    order = torch.cat([token_order() + first for first in range(0, TILE, 32)])
-    v = torch.empty_like(placed)
-    v[..., order] = placed
-    v = v.transpose(-1, -2).flatten(2, 3)[:, :, :length].view(torch.float8_e4m3fn)
+    v = values_of(packed.values[0], dim)[:, :, :length]
     expected, scales = quantize_values(values)
     if DEVICE.type == "cuda":
         nearly_all_equal(v, expected)
     else:  # the interpreter rounds ties away from zero, and carries into exponents wrongly
         assert (v.float() != expected.float()).float().mean() < 0.04
     torch.testing.assert_close(packed.value_scales[:, :, None], scales, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.float16), (128, HALF)])
+def test_second_numbers_hold_what_the_first_left_over(dim: int, dtype: torch.dtype) -> None:
+    queries, keys, values = given(dim, dtype)
+    length = queries.shape[2]
+    packed = pack_keys(keys, values, all_tokens(length), None, swizzled=True)
+    asked = pack_queries(queries, packed, None, 1.0, order=None, offsets=False, swizzled=True)
+    for blobs, rows, scale, expected in (
+        (packed.keys, TILE, packed.key_scales[..., None], smooth_keys(keys)),
+        (asked.queries, QUERIES, asked.scales / math.log2(math.e), rotate_heads(queries.float())),
+    ):
+        first, second = (rows_of(x, rows, dim, True).float() for x in blobs)
+        assert second.abs().max() <= 2 ** (REST_BITS - 1)
+        found = (first + second / 2**REST_BITS) * scale[..., None]
+        # Half a unit of the second numbers, and sums in another order.
+        bound = scale[..., None].expand_as(found) * (0.51 / 2**REST_BITS + 1e-3)
+        found, bound = (x.flatten(2, 3)[:, :, :length] for x in (found, bound))
+        assert ((found - expected).abs() <= bound).all()
+    assert packed.values is not None
+    found = sum(values_of(x, dim)[:, :, :length].float() for x in packed.values)
+    found = found * packed.value_scales[:, :, None]
+    wide = values.float()
+    close = (found - wide).abs() <= wide.abs() / 2**8 + packed.value_scales[:, :, None] / 2**9
+    # The interpreter's rounding again.
+    assert close.all() if DEVICE.type == "cuda" else close.float().mean() > 0.94
 
 
 def test_padding_is_neither_read_nor_measured() -> None:
@@ -119,7 +154,7 @@ def test_padding_is_neither_read_nor_measured() -> None:
         expected, scales = quantize_keys(part, FORMAT)
         count = part.shape[2]
         nearly_all_equal(
-            packed.keys[b : b + 1, :, 0].unflatten(-1, (TILE, 64))[:, :, :count], expected
+            packed.keys[0][b : b + 1, :, 0].unflatten(-1, (TILE, 64))[:, :, :count], expected
         )
         torch.testing.assert_close(packed.key_scales[b : b + 1, :, :1, None], scales)
         largest = values[b, :, own].float().abs().amax(1)
@@ -136,5 +171,5 @@ def test_channels_in_another_order() -> None:
     )
     moved = queries.take_along_dim(order.repeat_interleave(2, 0)[None, :, None], 3)
     expected, _ = quantize_queries(moved, FORMAT)
-    found = asked.queries.unflatten(-1, (QUERIES, 64)).flatten(2, 3)[:, :, :70]
+    found = asked.queries[0].unflatten(-1, (QUERIES, 64)).flatten(2, 3)[:, :, :70]
     nearly_all_equal(found, expected)

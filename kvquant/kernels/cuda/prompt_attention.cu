@@ -7,6 +7,10 @@
 // one bulk copy. The warpgroups are not synchronized with each other: while one weighs its scores,
 // the products of the others run.
 //
+// The first tile and those next to a row have most of its weight, so that most of the error would
+// come from there. They are fine: queries, keys and values have a second number of 8 bits with what
+// the first one left over, and a tile takes two places in the ring of stages.
+//
 // A warpgroup's work on a tile, online softmax as in FlashAttention (Dao et al., arXiv 2205.14135):
 //   1. Scores: integer sums that begin at MAGIC, so that their bits are those of the float 1.5 *
 //      2^23 + sum and need no conversion. |sum| <= 127 * 127 * HEAD_DIM < 2^22.
@@ -31,13 +35,14 @@ constexpr float LOWEST = -1e30f;  // stands for a maximum of nothing
 constexpr int SCORES = KEYS_PER_TILE / 2, PARTS = HEAD_DIM / 64;  // accumulators; see step 4
 constexpr int ONES_BYTES = 8 * KEYS_PER_TILE;  // eight channels: a one for every token, and zeros
 constexpr u32 E4M3_ONES = 0x38383838u;
+constexpr int REST_UNITS = 1 << REST_BITS;  // second numbers per unit of the first
 
 struct Values {
   u8 channels[TILE_BYTES];
   u8 ones[ONES_BYTES];
 };
 struct SharedStorage {
-  u8 queries[CONSUMERS][QUERY_BYTES];
+  u8 queries[2][CONSUMERS][QUERY_BYTES];  // the second numbers behind the first ones
   u8 keys[STAGES][TILE_BYTES];
   Values values[STAGES];
   Barrier queries_full, keys_full[STAGES], values_full[STAGES], keys_empty[STAGES],
@@ -48,6 +53,9 @@ static_assert(sizeof(SharedStorage) + 1024 <= SHARED_BYTES, "SHARED_BYTES");
 // The part of the work of a thread block.
 struct Work {
   int sequence, head, kv_head, first_row, num_rows, num_keys, offset;
+  int near;  // from this tile on they are next to the block's rows
+
+  __device__ __forceinline__ bool fine(int tile) const { return tile == 0 || tile >= near; }
 };
 
 // Heads take turns in groups, so that their keys and values stay in the L2 cache; in a group the
@@ -66,6 +74,7 @@ __device__ __forceinline__ Work find_work(const PromptParams& params) {
   work.num_rows = counts[0];
   work.num_keys = counts[1];
   work.offset = counts[2];
+  work.near = max(0, work.first_row + work.offset) / KEYS_PER_TILE - NEAR_TILES;
   return work;
 }
 
@@ -88,21 +97,28 @@ __device__ __forceinline__ void load_tiles(const PromptParams& params, SharedSto
   const int first_tile = work.first_row / ROWS_PER_WARPGROUP;
   const int bytes = min(CONSUMERS, params.query_tiles - first_tile) * QUERY_BYTES;
   const i64 head = (i64)work.sequence * params.num_heads + work.head;
-  smem.queries_full.arrive_with(bytes);
-  copy_bulk(smem.queries, params.queries + (head * params.query_tiles + first_tile) * QUERY_BYTES,
-            bytes, smem.queries_full);
+  smem.queries_full.arrive_with(2 * bytes);
+  const i64 row_tile = head * params.query_tiles + first_tile;
   const i64 kv_head = (i64)work.sequence * params.num_kv_heads + work.kv_head;
-  const u8* const keys = params.keys + kv_head * params.key_tiles * TILE_BYTES;
-  const u8* const values = params.values + kv_head * params.key_tiles * TILE_BYTES;
-  for (int i = 0; i < tiles.end - tiles.begin; i++) {
-    const i64 at = (i64)(tiles.end - 1 - i) * TILE_BYTES;
-    const int stage = i % STAGES, round = i / STAGES;
-    if (round) smem.keys_empty[stage].wait((round - 1) & 1);
-    smem.keys_full[stage].arrive_with(TILE_BYTES);
-    copy_bulk(smem.keys[stage], keys + at, TILE_BYTES, smem.keys_full[stage]);
-    if (round) smem.values_empty[stage].wait((round - 1) & 1);
-    smem.values_full[stage].arrive_with(TILE_BYTES);
-    copy_bulk(smem.values[stage].channels, values + at, TILE_BYTES, smem.values_full[stage]);
+#pragma unroll
+  for (int part = 0; part < 2; part++)
+    copy_bulk(smem.queries[part], params.queries[part] + row_tile * QUERY_BYTES, bytes,
+              smem.queries_full);
+  int place = 0;
+  for (int tile = tiles.end - 1; tile >= tiles.begin; tile--) {
+    const i64 at = (kv_head * params.key_tiles + tile) * TILE_BYTES;
+    const int parts = work.fine(tile) ? 2 : 1;
+    for (int part = 0; part < parts; part++, place++) {
+      const int stage = place % STAGES, round = place / STAGES;
+      if (round) smem.keys_empty[stage].wait((round - 1) & 1);
+      smem.keys_full[stage].arrive_with(TILE_BYTES);
+      copy_bulk(smem.keys[stage], (part ? params.keys[1] : params.keys[0]) + at, TILE_BYTES,
+                smem.keys_full[stage]);
+      if (round) smem.values_empty[stage].wait((round - 1) & 1);
+      smem.values_full[stage].arrive_with(TILE_BYTES);
+      copy_bulk(smem.values[stage].channels, (part ? params.values[1] : params.values[0]) + at,
+                TILE_BYTES, smem.values_full[stage]);
+    }
   }
 }
 
@@ -117,6 +133,7 @@ __device__ __forceinline__ int row_maximum(int x) {
   x = max(x, __shfl_xor_sync(~0u, x, 1));
   return max(x, __shfl_xor_sync(~0u, x, 2));
 }
+
 // A thread's two rows, r and r + 8 of its warpgroup, as they are processed.
 struct Rows {
   int first;                // the first one's number among the sequence's queries
@@ -197,6 +214,11 @@ struct Place {
       parity ^= 1;
     }
   }
+  __device__ __forceinline__ Place next() const {
+    Place place = *this;
+    place.advance();
+    return place;
+  }
 };
 
 // Lets the producer overwrite a tile that no row of this warpgroup sees.
@@ -209,10 +231,12 @@ __device__ __forceinline__ void skip_tile(SharedStorage& smem, Place place, bool
   }
 }
 
-// Adds a tile's products of some channels, and for the last ones the sum of the weights.
+// Adds a tile's products of some channels, and for the last ones the sum of the weights, which
+// comes twice where the values have second numbers.
 template <int PART>
 __device__ __forceinline__ void add_outputs(Rows& rows, const u32 (&packed)[SCORES / 4],
-                                            const Operand<KEYS_PER_TILE>& values) {
+                                            const Operand<KEYS_PER_TILE>& values,
+                                            const Operand<KEYS_PER_TILE>& rest, bool fine) {
   constexpr bool LAST = PART == PARTS - 1;
   float out[LAST ? 36 : 32];
   constexpr u32 FIRST_BYTE = PART * 64 * KEYS_PER_TILE;
@@ -223,44 +247,79 @@ __device__ __forceinline__ void add_outputs(Rows& rows, const u32 (&packed)[SCOR
     multiply_fp8<true>(out, packed + 4 * k, values.from(FIRST_BYTE + 32 * k));
   commit_products();
   wait_for_products();
+  if (fine) {
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < KEYS_PER_TILE / 32; k++)
+      multiply_fp8<true>(out, packed + 4 * k, rest.from(FIRST_BYTE + 32 * k));
+    commit_products();
+    wait_for_products();
+  }
 #pragma unroll
   for (int i = 0; i < 32; i++)
     rows.out[PART][i] = fmaf(rows.out[PART][i], rows.factor[i / 2 % 2], out[i]);
   if constexpr (LAST) {
-    rows.total[0] = fmaf(rows.total[0], rows.factor[0], out[32]);
-    rows.total[1] = fmaf(rows.total[1], rows.factor[1], out[34]);
+    const float once = fine ? 0.5f : 1.0f;
+    rows.total[0] = fmaf(rows.total[0], rows.factor[0], out[32] * once);
+    rows.total[1] = fmaf(rows.total[1], rows.factor[1], out[34] * once);
   } else {
-    add_outputs<PART + 1>(rows, packed, values);
+    add_outputs<PART + 1>(rows, packed, values, rest, fine);
   }
 }
 
-// One tile: scores, weights and outputs.
+// Adds products of queries, some bytes on, and keys to the scores.
+template <int FROM>
+__device__ __forceinline__ void add_scores(u32 (&scores)[SCORES], const Operand<HEAD_DIM>& queries,
+                                           const u8* tile) {
+  const Operand<HEAD_DIM> keys(tile);
+#pragma unroll
+  for (int k = 0; k < HEAD_DIM / 32; k++)
+    multiply_int8(scores, queries.from(FROM + 32 * k), keys.from(32 * k));
+}
+
+// One tile: scores, weights and outputs. The second numbers of a fine one lie in the next place.
 __device__ __forceinline__ void attend_tile(const PromptParams& params, const Work& work,
                                             SharedStorage& smem, Rows& rows,
                                             const Operand<HEAD_DIM>& queries,
                                             const float* key_scale, Place place, int first_key,
-                                            bool masked, bool leader, int lane) {
+                                            bool fine, bool masked, bool leader, int lane) {
+  const Place second = place.next();
   u32 packed[SCORES / 4];
   {
     u32 scores[SCORES];
-#pragma unroll
-    for (int i = 0; i < SCORES; i++) scores[i] = MAGIC;
     smem.keys_full[place.stage].wait(place.parity);
-    const Operand<HEAD_DIM> keys(smem.keys[place.stage]);
-    begin_products();
+    if (fine) {
+      smem.keys_full[second.stage].wait(second.parity);
 #pragma unroll
-    for (int k = 0; k < HEAD_DIM / 32; k++)
-      multiply_int8(scores, queries.from(32 * k), keys.from(32 * k));
+      for (int i = 0; i < SCORES; i++) scores[i] = 0;
+      begin_products();
+      add_scores<0>(scores, queries, smem.keys[second.stage]);
+      add_scores<CONSUMERS * QUERY_BYTES>(scores, queries, smem.keys[place.stage]);
+      commit_products();
+      wait_for_products();
+#pragma unroll
+      for (int i = 0; i < SCORES; i++)
+        scores[i] = MAGIC + (u32)((int)(scores[i] + REST_UNITS / 2) >> REST_BITS);
+    } else {
+#pragma unroll
+      for (int i = 0; i < SCORES; i++) scores[i] = MAGIC;
+    }
+    begin_products();
+    add_scores<0>(scores, queries, smem.keys[place.stage]);
     commit_products();
     const float scale = __ldg(key_scale);
     wait_for_products();
     if (leader) smem.keys_empty[place.stage].arrive();
+    if (fine && leader) smem.keys_empty[second.stage].arrive();
     if (masked) weigh<true>(params, work, rows, scores, scale, first_key, lane, packed);
     else weigh<false>(params, work, rows, scores, scale, first_key, lane, packed);
   }
   smem.values_full[place.stage].wait(place.parity);
-  add_outputs<0>(rows, packed, Operand<KEYS_PER_TILE>(smem.values[place.stage].channels));
+  if (fine) smem.values_full[second.stage].wait(second.parity);
+  add_outputs<0>(rows, packed, Operand<KEYS_PER_TILE>(smem.values[place.stage].channels),
+                 Operand<KEYS_PER_TILE>(smem.values[second.stage].channels), fine);
   if (leader) smem.values_empty[place.stage].arrive();
+  if (fine && leader) smem.values_empty[second.stage].arrive();
 }
 
 __device__ __forceinline__ u32 pack16(float low, float high) {
@@ -281,7 +340,8 @@ __device__ __forceinline__ void write_rows(const PromptParams& params, const Wor
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int row = rows.first + 8 * h;
-    float total = __shfl_sync(~0u, rows.total[h], lane & ~3) * unit, top = rows.base[h], own = unit, before = 0.0f;
+    float total = __shfl_sync(~0u, rows.total[h], lane & ~3) * unit;
+    float top = rows.base[h], own = unit, before = 0.0f;
     if (row >= work.num_rows) continue;
     const i64 state = head * params.query_tiles * ROWS_PER_WARPGROUP + row;
     if (params.query_offsets) top += params.query_offsets[state];
@@ -379,7 +439,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const float* const key_scales =
       params.key_scales +
       ((i64)work.sequence * params.num_kv_heads + work.kv_head) * params.key_tiles;
-  const Operand<HEAD_DIM> queries(smem.queries[consumer]);
+  const Operand<HEAD_DIM> queries(smem.queries[0][consumer]);
   // Tiles from `full.end` on, and those before `full.begin`, have keys that some row does not see.
   const int last_seen = first_row + work.offset, window_begin = last_seen + 64 - params.window;
   Tiles full;
@@ -388,14 +448,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   smem.queries_full.wait(0);
   Place place = {0, 0};
   int tile = tiles.end - 1;
-#pragma unroll 1
-  for (; tile >= max(own.end, tiles.begin); tile--, place.advance())
+  const auto skip = [&] {
     skip_tile(smem, place, leader);
+    place.advance();
+    if (!work.fine(tile)) return;
+    skip_tile(smem, place, leader);
+    place.advance();
+  };
 #pragma unroll 1
-  for (; tile >= own.begin; tile--, place.advance())
+  for (; tile >= max(own.end, tiles.begin); tile--) skip();
+#pragma unroll 1
+  for (; tile >= own.begin; tile--, place.advance()) {
+    const bool fine = work.fine(tile);
     attend_tile(params, work, smem, rows, queries, key_scales + tile, place, tile * KEYS_PER_TILE,
-                tile >= full.end || tile < full.begin, leader, lane);
+                fine, tile >= full.end || tile < full.begin, leader, lane);
+    if (fine) place.advance();
+  }
 #pragma unroll 1
-  for (; tile >= tiles.begin; tile--, place.advance()) skip_tile(smem, place, leader);
+  for (; tile >= tiles.begin; tile--) skip();
   write_rows(params, work, rows, lane);
 }

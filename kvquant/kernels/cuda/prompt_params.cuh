@@ -14,9 +14,10 @@ constexpr int TILE_BYTES = KEYS_PER_TILE * HEAD_DIM;
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "a row of operands is 64 or 128 bytes");
 
 struct PromptParams {
-  const u8* queries;           // [batch, num_heads, query_tiles, QUERY_BYTES], INT8
-  const u8* keys;              // [batch, num_kv_heads, key_tiles, TILE_BYTES], INT8
-  const u8* values;            // the same shape, e4m3, transposed
+  // First and second numbers: INT8, the second in units of 2^-REST_BITS; of values both e4m3.
+  const u8* queries[2];        // [batch, num_heads, query_tiles, QUERY_BYTES]
+  const u8* keys[2];           // [batch, num_kv_heads, key_tiles, TILE_BYTES]
+  const u8* values[2];         // the same shape, transposed
   const float* query_scales;   // [batch, num_heads, query_tiles * 64], in units of log2
   const float* query_offsets;  // the same shape, added to the scores; null: none
   const float* key_scales;     // [batch, num_kv_heads, key_tiles]
