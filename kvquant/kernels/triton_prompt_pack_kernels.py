@@ -213,13 +213,13 @@ def _pack_prompt_keys(
         y = _load_tokens(values, sequence, head, column, d, there, v_sequence, v_head, v_token)
         largest = tl.load(largest_values + own * DIM + d)
         y = y.to(tl.float32) * _inverse(largest, FP8_MAX, SMALLEST)[None, :]
-        y = tl.trans(tl.clamp(y, -FP8_MAX, FP8_MAX))
+        y = tl.clamp(y, -FP8_MAX, FP8_MAX)
         piece = (row // 16)[None, :] ^ (d % 8)[:, None]
         place = _in_pieces(d[:, None] * TILE + piece * 16 + (row % 16)[None, :])
         to = packed_values + at * (TILE * DIM) + place
         near = y.to(tl.float8e4nv)
-        tl.store(to, near)
-        tl.store(to + second, (y - near.to(tl.float32)).to(tl.float8e4nv))
+        tl.store(to, tl.trans(near))
+        tl.store(to + second, tl.trans((y - near.to(tl.float32)).to(tl.float8e4nv)))
 
 
 @triton.jit

@@ -65,6 +65,11 @@ template <int COUNT> __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
+// Waits for the other warps of the warpgroup.
+__device__ __forceinline__ void synchronize_warpgroup() {
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + threadIdx.x / 128) : "memory");
+}
+
 // An operand of products in shared memory: rows of ROW_BYTES (64 or 128) one behind the other, with
 // the 16-byte pieces of each permuted as the hardware wants it (its "swizzle").
 template <int ROW_BYTES> struct Operand {

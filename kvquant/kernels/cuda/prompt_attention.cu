@@ -53,10 +53,16 @@ static_assert(sizeof(SharedStorage) + 1024 <= SHARED_BYTES, "SHARED_BYTES");
 // The part of the work of a thread block.
 struct Work {
   int sequence, head, kv_head, first_row, num_rows, num_keys, offset;
-  int near;  // from this tile on they are next to the block's rows
 
-  __device__ __forceinline__ bool fine(int tile) const { return tile == 0 || tile >= near; }
+  // The first tile that is next to a row, and those behind it.
+  __device__ __forceinline__ int near(int row) const {
+    return max(0, row + offset) / KEYS_PER_TILE - NEAR_TILES;
+  }
 };
+__device__ __forceinline__ bool is_fine(int tile, int near) { return tile == 0 || tile >= near; }
+
+// A number that is the same in all lanes, which the compiler cannot know otherwise.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
 // Heads take turns in groups, so that their keys and values stay in the L2 cache; in a group the
 // rows with most keys come first.
@@ -71,10 +77,9 @@ __device__ __forceinline__ Work find_work(const PromptParams& params) {
   work.kv_head = work.head / (params.num_heads / params.num_kv_heads);
   work.first_row = (row_tiles - 1 - inside / params.heads_together) * ROWS;
   const int* const counts = params.counts + 3 * work.sequence;
-  work.num_rows = counts[0];
-  work.num_keys = counts[1];
-  work.offset = counts[2];
-  work.near = max(0, work.first_row + work.offset) / KEYS_PER_TILE - NEAR_TILES;
+  work.num_rows = uniform(counts[0]);
+  work.num_keys = uniform(counts[1]);
+  work.offset = uniform(counts[2]);
   return work;
 }
 
@@ -104,10 +109,11 @@ __device__ __forceinline__ void load_tiles(const PromptParams& params, SharedSto
   for (int part = 0; part < 2; part++)
     copy_bulk(smem.queries[part], params.queries[part] + row_tile * QUERY_BYTES, bytes,
               smem.queries_full);
+  const int near = work.near(work.first_row);
   int place = 0;
   for (int tile = tiles.end - 1; tile >= tiles.begin; tile--) {
     const i64 at = (kv_head * params.key_tiles + tile) * TILE_BYTES;
-    const int parts = work.fine(tile) ? 2 : 1;
+    const int parts = is_fine(tile, near) ? 2 : 1;
     for (int part = 0; part < parts; part++, place++) {
       const int stage = place % STAGES, round = place / STAGES;
       if (round) smem.keys_empty[stage].wait((round - 1) & 1);
@@ -221,10 +227,12 @@ struct Place {
   }
 };
 
-// Lets the producer overwrite a tile that no row of this warpgroup sees.
+// Lets the producer overwrite a tile that no row of this warpgroup sees. Its warps wait for each
+// other, as products would make them: one that fell two rounds behind would wait for ever.
 __device__ __forceinline__ void skip_tile(SharedStorage& smem, Place place, bool leader) {
   smem.keys_full[place.stage].wait(place.parity);
   smem.values_full[place.stage].wait(place.parity);
+  synchronize_warpgroup();
   if (leader) {
     smem.keys_empty[place.stage].arrive();
     smem.values_empty[place.stage].arrive();
@@ -233,10 +241,10 @@ __device__ __forceinline__ void skip_tile(SharedStorage& smem, Place place, bool
 
 // Adds a tile's products of some channels, and for the last ones the sum of the weights, which
 // comes twice where the values have second numbers.
-template <int PART>
+template <int PART, bool FINE>
 __device__ __forceinline__ void add_outputs(Rows& rows, const u32 (&packed)[SCORES / 4],
                                             const Operand<KEYS_PER_TILE>& values,
-                                            const Operand<KEYS_PER_TILE>& rest, bool fine) {
+                                            const Operand<KEYS_PER_TILE>& rest) {
   constexpr bool LAST = PART == PARTS - 1;
   float out[LAST ? 36 : 32];
   constexpr u32 FIRST_BYTE = PART * 64 * KEYS_PER_TILE;
@@ -245,25 +253,22 @@ __device__ __forceinline__ void add_outputs(Rows& rows, const u32 (&packed)[SCOR
 #pragma unroll
   for (int k = 1; k < KEYS_PER_TILE / 32; k++)
     multiply_fp8<true>(out, packed + 4 * k, values.from(FIRST_BYTE + 32 * k));
-  commit_products();
-  wait_for_products();
-  if (fine) {
-    begin_products();
+  if constexpr (FINE) {
 #pragma unroll
     for (int k = 0; k < KEYS_PER_TILE / 32; k++)
       multiply_fp8<true>(out, packed + 4 * k, rest.from(FIRST_BYTE + 32 * k));
-    commit_products();
-    wait_for_products();
   }
+  commit_products();
+  wait_for_products();
 #pragma unroll
   for (int i = 0; i < 32; i++)
     rows.out[PART][i] = fmaf(rows.out[PART][i], rows.factor[i / 2 % 2], out[i]);
   if constexpr (LAST) {
-    const float once = fine ? 0.5f : 1.0f;
+    const float once = FINE ? 0.5f : 1.0f;
     rows.total[0] = fmaf(rows.total[0], rows.factor[0], out[32] * once);
     rows.total[1] = fmaf(rows.total[1], rows.factor[1], out[34] * once);
   } else {
-    add_outputs<PART + 1>(rows, packed, values, rest, fine);
+    add_outputs<PART + 1, FINE>(rows, packed, values, rest);
   }
 }
 
@@ -278,17 +283,18 @@ __device__ __forceinline__ void add_scores(u32 (&scores)[SCORES], const Operand<
 }
 
 // One tile: scores, weights and outputs. The second numbers of a fine one lie in the next place.
+template <bool FINE>
 __device__ __forceinline__ void attend_tile(const PromptParams& params, const Work& work,
                                             SharedStorage& smem, Rows& rows,
                                             const Operand<HEAD_DIM>& queries,
                                             const float* key_scale, Place place, int first_key,
-                                            bool fine, bool masked, bool leader, int lane) {
+                                            bool masked, bool leader, int lane) {
   const Place second = place.next();
   u32 packed[SCORES / 4];
   {
     u32 scores[SCORES];
     smem.keys_full[place.stage].wait(place.parity);
-    if (fine) {
+    if constexpr (FINE) {
       smem.keys_full[second.stage].wait(second.parity);
 #pragma unroll
       for (int i = 0; i < SCORES; i++) scores[i] = 0;
@@ -310,16 +316,16 @@ __device__ __forceinline__ void attend_tile(const PromptParams& params, const Wo
     const float scale = __ldg(key_scale);
     wait_for_products();
     if (leader) smem.keys_empty[place.stage].arrive();
-    if (fine && leader) smem.keys_empty[second.stage].arrive();
+    if (FINE && leader) smem.keys_empty[second.stage].arrive();
     if (masked) weigh<true>(params, work, rows, scores, scale, first_key, lane, packed);
     else weigh<false>(params, work, rows, scores, scale, first_key, lane, packed);
   }
   smem.values_full[place.stage].wait(place.parity);
-  if (fine) smem.values_full[second.stage].wait(second.parity);
-  add_outputs<0>(rows, packed, Operand<KEYS_PER_TILE>(smem.values[place.stage].channels),
-                 Operand<KEYS_PER_TILE>(smem.values[second.stage].channels), fine);
+  if constexpr (FINE) smem.values_full[second.stage].wait(second.parity);
+  add_outputs<0, FINE>(rows, packed, Operand<KEYS_PER_TILE>(smem.values[place.stage].channels),
+                       Operand<KEYS_PER_TILE>(smem.values[second.stage].channels));
   if (leader) smem.values_empty[place.stage].arrive();
-  if (fine && leader) smem.values_empty[second.stage].arrive();
+  if (FINE && leader) smem.values_empty[second.stage].arrive();
 }
 
 __device__ __forceinline__ u32 pack16(float low, float high) {
@@ -409,7 +415,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   }
   fence_operands();
   __syncthreads();
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = uniform(threadIdx.x / 128);
   if (warpgroup == 0) {
     give_registers_back<24>();
     if (threadIdx.x == 0) load_tiles(params, smem, work, tiles);
@@ -448,23 +454,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   smem.queries_full.wait(0);
   Place place = {0, 0};
   int tile = tiles.end - 1;
-  const auto skip = [&] {
-    skip_tile(smem, place, leader);
-    place.advance();
-    if (!work.fine(tile)) return;
-    skip_tile(smem, place, leader);
-    place.advance();
-  };
+  // Tiles that are fine for some row of the block take two places, of which other rows skip one.
+  const int near = work.near(work.first_row), own_near = work.near(first_row);
 #pragma unroll 1
-  for (; tile >= max(own.end, tiles.begin); tile--) skip();
-#pragma unroll 1
-  for (; tile >= own.begin; tile--, place.advance()) {
-    const bool fine = work.fine(tile);
-    attend_tile(params, work, smem, rows, queries, key_scales + tile, place, tile * KEYS_PER_TILE,
-                fine, tile >= full.end || tile < full.begin, leader, lane);
-    if (fine) place.advance();
+  for (; tile >= tiles.begin; tile--) {
+    const bool seen = tile >= own.begin && tile < own.end, fine = is_fine(tile, own_near);
+    const bool masked = tile >= full.end || tile < full.begin;
+    const int first_key = tile * KEYS_PER_TILE;
+    if (seen && fine)
+      attend_tile<true>(params, work, smem, rows, queries, key_scales + tile, place, first_key,
+                        masked, leader, lane);
+    else if (seen)
+      attend_tile<false>(params, work, smem, rows, queries, key_scales + tile, place, first_key,
+                         masked, leader, lane);
+    else
+      skip_tile(smem, place, leader);
+    place.advance();
+    if (!is_fine(tile, near)) continue;
+    if (!seen || !fine) skip_tile(smem, place, leader);
+    place.advance();
   }
-#pragma unroll 1
-  for (; tile >= tiles.begin; tile--) skip();
   write_rows(params, work, rows, lane);
 }
