@@ -24,7 +24,7 @@ def plain(source: str) -> str:
     """The prose: without mathematics, arguments that are no text, and marked numbers."""
     text = re.sub(r"\$[^$]*\$", " ", body(source))
     text = re.sub(r"\\fixed\{[^{}]*\}", " ", text)
-    text = re.sub(r"\\(kv|loss|ci)(\[[^]]*\])?\{[^{}]*\}", " ", text)
+    text = re.sub(r"\\(kv|kvif|loss|ci)(\[[^]]*\])?\{[^{}]*\}", " ", text)
     arguments = r"\\(cite[tp]?|ref|label|task|input|jobrow\{[^{}]*\}|mainrow\{[^{}]*\}\{[^{}]*\})"
     text = re.sub(arguments + r"(\{[^{}]*\})?", " ", text)
     layout = r"\\(setlength|begin|end|multicolumn|cmidrule|companion|paperfigure\*?)"

@@ -44,8 +44,8 @@ class Claim:
             tables then hold; "study" where it needs no model.
         figures: Names of the figures behind it, to which the report links.
         pages: Names of the report's tables behind it.
-        of_attention: Whether it is about 8-bit attention of prompts, so that studies without a
-            scheme that has it leave it out.
+        of_attention: Whether it is about 8-bit attention of prompts, so that it is judged on
+            studies with a scheme that has it: the study itself, and its companions.
     """
 
     name: str

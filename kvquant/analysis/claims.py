@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 
 from kvquant.analysis.booktabs import booktabs
-from kvquant.analysis.claim_list import CLAIMS
+from kvquant.analysis.claim_list import CLAIMS, Claim
+from kvquant.analysis.companion_tables import attention_companions, measures_attention
 from kvquant.analysis.evidence import VERDICTS, Outcome
 from kvquant.analysis.labels import device_label, labels_of
 from kvquant.analysis.study_tables import Tables, load_tables
@@ -25,52 +28,79 @@ ANY = "any"  # the model of a claim that needs none
 
 
 def judge(tables: Tables) -> pd.DataFrame:
-    """Returns a row per claim and model; `model` is "any" for a claim that needs no model."""
+    """Returns a row per claim and model; `model` is "any" for a claim that needs no model.
+
+    Claims about 8-bit attention of prompts are judged on the study if it has such a scheme, and on
+    each of its companions that has one, whose names are then in the column `study`.
+
+    Raises:
+        UserError: A companion or one of its published records cannot be used.
+    """
     tables = tables.on_one_device()
-    headline = labels_of(tables.study).scheme(tables.study.headline)
-    rows = []
-    eight = any(s.prompt_attention == "8-bit" for s in tables.study.schemes.values())
+    companions = list(attention_companions(tables.study))
+    rows: list[dict[str, Any]] = []
     for claim in CLAIMS.values():
-        if claim.of_attention and not eight:
-            continue
-        of_model = claim.applies_to == "model"
-        verdict = load(claim.judge)
-        for model in tables.study.models if of_model else [ANY]:
-            outcome: Outcome = verdict(tables.of(model) if of_model else tables)
-            rows.append(
-                {
-                    "claim": claim.text,
-                    "model": model if outcome.of_model else ANY,
-                    "cache": outcome.cache or claim.cache.replace("{headline}", headline),
-                    "baseline": outcome.baseline or claim.baseline,
-                    "workload": outcome.workload,
-                    "protocol": claim.protocol,
-                    "device": outcome.device,
-                    "quantity": claim.quantity,
-                    "value": outcome.value,
-                    "low": outcome.low,
-                    "high": outcome.high,
-                    "interval": outcome.interval,
-                    "n": outcome.n,
-                    "n_of": outcome.n_of,
-                    "bar": str(claim.bar),
-                    "verdict": outcome.verdict,
-                    "measured": outcome.measured,
-                    "definition": claim.definition.replace("{headline}", headline),
-                }
-            )
+        if not claim.of_attention or measures_attention(tables.study):
+            rows += _rows(claim, tables)
+        for other in companions if claim.of_attention else []:
+            # a companion that times nothing is there for what models lose
+            if claim.applies_to == "model" or other.study.jobs is not None:
+                rows += _rows(claim, other, study=other.study.study)
     # what is of no model was found once for each of them
     table = pd.DataFrame(rows).astype({"n": "Int64"})
     return table.drop_duplicates(ignore_index=True)
 
 
+def _rows(claim: Claim, tables: Tables, study: str = "") -> Iterator[dict[str, Any]]:
+    """Yields the rows of a claim, one per model if it is about models.
+
+    Args:
+        claim: The claim.
+        tables: The tables that it is judged on.
+        study: The name of their study if it is a companion.
+    """
+    headline = tables.labels.scheme(tables.study.headline)
+    of_model = claim.applies_to == "model"
+    verdict = load(claim.judge)
+    for model in tables.study.models if of_model else [ANY]:
+        outcome: Outcome = verdict(tables.of(model) if of_model else tables)
+        yield {
+            "claim": claim.text,
+            "model": model if outcome.of_model else ANY,
+            "cache": outcome.cache or claim.cache.replace("{headline}", headline),
+            "baseline": outcome.baseline or claim.baseline,
+            "workload": outcome.workload,
+            "protocol": claim.protocol,
+            "device": outcome.device,
+            "study": study,
+            "quantity": claim.quantity,
+            "value": outcome.value,
+            "low": outcome.low,
+            "high": outcome.high,
+            "interval": outcome.interval,
+            "n": outcome.n,
+            "n_of": outcome.n_of,
+            "bar": str(claim.bar),
+            "verdict": outcome.verdict,
+            "measured": outcome.measured,
+            "definition": claim.definition.replace("{headline}", headline),
+        }
+
+
 def named(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     """Returns the claims with names of models and devices for their keys, as readers see them."""
-    names = labels_of(study)
+    names: dict[str, str] = {}
+    for each in (study, *map(load_study, study.companions.values())):
+        names = {**labels_of(each).models, **names}
     return table.assign(
-        model=[names.model(key) for key in table["model"]],
+        model=[names.get(key, key) for key in table["model"]],
         device=[device_label(key) if key else "" for key in table["device"]],
     )
+
+
+def num_models(table: pd.DataFrame) -> int:
+    """Returns the number of models that a table of claims is about."""
+    return len(set(table["model"]) - {ANY})
 
 
 def digits(value: float) -> str:
@@ -86,12 +116,13 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         The table with columns `number`, `ends` (with what they are), `amount` (with what is
-        counted) and `where` (workload and device) besides.
+        counted) and `where` (workload, device and companion) besides.
     """
     added = []
     for r in table.itertuples():
         there = not pd.isna(r.n)
-        where = ", ".join(filter(None, (r.workload, r.device and f"on {r.device}")))
+        there_measured = r.device and f"on {r.device}", r.study and f"study {r.study}"
+        where = ", ".join(filter(None, (r.workload, *there_measured)))
         ends = f"[{digits(r.low)}, {digits(r.high)}] {r.interval}"
         added.append(
             {
@@ -139,6 +170,6 @@ def run(args: argparse.Namespace) -> None:
     study = load_study(args.study)
     table = named(study, judge(load_tables(study, args.tables)))
     write_file(args.out, table.to_csv(index=False))
-    write_file(args.tex, latex(readable(table), models=len(study.models) > 1))
+    write_file(args.tex, latex(readable(table), models=num_models(table) > 1))
     counts = table["verdict"].value_counts()
     print("claims: " + ", ".join(f"{counts.get(v, 0)} {v}" for v in VERDICTS))

@@ -1,7 +1,8 @@
 """`kvquant companion`: makes the numbers, tables and figures of another published study.
 
 A paper speaks about several studies, and a run of the workflow is about one. What it shows of the
-others rests on their published records alone, and nothing is measured.
+others rests on their published records alone, and nothing is measured. Of a study without published
+records there are facts of the study and empty tables.
 """
 
 from __future__ import annotations
@@ -11,30 +12,25 @@ import tempfile
 from pathlib import Path
 
 from kvquant.analysis import figure_list, table_list
-from kvquant.analysis.collect import collect
+from kvquant.analysis.companion_tables import collect_published
 from kvquant.analysis.latex import write_paper_tables
 from kvquant.analysis.numbers.number_list import all_numbers
 from kvquant.analysis.numbers.writing import write_numbers
 from kvquant.analysis.pareto import pareto_table
 from kvquant.analysis.plot import draw_with_records, save_figure
-from kvquant.analysis.problems import Problems
 from kvquant.analysis.statistics import test_all
 from kvquant.analysis.study_tables import load_tables
 from kvquant.analysis.tables import write_table
-from kvquant.errors import UserError
 from kvquant.study.config import Study, load_study
 
 
-def collect_published(study: Study, folder: Path) -> None:
+def write_tables(study: Study, folder: Path) -> None:
     """Writes the tables of a study from its published records.
 
     Raises:
-        UserError: The study has no published records, or one of them cannot be used.
+        UserError: The study names no published records, or one of them cannot be used.
     """
-    if study.published is None or not Path(study.published).is_dir():
-        raise UserError(f"--study: '{study.study}' has no published records (key `published`)")
-    # Beside published records no file of a job counts: the folder is new and empty.
-    tables = collect(study, folder / "jobs", study.device, Problems(present=True))
+    tables = collect_published(study)
     tables["tests"] = test_all(study, tables["eval"], tables["samples"])
     tables["pareto"] = pareto_table(study, tables["eval"], tables["perf"], tables["energy"])
     for name, table in tables.items():
@@ -46,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     study = load_study(args.study)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        collect_published(study, folder)
+        write_tables(study, folder)
         tables = load_tables(study, folder)
         write_numbers(all_numbers(tables), args.out_dir / "numbers.tex")
         write_paper_tables(tables, args.out_dir / "tables", table_list.of_study(study))

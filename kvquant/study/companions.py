@@ -9,8 +9,8 @@ from kvquant.study.archive import SUMS
 from kvquant.study.overlay import read_study
 
 
-def published_sums(file: str) -> str:
-    """Returns the file of hashes of a companion's published records.
+def published_sums(file: str) -> list[str]:
+    """Returns the file of hashes of a companion's published records; none before they are there.
 
     It changes with any of them.
 
@@ -24,4 +24,5 @@ def published_sums(file: str) -> str:
     published = raw.get("published") if isinstance(raw, dict) else None
     if not published:
         raise UserError(f"companions: {file}: has no published records (key `published`)")
-    return str(Path(str(published)) / SUMS)
+    sums = Path(str(published)) / SUMS
+    return [str(sums)] if sums.is_file() else []

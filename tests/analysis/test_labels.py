@@ -68,7 +68,8 @@ def test_devices_are_named_as_their_makers_do(key: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["config", "quality", "ablation", "gemma", "two_gpus", "demo", "athena"]
+    "file",
+    ["config", "quality", "ablation", "attention_gemma", "gemma", "two_gpus", "demo", "athena"],
 )
 def test_every_scheme_has_a_look_of_its_own(root: Path, file: str) -> None:
     study = load_study(root / f"config/{file}.yaml")

@@ -17,7 +17,16 @@ from kvquant.study.schemes import SchemeSpec
 from kvquant.study.wording import short_count, told_apart
 from tests.support.studies import study_of
 
-STUDIES = ("config", "athena", "quality", "ablation", "attention", "gemma", "demo")
+STUDIES = (
+    "config",
+    "athena",
+    "quality",
+    "ablation",
+    "attention",
+    "attention_gemma",
+    "gemma",
+    "demo",
+)
 
 
 def names(schemes: dict[str, dict[str, Any]], **reserved: Any) -> dict[str, str]:

@@ -8,6 +8,8 @@ from kvquant.study.companions import published_sums
 from kvquant.runtime.run_end import claim_lines, product_lines, reproduction_lines, result_lines
 
 FIGURES = {name: figure_list.FIGURES[name] for name in figure_list.shown(STUDY)}
+# Published records of other studies, on which claims rest as well (kvquant/analysis/claims.py).
+OTHERS = [file for other in STUDY.companions.values() for file in (other, *published_sums(other))]
 PAGES = {name: page_list.PAGES[name] for name in page_list.shown(STUDY)}
 
 
@@ -57,6 +59,7 @@ rule tables:
         "<results>/tables/pareto.parquet",
         "<results>/tables/tests.parquet",
         "<results>/tables/claims.csv",
+        others=OTHERS,
     output:
         tables=expand("<paper>/tables/{table}.tex", table=table_list.of_study(STUDY)),
         numbers="<paper>/numbers.tex",
@@ -80,6 +83,7 @@ rule claims:
     input:
         "<results>/tables/pareto.parquet",
         "<results>/tables/tests.parquet",
+        others=OTHERS,
     output:
         csv="<results>/tables/claims.csv",
         tex="<paper>/tables/claims.tex",
@@ -155,6 +159,7 @@ rule html:
     input:
         "<results>/tables/pareto.parquet",
         "<results>/tables/tests.parquet",
+        others=OTHERS,
     output:
         [
             report(
@@ -188,6 +193,7 @@ rule explorer:
     input:
         "<results>/tables/pareto.parquet",
         "<results>/tables/tests.parquet",
+        others=OTHERS,
     output:
         report(
             "<results>/explorer.html",

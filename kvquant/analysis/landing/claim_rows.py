@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from kvquant.analysis.claim_list import CLAIMS
-from kvquant.analysis.claims import ANY
+from kvquant.analysis.claims import ANY, num_models
 from kvquant.analysis.evidence import NOT_MEASURED, VERDICTS
 from kvquant.analysis.landing.results import Result, Results
 from kvquant.errors import UserError
@@ -69,7 +69,8 @@ def _value(row: Mapping[str, str]) -> Iterator[str]:
         yield ", ".join(filter(None, (get("quantity", ""), kind)))
         sides = " against ".join(filter(None, (get("cache", ""), get("baseline", ""))))
         device = f"on {get('device')}" if get("device") else ""
-        yield ", ".join(filter(None, (sides, get("workload", ""), device)))
+        study = f"study {get('study')}" if get("study") else ""
+        yield ", ".join(filter(None, (sides, get("workload", ""), device, study)))
         if get("bar"):
             yield f"bar: {get('bar')}"
 
@@ -80,13 +81,15 @@ def _evidence(row: Mapping[str, str]) -> str:
     return row.get("evidence") or (f"{int(count):,} {row.get('n_of', '')}".strip() if count else "")
 
 
-def claim_rows(table: pd.DataFrame, shown: Results, models: int) -> Iterator[ClaimRow]:
+def claim_rows(table: pd.DataFrame, shown: Results) -> Iterator[ClaimRow]:
     """Yields the claims of a table; other columns are left out.
+
+    The model of a claim is named where there are several. A claim that was judged on a companion
+    has no results in this report.
 
     Args:
         table: `claims.csv`, with texts alone.
         shown: The results of the report.
-        models: Number of models; that of a claim is named where there are several.
 
     Raises:
         UserError: The table lacks a column.
@@ -94,9 +97,11 @@ def claim_rows(table: pd.DataFrame, shown: Results, models: int) -> Iterator[Cla
     if missing := [name for name in COLUMNS if name not in table]:
         raise UserError(f"claims.csv: no column '{missing[0]}': make it again (`kvquant claims`)")
     names = {claim.text: name for name, claim in CLAIMS.items()}
+    several = num_models(table) > 1
     rows: list[Mapping[str, str]] = table.to_dict("records")
     for row in rows:
-        model = row["model"] if models > 1 and row["model"] != ANY else ""
+        model = row["model"] if several and row["model"] != ANY else ""
+        found = () if row.get("study") else _results(names.get(row["claim"], ""), shown)
         yield ClaimRow(
             row["claim"],
             model,
@@ -105,7 +110,7 @@ def claim_rows(table: pd.DataFrame, shown: Results, models: int) -> Iterator[Cla
             tuple(filter(None, _value(row))),
             tuple(row["measured"].split("; ")),
             _evidence(row),
-            _results(names.get(row["claim"], ""), shown),
+            found,
         )
 
 

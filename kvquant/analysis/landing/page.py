@@ -114,7 +114,7 @@ def context_of(study: Study, args: argparse.Namespace) -> dict[str, Any]:
             f"--tables: {file}: cannot be read ({type(error).__name__}): make it again "
             "(`kvquant claims`)"
         ) from None
-    claims = list(claim_rows(table, shown, len(study.models)))
+    claims = list(claim_rows(table, shown))
     measured = counts(source)
     records = list(contents(study, args.results, args.device_name))
     return {

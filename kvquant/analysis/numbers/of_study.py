@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvquant.analysis import claims, suite_tables
+from kvquant.analysis.companion_tables import attention_companions
 from kvquant.analysis.evidence import VERDICTS
 from kvquant.analysis.labels import device_label
 from kvquant.analysis.numbers.number import Number, fact
@@ -35,7 +36,10 @@ def numbers(t: Tables) -> Iterator[Number]:
     yield fact("evaluations", f"{len(t.evaluations):,}", t.evaluations)
     yield fact("records", f"{len(records_of(*everything)):,}", *everything)
     judged = claims.judge(t)
+    behind = list(everything)
+    for other in attention_companions(study):  # on whose records claims rest, too
+        behind += [other.evaluations, other.jobs]
     for verdict in VERDICTS:
         count = int((judged.verdict == verdict).sum())
-        yield fact(f"claims.{verdict.replace(' ', '-')}", count, *everything)
-    yield fact("claims", len(judged), *everything)
+        yield fact(f"claims.{verdict.replace(' ', '-')}", count, *behind)
+    yield fact("claims", len(judged), *behind)

@@ -104,18 +104,18 @@ def claim(**changed: str) -> pd.DataFrame:
 
 def test_more_columns_of_claims_change_nothing(here: Written) -> None:
     known = next(iter(CLAIMS.values())).text
-    plain = list(claim_rows(claim(claim=known), results(here), 1))
-    assert list(claim_rows(claim(claim=known, record="a1", another="5"), results(here), 1)) == plain
+    plain = list(claim_rows(claim(claim=known), results(here)))
+    assert list(claim_rows(claim(claim=known, record="a1", another="5"), results(here))) == plain
     assert verdict_counts(plain) == [(SUPPORTED, 1)]
     with pytest.raises(UserError, match="no column 'verdict'"):
-        list(claim_rows(claim().drop(columns="verdict"), results(here), 1))
+        list(claim_rows(claim().drop(columns="verdict"), results(here)))
 
 
 def test_a_value_is_shown_with_its_interval_and_bar(here: Written) -> None:
     numbers = {"value": "0.48231", "low": "0.477", "high": "0.49", "interval": "range of trials"}
     words = {"quantity": "joules per token", "cache": "ours", "baseline": "theirs", "n": "1300"}
     words |= {"workload": "16K", "device": "H200", "bar": "at most 0.55", "n_of": "prompts"}
-    (row,) = claim_rows(claim(**numbers, **words), results(here), 1)
+    (row,) = claim_rows(claim(**numbers, **words), results(here))
     assert row.value == (
         "0.482 [0.477, 0.490]", "joules per token, brackets: range of trials",
         "ours against theirs, 16K, on H200", "bar: at most 0.55",
@@ -124,22 +124,29 @@ def test_a_value_is_shown_with_its_interval_and_bar(here: Written) -> None:
     text = page(context_of(here.measured.study, here.args) | {"claims": [row]})
     assert "<strong>0.482 [0.477, 0.490]</strong>" in text and "All that was measured" in text
     without = numbers | words | {"low": "", "high": "", "bar": "", "n": "", "device": ""}
-    (row,) = claim_rows(claim(**without), results(here), 1)
+    (row,) = claim_rows(claim(**without), results(here))
     assert row.value == ("0.482", "joules per token", "ours against theirs, 16K")
     assert row.evidence == ""
-    (row,) = claim_rows(claim(value="", evidence="5 seeds"), results(here), 1)
+    (row,) = claim_rows(claim(value="", evidence="5 seeds"), results(here))
     assert row.value == () and row.evidence == "5 seeds"
 
 
 def test_a_claim_links_to_what_is_behind_it(here: Written) -> None:
     shown = results(here)
-    (known,) = claim_rows(claim(claim=CLAIMS["loss-grows"].text), shown, 1)
+    (known,) = claim_rows(claim(claim=CLAIMS["loss-grows"].text), shown)
     assert known.results[0] == shown.figures["perplexity"]
-    (unknown,) = claim_rows(claim(claim="Another", verdict=NOT_MEASURED), shown, 1)
+    (unknown,) = claim_rows(claim(claim="Another", verdict=NOT_MEASURED), shown)
     assert unknown.results == (shown.pages["claims"],) and not unknown.is_measured
-    (one,) = claim_rows(claim(model="tiny", measured="1; 2"), shown, 2)
+    two = pd.concat([claim(model="tiny", measured="1; 2"), claim(model="other")])
+    one = next(claim_rows(two, shown))
     assert one.model == "tiny" and one.measured == ("1", "2")
-    assert next(claim_rows(claim(model="tiny"), shown, 1)).model == ""
+    assert next(claim_rows(claim(model="tiny"), shown)).model == ""
+
+
+def test_what_a_companion_measured_names_its_study_and_has_no_links(here: Written) -> None:
+    known = claim(claim=CLAIMS["loss-grows"].text, study="other", value="1", cache="ours")
+    (row,) = claim_rows(known, results(here))
+    assert row.results == () and row.value[-1] == "ours, study other"
 
 
 def test_links_tell_results_apart_and_lead_to_files(written: Written, text: str) -> None:
@@ -207,7 +214,7 @@ def test_devices_are_told_with_their_versions() -> None:
 
 def test_a_study_without_records_or_claims_says_so(here: Written) -> None:
     context = context_of(here.measured.study, here.args)
-    rows = list(claim_rows(claim(verdict=NOT_MEASURED), results(here), 1))
+    rows = list(claim_rows(claim(verdict=NOT_MEASURED), results(here)))
     nothing = {"claims": [], "unmeasured": rows, "devices": [], "figures": [], "published": None}
     text = page(context | nothing)
     assert "There is no record yet" in text and "1 claim that this study does not measure" in text
