@@ -8,6 +8,7 @@ implementation and chooses call by call: a cache says whether its prompts attend
 
 from __future__ import annotations
 
+import sys
 from typing import Any, get_args
 
 import torch
@@ -65,6 +66,32 @@ def refuse_model(kinds: LayerKinds, config: Any) -> None:
         raise _refused("model: the learned parameter 'sinks'", _LACKING["s_aux"])
     if not getattr(config, "is_causal", True):
         raise _refused("model: is_causal: false", "attention to later tokens")
+
+
+def _refuse_own_attention(config: Any) -> None:
+    """Refuses a model whose layers attend by themselves, whatever implementation it is loaded with.
+
+    Such a layer would take the mask of another implementation for one of its own, and where there
+    is none, see later tokens. Implementations are looked up in the file of a model's layers.
+
+    Args:
+        config: The configuration that a mask is made for; None: unknown.
+
+    Raises:
+        UserError: No layer asks for an implementation of attention.
+    """
+    if config is None or "text_config" in getattr(config, "sub_configs", ()):
+        return  # a model of several, whose layers are in other files
+    names = (kind.__module__ for kind in type(config).__mro__)
+    name = next((name for name in names if ".configuration_" in name), None)
+    layers = (
+        None if name is None else sys.modules.get(name.replace(".configuration_", ".modeling_"))
+    )
+    if layers is not None and not hasattr(layers, "ALL_ATTENTION_FUNCTIONS"):
+        raise UserError(
+            f"attn_implementation: {NAME}: layers of model_type '{config.model_type}' attend by "
+            "themselves and take no other implementation; load the model with eager"
+        )
 
 
 def with_prompt_attention(
@@ -126,8 +153,9 @@ def eight_bit_mask(
 
     Raises:
         UserError: The mask is not causal, or hides more than padding and columns before a sliding
-            window.
+            window; or the model's layers attend by themselves.
     """
+    _refuse_own_attention(others.get("config"))
     if q_length < MIN_COLUMNS:
         usual: torch.Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[USUAL](
             batch_size=batch_size,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, cache_utils
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache, cache_utils
 
 import kvquant
 from kvquant.cache import kvquant_cache
@@ -323,6 +323,19 @@ def test_models_that_need_more_are_refused_when_loaded(what: str, family: str, f
     named = tiny(family, attention=NAME)
     with pytest.raises(UserError, match="8-bit attention of prompts has no"):
         alone(named, ids(1, LENGTH))
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "xglm"])
+@pytest.mark.parametrize("columns", [LENGTH, 20])
+def test_models_whose_layers_attend_by_themselves_are_refused(family: str, columns: int) -> None:
+    """They would take the lack of a mask for attention to all tokens, later ones included."""
+    config = AutoConfig.for_model(
+        family, vocab_size=97, hidden_size=64, d_model=64, num_layers=1, n_layer=1, n_head=4,
+        attention_heads=4, ffn_dim=96,
+    )  # fmt: skip
+    named = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
+    with pytest.raises(UserError, match=f"attn_implementation: {NAME}: layers of model_type"):
+        alone(named, ids(1, columns))
 
 
 def test_calls_that_ask_for_more_are_refused() -> None:
