@@ -50,6 +50,8 @@ def attend(
     backend = select_prompt(dim, queries.dtype, queries.device).backend
     if window is not None and (valid is not None or backend == "pytorch"):
         seen = _seen(q_len, kv_len, window, valid, queries.device)
+        if valid is not None:  # a weight of 0 does not hide what is not finite
+            keys, values = (x.masked_fill(~valid[:, None, :, None], 0) for x in (keys, values))
         return masked_attention(queries, keys, values, seen, scaling)
     if backend == "pytorch":
         return eight_bit_attention(queries, keys, values, scaling=scaling, valid=valid)

@@ -277,7 +277,8 @@ def eight_bit_prompt(
         raise _refused("attention_mask", f"masks of {valid.ndim} dimensions")
     if valid is not None and valid.dtype is torch.int32:
         window = int(valid.max()) if window is None else window
-        valid = valid > 0
+        tokens = valid > 0
+        valid = None if bool(tokens.all()) else tokens
     if window is not None and kv_len <= window:
         window = None
     factor = dim**-0.5 if scaling is None else scaling

@@ -197,6 +197,19 @@ def test_windows_are_kept(name: str, counted: list[tuple[int, int, bool]]) -> No
         assert apart(parts[there], wanted[there]) < BOUND
 
 
+@pytest.mark.parametrize("spec", [None, SPECS["fp16"], EXACT], ids=["by name", "fp16", "ours"])
+def test_windows_without_padding_need_no_mask(
+    spec: Any, counted: list[tuple[int, int, bool]]
+) -> None:
+    """So that the kernels take them, whose windows know no padding."""
+    model, tokens = tiny_hybrid("gemma3", attention=NAME if spec is None else None), ids(2, LENGTH)
+    if spec is None:
+        alone(model, tokens)
+    else:
+        step(model, quantized(model, asked(spec)).new_cache(), tokens)
+    assert counted == [(LENGTH, LENGTH, False)] * len(model.model.layers)
+
+
 def test_a_window_that_hides_a_column_is_computed_in_16_bits() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, 160, 16) for heads in (4, 2, 2))
@@ -205,8 +218,9 @@ def test_a_window_that_hides_a_column_is_computed_in_16_bits() -> None:
     at = torch.arange(160)
     seen = (at[:, None] >= at) & (at[:, None] - at < WINDOW) & valid[:, None, None]
     expected = masked_attention(q, k, v, seen | torch.eye(160, dtype=torch.bool), 0.25)
-    found = attend(q, k, v, scaling=0.25, valid=valid, window=WINDOW)
-    torch.testing.assert_close(found, expected)
+    padded = [torch.where(valid[:, None, :, None], x, torch.nan) for x in (q, k, v)]
+    found = attend(*padded, scaling=0.25, valid=valid, window=WINDOW)
+    torch.testing.assert_close(found[valid], expected[valid])  # whatever padding holds
     wide = attend(q, k, v, scaling=0.25, valid=valid, window=160)
     torch.testing.assert_close(wide, attend(q, k, v, scaling=0.25, valid=valid))
     assert kernels.MIN_COLUMNS > WINDOW
