@@ -9,6 +9,8 @@ implementation and chooses call by call: a cache says whether its prompts attend
 from __future__ import annotations
 
 import sys
+import threading
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
@@ -29,9 +31,12 @@ from kvquant.study.scheme_kinds import PromptAttention, Scheme, no_prompt_attent
 
 NAME = "kvquant_8bit"
 USUAL = "sdpa"  # the 16-bit attention in its place
+_SDPA = ALL_ATTENTION_FUNCTIONS[USUAL]  # where an implementation has no entry (eager)
 
-# Attribute of a decoder during a call by another implementation than its own: its own one.
+# Attribute of a decoder during calls in 8 bits, if it has another implementation: _InEightBits.
 _OWN = "kvquant_own_attention"
+_LOCK = threading.Lock()  # of these attributes
+_CALL = threading.local()  # `chosen`: configuration and implementation of a thread's latest call
 # What implementations of attention are asked for by name, and this one does not have.
 _LACKING = {
     "softcap": "caps of scores",
@@ -155,9 +160,11 @@ def eight_bit_mask(
         UserError: The mask is not causal, or hides more than padding and columns before a sliding
             window; or the model's layers attend by themselves.
     """
-    _refuse_own_attention(others.get("config"))
-    if q_length < MIN_COLUMNS:
-        usual: torch.Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[USUAL](
+    config = others.get("config")
+    _refuse_own_attention(config)
+    chosen = _chosen(config)
+    if q_length < MIN_COLUMNS or chosen != NAME:
+        usual: torch.Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[_usual(chosen)](
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -198,6 +205,11 @@ def eight_bit_mask(
             valid = torch.ones(shape, dtype=torch.bool, device=device)
         return valid.to(torch.int32) * window
     return None if valid is None or bool(valid.all()) else valid
+
+
+def _usual(chosen: str) -> str:
+    """Returns the implementation of calls that are not in 8 bits."""
+    return USUAL if chosen == NAME else chosen
 
 
 def _slides(mask_function: Any, window: int) -> bool:
@@ -245,12 +257,13 @@ def eight_bit_prompt(
     Raises:
         UserError: The call asks for what 8-bit attention does not have.
     """
+    chosen = _chosen(getattr(module, "config", None))
     for name, what in _LACKING.items():
-        if others.get(name) is not None and others[name] is not False:
+        if chosen == NAME and others.get(name) is not None and others[name] is not False:
             raise _refused(name, what)
     q_len, kv_len, dim = query.shape[2], key.shape[2], query.shape[3]
-    if q_len < MIN_COLUMNS:
-        usual: tuple[torch.Tensor, None] = ALL_ATTENTION_FUNCTIONS[USUAL](
+    if q_len < MIN_COLUMNS or chosen != NAME:
+        usual: tuple[torch.Tensor, None] = ALL_ATTENTION_FUNCTIONS.get(_usual(chosen), _SDPA)(
             module,
             query,
             key,
@@ -259,6 +272,7 @@ def eight_bit_prompt(
             dropout=dropout,
             scaling=scaling,
             is_causal=is_causal,
+            sliding_window=sliding_window,
             **others,
         )
         return usual
@@ -300,11 +314,25 @@ def _attend(
     return without_gradient(out, query, key, value, why=NO_GRADIENT)
 
 
+@dataclass
+class _InEightBits:
+    """A decoder during calls in 8 bits, whose configuration names :data:`NAME` for all threads.
+
+    Attributes:
+        own: The implementation that it has otherwise.
+        threads: Those whose calls attend in 8 bits.
+    """
+
+    own: str
+    threads: set[int] = field(default_factory=set)
+
+
 def choose(decoder: Any, cache: Any, new_len: int) -> None:
     """Lets a decoder use the attention that a cache asks for, in the call that begins.
 
     :func:`restore` undoes it. A cache that asks for nothing leaves the decoder its own attention,
-    and so do calls with few new columns.
+    and so do calls with few new columns. Calls of several threads over one model do not disturb
+    each other: each thread's own choice is found by :func:`_chosen`.
 
     Args:
         decoder: The decoder, with `config`.
@@ -313,22 +341,45 @@ def choose(decoder: Any, cache: Any, new_len: int) -> None:
     """
     restore(decoder)  # where an earlier call ended early
     asked = getattr(cache, "prompt_attention", None)
-    own = decoder.config._attn_implementation
-    wanted = own
-    if asked == "8-bit" and new_len >= MIN_COLUMNS:
-        wanted = NAME
-    elif asked is not None and own == NAME:
-        wanted = USUAL
-    if wanted != own:
-        setattr(decoder, _OWN, own)
-        decoder.config._attn_implementation = wanted
+    config = decoder.config
+    with _LOCK:
+        shared: _InEightBits | None = decoder.__dict__.get(_OWN)
+        wanted = own = config._attn_implementation if shared is None else shared.own
+        if asked == "8-bit" and new_len >= MIN_COLUMNS:
+            wanted = NAME
+        elif asked is not None and own == NAME:
+            wanted = USUAL
+        if own != NAME and wanted == NAME:
+            shared = shared or _InEightBits(own)
+            shared.threads.add(threading.get_ident())
+            setattr(decoder, _OWN, shared)
+            config._attn_implementation = NAME
+    _CALL.chosen = config, wanted
 
 
-def restore(decoder: Any) -> None:
-    """Gives a decoder the attention back that it had before :func:`choose`."""
-    own = decoder.__dict__.pop(_OWN, None)
-    if own is not None:
-        decoder.config._attn_implementation = own
+def restore(decoder: Any, *, every: bool = False) -> None:
+    """Gives a decoder the attention back that it had before :func:`choose`.
+
+    Args:
+        decoder: The decoder.
+        every: Whether calls of other threads have ended as well.
+    """
+    _CALL.chosen = None
+    with _LOCK:
+        shared: _InEightBits | None = decoder.__dict__.get(_OWN)
+        if shared is None:
+            return
+        running = {thread.ident for thread in threading.enumerate()}  # others ended early
+        shared.threads &= running - {threading.get_ident()}
+        if every or not shared.threads:
+            delattr(decoder, _OWN)
+            decoder.config._attn_implementation = shared.own
+
+
+def _chosen(config: Any) -> str:
+    """Returns the implementation that this thread's call over a model is to use."""
+    chosen = getattr(_CALL, "chosen", None)
+    return NAME if chosen is None or chosen[0] is not config else str(chosen[1])
 
 
 AttentionInterface.register(NAME, eight_bit_prompt)

@@ -6,6 +6,8 @@ Also covers: cache.whole_columns, kernels.prompt_attention.
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from kvquant.models.loading import QuantizedModel
 from kvquant.models.prompt_attention import NAME
 from kvquant.study.model_families import MODEL_FAMILIES
 from kvquant.study.presets import scheme_from
-from kvquant.study.scheme_kinds import SCHEME_KINDS
+from kvquant.study.scheme_kinds import SCHEME_KINDS, PromptAttention
 from kvquant.study.schemes import Fp16Scheme
 from tests.support.cache_uses import sharpen
 from tests.support.caches import EXACT, GREEDY, LOSSY, feed, ids, quantized, ragged, step
@@ -35,6 +37,7 @@ from tests.support.hybrids import HYBRID, WINDOW, tiny_hybrid
 from tests.support.models import save_tiny, tiny_model
 
 LENGTH = 200
+SIDES: tuple[PromptAttention, ...] = ("8-bit", "16-bit")
 SPECS = {"fp16": Fp16Scheme(kind="fp16"), "16 bits in blocks": EXACT, "nuq3": LOSSY}
 # How far logits of 8-bit and 16-bit prompts are from each other, over their standard deviation.
 BOUND = 0.2
@@ -284,6 +287,33 @@ def test_two_models_of_one_object_keep_their_own(counted: list[tuple[int, int, b
     counted.clear()
     alone(model, ids(1, LENGTH))  # without a cache of either
     assert not counted
+
+
+@pytest.mark.parametrize("own", ["sdpa", "eager", NAME])
+def test_calls_of_two_threads_over_one_model_keep_their_own(own: str) -> None:
+    """Both are in the second layer at once, one in 8 bits, one in 16."""
+    model = tiny(attention=own)
+    _, tokens, mask = ragged([LENGTH, 150], "left")
+    tokens, mask = tokens[1:], mask[1:]
+    both = {which: kvquant.load(model, scheme="fp16", prompt_attention=which) for which in SIDES}
+    expected = {which: step(model, qm.new_cache(), tokens, mask) for which, qm in both.items()}
+    meeting = threading.Barrier(2, timeout=60)
+
+    def meet(*args: Any) -> None:
+        meeting.wait()
+
+    handle = model.model.layers[1].register_forward_pre_hook(meet)
+
+    def ask(which: PromptAttention) -> torch.Tensor:
+        return step(model, both[which].new_cache(), tokens, mask)
+
+    with ThreadPoolExecutor(2) as threads:
+        found = dict(zip(SIDES, threads.map(ask, SIDES), strict=True))
+    handle.remove()
+    for which in SIDES:
+        there = mask.bool()
+        torch.testing.assert_close(found[which][there], expected[which][there])
+    assert model.config._attn_implementation == own
 
 
 def test_a_call_that_fails_leaves_the_model_its_own_attention() -> None:
