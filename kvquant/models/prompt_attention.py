@@ -44,15 +44,17 @@ _LACKING = {
     "position_bias": "biases of scores",
     "output_attentions": "attention weights to give",
 }
-_INSTEAD = f"use 16-bit attention (prompt_attention: 16-bit; attn_implementation: {USUAL} or eager)"
+_INSTEAD = "use 16-bit attention (prompt_attention: 16-bit; attn_implementation: {})"
+_EITHER = f"{USUAL} or eager"
 NO_GRADIENT = (
     "gradients: 8-bit attention of prompts has none; train with 16-bit attention "
     "(prompt_attention: 16-bit)"
 )
 
 
-def _refused(field: str, what: str) -> UserError:
-    return UserError(f"{field}: 8-bit attention of prompts has no {what}; {_INSTEAD}")
+def _refused(field: str, what: str, instead: str = _EITHER) -> UserError:
+    told = _INSTEAD.format(instead)
+    return UserError(f"{field}: 8-bit attention of prompts has no {what}; {told}")
 
 
 def refuse_model(kinds: LayerKinds, config: Any) -> None:
@@ -66,9 +68,11 @@ def refuse_model(kinds: LayerKinds, config: Any) -> None:
         UserError: It caps its scores, has attention sinks, or no attention is causal.
     """
     if kinds.soft_cap is not None:
-        raise _refused(f"model: attn_logit_softcapping: {kinds.soft_cap}", _LACKING["softcap"])
+        raise _refused(
+            f"model: attn_logit_softcapping: {kinds.soft_cap}", _LACKING["softcap"], "eager"
+        )
     if kinds.sinks:
-        raise _refused("model: the learned parameter 'sinks'", _LACKING["s_aux"])
+        raise _refused("model: the learned parameter 'sinks'", _LACKING["s_aux"], "eager")
     if not getattr(config, "is_causal", True):
         raise _refused("model: is_causal: false", "attention to later tokens")
 
@@ -180,7 +184,8 @@ def eight_bit_mask(
     if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
         raise UserError(
             "past_key_values: a static cache also gives columns that nothing was written to, which "
-            f"8-bit attention of prompts does not tell apart; use a dynamic cache, or {_INSTEAD}"
+            "8-bit attention of prompts does not tell apart; use a dynamic cache, or "
+            + _INSTEAD.format(_EITHER)
         )
     window = local_size if local_size is not None and kv_length > local_size else None
     plain = mask_function is causal_mask_function or local_size is not None
@@ -259,8 +264,8 @@ def eight_bit_prompt(
     """
     chosen = _chosen(getattr(module, "config", None))
     for name, what in _LACKING.items():
-        if chosen == NAME and others.get(name) is not None and others[name] is not False:
-            raise _refused(name, what)
+        if others.get(name) is not None and others[name] is not False:  # sdpa has none either
+            raise _refused(name, what, "eager")
     q_len, kv_len, dim = query.shape[2], key.shape[2], query.shape[3]
     if q_len < MIN_COLUMNS or chosen != NAME:
         usual: tuple[torch.Tensor, None] = ALL_ATTENTION_FUNCTIONS.get(_usual(chosen), _SDPA)(
