@@ -47,6 +47,11 @@ def join_caches(caches: Iterable[Any]) -> Any:
         if type(cache) is not type(first):
             kinds = f"{type(first).__name__} and {type(cache).__name__}"
             raise UserError(f"caches: {kinds} cannot be joined; use caches of one scheme")
+        if _prompt_attention(cache) != _prompt_attention(first):
+            raise UserError(
+                "caches: their prompts attend in different bits (prompt_attention); use caches of "
+                "one scheme"
+            )
     if isinstance(first, KVQuantCache):
         _check_quantized(first, rest)
         first.take_over(rest)
@@ -57,6 +62,10 @@ def join_caches(caches: Iterable[Any]) -> Any:
             f"caches: {type(first).__name__} cannot be joined; prefill all prompts in one call"
         )
     return first
+
+
+def _prompt_attention(cache: Any) -> str:
+    return str(getattr(cache, "prompt_attention", "16-bit"))
 
 
 def _check_quantized(first: KVQuantCache, rest: list[KVQuantCache]) -> None:

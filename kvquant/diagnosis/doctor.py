@@ -124,13 +124,13 @@ def _kernels(
     """Returns the kernels of the asked scheme, or of one of every kind, and what went wrong."""
     import torch
 
-    from kvquant.diagnosis.kernel_table import scheme_kernels
+    from kvquant.diagnosis.kernel_table import prompt_check, scheme_kernels
     from kvquant.diagnosis.weights import DTYPES, weight_dtype
 
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype = DTYPES[weight_dtype(model, "auto")] if on_gpu else torch.float32
     schemes = one_of_each_kind() if scheme is None else {scheme: asked_scheme(scheme)}
-    rows, checks = [], []
+    rows, checks = [], [prompt_check(model, dtype, device)]
     assert model.cache is not None
     for name, spec in schemes.items():
         try:

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from kvquant.diagnosis.checks import State
-from kvquant.diagnosis.model_facts import CacheFacts
+from kvquant.diagnosis.checks import Check, State
+from kvquant.diagnosis.model_facts import CacheFacts, ModelFacts
 from kvquant.errors import UserError
-from kvquant.kernels.backends import CANDIDATES, Operation, Selection
+from kvquant.kernels.backends import CANDIDATES, Operation, Selection, device_facts, wish
+from kvquant.kernels.prompt_backend import BACKENDS, decide_prompt
 from kvquant.schemes.backend_report import backend_report
 from kvquant.schemes.packed_blocks import shape_codec
 from kvquant.schemes.registry import ModelShape, build_caches
+from kvquant.study.model_families import MODEL_FAMILIES
 from kvquant.study.scheme_kinds import Scheme
 
 
@@ -81,6 +83,33 @@ def scheme_problem(scheme: Scheme, facts: CacheFacts) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def prompt_check(model: ModelFacts, dtype: torch.dtype, device: torch.device) -> Check:
+    """Returns the row of 8-bit attention of prompts: who would compute it, and why no other.
+
+    Args:
+        model: A supported model.
+        dtype: The dtype of its weights.
+        device: Where it would be.
+
+    Raises:
+        UserError: `KVQUANT_KERNELS` is not one of the known values.
+    """
+    assert model.cache is not None
+    family = MODEL_FAMILIES.get(model.model_type)
+    if model.cache.soft_cap is not None or (family is not None and family.sink_logits is not None):
+        lacks = "attention sinks" if model.cache.soft_cap is None else "caps of scores"
+        fix = "leave prompt_attention at 16-bit"
+        return Check("model", "8-bit prompts", "missing", f"no {lacks} in 8-bit attention", fix)
+    facts = device_facts(device)
+    selection = decide_prompt(model.cache.head_dim, dtype, facts, wish(), load=False)
+    found, fix = f"attention by {selection.backend}", ""
+    if selection.backend != BACKENDS[0]:
+        told, _, fix = selection.reasons(BACKENDS[0])[0].partition(";")
+        found = f"{found}, not {BACKENDS[0]}: {told}"
+    slow = device.type == "cuda" and selection.backend == "pytorch"
+    return Check("model", "8-bit prompts", "warning" if slow else "ok", found, fix.strip())
 
 
 def scheme_kernels(

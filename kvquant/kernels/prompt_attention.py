@@ -2,7 +2,7 @@
 
 Long prompts spend most of their time in attention. Its two products run in 8 bits here; softmax and
 sums stay in fp32. Calls with few new columns, decode steps among them, gain nothing and do not come
-here (:data:`MIN_COLUMNS`).
+here (:data:`kvquant.study.scheme_kinds.MIN_COLUMNS`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import torch
 from kvquant.kernels.eight_bit_attention import eight_bit_attention
 from kvquant.kernels.masked_attention import masked_attention
 from kvquant.kernels.prompt_backend import select_prompt
-
-MIN_COLUMNS = 128  # new columns of a call from which on its attention may run in 8 bits
+from kvquant.study.scheme_kinds import MIN_COLUMNS as MIN_COLUMNS
 
 
 def attend(
@@ -50,6 +49,8 @@ def attend(
     backend = select_prompt(dim, queries.dtype, queries.device).backend
     if window is not None and (valid is not None or backend == "pytorch"):
         seen = _seen(q_len, kv_len, window, valid, queries.device)
+        if valid is not None:  # a weight of 0 does not hide what is not finite
+            keys, values = (x.masked_fill(~valid[:, None, :, None], 0) for x in (keys, values))
         return masked_attention(queries, keys, values, seen, scaling)
     if backend == "pytorch":
         return eight_bit_attention(queries, keys, values, scaling=scaling, valid=valid)

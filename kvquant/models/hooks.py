@@ -287,7 +287,7 @@ def uninstall_attention(model: Any) -> None:
         if isinstance(layer.self_attn, PrefillQuantizedAttention):
             layer.self_attn.restore()
     no_graph_calls(model)
-    restore(model.model)
+    restore(model.model, every=True)
     ours = (_enter_model, _leave_model, _enter_decoder, _leave_decoder)
     for module in (model, model.model):
         for hooks, flags in (

@@ -8,6 +8,9 @@ implementation and chooses call by call: a cache says whether its prompts attend
 
 from __future__ import annotations
 
+import sys
+import threading
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
@@ -28,9 +31,12 @@ from kvquant.study.scheme_kinds import PromptAttention, Scheme, no_prompt_attent
 
 NAME = "kvquant_8bit"
 USUAL = "sdpa"  # the 16-bit attention in its place
+_SDPA = ALL_ATTENTION_FUNCTIONS[USUAL]  # where an implementation has no entry (eager)
 
-# Attribute of a decoder during a call by another implementation than its own: its own one.
+# Attribute of a decoder during calls in 8 bits, if it has another implementation: _InEightBits.
 _OWN = "kvquant_own_attention"
+_LOCK = threading.Lock()  # of these attributes
+_CALL = threading.local()  # `chosen`: configuration and implementation of a thread's latest call
 # What implementations of attention are asked for by name, and this one does not have.
 _LACKING = {
     "softcap": "caps of scores",
@@ -38,15 +44,17 @@ _LACKING = {
     "position_bias": "biases of scores",
     "output_attentions": "attention weights to give",
 }
-_INSTEAD = f"use 16-bit attention (prompt_attention: 16-bit; attn_implementation: {USUAL} or eager)"
+_INSTEAD = "use 16-bit attention (prompt_attention: 16-bit; attn_implementation: {})"
+_EITHER = f"{USUAL} or eager"
 NO_GRADIENT = (
     "gradients: 8-bit attention of prompts has none; train with 16-bit attention "
     "(prompt_attention: 16-bit)"
 )
 
 
-def _refused(field: str, what: str) -> UserError:
-    return UserError(f"{field}: 8-bit attention of prompts has no {what}; {_INSTEAD}")
+def _refused(field: str, what: str, instead: str = _EITHER) -> UserError:
+    told = _INSTEAD.format(instead)
+    return UserError(f"{field}: 8-bit attention of prompts has no {what}; {told}")
 
 
 def refuse_model(kinds: LayerKinds, config: Any) -> None:
@@ -60,11 +68,39 @@ def refuse_model(kinds: LayerKinds, config: Any) -> None:
         UserError: It caps its scores, has attention sinks, or no attention is causal.
     """
     if kinds.soft_cap is not None:
-        raise _refused(f"model: attn_logit_softcapping: {kinds.soft_cap}", _LACKING["softcap"])
+        raise _refused(
+            f"model: attn_logit_softcapping: {kinds.soft_cap}", _LACKING["softcap"], "eager"
+        )
     if kinds.sinks:
-        raise _refused("model: the learned parameter 'sinks'", _LACKING["s_aux"])
+        raise _refused("model: the learned parameter 'sinks'", _LACKING["s_aux"], "eager")
     if not getattr(config, "is_causal", True):
         raise _refused("model: is_causal: false", "attention to later tokens")
+
+
+def _refuse_own_attention(config: Any) -> None:
+    """Refuses a model whose layers attend by themselves, whatever implementation it is loaded with.
+
+    Such a layer would take the mask of another implementation for one of its own, and where there
+    is none, see later tokens. Implementations are looked up in the file of a model's layers.
+
+    Args:
+        config: The configuration that a mask is made for; None: unknown.
+
+    Raises:
+        UserError: No layer asks for an implementation of attention.
+    """
+    if config is None or "text_config" in getattr(config, "sub_configs", ()):
+        return  # a model of several, whose layers are in other files
+    names = (kind.__module__ for kind in type(config).__mro__)
+    name = next((name for name in names if ".configuration_" in name), None)
+    layers = (
+        None if name is None else sys.modules.get(name.replace(".configuration_", ".modeling_"))
+    )
+    if layers is not None and not hasattr(layers, "ALL_ATTENTION_FUNCTIONS"):
+        raise UserError(
+            f"attn_implementation: {NAME}: layers of model_type '{config.model_type}' attend by "
+            "themselves and take no other implementation; load the model with eager"
+        )
 
 
 def with_prompt_attention(
@@ -126,10 +162,13 @@ def eight_bit_mask(
 
     Raises:
         UserError: The mask is not causal, or hides more than padding and columns before a sliding
-            window.
+            window; or the model's layers attend by themselves.
     """
-    if q_length < MIN_COLUMNS:
-        usual: torch.Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[USUAL](
+    config = others.get("config")
+    _refuse_own_attention(config)
+    chosen = _chosen(config)
+    if q_length < MIN_COLUMNS or chosen != NAME:
+        usual: torch.Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[_usual(chosen)](
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -145,7 +184,8 @@ def eight_bit_mask(
     if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
         raise UserError(
             "past_key_values: a static cache also gives columns that nothing was written to, which "
-            f"8-bit attention of prompts does not tell apart; use a dynamic cache, or {_INSTEAD}"
+            "8-bit attention of prompts does not tell apart; use a dynamic cache, or "
+            + _INSTEAD.format(_EITHER)
         )
     window = local_size if local_size is not None and kv_length > local_size else None
     plain = mask_function is causal_mask_function or local_size is not None
@@ -170,6 +210,11 @@ def eight_bit_mask(
             valid = torch.ones(shape, dtype=torch.bool, device=device)
         return valid.to(torch.int32) * window
     return None if valid is None or bool(valid.all()) else valid
+
+
+def _usual(chosen: str) -> str:
+    """Returns the implementation of calls that are not in 8 bits."""
+    return USUAL if chosen == NAME else chosen
 
 
 def _slides(mask_function: Any, window: int) -> bool:
@@ -217,12 +262,13 @@ def eight_bit_prompt(
     Raises:
         UserError: The call asks for what 8-bit attention does not have.
     """
+    chosen = _chosen(getattr(module, "config", None))
     for name, what in _LACKING.items():
-        if others.get(name) is not None and others[name] is not False:
-            raise _refused(name, what)
+        if others.get(name) is not None and others[name] is not False:  # sdpa has none either
+            raise _refused(name, what, "eager")
     q_len, kv_len, dim = query.shape[2], key.shape[2], query.shape[3]
-    if q_len < MIN_COLUMNS:
-        usual: tuple[torch.Tensor, None] = ALL_ATTENTION_FUNCTIONS[USUAL](
+    if q_len < MIN_COLUMNS or chosen != NAME:
+        usual: tuple[torch.Tensor, None] = ALL_ATTENTION_FUNCTIONS.get(_usual(chosen), _SDPA)(
             module,
             query,
             key,
@@ -231,6 +277,7 @@ def eight_bit_prompt(
             dropout=dropout,
             scaling=scaling,
             is_causal=is_causal,
+            sliding_window=sliding_window,
             **others,
         )
         return usual
@@ -249,7 +296,8 @@ def eight_bit_prompt(
         raise _refused("attention_mask", f"masks of {valid.ndim} dimensions")
     if valid is not None and valid.dtype is torch.int32:
         window = int(valid.max()) if window is None else window
-        valid = valid > 0
+        tokens = valid > 0
+        valid = None if bool(tokens.all()) else tokens
     if window is not None and kv_len <= window:
         window = None
     factor = dim**-0.5 if scaling is None else scaling
@@ -271,11 +319,25 @@ def _attend(
     return without_gradient(out, query, key, value, why=NO_GRADIENT)
 
 
+@dataclass
+class _InEightBits:
+    """A decoder during calls in 8 bits, whose configuration names :data:`NAME` for all threads.
+
+    Attributes:
+        own: The implementation that it has otherwise.
+        threads: Those whose calls attend in 8 bits.
+    """
+
+    own: str
+    threads: set[int] = field(default_factory=set)
+
+
 def choose(decoder: Any, cache: Any, new_len: int) -> None:
     """Lets a decoder use the attention that a cache asks for, in the call that begins.
 
     :func:`restore` undoes it. A cache that asks for nothing leaves the decoder its own attention,
-    and so do calls with few new columns.
+    and so do calls with few new columns. Calls of several threads over one model do not disturb
+    each other: each thread's own choice is found by :func:`_chosen`.
 
     Args:
         decoder: The decoder, with `config`.
@@ -284,22 +346,45 @@ def choose(decoder: Any, cache: Any, new_len: int) -> None:
     """
     restore(decoder)  # where an earlier call ended early
     asked = getattr(cache, "prompt_attention", None)
-    own = decoder.config._attn_implementation
-    wanted = own
-    if asked == "8-bit" and new_len >= MIN_COLUMNS:
-        wanted = NAME
-    elif asked is not None and own == NAME:
-        wanted = USUAL
-    if wanted != own:
-        setattr(decoder, _OWN, own)
-        decoder.config._attn_implementation = wanted
+    config = decoder.config
+    with _LOCK:
+        shared: _InEightBits | None = decoder.__dict__.get(_OWN)
+        wanted = own = config._attn_implementation if shared is None else shared.own
+        if asked == "8-bit" and new_len >= MIN_COLUMNS:
+            wanted = NAME
+        elif asked is not None and own == NAME:
+            wanted = USUAL
+        if own != NAME and wanted == NAME:
+            shared = shared or _InEightBits(own)
+            shared.threads.add(threading.get_ident())
+            setattr(decoder, _OWN, shared)
+            config._attn_implementation = NAME
+    _CALL.chosen = config, wanted
 
 
-def restore(decoder: Any) -> None:
-    """Gives a decoder the attention back that it had before :func:`choose`."""
-    own = decoder.__dict__.pop(_OWN, None)
-    if own is not None:
-        decoder.config._attn_implementation = own
+def restore(decoder: Any, *, every: bool = False) -> None:
+    """Gives a decoder the attention back that it had before :func:`choose`.
+
+    Args:
+        decoder: The decoder.
+        every: Whether calls of other threads have ended as well.
+    """
+    _CALL.chosen = None
+    with _LOCK:
+        shared: _InEightBits | None = decoder.__dict__.get(_OWN)
+        if shared is None:
+            return
+        running = {thread.ident for thread in threading.enumerate()}  # others ended early
+        shared.threads &= running - {threading.get_ident()}
+        if every or not shared.threads:
+            delattr(decoder, _OWN)
+            decoder.config._attn_implementation = shared.own
+
+
+def _chosen(config: Any) -> str:
+    """Returns the implementation that this thread's call over a model is to use."""
+    chosen = getattr(_CALL, "chosen", None)
+    return NAME if chosen is None or chosen[0] is not config else str(chosen[1])
 
 
 AttentionInterface.register(NAME, eight_bit_prompt)

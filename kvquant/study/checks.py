@@ -9,8 +9,14 @@ from kvquant.errors import unknown
 from kvquant.study.datasets import DATASETS
 from kvquant.study.limits import MAX_NAMES, MAX_RESULTS, MAX_SEED
 from kvquant.study.paths import NAME
-from kvquant.study.scheme_kinds import PROMPT_ATTENTION, CalibratedScheme, CodebookScheme
+from kvquant.study.scheme_kinds import (
+    MIN_COLUMNS,
+    PROMPT_ATTENTION,
+    CalibratedScheme,
+    CodebookScheme,
+)
 from kvquant.study.sections import StudySections
+from kvquant.study.tasks import PerplexityTask
 from kvquant.study.wording import Named, repeated_labels
 
 MAX_NAME = 64
@@ -145,11 +151,30 @@ def _evaluation(study: StudySections) -> Iterator[str]:
                 f"tasks.{task}: the baseline '{study.baseline}' cannot run its protocol "
                 f"{_protocol(study, task)}, so nothing can be compared on it"
             )
+    yield from _short_calls(study, evaluated)
     if spec.tasks_per_job == "all":
         yield from _shared_jobs(study, evaluated)
     for name in spec.schemes:
         if name in study.schemes and not any(_can(study, name, task) for task in study.tasks):
             yield f"evaluation.schemes: '{name}' cannot run the protocol of any task; leave it out"
+
+
+def _short_calls(study: StudySections, evaluated: list[str]) -> Iterator[str]:
+    """Yields the tasks all of whose calls are too short for the 8-bit attention of a scheme."""
+    for name in filter(study.schemes.get, evaluated):
+        if study.schemes[name].prompt_attention == "16-bit":
+            continue
+        for label in study.evaluation.tasks.get(name, list(study.tasks)):
+            task = study.tasks.get(label)
+            if not isinstance(task, PerplexityTask) or not _can(study, name, label):
+                continue
+            option, most = task.longest_call()
+            if 0 < most < MIN_COLUMNS:
+                yield (
+                    f"tasks.{label}.{option}: calls of {most} tokens attend in 16 bits whatever "
+                    f"{PROMPT_ATTENTION} of '{name}' says: write {MIN_COLUMNS} or more, or name "
+                    f"the scheme's other tasks in evaluation.tasks.{name}"
+                )
 
 
 def _shared_jobs(study: StudySections, evaluated: list[str]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from kvquant.study.wording import LABEL, Named, Words
 
 PROMPT_ATTENTION = "prompt_attention"
 PromptAttention = Literal["16-bit", "8-bit"]
+MIN_COLUMNS = 128  # new columns of a call from which on its attention may run in 8 bits
 FAMILIES = ("16-bit", "ours", "peers")  # unquantized caches, this project's schemes, all others
 
 

@@ -127,6 +127,12 @@ class PerplexityTask(Task):
         """Returns the number of windows per seed; 0 stands for the whole text."""
         return self.windows
 
+    def longest_call(self) -> tuple[str, int]:
+        """Returns the option that says how many tokens a call has at most, and how many; 0: all."""
+        if self.protocol == "A" and (not self.window or self.chunk < self.window):
+            return "chunk", self.chunk
+        return "window", self.window
+
     def describe(self) -> str:
         """Returns the number and the length of the windows, and the protocol."""
         size = f"of {self.window} tokens" if self.window else "of all the model's positions"

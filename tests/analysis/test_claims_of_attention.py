@@ -13,7 +13,7 @@ from kvquant.analysis.claims import judge
 from kvquant.analysis.evidence import NOT_ENOUGH, NOT_MEASURED, NOT_SUPPORTED, SUPPORTED, Outcome
 from kvquant.analysis.study_tables import Tables
 from kvquant.study.config import Study
-from tests.support.studies import study_of
+from tests.support.studies import LONG_CALLS, study_of
 from tests.support.tables import job_table
 
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -32,7 +32,7 @@ NONE = pd.DataFrame()
 
 
 def study(case: dict[str, Any] | None = None) -> Study:
-    return study_of(schemes=SCHEMES, jobs={"cases": {"long": case or CASE}})
+    return study_of(schemes=SCHEMES, tasks=LONG_CALLS, jobs={"cases": {"long": case or CASE}})
 
 
 def of_jobs(asked: Study, **changed: Any) -> Tables:

@@ -126,6 +126,17 @@ def test_what_cannot_be_joined_is_refused() -> None:
     assert join_caches([first, second]).lengths == [40, 40]  # refusals changed nothing
 
 
+@pytest.mark.parametrize("spec", [NUQ, Fp16Scheme(kind="fp16")], ids=["nuq", "fp16"])
+def test_prompts_that_attended_in_different_bits_are_refused(spec: Any) -> None:
+    """Later turns of some sequences would attend as their own prompts did not."""
+    qm = quantized(tiny_model(), spec)
+    rows, _, _ = ragged([40, 40], "left")
+    first, second = singles(qm, rows)
+    second.prompt_attention = "8-bit"
+    with pytest.raises(UserError, match="caches: their prompts attend in different bits"):
+        join_caches([first, second])
+
+
 def test_quantized_caches_of_transformers_are_refused() -> None:
     pytest.importorskip("optimum.quanto")
     qm = quantized(tiny_model(), HfQuantoScheme(kind="hf-quanto", bits=4))

@@ -83,6 +83,21 @@ def test_a_model_gets_layers_and_kernels(configs: Path, capsys: pytest.CaptureFi
     assert shown.rstrip().splitlines()[-1].startswith("kvquant can run here, on the CPU")
 
 
+@pytest.mark.parametrize(
+    ("name", "state", "told"),
+    [
+        ("small", "ok", "attention by pytorch, not cuda: device: "),
+        ("gemma2", "missing", "no caps of scores in 8-bit attention"),
+    ],
+)
+def test_who_would_attend_in_8_bits(
+    name: str, state: str, told: str, configs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, raw = found(capsys, "--model", str(configs / name))
+    row = next(check for check in raw["checks"] if check["name"] == "8-bit prompts")
+    assert status == 0 and row["state"] == state and row["found"].startswith(told) and row["fix"]
+
+
 @pytest.mark.parametrize("name", ["qwen3-next", "starcoder2", "t5"])
 def test_a_refused_model_is_exit_status_1(
     name: str, configs: Path, capsys: pytest.CaptureFixture[str]

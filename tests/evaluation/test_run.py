@@ -87,6 +87,7 @@ def test_prompts_attend_in_8_bits_where_the_scheme_says_so(
 ) -> None:
     raw = passkey_study(tiny_dir)
     raw["schemes"]["eight"] = {**raw["schemes"]["kivi-4"], "prompt_attention": "8-bit"}
+    raw["tasks"]["ppl"]["window"] = 128
     columns: list[int] = []
     plain = prompt_attention.attend
 

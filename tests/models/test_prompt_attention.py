@@ -6,12 +6,14 @@ Also covers: cache.whole_columns, kernels.prompt_attention.
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, cache_utils
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache, cache_utils
 
 import kvquant
 from kvquant.cache import kvquant_cache
@@ -27,7 +29,7 @@ from kvquant.models.loading import QuantizedModel
 from kvquant.models.prompt_attention import NAME
 from kvquant.study.model_families import MODEL_FAMILIES
 from kvquant.study.presets import scheme_from
-from kvquant.study.scheme_kinds import SCHEME_KINDS
+from kvquant.study.scheme_kinds import SCHEME_KINDS, PromptAttention
 from kvquant.study.schemes import Fp16Scheme
 from tests.support.cache_uses import sharpen
 from tests.support.caches import EXACT, GREEDY, LOSSY, feed, ids, quantized, ragged, step
@@ -35,6 +37,7 @@ from tests.support.hybrids import HYBRID, WINDOW, tiny_hybrid
 from tests.support.models import save_tiny, tiny_model
 
 LENGTH = 200
+SIDES: tuple[PromptAttention, ...] = ("8-bit", "16-bit")
 SPECS = {"fp16": Fp16Scheme(kind="fp16"), "16 bits in blocks": EXACT, "nuq3": LOSSY}
 # How far logits of 8-bit and 16-bit prompts are from each other, over their standard deviation.
 BOUND = 0.2
@@ -197,6 +200,19 @@ def test_windows_are_kept(name: str, counted: list[tuple[int, int, bool]]) -> No
         assert apart(parts[there], wanted[there]) < BOUND
 
 
+@pytest.mark.parametrize("spec", [None, SPECS["fp16"], EXACT], ids=["by name", "fp16", "ours"])
+def test_windows_without_padding_need_no_mask(
+    spec: Any, counted: list[tuple[int, int, bool]]
+) -> None:
+    """So that the kernels take them, whose windows know no padding."""
+    model, tokens = tiny_hybrid("gemma3", attention=NAME if spec is None else None), ids(2, LENGTH)
+    if spec is None:
+        alone(model, tokens)
+    else:
+        step(model, quantized(model, asked(spec)).new_cache(), tokens)
+    assert counted == [(LENGTH, LENGTH, False)] * len(model.model.layers)
+
+
 def test_a_window_that_hides_a_column_is_computed_in_16_bits() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, 160, 16) for heads in (4, 2, 2))
@@ -205,8 +221,9 @@ def test_a_window_that_hides_a_column_is_computed_in_16_bits() -> None:
     at = torch.arange(160)
     seen = (at[:, None] >= at) & (at[:, None] - at < WINDOW) & valid[:, None, None]
     expected = masked_attention(q, k, v, seen | torch.eye(160, dtype=torch.bool), 0.25)
-    found = attend(q, k, v, scaling=0.25, valid=valid, window=WINDOW)
-    torch.testing.assert_close(found, expected)
+    padded = [torch.where(valid[:, None, :, None], x, torch.nan) for x in (q, k, v)]
+    found = attend(*padded, scaling=0.25, valid=valid, window=WINDOW)
+    torch.testing.assert_close(found[valid], expected[valid])  # whatever padding holds
     wide = attend(q, k, v, scaling=0.25, valid=valid, window=160)
     torch.testing.assert_close(wide, attend(q, k, v, scaling=0.25, valid=valid))
     assert kernels.MIN_COLUMNS > WINDOW
@@ -272,6 +289,33 @@ def test_two_models_of_one_object_keep_their_own(counted: list[tuple[int, int, b
     assert not counted
 
 
+@pytest.mark.parametrize("own", ["sdpa", "eager", NAME])
+def test_calls_of_two_threads_over_one_model_keep_their_own(own: str) -> None:
+    """Both are in the second layer at once, one in 8 bits, one in 16."""
+    model = tiny(attention=own)
+    _, tokens, mask = ragged([LENGTH, 150], "left")
+    tokens, mask = tokens[1:], mask[1:]
+    both = {which: kvquant.load(model, scheme="fp16", prompt_attention=which) for which in SIDES}
+    expected = {which: step(model, qm.new_cache(), tokens, mask) for which, qm in both.items()}
+    meeting = threading.Barrier(2, timeout=60)
+
+    def meet(*args: Any) -> None:
+        meeting.wait()
+
+    handle = model.model.layers[1].register_forward_pre_hook(meet)
+
+    def ask(which: PromptAttention) -> torch.Tensor:
+        return step(model, both[which].new_cache(), tokens, mask)
+
+    with ThreadPoolExecutor(2) as threads:
+        found = dict(zip(SIDES, threads.map(ask, SIDES), strict=True))
+    handle.remove()
+    for which in SIDES:
+        there = mask.bool()
+        torch.testing.assert_close(found[which][there], expected[which][there])
+    assert model.config._attn_implementation == own
+
+
 def test_a_call_that_fails_leaves_the_model_its_own_attention() -> None:
     model = tiny()
     qm = kvquant.load(model, prompt_attention="8-bit")
@@ -321,8 +365,24 @@ def test_models_that_need_more_are_refused_when_loaded(what: str, family: str, f
         kvquant.load(tiny(family, sliding_window=None), prompt_attention="8-bit")
     assert "use 16-bit attention" in str(found.value)
     named = tiny(family, attention=NAME)
-    with pytest.raises(UserError, match="8-bit attention of prompts has no"):
-        alone(named, ids(1, LENGTH))
+    sixteen = kvquant.load(named, prompt_attention="16-bit").new_cache()
+    for cache in (None, sixteen):  # sdpa, which would take its place, leaves them out in silence
+        with pytest.raises(UserError, match="8-bit attention of prompts has no") as found:
+            step(named, cache, ids(1, LENGTH))
+        assert "attn_implementation: eager" in str(found.value)
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "xglm"])
+@pytest.mark.parametrize("columns", [LENGTH, 20])
+def test_models_whose_layers_attend_by_themselves_are_refused(family: str, columns: int) -> None:
+    """They would take the lack of a mask for attention to all tokens, later ones included."""
+    config = AutoConfig.for_model(
+        family, vocab_size=97, hidden_size=64, d_model=64, num_layers=1, n_layer=1, n_head=4,
+        attention_heads=4, ffn_dim=96,
+    )  # fmt: skip
+    named = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
+    with pytest.raises(UserError, match=f"attn_implementation: {NAME}: layers of model_type"):
+        alone(named, ids(1, columns))
 
 
 def test_calls_that_ask_for_more_are_refused() -> None:

@@ -153,6 +153,34 @@ def test_a_headline_that_nobody_measures(raw: dict[str, Any]) -> None:
         parse_study(study)
 
 
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        ({"window": 64}, "window: calls of 64"),
+        ({"protocol": "A", "window": 512, "chunk": 127}, "chunk: calls of 127"),
+        ({"protocol": "A", "window": 0, "chunk": 100}, "chunk: calls of 100"),
+        ({"protocol": "A", "window": 100, "chunk": 256}, "window: calls of 100"),
+        ({"window": 128}, None),
+        ({"window": 0}, None),
+        ({"protocol": "A", "window": 512}, None),
+    ],
+)
+def test_calls_that_are_too_short_for_8_bit_attention(
+    raw: dict[str, Any], options: dict[str, Any], option: str | None
+) -> None:
+    """A record would say 8 bits of what was measured in 16."""
+    study = changed(raw, "schemes/eight", {"kind": "fp8", "prompt_attention": "8-bit"})
+    study["evaluation"] = {}
+    study["tasks"]["ppl-b"] |= options
+    if option is None:
+        parse_study(study)
+        return
+    with pytest.raises(UserError, match=rf"tasks.ppl-b.{option} tokens attend in 16 bits"):
+        parse_study(study)
+    others = [name for name in study["tasks"] if name != "ppl-b"]
+    parse_study(changed(study, "evaluation/tasks", {"eight": others}))
+
+
 def test_impossible_protocols(raw: dict[str, Any]) -> None:
     study = changed(raw, "schemes/quanto", {"kind": "hf-quanto", "bits": 4})
     study["evaluation"] = {"tasks": {"quanto": ["ppl-b"]}}

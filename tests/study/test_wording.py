@@ -15,7 +15,7 @@ from kvquant.study.own_schemes import AllocatedScheme
 from kvquant.study.scheme_kinds import SCHEME_KINDS
 from kvquant.study.schemes import SchemeSpec
 from kvquant.study.wording import short_count, told_apart
-from tests.support.studies import study_of
+from tests.support.studies import LONG_CALLS, study_of
 
 STUDIES = (
     "config",
@@ -32,7 +32,8 @@ STUDIES = (
 def names(schemes: dict[str, dict[str, Any]], **reserved: Any) -> dict[str, str]:
     """The names of schemes, besides fp16."""
     all_schemes = {"fp16": {"kind": "fp16"}, **schemes}
-    found = told_apart(study_of(schemes=all_schemes, headline="fp16").schemes, **reserved)
+    study = study_of(schemes=all_schemes, headline="fp16", tasks=LONG_CALLS)
+    found = told_apart(study.schemes, **reserved)
     assert found.pop("fp16") == "16-bit cache"
     return found
 

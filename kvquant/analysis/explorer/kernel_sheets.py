@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvquant.analysis.explorer.source import Source
 from kvquant.analysis.explorer.timed_sheets import (
     DEVICE,
@@ -36,10 +38,22 @@ _OF_KERNELS = (
 )
 
 
-def _side_name(source: Source, side: str) -> str:
+# The measurement that no cache takes part in, and its side that is not torch's.
+_ALONE, _EIGHT_BITS = "prompt-attention", "8-bit"
+
+
+def _side(source: Source, side: str) -> dict[str, str]:
+    """Returns the first cells of a row (see :meth:`Source.who`), whose side may be no scheme."""
+    cells = source.who(None, side)
     if side in BACKENDS:
-        return f"fp16 attention, {BACKENDS[side]}"
-    return "copy on the device" if side == "copy" else source.labels.scheme(side)
+        return {**cells, "scheme": f"fp16 attention, {BACKENDS[side][0]}", "family": "16-bit"}
+    if side == _EIGHT_BITS:
+        return {**cells, "scheme": "8-bit attention", "family": "ours"}
+    return {**cells, "scheme": "copy on the device"} if side == "copy" else cells
+
+
+def _kernels_of(source: Source, scheme: str, measures: Sequence[str]) -> str:
+    return "no cache" if set(measures) == {_ALONE} else source.labels.scheme(scheme)
 
 
 def kernels(source: Source) -> Sheet:
@@ -53,9 +67,8 @@ def kernels(source: Source) -> Sheet:
             side, status = str(row["side"]), str(row["status"])
             sizes = (int(row[n]) for n in ("batch", "tokens", "all_tokens"))
             cells: dict[str, Cell] = {
-                **source.who(None, side),
-                "scheme": _side_name(source, side),
-                "kernels": source.labels.scheme(scheme),
+                **_side(source, side),
+                "kernels": _kernels_of(source, scheme, [str(row["measure"])]),
                 "measure": WORDS.get(str(row["measure"]), str(row["measure"])),
                 "case": case_label(str(row["shape"]), *sizes),
                 "device": device_label(str(row["device"])),
@@ -74,20 +87,22 @@ def kernels(source: Source) -> Sheet:
             rows.append(Row(cells, key, bits=cells["bits_per_element"], cell=cell))
         if there.empty:
             none = {column.name: missing(NOT_MEASURED) for column in _OF_KERNELS}
-            cells = {**source.who(None, scheme), "kernels": source.labels.scheme(scheme), **none}
+            who = _EIGHT_BITS if set(case.measure) == {_ALONE} else scheme
+            by = _kernels_of(source, scheme, case.measure)
+            cells = {**_side(source, who), "kernels": by, **none}
             cells["measure"] = ", ".join(WORDS.get(m, m) for m in case.measure)
             cells["case"] = case_label(
                 case.shape, case.batch, case.tokens, case.batch * case.tokens
             )
             cells |= {"device": NOWHERE, "status": NOT_MEASURED}
-            rows.append(Row(cells, scheme, cell=("kernels", NOWHERE, name)))
-    who = [column for column in source.who_columns if column.name != "model"]
+            rows.append(Row(cells, who, cell=("kernels", NOWHERE, name)))
+    columns = [column for column in source.who_columns if column.name != "model"]
     first = (
         Column("measure", "measured", text=True),
         Column("case", "case", "Shape, batch and prompt tokens; random data.", text=True),
-        Column("kernels", "kernels of", "The scheme whose kernels the case times.", text=True),
+        Column("kernels", "kernels of", "The scheme whose kernels a row is about.", text=True),
     )
-    return Sheet([*who, *first, DEVICE, STATUS, *_OF_KERNELS], rows)
+    return Sheet([*columns, *first, DEVICE, STATUS, *_OF_KERNELS], rows)
 
 
 _OF_APPENDS = (

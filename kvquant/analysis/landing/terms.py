@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kvquant.analysis.evidence import NOT_ENOUGH, NOT_MEASURED, NOT_SUPPORTED, SUPPORTED
 from kvquant.analysis.labels import labels_of
 from kvquant.study.config import Study
+from kvquant.study.scheme_kinds import MIN_COLUMNS
 
 PROTOCOLS = {
     "A": "the prompt attends to its own keys and values in full precision, and later tokens read "
@@ -79,6 +80,14 @@ def terms(study: Study) -> Iterator[Term]:
         several = "Each result names its protocol." if len(used) > 1 else "All tasks here use it."
         items = tuple((f"Protocol {name}", PROTOCOLS[name]) for name in used)
         yield Term("Protocols", several, items)
+    if any(scheme.prompt_attention == "8-bit" for scheme in study.schemes.values()):
+        yield Term(
+            "8-bit attention",
+            f"Calls with {MIN_COLUMNS} new tokens or more, which are prompts above all, multiply "
+            "queries with keys, and weights with values, in 8 bits. That is for the time of long "
+            "prompts, and leaves the bytes of the cache as they are. Answers are decoded with "
+            "16-bit attention, and schemes whose names do not say it have no other.",
+        )
     yield Term(
         "Intervals",
         f"Square brackets hold a {level} interval over seeds, or, of timings and energies, the "

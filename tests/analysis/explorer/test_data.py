@@ -21,6 +21,7 @@ import pytest
 from kvquant.analysis.collect import collect
 from kvquant.analysis.explorer import timed_sheets, view_list
 from kvquant.analysis.explorer.data import claims, data_of
+from kvquant.analysis.explorer.kernel_sheets import kernels
 from kvquant.analysis.explorer.source import load as read_source
 from kvquant.analysis.explorer.timed_measures import all_measures
 from kvquant.analysis.explorer.values import Row, Sheet
@@ -225,6 +226,24 @@ def test_a_study_without_a_record_is_shown_as_such(measured: Measured) -> None:
     for name in ("tasks", "workloads", "jobs", "kernels", "appends"):
         assert len(views[name]["rows"]) > 0, name
         assert "not measured" in json.dumps(views[name]), name
+
+
+def test_sides_without_a_cache_have_names(measured: Measured) -> None:
+    """Attention of a prompt alone, and torch's in fp16, are no schemes."""
+    table = measured.source.tables.kernels
+    there = pd.concat([table.iloc[:1]] * 4).assign(
+        case="one", measure="prompt-attention",
+        side=["8-bit", "cudnn", "flash", "efficient"], role=["ours", *["fp16"] * 3],
+    )  # fmt: skip
+    tables = replace(measured.source.tables, kernels=there)
+    rows = kernels(replace(measured.source, tables=tables)).rows
+    assert [(row.cells["scheme"], row.cells["family"]) for row in rows[:4]] == [
+        ("8-bit attention", "ours"),
+        ("fp16 attention, cuDNN", "16-bit"),
+        ("fp16 attention, flash", "16-bit"),
+        ("fp16 attention, memory-efficient", "16-bit"),
+    ]
+    assert {row.cells["kernels"] for row in rows[:4]} == {"no cache"}
 
 
 def pareto_of_nothing(measured: Measured) -> pd.DataFrame:

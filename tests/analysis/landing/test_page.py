@@ -31,7 +31,7 @@ from kvquant.analysis.suite_tables import MARKS as PAPER_MARKS
 from kvquant.errors import UserError
 from tests.analysis.landing.conftest import COMMAND, Written
 from tests.support.measured import HOSTILE
-from tests.support.studies import study_of
+from tests.support.studies import LONG_CALLS, study_of
 
 
 @pytest.fixture
@@ -68,7 +68,11 @@ def test_terms_are_those_of_the_study() -> None:
     plain = {term.name: term for term in terms(study_of(kernels=None))}
     assert "Random weights" not in plain
     assert {word for word, _ in plain["Protocols"].items} == {"Protocol A", "Protocol B"}
+    assert "8-bit attention" not in plain
     passkey = {"suite": "passkey", "length": 200, "samples": 4}
+    schemes = {"fp16": {"kind": "fp16"}, "nuq3": {"kind": "fp8", "prompt_attention": "8-bit"}}
+    eight = study_of(schemes=schemes, tasks=LONG_CALLS)
+    assert "128 new tokens" in {term.name: term for term in terms(eight)}["8-bit attention"].text
     one = study_of(tasks={"passkey": passkey}, statistics={"alpha": 0.01})
     found = {term.name: term for term in terms(one)}
     assert "Random weights" in found and "99 % interval" in found["Intervals"].text
