@@ -1,6 +1,6 @@
 """Whole jobs on a tiny model.
 
-Also covers: benchmarks.job_side, study.jobs.
+Also covers: benchmarks.job_runner, benchmarks.job_side, study.jobs.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from kvquant.benchmarks import job_side
+from kvquant.benchmarks.job_runner import Runner, turns
 from kvquant.benchmarks.job_side import JobSide, JobTimes
-from kvquant.benchmarks.jobs import Runner, turns
 from kvquant.benchmarks.random_model import RandomModel
 from kvquant.cli import main
 from kvquant.errors import OutlierOverflow, UserError
