@@ -64,8 +64,8 @@ SHAPES: dict[str, dict[str, int]] = {
         "hidden_size": 512,
         "intermediate_size": 512,
         "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
         "vocab_size": 4000,
     },
 }

@@ -119,16 +119,16 @@ def test_a_part_alone_takes_the_memory_of_the_part(parts: list[dict[str, Any]]) 
     for part in parts:
         assert part["same memory"]
         assert len(set(part["bytes"])) == 1
-        assert part["heads"] == (2, 2)
+        assert part["heads"] == (4, 4)
         for name in SCHEMES:
             (shared, elements), (alone, same) = part[f"caches of {name}"]
-            assert elements == same == 2 * 2 * 160 * 2 * 64  # keys, values of 2 layers and heads
+            assert elements == same == 2 * 2 * 160 * 4 * 32  # keys, values; layers, heads
             assert alone == pytest.approx(shared, rel=0.02)  # outliers are of its own heads
     whole = RandomModel(SHAPE, CPU)
     assert sum(part["bytes"][0] for part in parts) == pytest.approx(whole.weight_bytes, rel=0.001)
     free = [10**9 - part["bytes"][0] for part in parts]
     for room, part in zip(free, parts, strict=True):
-        per_token = 2 * 2 * 2 * 64 * 2  # keys and values of two layers and heads in 16 bits
+        per_token = 2 * 2 * 4 * 32 * 2  # keys and values of two layers and four heads in 16 bits
         assert part["fit of fp16"] == room // per_token
         assert part["fit of allocated"] > 3 * part["fit of fp16"]
 
@@ -183,9 +183,9 @@ def test_processes_that_cannot_share_are_one_line(tmp_path: Path) -> None:
     for case, words in (
         (
             BY_HEADS | {"gpus": 3},
-            r"gpus: 3 cannot share the 4 kv heads of 'tiny-gqa'.* give 2 or 4",
+            r"gpus: 3 cannot share the 8 kv heads of 'tiny-gqa'.* give 2 or 4 or 8",
         ),
-        (CASE | {"split": "heads"}, "gpus: 1 cannot share the 4 kv heads"),
+        (CASE | {"split": "heads"}, "gpus: 1 cannot share the 8 kv heads"),
         (BY_HEADS | {"shape": "tiny"}, r"1 kv heads of 'tiny' evenly .*give another shape"),
         (BY_HEADS | {"shape": "70b-gqa", "gpus": 16}, "give 2 or 4 or 8"),
     ):
