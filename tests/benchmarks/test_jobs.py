@@ -19,6 +19,7 @@ from kvquant.cli import main
 from kvquant.errors import OutlierOverflow, UserError
 from kvquant.runtime.provenance import device_name
 from kvquant.study.jobs import JobCase, JobsSpec
+from kvquant.study.record_checks import check_record
 from kvquant.study.records import JobRecord, read_record
 from kvquant.study.schemes import (
     AllocatedScheme,
@@ -296,9 +297,14 @@ def test_a_case_of_two_gpus(tmp_path: Path, no_carbon: None) -> None:
     for side in record.sides:
         assert side.status == "ok" and side.decoder == "from Python"
         assert (side.peak_bytes, side.steady_bytes) == (3000, 300)
+        assert side.gpu_peak_bytes == [1000, 2000]
         assert side.formula_tokens is not None
     one = RandomModel("tiny", torch.device("cpu")).weight_bytes // 2  # in fp16
     assert record.weight_bytes == one
+    for peaks in ([1000], [1000, 1000], [1000, 2000, 0]):
+        record.sides[0].gpu_peak_bytes = peaks
+        with pytest.raises(ValueError, match="gpu_peak_bytes': are not those of 2 GPUs"):
+            check_record(record)
 
 
 def test_answers_of_two_gpus_are_those_of_one(tmp_path: Path) -> None:
