@@ -123,7 +123,7 @@ def test_a_part_alone_takes_the_memory_of_the_part(parts: list[dict[str, Any]]) 
         for name in SCHEMES:
             (shared, elements), (alone, same) = part[f"caches of {name}"]
             assert elements == same == 2 * 2 * 160 * 4 * 32  # keys, values; layers, heads
-            assert alone == pytest.approx(shared, rel=0.02)  # outliers are of its own heads
+            assert alone == pytest.approx(shared, rel=0.05)  # outliers are of its own heads
     whole = RandomModel(SHAPE, CPU)
     assert sum(part["bytes"][0] for part in parts) == pytest.approx(whole.weight_bytes, rel=0.001)
     free = [10**9 - part["bytes"][0] for part in parts]

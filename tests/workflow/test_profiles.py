@@ -99,8 +99,17 @@ def test_a_node_of_eight_gpus_is_filled(root: Path, tmp_path: Path) -> None:
         "pathvars": {"results": "results", "paper": "paper", "logs": "logs"},
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-    words = ["--profile", root / "workflow/profiles/gpu1-shared", "--resources", "gpu=64"]
-    words += ["--snakefile", root / "Snakefile", "--directory", tmp_path, "--cores", "64"]
+    words: list[str | Path] = ["--profile", root / "workflow/profiles/gpu1-shared"]
+    words += [
+        "--resources",
+        "gpu=64",
+        "--snakefile",
+        root / "Snakefile",
+        "--directory",
+        tmp_path,
+        "--cores",
+        "64",
+    ]
     words += ["--configfile", tmp_path / "study.yaml", "--replace-workflow-config"]
     folders = [str(stub.parent), str(Path(sys.executable).parent), os.environ["PATH"]]
     env = {**os.environ, "PATH": os.pathsep.join(folders), "PYTHONPATH": str(root)}
