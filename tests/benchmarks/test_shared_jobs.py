@@ -125,7 +125,12 @@ def test_a_part_alone_takes_the_memory_of_the_part(parts: list[dict[str, Any]]) 
             assert elements == same == 2 * 2 * 160 * 4 * 32  # keys, values; layers, heads
             assert alone == pytest.approx(shared, rel=0.05)  # outliers are of its own heads
     whole = RandomModel(SHAPE, CPU)
-    assert sum(part["bytes"][0] for part in parts) == pytest.approx(whole.weight_bytes, rel=0.001)
+    # Older releases of transformers keep the whole embedding in each process.
+    embedding = int(whole.model.model.embed_tokens.weight.nbytes)
+    total = sum(part["bytes"][0] for part in parts)
+    assert any(
+        total == pytest.approx(whole.weight_bytes + more, rel=0.001) for more in (0, embedding)
+    )
     free = [10**9 - part["bytes"][0] for part in parts]
     for room, part in zip(free, parts, strict=True):
         per_token = 2 * 2 * 4 * 32 * 2  # keys and values of two layers and four heads in 16 bits
