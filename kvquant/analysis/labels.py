@@ -105,12 +105,17 @@ def case_label(shape: str, batch: int, tokens: int, all_tokens: int) -> str:
     return f"{name} {batch} {TIMES} {short_count(tokens)}{ragged}"
 
 
+def gpus_label(case: JobCase) -> str:
+    """Returns how many GPUs have the model of a case of whole jobs, and how it is split."""
+    return f"{case.num_gpus} GPUs" + (" by heads" if case.split == "heads" else "")
+
+
 def job_label(case: JobCase) -> str:
     """Returns the name of a case of whole jobs: shape, prompts, answers, GPUs, memory, decoding."""
     name = case.shape.upper().replace("-", " ")
     prompts = f"{case.batch_size} {TIMES} " if case.batch_size is not None else ""
     lengths = f"{prompts}{short_count(case.prompt)} + {short_count(case.answer)}"
-    gpus = f" on {case.num_gpus} GPUs" if case.num_gpus > 1 else ""
+    gpus = f" on {gpus_label(case)}" if case.num_gpus > 1 else ""
     memory = "" if case.memory_gb is None else f" in {case.memory_gb:g} GB"
     memory += " each" if memory and gpus else ""
     generated = ", generate" if case.decode == "generate" else ""

@@ -124,7 +124,7 @@ def check_jobs(study: Study, record: JobRecord) -> None:
     """Checks the shape, the lengths and the caches of a case of whole jobs."""
     case = study.job_cases()[record.case]
     asked = {name: getattr(case, name) for name in ("shape", "prompt", "answer")}
-    _are(record, {**asked, "gpus": case.num_gpus})
+    _are(record, {**asked, "gpus": case.num_gpus, "split": case.split})
     _check_gpus(record, case.num_gpus)
     if [side.scheme for side in record.sides] != case.schemes:
         raise ValueError(f"field 'sides.scheme': the study's are {', '.join(case.schemes)}")

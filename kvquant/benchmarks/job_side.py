@@ -32,6 +32,23 @@ PARTS = 64  # the shortest part of a prompt in the search of what fits, as a sha
 
 
 @dataclass
+class JobSizes:
+    """The sizes of one job in a process.
+
+    Attributes:
+        peaks: Largest number of bytes that torch held on each device.
+        steady: Bytes that torch held on all devices while answers were decoded.
+        cache_bytes: Bytes of the cache after the prompts.
+        elements: Number of key and value elements in those bytes.
+    """
+
+    peaks: list[int] = field(default_factory=list)
+    steady: int = 0
+    cache_bytes: int = 0
+    elements: int = 0
+
+
+@dataclass
 class JobTimes:
     """The times and sizes of one job.
 
@@ -41,10 +58,7 @@ class JobTimes:
         first_token_ms: Milliseconds of each prompt until its first token.
         step_ms: Milliseconds of each decode step.
         decoder: How answers were decoded.
-        peak: Largest number of bytes that torch held on each device, summed.
-        steady: Bytes that torch held on all devices while answers were decoded.
-        cache_bytes: Bytes of the cache after the prompts.
-        elements: Number of key and value elements in those bytes.
+        sizes: Its sizes.
     """
 
     prefill_seconds: float = 0.0
@@ -52,10 +66,12 @@ class JobTimes:
     first_token_ms: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     decoder: str = ""
-    peak: int = 0
-    steady: int = 0
-    cache_bytes: int = 0
-    elements: int = 0
+    sizes: JobSizes = field(default_factory=JobSizes)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of prompts and answers."""
+        return self.prefill_seconds + self.decode_seconds
 
 
 @dataclass
@@ -66,11 +82,13 @@ class JobSide:
         name: Name of the scheme.
         qm: The model with the scheme's caches.
         case: The case.
+        graphs: Whether answers may be decoded by CUDA graphs, which need one process and GPU.
     """
 
     name: str
     qm: QuantizedModel
     case: JobCase
+    graphs: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +151,8 @@ class JobSide:
 
         A CUDA graph holds the work of one GPU: a model over several is called step by step.
         """
-        steps, model, alone = self.case.answer, self.qm.model, len(self.devices) == 1
+        steps, model = self.case.answer, self.qm.model
+        alone = self.graphs and len(self.devices) == 1
         if isinstance(cache, KVQuantCache) and self.device.type == "cuda" and alone:
             try:
                 return "CUDA graph", GraphedDecoder(model, cache, steps).step
@@ -168,6 +187,8 @@ class JobSide:
         prompts = [self._ids(row, self.case.prompt) for row in range(len(token))]
         ids = torch.cat([torch.cat(prompts), token], 1)
         marks = _Marks(self.device)
+        if not self.graphs:
+            cache.graphs = False
 
         def mark(*args: Any, **kwargs: Any) -> torch.Tensor:
             marks.set()
@@ -198,7 +219,7 @@ class JobSide:
                 token = step(token).argmax(-1, keepdim=True)
                 marks.set()
         times.step_ms = marks.differences()
-        times.steady = held_bytes(self.devices)
+        times.sizes.steady = held_bytes(self.devices)
         if isinstance(cache, KVQuantCache):
             cache.settle()
 
@@ -216,14 +237,14 @@ class JobSide:
         cache, token = self.prefill(batch, times)
         synchronize(*self.devices)
         times.prefill_seconds = time.perf_counter() - start
-        times.cache_bytes = cache_nbytes(cache)
-        times.elements = cache_elements(cache, None)
+        times.sizes.cache_bytes = cache_nbytes(cache)
+        times.sizes.elements = cache_elements(cache, None)
         between()
         start = time.perf_counter()
         self.decode(cache, token, times)
         synchronize(*self.devices)
         times.decode_seconds = time.perf_counter() - start
-        times.peak = peak_bytes(self.devices)
+        times.sizes.peaks = [peak_bytes([device]) for device in self.devices]
         return times
 
     def tokens_that_fit(self) -> tuple[int, int]:
@@ -311,8 +332,7 @@ class JobSide:
 
         def attempt() -> None:
             nonlocal seconds
-            times = self.job(batch)
-            seconds = times.prefill_seconds + times.decode_seconds
+            seconds = self.job(batch).seconds
 
         release_memory()
         while batch and not fits_in_memory(attempt):

@@ -4,7 +4,8 @@ A case has one shape and one limit of memory. Its caches take turns in one proce
 `batch_size`, or without one as many prompts as fit, are prefilled one after the other and decoded
 together. A finished case is one record, beside
 which a CSV file has the samples of power, clocks and temperature. Cases of the same shape share a
-model.
+model. Those whose GPUs have some kv heads each are run by as many processes
+(:mod:`kvquant.benchmarks.shared_jobs`).
 """
 
 from __future__ import annotations
@@ -14,199 +15,63 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from kvquant.benchmarks.job_side import JobSide, JobTimes
+from kvquant.benchmarks.job_runner import Runner, turns
+from kvquant.benchmarks.job_side import JobSide
 from kvquant.benchmarks.memory_budget import memory_budgets
 from kvquant.benchmarks.random_model import RandomModel
-from kvquant.benchmarks.timing import summarize, synchronize
+from kvquant.benchmarks.shared_jobs import run_processes
+from kvquant.benchmarks.team import Team
+from kvquant.benchmarks.timing import synchronize
 from kvquant.benchmarks.turns import finished
 from kvquant.benchmarks.workload import check_devices
 from kvquant.energy.monitor import EnergyMonitor, not_metered, open_meter
 from kvquant.energy.profiler import DetailedEnergyProfiler, counter_over_power
 from kvquant.errors import UserError
-from kvquant.models.oom_retry import fits_in_memory, release_memory
+from kvquant.models.oom_retry import release_memory
 from kvquant.runtime.progress import note
 from kvquant.runtime.provenance import environment
 from kvquant.study.config import Study, load_study
 from kvquant.study.digests import jobs_digest
 from kvquant.study.jobs import JobCase, JobsSpec
-from kvquant.study.records import JobRecord, JobTrial, write_record
-from kvquant.study.records import JobSide as SideRecord
-
-
-class Runner:
-    """Runs the trials of one cache and keeps what they measured.
-
-    Args:
-        side: The cache's side.
-        spec: The study's section `jobs`.
-        monitor: Measures energy; None measures times alone.
-    """
-
-    def __init__(self, side: JobSide, spec: JobsSpec, monitor: EnergyMonitor | None) -> None:
-        self.side, self._spec, self._monitor = side, spec, monitor
-        self.batch = 0
-        self.slow = False
-        self.capacity: int | None = None
-        self.context: int | None = None
-        self.trials: list[JobTrial] = []
-        self.times: list[JobTimes] = []
-
-    def prepare(self) -> None:
-        """Finds the batch and runs a job to warm up."""
-        case = self.side.case
-        self.batch = case.batch_size or 0
-        if case.context:
-            self.context = self.side.longest_context()
-        if case.capacity or not self.batch:
-            fitting, self.capacity = self.side.tokens_that_fit()
-            self.batch = self.batch or fitting
-        given = case.batch_size is not None
-        self.batch, seconds = self.side.largest_batch(self.batch, fewer=not given)
-        self.slow = seconds > self._spec.slow_seconds
-
-    def _job(self) -> tuple[JobTimes, tuple[float, float] | None]:
-        """Runs one job; returns its times and the joules of prompts and answers."""
-        monitor = self._monitor
-        release_memory()  # before energy is counted, which belongs to no job
-        if monitor is None:
-            return self.side.job(self.batch), None
-        joules: list[float] = []
-
-        def between() -> None:
-            joules.append(monitor.stop().joules)
-            monitor.start()
-
-        monitor.start()
-        times = self.side.job(self.batch, between)
-        return times, (joules[0], monitor.stop().joules)
-
-    def trial(self) -> None:
-        """Runs one trial: a job, or as many as the meter needs."""
-        shortest = 0.0
-        if self._monitor is not None:
-            shortest = max(self._spec.seconds, self._monitor.min_seconds)
-        jobs, prefill, decode, joules = 0, 0.0, 0.0, [0.0, 0.0]
-        while not jobs or prefill + decode < shortest:
-            times, used = self._job()
-            self.times.append(times)
-            jobs += 1
-            prefill += times.prefill_seconds
-            decode += times.decode_seconds
-            joules = [a + b for a, b in zip(joules, used or (0.0, 0.0), strict=True)]
-        measured = self._monitor is not None
-        self.trials.append(
-            JobTrial(
-                jobs=jobs,
-                prefill_seconds=prefill,
-                decode_seconds=decode,
-                prefill_joules=joules[0] if measured else None,
-                decode_joules=joules[1] if measured else None,
-            )
-        )
-
-    def lower(self) -> None:
-        """Goes on with a smaller batch, as the last one no longer fits."""
-        self.batch -= 1
-        if self.side.case.batch_size is not None:
-            self.batch = 0
-        self.trials.clear()
-        self.times.clear()
-
-    def record(self, formula: int | None, idle_watts: float | None) -> SideRecord:
-        """Returns the measurements as a side of the record."""
-        side, case = self.side, self.side.case
-        if not self.trials:
-            return SideRecord(
-                scheme=side.name,
-                status="oom",
-                capacity_tokens=self.capacity,
-                context_tokens=self.context,
-                formula_tokens=formula,
-            )
-        jobs = sum(trial.jobs for trial in self.trials)
-        prompts, answers = (jobs * self.batch * n for n in (case.prompt, case.answer))
-        prefill = sum(trial.prefill_seconds for trial in self.trials)
-        decode = sum(trial.decode_seconds for trial in self.trials)
-        energy: dict[str, float] = {}
-        if idle_watts is not None:
-            first = sum(t.prefill_joules or 0.0 for t in self.trials)
-            second = sum(t.decode_joules or 0.0 for t in self.trials)
-            above = first + second - idle_watts * (prefill + decode)
-            energy = {
-                "joules_per_prompt_token": first / prompts,
-                "joules_per_answer_token": second / answers,
-                "joules_per_token": (first + second) / (prompts + answers),
-                "joules_per_token_above_idle": above / (prompts + answers),
-            }
-        last = self.times[-1]
-        return SideRecord(
-            scheme=side.name,
-            status="ok",
-            decoder=last.decoder,
-            batch_size=self.batch,
-            capacity_tokens=self.capacity,
-            context_tokens=self.context,
-            formula_tokens=formula,
-            trials=self.trials,
-            first_token_ms=summarize([ms for times in self.times for ms in times.first_token_ms]),
-            step_ms=summarize([ms for times in self.times for ms in times.step_ms]),
-            prefill_tokens_per_s=prompts / prefill,
-            decode_tokens_per_s=answers / decode,
-            job_tokens_per_s=(prompts + answers) / (prefill + decode),
-            peak_bytes=max(times.peak for times in self.times) or None,
-            steady_bytes=last.steady or None,
-            cache_bytes=last.cache_bytes,
-            cache_elements=last.elements,
-            bits_per_element=8 * last.cache_bytes / last.elements,
-            **energy,
-        )
+from kvquant.study.records import JobRecord, read_record, write_record
 
 
 @contextmanager
 def metered(
-    devices: Sequence[torch.device], case: JobCase, spec: JobsSpec
+    devices: Sequence[torch.device], case: JobCase, spec: JobsSpec, team: Team
 ) -> Iterator[tuple[EnergyMonitor | None, DetailedEnergyProfiler | None]]:
-    """Opens the meter and the profiler of a case that measures energy."""
-    if not case.energy:
+    """Opens the meter and the profiler of a case that measures energy, in the first process."""
+    if not case.energy or not team.first:
         yield None, None
         return
     meter = open_meter(devices)
+    own = devices if team.size == 1 else devices[:1]  # the others wait for their own GPUs
     try:
         profiler = DetailedEnergyProfiler(meter, country=spec.country)
-        yield EnergyMonitor(meter, wait=lambda: synchronize(*devices)), profiler
+        yield EnergyMonitor(meter, wait=lambda: synchronize(*own)), profiler
     finally:
         meter.close()
 
 
-def turns(runners: list[Runner], trials: int, profiler: DetailedEnergyProfiler | None) -> None:
-    """Lets the caches run their trials in turns; a slow one runs the first alone.
-
-    A batch that fitted before and no longer does, because free memory is scattered, is lowered, and
-    the cache's trials begin anew.
-    """
-    for number in range(trials):
-        for runner in runners:
-            if runner.slow and number:
-                continue
-            while runner.batch and len(runner.trials) <= number:
-                if profiler is not None:
-                    profiler.label = runner.side.name
-                done = f"trial {len(runner.trials) + 1}, {runner.batch} prompts"
-                note(f"jobs: {runner.side.name}: {done}")
-                if not fits_in_memory(runner.trial):
-                    runner.lower()
-
-
 def measure(
-    study: Study, name: str, model: RandomModel, device_name: str
+    study: Study, name: str, model: RandomModel, device_name: str, team: Team | None = None
 ) -> tuple[JobRecord, DetailedEnergyProfiler | None]:
-    """Measures one case; returns its record and the samples of its energy."""
+    """Measures one case; returns its record and the samples of its energy.
+
+    Args:
+        study: The study.
+        name: The case.
+        model: The model, or this process's part of it.
+        device_name: The name of the device.
+        team: The processes that share the model; only the first one's record is complete.
+    """
     case, start = study.job_cases()[name], time.perf_counter()
     release_memory()
     limit: AbstractContextManager[dict[torch.device, int]]
@@ -214,7 +79,23 @@ def measure(
     if model.device.type == "cuda":
         limit = memory_budgets(model.devices, case.memory_gb)
     with limit as allowed:
-        return _in_memory(study, name, model, allowed, device_name, start)
+        return _in_memory(study, name, model, allowed, device_name, start, team or Team())
+
+
+def _runner(
+    study: Study, scheme: str, model: RandomModel, case: JobCase, monitor: Any, team: Team
+) -> Runner:
+    """Returns the runner of a case's cache, which has found what fits and has warmed up."""
+    assert study.jobs is not None
+    spec, alone = study.scheme(scheme), None
+    note(f"jobs: {scheme}: what fits")
+    side = JobSide(scheme, model.with_scheme(spec), case)
+    if model.share is not None:
+        side.graphs = False
+        alone = JobSide(scheme, model.part_alone().with_scheme(spec), case, graphs=False)
+    runner = Runner(side, study.jobs, monitor, team, alone)
+    runner.prepare()
+    return runner
 
 
 def _in_memory(
@@ -224,23 +105,20 @@ def _in_memory(
     allowed: dict[torch.device, int],
     device_name: str,
     start: float,
+    team: Team,
 ) -> tuple[JobRecord, DetailedEnergyProfiler | None]:
     spec = study.jobs
     assert spec is not None
-    case = spec.cases[name]
-    with metered(model.devices, case, spec) as (monitor, profiler):
+    case, devices = spec.cases[name], model.devices
+    if team.size > 1 and model.device.type == "cuda":  # each process has the GPU of its rank
+        devices = [torch.device("cuda", rank) for rank in range(team.size)]
+    with metered(devices, case, spec, team) as (monitor, profiler):
+        team.wait()
         idle = None if monitor is None else monitor.idle_watts(spec.idle_seconds)
-        runners = []
-        for scheme in case.schemes:
-            side = JobSide(scheme, model.with_scheme(study.scheme(scheme)), case)
-            note(f"jobs: {scheme}: what fits")
-            runners.append(Runner(side, spec, monitor))
-            runners[-1].prepare()
-        if profiler is None:
-            turns(runners, case.trials, None)
-        else:
-            with profiler:
-                turns(runners, case.trials, profiler)
+        team.wait()
+        runners = [_runner(study, scheme, model, case, monitor, team) for scheme in case.schemes]
+        with profiler or nullcontext():
+            turns(runners, case.trials, profiler)
         energy: dict[str, Any] = {}
         if monitor is not None and profiler is not None:
             energy = {
@@ -255,21 +133,24 @@ def _in_memory(
     for runner in runners:
         formula = None
         if model.device.type == "cuda":
-            formula = model.tokens_that_fit(study.scheme(runner.side.name), case.prompt, allowed)
+            scheme = study.scheme(runner.side.name)
+            formula = model.tokens_that_fit(scheme, case.prompt, allowed)
+            formula = None if formula is None else team.least(formula)
         sides.append(runner.record(formula, idle))
     record = JobRecord(
         study=study.study,
         spec_digest=jobs_digest(study, name),
-        environment=environment(model.devices),
+        environment=environment(devices),
         device=device_name,
         case=name,
         shape=case.shape,
         prompt=case.prompt,
         answer=case.answer,
         gpus=case.num_gpus,
-        memory_bytes=sum(allowed.values()),
+        split=case.split,
+        memory_bytes=sum(team.gathered(sum(allowed.values()))),
         emulated=case.memory_gb is not None,
-        weight_bytes=model.weight_bytes,
+        weight_bytes=sum(team.gathered(model.weight_bytes)),
         sides=sides,
         seconds=time.perf_counter() - start,
         **energy,
@@ -284,7 +165,7 @@ def show(record: JobRecord, console: Console) -> None:
         f"answers of {record.answer:,} tokens"
     )
     if record.gpus > 1:
-        title += f", on {record.gpus} GPUs"
+        title += f", on {record.gpus} GPUs" + (" by heads" if record.split == "heads" else "")
     if record.emulated:
         title += f" in {record.memory_bytes / 1e9:.1f} GB"
     table = Table(title=title, title_justify="left")
@@ -322,19 +203,82 @@ def show(record: JobRecord, console: Console) -> None:
 def _devices(args: argparse.Namespace, cases: dict[str, JobCase]) -> list[torch.device]:
     """Claims the devices of cases, as many as the one that needs most.
 
+    Processes that share a model may all be on the CPU.
+
     Raises:
         UserError: There are fewer GPUs, other processes use them, or a single device is named for
             a case of several GPUs.
     """
     most = max(cases, key=lambda name: cases[name].num_gpus)
     count, field = cases[most].num_gpus, f"jobs.cases.{most}.gpus"
-    found = check_devices(args, count, field)
-    if len(found) < count:
+    # A GPU that this process takes for itself has less memory for those that it starts.
+    taken = any(case.split == "layers" for case in cases.values())
+    found = check_devices(args, count, field, current=taken)
+    single = max((cases[n].num_gpus for n in cases if cases[n].split == "layers"), default=1)
+    if len(found) < (count if found[0].type == "cuda" else single):
         raise UserError(
             f"{field}: {count} GPUs are asked for, but --device {args.device} is one device: give "
             "cuda, or leave the field out"
         )
     return found
+
+
+def _run_case(
+    study: Study,
+    name: str,
+    devices: Sequence[torch.device],
+    model: RandomModel | None,
+    args: argparse.Namespace,
+) -> RandomModel | None:
+    """Measures a case and writes its record; returns its model, which the next case may use.
+
+    Args:
+        study: The study.
+        name: The case.
+        devices: The devices of all cases.
+        model: The model of the case before.
+        args: The options of the verb.
+    """
+    case, file = study.job_cases()[name], args.out_dir / f"{name}.json"
+    if case.split == "heads":
+        model = None  # frees its memory for the processes
+        release_memory()
+        used = (list(devices) * case.num_processes)[: case.num_processes]  # the CPU serves all
+        run_processes(share_of_case, (args.study, name, args.device_name, file), used, name)
+        return None
+    used = list(devices[: case.num_gpus])
+    if model is None or (model.shape, model.devices) != (case.shape, used):
+        model = None  # frees the memory of the last one
+        model = RandomModel(case.shape, used)
+    _write(file, *measure(study, name, model, args.device_name))
+    return model
+
+
+def _write(file: Path, record: JobRecord, profiler: DetailedEnergyProfiler | None) -> None:
+    """Writes a case's record, and the samples of its energy beside it."""
+    write_record(file, record)
+    if profiler is not None:
+        profiler.write_csv(file.with_suffix(".csv"))
+
+
+def share_of_case(
+    device: torch.device, team: Team, study_file: str, name: str, device_name: str, file: Path
+) -> None:
+    """Runs the part of one of the processes that share a case's model.
+
+    Args:
+        device: The process's device.
+        team: The processes.
+        study_file: The study's file.
+        name: The case.
+        device_name: The name of the device.
+        file: The record, which the first process writes.
+    """
+    study = load_study(study_file)
+    model = RandomModel(study.job_cases()[name].shape, device, split="heads")
+    record, profiler = measure(study, name, model, device_name, team)
+    if team.first:
+        _write(file, record, profiler)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -348,12 +292,11 @@ def run(args: argparse.Namespace) -> None:
     if not names:
         raise UserError("jobs: this study has no such section: add it to the study file")
     devices = _devices(args, {name: cases[name] for name in names})
-    device = devices[0]
     for name in names:
         case = cases[name]
         searched = case.batch_size is None or case.memory_gb is not None
         searched = searched or case.capacity or case.context
-        if device.type == "cpu" and searched:
+        if devices[0].type == "cpu" and searched:
             raise UserError(
                 f"jobs.cases.{name}.batch_size: what fits in memory is searched on a GPU; give "
                 "batch_size, without capacity, context and memory_gb"
@@ -365,12 +308,6 @@ def run(args: argparse.Namespace) -> None:
     for name in sorted(names, key=lambda name: list(cases).index(name)):
         record = there[name]
         if record is None:
-            used = devices[: cases[name].num_gpus]
-            if model is None or (model.shape, model.devices) != (cases[name].shape, used):
-                model = None  # frees the memory of the last one
-                model = RandomModel(cases[name].shape, used)
-            record, profiler = measure(study, name, model, args.device_name)
-            write_record(files[name], record)
-            if profiler is not None:
-                profiler.write_csv(files[name].with_suffix(".csv"))
+            model = _run_case(study, name, devices, model, args)
+            record = read_record(files[name], JobRecord)
         show(record, console)

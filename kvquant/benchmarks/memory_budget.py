@@ -67,3 +67,25 @@ def memory_budgets(
     """
     with ExitStack() as limits:
         yield {d: limits.enter_context(memory_budget(d, gigabytes)) for d in devices}
+
+
+@contextmanager
+def lowered_budget(devices: Sequence[torch.device], room: int) -> Iterator[None]:
+    """Leaves some of the memory that torch may allocate on GPUs free while the block runs.
+
+    Args:
+        devices: The devices; nothing is done for a CPU.
+        room: Bytes to leave free on each; 0 leaves the limits as they are.
+    """
+    gpus = [device for device in devices if device.type == "cuda"] if room else []
+    before = [torch.cuda.get_per_process_memory_fraction(device) for device in gpus]
+    for device, share in zip(gpus, before, strict=True):
+        free, total = torch.cuda.mem_get_info(device)
+        # Without a limit, what is beside torch's memory cannot be allocated either.
+        reachable = min(share, (free + torch.cuda.memory_reserved(device)) / total)
+        torch.cuda.set_per_process_memory_fraction(max(0.0, reachable - room / total), device)
+    try:
+        yield
+    finally:
+        for device, share in zip(gpus, before, strict=True):
+            torch.cuda.set_per_process_memory_fraction(share, device)

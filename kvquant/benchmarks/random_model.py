@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvquant.benchmarks.random_shards import shared_llama, stand_in
 from kvquant.cache.capacity_formula import tokens_that_fit
+from kvquant.formats.head_share import HeadShare
 from kvquant.formats.layer_quantizer import LayerTables
 from kvquant.formats.rope import rotate
 from kvquant.models.loading import QuantizedModel, install_attention
 from kvquant.models.placement import even_map, layer_devices, spread
+from kvquant.models.tensor_parallel import own_tensor
 from kvquant.quantization.ranged_tables import ranged_tables
 from kvquant.schemes.registry import ModelShape, build_caches, build_codecs
+from kvquant.study.jobs import Split
 from kvquant.study.kernels import SHAPES
 from kvquant.study.scheme_kinds import CalibratedScheme
 from kvquant.study.schemes import SchemeSpec
@@ -58,6 +62,11 @@ class RandomModel:
         device: Device of the weights, or several GPUs, over which the layers are spread evenly by
             bytes.
         layers: Number of layers; None takes the shape's.
+        split: "heads": the processes that were started together share the model; `device` is this
+            one's.
+
+    Attributes:
+        share: Which of the kv heads this process has; None: all.
     """
 
     def __init__(
@@ -65,30 +74,53 @@ class RandomModel:
         shape: str,
         device: torch.device | Sequence[torch.device],
         layers: int | None = None,
+        *,
+        split: Split = "layers",
     ) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        self.devices = [device] if isinstance(device, torch.device) else list(device)
-        self.shape, self.device = shape, self.devices[0]
-        self.dims = {**SHAPES[shape]}
-        self.dims["num_hidden_layers"] = layers or self.dims["num_hidden_layers"]
-        config = LlamaConfig(
-            **self.dims, max_position_embeddings=POSITIONS, attn_implementation="sdpa"
-        )
+        devices = [device] if isinstance(device, torch.device) else list(device)
+        dims = {**SHAPES[shape]}
+        dims["num_hidden_layers"] = layers or dims["num_hidden_layers"]
+        config = LlamaConfig(**dims, max_position_embeddings=POSITIONS, attn_implementation="sdpa")
+        dtype = torch.float16 if devices[0].type == "cuda" else torch.float32
         torch.manual_seed(0)
+        if split == "heads":
+            model, share = shared_llama(config, dtype)
+            torch.manual_seed(0)  # all processes draw the same tokens afterwards
+            self._take(model, shape, devices, dims, share)
+            return
         before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float16 if self.device.type == "cuda" else torch.float32)
-        alone = len(self.devices) == 1
+        torch.set_default_dtype(dtype)
+        alone = len(devices) == 1
         try:
-            with torch.device(self.device if alone else "meta"):
-                self.model: Any = LlamaForCausalLM(config).eval()
+            with torch.device(devices[0] if alone else "meta"):
+                model = LlamaForCausalLM(config).eval()
         finally:
             torch.set_default_dtype(before)
+        self._take(model if alone else _filled(model, devices), shape, devices, dims)
+
+    def _take(
+        self,
+        model: Any,
+        shape: str,
+        devices: list[torch.device],
+        dims: dict[str, int],
+        share: HeadShare | None = None,
+    ) -> None:
+        """Takes a model of random weights and prepares its attention."""
+        self.model, self.shape, self.devices, self.dims = model, shape, devices, dims
+        self.device, self.share = devices[0], share
         self.model.requires_grad_(False)
-        if not alone:
-            self.model = _filled(self.model, self.devices)
         install_attention(self.model)
         self._keys: list[torch.Tensor] | None = None
+
+    def part_alone(self) -> RandomModel:
+        """Returns this process's part as a model that talks to no other (:func:`stand_in`)."""
+        made = object.__new__(RandomModel)
+        model, dims = stand_in(self.model, self.dims, head_dim(self.shape))
+        made._take(model, self.shape, self.devices, dims)
+        return made
 
     @property
     def layers(self) -> int:
@@ -97,12 +129,13 @@ class RandomModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(int(p.nbytes) for p in self.model.parameters())
+        """Bytes of all weights that this process has."""
+        return sum(int(own_tensor(p).nbytes) for p in self.model.parameters())
 
     def bytes_on(self, device: torch.device) -> int:
         """Returns the bytes of the weights on one device."""
-        return sum(int(p.nbytes) for p in self.model.parameters() if p.device == device)
+        every = self.model.parameters()
+        return sum(int(own_tensor(p).nbytes) for p in every if p.device == device)
 
     def layers_on(self, device: torch.device) -> list[int]:
         """Returns the numbers of the layers on one device."""
@@ -132,7 +165,7 @@ class RandomModel:
             self.model(input_ids=self.ids(1, SAMPLE), logits_to_keep=1)
             for hook in hooks:
                 hook.remove()
-            self._keys = seen
+            self._keys = seen if self.share is None else list(map(self.share.gathered, seen))
         return self._keys
 
     def _roped(self, keys: torch.Tensor) -> torch.Tensor:
@@ -158,6 +191,11 @@ class RandomModel:
             found.append(ranged_tables(scheme, (low + high) / 2, (high - low) / 2))
         return found
 
+    @property
+    def own_kv_heads(self) -> int:
+        """Number of kv heads of this process."""
+        return self.dims["num_key_value_heads"] if self.share is None else self.share.count
+
     def tokens_that_fit(
         self, scheme: SchemeSpec, prompt: int, allowed: Mapping[torch.device, int]
     ) -> int | None:
@@ -171,9 +209,11 @@ class RandomModel:
             allowed: Bytes of each device, weights included.
         """
         tables, found = self.tables(scheme), []
+        if tables is not None and self.share is not None:
+            tables = [table.of_heads(self.share.own) for table in tables]
         for device, memory in allowed.items():
             layers = self.layers_on(device)
-            shape = (len(layers), self.dims["num_key_value_heads"], head_dim(self.shape))
+            shape = (len(layers), self.own_kv_heads, head_dim(self.shape))
             own = None if tables is None else [tables[i] for i in layers]
             free = memory - self.bytes_on(device)
             found.append(tokens_that_fit(scheme, own, shape, prompt, free))
@@ -184,14 +224,15 @@ class RandomModel:
         """Returns the model with caches of a scheme.
 
         Raises:
-            UserError: The scheme cannot serve this shape, or a package is missing.
+            UserError: The scheme cannot serve this shape or share its heads, or a package is
+                missing.
         """
-        size = self.dims["num_key_value_heads"], head_dim(self.shape)
+        size = self.own_kv_heads, head_dim(self.shape)
         tables = self.tables(scheme)
+        codecs = build_codecs(scheme, self.layers, tables, self.share)
         caches = build_caches(scheme, ModelShape(self.layers, *size), tables)
-        codecs = build_codecs(scheme, self.layers, tables)
         for codec in codecs or []:
             codec.check_model(*size)
             if codec.rotates_values:  # folded in, as random weights stay random when rotated
                 codec.expect_rotated_values()
-        return QuantizedModel(self.model, None, scheme, codecs, caches)
+        return QuantizedModel(self.model, None, scheme, codecs, caches, share=self.share)

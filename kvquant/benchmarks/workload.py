@@ -94,7 +94,7 @@ class Prepared(PromptRun):
 
 
 def check_devices(
-    args: argparse.Namespace, gpus: int = 1, field: str = "gpus"
+    args: argparse.Namespace, gpus: int = 1, field: str = "gpus", *, current: bool = True
 ) -> list[torch.device]:
     """Returns the devices of the work after checking their name, and claims them if they are GPUs.
 
@@ -105,13 +105,14 @@ def check_devices(
         args: Options `device` and `device_name`.
         gpus: Number of GPUs where no single one is named.
         field: What asks for that number, in a message.
+        current: Whether this process itself works on them.
 
     Raises:
         UserError: A device has another name, other processes of kvquant use it, or there are fewer
             GPUs.
     """
     check_name([resolve_device(args.device)], args.device_name)
-    found = resolve_devices(claim_timed(args.device, gpus, field))
+    found = resolve_devices(claim_timed(args.device, gpus, field, current=current))
     check_name(found, args.device_name)
     return found
 

@@ -11,6 +11,7 @@ from kvquant import __version__
 from kvquant.diagnosis.fitting import DRIVER, LIBRARIES, Fit, Room, fit
 from kvquant.diagnosis.model_facts import CacheFacts, ModelFacts, read_model
 from kvquant.diagnosis.screen import Screen, json_out
+from kvquant.diagnosis.several_gpus import part_of_gpu
 from kvquant.diagnosis.sizes import in_gb, size_in_bytes
 from kvquant.diagnosis.weights import DTYPES, weight_bytes, weight_dtype
 from kvquant.errors import UserError
@@ -21,6 +22,7 @@ from kvquant.study.jobs import CONTEXT_CHUNK
 from kvquant.study.limits import MAX_BATCH, MAX_TOKENS
 
 SCHEMA = 1  # of the JSON
+MAX_GPUS = 64
 BASELINE = "fp16"
 PROMPT = 4096  # tokens, where none are asked for and the model takes as many
 DEFAULT = (
@@ -50,10 +52,11 @@ def prompt_for(asked: int | None, positions: int) -> int:
 
 
 def room_for(args: argparse.Namespace, model: ModelFacts) -> Room:
-    """Returns the memory that the options describe.
+    """Returns the memory that the options describe: of the GPU that is full first.
 
     Raises:
-        UserError: A size is wrong, the model is refused, or its weights do not fit.
+        UserError: A size is wrong, the model is refused, its weights do not fit, or so many GPUs
+            cannot share it.
     """
     memory = size_in_bytes(args.memory, "--memory")
     reserve = DRIVER + LIBRARIES
@@ -66,7 +69,8 @@ def room_for(args: argparse.Namespace, model: ModelFacts) -> Room:
         weights = size_in_bytes(args.weights, "--weights")
     else:
         weights = weight_bytes(model, dtype)
-    room = Room(memory, weights, reserve, model.cache, DTYPES[dtype].itemsize)
+    facts, weights = part_of_gpu(model, model.cache, weights, args.gpus, args.split)
+    room = Room(memory, weights, reserve, facts, DTYPES[dtype].itemsize)
     taken = weights + reserve + room.activations(1)
     if taken >= memory:
         smaller = " or a smaller dtype" if dtype == "float32" else " or quantized weights"
@@ -84,6 +88,8 @@ def report(args: argparse.Namespace, model: ModelFacts, room: Room) -> dict[str,
     base = fit(asked_schemes([BASELINE])[BASELINE], room, args.prompt)
     fits = {name: fit(scheme, room, args.prompt, args.batch) for name, scheme in schemes.items()}
     call, chunk = room.call(args.prompt), min(CONTEXT_CHUNK, room.facts.positions)
+    whole = model.cache
+    assert whole is not None
     return {
         "schema": SCHEMA,
         "kvquant": __version__,
@@ -92,12 +98,14 @@ def report(args: argparse.Namespace, model: ModelFacts, room: Room) -> dict[str,
             "name": model.name,
             "family": model.family,
             "parameters": model.parameters,
-            "layers_that_see_all_tokens": room.facts.full_layers,
-            "sliding_windows": room.facts.own_windows,
-            "kv_heads": room.facts.kv_heads,
-            "head_dim": room.facts.head_dim,
+            "layers_that_see_all_tokens": whole.full_layers,
+            "sliding_windows": whole.own_windows,
+            "kv_heads": whole.kv_heads,
+            "head_dim": whole.head_dim,
             "longest_sequence": room.facts.positions,
         },
+        "gpus": args.gpus,
+        "split": args.split,
         "memory_bytes": room.memory,
         "weight_bytes": room.weights,
         "weight_dtype": weight_dtype(model, args.dtype),
@@ -119,6 +127,14 @@ def report(args: argparse.Namespace, model: ModelFacts, room: Room) -> dict[str,
 def _over(one: Fit, base: Fit) -> dict[str, float | None]:
     known = one.tokens is not None and base.tokens
     return {"over_fp16": (one.tokens or 0) / base.tokens if known and base.tokens else None}
+
+
+def _one_of(found: dict[str, Any]) -> str:
+    """Returns which of several GPUs the memory is of."""
+    if found["gpus"] == 1:
+        return ""
+    which = "the fullest" if found["split"] == "layers" else "each"
+    return f"{which} of {found['gpus']}, which have {found['split']}"
 
 
 def _count(number: int | None) -> str:
@@ -146,7 +162,7 @@ def show(found: dict[str, Any], facts: CacheFacts, screen: Screen) -> None:
     screen.table(
         ("memory", "GB", "of it"),
         [
-            ("GPU", f"{found['memory_bytes'] / 1e9:,.2f}", ""),
+            ("GPU", f"{found['memory_bytes'] / 1e9:,.2f}", _one_of(found)),
             ("weights", f"{found['weight_bytes'] / 1e9:,.2f}", billions),
             ("driver, libraries", f"{found['reserve_bytes'] / 1e9:,.2f}", "set by --reserve"),
             ("activations", f"{found['activation_bytes'] / 1e9:,.2f}", activations),
@@ -191,6 +207,8 @@ def show(found: dict[str, Any], facts: CacheFacts, screen: Screen) -> None:
         screen.line("*: the longest sequence that the model supports.")
     for problem in problems:
         screen.line(problem)
+    if found["gpus"] > 1:
+        screen.line("Bytes are those on one GPU; tokens are those of the whole model.")
     screen.line(
         "This is a formula: nothing was measured. Searches on an H200 found what it says within "
         "15 % (7B and 8B shapes); `kvquant bench jobs` searches on your GPU. Text unlike the "
@@ -202,6 +220,7 @@ def run(args: argparse.Namespace) -> None:
     """Runs `kvquant capacity`."""
     _in_range("--prompt", args.prompt, MAX_TOKENS)
     _in_range("--batch", args.batch, MAX_BATCH)
+    _in_range("--gpus", args.gpus, MAX_GPUS)
     asked_schemes(args.scheme or [])  # wrong words, before anything takes time
     size_in_bytes(args.memory, "--memory")
     name = asked_model(args.model)

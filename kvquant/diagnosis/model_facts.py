@@ -96,6 +96,8 @@ class ModelFacts:
         refused: Why quantized caches do not serve the model; None if they do.
         cache: What its cache depends on; None for a refused model.
         parameters: Number of weights, shared ones once.
+        layer_parameters: Number of weights of each layer.
+        embedding_parameters: Number of weights of the input embeddings.
         stored: Method by which the checkpoint's weights are quantized; None: they are not.
         dtype: The checkpoint's dtype by its configuration, if it says so.
     """
@@ -107,6 +109,8 @@ class ModelFacts:
     refused: str | None = None
     cache: CacheFacts | None = None
     parameters: int = 0
+    layer_parameters: tuple[int, ...] = ()
+    embedding_parameters: int = 0
     stored: str | None = None
     dtype: torch.dtype | None = None
 
@@ -149,10 +153,10 @@ def judge_model(model: Any, name: str) -> ModelFacts:
         name: What it is called.
     """
     config = model.config
-    made = {
+    made: dict[str, Any] = {
         "name": name,
         "model_type": str(config.model_type),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": _parameters(model),
         "stored": _stored(config),
         "dtype": _dtype(config),
     }
@@ -179,7 +183,14 @@ def judge_model(model: Any, name: str) -> ModelFacts:
         return ModelFacts(**made, family=family, refused=str(error))
     groups = _groups(kinds.windows, problems)
     facts = _cache_facts(model, kinds, attentions)
+    made["layer_parameters"] = tuple(map(_parameters, model.model.layers))
+    made["embedding_parameters"] = _parameters(model.get_input_embeddings())
     return ModelFacts(**made, family=family, groups=groups, cache=facts)
+
+
+def _parameters(module: Any) -> int:
+    """Returns the number of weights of a module, shared ones once."""
+    return sum(p.numel() for p in module.parameters())
 
 
 def _cache_facts(model: Any, kinds: LayerKinds, attentions: list[Any]) -> CacheFacts:

@@ -51,7 +51,17 @@ def capacity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="folder or hub id, of which config.json alone is read"
     )
-    parser.add_argument("--memory", required=True, help="of the GPU, such as 24GB or 80GiB")
+    parser.add_argument("--memory", required=True, help="of a GPU, such as 24GB or 80GiB")
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="GPUs of that memory that have the model; default: 1"
+    )
+    parser.add_argument(
+        "--split",
+        default="layers",
+        choices=("layers", "heads"),
+        help="what each of several GPUs has: some layers, or some kv heads of all layers (a "
+        "process for each GPU); default: layers",
+    )
     parser.add_argument(
         "--prompt", type=int, help="tokens per prompt; default: 4096, or as many as the model takes"
     )

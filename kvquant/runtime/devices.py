@@ -221,12 +221,13 @@ def _named(
     return _taken([number], len(names))
 
 
-def _taken(chosen: Sequence[int], visible: int) -> list[str]:
-    """Makes the first chosen GPU torch's current one and returns the names of all."""
+def _taken(chosen: Sequence[int], visible: int, *, current: bool = True) -> list[str]:
+    """Makes the first chosen GPU torch's current one, if asked, and returns the names of all."""
     import torch
 
     if visible > 1:  # a single one is current already
-        torch.cuda.set_device(chosen[0])
+        if current:
+            torch.cuda.set_device(chosen[0])
         several = "s" if len(chosen) > 1 else ""
         note(f"on GPU{several} {', '.join(map(str, chosen))} of {visible}")
     return [f"cuda:{index}" for index in chosen]
@@ -259,7 +260,9 @@ def claim(device: str, gpus: int = 1, field: str = "gpus") -> list[str]:
     return _taken(claim_shared(names, count), len(names))
 
 
-def claim_timed(device: str, gpus: int = 1, field: str = "gpus") -> list[str]:
+def claim_timed(
+    device: str, gpus: int = 1, field: str = "gpus", *, current: bool = True
+) -> list[str]:
     """Claims the GPUs of a timed job: for "cuda" and "auto" the least used ones.
 
     On a host of different GPUs these are among those that have the first one's name. The first GPU
@@ -269,6 +272,8 @@ def claim_timed(device: str, gpus: int = 1, field: str = "gpus") -> list[str]:
         device: The name of a device.
         gpus: Number of GPUs for "cuda" and "auto"; 0 counts as 1.
         field: What asks for that number, in a message.
+        current: Whether this process works on them. Otherwise none becomes torch's current device,
+            on which CUDA would take memory for this process.
 
     Returns:
         The names of the devices: of `gpus`, or of the one that is named.
@@ -288,4 +293,4 @@ def claim_timed(device: str, gpus: int = 1, field: str = "gpus") -> list[str]:
     count = max(1, gpus)
     _check_count(len(alike), count, field, f" of the name {kinds[0]}")
     chosen = claim_alone([names[index] for index in alike], count)
-    return _taken([alike[index] for index in chosen], len(names))
+    return _taken([alike[index] for index in chosen], len(names), current=current)

@@ -246,6 +246,14 @@ def _timed(study: StudySections) -> Iterator[str]:
                 yield f"kernels.cases.{label}.peers: '{name}' is {what}"
     for label, job in study.job_cases().items():
         yield from _not_among(f"jobs.cases.{label}.schemes", job.schemes, study.schemes, "scheme")
+        for name in job.schemes if job.split == "heads" else ():
+            if name in study.schemes and not study.schemes[name].registration.splits_heads:
+                kind = study.schemes[name].kind
+                yield (
+                    f"jobs.cases.{label}.schemes: '{name}' is of kind '{kind}', which codes the kv "
+                    "heads of a token together, so that processes cannot share them (split: "
+                    "heads); leave it out, or split by layers"
+                )
     used = {
         *(study.evaluation.schemes or study.schemes),
         *study.timed_schemes(study.throughput),

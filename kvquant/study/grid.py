@@ -62,8 +62,11 @@ def request(
         return Request(study.gpus, BENCH_MEM_MB * attempt, study.kernels.minutes * attempt)
     if rule == "job_case":
         assert study.jobs is not None and case is not None
-        gpus = max(study.gpus, study.jobs.cases[case].num_gpus) if study.gpus else 0
-        return Request(gpus, BENCH_MEM_MB * attempt, study.jobs.minutes * attempt)
+        job = study.jobs.cases[case]
+        gpus = max(study.gpus, job.num_gpus) if study.gpus else 0
+        # Each process of a case imports torch; those of a whole node could not ask for more.
+        mem = BENCH_MEM_MB * (attempt if job.num_processes == 1 else job.num_processes)
+        return Request(gpus, mem, study.jobs.minutes * attempt)
     assert model is not None
     spec = study.model(model)
     mem = spec.mem_gb * 1000

@@ -19,12 +19,14 @@ from kvquant.study.strict import Strict
 CONTEXT_CHUNK = 4096
 # What a search of what fits found: tokens of prompts beside one another, and of a single one.
 SEARCHED = ("capacity_tokens", "context_tokens")
+# What GPUs have of a model: some layers with all heads, or some kv heads of all layers.
+Split = Literal["layers", "heads"]
 
 
 class JobCase(Strict):
     """Settings of one case: a model of random weights, prompts, answers and the caches."""
 
-    later: ClassVar[tuple[str, ...]] = ("context", "gpus")
+    later: ClassVar[tuple[str, ...]] = ("context", "gpus", "split")
     shape: ShapeName = Field(description="dimensions of the model")
     prompt: int = Field(ge=1, le=MAX_TOKENS, description="tokens per prompt")
     answer: int = Field(ge=1, le=MAX_TOKENS, description="decoded tokens per prompt")
@@ -42,7 +44,12 @@ class JobCase(Strict):
         None,
         ge=1,
         le=64,
-        description="GPUs over which the layers are spread, evenly by bytes; absent: one",
+        description="GPUs that have the model, as `split` says; absent: one",
+    )
+    split: Split = Field(
+        "layers",
+        description="what each GPU has: some layers, evenly by bytes, in one process; or some kv "
+        "heads of all layers, in a process of its own (tensor parallelism)",
     )
     decode: Literal["fastest", "generate"] = Field(
         "fastest",
@@ -67,6 +74,11 @@ class JobCase(Strict):
         return self.gpus or 1
 
     @property
+    def num_processes(self) -> int:
+        """Returns the number of processes that run the case."""
+        return self.num_gpus if self.split == "heads" else 1
+
+    @property
     def given_prompts(self) -> bool:
         """Returns whether every cache runs the same prompts in all memory, in its fastest way.
 
@@ -80,8 +92,15 @@ class JobCase(Strict):
         if len(set(self.schemes)) != len(self.schemes):
             raise ValueError("schemes: an entry is given twice")
         layers = SHAPES[self.shape]["num_hidden_layers"]
-        if self.num_gpus > layers:
+        if self.split == "layers" and self.num_gpus > layers:
             raise ValueError(f"gpus: at most one per layer, and '{self.shape}' has {layers}")
+        heads = SHAPES[self.shape]["num_key_value_heads"]
+        if self.split == "heads" and (self.num_gpus == 1 or heads % self.num_gpus):
+            fitting = " or ".join(str(n) for n in range(2, heads + 1) if not heads % n)
+            raise ValueError(
+                f"gpus: {self.num_gpus} cannot share the {heads} kv heads of '{self.shape}' evenly "
+                f"(split: heads); give {fitting or 'another shape'}"
+            )
         return self
 
 

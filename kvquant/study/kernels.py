@@ -12,13 +12,13 @@ from kvquant.study.strict import Strict
 Measure = Literal[
     "pack", "attention", "prefill", "steps", "layer-step", "continue", "prompt-attention"
 ]
-ShapeName = Literal["7b-mha", "13b-mha", "8b-gqa", "tiny"]
+ShapeName = Literal["7b-mha", "13b-mha", "8b-gqa", "70b-gqa", "tiny", "tiny-gqa"]
 # They have no CPU kernel.
 ON_GPU: tuple[Measure, ...] = ("attention", "steps", "continue", "prompt-attention")
 WITH_PEERS: tuple[Measure, ...] = ("prefill", "layer-step")
 WHOLE_MODEL: tuple[Measure, ...] = ("prefill", "steps")
 
-# Llama-2-7B's, Llama-2-13B's and Llama-3.1-8B's dimensions, and one for tests.
+# Llama-2-7B's, Llama-2-13B's, Llama-3.1-8B's and Llama-3.1-70B's dimensions, and two for tests.
 SHAPES: dict[str, dict[str, int]] = {
     "7b-mha": {
         "hidden_size": 4096,
@@ -44,12 +44,28 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 8,
         "vocab_size": 128256,
     },
+    "70b-gqa": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
     "tiny": {
         "hidden_size": 128,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
+        "vocab_size": 4000,
+    },
+    "tiny-gqa": {
+        "hidden_size": 512,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
         "vocab_size": 4000,
     },
 }

@@ -239,6 +239,9 @@ def _job_side(side: JobSide, record: JobRecord) -> None:
     for name, times in (("first_token_ms", side.first_token_ms), ("step_ms", side.step_ms)):
         _spread(f"{where}.{name}", times)
     _bits(f"{where}.", side)
+    peaks = side.gpu_peak_bytes
+    if peaks is not None and (len(peaks), sum(peaks)) != (record.gpus, side.peak_bytes):
+        raise ValueError(f"field '{where}.gpu_peak_bytes': are not those of {record.gpus} GPUs")
     jobs = sum(trial.jobs for trial in side.trials)
     prompts = jobs * side.batch_size * record.prompt
     answers = jobs * side.batch_size * record.answer

@@ -16,6 +16,7 @@ from pydantic import (
     model_serializer,
 )
 
+from kvquant.study.jobs import Split
 from kvquant.study.kernels import Measure
 from kvquant.study.scheme_kinds import PromptAttention
 from kvquant.study.strict import without_defaults
@@ -254,6 +255,7 @@ class JobTrial(Strict):
 class JobSide(Strict):
     """Holds one cache's side of a case of whole jobs."""
 
+    later: ClassVar[tuple[str, ...]] = ("gpu_peak_bytes",)
     scheme: str
     status: Literal["ok", "oom"]
     decoder: str = Field("", description="how answers were decoded: a CUDA graph, or from Python")
@@ -272,6 +274,9 @@ class JobSide(Strict):
     peak_bytes: int | None = Field(
         None, description="largest allocation of a job on each GPU, with weights, summed"
     )
+    gpu_peak_bytes: list[int] | None = Field(
+        None, description="the same of each GPU, in their order; absent for one GPU"
+    )
     steady_bytes: int | None = Field(None, description="held while answers are decoded")
     cache_bytes: int | None = None
     cache_elements: int | None = None
@@ -283,15 +288,20 @@ class JobSide(Strict):
 
 
 class JobRecord(Record):
-    """Holds a case of whole jobs, whose caches ran in turns in one process."""
+    """Holds a case of whole jobs, whose caches ran in turns in the same processes."""
 
+    later: ClassVar[tuple[str, ...]] = ("split",)
     kind: Literal["jobs"] = "jobs"
     device: str
     case: str
     shape: str
     prompt: int
     answer: int
-    gpus: int = Field(1, description="over which the layers are spread")
+    gpus: int = Field(1, description="that have the model, as `split` says")
+    split: Split = Field(
+        "layers",
+        description="what each GPU has: some layers, or some kv heads in a process of its own",
+    )
     memory_bytes: int = Field(
         description="what torch may allocate on all GPUs of the case, weights included"
     )

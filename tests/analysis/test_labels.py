@@ -45,6 +45,7 @@ def test_cases_are_named_by_shape_and_lengths() -> None:
         ({}, f"13B MHA 4 {TIMES} 4K + 64"),
         ({"gpus": 1}, f"13B MHA 4 {TIMES} 4K + 64"),
         ({"gpus": 2}, f"13B MHA 4 {TIMES} 4K + 64 on 2 GPUs"),
+        ({"gpus": 4, "split": "heads"}, f"13B MHA 4 {TIMES} 4K + 64 on 4 GPUs by heads"),
         ({"memory_gb": 40.0}, f"13B MHA 4 {TIMES} 4K + 64 in 40 GB"),
         ({"memory_gb": 24.0, "gpus": 2}, f"13B MHA 4 {TIMES} 4K + 64 on 2 GPUs in 24 GB each"),
     ],
@@ -69,7 +70,17 @@ def test_devices_are_named_as_their_makers_do(key: str, name: str) -> None:
 
 @pytest.mark.parametrize(
     "file",
-    ["config", "quality", "ablation", "attention_gemma", "gemma", "two_gpus", "demo", "athena"],
+    [
+        "config",
+        "quality",
+        "ablation",
+        "attention_gemma",
+        "gemma",
+        "two_gpus",
+        "eight_gpus",
+        "demo",
+        "athena",
+    ],
 )
 def test_every_scheme_has_a_look_of_its_own(root: Path, file: str) -> None:
     study = load_study(root / f"config/{file}.yaml")

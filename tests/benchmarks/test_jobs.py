@@ -1,6 +1,6 @@
 """Whole jobs on a tiny model.
 
-Also covers: benchmarks.job_side, study.jobs.
+Also covers: benchmarks.job_runner, benchmarks.job_side, study.jobs.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from kvquant.benchmarks import job_side
+from kvquant.benchmarks import job_side, jobs
+from kvquant.benchmarks.job_runner import Runner, turns
 from kvquant.benchmarks.job_side import JobSide, JobTimes
-from kvquant.benchmarks.jobs import Runner, turns
 from kvquant.benchmarks.random_model import RandomModel
+from kvquant.benchmarks.team import Team
 from kvquant.cli import main
 from kvquant.errors import OutlierOverflow, UserError
+from kvquant.runtime import devices
 from kvquant.runtime.provenance import device_name
 from kvquant.study.jobs import JobCase, JobsSpec
+from kvquant.study.record_checks import check_record
 from kvquant.study.records import JobRecord, read_record
 from kvquant.study.schemes import (
     AllocatedScheme,
@@ -296,9 +299,84 @@ def test_a_case_of_two_gpus(tmp_path: Path, no_carbon: None) -> None:
     for side in record.sides:
         assert side.status == "ok" and side.decoder == "from Python"
         assert (side.peak_bytes, side.steady_bytes) == (3000, 300)
+        assert side.gpu_peak_bytes == [1000, 2000]
         assert side.formula_tokens is not None
     one = RandomModel("tiny", torch.device("cpu")).weight_bytes // 2  # in fp16
     assert record.weight_bytes == one
+    for peaks in ([1000], [1000, 1000], [1000, 2000, 0]):
+        record.sides[0].gpu_peak_bytes = peaks
+        with pytest.raises(ValueError, match="gpu_peak_bytes': are not those of 2 GPUs"):
+            check_record(record)
+
+
+SHARED = SEVERAL | {"shape": "tiny-gqa", "split": "heads"}
+
+
+def test_processes_that_share_a_model_get_the_gpus_that_are_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The process that starts them claims the GPUs, and takes none of their memory."""
+    started: list[Any] = []
+
+    def stop(work: Any, args: tuple[Any, ...], used: list[torch.device], name: str) -> None:
+        started.append((work, args[1:], [device.index for device in used], name))
+        raise UserError("the processes would start")
+
+    monkeypatch.setattr(jobs, "run_processes", stop)
+    with pretend_machine.pretend_machine(tmp_path, (100.0, 1000.0, 300.0), (2, 0, 1)) as machine:
+        with devices.one_at_a_time(machine.locks):
+            devices._hold(machine.locks, "02", ".shared")  # another process has the first one
+        (file,) = devices._held
+        handle = devices._held.pop(file)
+        assert on_gpus(tmp_path, SHARED) == 2
+        handle.close()
+        locks = sorted(f.name.split(".")[0] for f in machine.locks.glob("*.alone"))
+    file = tmp_path / "tiny.json"
+    case = ("tiny", pretend_machine.NAME, file)
+    assert started == [(jobs.share_of_case, case, [1, 2], "tiny")]
+    assert locks == ["00", "01"] and machine.current == []
+    assert "the processes would start" in capsys.readouterr().err
+
+
+class Two(Team):
+    """The first of two processes, of which the second says the same."""
+
+    size = 2
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Says it twice."""
+        return [value, value]
+
+
+def test_the_first_process_counts_what_all_have(tmp_path: Path, no_carbon: None) -> None:
+    """Energy of both boards, and memory, weights and caches of both processes."""
+    case = SHARED | {"energy": True, "memory_gb": 24.0, "capacity": False}
+    schemes = {"fp16": {"kind": "fp16"}, "nuq3": NUQ3.model_dump(mode="json")}
+    study = study_of(
+        gpus=1,
+        schemes=schemes,
+        jobs={
+            "cases": {"tiny": case | {"schemes": ["fp16", "nuq3"]}},
+            "seconds": 0.05,
+            "idle_seconds": 0.1,
+        },
+    )
+    with pretend_machine.pretend_machine(tmp_path):
+        model = RandomModel("tiny", torch.device("cuda", 0))
+        record, _ = jobs.measure(study, "tiny", model, pretend_machine.NAME, Two())
+    assert (record.split, record.gpus, len(record.environment["gpus"])) == ("heads", 2, 2)
+    assert record.memory_bytes == 2 * 24 * 10**9
+    assert record.weight_bytes == 2 * model.weight_bytes
+    assert record.idle_watts is not None and "of 2 GPU(s)" in record.method
+    assert record.idle_watts / pretend_machine.FASTER == pytest.approx(400.0, rel=0.05)
+    for found in record.sides:
+        assert found.gpu_peak_bytes == [1000, 1000] and found.peak_bytes == 2000
+        assert found.steady_bytes == 200
+        assert found.cache_elements == 2 * (2 * 2 * 96 * 64 * 2)
+        joules = sum((t.prefill_joules or 0) + (t.decode_joules or 0) for t in found.trials)
+        watts = joules / sum(t.prefill_seconds + t.decode_seconds for t in found.trials)
+        assert watts / pretend_machine.FASTER == pytest.approx(400.0, rel=0.3)
+    check_record(record)
 
 
 def test_answers_of_two_gpus_are_those_of_one(tmp_path: Path) -> None:
@@ -388,6 +466,28 @@ def test_a_case_of_two_real_gpus(tmp_path: Path, no_carbon: None) -> None:
     for side in record.sides:
         assert side.decoder == "from Python" and side.peak_bytes and side.steady_bytes
         assert side.formula_tokens
+
+
+@pytest.mark.gpu
+@TWO_GPUS
+def test_a_case_by_heads_of_two_real_gpus(tmp_path: Path) -> None:
+    """Two processes, which find together what fits."""
+    case = SHARED | {"shape": "8b-gqa", "energy": True, "memory_gb": 16.0, "prompt": 2048}
+    case |= {"capacity": True, "batch_size": None, "schemes": ["fp16", "nuq3"]}
+    study = study_file(tmp_path, case)
+    words = ["bench", "jobs", "--study", str(study), "--device-name", device_name()]
+    assert main([*words, "--device", "cuda", "--out-dir", str(tmp_path)]) == 0
+    record = read_record(tmp_path / "tiny.json", JobRecord)
+    assert (record.gpus, record.split, record.source) == (2, "heads", "nvml")
+    assert len(record.environment["gpus"]) == 2
+    assert 16e9 < record.weight_bytes < 20e9
+    for side in record.sides:
+        assert side.status == "ok" and side.decoder == "from Python"
+        assert side.gpu_peak_bytes is not None and len(side.gpu_peak_bytes) == 2
+        assert max(side.gpu_peak_bytes) < 16e9
+        assert side.capacity_tokens and side.formula_tokens
+    fp16, ours = record.sides
+    assert ours.capacity_tokens > 2 * fp16.capacity_tokens  # type: ignore[operator]
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvquant.benchmarks.memory_budget import GB, memory_budget
+from kvquant.benchmarks.memory_budget import GB, lowered_budget, memory_budget
 from kvquant.errors import UserError
 from kvquant.models.oom_retry import fits_in_memory, release_memory
 
@@ -15,6 +15,31 @@ CUDA = torch.device("cuda")
 def test_a_cpu_has_no_limit() -> None:
     with pytest.raises(UserError, match="needs a GPU"), memory_budget(torch.device("cpu"), 1.0):
         pass
+
+
+@pytest.mark.parametrize(
+    ("limit", "lowered"),
+    [
+        (0.5, 0.5 - 1 / 80),  # half of 80 GB are allowed
+        (1.0, 0.9 - 1 / 80),  # a tenth is in use beside torch
+    ],
+)
+def test_room_is_left_below_what_can_be_reached(
+    limit: float, lowered: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, told = torch.device("cuda", 1), []
+    for name, value in {
+        "get_per_process_memory_fraction": lambda device: limit,
+        "mem_get_info": lambda device: (40 * GB, 80 * GB),
+        "memory_reserved": lambda device: 32 * GB,
+        "set_per_process_memory_fraction": lambda share, device: told.append((share, device)),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    with lowered_budget([gpu], GB):
+        assert told == [(pytest.approx(lowered), gpu)]
+    assert told[1:] == [(limit, gpu)]
+    with lowered_budget([gpu], 0), lowered_budget([torch.device("cpu")], GB):
+        assert len(told) == 2
 
 
 @pytest.mark.gpu

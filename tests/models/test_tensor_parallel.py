@@ -15,6 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from kvquant.cache.footprint import cache_elements
 from kvquant.errors import UserError
 from kvquant.fetch.file_hashes import FileHashes
 from kvquant.formats.head_share import HeadShare
@@ -40,6 +41,7 @@ from tests.support.shared_models import (
     FP8,
     WITHOUT_PLAN,
     generated,
+    load,
     of_family,
     refusals,
     save,
@@ -89,6 +91,18 @@ def some_of(folder: Path) -> dict[str, Any]:
     return found
 
 
+def eight_heads(folder: Path, tp_plan: str | None) -> dict[str, Any]:
+    """What a model of eight kv heads gives over caches of the schemes that are shared most."""
+    found: dict[str, Any] = {}
+    for path in ("exact", "lossy", "allocated"):
+        qm = load(folder, "eight", path, tp_plan)
+        cache = qm.new_cache()
+        found[path] = fed(qm.model, cache)
+        found[f"elements of {path}"] = cache_elements(cache)
+        found["share"] = None if qm.share is None else (qm.share.rank, qm.share.count)
+    return found
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made: Path = tmp_path_factory.mktemp("models")
@@ -100,6 +114,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         model.save_pretrained(made / name)
         tiny_tokenizer().save_pretrained(made / name)
+    save(made, "llama", "eight", 8)
     scheme = KvquantRefScheme(kind="kvquant-ref", bits=3)
     weights, _ = FileHashes(made / "llama", "model").of_all(["model.safetensors"])
     tables = narrow_tables(scheme, KV_HEADS, DIM)
@@ -149,6 +164,21 @@ def test_four_processes_with_a_head_each(
     one = short(folder, family, None)
     for part in four:
         torch.testing.assert_close(part[family], one, **CLOSE)
+
+
+def test_eight_processes_with_a_head_each(folder: Path) -> None:
+    """As on a node of eight GPUs with a model of eight kv heads."""
+    found = in_processes(8, folder / "eight processes", eight_heads, folder, "auto")
+    one = eight_heads(folder, None)
+    assert [part["share"] for part in found] == [(rank, 1) for rank in range(8)]
+    for part in found:
+        torch.testing.assert_close(part["exact"], one["exact"], **CLOSE)
+        for path in ("lossy", "allocated"):
+            # Rounding may move single numbers to the next code.
+            assert float((part[path] - one[path]).abs().mean()) < 1e-3
+        for path in ("exact", "lossy", "allocated"):
+            assert torch.equal(part[path], found[0][path])
+            assert 8 * part[f"elements of {path}"] == one[f"elements of {path}"]
 
 
 @pytest.mark.parametrize("family", CHOSEN)

@@ -62,6 +62,21 @@ def test_processes_started_together_spread_evenly(tmp_path: Path, root: Path) ->
         assert Counter(found) == {"0": 2, "1": 2, "2": 2}
 
 
+def test_a_node_of_eight_gpus_is_filled_evenly(tmp_path: Path, root: Path) -> None:
+    """By 64 places each process takes the emptiest GPU, and one that ends gives its place back."""
+    node = [f"gpu-{index}" for index in range(8)]
+    with holders(root, tmp_path, 16, node) as (processes, found):
+        assert Counter(found) == {str(index): 2 for index in range(8)}
+        with pytest.raises(UserError, match="16 other process"):  # of the whole node
+            devices.claim_alone(node, 8, folder=tmp_path)
+        ended = processes[found.index("5")]
+        ended.kill()
+        ended.wait()
+        assert devices.claim_shared(node, folder=tmp_path) == [5]
+    with holders(root, tmp_path, 1, node, "8") as (_, said):  # a model over all of them
+        assert said == ["0 1 2 3 4 5 6 7"]
+
+
 def test_gpus_are_known_by_name(tmp_path: Path, root: Path) -> None:
     """Another numbering, or fewer of them, changes no count."""
     with holders(root, tmp_path, 1, NAMES[2:]):
@@ -224,3 +239,13 @@ def test_without_locks_the_process_number_chooses_several(
     monkeypatch.setattr("os.getpid", lambda: 5)
     assert devices.claim_shared(NAMES, 2, tmp_path / "file/below") == [0, 2]
     assert devices.claim_alone(NAMES, 2, tmp_path / "file/below") == [0, 1]
+
+
+def test_a_process_that_starts_others_takes_no_memory_of_its_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, current: list[int]
+) -> None:
+    """CUDA would take some on the current device."""
+    monkeypatch.setattr(devices, "_folder", lambda: tmp_path)
+    found = devices.claim_timed("cuda", 2, current=False)
+    assert found == ["cuda:0", "cuda:1"] and current == []
+    assert claimed(tmp_path, ".alone") == ["gpu-a", "gpu-b"]

@@ -130,6 +130,15 @@ def test_jobs_ask_for_the_gpus_of_their_model_or_case() -> None:
     assert [request(study, "job_case", None, case=name).gpus for name in cases] == [1, 2]
     hours = {rule: hours for rule, _, hours in job_rows(study)}
     assert hours["job_case"] == 3.0
+    shared = small | {"shape": "tiny-gqa", "gpus": 8, "split": "heads"}  # eight processes
+    asked = request(
+        study_of(gpus=1, jobs={"cases": {"eight": shared}}),
+        "job_case",
+        None,
+        attempt=2,
+        case="eight",
+    )
+    assert (asked.gpus, asked.mem_mb) == (8, 8 * 16_000)
     node = study_of(gpus=8, **changed)  # a timed job has a node alone
     assert request(node, "throughput", "tiny").gpus == 8
     assert request(node, "job_case", None, case="two").gpus == 8

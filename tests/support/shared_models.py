@@ -43,13 +43,22 @@ FP8 = Fp8Scheme(kind="fp8", block_size=32)
 PROMPTS = [[5, 9, 44], [7] * 60 + [3, 80], [12, 31] * 20]
 
 
-def save(folder: Path, name: str) -> None:
-    """Saves a tiny model of 4 kv heads with a tokenizer and the quantizers of its schemes."""
-    family, _, windows = name.partition("+")
+def save(folder: Path, family: str, name: str | None = None, kv_heads: int = KV_HEADS) -> None:
+    """Saves a tiny model with a tokenizer and the quantizers of its schemes.
+
+    Args:
+        folder: Where.
+        family: Its family, with `+windows` for a hybrid one.
+        name: The folder's name; None: that of the family.
+        kv_heads: Its kv heads; each has two query heads.
+    """
+    name = name or family
+    family, _, windows = family.partition("+")
+    heads = HEADS // KV_HEADS * kv_heads
     if windows:
-        model = tiny_hybrid(family, heads=HEADS, kv_heads=KV_HEADS, vocab_size=512)
+        model = tiny_hybrid(family, heads=heads, kv_heads=kv_heads, vocab_size=512)
     else:
-        model = tiny_model(family, HEADS, KV_HEADS, vocab_size=512)
+        model = tiny_model(family, heads, kv_heads, vocab_size=512)
         sharpen(model)
     model.save_pretrained(folder / name)
     tiny_tokenizer().save_pretrained(folder / name)
@@ -57,12 +66,12 @@ def save(folder: Path, name: str) -> None:
     weights, _ = hashes.of_all(["model.safetensors"])
     layers = 1 if windows else 2
     for scheme, path in ((EXACT, "exact"), (LOSSY, "lossy"), (ALLOCATED, "allocated")):
-        tables = narrow_tables(scheme, KV_HEADS, DIM, layers)
+        tables = narrow_tables(scheme, kv_heads, DIM, layers)
         if path == "allocated":
-            tables = [random_allocated(KV_HEADS, DIM, seed=layer) for layer in range(layers)]
+            tables = [random_allocated(kv_heads, DIM, seed=layer) for layer in range(layers)]
         file = folder / "quantizers" / f"{name}-{path}.json"
         file.parent.mkdir(exist_ok=True)
-        save_made_quantizer(file, scheme, weights, tables, KV_HEADS)
+        save_made_quantizer(file, scheme, weights, tables, kv_heads)
 
 
 def load(folder: Path, name: str, path: str, tp_plan: str | None) -> QuantizedModel:

@@ -32,7 +32,7 @@ def outputs(verb: str, given: dict[str, list[str]]) -> list[Path]:
             for seed in given["seeds"]
             for name in ("run.json", "samples.jsonl")
         ]
-    elif verb == "kernels":
+    elif verb in ("kernels", "jobs"):
         files += [folder / f"{case}.json" for case in given["cases"]]
     elif verb == "tables":
         from kvquant.analysis import table_list

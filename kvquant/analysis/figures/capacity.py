@@ -26,7 +26,7 @@ from kvquant.analysis.figures.style import (
     placeholder,
     plt,
 )
-from kvquant.analysis.labels import labels_of
+from kvquant.analysis.labels import gpus_label, labels_of
 from kvquant.analysis.tables import read_table
 from kvquant.analysis.timed_on import one_device
 from kvquant.study.config import Study
@@ -60,7 +60,7 @@ class Row:
 def budget(case: JobCase, memory_bytes: float) -> str:
     """Returns the name of a case's shape and memory, and of the prompts that fill it."""
     shape = case.shape.upper().replace("-", " ")
-    gpus = f" on {case.num_gpus} GPUs" if case.num_gpus > 1 else ""
+    gpus = f" on {gpus_label(case)}" if case.num_gpus > 1 else ""
     memory = f"{memory_bytes / 1e9:.0f}" if case.memory_gb is None else f"{case.memory_gb:g}"
     prompts = "" if case.context else f" {short_count(case.prompt)}"
     return f"{shape}{prompts}{gpus} in {memory} GB"
