@@ -102,7 +102,7 @@ def test_samples_of_power_lie_beside_their_record(tmp_path: Path) -> None:
 
 STUDIES = {
     **{"h100": 1895, "gemma": 595, "two-gpus": 2},
-    **{"quality": 40, "ablation": 63, "attention": 108},
+    **{"quality": 40, "ablation": 63, "attention": 381, "attention-gemma": 15},
 }
 
 
