@@ -108,7 +108,7 @@ def test_one_dominating_key(fmt: EightBitFormat) -> None:
 
 
 @pytest.mark.parametrize("fmt", [INT8, HALF], ids=["int8", "16-bit"])
-@pytest.mark.parametrize(("tile", "left"), [(0, 0), (3, 0), (4, 0), (3, 384)])
+@pytest.mark.parametrize(("tile", "left"), [(0, 0), (3, 0), (4, 0), (0, 300), (0, 384), (3, 384)])
 def test_fine_tiles(fmt: EightBitFormat, tile: int, left: int) -> None:
     """All weight is on 128 keys, first ones or next to the queries, behind padding or without."""
     kv_len = left + 5 * TILE
