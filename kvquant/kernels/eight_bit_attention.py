@@ -217,6 +217,20 @@ def _weights(exponents: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
     return torch.exp2(exponents + bits).to(kind).float()
 
 
+def _first_tiles(valid: torch.Tensor) -> torch.Tensor:
+    """Returns which tiles have some of a sequence's first `TILE` tokens, behind its padding.
+
+    Args:
+        valid: bool `[batch_size, kv_len]`, whether there is a token.
+
+    Returns:
+        bool `[batch_size, ceil(kv_len / TILE)]`.
+    """
+    first = valid & (valid.cumsum(-1) <= TILE)
+    padded = torch.nn.functional.pad(first, (0, -valid.shape[-1] % TILE))
+    return padded.unflatten(-1, (-1, TILE)).any(-1)
+
+
 def eight_bit_attention(
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -230,7 +244,9 @@ def eight_bit_attention(
 
     The queries are the last `q_len` of the `kv_len` tokens: query `i` sees valid keys up to column
     `kv_len - q_len + i`. Nothing in padding reaches the output of a token. A kernel may treat more
-    tiles next to a row as fine ones, and gives them 15 bits.
+    tiles as fine ones, and gives them 15 bits. Kernels leave padding out, so that their tiles begin
+    at a sequence's first token; here they begin at column 0, and those with one of the first `TILE`
+    tokens are fine.
 
     Args:
         queries: `[batch_size, num_heads, q_len, head_dim]` after RoPE.
@@ -261,6 +277,7 @@ def eight_bit_attention(
     k_fine = smooth_keys(keys, valid)
     v, v_scale = _values(values, valid, fmt)
     v_wide, v_fine = v.float() * v_scale, without_padding(values, valid)
+    early = None if valid is None else _first_tiles(valid)
     out = torch.zeros_like(q_wide)
     rows = out.shape[:-1]
     total = out.new_zeros((*rows, 1))
@@ -272,11 +289,20 @@ def eight_bit_attention(
         if first >= q_len:
             break
         tile = slice(start, min(start + TILE, kv_len))
-        fine = q_len if start == 0 else start + (1 + NEAR_TILES) * TILE - offset  # rows before it
-        near, far = slice(first, max(first, fine)), slice(max(first, fine), None)
+        fine = start + (1 + NEAR_TILES) * TILE - offset  # for rows before it
+        fine = q_len if start == 0 and early is None else max(first, fine)
+        near, far = slice(first, fine), slice(fine, None)
         exact = q_fine[..., near, :] @ k_fine[:, :, None, tile].mT
-        coarse = q_wide[..., far, :] @ k[:, :, None, tile].float().mT
-        coarse *= q_scale[..., far, :] * k_scale[:, :, None, None, start // TILE]
+        far_q, far_k = q_wide[..., far, :], k[:, :, None, tile].float()
+        far_scale = q_scale[..., far, :] * k_scale[:, :, None, None, start // TILE]
+        far_v = v_wide[:, :, None, tile]
+        if early is not None:  # sequences whose first tokens are here
+            these = early[:, start // TILE, None, None, None, None]
+            far_q = torch.where(these, q_fine[..., far, :], far_q)
+            far_k = torch.where(these, k_fine[:, :, None, tile], far_k)
+            far_scale = torch.where(these, torch.ones_like(far_scale), far_scale)
+            far_v = torch.where(these, v_fine[:, :, None, tile], far_v)
+        coarse = far_q @ far_k.mT * far_scale
         scores = torch.cat((exact, coarse), -2)
         seen = columns[tile] <= columns[offset + first :, None]
         if valid is not None:
@@ -292,7 +318,7 @@ def eight_bit_attention(
         old = torch.where(highest[..., first:, :] == -math.inf, torch.zeros_like(old), old)
         count = exact.shape[-2]
         near_sum = weights[..., :count, :] @ v_fine[:, :, None, tile]
-        far_sum = weights[..., count:, :] @ v_wide[:, :, None, tile]
+        far_sum = weights[..., count:, :] @ far_v
         added = torch.cat((near_sum, far_sum), -2)
         out[..., first:, :] = out[..., first:, :] * old + added
         total[..., first:, :] = total[..., first:, :] * old + weights.sum(-1, keepdim=True)

@@ -27,6 +27,7 @@ from kvquant.errors import UserError
 from kvquant.kernels.prompt_attention import MIN_COLUMNS, attend
 from kvquant.models.layer_kinds import LayerKinds
 from kvquant.models.no_gradient import without_gradient
+from kvquant.models.window_mask import read_window_mask, window_mask
 from kvquant.study.scheme_kinds import PromptAttention, Scheme, no_prompt_attention
 
 NAME = "kvquant_8bit"
@@ -157,8 +158,8 @@ def eight_bit_mask(
 
     Returns:
         That of 16-bit attention for few columns. Else None where all columns are tokens; bool
-        `[batch_size, kv_length]`, which of them are; or int32 of that shape where a sliding window
-        is shorter than `kv_length`: its length for tokens, 0 for padding.
+        `[batch_size, kv_length]`, which of them are; or where a sliding window is shorter than
+        `kv_length`, what :func:`window_mask` makes.
 
     Raises:
         UserError: The mask is not causal, or hides more than padding and columns before a sliding
@@ -208,7 +209,7 @@ def eight_bit_mask(
         shape, device = (batch_size, kv_length), others.get("device")
         if valid is None:
             valid = torch.ones(shape, dtype=torch.bool, device=device)
-        return valid.to(torch.int32) * window
+        return window_mask(valid, window)
     return None if valid is None or bool(valid.all()) else valid
 
 
@@ -266,7 +267,7 @@ def eight_bit_prompt(
     for name, what in _LACKING.items():
         if others.get(name) is not None and others[name] is not False:  # sdpa has none either
             raise _refused(name, what, "eager")
-    q_len, kv_len, dim = query.shape[2], key.shape[2], query.shape[3]
+    q_len, dim = query.shape[2], query.shape[3]
     if q_len < MIN_COLUMNS or chosen != NAME:
         usual: tuple[torch.Tensor, None] = ALL_ATTENTION_FUNCTIONS.get(_usual(chosen), _SDPA)(
             module,
@@ -291,20 +292,13 @@ def eight_bit_prompt(
         )
     if value.shape != key.shape:
         raise _refused("model: head_dim", f"values of {value.shape[3]} channels for keys of {dim}")
-    window, valid = sliding_window, attention_mask
-    if valid is not None and valid.ndim != 2:
-        raise _refused("attention_mask", f"masks of {valid.ndim} dimensions")
-    if valid is not None and valid.dtype is torch.int32:
-        window = int(valid.max()) if window is None else window
-        tokens = valid > 0
-        valid = None if bool(tokens.all()) else tokens
-    if window is not None and kv_len <= window:
-        window = None
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise _refused("attention_mask", f"masks of {attention_mask.ndim} dimensions")
     factor = dim**-0.5 if scaling is None else scaling
-    return _attend(query, key, value, factor, valid, window), None
+    return _attend(query, key, value, factor, attention_mask, sliding_window), None
 
 
-@torch.compiler.disable(reason="kernels are chosen and launched on the host")
+@torch.compiler.disable(reason="masks are read, kernels chosen and launched on the host")
 def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -314,6 +308,11 @@ def _attend(
     window: int | None,
 ) -> torch.Tensor:
     """Calls :func:`attend` on the tensors' own device and refuses gradients."""
+    if valid is not None and valid.dtype is torch.int32:
+        length, valid = read_window_mask(valid)
+        window = length if window is None else window
+    if window is not None and key.shape[2] <= window:
+        window = None
     with torch.no_grad(), torch.cuda.device_of(query):
         out = attend(query, key, value, scaling=scaling, valid=valid, window=window)
     return without_gradient(out, query, key, value, why=NO_GRADIENT)

@@ -107,6 +107,30 @@ def test_one_dominating_key(fmt: EightBitFormat) -> None:
         torch.testing.assert_close(found[:, there], expected[:, there], rtol=2**-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("fmt", [INT8, HALF], ids=["int8", "16-bit"])
+@pytest.mark.parametrize(("tile", "left"), [(0, 0), (3, 0), (4, 0), (0, 300), (0, 384), (3, 384)])
+def test_fine_tiles(fmt: EightBitFormat, tile: int, left: int) -> None:
+    """All weight is on 128 keys, first ones or next to the queries, behind padding or without."""
+    kv_len = left + 5 * TILE
+    queries, keys, values = case(q_len=TILE, kv_len=kv_len)
+    valid = padding([kv_len - left, kv_len], kv_len, "left")
+    queries, values = 4 * queries, values.clamp(-1, 1)
+    queries[..., 0], keys[..., 0] = 4.0, 0.0
+    for b, first in enumerate((left, 0)):
+        start = first if tile == 0 else left + tile * TILE
+        keys[b, :, start : start + TILE, 0] = 200.0
+        values[b, :, start : start + TILE] = 248 / 448  # between two numbers of e4m3
+        values[b, :, start : start + TILE : 2] *= -1
+    values[:, :, left + 200] = 1.0
+    given = queries, keys, values
+    assert error(given, fmt, valid=valid) < (0.04 if fmt == INT8 else 0.004)
+    expected = exact(given, 0.125, valid)
+    codes, scales = quantize_keys(keys, fmt, valid)
+    coarse = codes * scales.repeat_interleave(TILE, 2)[:, :, :kv_len]
+    off = exact((queries, coarse, values), 0.125, valid) - expected
+    assert off.norm() / expected.norm() > 0.08
+
+
 @formats
 def test_many_small_weights_beside_a_strong_key(fmt: EightBitFormat) -> None:
     """Weights of 2**-18 of the largest: rounded relative to it they would be zeros in E4M3."""

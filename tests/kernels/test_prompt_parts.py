@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 
 from kvquant.kernels.cuda_build import compile_cubin
 from kvquant.kernels.cuda_prompt_attention import PromptShape, header, heads_together
-from kvquant.kernels.eight_bit_attention import EightBitFormat, eight_bit_attention
+from kvquant.kernels.eight_bit_attention import (
+    TILE,
+    EightBitFormat,
+    eight_bit_attention,
+    quantize_keys,
+    quantize_queries,
+    quantize_values,
+)
 from kvquant.kernels.prompt_attention import attend
 
 pytest.importorskip("triton")
@@ -107,6 +114,50 @@ def test_a_long_prompt_with_a_dominating_first_key(backend: Any) -> None:
     parts = PromptParts(q, 1, 0.125, 1, backend)
     parts.add(k, v)
     assert error(parts.result(), exact(q, k, v, 0.125)) < BOUNDS[backend]
+
+
+FINE = pytest.mark.parametrize("start", [0, 4 * TILE, 5 * TILE])  # first, next to the rows, theirs
+
+
+def weight_in_a_tile(start: int) -> Case:
+    """The last 60 of 700 queries, whose weight is all in the tile that begins at `start`."""
+    q, k, v = case(1, 1)
+    q = 4 * q[:, :, 5 * TILE :]
+    q[..., 0], k[..., 0] = 4.0, 0.0
+    k[:, :, start : start + TILE, 0] = 200.0
+    return q, k, v
+
+
+@backends
+@FINE
+def test_scores_of_fine_tiles(backend: Any, start: int) -> None:
+    """They are without the errors of 8-bit scores, which are a multiple of all others here."""
+    q, k, v = weight_in_a_tile(start)
+    parts = PromptParts(q, 1, 0.125, 1, backend)
+    parts.add(k, v)
+    codes, scales = quantize_keys(k, FORMATS[backend])
+    coarse_k = codes * scales.repeat_interleave(TILE, 2)[:, :, :700]
+    codes, scales = quantize_queries(q, FORMATS[backend])
+    expected = exact(q, k, v, 0.125)
+    coarse = error(exact(codes * scales, coarse_k, v, 0.125), expected)
+    assert coarse > 0.08
+    assert error(parts.result(), expected) < 0.3 * coarse
+
+
+@backends
+@FINE
+def test_values_of_fine_tiles(backend: Any, start: int) -> None:
+    """They lie in the middle between two of e4m3, which would round all the same way."""
+    q, k, v = weight_in_a_tile(start)
+    v = v.clamp(-1, 1)
+    v[:, :, 300], v[:, :, start : start + TILE] = 1.0, 248 / 448
+    parts = PromptParts(q, 1, 0.125, 1, backend)
+    parts.add(k, v)
+    codes, scales = quantize_values(v)
+    expected = exact(q, k, v, 0.125)
+    coarse = error(exact(q, k, codes.float() * scales, 0.125), expected)
+    assert coarse > 0.03
+    assert error(parts.result(), expected) < 0.1 * coarse
 
 
 @settings(max_examples=6, deadline=None)

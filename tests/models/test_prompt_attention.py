@@ -1,6 +1,6 @@
 """8-bit attention of prompts: in transformers' models, over our caches, and what is refused.
 
-Also covers: cache.whole_columns, kernels.prompt_attention.
+Also covers: cache.whole_columns, kernels.prompt_attention, models.window_mask.
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache, cache_utils
+from transformers.masking_utils import (
+    chunked_causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 import kvquant
 from kvquant.cache import kvquant_cache
@@ -27,6 +32,7 @@ from kvquant.kernels.prompt_attention import MIN_COLUMNS, attend
 from kvquant.models import prompt_attention
 from kvquant.models.loading import QuantizedModel
 from kvquant.models.prompt_attention import NAME
+from kvquant.models.window_mask import read_window_mask, window_mask
 from kvquant.study.model_families import MODEL_FAMILIES
 from kvquant.study.presets import scheme_from
 from kvquant.study.scheme_kinds import SCHEME_KINDS, PromptAttention
@@ -211,6 +217,60 @@ def test_windows_without_padding_need_no_mask(
     else:
         step(model, quantized(model, asked(spec)).new_cache(), tokens)
     assert counted == [(LENGTH, LENGTH, False)] * len(model.model.layers)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often the host reads a number of a tensor, for which it waits on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("window", [64, None])
+def test_layers_with_windows_read_their_mask_once_per_call(
+    padded: bool, window: int | None
+) -> None:
+    """Whether the layers say how long their window is or leave it to the mask."""
+    module = tiny_hybrid("gemma3", attention=NAME).model.layers[0].self_attn
+    q, k = torch.randn(2, 4, LENGTH, 16), torch.randn(2, 2, LENGTH, 16)
+    for left, length in ((10, 64), (150, 64), (10, 32)):
+        tokens = torch.ones(2, LENGTH, dtype=torch.bool)
+        tokens[0, : left * padded] = False
+        mask = prompt_attention.eight_bit_mask(
+            2, LENGTH, LENGTH, mask_function=sliding_window_causal_mask_function(length),
+            local_size=length, attention_mask=tokens, device="cpu",
+        )  # fmt: skip
+        expected = attend(
+            q, k, k, scaling=0.25, valid=tokens if padded else None, window=window or length
+        )
+        with Reads() as reads:
+            for _ in range(3):
+                found, _ = prompt_attention.eight_bit_prompt(
+                    module, q, k, k, mask, scaling=0.25, sliding_window=window
+                )
+        assert torch.equal(found[tokens], expected[tokens])
+        assert mask is not None
+        moved, _ = prompt_attention.eight_bit_prompt(  # as for layers on other devices
+            module, q, k, k, mask.clone(), scaling=0.25, sliding_window=window
+        )
+        assert torch.equal(moved[tokens], expected[tokens])
+        assert reads.count <= 1
+
+
+def test_a_mask_that_has_changed_is_read_again() -> None:
+    mask = window_mask(torch.ones(2, 5, dtype=torch.bool), 3)
+    assert read_window_mask(mask) == (3, None)
+    mask[0, 1] = 0
+    length, valid = read_window_mask(mask)
+    assert valid is not None
+    assert (length, valid.tolist()) == (3, [[True, False, True, True, True], [True] * 5])
+    assert read_window_mask(torch.zeros_like(mask))[0] == 0
 
 
 def test_a_window_that_hides_a_column_is_computed_in_16_bits() -> None:
@@ -423,11 +483,6 @@ def test_gradients_are_refused(spec: Any) -> None:
 
 
 def test_chunked_attention_is_refused_and_sliding_windows_are_not() -> None:
-    from transformers.masking_utils import (
-        chunked_causal_mask_function,
-        sliding_window_causal_mask_function,
-    )
-
     def mask(function: Any) -> torch.Tensor | None:
         return prompt_attention.eight_bit_mask(
             1, LENGTH, LENGTH, mask_function=function, local_size=64, device="cpu"

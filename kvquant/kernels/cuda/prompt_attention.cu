@@ -20,7 +20,7 @@
 //   3. Weights become operands where they are: accumulators hold neighbouring columns of two groups
 //      of eight, operands four neighbouring ones, so tokens of values are stored in the order that
 //      makes up for it.
-//   4. Outputs of the tile, 64 channels at a time, added in fp32 to the sum of the tiles before: the
+//   4. Outputs of the tile, 64 channels at a time, added in fp32 to the sum of the tiles before:
 //      sums of e4m3 products inside the tensor core have fewer bits than fp32. Behind the last
 //      channel comes one that is one for every token, whose output is the sum of the weights.
 // Dequantization of values is linear and waits for the end.
@@ -49,6 +49,7 @@ struct SharedStorage {
       values_empty[STAGES];
 };
 static_assert(sizeof(SharedStorage) + 1024 <= SHARED_BYTES, "SHARED_BYTES");
+static_assert(STAGES >= 2, "a fine tile holds two places at once");
 
 // The part of the work of a thread block.
 struct Work {
