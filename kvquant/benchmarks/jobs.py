@@ -31,6 +31,7 @@ from kvquant.benchmarks.team import Team
 from kvquant.benchmarks.timing import synchronize
 from kvquant.benchmarks.turns import finished
 from kvquant.benchmarks.workload import check_devices
+from kvquant.energy.estimate import EstimatedMeter
 from kvquant.energy.monitor import EnergyMonitor, not_metered, open_meter
 from kvquant.energy.profiler import DetailedEnergyProfiler, counter_over_power
 from kvquant.errors import UserError
@@ -49,10 +50,13 @@ def metered(
     devices: Sequence[torch.device], case: JobCase, spec: JobsSpec, team: Team
 ) -> Iterator[tuple[EnergyMonitor | None, DetailedEnergyProfiler | None]]:
     """Opens the meter and the profiler of a case that measures energy, in the first process."""
+    processes = team.gathered(os.getpid())
     if not case.energy or not team.first:
         yield None, None
         return
     meter = open_meter(devices)
+    if isinstance(meter, EstimatedMeter) and team.size > 1:
+        meter.count(processes)
     own = devices if team.size == 1 else devices[:1]  # the others wait for their own GPUs
     try:
         profiler = DetailedEnergyProfiler(meter, country=spec.country)
