@@ -31,9 +31,11 @@ from kvquant.benchmarks.team import Team
 from kvquant.benchmarks.timing import synchronize
 from kvquant.benchmarks.turns import finished
 from kvquant.benchmarks.workload import check_devices
+from kvquant.energy.estimate import EstimatedMeter
 from kvquant.energy.monitor import EnergyMonitor, not_metered, open_meter
 from kvquant.energy.profiler import DetailedEnergyProfiler, counter_over_power
 from kvquant.errors import UserError
+from kvquant.formats.files import make_folder
 from kvquant.models.oom_retry import release_memory
 from kvquant.runtime.progress import note
 from kvquant.runtime.provenance import environment
@@ -48,10 +50,13 @@ def metered(
     devices: Sequence[torch.device], case: JobCase, spec: JobsSpec, team: Team
 ) -> Iterator[tuple[EnergyMonitor | None, DetailedEnergyProfiler | None]]:
     """Opens the meter and the profiler of a case that measures energy, in the first process."""
+    processes = team.gathered(os.getpid())
     if not case.energy or not team.first:
         yield None, None
         return
     meter = open_meter(devices)
+    if isinstance(meter, EstimatedMeter) and team.size > 1:
+        meter.count(processes)
     own = devices if team.size == 1 else devices[:1]  # the others wait for their own GPUs
     try:
         profiler = DetailedEnergyProfiler(meter, country=spec.country)
@@ -244,7 +249,7 @@ def _run_case(
         model = None  # frees its memory for the processes
         release_memory()
         used = (list(devices) * case.num_processes)[: case.num_processes]  # the CPU serves all
-        run_processes(share_of_case, (args.study, name, args.device_name, file), used, name)
+        run_processes(share_of_case, (study, name, args.device_name, file), used, name)
         return None
     used = list(devices[: case.num_gpus])
     if model is None or (model.shape, model.devices) != (case.shape, used):
@@ -262,23 +267,33 @@ def _write(file: Path, record: JobRecord, profiler: DetailedEnergyProfiler | Non
 
 
 def share_of_case(
-    device: torch.device, team: Team, study_file: str, name: str, device_name: str, file: Path
+    device: torch.device, team: Team, study: Study, name: str, device_name: str, file: Path
 ) -> None:
     """Runs the part of one of the processes that share a case's model.
 
     Args:
         device: The process's device.
         team: The processes.
-        study_file: The study's file.
+        study: The study as the run read it, whose file may have changed since.
         name: The case.
         device_name: The name of the device.
         file: The record, which the first process writes.
     """
-    study = load_study(study_file)
     model = RandomModel(study.job_cases()[name].shape, device, split="heads")
     record, profiler = measure(study, name, model, device_name, team)
     if team.first:
         _write(file, record, profiler)
+
+
+def _check_folder(folder: Path) -> None:
+    """Makes the folder of records, before hours of measuring and not after.
+
+    Raises:
+        UserError: It cannot be made or written.
+    """
+    make_folder(folder, "--out-dir")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--out-dir: {folder}: cannot be written; choose another folder")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -304,6 +319,8 @@ def run(args: argparse.Namespace) -> None:
     console = Console(width=160)
     files = {name: args.out_dir / f"{name}.json" for name in names}
     there = {name: finished(files[name], JobRecord, digests[name]) for name in names}
+    if None in there.values():
+        _check_folder(args.out_dir)
     model: RandomModel | None = None
     for name in sorted(names, key=lambda name: list(cases).index(name)):
         record = there[name]

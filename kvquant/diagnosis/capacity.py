@@ -70,7 +70,10 @@ def room_for(args: argparse.Namespace, model: ModelFacts) -> Room:
     else:
         weights = weight_bytes(model, dtype)
     facts, weights = part_of_gpu(model, model.cache, weights, args.gpus, args.split)
-    room = Room(memory, weights, reserve, facts, DTYPES[dtype].itemsize)
+    plain = None
+    if args.gpus > 1 and args.split == "heads" and model.gathers:
+        plain = model.cache  # transformers' caches hold what every process computes
+    room = Room(memory, weights, reserve, facts, DTYPES[dtype].itemsize, plain)
     taken = weights + reserve + room.activations(1)
     if taken >= memory:
         smaller = " or a smaller dtype" if dtype == "float32" else " or quantized weights"

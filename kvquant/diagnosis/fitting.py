@@ -36,6 +36,8 @@ class Room:
         reserve: Bytes of driver and libraries.
         facts: The model, whose activations are counted by call.
         itemsize: Bytes of an element of the activations.
+        plain: The model as a 16-bit cache sees it, if that holds more heads than a quantized one;
+            None: `facts`.
     """
 
     memory: int
@@ -43,6 +45,7 @@ class Room:
     reserve: int
     facts: CacheFacts
     itemsize: int = 2
+    plain: CacheFacts | None = None
 
     def activations(self, tokens: int) -> int:
         """Returns the bytes that a call holds beside weights and cache.
@@ -157,6 +160,8 @@ def fit(scheme: Scheme, room: Room, prompt: int, batch: int | None = None) -> Fi
         batch: Prompts whose longest common length is asked for.
     """
     facts, chunk = room.facts, min(CONTEXT_CHUNK, room.facts.positions)
+    if room.plain is not None and not scheme.quantizes:
+        facts = room.plain
     try:
         codec = shape_codec(scheme, facts.kv_heads, facts.head_dim)
     except UserError as error:

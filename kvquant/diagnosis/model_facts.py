@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from kvquant.models.layer_kinds import LayerKinds, layer_kinds, position_limit
 from kvquant.models.obstacles import unsupported_configuration, unsupported_model
 from kvquant.models.prefill_quant import original_class
 from kvquant.models.rotary import one_factor, static_rope
+from kvquant.models.tensor_parallel import plan_gathers
 from kvquant.study.model_families import family_of_attention
 
 MAX_LAYERS = 4096  # as in quantizers; making more, even without memory, takes minutes
@@ -98,6 +100,8 @@ class ModelFacts:
         parameters: Number of weights, shared ones once.
         layer_parameters: Number of weights of each layer.
         embedding_parameters: Number of weights of the input embeddings.
+        gathers: Whether processes that share the model compute keys and values of all heads; None:
+            transformers has no plan by which they could share it.
         stored: Method by which the checkpoint's weights are quantized; None: they are not.
         dtype: The checkpoint's dtype by its configuration, if it says so.
     """
@@ -111,6 +115,7 @@ class ModelFacts:
     parameters: int = 0
     layer_parameters: tuple[int, ...] = ()
     embedding_parameters: int = 0
+    gathers: bool | None = None
     stored: str | None = None
     dtype: torch.dtype | None = None
 
@@ -185,6 +190,8 @@ def judge_model(model: Any, name: str) -> ModelFacts:
     facts = _cache_facts(model, kinds, attentions)
     made["layer_parameters"] = tuple(map(_parameters, model.model.layers))
     made["embedding_parameters"] = _parameters(model.get_input_embeddings())
+    with suppress(UserError):
+        made["gathers"] = plan_gathers(config)
     return ModelFacts(**made, family=family, groups=groups, cache=facts)
 
 

@@ -28,6 +28,11 @@ def part_of_gpu(
     if gpus == 1:
         return facts, weights
     if split == "heads":
+        if model.gathers is None:
+            raise UserError(
+                f"--split: transformers has no plan by which processes share the heads of "
+                f"{model.family}; use --split layers"
+            )
         if facts.kv_heads % gpus:
             raise UserError(
                 f"--gpus: {gpus} cannot share {facts.kv_heads} kv heads evenly (--split heads); "

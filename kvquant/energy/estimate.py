@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,8 @@ class EstimatedMeter:
     """Estimates energy from CPU time and thermal design power.
 
     Power = watts_per_core * (idle_share * cores + (1 - idle_share) * busy cores), where the number
-    of busy cores is this process's CPU time divided by the elapsed time.
+    of busy cores is the CPU time of this process, or of those of :meth:`count`, divided by the
+    elapsed time.
 
     Args:
         watts_per_core: Power of a fully busy core, W.
@@ -51,15 +53,28 @@ class EstimatedMeter:
         self._extra = watts_per_core * (1 - idle_share)
         self._now = now
         self._busy = busy or self._processor_seconds
-        self._process = psutil.Process()
+        self._processes = [psutil.Process()]
+        self._used: dict[int, float] = {}
         self.method = (
             f"estimate, no counter was read: {watts_per_core:g} W a core (share of thermal design "
             f"power), {idle_share:.0%} of it when idle, {self._cores} cores"
         )
 
+    def count(self, processes: Sequence[int]) -> None:
+        """Counts the work of several processes from now on.
+
+        Args:
+            processes: Their ids.
+        """
+        self._processes, self._used = [psutil.Process(number) for number in processes], {}
+        self.method += f", {len(processes)} processes"
+
     def _processor_seconds(self) -> float:
-        times = self._process.cpu_times()
-        return float(times.user + times.system)
+        for process in self._processes:
+            with suppress(psutil.Error):  # one that has ended used no more
+                times = process.cpu_times()
+                self._used[process.pid] = float(times.user + times.system)
+        return sum(self._used.values())
 
     def read(self) -> float:
         """Returns the estimated joules since some fixed moment."""

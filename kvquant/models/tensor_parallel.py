@@ -78,6 +78,26 @@ def _gathers(plan: dict[str, str], prefix: str, family: ModelFamily) -> bool:
     )
 
 
+def plan_gathers(config: Any) -> bool:
+    """Returns whether transformers' plan computes keys and values of all heads in every process.
+
+    Args:
+        config: The model's configuration.
+
+    Raises:
+        UserError: There is no plan for the model, or it does not share the heads.
+    """
+    family = MODEL_FAMILIES.get(config.model_type)
+    if family is None:
+        raise UserError(f"model: '{config.model_type}' is none of {supported_families()}")
+    plan = getattr(config, "base_model_tp_plan", None)
+    if not plan:
+        raise UserError(
+            f"tp_plan: transformers has no plan for {family.label}; load the model without tp_plan"
+        )
+    return _gathers(plan, _LAYERS, family)
+
+
 def plan_options(config: Any, tp_plan: str, device: str, device_map: Any) -> dict[str, Any]:
     """Returns the options with which transformers loads a process's part of a model.
 
@@ -108,15 +128,7 @@ def plan_options(config: Any, tp_plan: str, device: str, device_map: Any) -> dic
     ranks = distributed.get_world_size() if started else _count("WORLD_SIZE")
     if ranks == 1:
         return {}
-    family = MODEL_FAMILIES.get(config.model_type)
-    if family is None:
-        raise UserError(f"model: '{config.model_type}' is none of {supported_families()}")
-    plan = getattr(config, "base_model_tp_plan", None)
-    if not plan:
-        raise UserError(
-            f"tp_plan: transformers has no plan for {family.label}; load the model without tp_plan"
-        )
-    _gathers(plan, _LAYERS, family)
+    plan_gathers(config)
     _check_heads(config, ranks)
     _check_gpus(ranks)
     from transformers.distributed import DistributedConfig

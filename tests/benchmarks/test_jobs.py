@@ -5,6 +5,7 @@ Also covers: benchmarks.job_runner, benchmarks.job_side, study.jobs.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,6 +115,19 @@ def test_an_unknown_case_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     words = ["bench", "jobs", "--study", str(file), "--cases", "tinny", "--device-name", "cpu"]
     assert main([*words, "--out-dir", str(tmp_path)]) == 2
     assert "did you mean tiny" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jobs, "measure", lambda *args: pytest.fail("measured"))
+    file = study_file(tmp_path, CASE)
+    words = ["bench", "jobs", "--study", str(file), "--device-name", "cpu", "--device", "cpu"]
+    assert main([*words, "--out-dir", str(file)]) == 2
+    assert "--out-dir: " in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as for a user who is not root
+    assert main([*words, "--out-dir", str(tmp_path)]) == 2
+    assert f"--out-dir: {tmp_path}: cannot be written" in capsys.readouterr().err
 
 
 def test_an_unknown_scheme_is_refused() -> None:

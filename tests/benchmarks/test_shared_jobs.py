@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvquant.benchmarks import shared_jobs
+from kvquant.benchmarks import jobs, shared_jobs
 from kvquant.benchmarks.job_runner import Runner
 from kvquant.benchmarks.job_side import JobSide, JobTimes
 from kvquant.benchmarks.random_model import RandomModel
@@ -152,10 +152,10 @@ def run(folder: Path, case: dict[str, Any]) -> tuple[int, Path]:
     """Runs a case as the workflow does."""
     schemes = {name: spec.model_dump(mode="json") for name, spec in SCHEMES.items()}
     schemes["fp16-static"] = {"kind": "fp16-static"}
-    jobs = {"cases": {"tiny": case}, "seconds": 0.05, "idle_seconds": 0.1}
+    asked = {"cases": {"tiny": case}, "seconds": 0.05, "idle_seconds": 0.1}
     folder.mkdir(exist_ok=True)
     file = folder / "study.json"
-    file.write_text(study_of(schemes=schemes, jobs=jobs).model_dump_json())
+    file.write_text(study_of(schemes=schemes, jobs=asked).model_dump_json())
     words = ["bench", "jobs", "--study", str(file), "--device-name", "cpu", "--device", "cpu"]
     return main([*words, "--out-dir", str(folder)]), folder / "tiny.json"
 
@@ -174,6 +174,8 @@ def test_a_case_by_heads_is_a_record_as_by_layers(
     assert (shared.gpus, shared.split, whole.gpus, whole.split) == (2, "heads", 1, "layers")
     assert shared.weight_bytes == shared.memory_bytes >= whole.weight_bytes
     assert out.with_suffix(".csv").exists()
+    if "no counter" in shared.method:  # otherwise the processor's own counter has all of them
+        assert "2 processes" in shared.method and "processes" not in whole.method
     for ours, theirs in zip(shared.sides, whole.sides, strict=True):
         there, others = (side.model_dump(exclude_none=True) for side in (ours, theirs))
         assert there.keys() == others.keys()
@@ -182,6 +184,23 @@ def test_a_case_by_heads_is_a_record_as_by_layers(
         assert ours.bits_per_element is not None and theirs.bits_per_element is not None
         assert ours.bits_per_element == pytest.approx(theirs.bits_per_element, rel=0.1)
         assert ours.decoder == "from Python" and len(ours.trials) == 1
+
+
+def test_a_study_that_changes_while_it_runs_changes_no_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise two processes would run what is recorded as a case of four."""
+
+    def after_a_change(*args: Any) -> None:
+        file = tmp_path / "study.json"
+        file.write_text(file.read_text().replace('"gpus":2', '"gpus":4'))
+        run_processes(*args)
+
+    monkeypatch.setattr(jobs, "run_processes", after_a_change)
+    code, out = run(tmp_path, BY_HEADS | {"energy": False, "schemes": ["fp16"]})
+    assert code == 0
+    assert '"gpus":4' in (tmp_path / "study.json").read_text()
+    assert read_record(out, JobRecord).gpus == 2
 
 
 def test_processes_that_cannot_share_are_one_line(tmp_path: Path) -> None:

@@ -81,6 +81,37 @@ def test_what_cannot_be_shared(gpus: int, split: Any, words: str) -> None:
         part_of_gpu(facts, facts.cache, 1, gpus, split)
 
 
+def capacity_of(
+    model_type: str, folder: Path, capsys: pytest.CaptureFixture[str], **other: Any
+) -> dict[str, Any]:
+    """Bytes per token by scheme of a model whose kv heads two processes share."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 512}
+    AutoConfig.for_model(model_type, **sizes | heads | other).save_pretrained(folder)
+    words = ["capacity", "--model", str(folder), "--memory", "8GB", "--scheme", "fp16", "fp8"]
+    words += ["--gpus", "2", "--split", "heads", "--dtype", "bfloat16", "--json"]
+    assert main(words) == 0, capsys.readouterr().err
+    found = json.loads(capsys.readouterr().out)["schemes"]
+    return {one["scheme"]: one["bytes_per_token"] for one in found}
+
+
+def test_where_the_plan_gathers_a_16_bit_cache_holds_all_heads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fused projection is computed in every process; a quantized cache takes its part of it."""
+    split = capacity_of("llama", tmp_path / "llama", capsys)
+    gathered = capacity_of("phi3", tmp_path / "phi3", capsys, pad_token_id=0)
+    assert gathered["fp16"] == 2 * split["fp16"] == 2 * 2 * 2 * 4 * 32
+    assert gathered["fp8"] == pytest.approx(split["fp8"], rel=0.05)
+
+
+def test_a_model_without_a_plan_is_not_shared_by_heads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(AssertionError, match=r"has no plan .* StableLM; use --split layers"):
+        capacity_of("stablelm", tmp_path / "stablelm", capsys)
+
+
 def test_capacity_of_several_gpus(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["capacity", "--model", str(configs / "7b"), "--memory", "12GB", "--scheme", "fp16"]
     assert main(words) == 2  # one such GPU does not hold the weights

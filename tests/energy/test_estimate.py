@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +32,24 @@ def test_real_estimate_grows_with_work() -> None:
     assert meter.read() > first
     assert meter.source == "estimated"
     assert meter.telemetry()[0]["device"] == "cpu"
+
+
+WORK = "import time\nwhile time.process_time() < 0.3: pass\nprint('done', flush=True)\ninput()"
+
+
+def test_the_work_of_several_processes_counts() -> None:
+    meter = EstimatedMeter(10.0, 0.0)
+    with subprocess.Popen(
+        [sys.executable, "-c", WORK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        meter.count([os.getpid(), other.pid])
+        assert "2 processes" in meter.method
+        assert other.stdout is not None and other.stdout.readline() == "done\n"
+        own = time.process_time()
+        counted = meter.read()
+        assert counted >= 10 * (own + 0.3 - 0.05)  # the system counts in hundredths of a second
+        other.communicate("\n")
+    assert meter.read() >= counted  # what it used stays, though it has ended
 
 
 def zone(folder: Path, name: str, microjoules: int) -> Path:

@@ -63,7 +63,8 @@ def budget(case: JobCase, memory_bytes: float) -> str:
     gpus = f" on {gpus_label(case)}" if case.num_gpus > 1 else ""
     memory = f"{memory_bytes / 1e9:.0f}" if case.memory_gb is None else f"{case.memory_gb:g}"
     prompts = "" if case.context else f" {short_count(case.prompt)}"
-    return f"{shape}{prompts}{gpus} in {memory} GB"
+    each = " each" if gpus and case.memory_gb is not None else ""  # otherwise the sum over GPUs
+    return f"{shape}{prompts}{gpus} in {memory} GB{each}"
 
 
 def found_rows(study: Study, jobs: pd.DataFrame, column: str) -> list[Row]:

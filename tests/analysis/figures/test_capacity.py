@@ -14,6 +14,7 @@ from kvquant.analysis.labels import TIMES
 from kvquant.analysis.tables import write_table
 from kvquant.errors import UserError
 from kvquant.study.config import Study
+from kvquant.study.jobs import JobCase
 from tests.support.studies import study_of
 from tests.support.tables import job_table
 
@@ -48,6 +49,20 @@ def test_each_search_is_a_panel_with_the_formula_and_the_multiple(tmp_path: Path
     said = [text.get_text() for text in held.texts]
     assert said == [f"5.0{TIMES}", "7B MHA 16K in 40 GB"]
     assert [t.get_text() for t in longest.texts] == [f"1.0{TIMES}", "7B MHA in 40 GB"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, "7B MHA 16K in 40 GB"),
+        ({"memory_gb": None}, "7B MHA 16K in 80 GB"),
+        ({"gpus": 2}, "7B MHA 16K on 2 GPUs in 40 GB each"),
+        ({"gpus": 2, "split": "heads"}, "7B MHA 16K on 2 GPUs by heads in 40 GB each"),
+        ({"gpus": 2, "memory_gb": None}, "7B MHA 16K on 2 GPUs in 80 GB"),
+    ],
+)
+def test_a_budget_says_whose_memory_it_is(change: dict[str, Any], words: str) -> None:
+    assert capacity.budget(JobCase(**CASE | change), 80e9) == words
 
 
 def test_without_a_search_there_is_nothing_to_draw(tmp_path: Path) -> None:
