@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kvquant.errors import UserError
 from kvquant.study.archive import SUMS
+from kvquant.study.config import Study
 from kvquant.study.overlay import read_study
 
 
@@ -26,3 +27,13 @@ def published_sums(file: str) -> list[str]:
         raise UserError(f"companions: {file}: has no published records (key `published`)")
     sums = Path(str(published)) / SUMS
     return [str(sums)] if sums.is_file() else []
+
+
+def companion_files(study: Study) -> list[str]:
+    """Returns the files of a study's companions and of the hashes of their published records.
+
+    Raises:
+        UserError: As :func:`published_sums`.
+    """
+    files = study.companions.values()
+    return [name for file in files for name in (file, *published_sums(file))]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvquant.errors import UserError
-from kvquant.study.companions import published_sums
+from kvquant.study.companions import companion_files, published_sums
 from kvquant.study.config import load_study
 
 
@@ -21,6 +21,8 @@ def test_companions_of_a_committed_study_name_published_records(
         assert folder is not None
         there = Path(folder).is_dir()
         assert published_sums(file) == ([str(Path(folder) / "SHA256SUMS")] if there else [])
+    study = load_study(root / "config/config.yaml")
+    assert set(study.companions.values()) <= set(companion_files(study))
 
 
 def test_a_companion_that_names_none_is_refused(tmp_path: Path) -> None:

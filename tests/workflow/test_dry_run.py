@@ -223,3 +223,16 @@ def test_tracking_is_planned_only_where_it_is_asked_for(root: Path, tmp_path: Pa
     asked = jobs(snakemake(root, *config, "--", "track").stdout)
     assert asked["track"] == 1 and asked["evaluate"] == everything["evaluate"]
     assert not {"aggregate", "plot", "tables"} & set(asked)
+
+
+def test_measurements_do_not_need_companions(root: Path, tmp_path: Path) -> None:
+    """What is measured does not speak of other studies; a file that lacks is told by name."""
+    raw = yaml.safe_load((root / "config/smoke.yaml").read_text())
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(raw | {"companions": {"other": str(tmp_path / "none.yaml")}}))
+    config = ["--configfile", str(file), "--replace-workflow-config", *fresh(tmp_path)]
+    measured = snakemake(root, *config, "--", "accuracy")
+    assert measured.returncode == 0, measured.stderr[-2000:]
+    claims = snakemake(root, *config, "--", "all_claims")
+    assert claims.returncode != 0
+    assert f"companions: no such file: {tmp_path}/none.yaml" in claims.stdout + claims.stderr

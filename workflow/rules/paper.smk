@@ -4,13 +4,16 @@
 from kvquant.analysis import figure_list, page_list, table_list
 from kvquant.analysis.explorer import view_list
 from kvquant.analysis.report import remove_if_cut
-from kvquant.study.companions import published_sums
+from kvquant.study.companions import companion_files, published_sums
 from kvquant.runtime.run_end import claim_lines, product_lines, reproduction_lines, result_lines
 
 FIGURES = {name: figure_list.FIGURES[name] for name in figure_list.shown(STUDY)}
-# Published records of other studies, on which claims rest as well (kvquant/analysis/claims.py).
-OTHERS = [file for other in STUDY.companions.values() for file in (other, *published_sums(other))]
 PAGES = {name: page_list.PAGES[name] for name in page_list.shown(STUDY)}
+
+
+def others(wildcards):
+    """Published records of other studies, on which claims rest as well."""
+    return companion_files(STUDY)
 
 
 localrules:
@@ -59,7 +62,7 @@ rule tables:
         "<results>/tables/pareto.parquet",
         "<results>/tables/tests.parquet",
         "<results>/tables/claims.csv",
-        others=OTHERS,
+        others=others,
     output:
         tables=expand("<paper>/tables/{table}.tex", table=table_list.of_study(STUDY)),
         numbers="<paper>/numbers.tex",
@@ -83,7 +86,7 @@ rule claims:
     input:
         "<results>/tables/pareto.parquet",
         "<results>/tables/tests.parquet",
-        others=OTHERS,
+        others=others,
     output:
         csv="<results>/tables/claims.csv",
         tex="<paper>/tables/claims.tex",
@@ -159,7 +162,7 @@ rule html:
     input:
         "<results>/tables/pareto.parquet",
         "<results>/tables/tests.parquet",
-        others=OTHERS,
+        others=others,
     output:
         [
             report(
@@ -193,7 +196,7 @@ rule explorer:
     input:
         "<results>/tables/pareto.parquet",
         "<results>/tables/tests.parquet",
-        others=OTHERS,
+        others=others,
     output:
         report(
             "<results>/explorer.html",
