@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
@@ -27,17 +27,22 @@ from kvquant.study.dotted import load
 ANY = "any"  # the model of a claim that needs none
 
 
-def judge(tables: Tables) -> pd.DataFrame:
+def judge(tables: Tables, companions: Sequence[Tables] | None = None) -> pd.DataFrame:
     """Returns a row per claim and model; `model` is "any" for a claim that needs no model.
 
     Claims about 8-bit attention of prompts are judged on the study if it has such a scheme, and on
     each of its companions that has one, whose names are then in the column `study`.
 
+    Args:
+        tables: The study's tables.
+        companions: Those of its companions, where they are read already; None: they are read.
+
     Raises:
         UserError: A companion or one of its published records cannot be used.
     """
     tables = tables.on_one_device()
-    companions = list(attention_companions(tables.study))
+    if companions is None:
+        companions = list(attention_companions(tables.study))
     rows: list[dict[str, Any]] = []
     for claim in CLAIMS.values():
         if not claim.of_attention or measures_attention(tables.study):

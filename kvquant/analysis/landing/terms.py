@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kvquant.analysis.companion_tables import measures_attention
 from kvquant.analysis.evidence import NOT_ENOUGH, NOT_MEASURED, NOT_SUPPORTED, SUPPORTED
 from kvquant.analysis.labels import labels_of
 from kvquant.study.config import Study
@@ -80,7 +81,7 @@ def terms(study: Study) -> Iterator[Term]:
         several = "Each result names its protocol." if len(used) > 1 else "All tasks here use it."
         items = tuple((f"Protocol {name}", PROTOCOLS[name]) for name in used)
         yield Term("Protocols", several, items)
-    if any(scheme.prompt_attention == "8-bit" for scheme in study.schemes.values()):
+    if measures_attention(study):
         yield Term(
             "8-bit attention",
             f"Calls with {MIN_COLUMNS} new tokens or more, which are prompts above all, multiply "

@@ -35,9 +35,10 @@ def numbers(t: Tables) -> Iterator[Number]:
     yield fact("suite-comparisons", int(of_levels.get("suite", 0)), t.evaluations)
     yield fact("evaluations", f"{len(t.evaluations):,}", t.evaluations)
     yield fact("records", f"{len(records_of(*everything)):,}", *everything)
-    judged = claims.judge(t)
+    companions = list(attention_companions(study))
+    judged = claims.judge(t, companions)
     behind = list(everything)
-    for other in attention_companions(study):  # on whose records claims rest, too
+    for other in companions:  # on whose records claims rest, too
         behind += [other.evaluations, other.jobs]
     for verdict in VERDICTS:
         count = int((judged.verdict == verdict).sum())
