@@ -11,11 +11,6 @@ FIGURES = {name: figure_list.FIGURES[name] for name in figure_list.shown(STUDY)}
 PAGES = {name: page_list.PAGES[name] for name in page_list.shown(STUDY)}
 
 
-def others(wildcards):
-    """Published records of other studies, on which claims rest as well."""
-    return companion_files(STUDY)
-
-
 localrules:
     plot,
     tables,
@@ -62,7 +57,8 @@ rule tables:
         "<results>/tables/pareto.parquet",
         "<results>/tables/tests.parquet",
         "<results>/tables/claims.csv",
-        others=others,
+        # published records of other studies, on which claims rest as well
+        others=lambda wildcards: companion_files(STUDY),
     output:
         tables=expand("<paper>/tables/{table}.tex", table=table_list.of_study(STUDY)),
         numbers="<paper>/numbers.tex",
@@ -86,7 +82,7 @@ rule claims:
     input:
         "<results>/tables/pareto.parquet",
         "<results>/tables/tests.parquet",
-        others=others,
+        others=lambda wildcards: companion_files(STUDY),
     output:
         csv="<results>/tables/claims.csv",
         tex="<paper>/tables/claims.tex",
@@ -162,7 +158,7 @@ rule html:
     input:
         "<results>/tables/pareto.parquet",
         "<results>/tables/tests.parquet",
-        others=others,
+        others=lambda wildcards: companion_files(STUDY),
     output:
         [
             report(
@@ -196,7 +192,7 @@ rule explorer:
     input:
         "<results>/tables/pareto.parquet",
         "<results>/tables/tests.parquet",
-        others=others,
+        others=lambda wildcards: companion_files(STUDY),
     output:
         report(
             "<results>/explorer.html",
