@@ -22,8 +22,8 @@ from kvquant.models.layer_kinds import LayerKinds, layer_kinds, position_limit
 from kvquant.models.obstacles import unsupported_configuration, unsupported_model
 from kvquant.models.prefill_quant import original_class
 from kvquant.models.rotary import one_factor, static_rope
-from kvquant.models.tensor_parallel import plan_gathers
-from kvquant.study.model_families import family_of_attention
+from kvquant.models.tensor_parallel import norm_by_head, plan_gathers
+from kvquant.study.model_families import MODEL_FAMILIES, family_of_attention
 
 MAX_LAYERS = 4096  # as in quantizers; making more, even without memory, takes minutes
 
@@ -101,7 +101,7 @@ class ModelFacts:
         layer_parameters: Number of weights of each layer.
         embedding_parameters: Number of weights of the input embeddings.
         gathers: Whether processes that share the model compute keys and values of all heads; None:
-            transformers has no plan by which they could share it.
+            they cannot share its heads by transformers' plan, if it has one.
         stored: Method by which the checkpoint's weights are quantized; None: they are not.
         dtype: The checkpoint's dtype by its configuration, if it says so.
     """
@@ -191,7 +191,9 @@ def judge_model(model: Any, name: str) -> ModelFacts:
     made["layer_parameters"] = tuple(map(_parameters, model.model.layers))
     made["embedding_parameters"] = _parameters(model.get_input_embeddings())
     with suppress(UserError):
-        made["gathers"] = plan_gathers(config)
+        gathers = plan_gathers(config)
+        of_heads = any(norm_by_head(a, MODEL_FAMILIES[config.model_type]) for a in attentions)
+        made["gathers"] = gathers if gathers or not of_heads else None
     return ModelFacts(**made, family=family, groups=groups, cache=facts)
 
 

@@ -30,8 +30,8 @@ def part_of_gpu(
     if split == "heads":
         if model.gathers is None:
             raise UserError(
-                f"--split: transformers has no plan by which processes share the heads of "
-                f"{model.family}; use --split layers"
+                f"--split: transformers has no plan by which processes share the heads of this "
+                f"{model.family} model; use --split layers"
             )
         if facts.kv_heads % gpus:
             raise UserError(

@@ -218,21 +218,23 @@ def share_heads(model: Any, attentions: list[Any], family: ModelFamily) -> HeadS
         mesh.get_local_rank(), ranks, int(model.config.num_key_value_heads), mesh.get_group()
     )
     for number, attention in enumerate(attentions):
-        for name in family.norms:
-            norm = getattr(attention, name, None)
-            if not gathered and norm is not None and _by_head(norm):
-                raise UserError(
-                    f"tp_plan: layer {number} has a norm for each head ({name}), which the plan of "
-                    "transformers does not share; load the model without tp_plan"
-                )
+        if not gathered and (name := norm_by_head(attention, family)) is not None:
+            raise UserError(
+                f"tp_plan: layer {number} has a norm for each head ({name}), which the plan of "
+                "transformers does not share; load the model without tp_plan"
+            )
         setattr(attention, KEPT, KeptHeads(share, mesh) if gathered else None)
     setattr(model.model, SHARE, share)
     return share
 
 
-def _by_head(norm: nn.Module) -> bool:
-    """Returns whether a norm of queries or keys has weights for each head."""
-    return any(weight.dim() > 1 for weight in norm.parameters())
+def norm_by_head(attention: nn.Module, family: ModelFamily) -> str | None:
+    """Returns the norm of queries or keys that has weights for each head; None if there is none."""
+    for name in family.norms:
+        norm = getattr(attention, name, None)
+        if norm is not None and any(weight.dim() > 1 for weight in norm.parameters()):
+            return name
+    return None
 
 
 def kept_heads(attention: Any) -> KeptHeads | None:

@@ -108,8 +108,17 @@ def test_where_the_plan_gathers_a_16_bit_cache_holds_all_heads(
 def test_a_model_without_a_plan_is_not_shared_by_heads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(AssertionError, match=r"has no plan .* StableLM; use --split layers"):
+    with pytest.raises(AssertionError, match=r"has no plan .* StableLM model; use --split layers"):
         capacity_of("stablelm", tmp_path / "stablelm", capsys)
+
+
+def test_norms_for_each_head_are_not_shared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As loading such a model with `tp_plan` refuses it."""
+    assert capacity_of("cohere", tmp_path / "plain", capsys, use_qk_norm=False)
+    with pytest.raises(AssertionError, match=r"has no plan .* Cohere model; use --split layers"):
+        capacity_of("cohere", tmp_path / "norms", capsys, use_qk_norm=True)
 
 
 def test_capacity_of_several_gpus(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
