@@ -92,31 +92,16 @@ def rotate_heads(x: torch.Tensor) -> torch.Tensor:
     return x * (1.0 / math.sqrt(size))
 
 
-def without_padding(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """Returns fp32 keys or values with zeros in place of padding, which may hold anything.
-
-    Args:
-        x: `[batch_size, num_kv_heads, kv_len, head_dim]`.
-        valid: bool `[batch_size, kv_len]`, whether there is a token; None: everywhere.
-    """
-    wide = x.float()
-    return wide if valid is None else wide.masked_fill(~valid[:, None, :, None], 0.0)
-
-
-def mean_key(keys: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """Averages the keys of each sequence and head over its tokens.
+def mean_key(keys: torch.Tensor) -> torch.Tensor:
+    """Averages the keys of each sequence and head.
 
     Args:
         keys: `[batch_size, num_kv_heads, kv_len, head_dim]`.
-        valid: bool `[batch_size, kv_len]`, whether there is a token; None: everywhere.
 
     Returns:
-        fp32 `[batch_size, num_kv_heads, 1, head_dim]`, zeros for a sequence without tokens.
+        fp32 `[batch_size, num_kv_heads, 1, head_dim]`.
     """
-    total = without_padding(keys, valid).sum(2, keepdim=True)
-    if valid is None:
-        return total / max(1, keys.shape[2])
-    return total / valid.sum(-1).clamp(min=1)[:, None, None, None]
+    return keys.float().mean(2, keepdim=True)
 
 
 def quantize_queries(queries: torch.Tensor, fmt: EightBitFormat) -> Codes:
@@ -133,9 +118,7 @@ def quantize_queries(queries: torch.Tensor, fmt: EightBitFormat) -> Codes:
     return _encode(rotated, rotated.abs().amax(-1, keepdim=True), fmt.scores)
 
 
-def smooth_keys(
-    keys: torch.Tensor, valid: torch.Tensor | None = None, mean: torch.Tensor | None = None
-) -> torch.Tensor:
+def smooth_keys(keys: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
     """Takes the mean out of keys and rotates them.
 
     Any mean gives the same softmax, provided that all keys of a call share it: it adds the same
@@ -143,43 +126,37 @@ def smooth_keys(
 
     Args:
         keys: `[batch_size, num_kv_heads, kv_len, head_dim]` after RoPE.
-        valid: bool `[batch_size, kv_len]`, whether there is a token; None: everywhere.
         mean: What is taken out, `[batch_size, num_kv_heads, 1, head_dim]`; None: :func:`mean_key`.
 
     Returns:
-        fp32 of the same shape, 0 in place of padding.
+        fp32 of the same shape.
     """
-    mean = mean_key(keys, valid) if mean is None else mean
+    mean = mean_key(keys) if mean is None else mean
     # The mean is taken out before the rotation: the order in which rounding is least.
-    return without_padding(rotate_heads(without_padding(keys, valid) - mean), valid)
+    return rotate_heads(keys.float() - mean)
 
 
 def quantize_keys(
-    keys: torch.Tensor,
-    fmt: EightBitFormat,
-    valid: torch.Tensor | None = None,
-    mean: torch.Tensor | None = None,
+    keys: torch.Tensor, fmt: EightBitFormat, mean: torch.Tensor | None = None
 ) -> Codes:
     """Rounds keys to 8 bits, one scale per tile, after :func:`smooth_keys`.
 
     Args:
         keys: `[batch_size, num_kv_heads, kv_len, head_dim]` after RoPE.
         fmt: The number formats.
-        valid: bool `[batch_size, kv_len]`, whether there is a token; None: everywhere.
         mean: What is taken out, `[batch_size, num_kv_heads, 1, head_dim]`; None: :func:`mean_key`.
 
     Returns:
-        Codes of the same shape, 0 in place of padding; scales
-        `[batch_size, num_kv_heads, ceil(kv_len / TILE), 1]`.
+        Codes of the same shape; scales `[batch_size, num_kv_heads, ceil(kv_len / TILE), 1]`.
     """
-    rotated, length = smooth_keys(keys, valid, mean), keys.shape[2]
+    rotated, length = smooth_keys(keys, mean), keys.shape[2]
     padded = torch.nn.functional.pad(rotated, (0, 0, 0, -length % TILE))
     tiles = padded.unflatten(2, (-1, TILE))
     codes, scale = _encode(tiles, tiles.abs().amax((-1, -2), keepdim=True), fmt.scores)
     return Codes(codes.flatten(2, 3)[:, :, :length], scale[..., 0])
 
 
-def quantize_values(values: torch.Tensor, valid: torch.Tensor | None = None) -> Codes:
+def quantize_values(values: torch.Tensor) -> Codes:
     """Rounds values to E4M3, with one scale per sequence, head and channel.
 
     Their mean stays in: taking it out, exact as it would be, gives the first token of a prompt, to
@@ -188,22 +165,20 @@ def quantize_values(values: torch.Tensor, valid: torch.Tensor | None = None) -> 
 
     Args:
         values: `[batch_size, num_kv_heads, kv_len, head_dim]`.
-        valid: bool `[batch_size, kv_len]`, whether there is a token; None: everywhere.
 
     Returns:
-        Codes of the same shape, 0 in place of padding; scales
-        `[batch_size, num_kv_heads, 1, head_dim]`.
+        Codes of the same shape; scales `[batch_size, num_kv_heads, 1, head_dim]`.
     """
-    wide = without_padding(values, valid)
+    wide = values.float()
     return _encode(wide, wide.abs().amax(2, keepdim=True), "fp8")
 
 
-def _values(values: torch.Tensor, valid: torch.Tensor | None, fmt: EightBitFormat) -> Codes:
-    """Returns values as the second product takes them, without padding, and their scale."""
+def _values(values: torch.Tensor, fmt: EightBitFormat) -> Codes:
+    """Returns values as the second product takes them, and their scale."""
     if fmt.values == "fp8":
-        return quantize_values(values, valid)
+        return quantize_values(values)
     kind = torch.float16 if values.dtype == torch.float32 else values.dtype
-    return Codes(without_padding(values, valid).to(kind), torch.ones_like(values[:, :, :1]).float())
+    return Codes(values.to(kind), torch.ones_like(values[:, :, :1]).float())
 
 
 def _weights(exponents: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
@@ -217,20 +192,6 @@ def _weights(exponents: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
     return torch.exp2(exponents + bits).to(kind).float()
 
 
-def _first_tiles(valid: torch.Tensor) -> torch.Tensor:
-    """Returns which tiles have some of a sequence's first `TILE` tokens, behind its padding.
-
-    Args:
-        valid: bool `[batch_size, kv_len]`, whether there is a token.
-
-    Returns:
-        bool `[batch_size, ceil(kv_len / TILE)]`.
-    """
-    first = valid & (valid.cumsum(-1) <= TILE)
-    padded = torch.nn.functional.pad(first, (0, -valid.shape[-1] % TILE))
-    return padded.unflatten(-1, (-1, TILE)).any(-1)
-
-
 def eight_bit_attention(
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -242,11 +203,10 @@ def eight_bit_attention(
 ) -> torch.Tensor:
     """Computes causal softmax attention with 8-bit products, tile by tile of keys.
 
-    The queries are the last `q_len` of the `kv_len` tokens: query `i` sees valid keys up to column
-    `kv_len - q_len + i`. Nothing in padding reaches the output of a token. A kernel may treat more
-    tiles as fine ones, and gives them 15 bits. Kernels leave padding out, so that their tiles begin
-    at a sequence's first token; here they begin at column 0, and those with one of the first `TILE`
-    tokens are fine.
+    The queries are those of the last `q_len` of `kv_len` columns: the one at index `i` sees the
+    keys up to column `kv_len - q_len + i`. Padding is left out before anything else, so that tiles
+    begin at a sequence's first token; where its columns are, the host waits to be told. A kernel
+    may treat more tiles as fine ones, and gives them 15 bits.
 
     Args:
         queries: `[batch_size, num_heads, q_len, head_dim]` after RoPE.
@@ -254,15 +214,33 @@ def eight_bit_attention(
             of `num_kv_heads`.
         values: The same shape.
         scaling: Factor of the scores.
-        valid: bool `[batch_size, kv_len]`, whether there is a token (padding lies on either side);
-            None: everywhere.
+        valid: bool `[batch_size, kv_len]`, whether there is a token (padding lies anywhere); None:
+            everywhere.
         fmt: The number formats; None: the default ones.
 
     Returns:
-        `[batch_size, q_len, num_heads, head_dim]` in the dtype of the queries; zeros for queries
-        that see nothing.
+        `[batch_size, q_len, num_heads, head_dim]` in the dtype of the queries; zeros in padding.
     """
     fmt = EightBitFormat() if fmt is None else fmt
+    if valid is None:
+        return _attend(queries, keys, values, scaling, fmt)
+    out = torch.zeros_like(queries).transpose(1, 2)
+    own = valid[:, keys.shape[2] - queries.shape[2] :]
+    for b, (tokens, asked) in enumerate(zip(valid, own, strict=True)):
+        q, k, v = queries[b][:, asked], keys[b][:, tokens], values[b][:, tokens]
+        if q.shape[1]:
+            out[b, asked] = _attend(q[None], k[None], v[None], scaling, fmt)[0]
+    return out
+
+
+def _attend(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scaling: float,
+    fmt: EightBitFormat,
+) -> torch.Tensor:
+    """Computes :func:`eight_bit_attention` of sequences without padding."""
     batch, heads, q_len, dim = queries.shape
     kv_heads, kv_len = keys.shape[1:3]
     offset = kv_len - q_len
@@ -273,55 +251,38 @@ def eight_bit_attention(
     # The integers are exact in fp32, and so are their sums: 127 * 127 * 256 < 2**24.
     q_wide = q.float().unflatten(1, (kv_heads, -1))
     q_fine = (rotate_heads(queries.float()) * scaling).unflatten(1, (kv_heads, -1))
-    k, k_scale = quantize_keys(keys, fmt, valid)
-    k_fine = smooth_keys(keys, valid)
-    v, v_scale = _values(values, valid, fmt)
-    v_wide, v_fine = v.float() * v_scale, without_padding(values, valid)
-    early = None if valid is None else _first_tiles(valid)
+    k, k_scale = quantize_keys(keys, fmt)
+    k_fine = smooth_keys(keys)
+    v, v_scale = _values(values, fmt)
+    v_wide, v_fine = v.float() * v_scale, values.float()
     out = torch.zeros_like(q_wide)
-    rows = out.shape[:-1]
-    total = out.new_zeros((*rows, 1))
-    highest = out.new_full((*rows, 1), -math.inf)  # of all tiles so far
+    total = out.new_zeros((*out.shape[:-1], 1))
+    highest = torch.full_like(total, -math.inf)  # of all tiles so far
     base = torch.zeros_like(total)  # exponent that `out` and `total` are relative to
     columns = torch.arange(kv_len, device=queries.device)
     for start in range(0, kv_len, TILE):
         first = max(0, start - offset)  # queries before it see none of the tile
-        if first >= q_len:
-            break
         tile = slice(start, min(start + TILE, kv_len))
-        fine = start + (1 + NEAR_TILES) * TILE - offset  # for rows before it
-        fine = q_len if start == 0 and early is None else max(first, fine)
-        near, far = slice(first, fine), slice(fine, None)
-        exact = q_fine[..., near, :] @ k_fine[:, :, None, tile].mT
-        far_q, far_k = q_wide[..., far, :], k[:, :, None, tile].float()
-        far_scale = q_scale[..., far, :] * k_scale[:, :, None, None, start // TILE]
-        far_v = v_wide[:, :, None, tile]
-        if early is not None:  # sequences whose first tokens are here
-            these = early[:, start // TILE, None, None, None, None]
-            far_q = torch.where(these, q_fine[..., far, :], far_q)
-            far_k = torch.where(these, k_fine[:, :, None, tile], far_k)
-            far_scale = torch.where(these, torch.ones_like(far_scale), far_scale)
-            far_v = torch.where(these, v_fine[:, :, None, tile], far_v)
-        coarse = far_q @ far_k.mT * far_scale
-        scores = torch.cat((exact, coarse), -2)
+        # Rows before `last` are next to the tile, which is a fine one for them.
+        last = q_len if start == 0 else max(first, start + (1 + NEAR_TILES) * TILE - offset)
+        near, far = slice(first, last), slice(last, None)
+        fine = q_fine[..., near, :] @ k_fine[:, :, None, tile].mT
+        coarse = q_wide[..., far, :] @ k[:, :, None, tile].float().mT
+        coarse *= q_scale[..., far, :] * k_scale[:, :, None, None, start // TILE]
+        scores = torch.cat((fine, coarse), -2)
         seen = columns[tile] <= columns[offset + first :, None]
-        if valid is not None:
-            seen = seen & valid[:, None, None, None, tile]
         scores = scores.masked_fill(~seen, -math.inf)
         here = scores.amax(-1, keepdim=True)
         high = torch.maximum(highest[..., first:, :], here)
         new = torch.maximum(here, high - MAX_DROP)
-        new = torch.where(new == -math.inf, torch.zeros_like(new), new)  # nothing seen so far
         weights = _weights(scores - new, v.dtype)
-        # At most 2**MAX_DROP, or any number below 1; before the first key there is nothing to keep.
-        old = torch.exp2(base[..., first:, :] - new)
-        old = torch.where(highest[..., first:, :] == -math.inf, torch.zeros_like(old), old)
-        count = exact.shape[-2]
+        # At most 2**MAX_DROP, or any number below 1. Before the first tile nothing is kept.
+        old = torch.exp2(base[..., first:, :] - new) if start else torch.zeros_like(new)
+        count = fine.shape[-2]
         near_sum = weights[..., :count, :] @ v_fine[:, :, None, tile]
-        far_sum = weights[..., count:, :] @ far_v
+        far_sum = weights[..., count:, :] @ v_wide[:, :, None, tile]
         added = torch.cat((near_sum, far_sum), -2)
         out[..., first:, :] = out[..., first:, :] * old + added
         total[..., first:, :] = total[..., first:, :] * old + weights.sum(-1, keepdim=True)
         base[..., first:, :], highest[..., first:, :] = new, high
-    out = out / torch.where(total == 0, torch.ones_like(total), total)
-    return out.reshape(batch, heads, q_len, dim).transpose(1, 2).to(queries.dtype)
+    return (out / total).reshape(batch, heads, q_len, dim).transpose(1, 2).to(queries.dtype)

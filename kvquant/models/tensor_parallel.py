@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import distributed
 
 from kvquant.errors import UserError
 from kvquant.formats.head_share import HeadShare
@@ -228,7 +228,7 @@ def share_heads(model: Any, attentions: list[Any], family: ModelFamily) -> HeadS
     return share
 
 
-def norm_by_head(attention: nn.Module, family: ModelFamily) -> str | None:
+def norm_by_head(attention: Any, family: ModelFamily) -> str | None:
     """Returns the norm of queries or keys that has weights for each head; None if there is none."""
     for name in family.norms:
         norm = getattr(attention, name, None)

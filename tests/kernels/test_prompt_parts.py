@@ -196,6 +196,9 @@ def padding_on_either_side(
     assert not found[~own].any()
     if own.any():
         assert error(found, expected) < BOUNDS[backend]
+        fmt = FORMATS[backend]
+        specified = eight_bit_attention(q, k, v, scaling=0.125, valid=valid, fmt=fmt)
+        assert error(found, specified.double()) < 0.3 * BOUNDS[backend]
 
 
 @backends
