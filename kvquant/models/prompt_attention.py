@@ -193,9 +193,10 @@ def eight_bit_mask(
     if window:  # 0: a mask that transformers makes and no layer uses (Qwen2-MoE)
         plain = _slides(mask_function, window)
     if not (allow_is_causal_skip and plain):
-        raise _refused(
-            "attention_mask", "masks other than causal ones with padding and sliding windows"
-        )
+        what = "masks other than causal ones with padding and sliding windows"
+        if attention_mask is None:  # transformers looks for several sequences per row then
+            what += " (a compiled model without a cache needs attention_mask)"
+        raise _refused("attention_mask", what)
     valid = None
     if attention_mask is not None:
         # The mask may be longer than what a sliding window keeps, and shorter than a call's keys.

@@ -513,6 +513,18 @@ def test_a_compiled_model_gives_the_same() -> None:
     assert isinstance(qm, QuantizedModel)
 
 
+def test_a_compiled_model_without_cache_is_told_what_it_needs() -> None:
+    """Where transformers cannot look at positions, it masks as if rows held several sequences."""
+    model, tokens = tiny(attention=NAME), ids(1, LENGTH)
+    compiled = torch.compile(model, backend="eager")
+    with torch.inference_mode():
+        expected = model(tokens, use_cache=False).logits
+        with pytest.raises(UserError, match=r"^attention_mask: .* needs attention_mask\)"):
+            compiled(tokens, use_cache=False)
+        given = compiled(tokens, torch.ones_like(tokens), use_cache=False).logits
+    torch.testing.assert_close(given, expected)
+
+
 @torch.inference_mode()
 def chunked(qm: QuantizedModel, tokens: torch.Tensor, mask: torch.Tensor, proto: Protocol) -> Any:
     """Logits of a prompt and a long turn over its codes, zero in padding; and the second path."""
