@@ -44,6 +44,18 @@ def test_nothing_stands_behind_a_prompt(template: str, before: int) -> None:
     assert encode(tokenizer, "The sky is", special=False) == expected[before:]
 
 
+@pytest.mark.parametrize("template", [f"{BOS} $A", f"{BOS} $A {EOS}"])
+def test_a_text_that_begins_with_bos_gets_no_second(template: str) -> None:
+    tokenizer = adding(template)
+    expected = [PLAIN.bos_token_id, *PLAIN("The sky is").input_ids]
+    for way in (
+        prompt_tokens(tokenizer, f"{BOS}The sky is"),
+        as_tokens(tokenizer, f"{BOS}The sky is", False),
+        *tokenized(tokenizer, [f"{BOS}The sky is"], False),
+    ):
+        assert way == expected
+
+
 @given(st.text(max_size=20), st.sampled_from(TEMPLATES))
 def test_all_of_a_text_is_kept(text: str, how: tuple[str, int]) -> None:
     """Also a text that ends with an end token of its own."""
