@@ -30,16 +30,19 @@ from kvquant.study.calibration import CalibrationSpec
 
 # Called after each window with its number, from 1 on, the number of windows, and its loss.
 Report = Callable[[int, int, float], None]
+HEADROOM = 4  # powers of two by which gradients are smaller than those of a sum over tokens
 
 
 def loss_scale(tokens: int) -> int:
     """Returns the factor of a window's loss in the backward pass, a power of two.
 
     Gradients of the mean loss shrink with the window and are below the range of fp16, which
-    distorts the squares of small ones many times over. Those of a sum over tokens are not. By a
-    power of two the gradients of other dtypes are the same to the last bit.
+    distorts the squares of small ones many times over. Those of a sum over tokens are not, but
+    come closer to its largest number in larger models; a sixteenth of them is far from both ends
+    (SmolLM2-135M, 384 tokens: Fisher weights within 11 % of fp32's, without a factor within 125 %).
+    By a power of two the gradients of other dtypes are the same to the last bit.
     """
-    return 1 << (tokens.bit_length() - 1)
+    return 1 << max(0, tokens.bit_length() - 1 - HEADROOM)
 
 
 class Collector:
