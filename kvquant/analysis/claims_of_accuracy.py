@@ -8,7 +8,7 @@ import pandas as pd
 
 from kvquant.analysis.bars import Bar
 from kvquant.analysis.claim_list import CLAIMS, MIN_PROMPTS, MIN_SEEDS
-from kvquant.analysis.evidence import Outcome, interval, not_measured, over_seeds
+from kvquant.analysis.evidence import Outcome, every, interval, not_measured, over_seeds
 from kvquant.analysis.loss_ratio import loss_ratio
 from kvquant.analysis.study_tables import Tables
 from kvquant.study.schemes import AllocatedScheme, NuqScheme, SchemeSpec
@@ -35,14 +35,13 @@ def _whole(t: Tables, measured: str, parts: list[Part], bar: Bar) -> Outcome:
 
     Its value is that of the worst part: the one that is nearest to missing the bar.
     """
-    met = [bar.met(*part.ends) for part in parts]
     known = [part for part in parts if part.value == part.value] or parts
     worst = max(known, key=lambda part: bar.worst(part.ends))
     seeds = min(part.n for part in parts)
     others = "" if len(parts) == 1 else f" (the worst of {len(parts)})"
     return Outcome(
         measured,
-        False if False in met else (None if None in met else True),
+        every(bar.met(*part.ends) for part in parts),
         seeds,
         f"seeds of {min(part.windows for part in parts):,} windows or more",
         seeds >= MIN_SEEDS,
@@ -85,7 +84,8 @@ def ordering(t: Tables) -> Outcome:
         texts.append(f"{t.labels.task(str(task))} (each over the one before): {', '.join(shown)}")
     if not parts:
         return not_measured("no perplexity task that all bit widths ran")
-    return _whole(t, "; ".join(texts), parts, CLAIMS["loss-grows"].bar)
+    found = _whole(t, "; ".join(texts), parts, CLAIMS["loss-grows"].bar)
+    return found.lacking(t.not_evaluated("perplexity", order))
 
 
 def _plain_schemes(t: Tables) -> tuple[list[str], list[str]]:
@@ -134,7 +134,8 @@ def half_the_loss(t: Tables) -> Outcome:
             texts.append(f"{t.labels.task(str(task))}: {', '.join(shown)}")
     if not parts:
         return not_measured("no perplexity, protocol B, of both at comparable bits")
-    return _whole(t, "; ".join(texts), parts, CLAIMS["half-the-loss"].bar)
+    whole = _whole(t, "; ".join(texts), parts, CLAIMS["half-the-loss"].bar)
+    return whole.lacking(t.not_evaluated("perplexity", [*nuq, *allocated], "B"))
 
 
 def loss_on_7b(t: Tables) -> Outcome:
@@ -148,16 +149,18 @@ def loss_on_7b(t: Tables) -> Outcome:
     text = f"{t.labels.task(row.task)}: {row.difference:+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}]"
     mine = t.evaluations[t.evaluations.scheme == t.study.headline]
     seeds = int(mine[mine.task.isin(rows.task)].groupby("task").seed.nunique().min())
-    return Outcome(
+    bar, alpha = CLAIMS["loss-on-7b"].bar, t.study.statistics.alpha
+    found = Outcome(
         text,
-        CLAIMS["loss-on-7b"].bar.met(*ends),
+        every(bar.met(*each) for each in zip(rows.ci_low, rows.ci_high, strict=True)),
         seeds,
         "seeds",
         seeds >= MIN_SEEDS,
-        *(float(row.difference), *ends, f"95 % interval over {row.paired_by}s"),
+        *(float(row.difference), *ends, f"{100 * (1 - alpha):g} % interval over {row.paired_by}s"),
         baseline=t.labels.scheme(t.study.baseline),
         workload=t.labels.task(row.task),
     )
+    return found.lacking(t.not_evaluated("perplexity", [t.study.headline]))
 
 
 def passkey(t: Tables) -> Outcome:
@@ -175,7 +178,7 @@ def passkey(t: Tables) -> Outcome:
     seeds = int(rows.pairs.min())
     row = rows.loc[rows.sample_difference.fillna(rows.difference).idxmin()]
     alpha = t.study.statistics.alpha
-    return Outcome(
+    found = Outcome(
         "; ".join(parts),
         met,
         prompts,
@@ -188,6 +191,7 @@ def passkey(t: Tables) -> Outcome:
         baseline=t.labels.scheme(t.study.baseline),
         workload=f"{t.labels.task(row.task)} (the worst of {len(rows)})",
     )
+    return found.lacking(t.not_evaluated("passkey", [t.study.headline]))
 
 
 def _long_random(t: Tables) -> pd.DataFrame:

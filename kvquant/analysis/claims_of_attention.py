@@ -12,12 +12,13 @@ from dataclasses import replace
 import pandas as pd
 
 from kvquant.analysis.bars import Bar
-from kvquant.analysis.claim_list import CLAIMS, LONG_PROMPT, MIN_SEEDS
+from kvquant.analysis.claim_list import CLAIMS, LONG_PROMPT, MIN_SEEDS, MIN_TRIALS
 from kvquant.analysis.claims_of_jobs import outcome_of_trials, ratio_in_words
 from kvquant.analysis.evidence import (
     ROUNDS,
     TRIALS,
     Outcome,
+    every,
     interval,
     no_record,
     not_measured,
@@ -52,33 +53,47 @@ def divergence(t: Tables) -> Outcome:
                 found.append((float(ratios.mean()), ends, ratios.size, name))
     if not found:
         return not_measured("needs divergences of 8-bit attention and of an FP8 cache on one task")
-    value, ends, seeds, task = max(found, key=lambda part: bar.worst(part[1]))
+    known = [part for part in found if part[1][0] == part[1][0]] or found
+    value, ends, seeds, task = max(known, key=lambda part: bar.worst(part[1]))
     shown = "; ".join(f"{part[0]:.3f} on {part[3]}" for part in found)
-    return Outcome(
+    outcome = Outcome(
         shown,
-        bar.met(*ends),
+        every(bar.met(*part[1]) for part in found),
         seeds,
         "seeds",
-        seeds >= MIN_SEEDS,
+        min(part[2] for part in found) >= MIN_SEEDS,
         *(value, *ends, over_seeds(t.study.statistics.alpha)),
         cache=t.labels.scheme(ours[0]),
         baseline=t.labels.scheme(theirs[0]),
         workload=task + ("" if len(found) == 1 else f" (the worst of {len(found)})"),
     )
+    return outcome.lacking(t.not_evaluated("perplexity", [ours[0], theirs[0]], "B"))
 
 
-def _pairs(t: Tables) -> Iterator[tuple[JobCase, pd.Series, pd.Series]]:
-    """Yields the cases of long prompts in which a cache ran with both attentions."""
+def _pairs(
+    t: Tables, metered: bool
+) -> Iterator[tuple[JobCase, str, pd.Series | None, pd.Series | None]]:
+    """Yields the cases of long prompts with a scheme of 8-bit attention, its row and its twin's.
+
+    A row is None where nothing was measured, or memory ran out.
+
+    Args:
+        t: The tables.
+        metered: Whether only cases count whose energy is measured.
+    """
     for name, case in t.study.job_cases().items():
         if case.prompt < LONG_PROMPT or not case.given_prompts or not len(t.jobs):
+            continue
+        if metered and not case.energy:
             continue
         rows = t.jobs[(t.jobs.case == name) & (t.jobs.status == "ok")].set_index(
             "scheme", drop=False
         )
         for scheme in case.schemes:
             twin = t.study.sixteen_bit_twin(scheme)
-            if twin in rows.index and scheme in rows.index:
-                yield case, rows.loc[scheme], rows.loc[twin]
+            if twin in case.schemes:
+                both = [rows.loc[s] if s in rows.index else None for s in (scheme, twin)]
+                yield case, scheme, both[0], both[1]
 
 
 def _worst(
@@ -94,8 +109,11 @@ def _worst(
         kind: What the ends are.
         faster: Whether the ratio is 16-bit over 8-bit attention.
     """
-    found = []
-    for case, ours, theirs in _pairs(t):
+    found, lacking = [], []
+    for case, scheme, ours, theirs in _pairs(t, column.startswith("joules")):
+        if ours is None or theirs is None:
+            lacking.append(f"{job_label(case)}, {t.labels.scheme(scheme)}")
+            continue
         if column.startswith("joules") and ours.source != "nvml":
             return not_measured("an estimate without counters")
         over, under = (theirs, ours) if faster else (ours, theirs)
@@ -104,12 +122,19 @@ def _worst(
         found.append((ratio, case, ours, theirs))
     if not found:
         return no_record("jobs")
-    ratio, case, ours, theirs = max(found, key=lambda part: bar.worst(part[0][1:]))
+    known = [part for part in found if part[0][0] == part[0][0]] or found
+    ratio, case, ours, theirs = max(known, key=lambda part: bar.worst(part[0][1:]))
     where = job_label(case)
     names = [t.labels.scheme(str(side.scheme)) for side in (ours, theirs)]
     told = f"{where}: {names[0]} against {names[1]}, on {device_label(str(ours.device))}"
     text = ratio_in_words(*ratio, told)
-    return replace(outcome_of_trials(t, ours, theirs, ratio, where, bar, text), interval=kind)
+    outcome = replace(
+        outcome_of_trials(t, ours, theirs, ratio, where, bar, text),
+        met=every(bar.met(*part[0][1:]) for part in found),
+        enough=min(min(part[2].trials, part[3].trials) for part in found) >= MIN_TRIALS,
+        interval=kind,
+    )
+    return outcome.lacking(lacking)
 
 
 def speed(t: Tables) -> Outcome:

@@ -6,13 +6,14 @@ joules the trials of all repetitions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pandas as pd
 
 from kvquant.analysis.bars import Bar
 from kvquant.analysis.claim_list import CLAIMS, MIN_ROUNDS, MIN_TRIALS
-from kvquant.analysis.evidence import ROUNDS, Outcome, no_record, not_measured
+from kvquant.analysis.evidence import ROUNDS, Outcome, every, no_record, not_measured
 from kvquant.analysis.labels import case_label, device_label
 from kvquant.analysis.pareto import counted
 from kvquant.analysis.study_tables import Tables
@@ -41,30 +42,35 @@ def _speeds(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _outcome(
-    t: Tables, worst: pd.DataFrame, where: str, bar: Bar, kind: str, n: int, of: str, least: int,
-    **more: str,
+    t: Tables, rows: pd.DataFrame, worst: pd.DataFrame, where: str, bar: Bar, kind: str, n: str,
+    of: str, least: int, **more: str,
 ) -> Outcome:  # fmt: skip
     """Returns the outcome of the worst workload, over all of its repetitions.
 
+    It meets the bar where the others do, too, and rests on enough where they do.
+
     Args:
         t: The tables.
-        worst: Its rows, a repetition each, with `value`, `low` and `high`.
+        rows: The rows of all workloads, a repetition each, with `value`, `low` and `high`.
+        worst: Those of the worst workload.
         where: Its name.
         bar: The claim's.
         kind: What the ends are.
-        n: The fewest rounds or trials of a repetition.
+        n: The column of a repetition's rounds or trials, of which the fewest count.
         of: What `n` counts.
         least: The claim's minimum of them.
         more: Names for the outcome.
     """
     value, low, high = float(worst.value.median()), float(worst.low.min()), float(worst.high.max())
+    known = rows[rows.value.notna()]
+    met = [bar.met(part.low.min(), part.high.max()) for _, part in known.groupby("workload")]
     reps = f" in each of {len(worst)} repetitions" if len(worst) > 1 else ""
     return Outcome(
         f"{value:.3f} [{low:.3f}, {high:.3f}] ({where}, the worst workload)",
-        bar.met(low, high),
-        n,
+        every(met),
+        int(worst[n].min()),
         f"{of}{reps}",
-        n >= least,
+        bool(known[n].min() >= least),
         *(value, low, high, kind),
         cache=t.labels.scheme(t.study.headline),
         workload=f"{where} (the worst)",
@@ -86,23 +92,84 @@ def _of_kernels(t: Tables, sides: list[str], bar: Bar) -> Outcome:
     rows = t.kernels
     if len(rows):
         rows = rows[(rows.scheme == t.study.headline) & (rows.measure == "prefill")]
+        rows = rows.assign(workload=_shapes(rows))
+        if len(failed := _without_ours(rows, sides)):
+            found = replace(_failed(failed), of_model=False)
+            return found if t.on_gpu else _for_a_gpu(found)
         rows = rows[rows.side.isin(sides) & rows.over_ours_median.notna()]
     if not len(rows):
         return not_measured("not measured yet (sections 'throughput' and 'kernels': no record)")
-    names = [
+    low, high = rows.over_ours_p10.astype(float), rows.over_ours_p90.astype(float)
+    rows = _valued(rows, "over_ours_median", low, high)
+    name, worst = _worst(rows, largest=False)
+    found = _outcome(
+        t, rows, worst, f"{name}, random weights", bar, ROUNDS, "over_ours_n", "rounds", MIN_ROUNDS,
+        baseline=t.labels.scheme(str(worst.side.iloc[0])),
+    )  # fmt: skip
+    found = replace(found, of_model=False)
+    if not t.on_gpu:
+        return _for_a_gpu(found)
+    asked = {
+        name
+        for name, case in t.study.kernel_cases().items()
+        if (case.scheme or t.study.headline) == t.study.headline
+        and "prefill" in case.measure
+        and {t.study.baseline, *case.peers} & set(sides)
+    }
+    return found.lacking(sorted(asked - set(t.kernels.case)))
+
+
+def _shapes(rows: pd.DataFrame) -> list[str]:
+    """Returns the names of the shapes and lengths of rows of `kernels`."""
+    return [
         case_label(str(r.shape), int(r.batch), int(r.tokens), int(r.all_tokens))
         for r in rows[["shape", "batch", "tokens", "all_tokens"]].itertuples()
     ]
-    low, high = rows.over_ours_p10.astype(float), rows.over_ours_p90.astype(float)
-    rows = _valued(rows.assign(workload=names), "over_ours_median", low, high)
-    name, worst = _worst(rows, largest=False)
-    rounds, baseline = int(worst.over_ours_n.min()), t.labels.scheme(str(worst.side.iloc[0]))
-    found = _outcome(
-        t, worst, f"{name}, random weights", bar, ROUNDS, rounds, "rounds", MIN_ROUNDS,
-        baseline=baseline,
-    )  # fmt: skip
-    found = replace(found, of_model=False)
-    return found if t.on_gpu else _for_a_gpu(found)
+
+
+def _without_ours(rows: pd.DataFrame, sides: list[str]) -> pd.DataFrame:
+    """Returns the rows of other caches in the cases that our cache alone did not finish."""
+    if "role" not in rows:
+        return rows[:0]
+    ours = set(rows[(rows.role == "ours") & (rows.status != "ok")].case)
+    return rows[rows.side.isin(sides) & (rows.status == "ok") & rows.case.isin(ours)]
+
+
+def _not_there(
+    t: Tables,
+    cells: list[tuple[str, str, int]],
+    there: set[tuple[str, int]],
+    names: Mapping[str, str],
+) -> list[str]:
+    """Returns the names of the headline scheme's workloads of which a repetition is not there."""
+    asked = [(workload, rep) for scheme, workload, rep in cells if scheme == t.study.headline]
+    return list(dict.fromkeys(names[cell[0]] for cell in asked if cell not in there))
+
+
+def _not_timed(t: Tables, rows: pd.DataFrame) -> list[str]:
+    """Returns the names of the workloads of throughput that some rows of `perf` lack."""
+    there = set(zip(rows.workload, rows.rep, strict=True))
+    return _not_there(t, t.study.throughput_cells(), there, t.labels.timed)
+
+
+def _too_large(rows: pd.DataFrame, other: str = "base_status") -> pd.Series:
+    """Returns which rows of `perf` ran out of memory with our cache, and not with the other one."""
+    if "scheme_status" not in rows:
+        return pd.Series(False, rows.index)
+    return (rows.scheme_status != "ok") & (rows[other] == "ok")
+
+
+def _failed(rows: pd.DataFrame, labels: Mapping[str, str] | None = None) -> Outcome:
+    """Returns the outcome of workloads that fit in memory with the other cache alone.
+
+    Args:
+        rows: A row of each.
+        labels: Their names; None: as they are.
+    """
+    names = ", ".join((labels or {}).get(name, name) for name in rows.workload.unique())
+    told, device = f"out of memory with the quantized cache ({names})", str(rows.device.iloc[0])
+    count = rows.workload.nunique()
+    return Outcome(told, False, count, "workloads", workload=names, device=device)
 
 
 def _for_a_gpu(found: Outcome) -> Outcome:
@@ -113,14 +180,17 @@ def _for_a_gpu(found: Outcome) -> Outcome:
 def prefill(t: Tables) -> Outcome:
     """Judges the headline scheme's prefill on its worst workload, over the baseline."""
     rows, bar = t.headline_perf() if len(t.perf) else t.perf, CLAIMS["prefill-speed"].bar
+    if len(failed := rows[_too_large(rows)]):
+        found = _failed(failed, t.labels.timed)
+        return found if t.on_gpu else _for_a_gpu(found)
     if not len(rows) or rows["prefill_ratio"].isna().all():
         return _of_kernels(t, [t.study.baseline], bar)
-    name, worst = _worst(_speeds(rows), largest=False)
+    name, worst = _worst(speeds := _speeds(rows), largest=False)
     found = _outcome(
-        t, worst, t.labels.timed[name], bar, ROUNDS, int(worst.scheme_rounds.min()), "rounds",
-        MIN_ROUNDS, baseline=t.labels.scheme(t.study.baseline),
+        t, speeds, worst, t.labels.timed[name], bar, ROUNDS, "scheme_rounds", "rounds", MIN_ROUNDS,
+        baseline=t.labels.scheme(t.study.baseline),
     )  # fmt: skip
-    return found if t.on_gpu else _for_a_gpu(found)
+    return found.lacking(_not_timed(t, rows)) if t.on_gpu else _for_a_gpu(found)
 
 
 def quantize_share(t: Tables) -> Outcome:
@@ -137,10 +207,11 @@ def quantize_share(t: Tables) -> Outcome:
     share = rows.quantize_share.astype(float)
     rows = _valued(rows, "quantize_share", share * relative["p10"], share * relative["p90"])
     name, worst = _worst(rows, largest=True)
-    return _outcome(
-        t, worst, t.labels.timed[name], CLAIMS["quantization-share"].bar, ROUNDS,
-        int(worst.scheme_rounds.min()), "rounds", MIN_ROUNDS,
+    found = _outcome(
+        t, rows, worst, t.labels.timed[name], CLAIMS["quantization-share"].bar, ROUNDS,
+        "scheme_rounds", "rounds", MIN_ROUNDS,
     )  # fmt: skip
+    return found.lacking(_not_timed(t, rows[~_too_large(rows)]))
 
 
 def energy(t: Tables) -> Outcome:
@@ -152,12 +223,15 @@ def energy(t: Tables) -> Outcome:
     if not len(measured) or measured["energy_ratio"].isna().all():
         return not_measured("an estimate without counters")
     ends = (measured[f"energy_ratio_{end}"].astype(float) for end in ("low", "high"))
-    name, worst = _worst(_valued(measured, "energy_ratio", *ends), largest=True)
-    return _outcome(
-        t, worst, t.labels.metered[name], CLAIMS["energy-per-token"].bar,
-        "range of trials that followed each other", int(worst.scheme_trials.min()), "trials",
+    rows = _valued(measured, "energy_ratio", *ends)
+    name, worst = _worst(rows, largest=True)
+    found = _outcome(
+        t, rows, worst, t.labels.metered[name], CLAIMS["energy-per-token"].bar,
+        "range of trials that followed each other", "scheme_trials", "trials",
         MIN_TRIALS, baseline=t.labels.scheme(t.study.baseline),
     )  # fmt: skip
+    there = set(zip(rows.workload, rows.rep, strict=True))
+    return found.lacking(_not_there(t, t.study.energy_cells(), there, t.labels.metered))
 
 
 def append_growth(points: pd.DataFrame, series: str) -> tuple[float, int, int] | None:
@@ -236,15 +310,19 @@ def over_reference(t: Tables) -> Outcome:
     bar = CLAIMS["prefill-over-kvquant"].bar
     if not len(theirs) or not len(ours):
         return _of_kernels(t, names, bar)
+    both = ours.merge(theirs, on=["workload", "rep"], suffixes=("", "_ref"))
+    if len(failed := both[_too_large(both, "scheme_status_ref")]):
+        found = _failed(failed, t.labels.timed)
+        return found if t.on_gpu else _for_a_gpu(found)
     both = _speeds(ours).merge(_speeds(theirs), on=["workload", "rep"], suffixes=("", "_ref"))
     both = both.assign(speed=both.value / both.value_ref)
     if both.speed.isna().all():
         return not_measured("no workload that both ran")
     both = _valued(both, "speed", both.low / both.high_ref, both.high / both.low_ref)
+    both = both.assign(rounds=both[["scheme_rounds", "scheme_rounds_ref"]].min(axis=1))
     name, worst = _worst(both, largest=False)
-    rounds = int(worst[["scheme_rounds", "scheme_rounds_ref"]].min(axis=None))
     found = _outcome(
-        t, worst, t.labels.timed[name], bar, ROUNDS, rounds, "rounds", MIN_ROUNDS,
+        t, both, worst, t.labels.timed[name], bar, ROUNDS, "rounds", "rounds", MIN_ROUNDS,
         baseline=t.labels.scheme(str(worst.scheme_ref.iloc[0])),
     )  # fmt: skip
     return found if t.on_gpu else _for_a_gpu(found)

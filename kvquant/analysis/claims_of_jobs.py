@@ -14,7 +14,7 @@ import pandas as pd
 
 from kvquant.analysis.bars import Bar
 from kvquant.analysis.claim_list import CLAIMS, MIN_REPEATS, MIN_ROUNDS, MIN_TRIALS
-from kvquant.analysis.evidence import TRIALS, Outcome, no_record, not_measured
+from kvquant.analysis.evidence import TRIALS, Outcome, every, no_record, not_measured
 from kvquant.analysis.labels import device_label, job_label
 from kvquant.analysis.study_tables import Tables
 from kvquant.study.jobs import JobCase
@@ -34,6 +34,22 @@ def _cases(
             yield case, ours, base
 
 
+def _too_large(t: Tables, fits: Callable[[JobCase], bool]) -> Outcome | None:
+    """Returns the outcome where a case fits with a 16-bit cache and not with ours, else None."""
+    for name, case in t.study.job_cases().items():
+        if not len(t.jobs) or not fits(case) or name not in set(t.jobs.case):
+            continue
+        ours, base = t.job_sides(name)
+        if ours is None and len(base):
+            return _out_of_memory(case)
+    return None
+
+
+def _out_of_memory(case: JobCase) -> Outcome:
+    told = f"out of memory with the quantized cache ({job_label(case)})"
+    return Outcome(told, False, 1, "case", workload=job_label(case))
+
+
 def _no_pair(t: Tables, fits: Callable[[JobCase], bool]) -> Outcome:
     """Returns the outcome where no case has times of both caches."""
     for name, case in t.study.job_cases().items():
@@ -42,8 +58,7 @@ def _no_pair(t: Tables, fits: Callable[[JobCase], bool]) -> Outcome:
             continue
         ours, _ = t.job_sides(name)
         if ours is None:
-            told = f"out of memory with the quantized cache ({job_label(case)})"
-            return Outcome(told, False, 1, "case", workload=job_label(case))
+            return _out_of_memory(case)
         return not_measured(f"out of memory with every 16-bit cache ({job_label(case)}): no ratio")
     return no_record("jobs")
 
@@ -104,6 +119,8 @@ def outcome_of_trials(
 
 def capacity(t: Tables) -> Outcome:
     """Judges the tokens that were held at once in a budget of memory, over fp16."""
+    if failed := _too_large(t, _budgeted):
+        return failed
     for case, ours, base in _cases(t, _budgeted):
         best = base.loc[base.capacity_tokens.idxmax()]
         value = float(ours.capacity_tokens / best.capacity_tokens)
@@ -125,6 +142,8 @@ def capacity(t: Tables) -> Outcome:
 
 def speed(t: Tables) -> Outcome:
     """Judges the tokens per second of whole jobs in a budget of memory, over fp16."""
+    if failed := _too_large(t, _in_budget):
+        return failed
     for case, ours, base in _cases(t, _in_budget):
         best = base.loc[base.job_tokens_per_s.idxmax()]
         ratio = _ratio(ours, best, "job_tokens_per_s")
@@ -137,6 +156,8 @@ def speed(t: Tables) -> Outcome:
 
 def _joules(t: Tables, column: str, bar: Bar) -> Outcome:
     """Judges an energy over fp16 in the first case in a budget that counters measured."""
+    if failed := _too_large(t, _metered):
+        return failed
     for case, ours, base in _cases(t, _metered):
         if ours.source != "nvml":
             return not_measured("an estimate without counters")
@@ -159,6 +180,8 @@ def prefill_energy(t: Tables) -> Outcome:
 
 def generate(t: Tables) -> Outcome:
     """Judges decoding by transformers' generate on the worst case, over the growing fp16 cache."""
+    if failed := _too_large(t, _generated):
+        return failed
     found = []
     for case, ours, base in _cases(t, _generated):
         growing = base[base.scheme == t.study.baseline]
@@ -173,14 +196,31 @@ def generate(t: Tables) -> Outcome:
     if not found:
         return _no_pair(t, _generated)
     ratio, name, ours, theirs = min(found, key=lambda case: case[0][0])
-    steps, trials = (int(min(ours[key], theirs[key])) for key in ("step_ms_n", "trials"))
+    steps, trials = _fewest(ours, theirs)
+    bar = CLAIMS["generate-speed"].bar
     text = ratio_in_words(*ratio, f"{name}: {_who(t, ours, theirs)}")
-    outcome = outcome_of_trials(t, ours, theirs, ratio, name, CLAIMS["generate-speed"].bar, text)
-    enough = trials >= MIN_REPEATS and steps >= MIN_ROUNDS
-    return replace(
-        outcome,
+    outcome = replace(
+        outcome_of_trials(t, ours, theirs, ratio, name, bar, text),
+        met=every(bar.met(*part[0][1:]) for part in found),
         n=steps,
         n_of=f"steps in {trials} trials",
-        enough=enough,
+        enough=all(
+            least >= wanted
+            for part in found
+            for least, wanted in zip(_fewest(*part[2:]), (MIN_ROUNDS, MIN_REPEATS), strict=True)
+        ),
         interval="range of trials and 10th to 90th percentile of steps",
     )
+    return outcome.lacking(not_measured_cases(t, _generated))
+
+
+def _fewest(ours: pd.Series, theirs: pd.Series) -> tuple[int, int]:
+    """Returns the steps and the trials of the side that has fewer."""
+    steps, trials = (int(min(ours[key], theirs[key])) for key in ("step_ms_n", "trials"))
+    return steps, trials
+
+
+def not_measured_cases(t: Tables, fits: Callable[[JobCase], bool]) -> list[str]:
+    """Returns the names of the cases that a claim is about and that have no record yet."""
+    cases = t.study.job_cases().items()
+    return [job_label(case) for name, case in cases if fits(case) and name not in set(t.jobs.case)]

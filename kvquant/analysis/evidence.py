@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -69,6 +70,29 @@ class Outcome:
     def evidence(self) -> str:
         """Returns how much was measured, in words; nothing for what was not."""
         return "" if self.n is None else f"{self.n:,} {self.n_of}".strip()
+
+    def lacking(self, parts: Sequence[str]) -> Outcome:
+        """Returns the outcome of a claim about several parts of which some are not measured.
+
+        What is measured can show that the claim fails, but not that it holds.
+
+        Args:
+            parts: The names of those that are not.
+        """
+        if not parts or self.n is None:
+            return self
+        told = f"{self.measured}; not measured yet: {', '.join(parts)}"
+        return replace(self, measured=told, met=False if self.met is False else None)
+
+
+def every(met: Iterable[bool | None]) -> bool | None:
+    """Returns whether all parts of a claim meet its bar; None if some may and none fails.
+
+    Args:
+        met: What each part is, as :meth:`kvquant.analysis.bars.Bar.met` tells it.
+    """
+    found = list(met)
+    return False if False in found else (None if None in found else True)
 
 
 def not_measured(reason: str) -> Outcome:

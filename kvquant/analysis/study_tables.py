@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +59,25 @@ class Tables:
         return replace(
             self, **{n: t[t["model"] == model] if "model" in t else t for n, t in tables.items()}
         )
+
+    def not_evaluated(
+        self, suite: str, schemes: Iterable[str], protocol: str | None = None
+    ) -> list[str]:
+        """Returns the names of the tasks of a suite that some schemes have no results of yet.
+
+        Args:
+            suite: The suite.
+            schemes: The schemes, of which each counts on the tasks that the study asks of it.
+            protocol: Of the tasks; None: any.
+        """
+        there = set(zip(self.evaluations["scheme"], self.evaluations["task"], strict=True))
+        return [
+            self.labels.task(task)
+            for task, spec in self.study.tasks.items()
+            if spec.suite == suite
+            and protocol in (None, getattr(spec, "protocol", None))
+            and any(self.study.evaluates(s, task) and (s, task) not in there for s in schemes)
+        ]
 
     def headline_tests(self, suite: str) -> pd.DataFrame:
         """Returns the comparisons of the headline scheme on the tasks of a suite."""

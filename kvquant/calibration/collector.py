@@ -30,6 +30,19 @@ from kvquant.study.calibration import CalibrationSpec
 
 # Called after each window with its number, from 1 on, the number of windows, and its loss.
 Report = Callable[[int, int, float], None]
+HEADROOM = 4  # powers of two by which gradients are smaller than those of a sum over tokens
+
+
+def loss_scale(tokens: int) -> int:
+    """Returns the factor of a window's loss in the backward pass, a power of two.
+
+    Gradients of the mean loss shrink with the window and are below the range of fp16, which
+    distorts the squares of small ones many times over. Those of a sum over tokens are not, but
+    come closer to its largest number in larger models; a sixteenth of them is far from both ends
+    (SmolLM2-135M, 384 tokens: Fisher weights within 11 % of fp32's, without a factor within 125 %).
+    By a power of two the gradients of other dtypes are the same to the last bit.
+    """
+    return 1 << max(0, tokens.bit_length() - 1 - HEADROOM)
 
 
 class Collector:
@@ -136,12 +149,13 @@ class Collector:
         skip = self.spec.sinks
         # The loss is a mean over the window's tokens; undo it so that tokens weigh equally.
         tokens = data.shape[1]
+        factor = tokens / loss_scale(tokens)
         x = data[0, skip:].reshape(tokens - skip, -1).float()
-        gradient = grad[0, skip:].reshape(tokens - skip, -1).float() * tokens
+        gradient = grad[0, skip:].reshape(tokens - skip, -1).float() * factor
         if self._sample is not None:
             kind = "key" if is_key else "value"
             self._sample.add(self._number, layer, f"{kind}_sample", data[0].flatten(1))
-            slopes = grad[0].flatten(1).float() * tokens
+            slopes = grad[0].flatten(1).float() * factor
             self._sample.add(self._number, layer, f"{kind}_gradient_sample", slopes)
         if self.statistics[layer] is None and is_key:
             self.statistics[layer] = LayerStatistics.from_first(
@@ -154,7 +168,7 @@ class Collector:
             statistics.add_moments(x, gradient, keys=True)
             if self._roped_keys is not None:
                 assert rope is not None
-                slopes = grad[0].flatten(1).float() * tokens
+                slopes = grad[0].flatten(1).float() * factor
                 self._roped_keys.add(layer, data[0].flatten(1), slopes, rope)
         elif statistics is None:
             self._late[layer] = (x, gradient)  # in the first window, keys arrive after values
@@ -194,7 +208,7 @@ class Collector:
             # Check before the backward pass, which adds its gradients to the statistics.
             self._finite["the loss"] = loss.isfinite().all()
             self._check(model, where)
-            loss.backward()
+            (loss * loss_scale(ids.shape[1])).backward()
         self._check(model, where)
         for layer, (x, gradient) in self._late.items():
             statistics = self.statistics[layer]

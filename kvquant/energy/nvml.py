@@ -193,7 +193,9 @@ class NvmlMeter(_NvmlBase):
             if period is None:
                 raise RuntimeError("the energy counter stands still")
             periods.append(period)
+        self._now = now
         self._last = [self._joules(handle) for handle in self._handles]
+        self._moved = [now()] * len(self._last)  # moments at which a counter was seen to advance
         self.refresh = max(periods)
         self.min_seconds = max(MIN_TRIAL, 50 * self.refresh)  # one refresh is at most 2 %
         self.method = (
@@ -215,7 +217,7 @@ class NvmlMeter(_NvmlBase):
         """Returns the joules of all GPUs since the driver was loaded.
 
         Raises:
-            UserError: A counter cannot be read or has decreased.
+            UserError: A counter cannot be read, has decreased or stands still.
         """
         with self._lock:
             for index, handle in enumerate(self._handles):
@@ -232,8 +234,25 @@ class NvmlMeter(_NvmlBase):
                         f"to {value:.0f} J: the driver was loaded again or the counter reset; "
                         f"{_NOT_MEASURED}; run it again"
                     )
+                self._check_moved(index, value)
                 self._last[index] = value
             return sum(self._last)
+
+    def _check_moved(self, index: int, value: float) -> None:
+        """Refuses a counter that has stopped, as a GPU always draws power.
+
+        Raises:
+            UserError: It stands still.
+        """
+        moment = self._now()
+        still = moment - self._moved[index]
+        if value > self._last[index]:
+            self._moved[index] = moment
+        elif still > max(MAX_GAP, 10 * self.refresh):
+            raise UserError(
+                f"NVML's energy counter of GPU {index} stands still at {value:.0f} J for "
+                f"{still:.1f} s: {_NOT_MEASURED}; run it again"
+            )
 
 
 class NvmlPowerMeter(_NvmlBase):
@@ -297,9 +316,14 @@ class NvmlPowerMeter(_NvmlBase):
             limit = self._limits[index]
             if not 0 <= watts < (math.inf if limit is None else limit):
                 raise RuntimeError(f"NVML reported {watts:g} W, which this GPU cannot draw")
-            use = self._ask("nvmlDeviceGetUtilizationRates", handle) if watts == 0 else None
-            if use is not None and use.gpu:
-                raise RuntimeError("NVML reported 0 W for a busy GPU")
+            if (
+                watts == 0
+            ):  # which some boards tell while they sleep, and others in place of nothing
+                use = self._ask("nvmlDeviceGetUtilizationRates", handle)
+                if use is None:
+                    raise RuntimeError("NVML reported 0 W and not whether the GPU is busy")
+                if use.gpu:
+                    raise RuntimeError("NVML reported 0 W for a busy GPU")
             total += watts
         return total
 

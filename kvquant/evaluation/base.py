@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from kvquant.errors import UserError
 from kvquant.evaluation.chat import DEFAULT_CHAT, Chat
+from kvquant.models.prompt_tokens import prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -110,5 +111,5 @@ def check_length(context: Limited, length: int, answer: int, field_name: str = "
 
 
 def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    """Returns the token ids of a text, with `special` also the tokenizer's own tokens (BOS)."""
-    return list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
+    """Returns the token ids of a text, with `special` also the tokenizer's BOS before it."""
+    return prompt_tokens(tokenizer, text, special=special)

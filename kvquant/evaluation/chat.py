@@ -16,6 +16,7 @@ from typing import Any
 from kvquant.study.models import DATE_STRING, ModelSpec, parse_day
 
 THOUGHT, THOUGHT_END = "<think>", "</think>"
+OPENING = 64  # last tokens of a prompt, more than the assistant's opened turn and RULER's prefix
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
@@ -141,8 +142,23 @@ class Answer:
     finished: bool = True
 
 
-def split_thought(tokenizer: Any, tokens: Sequence[int]) -> Answer:
-    """Decodes an answer and separates its thought; after an unfinished thought it is empty."""
+def begins_in_thought(tokenizer: Any, prompt: Sequence[int]) -> bool:
+    """Returns whether a prompt ends in a thought that the chat template has opened.
+
+    Templates of models that always think open it (DeepSeek-R1, QwQ), some after every switch.
+    """
+    end = str(tokenizer.decode(prompt[-OPENING:], skip_special_tokens=False))
+    return end.rfind(THOUGHT) > end.rfind(THOUGHT_END)
+
+
+def split_thought(tokenizer: Any, tokens: Sequence[int], *, inside: bool = False) -> Answer:
+    """Decodes an answer and separates its thought; after an unfinished thought it is empty.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        tokens: Token ids of the answer.
+        inside: Whether the answer begins in a thought (:func:`begins_in_thought`).
+    """
     text = str(tokenizer.decode(tokens, skip_special_tokens=True))
     # If the marks are special tokens, only the raw text contains them.
     raw = str(tokenizer.decode(tokens, skip_special_tokens=False))
@@ -157,6 +173,8 @@ def split_thought(tokenizer: Any, tokens: Sequence[int]) -> Answer:
                 for part in (tokens[:at], tokens[at + 1 :])
             )
         return Answer(rest.lstrip(), thought)
+    if inside:
+        return Answer("", text, finished=False)
     if THOUGHT in raw:
         before, _, thought = text.partition(THOUGHT)
         if THOUGHT not in text:

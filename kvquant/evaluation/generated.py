@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context, Source, SuiteResult
-from kvquant.evaluation.chat import split_thought
+from kvquant.evaluation.chat import begins_in_thought, split_thought
 from kvquant.models.generation import GenerationResult, Stop, greedy
 from kvquant.runtime.progress import note
 from kvquant.study.sample_types import Rows, Summary, agreed_share, score_summary
@@ -139,11 +139,12 @@ def answer_seeds(
         for index, (prompt, tokens, reference) in enumerate(
             zip(seed.prompts, found.tokens[mine], references[mine], strict=True)
         ):
-            said = split_thought(context.qm.tokenizer, tokens)
+            inside = begins_in_thought(context.qm.tokenizer, prompt.tokens)
+            said = split_thought(context.qm.tokenizer, tokens, inside=inside)
             facts = {"index": index, "prompt_tokens": len(prompt.tokens), **prompt.record}
             rows.append({**facts, "answer": said.text})
             if rules.agreement:
-                own = split_thought(context.qm.tokenizer, reference)
+                own = split_thought(context.qm.tokenizer, reference, inside=inside)
                 rows[-1] |= {"references": [own.text], **agreement(tokens, reference)}
                 rows[-1]["score"] = agreed_share(rows[-1])
             else:

@@ -44,6 +44,7 @@ from kvquant.evaluation.lm_eval_options import (
 from kvquant.fetch.lm_eval_files import check_version
 from kvquant.models.generation import end_ids, greedy
 from kvquant.models.loading import load_quantized_model
+from kvquant.models.prompt_tokens import prompt_tokens
 from kvquant.runtime.progress import note
 from kvquant.study.models import DATE_STRING, parse_day
 from kvquant.study.scheme_kinds import PromptAttention
@@ -202,7 +203,7 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
         special = add_special_tokens
         if special is None:
             special = self.add_bos_token is not False and not self._starts_with_prefix(string)
-        found = list(self.tokenizer(string, add_special_tokens=special, verbose=False).input_ids)
+        found = prompt_tokens(self.tokenizer, string, special=special)
         return found[-left_truncate_len:] if left_truncate_len else found
 
     def _starts_with_prefix(self, string: str) -> bool:
@@ -317,10 +318,8 @@ class KVQuantLM(TemplateLM):  # type: ignore[misc]
         bos = self.tokenizer.bos_token
         own = True if self.add_bos_token is None else self.add_bos_token
         special = own and not (bos and text.startswith(bos))
-        found = self.tokenizer(
-            text, add_special_tokens=special, truncation=self.truncation, verbose=False
-        )
-        return list(found.input_ids) or [self.prefix_token_id]
+        found = prompt_tokens(self.tokenizer, text, special=special, truncation=self.truncation)
+        return found or [self.prefix_token_id]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Returns greedy answers up to the first stop text; too long prompts lose their beginning.

@@ -8,7 +8,7 @@ ask different prompts as long as there are enough. Answers are greedy.
 from __future__ import annotations
 
 import random
-import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +21,14 @@ from kvquant.fetch.prompt_rows import demand_answers, from_lines
 from kvquant.study.sample_types import own_prompts_summary
 from kvquant.study.tasks import OwnPromptsTask
 
-# Around an answer, which `exact` does not compare: the last four are curly quotation marks.
-MARKS = " .,;:!?\"'`*\u201c\u201d\u2018\u2019"
+# Around an answer, which `exact` does not compare: after the star come curly and other quotation
+# marks, the dots of an ellipsis, Spanish opening marks, and marks of East Asian texts.
+MARKS = (
+    " .,;:!?\"'`*\u201c\u201d\u2018\u2019\u201e\u00ab\u00bb\u2026\u00a1\u00bf"
+    "\u3002\u3001\uff0c\uff01\uff1f\uff1a\uff1b\u300c\u300d\u300e\u300f"
+)
+# Scripts whose words stand without blanks between them, or take endings, by their Unicode names.
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 
 
 def rows_of_seed(available: int, samples: int, seed: int) -> list[int]:
@@ -42,22 +48,36 @@ def rows_of_seed(available: int, samples: int, seed: int) -> list[int]:
 
 
 def _plain(text: str) -> str:
-    """Returns a text without differences of case and white space."""
-    return " ".join(text.split()).casefold()
+    """Returns a text without differences of case, white space and composed accents."""
+    composed = unicodedata.normalize("NFC", " ".join(text.split()))
+    return unicodedata.normalize("NFC", composed.casefold())
+
+
+def _in_word(text: str, at: int) -> bool:
+    """Returns whether a text has a letter, an accent or a digit of a spaced script at a place."""
+    if not 0 <= at < len(text):
+        return False
+    kind = unicodedata.category(text[at])
+    if kind[0] not in "LM" and kind != "Nd":
+        return False
+    return not unicodedata.name(text[at], "").startswith(UNSPACED)
 
 
 def contains(answer: str, references: Sequence[str]) -> float:
     """Returns 1 if an accepted answer occurs in an answer, else 0.
 
     Case and white space do not matter. Letters and digits at the ends of an accepted answer must be
-    the ends of a word: "4" does not occur in "14".
+    the ends of a word: "4" does not occur in "14". Scripts without blanks between words have none.
     """
     text = _plain(answer)
     for reference in map(_plain, references):
-        before = r"(?<![a-z0-9])" if re.match("[a-z0-9]", reference) else ""
-        after = r"(?![a-z0-9])" if re.search("[a-z0-9]$", reference) else ""
-        if re.search(before + re.escape(reference) + after, text):
-            return 1.0
+        at = text.find(reference)
+        while at >= 0:
+            end = at + len(reference)
+            begins = not (_in_word(text, at) and _in_word(text, at - 1))
+            if begins and not (_in_word(text, end - 1) and _in_word(text, end)):
+                return 1.0
+            at = text.find(reference, at + 1)
     return 0.0
 
 

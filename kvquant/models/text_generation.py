@@ -14,6 +14,7 @@ from kvquant.models.generation import check_ids, check_prompts, cut, end_ids, gr
 from kvquant.models.model_call import cache_argument
 from kvquant.models.oom_retry import in_batches, retry_on_overflow, without_retry
 from kvquant.models.prefill_quant import PrefillQuantizedAttention
+from kvquant.models.prompt_tokens import prompt_tokens
 from kvquant.models.quantized_model import QuantizedModel, as_loaded
 
 Turn = Mapping[str, Any]
@@ -197,7 +198,7 @@ def tokenized(tokenizer: Any, prompts: Iterable[Prompt], chat: bool) -> list[lis
             text = in_template(tokenizer, turns, f"prompt {number}")
         if not is_text(text):
             raise UserError(f"prompt {number}: holds half of a surrogate pair")
-        found.append(list(tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids))
+        found.append(prompt_tokens(tokenizer, text, special=not chat))
     return found
 
 

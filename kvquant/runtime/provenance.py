@@ -26,6 +26,7 @@ from kvquant.energy.gpus import (
 if TYPE_CHECKING:
     import torch
 
+_FILE = Path(__file__).resolve()
 _PACKAGES = (
     *("torch", "triton", "transformers", "numpy", "lm-eval", "snakemake", "kvquant"),
     *("optimum-quanto", "hqq"),
@@ -33,7 +34,7 @@ _PACKAGES = (
 
 
 def _git(*args: str) -> str | None:
-    root = Path(__file__).resolve().parents[2]
+    root = _FILE.parents[2]
     try:
         done = subprocess.run(
             ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=False
@@ -121,6 +122,15 @@ def environment(devices: Sequence[torch.device] | None = None) -> dict[str, Any]
     return {**_software(), "gpus": _gpus(devices), "slurm_job": os.environ.get("SLURM_JOB_ID")}
 
 
+def _commit() -> str | None:
+    """Returns the commit of the source tree, or None where git does not know this file.
+
+    An installed package may lie in the environment of another project, whose commit says nothing.
+    """
+    known = _git("ls-files", "--error-unmatch", "--", str(_FILE))
+    return None if known is None else _git("rev-parse", "HEAD")
+
+
 @functools.cache
 def _software() -> dict[str, Any]:
     versions = {}
@@ -131,7 +141,7 @@ def _software() -> dict[str, Any]:
             continue
     # A copy of the tree on another machine may lack its history, so a variable can name the commit.
     given = os.environ.get("KVQUANT_COMMIT")
-    commit = given or _git("rev-parse", "HEAD")
+    commit = given or _commit()
     changes = None if given or not commit else _git("status", "--porcelain", "--untracked-files=no")
     return {
         "commit": commit,

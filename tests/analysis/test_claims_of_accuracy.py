@@ -10,6 +10,7 @@ import pytest
 
 from kvquant.analysis import claims_of_accuracy
 from kvquant.analysis.evidence import NOT_ENOUGH, NOT_MEASURED, NOT_SUPPORTED, SUPPORTED
+from kvquant.analysis.statistics import test_all as compare_all
 from kvquant.analysis.study_tables import Tables
 from kvquant.study.config import Study
 from tests.support.studies import study_of
@@ -143,3 +144,78 @@ def test_short_prompts_do_not_look_like_a_failure() -> None:
     assert outcome.measured == "the longest prompt has 4,096 tokens (3.60 bits); defined from 16K"
     long = values.assign(tokens=16384 * values.samples)
     assert claims_of_accuracy.bits_per_element(tables(long)).verdict == SUPPORTED
+
+
+def seven(**tasks: tuple[float, float, float]) -> Tables:
+    """Tests of Llama-2-7B's perplexity with (difference, low, high), and of passkeys."""
+    named = {
+        f"ppl{n}": {"suite": "perplexity", "dataset": "essays", "window": 64, "windows": n}
+        for n in (1, 2)
+    }
+    asked = study_of(
+        models={"llama-2-7b": {"source": "local", "path": "x"}}, tasks=named, seeds=[*range(5)]
+    )
+    rows = [
+        {"model": "llama-2-7b", "level": "task", "suite": "perplexity", "task": task}
+        | {"scheme": asked.headline, "difference": values[0], "ci_low": values[1]}
+        | {"ci_high": values[2], "paired_by": "seed"}
+        for task, values in tasks.items()
+    ]
+    scores = pd.DataFrame(
+        [{"scheme": asked.headline, "task": t, "seed": s} for t in tasks for s in range(5)]
+    )
+    none = pd.DataFrame()
+    return Tables(asked, scores, none, none, pd.DataFrame(rows), none, none, none)
+
+
+@pytest.mark.parametrize(
+    ("second", "verdict"),
+    [
+        ((0.04, 0.03, 0.06), SUPPORTED),
+        ((0.04, -0.3, 0.4), NOT_ENOUGH),  # its interval holds the bar, the larger loss's does not
+        ((float("nan"),) * 3, NOT_ENOUGH),
+        (None, NOT_ENOUGH),  # not measured
+    ],
+)
+def test_every_perplexity_task_counts(second: tuple[float, ...] | None, verdict: str) -> None:
+    tasks: dict[str, Any] = {"ppl1": (0.05, 0.04, 0.06)}
+    outcome = claims_of_accuracy.loss_on_7b(seven(**tasks | ({"ppl2": second} if second else {})))
+    assert outcome.verdict == verdict
+
+
+@pytest.mark.fault(
+    "records",
+    "a task of a claim about every task that is not measured yet",
+    "the claim is not supported",
+)
+def test_a_missing_passkey_task_leaves_the_claim_open() -> None:
+    tasks = {f"passkey{n}": {"suite": "passkey", "length": n, "samples": 200} for n in (200, 400)}
+    asked = study_of(
+        schemes={"fp16": {"kind": "fp16"}, "nuq3": {"kind": "nuq", "bits": 3}},
+        tasks=tasks,
+        seeds=[*range(5)],
+    )
+    evaluations, samples = accuracy_tables(asked)
+    rows = compare_all(asked, evaluations, samples).assign(verdict="equivalent")
+    none = pd.DataFrame()
+    whole = Tables(asked, evaluations, none, none, rows, none, none, none)
+    assert claims_of_accuracy.passkey(whole).verdict == SUPPORTED
+    some = {"evaluations": evaluations[evaluations.task == "passkey200"]}
+    part = replace(whole, **some, tests=rows[rows.task == "passkey200"])
+    outcome = claims_of_accuracy.passkey(part)
+    assert outcome.verdict == NOT_ENOUGH
+    assert "not measured yet: " in outcome.measured
+
+
+def test_a_missing_width_leaves_the_order_open() -> None:
+    tasks = {
+        f"ppl{n}": {"suite": "perplexity", "dataset": "essays", "window": 64, "windows": n}
+        for n in (1, 2)
+    }
+    kinds: dict[str, Any] = {f"nuq{bits}": {"kind": "nuq", "bits": bits} for bits in (4, 3, 2)}
+    asked = study_of(schemes={"fp16": {"kind": "fp16"}, **kinds}, tasks=tasks, seeds=[*range(5)])
+    rows, none = accuracy_tables(asked)[0], pd.DataFrame()
+    missing = (rows.task == "ppl2") & (rows.scheme == "nuq2")
+    for part, verdict in ((rows, SUPPORTED), (rows[~missing], NOT_ENOUGH)):
+        found = Tables(asked, part, none, none, none, none, none, none)
+        assert claims_of_accuracy.ordering(found).verdict == verdict

@@ -125,3 +125,56 @@ def test_studies_without_8_bit_attention_leave_its_claims_out(
     for asked, expected in ((without, [CLAIMS["capacity"].text]), (study(), texts)):
         tables = Tables(asked, NONE, NONE, NONE, NONE, NONE, NONE, NONE)
         assert list(judge(tables)["claim"]) == expected
+
+
+def test_every_task_counts() -> None:
+    """Also one with few seeds or without a ratio, whatever its place."""
+    tasks = {name: LONG_CALLS["ppl"] for name in ("ppl", "second")}
+    asked = study_of(schemes=SCHEMES, tasks=tasks, jobs={"cases": {"long": CASE}})
+    first = of_divergences(0.2, 1.0).evaluations
+    few, exact = (of_divergences(0.1, theirs).evaluations for theirs in (1.0, 0.0))
+    whole = first.assign(task="second")
+    for other, verdict in (
+        (whole, SUPPORTED),
+        (few[few.seed == 0], NOT_ENOUGH),
+        (few[few.seed < 2], NOT_ENOUGH),
+        (exact, NOT_ENOUGH),
+        (few[:0], NOT_ENOUGH),
+    ):
+        for parts in ((first, other.assign(task="second")), (other.assign(task="second"), first)):
+            rows = pd.concat(parts, ignore_index=True)
+            tables = Tables(asked, rows, NONE, NONE, NONE, NONE, NONE, NONE)
+            assert claims_of_attention.divergence(tables).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [
+        ({}, SUPPORTED),
+        ({"case": "other"}, NOT_ENOUGH),  # not measured
+        ({"status": "oom"}, NOT_ENOUGH),
+        ({"trials": 2}, NOT_ENOUGH),
+        ({"first_token_ms_p90": None, "joules_per_prompt_token_high": None}, NOT_ENOUGH),
+    ],
+)
+def test_every_long_case_counts(changed: dict[str, Any], verdict: str) -> None:
+    for names in (("a", "b"), ("b", "a")):
+        cases = {name: CASE | {"prompt": 65536 if name == "a" else 131072} for name in names}
+        asked = study_of(schemes=SCHEMES, tasks=LONG_CALLS, jobs={"cases": cases})
+        joules = {f"joules_per_prompt_token{end}": 0.001 for end in ("", "_low", "_high")}
+        found = of_jobs(asked, **TIMES, **joules).jobs
+        slower = found.scheme == "nuq3"
+        for name, value in TIMES.items():
+            found.loc[slower, name] = 1.25 * value
+        for column, value in changed.items():
+            found.loc[(found.case == "b") & ~slower, column] = value
+        tables = Tables(asked, NONE, NONE, NONE, NONE, NONE, NONE, found)
+        assert claims_of_attention.speed(tables).verdict == verdict
+        assert claims_of_attention.energy(tables).verdict == verdict
+
+
+def test_a_case_without_energy_says_nothing_about_it() -> None:
+    cases = {"plain": CASE | {"energy": False}, "long": CASE | {"prompt": 131072}}
+    asked = study_of(schemes=SCHEMES, tasks=LONG_CALLS, jobs={"cases": cases})
+    low = {f"joules_per_prompt_token{end}": 0.001 for end in ("", "_low", "_high")}
+    assert claims_of_attention.energy(of_jobs(asked, **low)).verdict == SUPPORTED

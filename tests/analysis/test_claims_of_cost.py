@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -13,7 +14,7 @@ from kvquant.analysis.labels import TIMES
 from kvquant.analysis.study_tables import Tables
 from kvquant.study.config import Study
 from tests.support.studies import study_of
-from tests.support.tables import accuracy_tables
+from tests.support.tables import accuracy_tables, timed_tables
 
 ENDS = ("over_ours_p10", "over_ours_median", "over_ours_p90")
 SIDES = {"fp16": 1.02, "reference": 1.4}
@@ -128,3 +129,85 @@ def test_missing_records_are_named_by_their_section() -> None:
         outcome = judge(tables(pd.DataFrame()))
         assert outcome.measured == f"not measured yet (section '{section}': no record)"
         assert outcome.verdict == NOT_MEASURED
+
+
+WORKLOADS = {"workloads": {n: {"prompt": 64, "batch_size": 2, "answer": 4} for n in ("a", "b")}}
+PARTS: list[tuple[str, dict[str, Any], str]] = [
+    ("b", {}, SUPPORTED),
+    ("b", {"model": None}, NOT_ENOUGH),  # not measured
+    ("b", {"scheme_prefill_ms_p90": 130.0, "scheme_prefill_ms_median": 99.0}, NOT_ENOUGH),
+    ("b", {"scheme_rounds": 3}, NOT_ENOUGH),
+    ("b", {"prefill_ratio": None, "scheme_status": "oom"}, NOT_SUPPORTED),
+    ("ab", {"prefill_ratio": None, "scheme_status": "oom"}, NOT_SUPPORTED),
+    ("b", {"prefill_ratio": None, "scheme_status": "oom", "base_status": "oom"}, SUPPORTED),
+    ("b", {"prefill_ratio": None, "base_status": "oom"}, SUPPORTED),
+]
+
+
+@pytest.mark.fault(
+    "records",
+    "a workload that is missing, ran out of memory with our cache alone or has few rounds",
+    "no claim about the worst workload is supported",
+)
+@pytest.mark.parametrize(("where", "changed", "verdict"), PARTS)
+def test_every_workload_counts(where: str, changed: dict[str, Any], verdict: str) -> None:
+    asked = study(throughput=WORKLOADS, energy=WORKLOADS)
+    perf, used = timed_tables(asked)
+    perf = perf.assign(scheme_status="ok", base_status="ok", prefill_ratio=1.02)
+    ends = {"median": 98.0, "p10": 97.0, "p90": 99.0}
+    perf = perf.assign(**{f"scheme_prefill_ms_{end}": value for end, value in ends.items()})
+    chosen = perf.workload.isin(list(where)) & (perf.scheme == asked.headline)
+    for column, value in changed.items():
+        perf.loc[chosen, column] = value
+    none = pd.DataFrame()
+    perf = perf[perf.model.notna()]
+    found = Tables(asked, none, perf, used, none, none, none, none, kernels())
+    assert claims_of_cost.prefill(found).verdict == verdict
+    spread = {"median": 5.0, "p10": 4.9, "p90": 5.1}
+    cheap = perf.assign(quantize_share=perf.prefill_ratio.astype(float) * 0.1)
+    cheap = cheap.assign(**{f"scheme_quantize_ms_{end}": v for end, v in spread.items()})
+    share = claims_of_cost.quantize_share(replace(found, perf=cheap)).verdict
+    if {"model", "scheme_rounds"} & set(changed):
+        assert share == NOT_ENOUGH
+
+
+def test_energy_needs_every_workload_by_a_counter() -> None:
+    asked = study(throughput=WORKLOADS, energy=WORKLOADS)
+    perf, used = timed_tables(asked)
+    used = used.assign(energy_ratio=0.5, energy_ratio_low=0.49, energy_ratio_high=0.51)
+    none = pd.DataFrame()
+    whole = Tables(asked, none, perf, used, none, none, none, none, none)
+    assert claims_of_cost.energy(whole).verdict == SUPPORTED
+    second = used.workload == "b"
+    wide = used.assign(energy_ratio_high=used.energy_ratio_high.mask(second, 0.7))
+    for part in (
+        used[~second],
+        used[~second | (used.rep == 0)] if used.rep.nunique() > 1 else used[~second],
+        used.assign(source=used.source.mask(second, "estimated")),
+        used.assign(scheme_trials=used.scheme_trials.mask(second, 2)),
+        wide.assign(energy_ratio=wide.energy_ratio.mask(second, 0.495)),
+    ):
+        assert claims_of_cost.energy(replace(whole, energy=part)).verdict == NOT_ENOUGH
+
+
+def test_every_case_of_kernels_counts() -> None:
+    cases = {
+        shape: {"shape": shape, "tokens": 16384, "measure": ["prefill"]}
+        for shape in ("7b-mha", "8b-gqa")
+    }
+    asked = study(kernels={"cases": cases})
+    timed = kernels().assign(role="fp16", status="ok")
+    ours = timed[timed.side == "fp16"].assign(
+        role="ours", side="nuq3", over_ours_median=None, over_ours_p10=None, over_ours_p90=None
+    )
+    whole = pd.concat([timed, ours], ignore_index=True)
+    assert claims_of_cost.prefill(tables(whole, asked)).verdict == SUPPORTED
+    lacking = claims_of_cost.prefill(tables(whole[whole.case != "8b-gqa"], asked))
+    assert lacking.verdict == NOT_ENOUGH
+    assert lacking.measured.endswith("not measured yet: 8b-gqa")
+    lost = (whole.case == "8b-gqa") & (whole.role == "ours")
+    failed = whole.assign(status=whole.status.mask(lost, "oom"))
+    failed.loc[failed.case == "8b-gqa", list(ENDS)] = None
+    outcome = claims_of_cost.prefill(tables(failed, asked))
+    assert outcome.verdict == NOT_SUPPORTED
+    assert outcome.measured.startswith("out of memory with the quantized cache (8B GQA")

@@ -163,3 +163,33 @@ def test_several_gpus_are_told_with_how_answers_were_decoded() -> None:
         spread = "on 2 GPUs" in line
         assert ("from Python & 2 &" in line) is spread
         assert ("CUDA graph & 1 &" in line) is not spread
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [
+        ({}, SUPPORTED),
+        ({"case": "other"}, NOT_ENOUGH),  # not measured
+        ({"status": "oom"}, NOT_SUPPORTED),
+        ({"trials": 1}, NOT_ENOUGH),
+        ({"step_ms_n": 2}, NOT_ENOUGH),
+        ({"decode_tokens_per_s_low": 1.0, "decode_tokens_per_s": 900.0}, NOT_ENOUGH),
+    ],
+)
+def test_every_case_of_generate_counts(changed: dict[str, Any], verdict: str) -> None:
+    asked = study({"one": CASES["generated"], "two": CASES["generated"] | {"prompt": 4096}})
+    jobs = job_table(asked)
+    for column, value in changed.items():
+        jobs.loc[(jobs.case == "two") & (jobs.scheme == "nuq3"), column] = value
+    jobs = jobs[(jobs.case != "two") | ("case" not in changed)]
+    assert claims_of_jobs.generate(tables(jobs, asked)).verdict == verdict
+
+
+@pytest.mark.parametrize("claim", ["capacity", "speed", "energy", "prefill_energy"])
+def test_another_case_does_not_hide_one_that_ran_out_of_memory(claim: str) -> None:
+    asked = study({"one": BUDGET, "two": BUDGET | {"prompt": 8192}})
+    jobs = job_table(asked)
+    judge = getattr(claims_of_jobs, claim)
+    assert judge(tables(jobs, asked)).verdict == SUPPORTED
+    jobs.loc[(jobs.case == "one") & (jobs.scheme == "nuq3"), "status"] = "oom"
+    assert judge(tables(jobs, asked)).verdict == NOT_SUPPORTED

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvquant.calibration import collector
 from kvquant.calibration.build import build_layer, percentile
 from kvquant.calibration.collect import calibrate, draw_windows
 from kvquant.calibration.statistics import LayerStatistics, load_statistics, save_statistics
@@ -63,6 +64,36 @@ def test_fisher_weights_are_squared_gradients_of_the_loss() -> None:
         handle.remove()
     assert float(found[1].value_fisher[0].sum()) == pytest.approx(total, rel=1e-4)
     assert float(found[1].value_counts[0].sum()) == 2 * 39 * 32
+
+
+@pytest.mark.fault(
+    "library",
+    "gradients of a long window that are below the range of fp16",
+    "the Fisher weights are those of fp32",
+)
+def test_fisher_weights_in_fp16_are_those_in_fp32() -> None:
+    windows = [torch.randint(0, 97, (400,), generator=torch.Generator().manual_seed(1)).tolist()]
+    spec = CalibrationSpec(windows=1, window=400)
+
+    def weights(dtype: torch.dtype) -> list[torch.Tensor]:
+        model = tiny_model()
+        model.lm_head.weight.data.mul_(0.03)  # gradients as small as those of a trained model
+        found = calibrate(model.to(dtype), windows, spec)
+        return [s.fisher.sum(1) for s in found] + [s.value_fisher[0].sum() for s in found]
+
+    for exact, found in zip(weights(torch.float32), weights(torch.float16), strict=True):
+        assert ((found / exact).log().abs() < 0.05).all()
+
+
+def test_the_scale_of_the_loss_changes_no_bit_of_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    windows = [torch.randint(0, 97, (75,)).tolist() for _ in range(2)]
+    spec = CalibrationSpec(windows=2, window=75)
+    found = calibrate(model, windows, spec)
+    monkeypatch.setattr(collector, "loss_scale", lambda tokens: 1)
+    for one, other in zip(found, calibrate(model, windows, spec), strict=True):
+        assert torch.equal(one.fisher, other.fisher)
+        assert torch.equal(one.value_fisher, other.value_fisher)
 
 
 def test_statistics_and_quantizer_files_come_back(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from kvquant.benchmarks.energy import run_trial, side
 from kvquant.energy import nvml as energy_nvml
-from kvquant.energy.monitor import EnergyMonitor
+from kvquant.energy.monitor import EnergyMonitor, open_meter
 from kvquant.energy.nvml import NvmlMeter, NvmlPowerMeter
 from kvquant.energy.profiler import DetailedEnergyProfiler
 from kvquant.errors import UserError
@@ -170,6 +170,57 @@ def test_watts_that_cannot_be_are_left_out(watts: float) -> None:
     assert found["errors"] == 1
     last = found["last_error"]
     assert "this GPU cannot draw" in last or "0 W for a busy GPU" in last
+
+
+@pytest.mark.fault(
+    "devices",
+    "0 W of a second GPU that does not tell whether it is busy",
+    "no energy is measured",
+)
+def test_nothing_in_place_of_watts_is_not_counted_as_none() -> None:
+    class Shared(FakeNvml):
+        def nvmlDeviceGetUtilizationRates(self, handle: int) -> Any:
+            raise RuntimeError("Not Supported")
+
+    clock = FakeTime()
+    nvml = Shared(clock, watts=(300.0, 0.0), counter=False)
+    with pytest.raises(RuntimeError, match="0 W and not whether the GPU is busy"):
+        NvmlPowerMeter(nvml, [0, 1], interval=0)
+    meter = open_meter("cuda", nvml=nvml, find_uuids=lambda: ["0", "1"])
+    assert meter.source == "estimated"
+
+
+@pytest.mark.fault(
+    "devices",
+    "the energy counter of one of several GPUs stops",
+    "refused in one line that names the GPU",
+)
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_counter_that_stops_beside_others_ends_by_name(stopped: int) -> None:
+    clock = FakeTime()
+    nvml = FakeNvml(clock)
+    meter = NvmlMeter(nvml, [0, 1], now=clock, sleep=clock.sleep)
+    monitor = EnergyMonitor(meter, now=clock, sleep=clock.sleep)
+    clock.sleep(60.0)  # nobody reads while a model is loaded
+    monitor.start()
+    clock.sleep(0.01)  # a reading within one refresh of another is none of a counter that stopped
+    meter.read()
+    clock.sleep(6.0)
+    assert monitor.stop().joules == pytest.approx(6 * 400, rel=0.03)
+    monitor.start()
+    plain, at = nvml.nvmlDeviceGetTotalEnergyConsumption, clock.now
+
+    def counter(handle: int) -> int:
+        kept, clock.now = clock.now, at if handle == stopped else clock.now
+        try:
+            return plain(handle)
+        finally:
+            clock.now = kept
+
+    nvml.nvmlDeviceGetTotalEnergyConsumption = counter  # type: ignore[method-assign]
+    clock.sleep(6.0)
+    with pytest.raises(UserError, match=f"counter of GPU {stopped} stands still at"):
+        monitor.stop()
 
 
 def test_one_failed_reading_opens_no_other_meter() -> None:

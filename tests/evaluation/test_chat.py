@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 from kvquant.errors import UserError
 from kvquant.evaluation.base import Context
-from kvquant.evaluation.chat import Answer, Chat, _directives, split_thought, with_fixed_day
+from kvquant.evaluation.chat import (
+    Answer,
+    Chat,
+    _directives,
+    begins_in_thought,
+    split_thought,
+    with_fixed_day,
+)
 from kvquant.evaluation.generated import Prompt, Rules, SeedPrompts, answer_seeds
 from kvquant.evaluation.longbench import as_tokens
 from kvquant.evaluation.ruler import prompt_text
@@ -163,6 +170,51 @@ def test_unfinished_thoughts_are_reported(tiny: Any, monkeypatch: pytest.MonkeyP
     seed = SeedPrompts([Prompt([1], {}) for _ in texts[2:]], 4)
     [result] = answer_seeds(Context(tiny, "t", lambda part: ""), [seed], rules, 4)
     assert set(result.metrics) == {"score"}
+
+
+ALWAYS = CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+
+
+@pytest.mark.fault(
+    "evaluation",
+    "a template that opens the thought itself",
+    "an answer that does not end it is an unfinished thought",
+)
+@pytest.mark.parametrize("special", [None, False, True])
+def test_a_thought_that_the_template_opens_is_not_an_answer(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, special: bool | None
+) -> None:
+    found = tokenizer(ALWAYS)
+    if special is not None:
+        from tokenizers import AddedToken
+
+        marks = [AddedToken(mark, special=special) for mark in ("<think>", "</think>")]
+        found.add_tokens(marks, special_tokens=special)
+    texts = ["Hm, the key", "Hm.</think>\n\nkey", "key <think> key", "no"]
+    tokens = [found(text, add_special_tokens=False).input_ids for text in texts]
+    sizes = {"row_bytes": [1] * 4, "row_elements": [1] * 4}
+    monkeypatch.setattr(
+        "kvquant.evaluation.generated.greedy",
+        lambda *a, **k: SimpleNamespace(tokens=tokens, **sizes),
+    )
+    context = Context(SimpleNamespace(tokenizer=found, approximates=False), "t", lambda part: "")
+    rules = Rules(lambda prompt, answer: float("key" in answer))
+    sample = RulerSample("Where is the key? " * 20, "The key is", [])
+    for prompt in (
+        as_tokens(found, "Where is the key? " * 20, True),
+        found(prompt_text(found, sample)[0], add_special_tokens=False).input_ids,
+    ):
+        [result] = answer_seeds(context, [SeedPrompts([Prompt(prompt, {})] * 4, 9)], rules, 4)
+        assert [row["answer"] for row in result.rows] == ["", "key", "", ""]
+        assert result.metrics["thought_share"] == 1.0
+        assert result.metrics["thought_unfinished_share"] == 0.75
+    closed = tokenizer(THINKING)
+    for prompt in (
+        as_tokens(closed, "Why?", True),
+        closed("<think> of it " + "Why? " * 99).input_ids,
+    ):
+        assert not begins_in_thought(closed, prompt)
+    assert not begins_in_thought(tiny.tokenizer, [1])
 
 
 def study(**options: Any) -> Study:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvquant.errors import NonFinite, UserError
-from tests.support.models import save_tiny, tiny_tokenizer
+from tests.support.models import adding, save_tiny, tiny_tokenizer
 
 lm = pytest.importorskip("kvquant.evaluation.lm_eval_model", reason="lm-eval is not installed")
 huggingface = pytest.importorskip("lm_eval.models.huggingface")
@@ -111,6 +111,25 @@ def test_a_text_that_brings_its_bos_gets_no_second(folder: Path) -> None:
     bos = model.tokenizer.bos_token
     plain, marked = model.loglikelihood_rolling([ask("The sky"), ask(bos + "The sky")])
     assert plain == marked
+
+
+def test_an_end_token_behind_texts_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    """Scores and answers are those of a tokenizer that adds none."""
+    from transformers import AutoTokenizer
+
+    plain = ours(folder)
+    bos = plain.tokenizer("").input_ids
+    begin = f"{plain.tokenizer.bos_token} $A" if bos else "$A"
+    adding(f"{begin} {plain.tokenizer.eos_token}").save_pretrained(tmp_path)
+    end = AutoTokenizer.from_pretrained(tmp_path)("a").input_ids[-1]
+    assert end == plain.tokenizer.eos_token_id
+    ended = ours(folder, tokenizer=str(tmp_path))
+    pairs = [ask(*pair) for pair in PAIRS]
+    assert ended.loglikelihood(pairs) == plain.loglikelihood(pairs)
+    texts = [ask(text) for text in TEXTS]
+    assert ended.loglikelihood_rolling(texts) == plain.loglikelihood_rolling(texts)
+    asked = [ask(text, {"until": [], "max_gen_toks": 8}) for text in TEXTS]
+    assert ended.generate_until(asked) == plain.generate_until(asked)
 
 
 GREEDY: list[dict[str, Any]] = [

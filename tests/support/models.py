@@ -87,6 +87,19 @@ def tiny_tokenizer(chat: bool = True) -> Any:
     return tokenizer
 
 
+def adding(template: str) -> Any:
+    """A tiny tokenizer that adds special tokens to texts, as in "<|im_start|> $A"."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    names = sorted({word for word in template.split() if word != "$A"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template,
+        special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in names],
+    )
+    return tokenizer
+
+
 def save_tiny(
     folder: Path, *, positions: int = 2048, chat: bool = True, head_dim: int = 16
 ) -> Path:
