@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+_OUT_DIR = "folder of the tables to write (Parquet, each with a CSV twin)"
+
 
 def aggregate(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `kvquant aggregate`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--results", required=True, type=Path, help="the study's results folder")
     parser.add_argument("--device-name", required=True, help="device in perf and energy paths")
-    parser.add_argument("--out-dir", required=True, type=Path)
+    parser.add_argument("--out-dir", required=True, type=Path, help=_OUT_DIR)
     parser.add_argument(
         "--present",
         action="store_true",
@@ -23,14 +25,14 @@ def statistics(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `kvquant statistics`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--tables", required=True, type=Path, help="folder of collected tables")
-    parser.add_argument("--out-dir", required=True, type=Path)
+    parser.add_argument("--out-dir", required=True, type=Path, help=_OUT_DIR)
 
 
 def pareto(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `kvquant pareto`."""
     parser.add_argument("--study", required=True, help="study file (YAML or JSON)")
     parser.add_argument("--tables", required=True, type=Path, help="folder of collected tables")
-    parser.add_argument("--out-dir", required=True, type=Path)
+    parser.add_argument("--out-dir", required=True, type=Path, help=_OUT_DIR)
 
 
 def tables(parser: argparse.ArgumentParser) -> None:

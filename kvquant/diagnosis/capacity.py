@@ -204,7 +204,7 @@ def show(found: dict[str, Any], facts: CacheFacts, screen: Screen) -> None:
         f"calls of {chunk:,}."
     )
     if batch is not None:
-        told += f" each of {batch:,}: how long so many prompts at once can be."
+        told += f" each of {batch:,}: how long each prompt can be if all are held at once."
     screen.line(told)
     if any(row[-1].endswith("*") or row[6].endswith("*") for row in rows):
         screen.line("*: the longest sequence that the model supports.")

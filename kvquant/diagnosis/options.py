@@ -41,8 +41,12 @@ def doctor(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `kvquant doctor`."""
     parser.add_argument("--model", help="folder or hub id, of which config.json alone is read")
     parser.add_argument("--scheme", help=f"{_SCHEME}, with --model; default: one of every kind")
-    parser.add_argument("--data-dir", type=Path, help="default: KVQUANT_DATA_DIR")
-    parser.add_argument("--offline", action="store_true", help="ask not the hub but its cache")
+    parser.add_argument(
+        "--data-dir", type=Path, help="folder of data sets; default: KVQUANT_DATA_DIR"
+    )
+    parser.add_argument(
+        "--offline", action="store_true", help="read the hub's cache, without asking the hub"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object (docs/cli.md)")
 
 
@@ -66,7 +70,9 @@ def capacity(parser: argparse.ArgumentParser) -> None:
         "--prompt", type=int, help="tokens per prompt; default: 4096, or as many as the model takes"
     )
     parser.add_argument(
-        "--batch", type=int, help="how long so many prompts at once can be; default: not said"
+        "--batch",
+        type=int,
+        help="say also how long each of this many prompts can be, all at once; default: do not",
     )
     parser.add_argument(
         "--scheme",
@@ -80,7 +86,11 @@ def capacity(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "bfloat16", "float16", "float32"),
         help="of the weights; auto: 16 bits, of the checkpoint's kind",
     )
-    parser.add_argument("--weights", metavar="SIZE", help="default: what the configuration gives")
+    parser.add_argument(
+        "--weights",
+        metavar="SIZE",
+        help="bytes of the weights; default: what the configuration gives",
+    )
     parser.add_argument(
         "--reserve", metavar="SIZE", help="of driver and libraries; default: 2.05GB"
     )

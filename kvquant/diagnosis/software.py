@@ -147,7 +147,9 @@ def _slurm() -> Found:
         return "warning", told, "try again, or ask the cluster's operators"
     if asked.returncode:
         told = (asked.stderr.strip().splitlines() or ["sinfo failed"])[0]
-        return "warning", f"{version}; {told}", "check SLURM_CONF and the controller"
+        # Without a configuration, `sinfo --version` fails too and prints no version.
+        found = f"{version}; {told}" if version else told
+        return "warning", found, "check SLURM_CONF and the controller"
     partitions = " ".join(asked.stdout.split())
     return "ok", f"{version}, partitions {partitions or 'none'}", ""
 

@@ -150,7 +150,7 @@ class MixedRows:
         parts = packed.split(sizes, 1)
 
         def joined(heads: tuple[torch.Tensor, ...], tokens: int) -> torch.Tensor:
-            """The planes of all heads, `[blocks, tokens, planes, bytes]`."""
+            """Returns the planes of all heads, `[blocks, tokens, planes, bytes]`."""
             planes = zip(heads, self.planes, strict=True)
             return torch.cat([h.unflatten(1, (tokens, n, -1)) for h, n in planes], 2)
 

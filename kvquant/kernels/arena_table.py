@@ -29,7 +29,7 @@ ARENA_FIELDS = (
 
 
 def block_number(arena: int, place: int) -> int:
-    """The number of the block at a place of an arena.
+    """Returns the number of the block at a place of an arena.
 
     Raises:
         ValueError: The arena or the place does not fit in a block number.
@@ -42,7 +42,7 @@ def block_number(arena: int, place: int) -> int:
 def block_numbers(
     sequences: Sequence[Sequence[tuple[int, int]]], blocks: Sequence[int]
 ) -> torch.Tensor:
-    """Block numbers of sequences as an int32 tensor `[batch_size, most blocks]`, on the CPU.
+    """Returns the sequences' block numbers, an int32 tensor `[batch_size, most blocks]` on the CPU.
 
     Backends refuse what has no number (:mod:`kvquant.kernels.limits`); this loop runs in the decode
     path and checks nothing.
@@ -60,7 +60,7 @@ def block_numbers(
 
 
 def cuda_constants() -> str:
-    """C++ definitions that the CUDA kernels decode block numbers and arena rows with."""
+    """Returns C++ definitions that the CUDA kernels decode block numbers and arena rows with."""
     fields = ", ".join(field.upper() for field in ARENA_FIELDS)
     return (
         f"constexpr int PLACE_BITS = {PLACE_BITS};\n"

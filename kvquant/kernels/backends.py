@@ -81,7 +81,7 @@ class DeviceFacts:
 
 @functools.cache
 def device_facts(device: torch.device) -> DeviceFacts:
-    """The facts about a device, found once per process without allocating memory on it.
+    """Returns the facts about a device, found once per process without allocating memory on it.
 
     Raises:
         UserError: It is a GPU, and this process sees none.
@@ -125,11 +125,11 @@ class Selection:
     refused: tuple[tuple[Backend, tuple[str, ...]], ...]
 
     def reasons(self, backend: Backend) -> tuple[str, ...]:
-        """The sentences why a backend was refused; none if it was selected or not asked."""
+        """Returns the sentences why a backend was refused; none if it was selected or not asked."""
         return dict(self.refused).get(backend, ())
 
     def lines(self) -> list[str]:
-        """The decision for people: the backend in the first line, then a line per reason."""
+        """Returns the decision for people: first the backend, then a line per reason."""
         told = [f"{TITLES[self.operation]}: {self.backend or 'no backend'}"]
         for backend, reasons in self.refused:
             told += [f"  not {backend}: {reason}" for reason in reasons]
@@ -137,7 +137,7 @@ class Selection:
 
 
 def wish() -> str:
-    """The value of `KVQUANT_KERNELS`.
+    """Returns the value of `KVQUANT_KERNELS`.
 
     Raises:
         UserError: It is not one of the three.
@@ -177,7 +177,7 @@ def demand(operation: Operation, backend: Backend, shape: CacheShape, device: to
 
 
 def report(shape: CacheShape, device: torch.device) -> dict[Operation, Selection]:
-    """The backend of each operation for a model's shape, without compiling or allocating.
+    """Returns the backend of each operation for a model's shape, without compiling or allocating.
 
     Args:
         shape: Of a cache that is still empty.
@@ -200,7 +200,7 @@ def report(shape: CacheShape, device: torch.device) -> dict[Operation, Selection
 def decide(
     operation: Operation, shape: CacheShape, facts: DeviceFacts, wished: str, *, load: bool = True
 ) -> Selection:
-    """The decision as a function of all that it depends on; see :func:`select`.
+    """Returns the decision as a function of all that it depends on; see :func:`select`.
 
     Args:
         operation: See :func:`select`.
@@ -264,7 +264,7 @@ def _cuda_refusals(facts: DeviceFacts, wished: str) -> Iterator[str]:
 
 
 def _query_refusals(shape: CacheShape, wished: str) -> Iterator[str]:
-    """The reason why Triton does not take fp32 queries: tensor cores have no such arithmetic."""
+    """Yields why Triton does not take fp32 queries: tensor cores have no such arithmetic."""
     dtype = shape.query_dtype or shape.dtype
     if dtype not in limits.HALF and wished != "triton":
         name = str(dtype).removeprefix("torch.")
@@ -277,7 +277,7 @@ def _query_refusals(shape: CacheShape, wished: str) -> Iterator[str]:
 def _load_refusals(
     operation: Operation, shape: CacheShape, index: int, *, expands: bool
 ) -> Iterator[str]:
-    """The reason why a kernel that should run does not compile or load.
+    """Yields the reason why a kernel that should run does not compile or load.
 
     Args:
         operation: See :func:`select`.

@@ -21,7 +21,7 @@ InputLayout = Literal["pairs", "channels", "strided"]
 
 
 def input_layout(*blocks: torch.Tensor) -> InputLayout:
-    """The memory layout that all of these 16-bit blocks `[..., head_dim]` have."""
+    """Returns the memory layout that all of these 16-bit blocks `[..., head_dim]` have."""
     if any(x.stride(-1) != 1 for x in blocks):
         return "strided"
     for x in blocks:

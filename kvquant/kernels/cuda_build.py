@@ -80,12 +80,12 @@ def _compile(
 
 
 def index_of(x: torch.Tensor) -> int:
-    """The index of the GPU that holds a tensor."""
+    """Returns the index of the GPU that holds a tensor."""
     return x.device.index if x.device.index is not None else torch.cuda.current_device()
 
 
 def multiprocessors(index: int) -> int:
-    """The number of multiprocessors of a GPU."""
+    """Returns the number of multiprocessors of a GPU."""
     count: int = torch.cuda.get_device_properties(index).multi_processor_count
     return count
 

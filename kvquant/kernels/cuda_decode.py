@@ -67,7 +67,7 @@ class DecodeShape:
         return 8 if self.group * self.head_dim <= 1024 else 4
 
     def split(self, shared_bytes: int) -> int:
-        """The largest number of chunks that a thread block takes: a whole number of blocks.
+        """Returns the largest number of chunks that a thread block takes: a whole number of blocks.
 
         Args:
             shared_bytes: Shared memory of a multiprocessor, which two thread blocks shall share.
@@ -146,7 +146,7 @@ class DecodeShape:
         }
 
     def header(self, shared_bytes: int) -> str:
-        """The text of `generated.cuh` for this shape.
+        """Returns the text of `generated.cuh` for this shape.
 
         Args:
             shared_bytes: Shared memory of a multiprocessor.
@@ -156,13 +156,13 @@ class DecodeShape:
 
 
 def shared_memory(device: int) -> int:
-    """The shared memory of a GPU's multiprocessor, in bytes."""
+    """Returns the shared memory of a GPU's multiprocessor, in bytes."""
     return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
 
 
 @functools.cache
 def functions(shape: DecodeShape, device: int) -> tuple[Function, Function, Function]:
-    """The kernels `decode`, `combine` and `combine_with_sinks`, compiled for a GPU."""
+    """Returns the kernels `decode`, `combine` and `combine_with_sinks`, compiled for a GPU."""
     module = load(shape.source, shape.header(shared_memory(device)), device)
     decode = module.function("decode", module.number("smem_bytes"))
     return decode, module.function("combine"), module.function("combine_with_sinks")

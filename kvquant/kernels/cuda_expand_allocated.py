@@ -94,7 +94,7 @@ def blocks_at_a_time(head_dim: int, shared_bytes: int) -> int:
 
 
 def header(shape: DecodeShape, shared_bytes: int) -> str:
-    """The text of `generated.cuh` for a shape.
+    """Returns the text of `generated.cuh` for a shape.
 
     Args:
         shape: Of the cache.
@@ -109,7 +109,7 @@ def header(shape: DecodeShape, shared_bytes: int) -> str:
 
 @functools.cache
 def function(shape: DecodeShape, device: int) -> Function:
-    """The kernel `expand`, compiled for a GPU."""
+    """Returns the kernel `expand`, compiled for a GPU."""
     module = load("expand_allocated.cu", header(shape, shared_memory(device)), device)
     return module.function("expand", storage_bytes(shape.head_dim))
 

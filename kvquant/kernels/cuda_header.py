@@ -17,7 +17,7 @@ HEADER_NAME = "generated.cuh"
 
 
 def constants_text(constants: Mapping[str, int | bool]) -> str:
-    """C++ definitions of the constants of a shape."""
+    """Returns C++ definitions of the constants of a shape."""
     lines = [
         f"constexpr bool {name} = {str(value).lower()};\n"
         if isinstance(value, bool)
@@ -28,7 +28,7 @@ def constants_text(constants: Mapping[str, int | bool]) -> str:
 
 
 def struct_check(struct: type[ctypes.Structure]) -> str:
-    """A C++ template that refuses a struct whose fields are not those that Python fills.
+    """Returns a C++ template that refuses a struct whose fields are not those that Python fills.
 
     It compares the order of the fields, the size of each and the size of the whole, which leave no
     other place for a field. The source instantiates it behind its definition of the struct:
@@ -53,7 +53,7 @@ def struct_check(struct: type[ctypes.Structure]) -> str:
 def cuda_header(
     constants: Mapping[str, int | bool], structs: Sequence[type[ctypes.Structure]]
 ) -> str:
-    """The text of `generated.cuh` for a shape.
+    """Returns the text of `generated.cuh` for a shape.
 
     Args:
         constants: Names and values of the shape's constants.

@@ -87,21 +87,21 @@ class PackShape:
         }
 
     def header(self) -> str:
-        """The text of `generated.cuh` for this shape."""
+        """Returns the text of `generated.cuh` for this shape."""
         structs = (cuda_structs.PackSource, cuda_structs.PackTarget)
         return cuda_header(self.constants(), structs)
 
 
 @functools.cache
 def functions(shape: PackShape, device: int) -> tuple[Function, Function, Function | None]:
-    """The kernels `pack_keys`, `pack_values` and `group_values`, compiled for a GPU."""
+    """Returns the kernels `pack_keys`, `pack_values` and `group_values`, compiled for a GPU."""
     module = load("pack.cu", shape.header(), device)
     group = module.function("group_values") if shape.per_side else None
     return module.function("pack_keys"), module.function("pack_values"), group
 
 
 def source_of(x: torch.Tensor, places: torch.Tensor | None) -> cuda_structs.PackSource:
-    """The argument for the blocks that lie in `[sequences, num_heads, tokens, head_dim]`.
+    """Returns the argument for the blocks that lie in `[sequences, num_heads, tokens, head_dim]`.
 
     Args:
         x: The tokens.
@@ -112,7 +112,7 @@ def source_of(x: torch.Tensor, places: torch.Tensor | None) -> cuda_structs.Pack
 
 
 def target_of(target: PackTarget) -> cuda_structs.PackTarget:
-    """The argument for the tensors that packed blocks go to."""
+    """Returns the argument for the tensors that packed blocks go to."""
     lists = (target.begin, target.count, target.positions, target.values, target.cursor)
     tensors = (target.codes, target.status, *lists)
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
@@ -149,7 +149,7 @@ def pack_keys(
 
 
 def value_blocks_per_sm(workers: int) -> int:
-    """Thread blocks of values that a multiprocessor takes at once.
+    """Returns how many thread blocks of values a multiprocessor takes at once.
 
     Args:
         workers: Threads per thread block.
@@ -214,7 +214,7 @@ def pack_values(
 
 @functools.cache
 def _beside(index: int) -> torch.cuda.Stream:
-    """A second stream of a GPU, for what may run beside the current one."""
+    """Returns a second stream of a GPU, for what may run beside the current one."""
     return torch.cuda.Stream(torch.device("cuda", index))
 
 

@@ -63,7 +63,7 @@ class AllocatedPackShape:
         }
 
     def header(self) -> str:
-        """The text of `generated.cuh` for this shape."""
+        """Returns the text of `generated.cuh` for this shape."""
         structs = (cuda_structs.PackSource, cuda_structs.PackTarget, PackTables)
         return cuda_header(self.constants(), structs)
 
@@ -184,7 +184,7 @@ def midpoint_row(levels: torch.Tensor, width: int, *, of_keys: bool) -> torch.Te
 
 @functools.cache
 def functions(shape: AllocatedPackShape, device: int) -> tuple[Function, Function]:
-    """The kernels `pack_allocated_keys` and `pack_allocated_values`, compiled for a GPU."""
+    """Returns the kernels `pack_allocated_keys` and `pack_allocated_values`, compiled for a GPU."""
     module = load("pack_allocated.cu", shape.header(), device)
     return module.function("pack_allocated_keys"), module.function("pack_allocated_values")
 

@@ -60,7 +60,7 @@ class PromptShape:
 
 
 def header(shape: PromptShape) -> str:
-    """The text of `generated.cuh` for a shape."""
+    """Returns the text of `generated.cuh` for a shape."""
     constants = {
         "HEAD_DIM": shape.head_dim,
         "BF16": shape.bf16,
@@ -75,7 +75,7 @@ def header(shape: PromptShape) -> str:
 
 @functools.cache
 def function(shape: PromptShape, device: int) -> Function:
-    """The kernel, compiled for a GPU."""
+    """Returns the kernel, compiled for a GPU."""
     module = load("prompt_attention.cu", header(shape), device, own_instructions=True)
     return module.function("attend_prompt", shape.shared_bytes)
 

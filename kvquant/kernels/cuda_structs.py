@@ -49,7 +49,7 @@ class PackTarget(ctypes.Structure):
 
 
 def allocated_table_struct(head_dim: int) -> type[ctypes.Structure]:
-    """The same for allocated codes (`cuda/allocated_table.cuh`).
+    """Returns the same for allocated codes (`cuda/allocated_table.cuh`).
 
     Args:
         head_dim: Of the cache.
@@ -76,7 +76,7 @@ def allocated_table_struct(head_dim: int) -> type[ctypes.Structure]:
 
 
 def head_table_struct(bits: int, head_dim: int) -> type[ctypes.Structure]:
-    """The calibration of one kv head as the decode kernel reads it (`cuda/head_table.cuh`).
+    """Returns the calibration of one kv head as the decode kernel reads it (`cuda/head_table.cuh`).
 
     Args:
         bits: Of the codes.

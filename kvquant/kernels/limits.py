@@ -30,7 +30,7 @@ def _list(numbers: tuple[int, ...]) -> str:
 
 
 def _codes(shape: CacheShape, *known: str) -> Iterator[str]:
-    """The reasons against every GPU kernel: each reads the codes of some scheme kinds alone."""
+    """Yields why no GPU kernel reads these codes: each reads those of some scheme kinds alone."""
     if shape.codebook not in known:
         named = " and ".join(f"'{kind}'" for kind in known)
         yield (
@@ -61,7 +61,7 @@ def _head_dim(shape: CacheShape, known: tuple[int, ...]) -> Iterator[str]:
 
 
 def _no_chunks(shape: CacheShape) -> str:
-    """The reason against blocks of allocated codes that do not consist of whole chunks."""
+    """Returns the reason against blocks of allocated codes that do not consist of whole chunks."""
     return (
         f"block_size: {shape.block_size} is not a multiple of the {CHUNK} tokens that a warp takes "
         f"at a time; choose {CHUNK}"
@@ -77,7 +77,7 @@ def _channels(shape: CacheShape) -> Iterator[str]:
 
 
 def _readable_blocks(shape: CacheShape) -> Iterator[str]:
-    """The reasons against every kernel that reads packed blocks where they lie."""
+    """Yields the reasons against every kernel that reads packed blocks where they lie."""
     if shape.kept_rope:
         yield (
             "kept_rope: the cache keeps a rotation per token, and kernels compute it from the "
@@ -117,7 +117,7 @@ def _readable_blocks(shape: CacheShape) -> Iterator[str]:
 
 
 def cuda_pack(shape: CacheShape) -> Iterator[str]:
-    """The reasons why the CUDA kernels do not pack blocks of this shape."""
+    """Yields the reasons why the CUDA kernels do not pack blocks of this shape."""
     if shape.codebook == "allocated":
         yield from _cuda_pack_allocated(shape)
         return
@@ -146,7 +146,7 @@ def cuda_pack(shape: CacheShape) -> Iterator[str]:
 
 
 def _cuda_pack_allocated(shape: CacheShape) -> Iterator[str]:
-    """The reasons why the CUDA kernels do not pack blocks of allocated codes."""
+    """Yields the reasons why the CUDA kernels do not pack blocks of allocated codes."""
     yield from _codes(shape, "allocated")
     yield from _head_dim(shape, CUDA_HEAD_DIMS)
     if shape.block_size % CHUNK or shape.block_size < 1:
@@ -154,7 +154,7 @@ def _cuda_pack_allocated(shape: CacheShape) -> Iterator[str]:
 
 
 def triton_pack(shape: CacheShape) -> Iterator[str]:
-    """The reasons why the Triton kernels do not pack blocks of this shape."""
+    """Yields the reasons why the Triton kernels do not pack blocks of this shape."""
     yield from _codes(shape, "nuq")
     if shape.head_dim % 8 or shape.head_dim < 32:
         yield (
@@ -177,7 +177,7 @@ def triton_pack(shape: CacheShape) -> Iterator[str]:
 
 
 def pytorch_pack(shape: CacheShape) -> Iterator[str]:
-    """The reasons why PyTorch does not pack blocks of this shape."""
+    """Yields the reasons why PyTorch does not pack blocks of this shape."""
     if shape.dtype not in HALF:
         yield (
             f"dtype: blocks of {_name(shape.dtype)} are not 16-bit; convert them to float16 or "
@@ -191,7 +191,7 @@ def pytorch_pack(shape: CacheShape) -> Iterator[str]:
 
 
 def cuda_decode(shape: CacheShape) -> Iterator[str]:
-    """The reasons why the CUDA kernel does not take decode steps of this shape."""
+    """Yields the reasons why the CUDA kernel does not take decode steps of this shape."""
     yield from _codes(shape, "nuq", "allocated")
     yield from _head_dim(shape, CUDA_HEAD_DIMS)
     if shape.queries_per_kv_head > MAX_GROUP:
@@ -225,7 +225,7 @@ def cuda_decode(shape: CacheShape) -> Iterator[str]:
 
 
 def triton_past(shape: CacheShape) -> Iterator[str]:
-    """The reasons why the Triton kernels do not attend to a packed past of this shape."""
+    """Yields the reasons why the Triton kernels do not attend to a packed past of this shape."""
     yield from _codes(shape, "nuq", "allocated")
     allocated = shape.codebook == "allocated"
     yield from _head_dim(shape, CUDA_HEAD_DIMS if allocated else TRITON_HEAD_DIMS)

@@ -47,7 +47,7 @@ def select_prompt(head_dim: int, dtype: torch.dtype, device: torch.device) -> Se
 def decide_prompt(
     head_dim: int, dtype: torch.dtype, facts: DeviceFacts, wished: str, *, load: bool = True
 ) -> Selection:
-    """The decision as a function of all that it depends on; see :func:`select_prompt`.
+    """Returns the decision as a function of all that it depends on; see :func:`select_prompt`.
 
     Args:
         head_dim: Channels per head.
@@ -78,7 +78,7 @@ def decide_prompt(
 def _shape_refusals(
     backend: Backend, head_dim: int, dtype: torch.dtype, facts: DeviceFacts, wished: str
 ) -> Iterator[str]:
-    """The reasons of the shape, and of the GPU's generation, against a backend."""
+    """Yields the reasons of the shape, and of the GPU's generation, against a backend."""
     if backend == "pytorch":
         return
     known = cuda_prompt_attention.HEAD_DIMS if backend == "cuda" else TRITON_HEAD_DIMS

@@ -12,7 +12,7 @@ import torch
 
 
 def largest(dtype: torch.dtype) -> int:
-    """The largest finite number of a 16-bit type, as an integer in the order of the floats."""
+    """Returns the largest finite number of a 16-bit type, as an integer in the floats' order."""
     return 0x7BFF if dtype is torch.float16 else 0x7F7F
 
 

@@ -79,7 +79,10 @@ def _read_pretrained(kind: Any, directory: str | Path, **options: Any) -> Any:
         # Each library that may read a damaged file raises another type of error.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         told = lines[0] if not lines[0].endswith(":") else " ".join(map(str.strip, lines[:2]))
-        raise UserError(f"model: cannot load '{directory}': {told}") from None
+        tried = f"cannot load '{directory}'"
+        if not os.path.exists(directory):  # transformers took a mistyped folder for a hub id
+            tried = f"'{directory}' is no folder here, and cannot be loaded as a hub id"
+        raise UserError(f"model: {tried}: {told}") from None
 
 
 def load_config(model: str | Path) -> Any:

@@ -133,7 +133,7 @@ class AllocatedQuantizer:
         return select("pack", self._shape(like, size), like.device).backend == "cuda"
 
     def _shape(self, like: torch.Tensor, size: int) -> CacheShape:
-        """The properties of blocks of `size` tokens that decide which backend packs them."""
+        """Returns the properties of blocks of `size` tokens that decide who packs them."""
         _, heads, _, dim = like.shape
         key = (heads, size, dim, like.dtype)
         if key not in self._shapes:

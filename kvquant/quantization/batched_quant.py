@@ -272,11 +272,11 @@ class BatchedKVQuantizer:
         target.status[1:] |= not_finite(x)
 
     def backend(self, keys: torch.Tensor, values: torch.Tensor) -> Backend | None:
-        """The backend that packs these blocks; None if they are refused by each."""
+        """Returns the backend that packs these blocks; None if they are refused by each."""
         return select("pack", self._shape(keys, values, keys.shape[2]), keys.device).backend
 
     def _shape(self, keys: torch.Tensor, values: torch.Tensor, size: int) -> CacheShape:
-        """The properties of blocks of `size` tokens that decide which backend packs them."""
+        """Returns the properties of blocks of `size` tokens that decide who packs them."""
         _, heads, _, dim = keys.shape
         key = (heads, size, dim, keys.dtype, input_layout(keys, values))
         if key not in self._shapes:

@@ -37,7 +37,7 @@ def factors(size: int) -> tuple[int, int]:
 
 @functools.cache
 def _paley(order: int) -> tuple[tuple[int, ...], ...]:
-    """The rows of a Hadamard matrix of the given order, of elements +1 and -1."""
+    """Returns the rows of a Hadamard matrix of the given order, of elements +1 and -1."""
     prime = _PALEY[order]
     squares = {i * i % prime for i in range(1, prime)}
 
@@ -65,7 +65,7 @@ def _paley(order: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _multiply(x: torch.Tensor, order: int, *, transposed: bool) -> torch.Tensor:
-    """The product of Paley's matrix and the second to last dimension of `[..., order, n]`."""
+    """Multiplies the second to last dimension of `[..., order, n]` by Paley's matrix."""
     matrix = _paley(order)
     parts = x.unbind(-2)
     out = []

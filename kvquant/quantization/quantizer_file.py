@@ -59,7 +59,7 @@ class QuantizerManifest(BaseModel):
 
 
 def tensors_path(manifest: Path) -> Path:
-    """The path of the tensor file that belongs to a quantizer.json."""
+    """Returns the path of the tensor file that belongs to a quantizer.json."""
     return manifest.with_suffix(".safetensors")
 
 

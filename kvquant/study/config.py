@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError, model_validator
 
-from kvquant.errors import UserError
+from kvquant.errors import UserError, unknown
 from kvquant.study.checks import problems
 from kvquant.study.overlay import read_study
 from kvquant.study.own_texts import with_hashes
@@ -116,6 +116,14 @@ def parse_study(raw: Any, where: str = "config") -> Study:
                 str(p) for i, p in enumerate(item["loc"]) if not (tagged and i == 2 and p in tags)
             )
             message = item["msg"].removeprefix("Value error, ")
+            # Of a wrong kind or suite pydantic names no key and offers no similar word.
+            if item["type"] == "union_tag_invalid":
+                tag, key = str(item["ctx"]["tag"]), str(item["ctx"]["discriminator"]).strip("'")
+                path += f".{key}"
+                message = str(unknown(key, tag, SCHEME_KINDS if key == "kind" else SUITES))
+            if item["type"] == "union_tag_not_found":
+                path += "." + str(item["ctx"]["discriminator"]).strip("'")
+                message = "missing"
             if item["type"] == "lossy":
                 path = ".".join(filter(None, (path, str(item["ctx"]["field"]))))
             if not path:  # problems of the study as a whole, one per line

@@ -219,10 +219,10 @@ def summary_lines(study: Study) -> list[str]:
     total = sum(jobs for _, jobs, _ in rows)
     lines = [f"  {'rule':<32} {'jobs':>5}      GPU-hours requested"]
     for rule, jobs, hours in [*rows, ("all", total, expected_gpu_hours(study))]:
-        lines.append(f"  {rule:<32} {jobs:>5} jobs {hours:>9,.1f}")
+        lines.append(f"  {rule:<32} {jobs:>5,}      {hours:>9,.1f}")
     jobs, hours = one_job_per_seed(study)
     lines.append(
-        f"  with one job per seed: {jobs} jobs, {hours:,.1f} GPU-hours "
+        f"  with one job per seed: {jobs:,} jobs, {hours:,.1f} GPU-hours "
         f"({LOAD_MINUTES} minutes per job to load the model)"
     )
     return lines

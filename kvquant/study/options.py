@@ -19,7 +19,12 @@ def grid(parser: argparse.ArgumentParser) -> None:
 
 def schema(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `kvquant schema`."""
-    parser.add_argument("--out", type=Path, default=Path("config/schema.json"))
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("config/schema.json"),
+        help="JSON to write; default: config/schema.json",
+    )
 
 
 def seal(parser: argparse.ArgumentParser) -> None:

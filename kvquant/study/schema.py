@@ -9,7 +9,7 @@ from kvquant.study.config import json_schema
 
 
 def schema_text() -> str:
-    """The schema as committed in config/schema.json."""
+    """Returns the schema as committed in config/schema.json."""
     return json.dumps(json_schema(), indent=2, sort_keys=True) + "\n"
 
 

@@ -68,7 +68,7 @@ def test_every_family_is_judged_as_loading_judges_it(family: str) -> None:
 
 
 def test_what_cannot_be_read_or_made_takes_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match="is no folder here, and cannot be loaded as a hub id"):
         read_model(tmp_path / "nowhere")
     odd = {"model_type": "llama", "hidden_size": 100, "num_attention_heads": 3}
     (tmp_path / "config.json").write_text(json.dumps(odd))

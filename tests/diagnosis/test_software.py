@@ -127,6 +127,8 @@ def test_slurm_and_latex(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert software._slurm()[0] == "warning"
     command(tmp_path, "sinfo", 'test "$1" = --version && echo slurm || { echo no >&2; exit 1; }')
     assert software._slurm()[1] == "slurm; no"
+    command(tmp_path, "sinfo", "echo no configuration >&2; exit 1")
+    assert software._slurm()[1] == "no configuration"
 
 
 def test_data_sets_of_a_folder(tmp_path: Path) -> None:

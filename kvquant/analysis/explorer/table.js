@@ -11,8 +11,9 @@ function numberText(value, column) {
   const size = Math.abs(value);
   let text;
   if (column.digits !== undefined && (value === 0 || size >= 0.5 * 10 ** -column.digits)) {
+    // Halves go to the even digit, as in the paper's tables: a mean of 90.25 is 90.2 in both.
     const digits = { minimumFractionDigits: column.digits, maximumFractionDigits: column.digits };
-    text = value.toLocaleString("en", digits);
+    text = value.toLocaleString("en", { ...digits, roundingMode: "halfEven" });
   } else if (size >= 1000) text = value.toLocaleString("en", { maximumFractionDigits: 0 });
   else if (size >= 1e-4 || value === 0) {
     const significant = column.digits === undefined ? 4 : 1;
