@@ -7,7 +7,7 @@ constexpr u32 MAGIC = 0x4B400000u;
 constexpr float MAGIC_NUMBER = 12582912.0f;
 constexpr float WEIGHT_BITS = 8.0f, MAX_DROP = 40.0f;
 constexpr float LOWEST = -1e30f;  // stands for a maximum of nothing
-constexpr int SCORES = KEYS_PER_TILE / 2, PARTS = HEAD_DIM / 64;  // accumulators; step 4 of prompt_attention.cu
+constexpr int SCORES = KEYS_PER_TILE / 2, PARTS = HEAD_DIM / 64;  // step 4 of prompt_attention.cu
 constexpr int REST_UNITS = 1 << REST_BITS;  // second numbers per unit of the first
 
 __device__ __forceinline__ float exp2_approximately(float x) {
