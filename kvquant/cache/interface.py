@@ -35,6 +35,8 @@ def sequence_indices(
     Raises:
         ValueError: The indices do not fit the cache.
     """
+    if not isinstance(given, torch.Tensor):
+        raise ValueError(f"{name}: must be a tensor of indices [n], got {type(given).__name__}")
     if given.dim() != 1:
         raise ValueError(f"{name}: must have one dimension, got shape {tuple(given.shape)}")
     if given.is_floating_point() or given.is_complex():
