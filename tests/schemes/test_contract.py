@@ -179,6 +179,22 @@ def test_every_scheme_that_packs_blocks_takes_sinks() -> None:
     assert {s.kind for s in SINKING} == {kind.name for kind in PACKS_BLOCKS}
 
 
+@pytest.mark.parametrize("spec", SINKING, ids=lambda spec: spec.kind)
+@pytest.mark.parametrize("dim", [12, 20])
+def test_a_head_dim_is_refused_before_the_first_call_or_works(spec: Any, dim: int) -> None:
+    """Blocks of two kinds could not be packed, which only a call with enough tokens told."""
+    model = tiny_model(head_dim=dim)
+    try:
+        qm = quantized(model, spec)
+        for codec in qm.codecs or []:
+            codec.check_model(2, dim)
+    except UserError as error:
+        assert str(dim) in str(error)
+        return
+    logits, _ = feed(qm, torch.randint(1, 97, (1, 140)), None, [100, 40])
+    assert logits.isfinite().all()
+
+
 def test_every_kind_is_tested() -> None:
     assert {s.kind for s in [*OURS, *NOT_OURS]} == set(SCHEME_KINDS)
 
