@@ -43,7 +43,7 @@ import torch
 
 from kvquant.cache.attending import AttendingCache, AttendingLayer, Extent, Protocol
 from kvquant.cache.forward_call import CallRecord, ForwardCall
-from kvquant.cache.interface import CountedCache, QuantizeClock, sequence_indices
+from kvquant.cache.interface import CountedCache, NotCut, QuantizeClock, sequence_indices
 from kvquant.cache.kept_rope import Table
 from kvquant.cache.layout import Span
 from kvquant.cache.padding import host_mask
@@ -299,7 +299,7 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuses to remove tokens, because the public code writes each slot once."""
-        raise NotImplementedError("crop: KVQuant's cache cannot be cut")
+        raise NotCut("KVQuant's cache")
 
     def stored_nbytes(self) -> int:
         """Returns the bytes that are allocated, tables included."""

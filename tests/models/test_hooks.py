@@ -173,9 +173,10 @@ def test_a_copy_goes_its_own_way(spec: Any, way: Any) -> None:
     assert cache.get_seq_length() == 12
 
 
-def test_a_cache_cannot_be_pickled() -> None:
+@pytest.mark.parametrize("spec", [EXACT, REFERENCE], ids=["nuq", "reference"])
+def test_a_cache_cannot_be_pickled(spec: Any) -> None:
     with pytest.raises(UserError, match="cache: cannot be pickled"):
-        pickle.dumps(quantized(tiny_model(), EXACT).new_cache())
+        pickle.dumps(quantized(tiny_model(), spec).new_cache())
 
 
 def test_an_empty_call_is_refused() -> None:
