@@ -22,6 +22,7 @@ from kvquant.cache.forward_call import CallRecord
 from kvquant.cache.interface import QuantizeClock
 from kvquant.cache.kept_rope import Table
 from kvquant.cache.window_plan import WindowPlan
+from kvquant.errors import UserError
 from kvquant.formats.rope import rotate
 from kvquant.study.scheme_kinds import PromptAttention
 
@@ -380,3 +381,11 @@ class AttendingCache(Cache, ABC, Generic[Plan]):
     def quantize_seconds(self) -> float:
         """Seconds spent on quantizing and packing since creation."""
         return self.clock.quantize_seconds
+
+    def __reduce__(self) -> Any:
+        """Refuses to pickle the cache, because a pickle would include the model.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError("cache: cannot be pickled or saved; take a copy() to reuse a prompt")

@@ -46,6 +46,19 @@ class Packed:
         )
 
 
+def check_packable(head_dim: int) -> None:
+    """Refuses a model whose heads do not fill whole bytes with codes of any bits.
+
+    Raises:
+        UserError: The number of channels per head is not a multiple of 8.
+    """
+    if head_dim % 8:
+        raise UserError(
+            f"head_dim: {head_dim} is not a multiple of 8, as packed codes need; use a model with "
+            "one, or another scheme"
+        )
+
+
 def check_made_for(found: tuple[int, ...], num_kv_heads: int, head_dim: int) -> None:
     """Refuses a model of another shape than a quantizer was made for.
 

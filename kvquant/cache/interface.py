@@ -16,6 +16,8 @@ from contextlib import contextmanager
 
 import torch
 
+from kvquant.errors import UserError
+
 
 def sequence_indices(
     name: str, given: torch.Tensor, sequences: int, *, whole: bool = False
@@ -35,6 +37,8 @@ def sequence_indices(
     Raises:
         ValueError: The indices do not fit the cache.
     """
+    if not isinstance(given, torch.Tensor):
+        raise ValueError(f"{name}: must be a tensor of indices [n], got {type(given).__name__}")
     if given.dim() != 1:
         raise ValueError(f"{name}: must have one dimension, got shape {tuple(given.shape)}")
     if given.is_floating_point() or given.is_complex():
@@ -51,6 +55,20 @@ def sequence_indices(
     if not all(-sequences <= i < sequences for i in indices.tolist()):
         raise ValueError(f"{name}: {given.tolist()}, but the cache holds {sequences} sequences")
     return torch.where(indices < 0, indices + sequences, indices)
+
+
+class NotCut(UserError, NotImplementedError):
+    """The error for taking tokens back from a cache that cannot do so.
+
+    Args:
+        cache: What the cache is.
+    """
+
+    def __init__(self, cache: str) -> None:
+        super().__init__(
+            f"crop: {cache} cannot take tokens back, as guessed tokens need (prompt lookup, an "
+            "assistant model): leave them out, or use another kind of scheme"
+        )
 
 
 class CountedCache(ABC):

@@ -25,7 +25,6 @@ from kvquant.cache.padding import Padding
 from kvquant.cache.planner import Planner
 from kvquant.cache.window_layer import WindowLayer
 from kvquant.cache.window_plan import Windows
-from kvquant.errors import UserError
 from kvquant.formats.rope import Rope
 
 # The layout of a cache whose layers all have windows: lengths alone, as nothing is packed.
@@ -299,11 +298,3 @@ class PackedCache(AttendingCache[ForwardPlan]):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Returns :meth:`copy`, which shares packed blocks."""
         return self.copy()
-
-    def __reduce__(self) -> Any:
-        """Refuses to pickle the cache, because a pickle would include the model.
-
-        Raises:
-            UserError: Always.
-        """
-        raise UserError("cache: cannot be pickled or saved; take a copy() to reuse a prompt")

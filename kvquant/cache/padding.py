@@ -61,6 +61,7 @@ class Padding:
         everything: list[Span] = [slice(0, new_len)] * batch
         self.wrong = None
         if mask is None:
+            self._forget_if_whole()
             if self._counts is not None:
                 raise ValueError("attention_mask: needed for every call of a padded batch")
             return everything
@@ -104,6 +105,14 @@ class Padding:
             else:
                 spans.append(where.to(mask.device))
         return spans
+
+    def _forget_if_whole(self) -> None:
+        """Forgets the counts if all columns are tokens, as after a choice of sequences or a cut.
+
+        Waits for the device of the counts.
+        """
+        if self._counts is not None and bool((self._counts[:, -1] == self._counts.shape[1]).all()):
+            self._counts = None
 
     def _refuse_changes(self, past: torch.Tensor) -> None:
         """Refuses a mask of earlier columns (bool, on the host) that contradicts their own."""

@@ -76,7 +76,10 @@ def check_batch(positions: torch.Tensor | None, batch: int, new_len: int, sequen
             f"position_ids: shape {tuple(positions.shape)}, expected {(batch, new_len)}"
         )
     if sequences > 0 and batch != sequences:
-        raise ValueError(f"input_ids: a batch of {batch}, but the cache holds {sequences}")
+        raise ValueError(
+            f"input_ids: a batch of {batch}, but the cache holds {sequences}; give it as many by "
+            "batch_repeat_interleave or batch_select_indices"
+        )
 
 
 def shifts(

@@ -199,14 +199,23 @@ def _enter_decoder(module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) 
     if getattr(config, "output_attentions", False):
         given.setdefault("output_attentions", True)
     refuse_unknown(given, _KNOWN)
+    layers: Any = module.layers
+    if any(x.training and getattr(x, "gradient_checkpointing", False) for x in layers):
+        raise UserError(
+            "gradient_checkpointing: takes the cache away from the layers in training mode; call "
+            "model.eval(), turn gradient checkpointing off, or leave the cache out"
+        )
     _check_model(cache, module)
     inputs = _inputs(given)
     if inputs is None:
         raise ValueError("input_ids: missing")
     batch, new_len = inputs.shape[:2]
-    if not batch or not new_len:
-        raise ValueError(f"input_ids: a batch of {batch} with {new_len} columns is empty")
     past = cache.get_seq_length()
+    if not batch or not new_len:
+        told = f"input_ids: a batch of {batch} with {new_len} columns is empty"
+        if past:  # as `generate` makes of a turn that it takes for the whole sequence
+            told += f"; give generate the {past} columns of the cache and then the new ones"
+        raise ValueError(told)
     if not past or cache.position_limit is None:  # reading a configuration is slow
         cache.position_limit = position_limit(config)
         cache.window = layer_kinds(module).unreached

@@ -82,7 +82,8 @@ class StaticFp16Layer(Fp16Layer):
 
     def _allocate(self, like: torch.Tensor, total: int) -> torch.Tensor:
         batch, heads, _, dim = like.shape
-        return like.new_empty((batch, heads, total + self._room, dim))
+        with torch.inference_mode(False):  # later calls write to it, also outside of that mode
+            return like.new_empty((batch, heads, total + self._room, dim))
 
     def reset(self) -> None:
         """Removes all tokens and frees the allocation."""

@@ -27,7 +27,7 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import Cache, QuantizedLayer
 
-from kvquant.cache.interface import CountedCache, QuantizeClock
+from kvquant.cache.interface import CountedCache, NotCut, QuantizeClock
 from kvquant.errors import MissingPackage, UserError
 from kvquant.schemes import quanto_extension
 from kvquant.schemes.registry import CacheFactory, ModelShape, Tables
@@ -107,7 +107,7 @@ class _PeerLayer:
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuses to remove tokens, because quantized states cannot be cut."""
-        raise NotImplementedError("crop: transformers' quantized caches cannot be cut")
+        raise NotCut("a quantized cache of transformers")
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from kvquant.cache.codec import Codec, Packed
+from kvquant.cache.codec import Codec, Packed, check_packable
 from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.formats.packing import pack, unpack
 from kvquant.quantization.hadamard import factors, rotate
@@ -39,6 +39,7 @@ class Int4HadamardCodec(Codec):
 
     def check_model(self, num_kv_heads: int, head_dim: int) -> None:
         """See :meth:`Codec.check_model`."""
+        check_packable(head_dim)
         factors(head_dim)
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> Packed:

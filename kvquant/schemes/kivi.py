@@ -60,7 +60,9 @@ class KiviCodec(Codec):
     def check_model(self, num_kv_heads: int, head_dim: int) -> None:
         """See :meth:`Codec.check_model`."""
         if head_dim % self.group:
-            raise UserError(f"group: {self.group} does not divide head_dim {head_dim}")
+            raise UserError(
+                f"group: {self.group} does not divide head_dim {head_dim}; choose a group that does"
+            )
 
     def _split_values(self, values: torch.Tensor) -> torch.Tensor:
         dim = values.shape[-1]

@@ -43,11 +43,11 @@ import torch
 
 from kvquant.cache.attending import AttendingCache, AttendingLayer, Extent, Protocol
 from kvquant.cache.forward_call import CallRecord, ForwardCall
-from kvquant.cache.interface import CountedCache, QuantizeClock, sequence_indices
+from kvquant.cache.interface import CountedCache, NotCut, QuantizeClock, sequence_indices
 from kvquant.cache.kept_rope import Table
 from kvquant.cache.layout import Span
 from kvquant.cache.padding import host_mask
-from kvquant.cache.positions import Shifts, shifts
+from kvquant.cache.positions import Shifts, check_batch, shifts
 from kvquant.cache.window_layer import WindowLayer
 from kvquant.cache.window_plan import Windows
 from kvquant.errors import UserError
@@ -115,9 +115,8 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
             UserError: An earlier call ended after it had begun to store.
         """
         self.calls.check()
+        check_batch(positions, batch, new_len, len(self._lengths))
         lengths = self._lengths or [0] * batch
-        if len(lengths) != batch:
-            raise ValueError(f"input_ids: a batch of {batch}, but the cache holds {len(lengths)}")
         past, total = self.columns, self.columns + new_len
         queries = keys = torch.arange(past, total, device=device).expand(batch, -1)
         spans: list[Span] = [slice(0, new_len)] * batch
@@ -231,7 +230,8 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
             return
         with self.calls.changing("a choice of sequences"):
             if self._mask is not None:
-                self._mask = self._mask[order]
+                chosen = self._mask[order]
+                self._mask = None if bool(chosen.all()) else chosen
             if self._shifts is not None:
                 self._shifts = self._shifts.select(order)
             self._choose_stores(order)
@@ -299,7 +299,7 @@ class ReferenceCache(AttendingCache[ReferencePlan], CountedCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuses to remove tokens, because the public code writes each slot once."""
-        raise NotImplementedError("crop: KVQuant's cache cannot be cut")
+        raise NotCut("KVQuant's cache")
 
     def stored_nbytes(self) -> int:
         """Returns the bytes that are allocated, tables included."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from kvquant.cache.codec import Codec, Packed, check_made_for
+from kvquant.cache.codec import Codec, Packed, check_made_for, check_packable
 from kvquant.errors import UserError
 from kvquant.formats.blocked_sparse import SparseSlab
 from kvquant.formats.head_share import HeadShare
@@ -44,8 +44,7 @@ class NuqCodec(Codec):
 
     def check_model(self, num_kv_heads: int, head_dim: int) -> None:
         """See :meth:`Codec.check_model`."""
-        if head_dim % 8:
-            raise UserError(f"head_dim: {head_dim} is not a multiple of 8, as packed codes need")
+        check_packable(head_dim)
         heads = num_kv_heads if self.share is None else self.share.heads
         if heads * head_dim > MAX_CHANNELS:
             raise UserError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from kvquant.cache.codec import Codec, Packed
+from kvquant.cache.codec import Codec, Packed, check_packable
 from kvquant.formats.layer_quantizer import LayerQuantizer
 from kvquant.formats.packing import pack, unpack
 from kvquant.kernels import pytorch_fused as fused
@@ -40,6 +40,7 @@ class TurboQuantCodec(Codec):
 
     def check_model(self, num_kv_heads: int, head_dim: int) -> None:
         """See :meth:`Codec.check_model`."""
+        check_packable(head_dim)
         factors(head_dim)
 
     def _tables(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

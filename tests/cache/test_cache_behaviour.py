@@ -11,7 +11,7 @@ import torch
 from kvquant.cache.footprint import cache_nbytes
 from kvquant.study.model_families import MODEL_FAMILIES
 from kvquant.study.schemes import NuqScheme
-from tests.support.caches import CLOSE, EXACT, GREEDY, LOSSY, ids, quantized, step
+from tests.support.caches import CLOSE, EXACT, GREEDY, LOSSY, feed, ids, quantized, ragged, step
 from tests.support.models import tiny_model
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -164,6 +164,24 @@ def test_select_and_repeat() -> None:
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("how", ["chosen", "cropped"])
+def test_what_is_left_without_padding_needs_no_mask(how: str) -> None:
+    """A mask was asked for as long as any sequence had ever been padded."""
+    qm = quantized(tiny_model(), EXACT)
+    rows, tokens, mask = ragged([70, 41], "right")
+    _, cache = feed(qm, tokens, mask, [70])
+    alone = qm.new_cache()
+    if how == "chosen":
+        cache.batch_select_indices(torch.tensor([0]))
+        step(qm.model, alone, rows[0][None])
+    else:
+        cache.crop(-30)
+        step(qm.model, alone, tokens[:, :40])
+    for more in ids(cache.batch_size, 12, 5).split([1, 1, 10], 1):
+        found, want = (step(qm.model, held, more) for held in (cache, alone))
+        torch.testing.assert_close(found, want, **CLOSE)
+
+
 def test_sizes_reset_and_refusals() -> None:
     model = tiny_model()
     qm = quantized(model, LOSSY)
@@ -178,7 +196,7 @@ def test_sizes_reset_and_refusals() -> None:
     assert not cache.is_compileable
     with pytest.raises(NotImplementedError, match="offloading"):
         cache.offload(0)
-    with pytest.raises(ValueError, match="a batch of 3, but the cache holds 2"):
+    with pytest.raises(ValueError, match="a batch of 3, but the cache holds 2; give it as many by"):
         step(model, cache, ids(3, 1))
     cache.reset()
     assert cache.get_seq_length() == 0

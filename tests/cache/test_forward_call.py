@@ -294,9 +294,10 @@ class TestSequences:
             (torch.tensor([-4]), r"\[-4\], but the cache holds 3 sequences"),
             (torch.tensor([[0, 1]]), "one dimension"),
             (torch.tensor([0.0, 1.0]), "integers or bools"),
+            ([0, 1], "must be a tensor .* got list"),
         ],
     )
-    def test_indices(self, given: torch.Tensor, words: str) -> None:
+    def test_indices(self, given: Any, words: str) -> None:
         cache = self.cache()
         with pytest.raises(ValueError, match=f"^indices: .*{words}"):
             cache.batch_select_indices(given)

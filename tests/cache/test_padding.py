@@ -77,6 +77,21 @@ def test_counted_selected_cropped_and_forked() -> None:
     assert fork.crop(4) == [3, 2, 3]
 
 
+def test_sequences_without_padding_need_no_mask_any_more() -> None:
+    """Those that were padded have left, or the columns that were padding."""
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    chosen, cropped = Padding(), Padding()
+    for padding in (chosen, cropped):
+        take(padding, mask, 2, 4, 4)
+        with pytest.raises(ValueError, match="every call of a padded batch"):
+            padding.spans(2, 1, 5, None)
+    chosen.select(torch.tensor([1, 1]))
+    assert take(chosen, None, 2, 3, 7) == [slice(0, 3)] * 2
+    cropped.crop(2)
+    assert take(cropped, None, 2, 3, 5) == [slice(0, 3)] * 2
+    assert not chosen.any and not cropped.any
+
+
 def test_masks_that_do_not_fit_are_errors() -> None:
     padding = Padding()
     with pytest.raises(ValueError, match=r"shape \(2, 4\), expected \(2, 5\)"):

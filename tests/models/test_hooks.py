@@ -92,6 +92,35 @@ def test_gradients_that_would_be_wrong_are_refused(spec: Any, way: str) -> None:
         loss.backward()
 
 
+def _checkpointing(model: Any, how: str) -> None:
+    """Turns gradient checkpointing on or off, by the name of newer or older releases."""
+    newer = getattr(model, f"activation_checkpointing_{how}", None)
+    (newer or getattr(model, f"gradient_checkpointing_{how}"))()
+
+
+@pytest.mark.fault(
+    "library",
+    "gradient checkpointing in training mode over a quantized cache",
+    "refused by name; without the cache, or in evaluation mode, it works",
+)
+@pytest.mark.parametrize("spec", [EXACT, REFERENCE], ids=["nuq", "reference"])
+def test_gradient_checkpointing_is_refused_by_name(spec: Any) -> None:
+    """Transformers' layers drop the cache then, and an error said that one was skipped."""
+    qm, tokens = quantized(tiny_model(), spec), ids(1, 40)
+    want = step(qm.model, qm.new_cache(), tokens)
+    _checkpointing(qm.model, "enable")
+    qm.model.train()
+    cache = qm.new_cache()
+    with pytest.raises(UserError, match=r"^gradient_checkpointing: .*call model\.eval\(\)"):
+        step(qm.model, cache, tokens)
+    torch.testing.assert_close(qm.model(tokens).logits, want)
+    qm.model.eval()
+    assert torch.equal(step(qm.model, cache, tokens), want)
+    qm.model.train()
+    _checkpointing(qm.model, "disable")
+    assert torch.equal(step(qm.model, qm.new_cache(), tokens), want)
+
+
 def test_gradients_of_a_first_call_are_right() -> None:
     qm, tokens = quantized(tiny_model(), EXACT), ids(1, 40)
     qm.model.requires_grad_(True)
@@ -144,9 +173,10 @@ def test_a_copy_goes_its_own_way(spec: Any, way: Any) -> None:
     assert cache.get_seq_length() == 12
 
 
-def test_a_cache_cannot_be_pickled() -> None:
+@pytest.mark.parametrize("spec", [EXACT, REFERENCE], ids=["nuq", "reference"])
+def test_a_cache_cannot_be_pickled(spec: Any) -> None:
     with pytest.raises(UserError, match="cache: cannot be pickled"):
-        pickle.dumps(quantized(tiny_model(), EXACT).new_cache())
+        pickle.dumps(quantized(tiny_model(), spec).new_cache())
 
 
 def test_an_empty_call_is_refused() -> None:
@@ -155,6 +185,8 @@ def test_an_empty_call_is_refused() -> None:
     step(qm.model, cache, ids(1, 9))
     with pytest.raises(ValueError, match="input_ids: a batch of 1 with 0 columns is empty"):
         step(qm.model, cache, ids(1, 9)[:, :0])
+    with pytest.raises(ValueError, match="is empty; give generate the 9 columns of the cache and"):
+        qm.model.generate(ids(1, 4, 1), past_key_values=cache, max_new_tokens=3)
     step(qm.model, cache, ids(1, 1))
     assert cache.get_seq_length() == 10
 

@@ -179,6 +179,22 @@ def test_every_scheme_that_packs_blocks_takes_sinks() -> None:
     assert {s.kind for s in SINKING} == {kind.name for kind in PACKS_BLOCKS}
 
 
+@pytest.mark.parametrize("spec", SINKING, ids=lambda spec: spec.kind)
+@pytest.mark.parametrize("dim", [12, 20])
+def test_a_head_dim_is_refused_before_the_first_call_or_works(spec: Any, dim: int) -> None:
+    """Blocks of two kinds could not be packed, which only a call with enough tokens told."""
+    model = tiny_model(head_dim=dim)
+    try:
+        qm = quantized(model, spec)
+        for codec in qm.codecs or []:
+            codec.check_model(2, dim)
+    except UserError as error:
+        assert str(dim) in str(error)
+        return
+    logits, _ = feed(qm, torch.randint(1, 97, (1, 140)), None, [100, 40])
+    assert logits.isfinite().all()
+
+
 def test_every_kind_is_tested() -> None:
     assert {s.kind for s in [*OURS, *NOT_OURS]} == set(SCHEME_KINDS)
 
@@ -290,6 +306,22 @@ def test_chosen_sequences_go_on_as_before(spec: Any) -> None:
         other.batch_select_indices(order)
         found = qm.model(input_ids=token[order], past_key_values=other, use_cache=True).logits
     torch.testing.assert_close(found, expected[order], atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("spec", [*OURS, *HF], ids=name)
+def test_guessed_tokens_are_taken_back_or_refused_in_one_line(spec: Any) -> None:
+    """Caches that cannot be cut ended `generate` with a NotImplementedError that named no fix."""
+    qm = quantized(tiny_model(), spec)
+    prompt = torch.randint(1, 97, (1, 20), generator=torch.Generator().manual_seed(5)).repeat(1, 3)
+    settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings |= {"max_new_tokens": 20, "prompt_lookup_num_tokens": 4}
+    cache = qm.new_cache()
+    if spec.kind == "kvquant-ref" or spec.kind.startswith("hf-"):
+        with pytest.raises(UserError, match=r"^crop: .*prompt lookup.*another kind of scheme"):
+            qm.model.generate(prompt, past_key_values=cache, **settings)
+        return
+    found = qm.model.generate(prompt, past_key_values=cache, **settings)
+    assert found.shape == (1, 80) and cache.get_seq_length() < 80
 
 
 @pytest.mark.parametrize("spec", [*OURS, *HF], ids=name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 from kvquant.cache.footprint import cache_nbytes
@@ -39,3 +42,18 @@ def test_writes_stay_in_place_while_there_is_room() -> None:
         for _ in range(8):
             qm.model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
     assert cache.layers[1].values.data_ptr() == place
+
+
+@pytest.mark.parametrize("reserved", [False, True])
+@pytest.mark.parametrize("later", [torch.no_grad, torch.enable_grad])
+def test_a_prompt_in_inference_mode_goes_on_outside(reserved: bool, later: Any) -> None:
+    """As `generate` does, which runs in `torch.no_grad`."""
+    qm = quantized(tiny_model(), Fp16StaticScheme(kind="fp16-static", room=8))
+    ids = torch.randint(1, 97, (2, 60), generator=torch.Generator().manual_seed(0))
+    _, cache = feed(qm, ids[:, :50], None, [40, 10])
+    if reserved:
+        cache.reserve(20)
+    with later():
+        parts = [qm.model(part, past_key_values=cache).logits for part in ids[:, 50:].split(5, 1)]
+    want, _ = feed(qm, ids, None, [40, 10, 5, 5])
+    torch.testing.assert_close(torch.cat(parts, 1), want[:, 50:])

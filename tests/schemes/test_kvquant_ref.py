@@ -17,7 +17,7 @@ from kvquant.schemes.kvquant_store import ReferenceTables, SequenceStore
 from kvquant.schemes.nuq import NuqCodec
 from kvquant.schemes.registry import ModelShape, build_caches
 from kvquant.study.schemes import KvquantRefScheme, NuqScheme
-from tests.support.caches import feed, quantized, ragged
+from tests.support.caches import feed, ids, quantized, ragged, step
 from tests.support.models import tiny_model
 from tests.support.quantizers import narrow_quantizers
 
@@ -142,3 +142,18 @@ def test_errors_name_the_fix(tmp_path: Path) -> None:
     _, cache = feed(qm, ids, mask, [9])
     with pytest.raises(ValueError, match="every call of a padded batch"):
         cache.begin_forward(2, 1, None, torch.device("cpu"))
+    for positions in (torch.arange(5)[None], torch.zeros(3, 1, dtype=torch.long)):
+        with pytest.raises(ValueError, match="position_ids: shape"):
+            cache.begin_forward(2, 1, torch.ones(2, 10), torch.device("cpu"), positions)
+
+
+def test_a_chosen_sequence_without_padding_needs_no_mask() -> None:
+    """A mask was asked for as long as any sequence had ever been padded."""
+    qm = quantized(tiny_model(), KvquantRefScheme(kind="kvquant-ref", bits=4))
+    rows, tokens, mask = ragged([70, 41], "left")
+    _, cache = feed(qm, tokens, mask, [70])
+    _, alone = feed(qm, rows[0][None], None, [70])
+    cache.batch_select_indices(torch.tensor([0]))
+    more = ids(1, 9, 5)
+    found, want = (step(qm.model, held, more) for held in (cache, alone))
+    torch.testing.assert_close(found, want, atol=2e-3, rtol=2e-3)
