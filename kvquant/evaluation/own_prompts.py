@@ -57,8 +57,7 @@ def _in_word(text: str, at: int) -> bool:
     """Returns whether a text has a letter, an accent or a digit of a spaced script at a place."""
     if not 0 <= at < len(text):
         return False
-    kind = unicodedata.category(text[at])
-    if kind[0] not in "LM" and kind != "Nd":
+    if unicodedata.category(text[at])[0] not in "LM" and not text[at].isdecimal():
         return False
     return not unicodedata.name(text[at], "").startswith(UNSPACED)
 

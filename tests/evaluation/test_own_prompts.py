@@ -31,9 +31,9 @@ from tests.evaluation.asking import asker
         ("\u6771\u4eac\u3067\u3059", ["\u6771\u4eac"], 1, 0),  # no blanks between words
         ("\u6771\u4eac\u3002", ["\u6771\u4eac"], 1, 1),
         ("AI\u306f", ["AI"], 1, 0),
-        ("Caf\u00e9", ["Cafe\u0301"], 1, 1),  # an accent apart, as in files of macOS
-        ("CAFE\u0301!", ["caf\u00e9"], 1, 1),
-        ("Caf\u00e9", ["Caf"], 0, 0),
+        ("Pel\u00e9", ["Pele\u0301"], 1, 1),  # an accent apart, as in files of macOS
+        ("PELE\u0301!", ["pel\u00e9"], 1, 1),
+        ("Pel\u00e9", ["Pel"], 0, 0),
         ("\u043a\u043e\u0433\u0434\u0430", ["\u0434\u0430"], 0, 0),  # Russian "when", "yes"
         ("\u0414\u0430.", ["\u0434\u0430"], 1, 1),
         ("\u0915\u0940", ["\u0915"], 0, 0),  # a vowel sign of Devanagari
