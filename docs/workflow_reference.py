@@ -74,19 +74,20 @@ def rules() -> list[Rule]:
         for start in starts.finditer(text):
             end = re.compile(r"^\S", re.M).search(text, start.end())
             body = text[start.end() : end.start() if end else None]
+            paths = re.findall(r'"(<[^"]+)"', _block(body, "output"))
+            outputs = tuple(path.replace("{{", "{").replace("}}", "}") for path in paths)
             if start[2]:
                 doc = found[start[2]].docstring
-                found[start[3]] = Rule(start[3], docstring=doc, same_as=start[2])
+                found[start[3]] = Rule(start[3], docstring=doc, outputs=outputs, same_as=start[2])
                 continue
             doc = re.search(r'"""(.+?)"""', body, re.S)
             verb = re.search(r"python -m kvquant ((?:bench )?[\w-]+)", body)
-            paths = re.findall(r'"(<[^"]+)"', _block(body, "output"))
             found[start[1]] = Rule(
                 start[1],
                 body,
                 " ".join(doc[1].split()) if doc else "",
                 verb[1] if verb else "",
-                outputs=tuple(path.replace("{{", "{").replace("}}", "}") for path in paths),
+                outputs=outputs,
             )
     return list(found.values())
 
