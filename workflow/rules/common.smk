@@ -75,8 +75,8 @@ pathvars:  # also those that the study has from its base
     **STUDY.pathvars,
 
 
-if STUDY.reproduce is not None:
-    workflow.pathvars.items.update(STUDY.pathvars)  # those of the config files would come first
+# Those of the config files would come first, as they are spelled there.
+workflow.pathvars.items.update(STUDY.pathvars)
 
 
 wildcard_constraints:
