@@ -89,6 +89,24 @@ def test_a_folder_has_one_spelling(raw: dict[str, Any], root: Path, tmp_path: Pa
     assert "smoke//" not in told and "inconsistent results" not in told
 
 
+@pytest.mark.parametrize(
+    ("taken", "told"),
+    [
+        ("results", "pathvars.results: results/smoke: a file stands where a folder should be"),
+        ("results/smoke/study.json/x", "results/smoke/study.json: cannot be written"),
+    ],
+)
+def test_what_stands_in_the_way_is_one_line(
+    root: Path, tmp_path: Path, taken: str, told: str
+) -> None:
+    run = stubbed(root, tmp_path)
+    (tmp_path / taken).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / taken).write_text("")
+    done = run("accuracy")
+    output = done.stdout + done.stderr
+    assert done.returncode != 0 and told in output and "Traceback" not in output, output[-2000:]
+
+
 @pytest.mark.fault(
     "security",
     "commands in the configuration while jobs are planned",
