@@ -22,6 +22,8 @@ from kvquant.study.config import Study, load_study
 from kvquant.study.suite import scored_suites
 
 FAMILY = ["model", "level", "suite"]  # comparisons that Holm adjusts together
+# What a comparison is known by; a table without any has these columns.
+KEYS = ("model", "level", "task", "scheme", "suite", "metric", "higher_is_better")
 PLACES = ("row", "start", "tokens")  # columns of samples that older tables lack
 
 
@@ -86,7 +88,7 @@ def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> 
     """Returns a row per (model, task, scheme) and per (model, suite of several tasks, scheme).
 
     `level` tells them apart ("task", "suite"). Holm's family is all rows of a model, level and
-    suite.
+    suite. What the baseline has no result of yet, in an unfinished study, has no row.
 
     Raises:
         UserError: Pairs or a margin are missing, samples are there twice or in other numbers than
@@ -108,6 +110,8 @@ def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> 
                 ours = by_scheme(scheme)
                 if scheme == study.baseline or not len(ours):  # it cannot run the task's protocol
                     continue
+                if not len(base):  # of an unfinished study: nothing to compare with yet
+                    continue
                 what = f"{model}/{scheme}/{name}" + (" suite" if level == "suite" else "")
                 first = ours.iloc[0]
                 suite = str(first["suite"])
@@ -126,9 +130,9 @@ def test_all(study: Study, evaluations: pd.DataFrame, samples: pd.DataFrame) -> 
                 row = {"model": model, "level": level, "task": name, "scheme": scheme, **facts}
                 row["sinks"] = getattr(study.schemes[scheme], "sinks", 0)
                 rows.append(row | numbers_of(study, found, by_seed, margin))
-    table = pd.DataFrame(rows)
     if not rows:
-        return table
+        return pd.DataFrame(columns=list(KEYS))
+    table = pd.DataFrame(rows)
     for key, family in table.groupby(FAMILY):
         table.loc[family.index, "family"] = " / ".join(key)
         table.loc[family.index, "family_size"] = int(family["p_sample"].notna().sum())

@@ -72,7 +72,7 @@ def _sides(t: Tables, model: str, task: str, scheme: str) -> dict[str, str]:
 
 
 def _test(t: Tables, level: str, task: str, model: str, scheme: str) -> pd.Series | None:
-    if t.tests.empty:  # of a study of the unquantized cache alone: without columns
+    if t.tests.empty:  # nothing is compared with the unquantized cache
         return None
     rows = t.tests[
         (t.tests.level == level)

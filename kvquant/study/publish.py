@@ -114,13 +114,15 @@ def publish(results: Path, archive: Path) -> tuple[int, int]:
                 "name, or give the changed entry of the study a new name"
             )
         elif studies and (mine := str(record.content["study"])) not in studies:
+            whose = "the published records'" if there else "that of the records before it"
             problems.append(
-                f"{file}: field 'study': is '{mine}', the published records' is "
+                f"{file}: field 'study': is '{mine}', {whose} is "
                 f"'{', '.join(sorted(studies))}': publish it in a folder of its own"
             )
         elif old is not None:
             before += 1
         else:
+            studies.add(str(record.content["study"]))  # the first to be published are of one, too
             added[record.place] = record
             if (samples := file.with_suffix(CURVES)).exists():
                 curves[curves_name(record)] = read_text(samples, "samples", AGAIN)

@@ -16,14 +16,18 @@ import pytest
 from matplotlib.text import Text
 
 from kvquant.analysis import plot
+from kvquant.analysis.collect import collect
 from kvquant.analysis.figure_list import FIGURES
 from kvquant.analysis.figures import style
 from kvquant.analysis.figures.append import append_panels
 from kvquant.analysis.figures.style import plt
 from kvquant.analysis.plot import draw_figure, draw_with_records, save_figure
+from kvquant.analysis.problems import Problems
 from kvquant.analysis.provenance import records_of, told
+from kvquant.analysis.statistics import test_all as compare_all
 from kvquant.analysis.tables import read_table, write_table
 from kvquant.study.config import Study, load_study, parse_study
+from tests.support import studies
 from tests.support.tables import job_table, two_models, write_tables
 
 
@@ -274,3 +278,20 @@ def test_a_figure_of_records_without_its_measurement_says_so(tmp_path: Path) -> 
     (text,) = figure.findobj(lambda artist: "Nothing is measured" in getattr(artist, "_text", ""))
     assert "what fits" in " ".join(text.get_text().split())
     plt.close(figure)
+
+
+@pytest.mark.parametrize("alone", ["fp16", "nuq3"])
+def test_figures_of_losses_without_a_comparison_say_so(tmp_path: Path, alone: str) -> None:
+    """Of an unfinished study, of which the baseline or all but the baseline is evaluated."""
+    study = studies.study_of()
+    for task, seed in itertools.product(study.tasks, study.seeds):
+        studies.write_evaluation(study, tmp_path / "r", "tiny", alone, task, seed)
+    tables = collect(study, tmp_path / "r", studies.DEVICE, Problems(present=True))
+    tables["tests"] = compare_all(study, tables["eval"], tables["samples"])
+    for name, table in tables.items():
+        write_table(table, tmp_path / f"{name}.parquet")
+    for name in ("pareto", "quality", "perplexity"):
+        figure = draw_figure(name, study, tmp_path)
+        texts = figure.findobj(lambda artist: "Nothing is measured" in getattr(artist, "_text", ""))
+        assert len(texts) == 1
+        plt.close(figure)

@@ -246,6 +246,28 @@ def test_an_unfinished_scheme_has_no_mean_over_a_suite() -> None:
     assert sorted(table["task"]) == ["cwe", "vt"] and set(table["level"]) == {"task"}
 
 
+@pytest.mark.fault(
+    "statistics",
+    "an unfinished study, the baseline's results of a task missing or no others there",
+    "that task is not compared, what can be compared is, and figures without any say so",
+)
+def test_what_the_baseline_has_not_answered_yet_is_not_compared() -> None:
+    evaluations, samples = (
+        pd.concat([table, table[table["task"] == "vt"].assign(task="fwe")], ignore_index=True)
+        for table in measured()
+    )
+    evaluations, samples = (
+        table[(table["scheme"] != "fp16") | (table["task"] != "fwe")]
+        for table in (evaluations, samples)
+    )
+    table = compare_all(study_of(), evaluations, samples)
+    assert sorted(table["task"]) == ["cwe", "vt"] and set(table["level"]) == {"task"}
+    for alone in (["fp16"], ["kivi-2"]):
+        mine = (t[t["scheme"].isin(alone)] for t in (evaluations, samples))
+        table = compare_all(study_of(), *mine)
+        assert table.empty and {"level", "suite", "task", "scheme"} <= set(table)
+
+
 def drawn(seeds: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Two tasks of 6 rows of which each seed draws 4; kivi-2 loses more of later rows."""
     rows, samples = [], []

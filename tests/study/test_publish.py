@@ -63,6 +63,27 @@ def test_another_record_of_the_same_name_is_refused(
     assert "field 'study': is 'other', the published records' is 'check'" in capsys.readouterr().err
 
 
+def test_records_of_two_studies_in_one_folder_are_not_published_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, results, archive = study_of(), tmp_path / "r", tmp_path / "a"
+    other = study.model_copy(update={"study": "other"})
+    write_evaluation(study, results, "tiny", "fp16", "passkey", 0)
+    write_evaluation(other, results, "tiny", "fp16", "ruler", 0)
+    assert call(results, archive) == 2
+    told = capsys.readouterr().err
+    assert "ruler/seed0/run.json: field 'study': is 'other'" in told and "is 'check'" in told
+    assert not archive.exists()
+
+
+def test_sums_of_no_records_are_not_renewed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["publish", "--renew-sums", "--archive", str(tmp_path / "typo")]) == 2
+    assert "no published records below" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
+
+
 @pytest.mark.parametrize("what", ["value", "samples", "place", "json"])
 def test_damaged_results_are_not_published(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str

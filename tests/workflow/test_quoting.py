@@ -15,6 +15,7 @@ import yaml
 from kvquant.analysis.report import whole
 from kvquant.errors import UserError
 from kvquant.study.config import parse_study
+from kvquant.study.measured_again import measured_again
 from tests.support.snakemakes import run_snakemake
 from tests.workflow.stubbed import stubbed
 
@@ -67,6 +68,43 @@ def test_unknown_folders_are_refused(raw: dict[str, Any]) -> None:
 def test_paths_of_any_language_and_with_spaces_are_taken(raw: dict[str, Any]) -> None:
     paths = {"results": "My Results/größe_1", "cache": "/tmp/a-b, c=d@e:f+g"}
     assert parse_study(raw | {"pathvars": paths}).pathvars == paths
+
+
+@pytest.mark.fault(
+    "workflow",
+    "a folder of the study with a slash at its end, `//` or `./`",
+    "has one spelling, also in what is measured again",
+)
+def test_a_folder_has_one_spelling(raw: dict[str, Any], root: Path, tmp_path: Path) -> None:
+    """Snakemake compares paths as texts, and tab completion ends a folder with a slash."""
+    for given in ("./results/smoke", "results//smoke", "results/smoke/"):
+        asked = {"pathvars": {"results": given}, "published": "p", "reproduce": {}}
+        study = parse_study(raw | asked)
+        assert study.pathvars == {"results": "results/smoke"}
+        assert measured_again(study).pathvars["results"] == "results/smoke-again"
+    change = ("  results: results/smoke\n", "  results: ./results//smoke/\n")
+    done = stubbed(root, tmp_path)("-n", "-p", changes=[change])
+    told = done.stdout + done.stderr
+    assert done.returncode == 0 and "--out results/smoke/report.html" in told, told[-2000:]
+    assert "smoke//" not in told and "inconsistent results" not in told
+
+
+@pytest.mark.parametrize(
+    ("taken", "told"),
+    [
+        ("results", "pathvars.results: results/smoke: a file stands where a folder should be"),
+        ("results/smoke/study.json/x", "results/smoke/study.json: cannot be written"),
+    ],
+)
+def test_what_stands_in_the_way_is_one_line(
+    root: Path, tmp_path: Path, taken: str, told: str
+) -> None:
+    run = stubbed(root, tmp_path)
+    (tmp_path / taken).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / taken).write_text("")
+    done = run("accuracy")
+    output = done.stdout + done.stderr
+    assert done.returncode != 0 and told in output and "Traceback" not in output, output[-2000:]
 
 
 @pytest.mark.fault(

@@ -10,11 +10,11 @@ from kvquant.analysis.landing.command import study_command
 from kvquant.study import datasets, digests
 from kvquant.study.config import parse_study
 from kvquant.errors import UserError
-from kvquant.formats.files import sweep_tree
+from kvquant.formats.files import replace, sweep_tree
 from kvquant.study.grid import grid_lines, place_in_line, request, threads
 from kvquant.runtime.own_python import find_own_python
 from kvquant.runtime.provenance import device_name
-from kvquant.runtime.run_lock import hold
+from kvquant.runtime.run_lock import hold, refuse_files
 from kvquant.runtime.slurm import prepare
 from kvquant.study.overlay import read_studies
 from kvquant.study.own_texts import edited_since, is_read, refuse_edited
@@ -56,6 +56,7 @@ try:
     PLANNED = device_name() if STUDY.gpus else "cpu"
     DEVICE = PLANNED if STUDY.device == "auto" else STUDY.device
     STUDY_FILE = Path(STUDY.pathvars.get("results", "results/h100")) / "study.json"
+    refuse_files({"results": STUDY_FILE.parent, **STUDY.pathvars})
     refuse_edited(STUDY.datasets)
     for line in edited_since(STUDY.datasets, STUDY_FILE) if workflow.is_main_process else []:
         print(line, file=sys.stderr)
@@ -75,8 +76,8 @@ pathvars:  # also those that the study has from its base
     **STUDY.pathvars,
 
 
-if STUDY.reproduce is not None:
-    workflow.pathvars.items.update(STUDY.pathvars)  # those of the config files would come first
+# Those of the config files would come first, as they are spelled there.
+workflow.pathvars.items.update(STUDY.pathvars)
 
 
 wildcard_constraints:
@@ -200,11 +201,12 @@ onstart:
         hold(STUDY_FILE.parent)
         if workflow.executor_plugin.name == "slurm":
             prepare(Path.cwd())
+        for folder in (STUDY_FILE.parent, STUDY.pathvars.get("cache", "resources")):
+            sweep_tree(folder)  # what killed jobs left
+        # At once, as jobs of a killed run may still start on a cluster.
+        replace(STUDY_FILE, STUDY.model_dump_json(indent=2) + "\n")
     except UserError as error:
         raise WorkflowError(str(error))
-    for folder in (STUDY_FILE.parent, STUDY.pathvars.get("cache", "resources")):
-        sweep_tree(folder)  # what killed jobs left
-    STUDY_FILE.write_text(STUDY.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if (
         PLAN.absent and STUDY.reproduce is None and not left_out()
     ):  # there is something to measure

@@ -13,6 +13,7 @@ from kvquant.analysis.figures.style import (
     PAGE_HEIGHT,
     PAGE_WIDTH,
     MaxNLocator,
+    NothingMeasuredError,
     legend,
     looks,
     loss_scale,
@@ -23,7 +24,6 @@ from kvquant.analysis.figures.style import (
 from kvquant.analysis.labels import labels_of
 from kvquant.analysis.tables import read_table
 from kvquant.analysis.timed_on import one_device
-from kvquant.errors import UserError
 from kvquant.study.config import Study
 
 PANEL = 1.75  # inches of a panel's height, where the page has room for it
@@ -41,7 +41,9 @@ def draw(study: Study, tables: Path) -> Any:
     read = [one_device(study, read_table(tables, name)) for name in names]
     found = pareto_panels.panels(study, *read, labels=labels)
     if not any(pareto_panels.compares(study, panel) for panel in found):
-        raise UserError("figure pareto: no scheme has a finite difference to the baseline")
+        raise NothingMeasuredError(
+            "figure pareto: no scheme has a finite difference to the baseline"
+        )
     points = pd.concat([panel.points for panel in found if len(panel.points)])
     compared = set(points[points.scheme != study.baseline].model)
     models = [model for model in study.models if model in compared]

@@ -9,6 +9,7 @@ from kvquant.analysis.figures.kept_tokens import without_variants
 from kvquant.analysis.figures.style import (
     PAGE_HEIGHT,
     WIDTH,
+    NothingMeasuredError,
     height_of_rows,
     looks,
     loss_scale,
@@ -32,11 +33,13 @@ def draw(study: Study, tables: Path) -> Any:
     tests, values = read_table(tables, "tests"), read_table(tables, "eval")
     language = tests[tests.suite == SUITE]
     groups = list(language.groupby(["model", "task"], sort=False))
+    if not groups:
+        raise NothingMeasuredError("figure perplexity: no scheme was compared with the baseline")
     # a scheme that cannot run a task's protocol has no row in its panel
     schemes = [
         without_variants(study, [s for s in study.schemes if s in set(group.scheme)])
         for _, group in groups
-    ] or [[]]
+    ]
     labels, marked = labels_of(study), looks(study)
     shown = [[labels.scheme(s) for s in names] for names in schemes]
     for letters in LETTERS:

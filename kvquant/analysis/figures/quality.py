@@ -14,6 +14,7 @@ from kvquant.analysis.figures.style import (
     GREY,
     PAGE_WIDTH,
     Look,
+    NothingMeasuredError,
     loss_scale,
     method_looks,
     plt,
@@ -21,7 +22,6 @@ from kvquant.analysis.figures.style import (
 )
 from kvquant.analysis.labels import labels_of
 from kvquant.analysis.tables import read_table
-from kvquant.errors import UserError
 from kvquant.study.config import Study
 
 HEIGHT = 3.0  # inches of a panel
@@ -74,7 +74,9 @@ def draw(study: Study, tables: Path) -> Any:
     models = [m for m in study.models if m in set(losses.model)]
     drawn = {m: found for m in models if (found := curves(study, losses[losses.model == m]))}
     if not drawn:
-        raise UserError("figure quality: no scheme has a finite difference to the baseline")
+        raise NothingMeasuredError(
+            "figure quality: no scheme has a finite difference to the baseline"
+        )
     labels, task = labels_of(study), quality_task(study, evaluations)
     assert task is not None
     methods = dict.fromkeys(method for found in drawn.values() for method, _ in found)
