@@ -238,7 +238,7 @@ def check_directory(directory: Path, where: str) -> list[Path]:
 
 def _fetched_before(folder: Path) -> bool:
     """Returns whether a folder has what fetching a model leaves beside the model's files."""
-    return any((folder / name).exists() for name in ("manifest.json", "source", ".cache"))
+    return any((folder / name).exists() for name in ("manifest.json", "source"))
 
 
 def _remove_others(folder: Path, coming: Collection[str], ours: bool) -> None:
