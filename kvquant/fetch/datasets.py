@@ -21,7 +21,7 @@ from typing import Any
 from kvquant.errors import UserError, unknown
 from kvquant.fetch.longbench_rows import clean_row, hub_source, official_rows, read_rows
 from kvquant.fetch.own_texts import read_own
-from kvquant.fetch.texts import SCHEMA_VERSION
+from kvquant.fetch.texts import SCHEMA_VERSION, read_data_manifest
 from kvquant.fetch.wheel import get_wheel
 from kvquant.formats.files import (
     expand_home,
@@ -301,6 +301,34 @@ def fetch_data(
     write_new(manifest, json.dumps(facts, indent=2) + "\n")
     note(f"{name}: {len(found.text)} characters from {found.origin}, {manifest}")
     return facts
+
+
+def refuse_other_texts(study: Study, cache: Path) -> None:
+    """Refuses a `data_dir` whose texts are not those that were fetched, which a run would read.
+
+    Args:
+        study: The study.
+        cache: The folder of fetched models and texts.
+
+    Raises:
+        UserError: A text that a task reads was fetched before, and `data_dir` holds another one.
+    """
+    if study.data_dir is None:
+        return
+    root = expand_home(study.data_dir, "data_dir")
+    for name in dict.fromkeys(task.dataset_name() for task in study.tasks.values()):
+        if name not in DATASETS or DATASETS[name].pinned is not None:
+            continue  # it has no text, the user's own, or one of a known hash
+        manifest = cache / "data" / name / "manifest.json"
+        file = _local_file(root, local_names(name)) if manifest.is_file() else None
+        if file is None:
+            continue
+        here = _identity(get_text(name, manifest.parent, str(root))).sha256
+        if here != read_data_manifest(manifest).sha256:
+            raise UserError(
+                f"data_dir: {file} is not the {name} that was fetched before: set data_dir back, "
+                f"or remove {manifest.parent}, so that what depends on it is measured again"
+            )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -17,11 +17,13 @@ from kvquant.errors import UserError
 from kvquant.fetch.datasets import (
     fetch_data,
     join_rows,
+    refuse_other_texts,
     rows_of_file,
 )
 from kvquant.fetch.texts import load_text, read_data_manifest
 from kvquant.study.datasets import DATASETS
 from tests.support.mutations import damaged_copy
+from tests.support.studies import study_of
 
 TEXT = "Zwölf Boxkämpfer\n\njagen Viktor quer."
 
@@ -192,3 +194,27 @@ def test_bad_data_dir_is_named(tmp_path: Path) -> None:
         fetch_data("wikitext", out)
     assert not out.exists()
     assert not (out.parent / "text.txt").exists()
+
+
+@pytest.mark.fault(
+    "custody",
+    "a `data_dir` whose file is not the text that was fetched from it before",
+    "refused before anything is measured, with the file and the folder to remove",
+)
+def test_another_text_in_data_dir_is_refused(tmp_path: Path) -> None:
+    """A run reads what was fetched, and would not see the other text."""
+    data, cache = tmp_path / "data_dir", tmp_path / "cache"
+    (data / "longbench").mkdir(parents=True)
+    row = {"context": "a", "input": "b", "answers": ["c"], "all_classes": None}
+    file = data / "longbench/hotpotqa.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    tasks = {"qa": {"suite": "longbench", "task": "hotpotqa"}}
+    study = study_of(data_dir=str(data), tasks=tasks)
+    refuse_other_texts(study, cache)  # nothing is fetched yet
+    fetch_data(
+        "longbench-hotpotqa", cache / "data/longbench-hotpotqa/manifest.json", study.data_dir
+    )
+    refuse_other_texts(study, cache)
+    file.write_text(json.dumps(row | {"answers": ["d"]}) + "\n")
+    with pytest.raises(UserError, match=r"^data_dir: .*hotpotqa.jsonl is not .* remove .*cache"):
+        refuse_other_texts(study, cache)

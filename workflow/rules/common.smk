@@ -7,6 +7,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from kvquant.analysis.landing.command import study_command
+from kvquant.fetch.datasets import refuse_other_texts
 from kvquant.study import datasets, digests
 from kvquant.study.config import parse_study
 from kvquant.errors import UserError
@@ -60,6 +61,8 @@ try:
     refuse_edited(STUDY.datasets)
     for line in edited_since(STUDY.datasets, STUDY_FILE) if workflow.is_main_process else []:
         print(line, file=sys.stderr)
+    if workflow.is_main_process:
+        refuse_other_texts(STUDY, Path(STUDY.pathvars.get("cache", "resources")))
     PLAN = make_plan(STUDY, DEVICE, STUDY_FILE.parent)
 except UserError as error:
     raise WorkflowError(str(error))
