@@ -316,9 +316,8 @@ class NvmlPowerMeter(_NvmlBase):
             limit = self._limits[index]
             if not 0 <= watts < (math.inf if limit is None else limit):
                 raise RuntimeError(f"NVML reported {watts:g} W, which this GPU cannot draw")
-            if (
-                watts == 0
-            ):  # which some boards tell while they sleep, and others in place of nothing
+            # Some boards tell 0 W while they sleep, and others instead of "not supported".
+            if watts == 0:
                 use = self._ask("nvmlDeviceGetUtilizationRates", handle)
                 if use is None:
                     raise RuntimeError("NVML reported 0 W and not whether the GPU is busy")
