@@ -63,11 +63,10 @@ def _body(table: pd.DataFrame, gap: float) -> list[str]:
 
 
 # Font sizes and the letters that a line of the paper holds in each, columns' gaps apart.
-_SIZES = {"small": 92, "footnotesize": 103, "scriptsize": 118, "tiny": 180}
+_SIZES = {"small": 92, "footnotesize": 103, "scriptsize": 118, "tiny": 152}
 _PAGE = 40  # rows above which a table may break across pages
 _LINE = 17.0  # cm of a line
 _BROKEN = 0.6  # share of its width that a name needs where it may break
-_SHORT = 12  # letters of a text that does not break
 
 
 def _letters(cell: object) -> int:
@@ -94,8 +93,7 @@ def _fit(table: pd.DataFrame, columns: str, size: str) -> tuple[str, str, bool]:
         max(map(len, re.split(r"[\s-]", " ".join(map(str, [name, *table.iloc[:, i]])))))
         for i, name in enumerate(table.columns)
     ]
-    long = [c == "l" and w > _SHORT for w, c in zip(widths, letters, strict=True)]
-    texts = max(1, sum(w for w, breaks in zip(widths, long, strict=True) if breaks))
+    texts = max(1, sum(w for w, c in zip(widths, letters, strict=True) if c == "l"))
     rest = sum(widths) - texts + 1.3 * len(widths)
     names = list(_SIZES)
     for name in names[names.index(size) :]:
@@ -107,8 +105,8 @@ def _fit(table: pd.DataFrame, columns: str, size: str) -> tuple[str, str, bool]:
             break
     letter = _LINE / _SIZES[name]
     broken = [
-        f"L{{{letter * max(share * w, piece + 1):.2f}cm}}" if breaks else c
-        for w, piece, c, breaks in zip(widths, pieces, letters, long, strict=True)
+        f"L{{{letter * max(share * w, piece + 1):.2f}cm}}" if c == "l" else c
+        for w, piece, c in zip(widths, pieces, letters, strict=True)
     ]
     return "".join(broken), name, True
 
