@@ -95,7 +95,7 @@ def _of_kernels(t: Tables, sides: list[str], bar: Bar) -> Outcome:
         rows = rows.assign(workload=_shapes(rows))
         if len(failed := _without_ours(rows, sides)):
             found = replace(_failed(failed), of_model=False)
-            return found if t.on_gpu else _for_a_gpu(found)
+            return _for_a_gpu(t, found)
         rows = rows[rows.side.isin(sides) & rows.over_ours_median.notna()]
     if not len(rows):
         return not_measured("not measured yet (sections 'throughput' and 'kernels': no record)")
@@ -107,8 +107,6 @@ def _of_kernels(t: Tables, sides: list[str], bar: Bar) -> Outcome:
         baseline=t.labels.scheme(str(worst.side.iloc[0])),
     )  # fmt: skip
     found = replace(found, of_model=False)
-    if not t.on_gpu:
-        return _for_a_gpu(found)
     asked = {
         name
         for name, case in t.study.kernel_cases().items()
@@ -116,7 +114,7 @@ def _of_kernels(t: Tables, sides: list[str], bar: Bar) -> Outcome:
         and "prefill" in case.measure
         and {t.study.baseline, *case.peers} & set(sides)
     }
-    return found.lacking(sorted(asked - set(t.kernels.case)))
+    return _for_a_gpu(t, found).lacking(sorted(asked - set(t.kernels.case)))
 
 
 def _shapes(rows: pd.DataFrame) -> list[str]:
@@ -172,8 +170,10 @@ def _failed(rows: pd.DataFrame, labels: Mapping[str, str] | None = None) -> Outc
     return Outcome(told, False, count, "workloads", workload=names, device=device)
 
 
-def _for_a_gpu(found: Outcome) -> Outcome:
-    """Returns the outcome of a claim about GPUs that another device measured."""
+def _for_a_gpu(t: Tables, found: Outcome) -> Outcome:
+    """Returns the outcome of a claim about GPUs, which no other device settles."""
+    if t.on_gpu:
+        return found
     return not_measured(f"{found.measured} on {device_label(found.device)}; defined for a GPU")
 
 
@@ -182,7 +182,7 @@ def prefill(t: Tables) -> Outcome:
     rows, bar = t.headline_perf() if len(t.perf) else t.perf, CLAIMS["prefill-speed"].bar
     if len(failed := rows[_too_large(rows)]):
         found = _failed(failed, t.labels.timed)
-        return found if t.on_gpu else _for_a_gpu(found)
+        return _for_a_gpu(t, found)
     if not len(rows) or rows["prefill_ratio"].isna().all():
         return _of_kernels(t, [t.study.baseline], bar)
     name, worst = _worst(speeds := _speeds(rows), largest=False)
@@ -190,7 +190,7 @@ def prefill(t: Tables) -> Outcome:
         t, speeds, worst, t.labels.timed[name], bar, ROUNDS, "scheme_rounds", "rounds", MIN_ROUNDS,
         baseline=t.labels.scheme(t.study.baseline),
     )  # fmt: skip
-    return found.lacking(_not_timed(t, rows)) if t.on_gpu else _for_a_gpu(found)
+    return _for_a_gpu(t, found).lacking(_not_timed(t, rows))
 
 
 def quantize_share(t: Tables) -> Outcome:
@@ -313,7 +313,7 @@ def over_reference(t: Tables) -> Outcome:
     both = ours.merge(theirs, on=["workload", "rep"], suffixes=("", "_ref"))
     if len(failed := both[_too_large(both, "scheme_status_ref")]):
         found = _failed(failed, t.labels.timed)
-        return found if t.on_gpu else _for_a_gpu(found)
+        return _for_a_gpu(t, found)
     both = _speeds(ours).merge(_speeds(theirs), on=["workload", "rep"], suffixes=("", "_ref"))
     both = both.assign(speed=both.value / both.value_ref)
     if both.speed.isna().all():
@@ -325,4 +325,4 @@ def over_reference(t: Tables) -> Outcome:
         t, both, worst, t.labels.timed[name], bar, ROUNDS, "rounds", "rounds", MIN_ROUNDS,
         baseline=t.labels.scheme(str(worst.scheme_ref.iloc[0])),
     )  # fmt: skip
-    return found if t.on_gpu else _for_a_gpu(found)
+    return _for_a_gpu(t, found)
