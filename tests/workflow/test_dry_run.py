@@ -226,7 +226,7 @@ def test_tracking_is_planned_only_where_it_is_asked_for(root: Path, tmp_path: Pa
 
 
 def test_measurements_do_not_need_companions(root: Path, tmp_path: Path) -> None:
-    """What is measured does not speak of other studies; a file that lacks is told by name."""
+    """A measurement does not read other studies; a missing file of one is named in the refusal."""
     raw = yaml.safe_load((root / "config/smoke.yaml").read_text())
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(raw | {"companions": {"other": str(tmp_path / "none.yaml")}}))
